@@ -1,0 +1,1 @@
+"""Composition roots: one main each, run with `python -m jobs.<name>`, imported by nobody."""

@@ -1,0 +1,64 @@
+"""How every job starts and ends: errors become one line and an exit code, Ray starts or is joined."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from math import ceil
+
+import ray
+
+from models.settings import ResourceError
+from pipeline.worker import ResourcesConfig, known_error
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a job's `main(argv)` and exit: 0 done, 2 config, 3 data or storage, 4 resources, 1 anything else."""
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues from the last checkpoint")
+    except Exception as error:
+        known = known_error(error)
+        if known is None:
+            raise
+        for line in str(known).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(known.exit_code)
+
+
+def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple[int, int]]:
+    """Join the cluster of a submitted job, else start a local Ray; return (use_gpu, augment actors [least, most]).
+
+    A local Ray is given as many logical CPUs as the run asks for, at least the machine's: the operating system
+    shares the real ones. ResourceError when GPUs are asked for that a local machine does not have.
+    """
+    local = "RAY_ADDRESS" not in os.environ
+    train_cpus = resources.train_workers * resources.cpus_per_train_worker
+    least = _range(resources.augment_actors, default=(1, 1))[0]
+    # One more than the run needs: with none left over, Ray's own small tasks would wait for ever.
+    needed = ceil(train_cpus + least * resources.cpus_per_augment_actor) + 1
+    options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    if local:
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **options)
+    else:
+        ray.init(**options)
+    have = ray.cluster_resources()
+    use_gpu = have.get("GPU", 0) > 0 if resources.use_gpu == "auto" else resources.use_gpu
+    if local and use_gpu and have.get("GPU", 0) < resources.train_workers:
+        if resources.use_gpu != "auto":
+            raise ResourceError(
+                f"resources.train_workers={resources.train_workers} with resources.use_gpu=true need as many GPUs, "
+                f"this machine has {int(have.get('GPU', 0))}; lower train_workers or set resources.use_gpu=false"
+            )
+        use_gpu = False
+    spare = int((have.get("CPU", 0) - train_cpus - 1) // resources.cpus_per_augment_actor)
+    return use_gpu, _range(resources.augment_actors, default=(1, max(1, spare)))
+
+
+def _range(actors: "int | tuple[int, int] | str", *, default: tuple[int, int]) -> tuple[int, int]:
+    if isinstance(actors, int):
+        return actors, actors
+    return actors if isinstance(actors, tuple) else default
+
+

@@ -1,0 +1,97 @@
+"""DINO(nn.Module): student, teacher and centre; the multi-crop forward; the only EMA.
+
+Layers below: backbone, head. The loss is a set of pure functions beside it (loss.py); the training step that
+ties them together stands in pipeline/training.py.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.backbone import BackboneConfig, build_backbone, embed_dim, has_batch_norm
+from models.head import DINOHead, HeadConfig
+from models.settings import Settings
+
+
+class TeacherConfig(Settings):
+    """How the teacher follows the student."""
+
+    teacher_momentum: float = Field(default=0.996, ge=0, le=1)
+    """EMA coefficient at the first step; 0.9995 suits a global batch of 256 or less on long runs."""
+    final_teacher_momentum: float = Field(default=1.0, ge=0, le=1)
+    """EMA coefficient reached at the last step, along a cosine."""
+
+
+class MultiCropNet(nn.Module):
+    """Backbone and head applied to crops of several sizes."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """[N_i, 3, H_i, W_i] per size -> logits [sum N_i, K] in the order given.
+
+        One backbone forward per resolution; neighbouring groups of one size share it (their batch-norm
+        statistics too, as published). One head forward on everything.
+        """
+        groups: list[list[Tensor]] = []
+        for x in crops:
+            if groups and groups[-1][0].shape[1:] == x.shape[1:]:
+                groups[-1].append(x)
+            else:
+                groups.append([x])
+        features = [self.backbone(torch.cat(g) if len(g) > 1 else g[0]) for g in groups]
+        return self.head(torch.cat(features))
+
+
+class DINO(nn.Module):
+    """Student, teacher and centre, the two networks bit-identical at the start.
+
+    `center` [K] float32 is a buffer here and outside of `student`, so wrapping the student in DDP never
+    broadcasts it.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self, backbone: BackboneConfig, head: HeadConfig, *, crop_sizes: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.student = _network(backbone, head, crop_sizes, backbone.drop_path_rate)
+        self.teacher = _network(backbone, head, crop_sizes, 0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.register_buffer("center", torch.zeros(head.out_dim))
+        self.train()
+
+    def train(self, mode: bool = True) -> "DINO":
+        """Student in `mode`; the teacher evaluates, but for batch norm, which normalises by its own batch."""
+        super().train(mode)
+        self.teacher.train(mode and has_batch_norm(self.teacher))
+        return self
+
+    @torch.no_grad()
+    def teacher_logits(self, global_crops: Tensor) -> Tensor:
+        """[G*B, 3, H, W] -> [G*B, K]; the teacher sees global crops only."""
+        return self.teacher([global_crops])
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, over parameters, in float32."""
+        torch._foreach_lerp_(
+            list(self.teacher.parameters()), list(self.student.parameters()), weight=1.0 - momentum
+        )
+
+
+def crop_major(crops: Tensor) -> Tensor:
+    """[B, C, H, W, 3] rows per image -> [C*B, 3, H, W] rows per crop: the layout that the loss works in."""
+    return crops.permute(1, 0, 4, 2, 3).flatten(0, 1)
+
+
+def _network(
+    backbone: BackboneConfig, head: HeadConfig, crop_sizes: tuple[int, ...], drop_path_rate: float
+) -> MultiCropNet:
+    body = build_backbone(backbone, crop_sizes=crop_sizes, drop_path_rate=drop_path_rate)
+    return MultiCropNet(body, DINOHead(head, in_dim=embed_dim(body)))

@@ -1,0 +1,76 @@
+"""DINOHead: features -> logits over K prototypes.
+
+MLP -> L2-normalised bottleneck -> weight-normed linear layer without bias (DINO, arXiv 2104.14294, appendix C).
+"""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.settings import Settings
+
+
+class HeadConfig(Settings):
+    """The projection head of student and teacher."""
+
+    out_dim: int = Field(default=65536, ge=2)
+    """K, the number of prototypes."""
+    hidden_dim: int = Field(default=2048, ge=1)
+    """Width of the MLP's hidden layers."""
+    bottleneck_dim: int = Field(default=256, ge=1)
+    """Width of the L2-normalised bottleneck."""
+    num_layers: int = Field(default=3, ge=1)
+    """Linear layers up to and including the bottleneck; the prototype layer is not counted."""
+    use_bn: bool = False
+    """Batch norm between the MLP's layers (ResNet recipes)."""
+    norm_last_layer: bool = True
+    """Keep the prototypes on the unit sphere (frozen magnitude): steadier. False lets the magnitude learn."""
+
+
+class PrototypeLayer(nn.Module):
+    """Weight-normed linear layer without bias: `x @ (g * v / |v|).T`.
+
+    Parameters carry the published checkpoints' names: `weight_g` [K, 1], `weight_v` [K, bottleneck].
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, frozen_magnitude: bool) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not frozen_magnitude)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+
+
+class DINOHead(nn.Module):
+    """[N, D] features -> [N, K] float32 logits."""
+
+    def __init__(self, config: HeadConfig, *, in_dim: int) -> None:
+        super().__init__()
+        widths = [in_dim] + [config.hidden_dim] * (config.num_layers - 1) + [config.bottleneck_dim]
+        layers: list[nn.Module] = []
+        for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            if i > 0:
+                if config.use_bn:
+                    layers.append(nn.BatchNorm1d(n_in))
+                layers.append(nn.GELU())
+            layers.append(nn.Linear(n_in, n_out))
+        # A head of one layer is a bare Linear in the published code: the same state-dict names.
+        self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+        self.mlp.apply(_init_linear)
+        self.last_layer = PrototypeLayer(
+            config.bottleneck_dim, config.out_dim, frozen_magnitude=config.norm_last_layer
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mlp(x)
+        # From the bottleneck on in float32: at a temperature of 0.04 a bfloat16 logit is off by up to 0.06.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.last_layer(F.normalize(x.float(), dim=-1))
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,29 @@
+"""Schedules: pure functions step -> value. `step` is 0-based and names the step about to run.
+
+A step past the end keeps the last value, so a run that is extended or restarted never indexes past a table.
+"""
+
+import math
+
+
+def warmup_cosine(step: int, *, base: float, final: float, total_steps: int, warmup_steps: int = 0) -> float:
+    """Linear from 0 to `base` over `warmup_steps` (end point included), then half a cosine towards `final`.
+
+    As published: `final` would be reached at step `total_steps`, one past the last.
+    """
+    if step < warmup_steps:
+        return base * step / max(1, warmup_steps - 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+def teacher_temp(epoch: int, *, base: float, warmup: float, warmup_epochs: int) -> float:
+    """Temperature of the teacher in `epoch`: `warmup_epochs` even stairs from `warmup` to `base`, then `base`."""
+    if epoch >= warmup_epochs:
+        return base
+    return warmup + (base - warmup) * epoch / max(1, warmup_epochs - 1)
+
+
+def cap_warmup(warmup: int, total: int) -> int:
+    """A warm-up that would not end within the run is cut to 30 % of it, else returned as it is."""
+    return warmup if warmup < total else int(0.3 * total)

@@ -1,0 +1,44 @@
+"""The base of every config section, and the errors a person can act on.
+
+Both stand at the lowest layer because every layer above declares a config beside the thing it configures
+and every layer can find that a value is wrong.
+
+Errors and the exit code that a job ends with:
+
+    DinorayError          1
+      ConfigError         2   a value in the config, on the command line or in a run directory is wrong
+      DataError           3   images, labels, checkpoints or storage cannot be read or written
+      ResourceError       4   the machine or cluster lacks what the config asks for
+"""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class DinorayError(Exception):
+    """One line for a person: name, value, rule, remedy. `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+
+class ConfigError(DinorayError, ValueError):
+    """A configured value is wrong."""
+
+    exit_code = 2
+
+
+class DataError(DinorayError):
+    """Data or storage is missing, forbidden or damaged."""
+
+    exit_code = 3
+
+
+class ResourceError(DinorayError):
+    """The machine or cluster lacks what the config asks for."""
+
+    exit_code = 4
+
+
+class Settings(BaseModel):
+    """Frozen, strict base of each config section: unknown keys are errors, attribute docstrings are the help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

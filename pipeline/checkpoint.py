@@ -1,0 +1,148 @@
+"""What a run must remember, and where.
+
+A run directory (local or S3):
+
+    config.yaml                 the resolved config
+    environment.json            versions, hardware, git commit
+    manifest.parquet            the images, listed once
+    metrics.jsonl               one line per logged step and per evaluation
+    quarantine.jsonl            one line per image that could not be used
+    tensorboard/                the same metrics as event files
+    crops.png                   contact sheet of the crops
+    result.json                 written last: the run is finished
+    checkpoints/
+      checkpoint_manager_snapshot.json    which checkpoints are committed (Ray Train's)
+      step_00001000/
+        student.safetensors     backbone.* and head.*
+        teacher.safetensors
+        train_state.pt          optimizer, center: tensors and numbers, loads with weights_only=True
+        meta.json               step, config and all else that rebuilds the model
+
+Progress is what is committed: a folder that is merely there may lack its other half. No Ray here, and no
+pickled objects.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+
+from models.settings import ConfigError, DataError, Settings
+from pipeline.storage import Directory, MissingObject
+from pipeline.training import DINOConfig, TrainState, build_state
+
+FORMAT = 1
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int = Field(default=500, ge=1)
+    """Steps between checkpoints; a killed run repeats at most these, plus a few seconds."""
+    num_to_keep: int = Field(default=3, ge=1)
+    """The newest that are kept."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint taken before `step` runs."""
+    return f"step_{step:08d}"
+
+
+def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_images: dict[str, int]) -> None:
+    """Write the checkpoint files into `folder`. Call on one rank; all ranks hold the same values."""
+    save_file(_contiguous(state.dino.student), folder / "student.safetensors")
+    save_file(_contiguous(state.dino.teacher), folder / "teacher.safetensors")
+    torch.save(
+        {"optimizer": state.optimizer.state_dict(), "center": state.dino.center.cpu()},
+        folder / "train_state.pt",
+    )
+    meta = {
+        "format": FORMAT,
+        "step": state.step,
+        "positions": state.step * state.config.train.global_batch_size,
+        "total_steps": state.schedule.total_steps,
+        "num_images": num_images,
+        "bad_images": bad_images,
+        "torch": torch.__version__,
+        "config": state.config.model_dump(mode="json"),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
+    """Restore `state` from `folder`, strictly, and return the meta data. Raises DataError when a part is missing."""
+    meta = read_meta(folder)
+    try:
+        state.dino.student.load_state_dict(load_file(folder / "student.safetensors"))
+        state.dino.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
+        train_state = torch.load(folder / "train_state.pt", weights_only=True, map_location=state.device)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"checkpoint {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    state.optimizer.load_state_dict(train_state["optimizer"])
+    state.dino.center.copy_(train_state["center"])
+    state.step = meta["step"]
+    return meta
+
+
+def load_teacher(folder: Path, *, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, DINOConfig, dict]:
+    """The teacher's backbone in eval mode, with the config and meta data of its checkpoint."""
+    meta = read_meta(folder)
+    config = DINOConfig.model_validate(meta["config"])
+    state = build_state(config, num_images=meta["num_images"], device=device)
+    try:
+        state.dino.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"checkpoint {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return state.dino.teacher.backbone.eval(), config, meta
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The checkpoint's meta.json, its format checked."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is no checkpoint: meta.json: {error}") from error
+    if meta.get("format") != FORMAT:
+        raise DataError(f"checkpoint {folder} has format {meta.get('format')}, this version reads {FORMAT}")
+    return meta
+
+
+def committed_checkpoints(run: Directory) -> list[str]:
+    """Names of the run's committed checkpoints, oldest first; empty when there is none."""
+    try:
+        snapshot = json.loads(run.read(f"checkpoints/{SNAPSHOT}"))
+    except MissingObject:
+        return []
+    return sorted({r["checkpoint_dir_name"] for r in snapshot.get("checkpoint_results", [])})
+
+
+def download_checkpoint(run: Directory, name: str, into: Path) -> Path:
+    """Copy checkpoint `name` of the run into `into` and return its folder."""
+    folder = into / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("student.safetensors", "teacher.safetensors", "train_state.pt", "meta.json"):
+        try:
+            (folder / file).write_bytes(run.read(f"checkpoints/{name}/{file}"))
+        except MissingObject as error:
+            raise DataError(f"checkpoint {run.join('checkpoints', name)} lacks {file}") from error
+    return folder
+
+
+def pick_checkpoint(run: Directory, step: int | None = None) -> str:
+    """Name of the committed checkpoint at `step`, or the newest; ConfigError names those that exist."""
+    names = committed_checkpoints(run)
+    if not names:
+        raise DataError(f"{run.uri} has no committed checkpoint; is it a run directory?")
+    if step is None:
+        return names[-1]
+    if checkpoint_name(step) not in names:
+        raise ConfigError(f"checkpoint step={step} is not among {', '.join(names)} of {run.uri}")
+    return checkpoint_name(step)
+
+
+def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}

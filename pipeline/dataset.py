@@ -1,0 +1,154 @@
+"""The Ray Data plan: block numbers -> CPU actor pool (fetch, decode, crop) -> one split per train worker.
+
+The only user of ray.data. One fused actor does fetch, decode and multi-crop, so full-size images never travel;
+what travels is uint8 crops, a block of them at a time. Blocks are cut by pipeline/layout.py so that splits
+alternate over ranks and every batch a rank receives is the one its step calls for: `batches` checks that.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy, DataIterator
+
+from models.settings import DataError, DinorayError
+from pipeline.crops import CropsConfig, crop_bytes, crop_rng, limit_threads, multi_crop
+from pipeline.decode import BadImage, decode
+from pipeline.layout import Layout
+from pipeline.order import Order
+from pipeline.source import Fetched, Source, Status
+
+_LEG_BLOCKS = 4096
+"""Blocks per execution of the plan: Ray plans every block up front, at some 1.3 ms each."""
+
+_MAX_SUBSTITUTES = 16
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """All that defines the stream but the steps it covers; sent to each augment actor."""
+
+    source: "ray.ObjectRef[Source]"
+    order: Order
+    crops: CropsConfig
+    seed: int
+    augment_actors: tuple[int, int]
+    cpus_per_augment_actor: float
+
+
+class MultiCropActor:
+    """Block numbers in, crops out. A function of (seed, epoch, key): retries and other actors give the same bytes."""
+
+    def __init__(self, plan: StreamPlan, layout: Layout) -> None:
+        limit_threads()
+        self._plan, self._layout = plan, layout
+        self._source: Source = ray.get(plan.source)
+
+    def __call__(self, blocks: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+        positions = np.concatenate([self._layout.block(int(i)) for i in blocks["id"]])
+        return crop_rows(self._source, self._plan, positions)
+
+
+def crop_rows(source: Source, plan: StreamPlan, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Positions [n] -> columns `global_crops` [n, G, H, W, 3], `local_crops` [n, L, h, w, 3] uint8,
+    `position` int64, `status` int8 and `note` (JSON of key and reason where status is not OK, else empty).
+
+    A bad image is replaced by the next readable one in the epoch's order and its row says so. Raises DataError
+    when none of the next 16 is readable either.
+    """
+    c, n = plan.crops, len(positions)
+    epochs, images = plan.order.locate(positions)
+    columns = {
+        "global_crops": np.empty((n, c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8),
+        "local_crops": np.empty((n, c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8),
+        "position": positions,
+        "status": np.zeros(n, np.int8),
+        "note": np.full(n, "", dtype=object),
+    }
+    for row, fetched in enumerate(source.fetch(images.tolist())):
+        image, status, reason = _decoded(fetched, source)
+        attempt = 0
+        while image is None:
+            attempt += 1
+            if attempt > _MAX_SUBSTITUTES:
+                raise DataError(
+                    f"{source.config.path}: {fetched.key} and the {_MAX_SUBSTITUTES} images after it are unreadable "
+                    f"({reason}); check data.path"
+                )
+            other = source.fetch([plan.order.substitute(int(positions[row]), attempt)])[0]
+            image = _decoded(other, source)[0]
+        # The key of the image that was asked for seeds the crops, so a stand-in never repeats its own crops.
+        rng = crop_rng(plan.seed, int(epochs[row]), fetched.key)
+        columns["global_crops"][row], columns["local_crops"][row] = multi_crop(image, rng, c)
+        if attempt:
+            columns["status"][row] = status
+            columns["note"][row] = json.dumps({"key": fetched.key, "reason": reason})
+    return columns
+
+
+def open_splits(
+    plan: StreamPlan, layout: Layout, *, locality_hints: list[str] | None = None
+) -> list[DataIterator]:
+    """Start the plan for `layout` and return one iterator per rank, picklable. Call on one rank."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True  # splits alternate over ranks only in this order
+    context.enable_progress_bars = False
+    # A block of the plan must stay one block: twice its bytes never reaches the limit at which Ray cuts.
+    rows = layout.steps_per_block * layout.batch_size_per_worker
+    context.target_max_block_size = max(128 << 20, 2 * rows * crop_bytes(plan.crops))
+    blocks = ray.data.range(layout.num_blocks, override_num_blocks=layout.num_blocks)
+    low, high = plan.augment_actors
+    crops = blocks.map_batches(
+        MultiCropActor,
+        batch_size=1,
+        fn_constructor_args=(plan, layout),
+        compute=ActorPoolStrategy(min_size=low, max_size=high),
+        num_cpus=plan.cpus_per_augment_actor,
+    )
+    return crops.streaming_split(layout.world_size, equal=True, locality_hints=locality_hints)
+
+
+def legs(layout: Layout) -> Iterator[Layout]:
+    """`layout` cut into consecutive executions of a bounded number of blocks."""
+    steps = max(1, _LEG_BLOCKS // layout.world_size) * layout.steps_per_block
+    for first in range(layout.first_step, layout.last_step, steps):
+        yield replace(layout, first_step=first, last_step=min(first + steps, layout.last_step))
+
+
+def batches(split: DataIterator, layout: Layout, *, rank: int, prefetch_batches: int) -> Iterator[dict[str, Any]]:
+    """One batch of columns per step for `rank`, as read-only numpy views of the object store.
+
+    Raises DinorayError when a batch is not the one that its step calls for: an image lost or repeated on the
+    way would otherwise pass unseen.
+    """
+    received = split.iter_batches(
+        batch_size=layout.batch_size_per_worker,
+        batch_format="numpy",
+        drop_last=True,
+        prefetch_batches=prefetch_batches,
+    )
+    step = layout.first_step
+    for batch in received:
+        if not np.array_equal(batch["position"], layout.positions(step, rank)):
+            raise DinorayError(
+                f"step={step} rank={rank} received positions {batch['position'][:3]}..., "
+                f"not {layout.positions(step, rank)[:3]}...: the stream is out of order"
+            )
+        yield batch
+        step += 1
+    if step != layout.last_step:
+        raise DinorayError(f"the stream ended at step={step}, before step={layout.last_step}")
+
+
+def _decoded(fetched: Fetched, source: Source) -> tuple[NDArray[np.uint8] | None, Status, str]:
+    if fetched.data is None:
+        return None, fetched.status, fetched.reason
+    try:
+        return decode(fetched.data, max_pixels=source.config.max_pixels), Status.OK, ""
+    except BadImage as error:
+        return None, Status.CORRUPT, error.reason

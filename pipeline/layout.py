@@ -1,0 +1,53 @@
+"""Which positions go to which rank at which step, and how they travel: a pure function of a few integers.
+
+Step s consumes positions [s * global_batch_size, (s + 1) * global_batch_size): after any step the images seen
+are a prefix of the position stream, whatever the number of ranks, so the step is the whole data state. Rank r
+takes the r-th slice of each step. A block holds several steps of one rank; blocks alternate over ranks in the
+order in which the stream is split. Knows nothing of images or Ray.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_TARGET_BLOCK_BYTES = 100 << 20
+_MAX_BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The stream of steps [first_step, last_step) over `world_size` ranks."""
+
+    first_step: int
+    last_step: int
+    world_size: int
+    batch_size_per_worker: int
+    steps_per_block: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the stream; a multiple of `world_size`."""
+        return -(-(self.last_step - self.first_step) // self.steps_per_block) * self.world_size
+
+    def block(self, index: int) -> NDArray[np.int64]:
+        """Positions of block `index`, [steps in the block * batch_size_per_worker], in the order of consumption."""
+        turn, rank = divmod(index, self.world_size)
+        start = self.first_step + turn * self.steps_per_block
+        stop = min(start + self.steps_per_block, self.last_step)
+        return np.concatenate([self.positions(step, rank) for step in range(start, stop)])
+
+    def positions(self, step: int, rank: int) -> NDArray[np.int64]:
+        """Positions that `rank` consumes at `step`, [batch_size_per_worker]."""
+        first = (step * self.world_size + rank) * self.batch_size_per_worker
+        return np.arange(first, first + self.batch_size_per_worker)
+
+
+def steps_per_block(batch_size_per_worker: int, image_bytes: int) -> int:
+    """Steps of one rank that a block holds: as many as fit 100 MiB and 256 images, at least one.
+
+    Below some 60 MB the cost of scheduling a block outweighs that of its bytes; above 256 images of a small
+    recipe the first batch would wait for a block that takes seconds to augment.
+    """
+    rows = min(_MAX_BLOCK_ROWS, _TARGET_BLOCK_BYTES // image_bytes)
+    return max(1, rows // batch_size_per_worker)

@@ -1,0 +1,256 @@
+"""The list of all images of a data set, made once: one row per image object, or per Parquet row group.
+
+First in the flow: `data.path` -> manifest -> order (positions) -> source (bytes). A listing takes minutes for
+millions of objects and may change between two runs, so the manifest is kept in the run directory and reused:
+an index means the same image for as long as the run lives. Reads no image; no Ray here.
+
+Columns of the table, sorted by key in byte order:
+
+    kind images    key  size  etag  label
+    kind parquet   key  size  etag  row_group  num_rows  num_bytes      (key: the shard)
+"""
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+
+from models.settings import ConfigError, DataError, Settings
+from pipeline.listing import EntryTable, list_entries, role_of
+from pipeline.shards import list_row_groups
+from pipeline.storage import Directory, MissingObject, is_s3, normal_uri
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_METADATA = b"dinoray.manifest"
+_PARQUET = pa.schema(
+    {
+        "key": pa.large_string(),
+        "size": pa.int64(),
+        "etag": pa.string(),
+        "row_group": pa.int32(),
+        "num_rows": pa.int64(),
+        "num_bytes": pa.int64(),
+    }
+)
+_LISTED_AS = ("path", "image_column", "key_column", "label_column", "label_from_parent")
+
+
+class DataConfig(Settings):
+    """Where the images are and how they are fetched; credentials and endpoint come from AWS_* alone."""
+
+    path: str = Field(min_length=1)
+    """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
+    image_column: str = "image"
+    """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'."""
+    key_column: str | None = None
+    """Parquet: the column that names an image; without one it is named shard#row."""
+    label_column: str | None = None
+    """Parquet: the column of labels, read as text."""
+    label_from_parent: bool = False
+    """Image objects: the name of the folder that holds the image is its label."""
+    fetch_concurrency: int = Field(default=32, ge=16, le=512)
+    """How many images, or Parquet row groups, each augmentation actor requests at once."""
+    fetch_attempts: int = Field(default=5, ge=1)
+    """How many times one request is made before its image counts as unreachable."""
+    max_object_bytes: int = Field(default=64 << 20, ge=1)
+    """Larger image objects are not read; they count as bad images."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Images with more pixels are not decoded; they count as bad images."""
+    row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
+    """Parquet: how many bytes of row groups each actor keeps (the latest one is always kept)."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The run ends when more than this share of the images could not be read or decoded."""
+
+    @field_validator("path")
+    @classmethod
+    def _path_has_a_known_scheme(cls, path: str) -> str:
+        is_s3(path)
+        return path
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All images of a data set in one fixed order; an image is its index in [0, num_images).
+
+    `root` is the address that keys are relative to (`s3://bucket` or a folder), `num_ignored` counts what was
+    listed and is no image, `listed_as` holds the config values that decided what is in the table.
+    """
+
+    table: pa.Table
+    kind: Literal["images", "parquet"]
+    root: str
+    num_ignored: int
+    listed_as: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The data set's address: `data.path` in its one normal spelling."""
+        return str(self.listed_as["path"])
+
+    @property
+    def num_images(self) -> int:
+        """Image objects, or rows of all row groups together."""
+        sizes = self.group_sizes
+        return self.table.num_rows if sizes is None else int(sizes.sum())
+
+    @property
+    def group_sizes(self) -> np.ndarray | None:
+        """Images per row group, int64 [num_groups], for Parquet; None for image objects."""
+        return self.table["num_rows"].to_numpy() if self.kind == "parquet" else None
+
+    @property
+    def group_bytes(self) -> np.ndarray | None:
+        """Bytes per row group once in memory, int64 [num_groups], for Parquet; None for image objects."""
+        return self.table["num_bytes"].to_numpy() if self.kind == "parquet" else None
+
+    def uri(self, key: str) -> str:
+        """The full address of the object or file that `key` names."""
+        return f"{self.root.rstrip('/')}/{key}"
+
+    def to_bytes(self) -> bytes:
+        """A Parquet file that `from_bytes` reads back, and any other Parquet reader too."""
+        about = {
+            "version": _VERSION,
+            "kind": self.kind,
+            "root": self.root,
+            "num_ignored": self.num_ignored,
+            "listed_as": self.listed_as,
+        }
+        sink = pa.BufferOutputStream()
+        table = self.table.replace_schema_metadata({_METADATA: json.dumps(about)})
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, config: DataConfig) -> "Manifest":
+        """The manifest in `data`; ConfigError when it was listed for other values than `config` has."""
+        try:
+            table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+            about = json.loads(table.schema.metadata[_METADATA])
+        except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
+            raise DataError(
+                f"the manifest is damaged ({error}); delete it to list {config.path} again"
+            ) from error
+        if about["version"] != _VERSION:
+            raise DataError(
+                f"the manifest has version {about['version']}, this program reads {_VERSION}; "
+                f"delete it to list {config.path} again"
+            )
+        for name, now in _listed_as(config).items():
+            then = about["listed_as"].get(name)
+            if then != now:
+                raise ConfigError(
+                    f"data.{name}={now!r}, but the manifest of this run was listed with {then!r}; "
+                    "give the run another name, or set the old value"
+                )
+        table = table.replace_schema_metadata(None)
+        return cls(table, about["kind"], about["root"], about["num_ignored"], about["listed_as"])
+
+
+def load_or_build(config: DataConfig, directory: Directory, name: str = "manifest.parquet") -> Manifest:
+    """The manifest that the run directory keeps under `name`; listed and written there the first time."""
+    try:
+        data = directory.read(name)
+    except MissingObject:
+        manifest = build_manifest(config)
+        directory.write(name, manifest.to_bytes())
+        return manifest
+    return Manifest.from_bytes(data, config)
+
+
+def build_manifest(config: DataConfig) -> Manifest:
+    """List `config.path` (all pages, all folders), keep what is an image by its name, sort by key.
+
+    DataError when nothing is there or it cannot be listed, or a Parquet shard is damaged; ConfigError when
+    image objects and Parquet shards lie side by side, or a column or option does not fit what is there.
+    """
+    listing = list_entries(config.path, attempts=config.fetch_attempts)
+    found = {role: EntryTable() for role in ("image", "bare", "parquet")}
+    num_ignored = 0
+    for entry in listing.entries:
+        role = role_of(entry.key)
+        if role == "other":
+            num_ignored += 1
+            continue
+        parents = entry.key[len(listing.prefix) :].split("/")[:-1]
+        label = parents[-1] if parents and config.label_from_parent else None
+        found[role].add(entry, label)
+    path = normal_uri(config.path)
+    num_images, num_shards = len(found["image"]), len(found["parquet"])
+    if num_images and num_shards:
+        raise ConfigError(
+            f"data.path={path} holds {num_images} images and {num_shards} Parquet shards; "
+            "point data.path at a folder with one kind"
+        )
+    if num_shards:
+        num_ignored += len(found["bare"])
+        table = _row_groups(config, listing.root, found["parquet"].table())
+    else:
+        table = pa.concat_tables([found["image"].table(), found["bare"].table()])
+        table = _checked_images(config, path, table, num_ignored)
+    kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
+    manifest = Manifest(table, kind, listing.root, num_ignored, _listed_as(config))
+    logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
+    return manifest
+
+
+def _sorted(table: pa.Table, *columns: str) -> pa.Table:
+    """In byte order of the key, as Arrow compares strings; stores differ in how they order a listing."""
+    return table.sort_by([(column, "ascending") for column in columns]).combine_chunks()
+
+
+def _checked_images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) -> pa.Table:
+    if not table.num_rows:
+        raise DataError(f"no images under {path}, {num_ignored} other objects ignored; check data.path")
+    for name in ("key_column", "label_column"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"data.{name}={getattr(config, name)!r} is for Parquet, but {path} holds image objects; "
+                "unset it (labels of image objects: data.label_from_parent=true)"
+            )
+    if config.label_from_parent and table["label"].null_count == table.num_rows:
+        raise ConfigError(f"data.label_from_parent=true, but no image of {path} lies in a folder below it")
+    return _sorted(table, "key")
+
+
+def _row_groups(config: DataConfig, root: str, shards: pa.Table) -> pa.Table:
+    """The table of row groups of all shards; footers are read `fetch_concurrency` at a time."""
+    if config.label_from_parent:
+        raise ConfigError(
+            f"data.label_from_parent=true is for image objects, but {config.path} holds Parquet shards; "
+            "set data.label_column"
+        )
+    others = [column for column in (config.key_column, config.label_column) if column is not None]
+    shards = _sorted(shards, "key").select(["key", "size", "etag"])
+
+    def read_footer(shard: dict[str, Any]) -> list[dict[str, Any]]:
+        groups = list_row_groups(
+            f"{root.rstrip('/')}/{shard['key']}",
+            shard["size"],
+            image_column=config.image_column,
+            other_columns=others,
+            attempts=config.fetch_attempts,
+        )
+        return [shard | group._asdict() for group in groups]
+
+    with ThreadPoolExecutor(config.fetch_concurrency) as pool:
+        try:
+            rows = [row for rows in pool.map(read_footer, shards.to_pylist()) for row in rows]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the first damaged shard ends it: read no more
+            raise
+    if not rows:
+        raise DataError(f"the {shards.num_rows} Parquet shards under {config.path} hold no rows")
+    return pa.Table.from_pylist(rows, schema=_PARQUET)
+
+
+def _listed_as(config: DataConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _LISTED_AS} | {"path": normal_uri(config.path)}

@@ -1,0 +1,128 @@
+"""The order of images: position -> (epoch, image), a pure function with O(1) skip.
+
+A position counts images from the start of the run over all epochs, so one integer is the whole state of the
+data stream. Within an epoch the order is a seeded permutation, evaluated point by point: nothing is shuffled
+in memory, nothing is stored, and position 10^9 costs as much as position 0. Knows nothing of files or Ray.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_ROUNDS = 6
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def permute(index: ArrayLike, *, size: int, seed: int) -> NDArray[np.int64]:
+    """Image of `index` (int array, each in [0, size)) under a seeded permutation of range(size).
+
+    A balanced Feistel network over the next even power of two, walked until it lands inside the range
+    (cycle walking): a bijection by construction, whatever the round function is.
+    """
+    x = np.asarray(index, dtype=np.uint64)
+    if x.size and int(x.max()) >= size:
+        raise ValueError(f"index={int(x.max())} must be below size={size}")
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    keys = [np.uint64(_splitmix64(seed * _ROUNDS + r + 1)) for r in range(_ROUNDS)]
+    out = x.copy()
+    pending = np.ones(out.shape, dtype=bool)
+    while pending.any():
+        left, right = out[pending] >> half, out[pending] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        walked = (left << half) | right
+        out[pending] = walked
+        pending[pending] = walked >= size
+    return out.astype(np.int64)
+
+
+class Order:
+    """The order of `num_images` images over endless epochs.
+
+    Without `group_sizes` each epoch permutes all images. With them (rows per Parquet row group), groups are
+    permuted, taken in windows of `window_groups`, and rows are permuted within a window: neighbouring
+    positions then need few groups, and a reader that caches one window reads each group once.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        *,
+        seed: int,
+        group_sizes: NDArray[np.int64] | None = None,
+        window_groups: int = 1,
+    ) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images={num_images} must be at least 1")
+        self.num_images = num_images
+        self._seed = seed
+        self._group_sizes = group_sizes
+        self._window_groups = window_groups
+        if group_sizes is not None:
+            if int(group_sizes.sum()) != num_images:
+                raise ValueError(f"group_sizes sum to {int(group_sizes.sum())}, not num_images={num_images}")
+            self._group_starts = np.concatenate([[0], np.cumsum(group_sizes)])
+
+    def locate(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions (int array, >= 0) -> (epochs, image indices), each int64 of the same shape."""
+        epochs, ranks = np.divmod(np.asarray(positions, dtype=np.int64), self.num_images)
+        images = np.empty_like(ranks)
+        for epoch in np.unique(epochs):
+            mine = epochs == epoch
+            images[mine] = self._within_epoch(int(epoch), ranks[mine])
+        return epochs, images
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """Image that stands in for an unreadable one: the `attempt`-th next in the same epoch's order, cyclic."""
+        epoch, rank = divmod(position, self.num_images)
+        rank = (rank + attempt) % self.num_images
+        return int(self._within_epoch(epoch, np.array([rank]))[0])
+
+    def _within_epoch(self, epoch: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        seed = _splitmix64(self._seed) ^ _splitmix64(~epoch)
+        if self._group_sizes is None:
+            return permute(ranks, size=self.num_images, seed=seed)
+        groups, row_ends, window_starts = _windows(
+            self._group_sizes.tobytes(), self._window_groups, seed
+        )
+        windows = np.searchsorted(window_starts, ranks, side="right") - 1
+        images = np.empty_like(ranks)
+        for window in np.unique(windows):
+            mine = windows == window
+            start = window_starts[window]
+            rows = permute(
+                ranks[mine] - start,
+                size=int(window_starts[window + 1] - start),
+                seed=_splitmix64(seed + int(window)),
+            )
+            slot = np.searchsorted(row_ends, rows + start, side="right")
+            begin = np.where(slot > 0, row_ends[slot - 1], 0)
+            images[mine] = self._group_starts[groups[slot]] + (rows + start - begin)
+        return images
+
+
+@lru_cache(maxsize=4)
+def _windows(
+    group_sizes: bytes, window_groups: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """One epoch's permuted groups, the running end of their rows, and the start of each window (plus the end)."""
+    sizes = np.frombuffer(group_sizes, dtype=np.int64)
+    groups = permute(np.arange(len(sizes)), size=len(sizes), seed=seed)
+    row_ends = np.cumsum(sizes[groups])
+    starts = np.concatenate([[0], row_ends])
+    return groups, row_ends, np.append(starts[:-1:window_groups], starts[-1])
+
+
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,161 @@
+"""One policy for what goes wrong between us and an object store: what is tried again, what ends the run.
+
+Every request to S3 in this project passes through `retrying`, which repeats the *whole* operation: the S3
+client itself stops retrying once a body starts to arrive, so only the caller of the whole GET can mend a
+body cut short. Knows botocore's and urllib3's exceptions; knows no client, no bucket, no Ray.
+
+    transient   5xx, throttling, timeouts, broken connections, short or damaged bodies
+                -> again, after a random pause; Unreachable when the attempts are used up
+    missing     the object does not exist                              -> MissingObject, at once
+    permanent   403, no such bucket, bad or expired credentials, ...   -> DataError, at once
+"""
+
+import http.client
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import urllib3.exceptions
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
+
+from models.settings import DataError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Apart from the global generator: seeding that one for training must neither make all actors pause alike
+# nor be disturbed by how often the network failed.
+_jitter = random.SystemRandom().random
+
+
+class MissingObject(DataError):  # noqa: N818  (a state of the object, as a reader says it)
+    """The object (or file) is not there; the bucket (or folder) may well be."""
+
+
+class Unreachable(DataError):  # noqa: N818
+    """Storage kept failing for as many attempts as we allow."""
+
+
+class ObjectTooLarge(DataError):  # noqa: N818
+    """The object is larger than the caller is willing to read."""
+
+
+_TRANSIENT_CODES = frozenset(
+    {
+        *("SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling", "ThrottlingException"),
+        *("RequestLimitExceeded", "TooManyRequests", "RequestTimeout", "InternalError", "ServiceUnavailable"),
+        *("BadDigest", "IncompleteBody", "OperationAborted", "ConditionalRequestConflict"),
+    }
+)
+_MISSING_CODES = frozenset({"NoSuchKey", "NotFound", "404"})
+_TRANSIENT_ERRORS = (
+    boto.HTTPClientError,  # read timeouts, closed connections, streams that break
+    boto.ConnectionError,  # connect timeouts, refused, DNS, TLS
+    boto.IncompleteReadError,
+    boto.FlexibleChecksumError,
+    boto.ChecksumError,
+    ResponseParserError,  # an XML body that was cut short, or a proxy's HTML
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+)
+_CREDENTIAL_ERRORS = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.TokenRetrievalError,
+    boto.NoAuthTokenError,
+    boto.SSOError,
+    boto.ProfileNotFound,
+)
+SET_CREDENTIALS = "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role"
+_CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
+_CHECK_REGION = "set AWS_REGION to the bucket's region"
+_REMEDIES = {
+    "NoSuchBucket": "check the bucket's name and AWS_ENDPOINT_URL",
+    "InvalidBucketName": "check the bucket's name",
+    "InvalidAccessKeyId": _CHECK_KEYS,
+    "SignatureDoesNotMatch": _CHECK_KEYS,
+    "ExpiredToken": "renew the credentials (for SSO: aws sso login)",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "InvalidObjectState": "restore the object from its archive class first",
+    "PermanentRedirect": _CHECK_REGION,
+    "AuthorizationHeaderMalformed": _CHECK_REGION,
+}
+_FORBIDDEN = (
+    "allow s3:ListBucket and s3:GetObject (and s3:PutObject for a run directory) to these credentials"
+)
+
+
+def retrying(
+    operation: Callable[[], T],
+    *,
+    what: str,
+    attempts: int = 5,
+    base_seconds: float = 0.2,
+    max_seconds: float = 5.0,
+    rng: Callable[[], float] = _jitter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """Call `operation` until it succeeds, at most `attempts` times; `what` names the object, for messages.
+
+    The pause after attempt i (from 0) is uniform in [0, min(max_seconds, base_seconds * 2**i)] ("full
+    jitter": actors that failed together do not come back together). Raises MissingObject, Unreachable or
+    DataError as in the module's table; any other exception is a bug and passes through as it is.
+    """
+    for attempt in range(attempts):
+        try:
+            return operation()
+        except (boto.ClientError, boto.BotoCoreError, *_TRANSIENT_ERRORS) as error:
+            permanent = _permanent(error, what)
+            if permanent is not None:
+                raise permanent from error
+            reason = _one_line(error)
+            if attempt + 1 == attempts:
+                raise Unreachable(
+                    f"{what}: given up after {attempts} attempts, the last with {reason}; "
+                    "check the network, AWS_ENDPOINT_URL and the store's load"
+                ) from error
+            pause = rng() * min(max_seconds, base_seconds * 2**attempt)
+            logger.debug("%s: %s; attempt %d of %d in %.2f s", what, reason, attempt + 2, attempts, pause)
+            sleep(pause)
+    raise ValueError(f"attempts={attempts} must be at least 1")
+
+
+def _permanent(error: Exception, what: str) -> DataError | None:
+    """The error to raise instead of `error`, or None when trying again may help."""
+    if isinstance(error, boto.ClientError):
+        return _permanent_answer(error, what)
+    if isinstance(error, _TRANSIENT_ERRORS):
+        return None
+    if isinstance(error, _CREDENTIAL_ERRORS):
+        return DataError(f"{what}: no usable AWS credentials ({_one_line(error)}); {SET_CREDENTIALS}")
+    return DataError(f"{what}: {_one_line(error)}")
+
+
+def _permanent_answer(error: Any, what: str) -> DataError | None:
+    """The same for an answer of the store: its HTTP status and its error code decide."""
+    code = str(error.response.get("Error", {}).get("Code", "unknown"))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
+        return None
+    if code in _MISSING_CODES and error.operation_name == "HeadBucket":
+        code = "NoSuchBucket"
+    if code in _MISSING_CODES:
+        return MissingObject(f"{what}: there is no such object ({code})")
+    if code in _REMEDIES:
+        remedy = _REMEDIES[code]
+    elif status in (401, 403):
+        remedy = _FORBIDDEN
+    else:
+        remedy = "check the path and AWS_ENDPOINT_URL"
+    message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())
+    return DataError(f"{what}: {code} (HTTP {status}){': ' + message if message else ''}; {remedy}")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,152 @@
+"""Parquet shards as sources of images: what their footers say, and one row group at a time.
+
+Stands between storage and the manifest (footers, read once) and the source (row groups, read as they are
+needed). A shard on S3 is read in ranged GETs through our own client, so it obeys the same retries and raises
+the same errors as any object. Decodes no image; no Ray here.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from models.settings import ConfigError, DataError
+from pipeline.s3 import ObjectFile, is_s3, split_s3_uri
+from pipeline.storage import MissingObject
+
+
+class RowGroup(NamedTuple):
+    """One row group as the footer describes it; `num_bytes` counts the wanted columns, uncompressed."""
+
+    row_group: int
+    num_rows: int
+    num_bytes: int
+
+
+class CorruptShard(DataError):  # noqa: N818
+    """The object is not Parquet, or no longer is what its footer says."""
+
+
+def list_row_groups(
+    uri: str, num_bytes: int, *, image_column: str, other_columns: Sequence[str], attempts: int = 5
+) -> list[RowGroup]:
+    """The row groups of one shard that hold rows, from its footer: one ranged GET on S3.
+
+    ConfigError when a column is missing or `image_column` holds no bytes, naming shard, column and what is
+    there; CorruptShard when the object is no Parquet file.
+    """
+    with _open_shard(uri, num_bytes, attempts) as shard:
+        metadata, schema = shard.metadata, shard.schema_arrow
+    for column in (image_column, *other_columns):
+        if column not in schema.names:
+            raise ConfigError(
+                f"{uri} has no column {column!r}; it has {', '.join(map(repr, schema.names)) or 'none'}; "
+                "set data.image_column, data.key_column and data.label_column to names among these"
+            )
+    if not _holds_bytes(schema.field(image_column).type):
+        raise ConfigError(
+            f"data.image_column={image_column!r} of {uri} holds {schema.field(image_column).type}; "
+            "it must hold the encoded image as binary, or as a struct with a binary field 'bytes'"
+        )
+    for column in other_columns:
+        if pa.types.is_nested(schema.field(column).type):
+            raise ConfigError(
+                f"column {column!r} of {uri} holds {schema.field(column).type}; a key or label is one value"
+            )
+    wanted = {image_column, *other_columns}
+    groups = []
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        columns = [group.column(c) for c in range(group.num_columns)]
+        sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted]
+        if group.num_rows:
+            groups.append(RowGroup(index, group.num_rows, sum(sizes)))
+    return groups
+
+
+def read_row_group(
+    uri: str,
+    num_bytes: int,
+    group: int,
+    *,
+    image_column: str,
+    other_columns: Sequence[str],
+    attempts: int = 5,
+) -> pa.Table:
+    """The wanted columns of one row group: `image_column` as plain (large) binary, the others as text.
+
+    MissingObject, Unreachable or DataError from the store; CorruptShard when the bytes cannot be parsed.
+    """
+    with _open_shard(uri, num_bytes, attempts) as shard:
+        table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
+        images = table[image_column]
+        if pa.types.is_struct(images.type):
+            images = pc.struct_field(images, "bytes")
+        texts = {column: table[column].cast(pa.string()) for column in other_columns}
+        return pa.table({image_column: images, **texts})
+
+
+class RowGroupCache:
+    """The row groups used last: what fits in `max_bytes`, but always the latest. Safe for many threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """What is held now."""
+        with self._lock:
+            return sum(table.nbytes for table in self._tables.values())
+
+    def get(self, group: int) -> pa.Table | None:
+        """The table of a row group, which thereby becomes the latest used; None when it is not held."""
+        with self._lock:
+            if group in self._tables:
+                self._tables.move_to_end(group)
+            return self._tables.get(group)
+
+    def put(self, group: int, table: pa.Table) -> None:
+        """Hold a table and let go of those unused for longest."""
+        with self._lock:
+            self._tables[group] = table
+            self._tables.move_to_end(group)
+            num_bytes = sum(held.nbytes for held in self._tables.values())
+            while num_bytes > self._max_bytes and len(self._tables) > 1:
+                _, dropped = self._tables.popitem(last=False)
+                num_bytes -= dropped.nbytes
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Binary itself, or the {bytes, path} struct that image data sets on the Hugging Face Hub use."""
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_bytes(kind.field(index).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+@contextmanager
+def _open_shard(uri: str, num_bytes: int, attempts: int) -> Iterator[pq.ParquetFile]:
+    try:
+        if is_s3(uri):
+            source = ObjectFile(*split_s3_uri(uri), num_bytes, attempts=attempts)
+        else:
+            source = pa.OSFile(uri)
+        # pre_buffer joins the column chunks of a row group into few large reads.
+        with source, pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as shard:
+            yield shard
+    except FileNotFoundError as error:
+        raise MissingObject(f"{uri}: there is no such file") from error
+    except PermissionError as error:
+        raise DataError(f"{uri}: {error}; check the file's permissions") from error
+    except (pa.ArrowException, OSError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise CorruptShard(
+            f"{uri} is not a readable Parquet file: {reason}; write it again or remove it"
+        ) from error

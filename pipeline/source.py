@@ -1,0 +1,253 @@
+"""Bytes of images by index: the manifest says where each one is, this fetches many at once.
+
+Stands between the manifest and the decoder, inside every augmentation actor. One bad image is a status in
+its place, never an exception, so positions stay what they are; storage that is closed to us ends the run at
+once. Delivers encoded bytes and knows nothing of decoding, of order, or of Ray.
+"""
+
+import os
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from enum import IntEnum
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from models.settings import DataError
+from pipeline.manifest import DataConfig, Manifest
+from pipeline.s3 import is_s3, read_object, s3_client, split_s3_uri
+from pipeline.shards import CorruptShard, RowGroupCache, read_row_group
+from pipeline.storage import MissingObject, ObjectTooLarge, Unreachable
+
+__all__ = ["DataConfig", "Fetched", "Source", "Status"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Status(IntEnum):
+    """What became of one image; the first five values are the same everywhere in a run."""
+
+    OK = 0
+    MISSING = 1
+    CORRUPT = 2
+    UNREACHABLE = 3
+    TOO_LARGE = 4
+
+
+class Fetched(NamedTuple):
+    """One image as it was fetched: `data` is None, and `reason` says why, unless `status` is OK."""
+
+    key: str
+    data: bytes | None
+    label: str | None
+    status: Status
+    reason: str
+
+
+class Source:
+    """The images of a manifest by index in [0, num_images).
+
+    Pickles as its config and manifest: threads, connections and cached rows stay in the process.
+    """
+
+    def __init__(self, config: DataConfig, manifest: Manifest) -> None:
+        self.config = config
+        self.manifest = manifest
+        self._pool = ThreadPoolExecutor(
+            config.fetch_concurrency, "fetch"
+        )  # starts no thread before its first task
+        reader = _Rows if manifest.kind == "parquet" else _Objects
+        self._reader: _Rows | _Objects = reader(config, manifest)
+
+    def __reduce__(self) -> tuple[type["Source"], tuple[DataConfig, Manifest]]:
+        return Source, (self.config, self.manifest)
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are."""
+        return self._reader.num_images
+
+    def key(self, index: int) -> str:
+        """The name of an image without reading it: the object's key, or `shard#row` for Parquet.
+
+        With a `key_column`, `Fetched.key` is the column's value instead, which only reading can tell.
+        """
+        return self._reader.key(index)
+
+    def fetch(self, indices: Sequence[int]) -> list[Fetched]:
+        """The images at `indices`, in that order, with up to `fetch_concurrency` requests in flight.
+
+        An image that is missing, empty, too large or unreachable after all attempts comes back with its
+        status. DataError, at once and naming the object, when storage refuses us or the bucket is gone.
+        """
+        if is_s3(self.manifest.root):
+            s3_client()  # made here, once, rather than by all threads together
+        return self._reader.fetch([int(index) for index in indices], self._all)
+
+    def _all(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work` on every item in parallel; the first exception is raised and what has not begun dropped."""
+        futures = [self._pool.submit(work, item) for item in items]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+class _Objects:
+    """One image per object or file."""
+
+    def __init__(self, config: DataConfig, manifest: Manifest) -> None:
+        self._config = config
+        self._manifest = manifest
+        self._keys, self._sizes, self._labels = (manifest.table[name] for name in ("key", "size", "label"))
+        self.num_images = manifest.num_images
+        self._read = self._read_s3 if is_s3(manifest.root) else self._read_file
+
+    def key(self, index: int) -> str:
+        return str(self._keys[_checked(index, self.num_images)].as_py())
+
+    def fetch(self, indices: Sequence[int], run_all: Any) -> list[Fetched]:
+        fetched: list[Fetched] = run_all(self._one, indices)
+        return fetched
+
+    def _one(self, index: int) -> Fetched:
+        key, label, limit = self.key(index), self._labels[index].as_py(), self._config.max_object_bytes
+        if self._sizes[index].as_py() > limit:
+            reason = f"{self._sizes[index].as_py()} bytes, more than data.max_object_bytes={limit}"
+            return Fetched(key, None, label, Status.TOO_LARGE, reason)
+        try:
+            data = self._read(key, limit)
+        except tuple(_BAD_IMAGE) as error:
+            return Fetched(key, None, label, _BAD_IMAGE[type(error)], str(error))
+        return _whole(key, data, label, limit)
+
+    def _read_s3(self, key: str, limit: int) -> bytes:
+        bucket, _ = split_s3_uri(self._manifest.root)
+        return read_object(bucket, key, max_bytes=limit, attempts=self._config.fetch_attempts)
+
+    def _read_file(self, key: str, limit: int) -> bytes:
+        path = self._manifest.uri(key)
+        if posixpath.isabs(key) or ".." in key.split("/"):
+            raise MissingObject(f"{key!r} leads out of {self._manifest.root}")
+        try:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size > limit:
+                    raise ObjectTooLarge(f"{path} grew to more than data.max_object_bytes={limit}")
+                return file.read()
+        except OSError as error:
+            raise MissingObject(f"{path}: {error.strerror or error}") from error
+
+
+class _Rows:
+    """One image per row of Parquet shards, read by whole row groups, the latest of which are kept."""
+
+    def __init__(self, config: DataConfig, manifest: Manifest) -> None:
+        self._config = config
+        self._manifest = manifest
+        self._groups = manifest.table.to_pylist()
+        self._ends = np.cumsum([group["num_rows"] for group in self._groups])
+        self.num_images = int(self._ends[-1])
+        shards = np.array([group["key"] for group in self._groups])
+        first_of_shard = np.r_[True, shards[1:] != shards[:-1]]
+        starts = np.r_[0, self._ends[:-1]]
+        self._shard_starts = np.maximum.accumulate(np.where(first_of_shard, starts, 0))
+        self._cache = RowGroupCache(config.row_group_cache_bytes)
+
+    def key(self, index: int) -> str:
+        return self._name(index, self._group_of(index))
+
+    def fetch(self, indices: Sequence[int], run_all: Any) -> list[Fetched]:
+        places = [(index, self._group_of(index)) for index in indices]
+        fetched: dict[int, Fetched] = {}
+        for wave in self._waves(group for _, group in places):
+            tables = dict(zip(wave, run_all(self._table, wave), strict=True))
+            fetched |= {
+                index: self._row(index, group, tables[group]) for index, group in places if group in tables
+            }
+        return [fetched[index] for index in indices]
+
+    def _waves(self, groups: Iterable[int]) -> Iterator[list[int]]:
+        """The distinct groups in portions that the cache could hold, so that memory stays near twice that."""
+        wave: list[int] = []
+        num_bytes = 0
+        for group in dict.fromkeys(groups):
+            num_bytes += self._groups[group]["num_bytes"]
+            if wave and num_bytes > self._config.row_group_cache_bytes:
+                yield wave
+                wave, num_bytes = [], self._groups[group]["num_bytes"]
+            wave.append(group)
+        if wave:
+            yield wave
+
+    def _table(self, group: int) -> pa.Table | DataError:
+        """The rows of a group, from the cache or the shard, or the error that all its images share."""
+        table = self._cache.get(group)
+        if table is not None:
+            return table
+        about = self._groups[group]
+        columns = (self._config.key_column, self._config.label_column)
+        try:
+            table = read_row_group(
+                self._manifest.uri(about["key"]),
+                about["size"],
+                about["row_group"],
+                image_column=self._config.image_column,
+                other_columns=[column for column in columns if column is not None],
+                attempts=self._config.fetch_attempts,
+            )
+        except tuple(_BAD_IMAGE) as error:
+            return error
+        if table.num_rows != about["num_rows"]:
+            return CorruptShard(f"{about['key']} changed after it was listed")
+        self._cache.put(group, table)
+        return table
+
+    def _row(self, index: int, group: int, table: pa.Table | DataError) -> Fetched:
+        name = self._name(index, group)
+        if isinstance(table, DataError):
+            return Fetched(name, None, None, _BAD_IMAGE[type(table)], str(table))
+        row = index - (int(self._ends[group]) - self._groups[group]["num_rows"])
+        key, label = (
+            table[column][row].as_py() if column is not None else None
+            for column in (self._config.key_column, self._config.label_column)
+        )
+        data = table[self._config.image_column][row].as_py()
+        return _whole(name if key is None else key, data, label, self._config.max_object_bytes)
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, _checked(index, self.num_images), side="right"))
+
+    def _name(self, index: int, group: int) -> str:
+        return f"{self._groups[group]['key']}#{index - int(self._shard_starts[group])}"
+
+
+_BAD_IMAGE: dict[type[DataError], Status] = {
+    MissingObject: Status.MISSING,
+    Unreachable: Status.UNREACHABLE,
+    ObjectTooLarge: Status.TOO_LARGE,
+    CorruptShard: Status.CORRUPT,
+}
+
+
+def _whole(key: str, data: bytes | None, label: str | None, limit: int) -> Fetched:
+    """An image that was read: good unless there is nothing in it or too much."""
+    if not data:
+        return Fetched(key, None, label, Status.CORRUPT, "null" if data is None else "0 bytes")
+    if len(data) > limit:
+        reason = f"{len(data)} bytes, more than data.max_object_bytes={limit}"
+        return Fetched(key, None, label, Status.TOO_LARGE, reason)
+    return Fetched(key, data, label, Status.OK, "")
+
+
+def _checked(index: int, num_images: int) -> int:
+    """`index` itself: negative ones must not count from the end here."""
+    if not 0 <= index < num_images:
+        raise IndexError(f"image {index} of {num_images}")
+    return index
