@@ -4,6 +4,7 @@ Each section is declared beside the thing that it configures; they meet here and
 """
 
 import argparse
+import copy
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,7 +59,9 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--recipe", default=None, help="named starting point (default: demo)")
         self.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
         self.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
-        self.add_argument("--json-schema", action="store_true", help="print the JSON Schema of the config and exit")
+        self.add_argument(
+            "--json-schema", action="store_true", help="print the JSON Schema of the config and exit"
+        )
         self.add_argument(
             "--resume", action="store_true", help="continue the run of this name even with another config"
         )
@@ -67,22 +70,31 @@ class Arguments(argparse.ArgumentParser):
 
 def load_config(recipe: str | None, file: Path | None, overrides: Sequence[str]) -> Config:
     """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake."""
-    tree = _read_yaml(file) if file else {}
+    tree = apply_overrides(_read_yaml(file) if file else {}, overrides)
+    name = recipe or tree.get("recipe") or "demo"
+    if name not in RECIPES:
+        raise ConfigError(
+            f"recipe={name!r} is unknown{_did_you_mean(str(name), RECIPES)}; one of {', '.join(RECIPES)}"
+        )
+    merged: dict[str, Any] = {"name": name, **RECIPES[name](), "recipe": name}
+    tree.pop("recipe", None)
+    _merge(merged, tree)
+    return validate(merged)
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `tree` with `section.key=value` overrides merged in, values read as YAML; not validated."""
+    merged: dict[str, Any] = {}
+    _merge(merged, tree)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not all(key.split(".")):
             raise ConfigError(f"override {override!r} must look like section.key=value")
         try:
-            _merge(tree, _nest(key.split("."), yaml.safe_load(value)))
+            _merge(merged, _nest(key.split("."), yaml.safe_load(value)))
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: value is not YAML ({_first_line(error)})") from error
-    name = recipe or tree.get("recipe") or "demo"
-    if name not in RECIPES:
-        raise ConfigError(f"recipe={name!r} is unknown{_did_you_mean(str(name), RECIPES)}; one of {', '.join(RECIPES)}")
-    merged: dict[str, Any] = {"name": name, **RECIPES[name](), "recipe": name}
-    tree.pop("recipe", None)
-    _merge(merged, tree)
-    return validate(merged)
+    return merged
 
 
 def validate(tree: Mapping[str, Any]) -> Config:
@@ -126,7 +138,7 @@ def _merge(into: dict[str, Any], tree: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
+            into[key] = copy.deepcopy(value)
 
 
 def _explain(error: Any) -> str:

@@ -40,7 +40,9 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     needed = ceil(train_cpus + least * resources.cpus_per_augment_actor) + 1
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if local:
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **options)
+        ray.init(
+            address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **options
+        )
     else:
         ray.init(**options)
     have = ray.cluster_resources()
@@ -60,5 +62,3 @@ def _range(actors: "int | tuple[int, int] | str", *, default: tuple[int, int]) -
     if isinstance(actors, int):
         return actors, actors
     return actors if isinstance(actors, tuple) else default
-
-

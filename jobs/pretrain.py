@@ -28,7 +28,8 @@ from pipeline.crops import crop_rng, describe_crops, multi_crop
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
 from pipeline.demo_images import demo_folder, write_demo_images
-from pipeline.manifest import DataConfig, load_or_build
+from pipeline.features import labelled_sources
+from pipeline.manifest import load_or_build
 from pipeline.order import Order
 from pipeline.source import Source
 from pipeline.storage import Directory
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     if Path(config.data.path).is_relative_to(demo_folder()):
         console.print(f"demo images: {write_demo_images(demo_folder())} in {demo_folder()}", soft_wrap=True)
     source = Source(config.data, load_or_build(config.data, run))
-    eval_sources = _eval_sources(config, run)
+    labelled = labelled_sources(config.data, config.eval, run)
     order = Order(
         source.num_images,
         seed=config.train.seed,
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    _train(config, run, source, eval_sources, order, console, verbose=arguments.verbose)
+    _train(config, run, source, labelled, order, console, verbose=arguments.verbose)
     _write_result(run)
     _print_result(console, run)
 
@@ -97,26 +98,6 @@ def _is_finished(run: Directory, config: Config, *, resume: bool) -> bool:
             f"{'; ...' if len(changed) > 3 else ''}): choose another name=..., or pass --resume to continue it so"
         )
     return run.exists("result.json") and not changed
-
-
-def _eval_sources(config: Config, run: Directory) -> tuple[Source, Source] | None:
-    if config.eval.val_path is None:
-        return None
-    return (
-        eval_source(config, config.eval.train_path or config.data.path, run, "manifest_eval_train.parquet"),
-        eval_source(config, config.eval.val_path, run, "manifest_eval_val.parquet"),
-    )
-
-
-def eval_source(config: Config, path: str, run: Directory, name: str) -> Source:
-    """A labelled source with the columns of `data`, at another path."""
-    data = DataConfig.model_validate(config.data.model_dump() | {"path": path})
-    if data.label_column is None and not data.label_from_parent:
-        raise ConfigError(
-            "eval.val_path needs labels: set data.label_column (Parquet) or data.label_from_parent=true "
-            "(one folder per class), or unset eval.val_path"
-        )
-    return Source(data, load_or_build(data, run, name))
 
 
 def _window_groups(source: Source) -> int:
@@ -165,7 +146,7 @@ def _train(
     config: Config,
     run: Directory,
     source: Source,
-    eval_sources: tuple[Source, Source] | None,
+    labelled: tuple[Source, Source] | None,
     order: Order,
     console: Console,
     *,
@@ -190,7 +171,7 @@ def _train(
             checkpoint=config.checkpoint,
             log=config.log,
             eval=config.eval,
-            eval_sources=(ray.put(eval_sources[0]), ray.put(eval_sources[1])) if eval_sources else None,
+            eval_sources=(ray.put(labelled[0]), ray.put(labelled[1])) if labelled else None,
             num_images=source.num_images,
             max_bad_fraction=config.data.max_bad_fraction,
             prefetch_batches=config.resources.prefetch_batches,
@@ -214,7 +195,7 @@ def _train(
                     if outcome:
                         break
                 elif event.kind == "fatal":
-                    raise _Fatal(event.facts["message"], event.facts["exit_code"])
+                    raise _WorkerError(event.facts["message"], event.facts["exit_code"])
                 elif event.kind == "step":
                     display.step(event.facts)
                 elif event.kind == "eval":
@@ -227,7 +208,7 @@ def _train(
         ray.shutdown()
 
 
-class _Fatal(DinorayError):
+class _WorkerError(DinorayError):
     """An error that a worker reported, with the exit code that it had there."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -265,7 +246,9 @@ def _print_result(console: Console, run: Directory) -> None:
         f"metrics           {run.join('metrics.jsonl')} and tensorboard --logdir {run.join('tensorboard')}",
     ]
     if result["last"]["bad_images"]:
-        lines.append(f"unusable images   {result['last']['bad_images']}, named in {run.join('quarantine.jsonl')}")
+        lines.append(
+            f"unusable images   {result['last']['bad_images']}, named in {run.join('quarantine.jsonl')}"
+        )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 

@@ -31,7 +31,12 @@ def demo() -> Tree:
         },
         "head": {"out_dim": 1024, "hidden_dim": 512, "bottleneck_dim": 128},
         "teacher": {"teacher_momentum": 0.99},
-        "optim": {"base_lr": 2e-3, "warmup_epochs": 1, "final_weight_decay": 0.04, "freeze_last_layer_epochs": 0},
+        "optim": {
+            "base_lr": 2e-3,
+            "warmup_epochs": 1,
+            "final_weight_decay": 0.04,
+            "freeze_last_layer_epochs": 0,
+        },
         "train": {"epochs": 10, "global_batch_size": 64},
         "checkpoint": {"every_steps": 100},
         "log": {"every_steps": 5},
@@ -52,7 +57,12 @@ def photos_small() -> Tree:
         "backbone": {"name": "vit_tiny_patch16_224", "drop_path_rate": 0.0},
         "head": {"out_dim": 1024, "hidden_dim": 512, "bottleneck_dim": 128},
         "teacher": {"teacher_momentum": 0.99},
-        "optim": {"base_lr": 1e-3, "warmup_epochs": 2, "final_weight_decay": 0.04, "freeze_last_layer_epochs": 0},
+        "optim": {
+            "base_lr": 1e-3,
+            "warmup_epochs": 2,
+            "final_weight_decay": 0.04,
+            "freeze_last_layer_epochs": 0,
+        },
         "train": {"epochs": 20, "global_batch_size": 64},
         "checkpoint": {"every_steps": 100},
     }

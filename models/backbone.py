@@ -21,11 +21,13 @@ class BackboneConfig(Settings):
     """Any name that `timm.list_models()` knows."""
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the student, linear from 0 to this rate over the blocks; the teacher has none."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for `timm.create_model`, e.g. `{patch_size: 8}`."""
 
 
-def build_backbone(config: BackboneConfig, *, crop_sizes: tuple[int, ...], drop_path_rate: float) -> nn.Module:
+def build_backbone(
+    config: BackboneConfig, *, crop_sizes: tuple[int, ...], drop_path_rate: float
+) -> nn.Module:
     """Create the timm model without a classifier, able to take square crops of every size in `crop_sizes`.
 
     `crop_sizes[0]` (the global crops') sets the native grid of learned position embeddings; other sizes
@@ -49,9 +51,13 @@ def build_backbone(config: BackboneConfig, *, crop_sizes: tuple[int, ...], drop_
         except TypeError as failure:
             error = failure
         except (RuntimeError, ValueError, AssertionError) as failure:
-            raise ConfigError(f"backbone.name={config.name} cannot be built: {_one_line(failure)}") from failure
+            raise ConfigError(
+                f"backbone.name={config.name} cannot be built: {_one_line(failure)}"
+            ) from failure
     else:
-        raise ConfigError(f"backbone.kwargs={config.kwargs} do not fit {config.name}: {_one_line(error)}") from error
+        raise ConfigError(
+            f"backbone.kwargs={config.kwargs} do not fit {config.name}: {_one_line(error)}"
+        ) from error
     _check_sizes(model, config.name, crop_sizes)
     return model
 
@@ -80,7 +86,9 @@ def _check_sizes(model: nn.Module, name: str, crop_sizes: tuple[int, ...]) -> No
                     "choose a crop size that the patch size divides, or a model with dynamic image size"
                 ) from failure
             if len(shape) != 2:
-                raise ConfigError(f"backbone.name={name} returns features of shape {tuple(shape)}, not [B, D]")
+                raise ConfigError(
+                    f"backbone.name={name} returns features of shape {tuple(shape)}, not [B, D]"
+                )
     finally:
         model.train(was_training)
 

@@ -55,9 +55,7 @@ class DINO(nn.Module):
 
     center: Tensor
 
-    def __init__(
-        self, backbone: BackboneConfig, head: HeadConfig, *, crop_sizes: tuple[int, ...]
-    ) -> None:
+    def __init__(self, backbone: BackboneConfig, head: HeadConfig, *, crop_sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.student = _network(backbone, head, crop_sizes, backbone.drop_path_rate)
         self.teacher = _network(backbone, head, crop_sizes, 0.0)

@@ -3,6 +3,8 @@
 MLP -> L2-normalised bottleneck -> weight-normed linear layer without bias (DINO, arXiv 2104.14294, appendix C).
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -50,7 +52,7 @@ class DINOHead(nn.Module):
         super().__init__()
         widths = [in_dim] + [config.hidden_dim] * (config.num_layers - 1) + [config.bottleneck_dim]
         layers: list[nn.Module] = []
-        for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
             if i > 0:
                 if config.use_bn:
                     layers.append(nn.BatchNorm1d(n_in))

@@ -24,15 +24,17 @@ pickled objects.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from models.backbone import build_backbone
 from models.settings import ConfigError, DataError, Settings
 from pipeline.storage import Directory, MissingObject
-from pipeline.training import DINOConfig, TrainState, build_state
+from pipeline.training import DINOConfig, TrainState
 
 FORMAT = 1
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -80,24 +82,43 @@ def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
         state.dino.student.load_state_dict(load_file(folder / "student.safetensors"))
         state.dino.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
         train_state = torch.load(folder / "train_state.pt", weights_only=True, map_location=state.device)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"checkpoint {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"checkpoint {folder} cannot be loaded: {_one_line(error)}") from error
     state.optimizer.load_state_dict(train_state["optimizer"])
     state.dino.center.copy_(train_state["center"])
     state.step = meta["step"]
     return meta
 
 
-def load_teacher(folder: Path, *, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, DINOConfig, dict]:
-    """The teacher's backbone in eval mode, with the config and meta data of its checkpoint."""
-    meta = read_meta(folder)
-    config = DINOConfig.model_validate(meta["config"])
-    state = build_state(config, num_images=meta["num_images"], device=device)
+class Teacher(NamedTuple):
+    """What a checkpoint says of its teacher: picklable, enough to rebuild the backbone anywhere."""
+
+    config: DINOConfig
+    weights: dict[str, torch.Tensor]
+
+    def backbone(self, device: torch.device | str = "cpu") -> torch.nn.Module:
+        """The teacher's backbone in eval mode: float [n, 3, H, W] -> [n, D]."""
+        crops = self.config.crops
+        backbone = build_backbone(
+            self.config.backbone,
+            crop_sizes=(crops.global_crop_size, crops.local_crop_size),
+            drop_path_rate=0.0,
+        )
+        backbone.load_state_dict(self.weights)
+        return backbone.to(device).eval()
+
+
+def read_teacher(folder: Path) -> Teacher:
+    """The teacher's backbone of the checkpoint in `folder`."""
+    prefix = "backbone."
     try:
-        state.dino.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"checkpoint {folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    return state.dino.teacher.backbone.eval(), config, meta
+        weights = load_file(folder / "teacher.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"checkpoint {folder} cannot be loaded: {_one_line(error)}") from error
+    return Teacher(
+        DINOConfig.model_validate(read_meta(folder)["config"]),
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
+    )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -146,3 +167,7 @@ def pick_checkpoint(run: Directory, step: int | None = None) -> str:
 
 def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

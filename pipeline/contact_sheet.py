@@ -8,6 +8,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -102,8 +103,9 @@ def _draw_text(
         return f"{text[: kept // 2]}...{text[len(text) - (kept - kept // 2) :]}"
 
     if draw.textlength(text, font=font) > width:
-        lengths = range(len(text))
-        fitting = bisect_right(lengths, width, key=lambda kept: draw.textlength(shortened(kept), font=font))
+        fitting = bisect_right(
+            range(len(text)), width, key=lambda kept: ceil(draw.textlength(shortened(kept), font=font))
+        )
         text = shortened(max(0, fitting - 1))
     draw.text(corner, text, font=font, fill=colour)
 

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
 
 from models.settings import DataError, DinorayError
+from pipeline.checkpoint import Teacher
 from pipeline.crops import CropsConfig, crop_bytes, crop_rng, limit_threads, multi_crop
 from pipeline.decode import BadImage, decode
+from pipeline.features import EvalConfig, Features, embed_source, merge
 from pipeline.layout import Layout
 from pipeline.order import Order
 from pipeline.source import Fetched, Source, Status
@@ -63,8 +65,10 @@ def crop_rows(source: Source, plan: StreamPlan, positions: NDArray[np.int64]) ->
     """
     c, n = plan.crops, len(positions)
     epochs, images = plan.order.locate(positions)
-    columns = {
-        "global_crops": np.empty((n, c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8),
+    columns: dict[str, NDArray[Any]] = {
+        "global_crops": np.empty(
+            (n, c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8
+        ),
         "local_crops": np.empty((n, c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8),
         "position": positions,
         "status": np.zeros(n, np.int8),
@@ -120,7 +124,9 @@ def legs(layout: Layout) -> Iterator[Layout]:
         yield replace(layout, first_step=first, last_step=min(first + steps, layout.last_step))
 
 
-def batches(split: DataIterator, layout: Layout, *, rank: int, prefetch_batches: int) -> Iterator[dict[str, Any]]:
+def batches(
+    split: DataIterator, layout: Layout, *, rank: int, prefetch_batches: int
+) -> Iterator[dict[str, Any]]:
     """One batch of columns per step for `rank`, as read-only numpy views of the object store.
 
     Raises DinorayError when a batch is not the one that its step calls for: an image lost or repeated on the
@@ -152,3 +158,62 @@ def _decoded(fetched: Fetched, source: Source) -> tuple[NDArray[np.uint8] | None
         return decode(fetched.data, max_pixels=source.config.max_pixels), Status.OK, ""
     except BadImage as error:
         return None, Status.CORRUPT, error.reason
+
+
+class EmbedActor:
+    """Image indices in, features of a frozen teacher out."""
+
+    def __init__(
+        self,
+        teacher: "ray.ObjectRef[Teacher]",
+        source: "ray.ObjectRef[Source]",
+        config: EvalConfig,
+        device: str,
+        precision: str,
+    ) -> None:
+        self._teacher: Teacher = ray.get(teacher)
+        self._source: Source = ray.get(source)
+        self._backbone = self._teacher.backbone(device)
+        self._config, self._precision = config, precision
+
+    def __call__(self, rows: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
+        found = embed_source(
+            self._backbone,
+            self._source,
+            rows["index"],
+            self._teacher.config.crops,
+            self._config,
+            precision=self._precision,
+        )
+        return {"features": found.features, "label": np.array(found.labels, dtype=object)}
+
+
+def embed_images(
+    teacher: "ray.ObjectRef[Teacher]",
+    source: Source,
+    indices: NDArray[np.int64],
+    config: EvalConfig,
+    *,
+    actors: int,
+    use_gpu: bool,
+    precision: str,
+) -> Features:
+    """Features and labels of the images at `indices`, embedded by up to `actors` actors (one GPU each, if any)."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    rows = ray.data.from_numpy(indices).rename_columns({"data": "index"})
+    embedded = rows.map_batches(
+        EmbedActor,
+        batch_size=config.batch_size,
+        fn_constructor_args=(teacher, ray.put(source), config, "cuda" if use_gpu else "cpu", precision),
+        compute=ActorPoolStrategy(min_size=1, max_size=actors),
+        num_cpus=1,
+        num_gpus=1 if use_gpu else 0,
+    )
+    parts = [
+        Features(batch["features"], batch["label"].tolist(), 0)
+        for batch in embedded.iter_batches(batch_size=None, batch_format="numpy")
+    ]
+    whole = merge(parts)
+    return whole._replace(num_bad=len(indices) - len(whole.labels))

@@ -44,7 +44,9 @@ def write_demo_images(folder: Path) -> int:
         for label in PATTERNS:
             (partial / split / label).mkdir(parents=True)
             for i in range(count):
-                (partial / split / label / f"{label}-{i:04d}.jpg").write_bytes(draw_demo_image(label, split, i))
+                (partial / split / label / f"{label}-{i:04d}.jpg").write_bytes(
+                    draw_demo_image(label, split, i)
+                )
     try:
         partial.rename(folder)
     except OSError:
@@ -59,7 +61,7 @@ def draw_demo_image(label: str, split: str, index: int) -> bytes:
     rng = np.random.default_rng([VERSION, list(PATTERNS).index(label), ("train", "val").index(split), index])
     mask = np.zeros((_CANVAS, _CANVAS), np.uint8)
     PATTERNS[label](mask, rng)
-    turn = cv2.getRotationMatrix2D((_CANVAS / 2, _CANVAS / 2), rng.uniform(0, 360), rng.uniform(0.75, 1.1))
+    turn = cv2.getRotationMatrix2D((_CANVAS / 2, _CANVAS / 2), rng.uniform(-12, 12), rng.uniform(0.8, 1.0))
     turn[:, 2] += (_SIDE - _CANVAS) / 2
     mask = cv2.warpAffine(mask, turn, (_SIDE, _SIDE), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
     alpha = (mask.astype(np.float32) / 255)[..., None]

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from models.settings import ConfigError, DataError, Settings
 from pipeline.crops import CropsConfig
 from pipeline.decode import BadImage, decode, eval_crop
+from pipeline.manifest import DataConfig, build_manifest, load_or_build
 from pipeline.order import permute
 from pipeline.source import Source, Status
+from pipeline.storage import Directory
 from pipeline.training import autocast, pixels
 
 
@@ -57,6 +59,31 @@ class Features(NamedTuple):
     num_bad: int
 
 
+def labelled_sources(
+    data: DataConfig, config: EvalConfig, run: Directory | None = None
+) -> tuple[Source, Source] | None:
+    """Sources of voters and of classified images, read like `data`; None without `eval.val_path`.
+
+    Their manifests are kept in the run directory, if one is given. ConfigError when nothing says where labels are.
+    """
+    if config.val_path is None:
+        return None
+    if data.label_column is None and not data.label_from_parent:
+        raise ConfigError(
+            "eval.val_path needs labels: set data.label_column (Parquet) or data.label_from_parent=true "
+            "(one folder per class), or unset eval.val_path"
+        )
+
+    def source(path: str, name: str) -> Source:
+        at = DataConfig.model_validate(data.model_dump() | {"path": path})
+        return Source(at, load_or_build(at, run, name) if run else build_manifest(at))
+
+    return (
+        source(config.train_path or data.path, "manifest_eval_train.parquet"),
+        source(config.val_path, "manifest_eval_val.parquet"),
+    )
+
+
 def labelled_crops(
     source: Source, indices: Sequence[int], *, size: int, batch_size: int
 ) -> Iterator[tuple[NDArray[np.uint8], list[str], int]]:
@@ -65,7 +92,11 @@ def labelled_crops(
     def load(fetched: tuple) -> NDArray[np.uint8] | None:
         data = fetched[1]
         try:
-            return None if data is None else eval_crop(decode(data, max_pixels=source.config.max_pixels), size=size)
+            return (
+                None
+                if data is None
+                else eval_crop(decode(data, max_pixels=source.config.max_pixels), size=size)
+            )
         except BadImage:
             return None
 
@@ -74,18 +105,19 @@ def labelled_crops(
             fetched = source.fetch(indices[start : start + batch_size])
             unlabelled = [f.key for f in fetched if f.label is None and f.status == Status.OK]
             if unlabelled:
-                raise ConfigError(
-                    f"{source.config.path}: {unlabelled[0]} has no label; set data.label_column (Parquet) "
-                    "or data.label_from_parent=true (one folder per class), or unset eval.val_path"
+                raise DataError(
+                    f"{source.config.path}: {unlabelled[0]} has no label; every evaluated image needs one"
                 )
             crops = list(pool.map(load, fetched))
-            good = [i for i, crop in enumerate(crops) if crop is not None]
-            images = np.stack([crops[i] for i in good]) if good else np.empty((0, size, size, 3), np.uint8)
-            yield images, [str(fetched[i].label) for i in good], len(crops) - len(good)
+            good = [(crop, str(f.label)) for crop, f in zip(crops, fetched, strict=True) if crop is not None]
+            images = np.stack([crop for crop, _ in good]) if good else np.empty((0, size, size, 3), np.uint8)
+            yield images, [label for _, label in good], len(crops) - len(good)
 
 
 @torch.no_grad()
-def embed(backbone: nn.Module, images: NDArray[np.uint8], crops: CropsConfig, *, precision: str) -> NDArray[np.float32]:
+def embed(
+    backbone: nn.Module, images: NDArray[np.uint8], crops: CropsConfig, *, precision: str
+) -> NDArray[np.float32]:
     """Eval crops uint8 [n, S, S, 3] -> features float32 [n, D] of a backbone in eval mode."""
     device = next(backbone.parameters()).device
     if not len(images):
@@ -116,7 +148,9 @@ def embed_source(
     rows: list[NDArray[np.float32]] = []
     labels: list[str] = []
     num_bad = 0
-    for images, names, bad in labelled_crops(source, indices.tolist(), size=size, batch_size=config.batch_size):
+    for images, names, bad in labelled_crops(
+        source, indices.tolist(), size=size, batch_size=config.batch_size
+    ):
         rows.append(embed(backbone, images, crops, precision=precision))
         labels += names
         num_bad += bad

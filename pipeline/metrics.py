@@ -30,7 +30,9 @@ class LogConfig(Settings):
 class JsonLines:
     """A file of one JSON object per line that can be appended to, wherever it is kept."""
 
-    def __init__(self, run: Directory, name: str, *, keep: Callable[[dict[str, Any]], bool], staging: Path) -> None:
+    def __init__(
+        self, run: Directory, name: str, *, keep: Callable[[dict[str, Any]], bool], staging: Path
+    ) -> None:
         self._run, self._name, self._path = run, name, staging / name
         try:
             old = run.read(name).decode()

@@ -84,9 +84,7 @@ class Order:
         seed = _splitmix64(self._seed) ^ _splitmix64(~epoch)
         if self._group_sizes is None:
             return permute(ranks, size=self.num_images, seed=seed)
-        groups, row_ends, window_starts = _windows(
-            self._group_sizes.tobytes(), self._window_groups, seed
-        )
+        groups, row_ends, window_starts = _windows(self._group_sizes.tobytes(), self._window_groups, seed)
         windows = np.searchsorted(window_starts, ranks, side="right") - 1
         images = np.empty_like(ranks)
         for window in np.unique(windows):

@@ -39,6 +39,10 @@ class Unreachable(DataError):  # noqa: N818
     """Storage kept failing for as many attempts as we allow."""
 
 
+class ChangedObject(DataError):  # noqa: N818
+    """The object is not the one that was listed: its size is another."""
+
+
 class ObjectTooLarge(DataError):  # noqa: N818
     """The object is larger than the caller is willing to read."""
 
@@ -72,6 +76,7 @@ _CREDENTIAL_ERRORS = (
     boto.SSOError,
     boto.ProfileNotFound,
 )
+LIST_AGAIN = "remove the manifest to list the data again"
 SET_CREDENTIALS = "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role"
 _CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
 _CHECK_REGION = "set AWS_REGION to the bucket's region"
@@ -147,6 +152,8 @@ def _permanent_answer(error: Any, what: str) -> DataError | None:
         code = "NoSuchBucket"
     if code in _MISSING_CODES:
         return MissingObject(f"{what}: there is no such object ({code})")
+    if status == 416:  # a range of the size that was listed
+        return ChangedObject(f"{what}: its size changed after it was listed; {LIST_AGAIN}")
     if code in _REMEDIES:
         remedy = _REMEDIES[code]
     elif status in (401, 403):

@@ -18,7 +18,7 @@ import botocore.session
 from botocore.config import Config
 
 from models.settings import ConfigError, DataError
-from pipeline.retry import SET_CREDENTIALS, ObjectTooLarge, retrying
+from pipeline.retry import LIST_AGAIN, SET_CREDENTIALS, ChangedObject, ObjectTooLarge, retrying
 
 CONNECT_SECONDS = 5.0
 """How long a connection may take to open; then it counts as failed and is tried again."""
@@ -101,13 +101,14 @@ def read_object(
     key: str,
     *,
     byte_range: tuple[int, int] | None = None,
+    listed_bytes: int | None = None,
     max_bytes: int | None = None,
     attempts: int = 5,
 ) -> bytes:
     """The bytes of one object, or bytes [first, last] of it, both included; the whole GET is what is retried.
 
-    Raises MissingObject, Unreachable, DataError; ObjectTooLarge, with nothing read, when the store announces
-    more than `max_bytes`.
+    Raises MissingObject, Unreachable, DataError; with nothing read, ObjectTooLarge when the store announces
+    more than `max_bytes`, and ChangedObject when a range's object no longer has `listed_bytes` in all.
     """
     client = s3_client()
     uri = f"s3://{bucket}/{key}"
@@ -119,6 +120,9 @@ def read_object(
             length = response.get("ContentLength")
             if max_bytes is not None and length is not None and length > max_bytes:
                 raise ObjectTooLarge(f"{uri} holds {length} bytes, more than {max_bytes}")
+            total = response.get("ContentRange", "").rpartition("/")[2]
+            if listed_bytes is not None and total.isdigit() and int(total) != listed_bytes:
+                raise ChangedObject(f"{uri} has {total} bytes, not {listed_bytes} as listed; {LIST_AGAIN}")
             data: bytes = body.read()
         expected = byte_range[1] - byte_range[0] + 1 if byte_range else length
         if expected is not None and len(data) != expected:
@@ -173,7 +177,12 @@ class ObjectFile(io.RawIOBase):
         end = self._num_bytes if size is None or size < 0 else min(self._num_bytes, self._position + size)
         if end <= self._position:
             return b""
-        wanted = (self._position, end - 1)
-        data = read_object(self._bucket, self._key, byte_range=wanted, attempts=self._attempts)
+        data = read_object(
+            self._bucket,
+            self._key,
+            byte_range=(self._position, end - 1),
+            listed_bytes=self._num_bytes,
+            attempts=self._attempts,
+        )
         self._position = end
         return data

@@ -19,7 +19,7 @@ from models.settings import DataError
 from pipeline.manifest import DataConfig, Manifest
 from pipeline.s3 import is_s3, read_object, s3_client, split_s3_uri
 from pipeline.shards import CorruptShard, RowGroupCache, read_row_group
-from pipeline.storage import MissingObject, ObjectTooLarge, Unreachable
+from pipeline.storage import ChangedObject, MissingObject, ObjectTooLarge, Unreachable
 
 __all__ = ["DataConfig", "Fetched", "Source", "Status"]
 
@@ -232,6 +232,7 @@ _BAD_IMAGE: dict[type[DataError], Status] = {
     MissingObject: Status.MISSING,
     Unreachable: Status.UNREACHABLE,
     ObjectTooLarge: Status.TOO_LARGE,
+    ChangedObject: Status.CORRUPT,
     CorruptShard: Status.CORRUPT,
 }
 

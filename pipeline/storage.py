@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pyarrow.fs
 
 from models.settings import DataError
-from pipeline.retry import MissingObject, ObjectTooLarge, Unreachable, retrying
+from pipeline.retry import ChangedObject, MissingObject, ObjectTooLarge, Unreachable, retrying
 from pipeline.s3 import (
     CONNECT_SECONDS,
     READ_SECONDS,
@@ -29,6 +29,7 @@ from pipeline.s3 import (
 )
 
 __all__ = [
+    "ChangedObject",
     "Directory",
     "MissingObject",
     "ObjectTooLarge",

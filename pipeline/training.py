@@ -77,7 +77,9 @@ class Schedule:
         self._config = config
         self._num_images = num_images
         self.total_steps = max(1, math.floor(self._steps(config.train.epochs)))
-        self.warmup_steps = schedules.cap_warmup(round(self._steps(config.optim.warmup_epochs)), self.total_steps)
+        self.warmup_steps = schedules.cap_warmup(
+            round(self._steps(config.optim.warmup_epochs)), self.total_steps
+        )
         self.warmup_temp_epochs = schedules.cap_warmup(
             config.loss.warmup_teacher_temp_epochs, math.ceil(config.train.epochs)
         )
@@ -102,7 +104,10 @@ class Schedule:
                 step, base=c.optim.weight_decay, final=c.optim.final_weight_decay, total_steps=total
             ),
             teacher_momentum=schedules.warmup_cosine(
-                step, base=c.teacher.teacher_momentum, final=c.teacher.final_teacher_momentum, total_steps=total
+                step,
+                base=c.teacher.teacher_momentum,
+                final=c.teacher.final_teacher_momentum,
+                total_steps=total,
             ),
             teacher_temp=schedules.teacher_temp(
                 self.epoch(step),

@@ -6,6 +6,7 @@ The only user of ray.train. `fit` starts the workers from the driver; `work` is 
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-import torch.distributed as dist
 from pydantic import Field
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
@@ -30,7 +30,7 @@ from pipeline import dataset
 from pipeline.board import Board
 from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, save_checkpoint
 from pipeline.crops import crop_bytes
-from pipeline.features import EvalConfig, embed_sharded, knn_accuracy
+from pipeline.features import EvalConfig, Features, embed_sharded, knn_accuracy
 from pipeline.layout import Layout, steps_per_block
 from pipeline.metrics import LogConfig, Meter, MetricsLog
 from pipeline.quarantine import Quarantine
@@ -118,6 +118,8 @@ class _Worker:
         self.spec = spec
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         device = ray.train.torch.get_device()
+        # Batches are read-only views of the object store. Nothing writes to them, so torch need not warn.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         else:
@@ -181,9 +183,7 @@ class _Worker:
         for leg in dataset.legs(layout):
             splits = dataset.open_splits(self.spec.stream, leg) if self.rank == 0 else None
             mine = ray.train.collective.broadcast_from_rank_zero(splits)[self.rank]
-            yield from dataset.batches(
-                mine, leg, rank=self.rank, prefetch_batches=self.spec.prefetch_batches
-            )
+            yield from dataset.batches(mine, leg, rank=self.rank, prefetch_batches=self.spec.prefetch_batches)
 
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> None:
         spec, step, total = self.spec, self.state.step, self.state.schedule.total_steps
@@ -203,7 +203,8 @@ class _Worker:
         step, per_step = self.state.step, self.spec.config.train.global_batch_size
         if not np.isfinite(metrics["loss"]):  # the same on all ranks: it is the reduced loss
             raise DinorayError(
-                f"loss={metrics['loss']} at step={step}; lower optim.base_lr or optim.clip_grad, or set train.precision=fp32"
+                f"loss={metrics['loss']} at step={step} is not finite; lower optim.base_lr or optim.clip_grad, "
+                "or set train.precision=fp32"
             )
         seen = step * per_step
         bad = self.quarantine.share()
@@ -228,7 +229,7 @@ class _Worker:
         backbone = self.state.dino.teacher.backbone
         was_training = backbone.training
         backbone.eval()
-        sides = []
+        sides: list[Features] = []
         limits = (self.spec.eval.max_train_images, self.spec.eval.max_val_images)
         for reference, limit in zip(self.spec.eval_sources, limits, strict=True):
             sides.append(
@@ -243,7 +244,7 @@ class _Worker:
             )
         backbone.train(was_training)
         if self.log:
-            scores = knn_accuracy(*sides, self.spec.eval)
+            scores = knn_accuracy(sides[0], sides[1], self.spec.eval)
             self.log.log(self.state.step, scores)
             self.spec.board.post("eval", step=self.state.step, **scores)
         self.meter.restart()
@@ -255,7 +256,10 @@ class _Worker:
             folder = Path(tempfile.mkdtemp(prefix="dinoray-checkpoint-"))
             try:
                 save_checkpoint(
-                    self.state, folder, num_images=self.spec.num_images, bad_images=dict(self.quarantine.counts)
+                    self.state,
+                    folder,
+                    num_images=self.spec.num_images,
+                    bad_images=dict(self.quarantine.counts),
                 )
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
