@@ -1,0 +1,209 @@
+"""The main job, end to end, in real processes: S3 in, S3 out, killed and continued."""
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+import torch
+from jobs_processes import TINY, losses, run_job, start_job
+from safetensors.torch import load
+from servers import S3Server
+
+from pipeline.demo_images import PATTERNS, draw_demo_image
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
+
+NUM_PER_CLASS = 15
+STEPS = 40  # 15 images x 4 classes, 8 a step: an epoch is 7.5 steps, so epochs end inside steps
+EPOCHS = STEPS * 8 / (4 * NUM_PER_CLASS)
+
+
+@dataclass
+class Bucket:
+    """A bucket with a labelled image set, and access to what runs write into it."""
+
+    server: S3Server
+    name: str
+
+    def put(self, key: str, data: bytes) -> None:
+        self.server.client().put_object(Bucket=self.name, Key=key, Body=data)
+
+    def get(self, key: str) -> bytes:
+        return self.server.client().get_object(Bucket=self.name, Key=key)["Body"].read()
+
+    def pretrain_arguments(self, name: str, *more: str) -> list[str]:
+        return [
+            *TINY,
+            f"name={name}",
+            f"data.path=s3://{self.name}/images/train",
+            f"eval.val_path=s3://{self.name}/images/val",
+            f"storage_path=s3://{self.name}/runs",
+            f"train.epochs={EPOCHS}",
+            "resources.train_workers=2",
+            "checkpoint.every_steps=8",
+            "eval.every_steps=1000",
+            *more,
+        ]
+
+    def committed(self, name: str) -> list[str]:
+        try:
+            snapshot = json.loads(self.get(f"runs/{name}/checkpoints/checkpoint_manager_snapshot.json"))
+        except self.server.client().exceptions.NoSuchKey:
+            return []
+        return [r["checkpoint_dir_name"] for r in snapshot["checkpoint_results"]]
+
+    def final(self, name: str, file: str = "teacher.safetensors") -> dict[str, torch.Tensor]:
+        return load(self.get(f"runs/{name}/checkpoints/step_{STEPS:08d}/{file}"))
+
+    def losses(self, name: str) -> list[tuple[int, float]]:
+        return losses(self.get(f"runs/{name}/metrics.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def images(s3: S3Server) -> Iterator[Bucket]:
+    bucket = Bucket(s3, "pretrain-test")
+    s3.client().create_bucket(Bucket=bucket.name)
+    for split, count in (("train", NUM_PER_CLASS), ("val", 6)):
+        for label in list(PATTERNS)[:4]:
+            for i in range(count):
+                bucket.put(f"images/{split}/{label}/{i}.jpg", draw_demo_image(label, split, i))
+    yield bucket
+
+
+@pytest.fixture(scope="module")
+def reference(images: Bucket) -> str:
+    """Name of a run that nothing interrupted."""
+    output = run_job("jobs.pretrain", *images.pretrain_arguments("reference"), env=images.server.env)
+    assert "before training" in output
+    assert f"after {STEPS} steps" in output
+    assert "majority guess" in output
+    return "reference"
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
+
+
+def test_a_run_writes_all_that_its_directory_promises(images: Bucket, reference: str) -> None:
+    run = f"runs/{reference}"
+    for file in ("config.yaml", "environment.json", "manifest.parquet", "result.json"):
+        assert images.get(f"{run}/{file}")
+    sheet = cv2.imdecode(np.frombuffer(images.get(f"{run}/crops.png"), np.uint8), cv2.IMREAD_COLOR)
+    assert sheet.shape[0] > 100
+    assert [step for step, _ in images.losses(reference)] == list(range(1, STEPS + 1))
+    keys = images.server.client().list_objects_v2(Bucket=images.name, Prefix=f"{run}/tensorboard/")
+    assert keys["KeyCount"] >= 1
+    assert images.committed(reference) == ["step_00000024", "step_00000032", "step_00000040"]
+
+
+def test_every_step_logs_the_metrics_that_people_watch(images: Bucket, reference: str) -> None:
+    lines = [json.loads(x) for x in images.get(f"runs/{reference}/metrics.jsonl").splitlines()]
+    step = next(x for x in lines if x["step"] == 5 and "loss" in x)
+    for name in (
+        "lr weight_decay teacher_momentum teacher_temp grad_norm teacher_entropy kl images_per_second data_wait epoch"
+    ).split():
+        assert isinstance(step[name], float), name
+    assert step["loss"] == pytest.approx(step["teacher_entropy"] + step["kl"], abs=1e-5)
+    assert [x["step"] for x in lines if "knn_10" in x] == [0, STEPS]
+
+
+def test_a_run_whose_driver_is_killed_ends_with_the_same_weights(images: Bucket, reference: str) -> None:
+    arguments = images.pretrain_arguments("killed")
+    with start_job("jobs.pretrain", *arguments, env=images.server.env) as job:
+        job.wait_until(lambda: "step_00000008" in images.committed("killed"))
+        job.kill_driver()
+    committed = images.committed("killed")
+    assert committed[-1] < f"step_{STEPS:08d}", "killed too late to prove anything"
+
+    output = run_job("jobs.pretrain", *arguments, env=images.server.env)
+
+    assert f"resuming from step {int(committed[-1].removeprefix('step_'))}" in output
+    # Each step once over both lives, each with the loss of the uninterrupted run: the same images, the same
+    # crops, the same weights, centre and schedules.
+    assert images.losses("killed") == images.losses(reference)
+    assert_same_weights(images.final("killed"), images.final(reference))
+    assert_same_weights(
+        images.final("killed", "student.safetensors"), images.final(reference, "student.safetensors")
+    )
+
+
+def test_a_run_that_loses_a_worker_recovers_by_itself(images: Bucket, reference: str) -> None:
+    with start_job("jobs.pretrain", *images.pretrain_arguments("lost"), env=images.server.env) as job:
+        job.wait_until(lambda: "step_00000008" in images.committed("lost"))
+        workers = [p for p in job.ray_processes() if "RayTrainWorker" in _title(p)]
+        assert len(workers) == 2, [_title(p) for p in job.ray_processes()]
+        workers[1].send_signal(signal.SIGKILL)
+        assert job.wait() == 0, job.output
+        assert "resuming from step" in job.output
+    assert images.losses("lost") == images.losses(reference)
+    assert_same_weights(images.final("lost"), images.final(reference))
+
+
+def test_the_number_of_workers_does_not_change_what_is_learnt(images: Bucket, reference: str) -> None:
+    # Stochastic depth draws per rank, so the two world sizes are compared without it.
+    curves = []
+    for workers in (1, 2):
+        name = f"workers-{workers}"
+        arguments = images.pretrain_arguments(
+            name, f"resources.train_workers={workers}", "backbone.drop_path_rate=0", "train.epochs=3"
+        )
+        run_job("jobs.pretrain", *arguments, env=images.server.env)
+        curves.append(images.losses(name))
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
+    assert np.abs(np.array(curves[0]) - np.array(curves[1])).max() < 1e-4
+
+
+def test_a_finished_run_says_so_and_does_nothing(images: Bucket, reference: str) -> None:
+    before = images.get(f"runs/{reference}/metrics.jsonl")
+    output = run_job("jobs.pretrain", *images.pretrain_arguments(reference), env=images.server.env)
+    assert "is finished" in output
+    assert images.get(f"runs/{reference}/metrics.jsonl") == before
+
+
+def test_evaluate_finds_the_accuracy_that_the_run_logged(images: Bucket, reference: str) -> None:
+    run_job("jobs.evaluate", f"s3://{images.name}/runs/{reference}", env=images.server.env)
+    logged = json.loads(images.get(f"runs/{reference}/result.json"))["after"]
+    found = json.loads(images.get(f"runs/{reference}/evaluation_step_{STEPS:08d}.json"))
+    assert (found["num_train"], found["num_val"], found["num_unreadable"]) == (60, 24, 0)
+    assert {k: found[k] for k in ("knn_10", "knn_20", "majority")} == {
+        k: logged[k] for k in ("knn_10", "knn_20", "majority")
+    }
+
+
+def test_bad_images_are_replaced_counted_and_named(images: Bucket) -> None:
+    good = draw_demo_image("dots", "train", 0)
+    for i in range(30):
+        images.put(f"spoilt/{i:02d}.jpg", draw_demo_image("dots", "train", i))
+    images.put("spoilt/cut.jpg", good[: len(good) // 2])
+    images.put("spoilt/text.jpg", b"<html>not an image</html>")
+    arguments = images.pretrain_arguments(
+        "spoilt", f"data.path=s3://{images.name}/spoilt", "eval.val_path=null", "train.epochs=2"
+    )
+    run_job("jobs.pretrain", *arguments, "data.max_bad_fraction=0.1", env=images.server.env)
+    lines = [json.loads(x) for x in images.get("runs/spoilt/quarantine.jsonl").splitlines()]
+    names = sorted(x["key"] for x in lines)
+    assert names == ["spoilt/cut.jpg"] * 2 + ["spoilt/text.jpg"] * 2  # once per epoch, none twice
+    assert {x["status"] for x in lines} == {"corrupt"}
+    assert all(x["reason"] for x in lines)
+    result = json.loads(images.get("runs/spoilt/result.json"))
+    assert result["last"]["bad_images"] == 4
+
+    strict = ["name=strict", "data.max_bad_fraction=0.01"]
+    output = run_job("jobs.pretrain", *arguments, *strict, env=images.server.env, code=3)
+    assert "error: " in output
+    assert "max_bad_fraction=0.01" in output
+    assert "Traceback" not in output
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
