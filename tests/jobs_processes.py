@@ -71,18 +71,13 @@ class Job:
 
     def ray_processes(self) -> list[psutil.Process]:
         """Processes of this job's own Ray."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if self._ray_temp_dir in " ".join([*process.cmdline(), process.environ().get("RAY_TMPDIR", "")]):
-                    found.append(process)
-        return found
+        return processes_with(self._ray_temp_dir)
 
     def kill_driver(self) -> None:
         """SIGKILL the driver, as a lost head node does, and wait until its Ray is gone too."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        _end([p for p in self.ray_processes() if p.pid != self.process.pid])
+        end_processes([p for p in self.ray_processes() if p.pid != self.process.pid])
 
 
 @contextlib.contextmanager
@@ -112,7 +107,7 @@ def start_job(module: str, *arguments: str, env: Mapping[str, str] | None = None
     finally:
         process.kill()
         process.wait()
-        _end(job.ray_processes())
+        end_processes(job.ray_processes())
         shutil.rmtree(ray_temp_dir, ignore_errors=True)
 
 
@@ -129,7 +124,19 @@ def losses(metrics: bytes) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in records if "loss" in r]
 
 
-def _end(processes: list[psutil.Process]) -> None:
+def processes_with(text: str) -> list[psutil.Process]:
+    """Other processes that have `text` in their command line or as their RAY_TMPDIR."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            known_by = [*process.cmdline(), process.environ().get("RAY_TMPDIR", "")]
+            if process.pid != os.getpid() and any(text in part for part in known_by):
+                found.append(process)
+    return found
+
+
+def end_processes(processes: list[psutil.Process]) -> None:
+    """Kill by pid, and wait until they are gone."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
