@@ -1,0 +1,143 @@
+"""What is wrong with a cluster.yaml that neither Ray's schema nor EC2 would notice: each lint lists its finds."""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+Config = dict[str, Any]
+Lint = Callable[[Config], list[str]]
+
+PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+RAY = Requirement(re.findall(r'"(ray\[.*)"', PYPROJECT)[0]).specifier
+
+
+def min_above_max(tree: Config) -> list[str]:
+    types = tree["available_node_types"].items()
+    return [k for k, v in types if v.get("min_workers", 0) > v.get("max_workers", tree["max_workers"])]
+
+
+def mins_above_total(tree: Config) -> list[str]:
+    total = sum(v.get("min_workers", 0) for v in tree["available_node_types"].values())
+    return [f"{total} > {tree['max_workers']}"] if total > tree["max_workers"] else []
+
+
+def costs_at_rest(tree: Config) -> list[str]:
+    return [k for k, v in tree["available_node_types"].items() if v.get("min_workers", 0)]
+
+
+def head_takes_tasks(tree: Config) -> list[str]:
+    resources = tree["available_node_types"][tree["head_node_type"]]["resources"]
+    return [] if resources.get("CPU") == 0 else [f"resources: {resources}"]
+
+
+def unpinned_image(tree: Config) -> list[str]:
+    """Images whose tag is not Python, platform and a release of Ray that pyproject.toml allows."""
+    dockers = [tree["docker"], *(v.get("docker", {}) for v in tree["available_node_types"].values())]
+    images = [
+        v for docker in dockers for k, v in docker.items() if k in ("image", "head_image", "worker_image")
+    ]
+    tags = {image: re.fullmatch(r"[\w./-]+:(\d+\.\d+\.\d+)-py3\d+-(cpu|cu\d+)", image) for image in images}
+    return [image for image, tag in tags.items() if tag is None or tag[1] not in RAY]
+
+
+def metadata_v1(tree: Config) -> list[str]:
+    options = {
+        k: v["node_config"].get("MetadataOptions", {}) for k, v in tree["available_node_types"].items()
+    }
+    return [
+        k
+        for k, v in options.items()
+        if (v.get("HttpTokens"), v.get("HttpPutResponseHopLimit")) != ("required", 2)
+    ]
+
+
+def wrong_market(tree: Config) -> list[str]:
+    """Node types that are spot and should not be, or the other way round: CPU workers are, and nothing else."""
+    wrong = []
+    for name, kind in tree["available_node_types"].items():
+        has_gpus = re.match(r"[gp]\d", kind["node_config"]["InstanceType"])
+        spot = kind["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot"
+        if spot == (has_gpus is not None or name == tree["head_node_type"]):
+            wrong.append(name)
+    return wrong
+
+
+def never_starts_ray(tree: Config) -> list[str]:
+    return [which for which in ("head", "worker") if len(_start_lines(tree, which)) != 1]
+
+
+def spills_to_root(tree: Config) -> list[str]:
+    """`ray start` lines that do not spill to a path which is mounted from the host."""
+    mounts = [option.split(":")[-1] for option in tree["docker"]["run_options"] if option.startswith("-v ")]
+    wrong = []
+    for line in _start_lines(tree, "head") + _start_lines(tree, "worker"):
+        spill = re.search(r"--object-spilling-directory=(\S+)", line)
+        if spill is None or not any(spill[1].startswith(mount + "/") for mount in mounts):
+            wrong.append(line)
+    return wrong
+
+
+def head_cannot_scale(tree: Config) -> list[str]:
+    flag = "--autoscaling-config=~/ray_bootstrap_config.yaml"
+    return [line for line in _start_lines(tree, "head") if flag not in line.split()]
+
+
+def open_dashboard(tree: Config) -> list[str]:
+    return [line for line in _start_lines(tree, "head") if "--dashboard-host=127.0.0.1" not in line.split()]
+
+
+def not_installed(tree: Config) -> list[str]:
+    """Node types that would start Ray without this project's dependencies."""
+    shared = tree["worker_setup_commands"]
+    setups = {k: v.get("worker_setup_commands", shared) for k, v in tree["available_node_types"].items()}
+    setups[tree["head_node_type"]] = tree["head_setup_commands"]
+    installs = [re.compile(rf"pip install .*-e {re.escape(path)}(\s|$)") for path in tree["file_mounts"]]
+    return [k for k, commands in setups.items() if not any(i.search(c) for i in installs for c in commands)]
+
+
+def uploads_too_much(tree: Config) -> list[str]:
+    return sorted({"/runs", ".venv", ".git", ".env"} - set(tree["rsync_exclude"]))
+
+
+def not_shell(tree: Config) -> list[str]:
+    """Commands that bash cannot parse, and programs inside `bash -c '...'`, which are words to the command."""
+    commands = list(_commands(tree))
+    programs = [quoted[1] for command in commands if (quoted := re.search(r"bash -c '([^']*)'", command))]
+    return [
+        c
+        for c in commands + programs
+        if subprocess.run(["bash", "-n", "-c", c], capture_output=True).returncode
+    ]
+
+
+def deaf_to_spot_notices(tree: Config) -> list[str]:
+    """The worker start commands, when none of them watches the notice in the background."""
+    commands = tree["worker_start_ray_commands"]
+    watchers = [c for c in commands if "spot/instance-action" in c and "ray drain-node" in c]
+    return [] if any(c.startswith("setsid ") and c.endswith("</dev/null &") for c in watchers) else commands
+
+
+def secrets(text: str) -> list[str]:
+    """What looks like a credential, or like the number of somebody's account."""
+    patterns = (
+        r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+        r"-----BEGIN",
+        r"""(?i)(?:secret|password|token|key)\w*["']?\s*[:=]\s*["']?[\w/+-]{16,}""",
+        r"arn:aws:iam::(?!123456789012)\d{12}",
+    )
+    return [match[0] for pattern in patterns for match in re.finditer(pattern, text)]
+
+
+def _start_lines(tree: Config, which: str) -> list[str]:
+    return [line for line in tree[f"{which}_start_ray_commands"] if "ray start" in line]
+
+
+def _commands(tree: Config) -> Iterator[str]:
+    for section in (tree, *tree["available_node_types"].values()):
+        for key, commands in section.items():
+            if key.endswith("_commands"):
+                yield from commands
