@@ -17,6 +17,7 @@ import ray
 from jobs.config import load_config
 from jobs.entry import run_main, start_ray
 from pipeline import dataset
+from pipeline.board import Board
 from pipeline.crops import crop_bytes, limit_threads
 from pipeline.demo_images import demo_folder, write_demo_images
 from pipeline.layout import Layout, batch_size_per_worker, steps_per_block
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> None:
     start_ray(config.resources, verbose=False)
     plan = dataset.StreamPlan(
         source=ray.put(source),
+        board=Board(),
         order=Order(source.num_images, seed=0, group_sizes=source.manifest.group_sizes),
         crops=config.crops,
         seed=0,

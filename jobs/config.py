@@ -1,25 +1,28 @@
 """The tree of configs: recipe, then YAML file, then dotted overrides; strict; all errors at once.
 
-Each section is declared beside the thing that it configures; they meet here and nowhere else.
+Each section is declared beside the thing that it configures; they meet here and nowhere else. What becomes of
+a mistake stands in jobs/keys.py.
 """
 
 import argparse
 import copy
-import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
+from jobs.keys import did_you_mean, explain, flatten, leaf_fields
 from jobs.recipes import RECIPES
 from models.settings import ConfigError
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.features import EvalConfig
 from pipeline.manifest import DataConfig
 from pipeline.metrics import LogConfig
+from pipeline.storage import Directory, MissingObject, is_s3, split_s3_uri
 from pipeline.training import DINOConfig
 from pipeline.worker import ResourcesConfig
 
@@ -30,7 +33,7 @@ FREE_SECTIONS = frozenset({"resources", "log", "checkpoint", "storage_path", "na
 class Config(DINOConfig):
     """A whole run."""
 
-    recipe: str
+    recipe: str = Field(json_schema_extra={"enum": list(RECIPES)})
     """The recipe that the other values started from."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run, and of its directory under `storage_path`; the same name continues the same run."""
@@ -42,16 +45,35 @@ class Config(DINOConfig):
     log: LogConfig = LogConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
+    @field_validator("storage_path")
+    @classmethod
+    def _is_local_or_in_a_bucket(cls, path: str) -> str:
+        if is_s3(path):
+            split_s3_uri(path)
+        return path
+
     def algorithm(self) -> DINOConfig:
         """The part that defines what is learnt, without where and how it runs."""
         return DINOConfig.model_validate({k: getattr(self, k) for k in DINOConfig.model_fields})
 
     def to_yaml(self) -> str:
         """The resolved config, in the form that `--config` reads."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
-class Arguments(argparse.ArgumentParser):
+class CommandLine(argparse.ArgumentParser):
+    """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does, but options may stand before, between and after the overrides."""
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """ConfigError instead of argparse's own way out."""
+        raise ConfigError(f"{message}; --help lists the options, values are set as section.key=value")
+
+
+class Arguments(CommandLine):
     """The command line that jobs with a config share."""
 
     def __init__(self, prog: str, description: str) -> None:
@@ -69,64 +91,157 @@ class Arguments(argparse.ArgumentParser):
 
 
 def load_config(recipe: str | None, file: Path | None, overrides: Sequence[str]) -> Config:
-    """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake."""
-    tree = apply_overrides(_read_yaml(file) if file else {}, overrides)
-    name = recipe or tree.get("recipe") or "demo"
-    if name not in RECIPES:
-        raise ConfigError(
-            f"recipe={name!r} is unknown{_did_you_mean(str(name), RECIPES)}; one of {', '.join(RECIPES)}"
-        )
-    merged: dict[str, Any] = {"name": name, **RECIPES[name](), "recipe": name}
+    """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake.
+
+    The recipe is the one given, else the one that the overrides or the file name, else demo. Where
+    `backbone.name` differs from the recipe's, the recipe's `backbone.kwargs` do not apply: they are arguments
+    of another network.
+    """
+    tree = apply_overrides(_read_file(file) if file else {}, overrides)
+    name = tree.pop("recipe", "demo") if recipe is None else recipe
     tree.pop("recipe", None)
+    if not isinstance(name, str) or name not in RECIPES:
+        near = did_you_mean(str(name), RECIPES)
+        raise ConfigError(f"recipe={name!r} is none of {', '.join(RECIPES)}{near}")
+    merged: dict[str, Any] = {"name": name, **RECIPES[name](), "recipe": name}
+    backbone = tree.get("backbone")
+    if (
+        isinstance(backbone, dict)
+        and backbone.get("name", merged["backbone"]["name"]) != merged["backbone"]["name"]
+    ):
+        merged["backbone"].pop("kwargs", None)
     _merge(merged, tree)
     return validate(merged)
 
 
+def load_run_config(run: Directory, overrides: Sequence[str] = ()) -> Config:
+    """The config that a run directory keeps, with overrides; ConfigError names the file if it is no good."""
+    file = run.join("config.yaml")
+    try:
+        text = run.read("config.yaml").decode()
+    except MissingObject as error:
+        raise ConfigError(f"{run.uri} is no run directory: it has no config.yaml") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from error
+    try:
+        return validate(apply_overrides(_read_mapping(text, file), overrides))
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{file}: {line}" for line in str(error).splitlines())) from error
+
+
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `tree` with `section.key=value` overrides merged in, values read as YAML; not validated."""
+    """A copy of `tree` with `section.key=value` overrides merged in; not validated.
+
+    Values are read as YAML, but for text: it stands for itself, whatever YAML makes of `on` or `2024`.
+    ConfigError holds one line per override that cannot be read.
+    """
     merged: dict[str, Any] = {}
     _merge(merged, tree)
+    mistakes = []
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not all(key.split(".")):
-            raise ConfigError(f"override {override!r} must look like section.key=value")
+        key, separator, text = override.partition("=")
+        path = key.split(".")
+        if not separator or not all(path):
+            mistakes.append(
+                f"override {override!r} must look like section.key=value, e.g. optim.base_lr=1e-3"
+            )
+            continue
         try:
-            _merge(merged, _nest(key.split("."), yaml.safe_load(value)))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: value is not YAML ({_first_line(error)})") from error
+            _merge(merged, _nest(path, _read_value(key, text)))
+        except (yaml.YAMLError, RecursionError) as error:
+            mistakes.append(f"override {override!r}: the value is not YAML: {_yaml_problem(error)}; quote it")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     return merged
 
 
 def validate(tree: Mapping[str, Any]) -> Config:
     """Build the config from a tree of plain values. ConfigError holds one line per mistake, all of them."""
+    tree = {"data": {}, **tree}  # so that its missing keys are named, not the section
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError("\n".join(explain(error, Config, tree))) from error
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """Settings that decide what is learnt and differ, as `key: old -> new`."""
-    a = {k: v for k, v in _leaves(old.model_dump(mode="json")) if k.split(".")[0] not in FREE_SECTIONS}
-    b = {k: v for k, v in _leaves(new.model_dump(mode="json")) if k.split(".")[0] not in FREE_SECTIONS}
+    a, b = (
+        dict(flatten(config.model_dump(mode="json", exclude=set(FREE_SECTIONS)))) for config in (old, new)
+    )
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
 def json_schema() -> str:
-    """JSON Schema of the config file, for editors."""
-    return json.dumps(Config.model_json_schema(), indent=1)
+    """JSON Schema of the config file, for editors. No key is required: a recipe has what the file leaves out."""
+    schema = Config.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, `on` and `no` are text, and a key that is given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in set(keys):
+            if keys.count(key) > 1:
+                problem = f"key {key!r} is given {keys.count(key)} times"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader`, or any other reader of YAML, would take for something else."""
+
+
+for _class in (_Loader, _Dumper):
+    # YAML 1.1 wants a dot in the mantissa and a sign in the exponent, else it is text.
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+for _letter in "yYnNoO":  # YAML 1.1 takes yes, no, on and off for booleans
+    _Loader.yaml_implicit_resolvers[_letter] = [
+        (tag, pattern)
+        for tag, pattern in _Loader.yaml_implicit_resolvers[_letter]
+        if not tag.endswith(":bool")
+    ]
+
+_FIELDS = leaf_fields(Config)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text())
+        return _read_mapping(file.read_text("utf-8"), f"--config {file}")
     except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file} is not YAML: {_first_line(error)}") from error
+        raise ConfigError(f"--config {file}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {file} is not YAML: it is not UTF-8 text") from error
+
+
+def _read_mapping(text: str, what: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{what} is not YAML: {_yaml_problem(error)}; mend the line") from error
     if not isinstance(tree or {}, dict):
-        raise ConfigError(f"--config {file} must hold a mapping of sections, not a {type(tree).__name__}")
+        raise ConfigError(f"{what} must hold a mapping of sections, not a {type(tree).__name__}")
     return tree or {}
+
+
+def _read_value(key: str, text: str) -> Any:
+    kind = _FIELDS[key].annotation if key in _FIELDS else None
+    if kind is str or (kind == str | None and text not in ("", "null", "~")):
+        return text
+    return yaml.load(text, _Loader)
+
+
+def _yaml_problem(error: Exception) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    mark = error.problem_mark
+    return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _nest(path: list[str], value: Any) -> dict[str, Any]:
@@ -139,46 +254,3 @@ def _merge(into: dict[str, Any], tree: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = copy.deepcopy(value)
-
-
-def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        return f"{key}={error['input']!r}: unknown key{_did_you_mean(key, _keys(Config))}"
-    if error["type"] == "missing":
-        return f"{key}: must be set, e.g. {key}={_EXAMPLES.get(key, '...')}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}={error['input']!r}: {message}" if error["type"] != "value_error" else f"{key}: {message}"
-
-
-_EXAMPLES = {"data.path": "s3://bucket/prefix"}
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _keys(kind, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def _did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    known = list(candidates)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    leaf = word.rsplit(".", 1)[-1]
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

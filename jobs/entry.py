@@ -38,7 +38,10 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     least = _range(resources.augment_actors, default=(1, 1))[0]
     # One more than the run needs: with none left over, Ray's own small tasks would wait for ever.
     needed = ceil(train_cpus + least * resources.cpus_per_augment_actor) + 1
-    options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    level = logging.INFO if verbose else logging.ERROR
+    options = {"log_to_driver": verbose, "logging_level": level}
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(level)
     if local:
         ray.init(
             address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **options
@@ -54,6 +57,11 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
                 f"this machine has {int(have.get('GPU', 0))}; lower train_workers or set resources.use_gpu=false"
             )
         use_gpu = False
+    if not local and resources.use_gpu == "auto" and not use_gpu:
+        print(
+            "no GPU node is up: training on CPUs; set resources.use_gpu=true to wait for GPU nodes",
+            flush=True,
+        )
     spare = int((have.get("CPU", 0) - train_cpus - 1) // resources.cpus_per_augment_actor)
     return use_gpu, _range(resources.augment_actors, default=(1, max(1, spare)))
 

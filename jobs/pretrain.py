@@ -29,12 +29,13 @@ from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
 from pipeline.demo_images import demo_folder, write_demo_images
 from pipeline.features import labelled_sources
+from pipeline.layout import batch_size_per_worker
 from pipeline.manifest import load_or_build
 from pipeline.order import Order
 from pipeline.source import Source
 from pipeline.storage import Directory
 from pipeline.training import Schedule
-from pipeline.worker import WorkerSpec, batch_size_per_worker, fit
+from pipeline.worker import WorkerSpec, fit
 
 
 def main(argv: Sequence[str]) -> None:
@@ -162,6 +163,7 @@ def _train(
             config=config.algorithm(),
             stream=StreamPlan(
                 source=ray.put(source),
+                board=board,
                 order=order,
                 crops=config.crops,
                 seed=config.train.seed,

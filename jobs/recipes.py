@@ -1,8 +1,13 @@
 """Recipes: named functions -> the settings that differ from the defaults, each with its receipt.
 
-A recipe derives from another by calling it. Receipts say where the settings come from, what accuracy was
-published for them (ImageNet-1k, k-NN / linear top-1 of the teacher), on which hardware, and the command.
-Settings marked unverified were not stated in the paper or its code; they are recalled by third parties.
+A receipt says where the settings come from, what accuracy was published for them (ImageNet-1k, k-NN / linear
+top-1 of the teacher), on which hardware, and the command. What was not read in the paper or its code but
+quoted by third parties is marked unverified.
+
+The defaults that recipes build on are those of DINO's code. Learning rates are per 256 images, there as here:
+the peak is base_lr * global_batch_size / 256. Two things differ: published runs used fp16 or fp32 (here
+train.precision is auto, bf16 on a GPU), and the published k-NN votes with all 1,281,167 training images and
+classifies all 50,000 others (here eval.max_train_images and eval.max_val_images bound both).
 """
 
 from collections.abc import Callable
@@ -71,8 +76,8 @@ def photos_small() -> Tree:
 def vit_small_imagenet_vanilla() -> Tree:
     """ViT-S/16 with the published defaults: 100 epochs, batch 512.
 
-    Source: DINO (arXiv 2104.14294) and the README of its code. Published: k-NN 69.3, linear 74.0,
-    1.75 days on 8 V100.
+    Source: DINO (arXiv 2104.14294), its code's default arguments and README ("vanilla").
+    Published: k-NN 69.3, linear 74.0, 1.75 days on 8 GPUs.
     Command: python -m jobs.pretrain --recipe vit_small_imagenet_vanilla data.path=s3://BUCKET/imagenet/train
     """
     return {
@@ -85,7 +90,8 @@ def vit_small_imagenet_vanilla() -> Tree:
 def vit_small_imagenet_boost() -> Tree:
     """ViT-S/16 longer and warmer: 300 epochs, batch 1024, teacher temperature 0.04 -> 0.07, free last layer.
 
-    Source: the README of DINO's code ("boosting"). Published: k-NN 73.3, linear 76.0, 2.6 days on 16 V100.
+    Source: the README of DINO's code ("boosting"), on its default 2 nodes of 8 GPUs by batch 64.
+    Published: k-NN 73.3, linear 76.0, 2.6 days on 16 GPUs.
     Command: python -m jobs.pretrain --recipe vit_small_imagenet_boost data.path=s3://BUCKET/imagenet/train
     """
     return {
@@ -98,40 +104,43 @@ def vit_small_imagenet_boost() -> Tree:
 
 
 def vit_base_imagenet() -> Tree:
-    """ViT-B/16 as released: 400 epochs, batch 1024, ten local crops. Settings unverified, accuracy published.
+    """ViT-B/16 as released: 400 epochs, batch 1024, ten local crops.
 
-    Source: the released checkpoint's settings as third parties recall them. Published: k-NN 76.1, linear 78.2
-    (2 x 16 GPUs by batch 32 each).
+    Source: args.txt of the released checkpoint as three independent projects quote it, alike; unverified at
+    the source. Published (README of DINO's code): k-NN 76.1, linear 78.2; 32 GPUs by batch 32.
     Command: python -m jobs.pretrain --recipe vit_base_imagenet data.path=s3://BUCKET/imagenet/train
     """
     return {
         "crops": {"num_local_crops": 10, "global_crop_scale": [0.25, 1.0], "local_crop_scale": [0.05, 0.25]},
         "backbone": {"name": "vit_base_patch16_224"},
         "loss": {"teacher_temp": 0.07, "warmup_teacher_temp": 0.04, "warmup_teacher_temp_epochs": 50},
-        # Published as the peak at its batch: 7.5e-4 by 256 images, scaled linearly.
         "optim": {"base_lr": 7.5e-4, "min_lr": 2e-6, "clip_grad": 0.3, "freeze_last_layer_epochs": 3},
         "train": {"epochs": 400, "global_batch_size": 1024},
-        "resources": {"train_workers": 16},
+        "resources": {"train_workers": 32},
     }
 
 
 def resnet50_imagenet() -> Tree:
-    """ResNet-50 as released: 800 epochs, batch 4080, LARS, batch norm in the head. Settings unverified in part.
+    """ResNet-50 as released: 800 epochs, batch 4080, LARS, batch norm in the head.
 
-    Source: the released checkpoint's settings as third parties recall them, and discussion of DINO's code.
-    Published: k-NN 67.5, linear 75.3 (80 GPUs by batch 51 each).
+    Source: args.txt of the released checkpoint; its batch of 4080 over 80 GPUs is confirmed by DINO's author
+    (issue 133 of its code), all else is as another project quotes it, unverified at the source.
+    Published (README of DINO's code): k-NN 67.5, linear 75.3; 80 GPUs by batch 51.
     Command: python -m jobs.pretrain --recipe resnet50_imagenet data.path=s3://BUCKET/imagenet/train
     """
     return {
         "crops": {"num_local_crops": 6, "global_crop_scale": [0.14, 1.0], "local_crop_scale": [0.05, 0.14]},
-        "backbone": {"name": "resnet50", "drop_path_rate": 0.0},
+        # The released one is torchvision's, whose residual branches do not start at zero.
+        "backbone": {"name": "resnet50", "drop_path_rate": 0.0, "kwargs": {"zero_init_last": False}},
         "head": {"out_dim": 60000, "use_bn": True},
+        "loss": {"teacher_temp": 0.07, "warmup_teacher_temp": 0.04, "warmup_teacher_temp_epochs": 50},
         "optim": {
             "name": "lars",
             "base_lr": 0.3,
             "min_lr": 0.0048,
             "weight_decay": 1e-6,
             "final_weight_decay": 1e-6,
+            "clip_grad": 0.0,
         },
         "train": {"epochs": 800, "global_batch_size": 4080},
         "resources": {"train_workers": 80},

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
 
 from models.settings import DataError, DinorayError
+from pipeline.board import Board
 from pipeline.checkpoint import Teacher
 from pipeline.crops import CropsConfig, crop_bytes, crop_rng, limit_threads, multi_crop
 from pipeline.decode import BadImage, decode
@@ -36,6 +37,7 @@ class StreamPlan:
     """All that defines the stream but the steps it covers; sent to each augment actor."""
 
     source: "ray.ObjectRef[Source]"
+    board: Board
     order: Order
     crops: CropsConfig
     seed: int
@@ -53,7 +55,12 @@ class MultiCropActor:
 
     def __call__(self, blocks: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         positions = np.concatenate([self._layout.block(int(i)) for i in blocks["id"]])
-        return crop_rows(self._source, self._plan, positions)
+        try:
+            return crop_rows(self._source, self._plan, positions)
+        except DinorayError as error:
+            # Told here, where it is known: Ray passes on the text of an actor's error, not the error.
+            self._plan.board.post_fatal(str(error), error.exit_code)
+            raise
 
 
 def crop_rows(source: Source, plan: StreamPlan, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:

@@ -53,6 +53,8 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
         raise BadImage(f"too large: {width}x{height} pixels, max_pixels={max_pixels}")
     if min(width, height) < min_side:
         raise BadImage(f"too small: {width}x{height} pixels, min_side={min_side}")
+    if header.format == "JPEG2000" and _stops_between_tiles(data):
+        raise BadImage("cut off JPEG2000: no end of codestream")
     try:
         pixels = _decode_opencv(data) if _opencv_is_right(header) else _decode_pillow(header)
     except BadImage:
@@ -101,10 +103,17 @@ def _opencv_is_right(header: Image.Image) -> bool:
         return False
     if header.has_transparency_data:
         return False
-    if header.format in {"PNG", "WEBP"} and getattr(header, "is_animated", False):
+    # Versions of OpenCV differ in which picture of an animated PNG comes first, and in whether a WebP is
+    # turned upright.
+    if header.format == "PNG" and getattr(header, "is_animated", False):
         return False
-    # Not every OpenCV turns a WebP upright.
     return not (header.format == "WEBP" and "exif" in header.info)
+
+
+def _stops_between_tiles(data: bytes) -> bool:
+    """Tell whether a JPEG 2000 file has no end, which its decoder takes for a picture with black tiles."""
+    # Tile data hold no FF followed by more than 8F: after the last start of a tile, FF D9 can only be the end.
+    return not 0 <= data.rfind(b"\xff\x90") < data.rfind(b"\xff\xd9")
 
 
 def _decode_opencv(data: bytes) -> npt.NDArray[np.uint8]:

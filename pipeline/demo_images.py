@@ -69,8 +69,8 @@ def draw_demo_image(label: str, split: str, index: int) -> bytes:
     image = alpha * ink + (1 - alpha) * paper
     y, x = np.mgrid[0:_SIDE, 0:_SIDE] / _SIDE - 0.5
     angle = rng.uniform(0, 2 * math.pi)
-    light = 1 + rng.uniform(0, 0.6) * (x * math.cos(angle) + y * math.sin(angle))
-    image = image * light[..., None] + rng.normal(0, rng.uniform(2, 12), image.shape)
+    light = 1 + rng.uniform(0, 0.15) * (x * math.cos(angle) + y * math.sin(angle))
+    image = image * light[..., None] + rng.normal(0, 6, image.shape)
     ok, data = cv2.imencode(".jpg", np.clip(image, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
     if not ok:
         raise RuntimeError("OpenCV cannot encode JPEG")
@@ -78,14 +78,15 @@ def draw_demo_image(label: str, split: str, index: int) -> bytes:
 
 
 def _two_colours(rng: Rng) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Two muted colours, either of them the lighter, that can be told apart in grey.
+    """A light and a dark tone, either of them the ink, under one faint tint.
 
-    Muted, because vivid colours would let crops of one image be matched by colour without a look at shape.
+    All images have about the same tones. With vivid colours, crops of one image could be matched by colour
+    and a network would learn to see colour, which says nothing of the class.
     """
-    while True:
-        ink, paper = rng.uniform(20, 235, (2, 1)) + rng.normal(0, 12, (2, 3))
-        if abs(float((ink - paper).mean())) > 70:
-            return ink.astype(np.float32), paper.astype(np.float32)
+    tint = rng.normal(0, 8, 3)
+    dark, light = 80 + tint + rng.normal(0, 8), 175 + tint + rng.normal(0, 8)
+    ink, paper = (dark, light) if rng.random() < 0.5 else (light, dark)
+    return ink.astype(np.float32), paper.astype(np.float32)
 
 
 def _tiles(rng: Rng, draw: Callable[[int, int, int], object]) -> None:

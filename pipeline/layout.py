@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from models.settings import ConfigError
+
 _TARGET_BLOCK_BYTES = 100 << 20
 _MAX_BLOCK_ROWS = 256
 
@@ -41,6 +43,18 @@ class Layout:
         """Positions that `rank` consumes at `step`, [batch_size_per_worker]."""
         first = (step * self.world_size + rank) * self.batch_size_per_worker
         return np.arange(first, first + self.batch_size_per_worker)
+
+
+def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
+    """Each worker's equal share; ConfigError proposes the nearest batch sizes that divide."""
+    if global_batch_size % train_workers:
+        low = global_batch_size // train_workers * train_workers
+        near = " or ".join(str(n) for n in (low, low + train_workers) if n)
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size} must be divisible by "
+            f"resources.train_workers={train_workers}; try {near}"
+        )
+    return global_batch_size // train_workers
 
 
 def steps_per_block(batch_size_per_worker: int, image_bytes: int) -> int:

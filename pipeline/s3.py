@@ -24,7 +24,8 @@ CONNECT_SECONDS = 5.0
 """How long a connection may take to open; then it counts as failed and is tried again."""
 READ_SECONDS = 20.0
 """How long a store may be silent within an answer; then the request counts as failed and is tried again."""
-MAX_CONNECTIONS = 128
+MAX_CONNECTIONS = 512
+"""Connections kept open at most; no fewer than a source may have requests in flight."""
 
 _clients: dict[tuple[Any, ...], Any] = {}
 _clients_lock = threading.Lock()

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Status(IntEnum):
-    """What became of one image; the first five values are the same everywhere in a run."""
+    """What became of one image: a small number that travels beside it to the trainer."""
 
     OK = 0
     MISSING = 1
@@ -56,9 +56,7 @@ class Source:
     def __init__(self, config: DataConfig, manifest: Manifest) -> None:
         self.config = config
         self.manifest = manifest
-        self._pool = ThreadPoolExecutor(
-            config.fetch_concurrency, "fetch"
-        )  # starts no thread before its first task
+        self._pool = ThreadPoolExecutor(config.fetch_concurrency, "fetch")  # no thread before its first task
         reader = _Rows if manifest.kind == "parquet" else _Objects
         self._reader: _Rows | _Objects = reader(config, manifest)
 
@@ -138,8 +136,9 @@ class _Objects:
             raise MissingObject(f"{key!r} leads out of {self._manifest.root}")
         try:
             with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size > limit:
-                    raise ObjectTooLarge(f"{path} grew to more than data.max_object_bytes={limit}")
+                size = os.fstat(file.fileno()).st_size
+                if size > limit:
+                    raise ObjectTooLarge(f"{path} holds {size} bytes, more than {limit}")
                 return file.read()
         except OSError as error:
             raise MissingObject(f"{path}: {error.strerror or error}") from error

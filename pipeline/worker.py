@@ -25,13 +25,13 @@ from ray.train import CheckpointConfig as RayCheckpointConfig
 from torch.nn.parallel import DistributedDataParallel
 
 from models.backbone import has_batch_norm
-from models.settings import ConfigError, DinorayError, Settings
+from models.settings import DinorayError, Settings
 from pipeline import dataset
 from pipeline.board import Board
 from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, save_checkpoint
 from pipeline.crops import crop_bytes
 from pipeline.features import EvalConfig, Features, embed_sharded, knn_accuracy
-from pipeline.layout import Layout, steps_per_block
+from pipeline.layout import Layout, batch_size_per_worker, steps_per_block
 from pipeline.metrics import LogConfig, Meter, MetricsLog
 from pipeline.quarantine import Quarantine
 from pipeline.source import Source
@@ -274,18 +274,6 @@ class _Worker:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
         self.meter.restart()
-
-
-def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
-    """Each worker's equal share; ConfigError proposes the nearest batch sizes that divide."""
-    if global_batch_size % train_workers:
-        low = global_batch_size // train_workers * train_workers
-        near = " or ".join(str(n) for n in (low, low + train_workers) if n)
-        raise ConfigError(
-            f"train.global_batch_size={global_batch_size} must be divisible by "
-            f"resources.train_workers={train_workers}; try {near}"
-        )
-    return global_batch_size // train_workers
 
 
 def known_error(error: BaseException | None) -> DinorayError | None:

@@ -77,7 +77,9 @@ def submit(head: dict[str, str], *arguments: str) -> "subprocess.CompletedProces
     )
 
 
-def test_a_submitted_job_runs_on_the_cluster_it_was_submitted_to(head: dict[str, str], tmp_path: Path) -> None:
+def test_a_submitted_job_runs_on_the_cluster_it_was_submitted_to(
+    head: dict[str, str], tmp_path: Path
+) -> None:
     for i in range(24):
         label = list(PATTERNS)[i % 2]
         (tmp_path / "images").mkdir(exist_ok=True)

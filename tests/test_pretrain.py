@@ -10,11 +10,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from faults import fault_proxy
 from jobs_processes import TINY, losses, run_job, start_job
 from safetensors.torch import load
-from servers import S3Server
+from servers import S3Server, aws_environment
 
 from pipeline.demo_images import PATTERNS, draw_demo_image
+from pipeline.order import Order
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 
@@ -184,7 +186,11 @@ def test_bad_images_are_replaced_counted_and_named(images: Bucket) -> None:
     images.put("spoilt/cut.jpg", good[: len(good) // 2])
     images.put("spoilt/text.jpg", b"<html>not an image</html>")
     arguments = images.pretrain_arguments(
-        "spoilt", f"data.path=s3://{images.name}/spoilt", "eval.val_path=null", "train.epochs=2"
+        "spoilt",
+        f"data.path=s3://{images.name}/spoilt",
+        "data.label_from_parent=false",
+        "eval.val_path=null",
+        "train.epochs=2",
     )
     run_job("jobs.pretrain", *arguments, "data.max_bad_fraction=0.1", env=images.server.env)
     lines = [json.loads(x) for x in images.get("runs/spoilt/quarantine.jsonl").splitlines()]
@@ -199,6 +205,19 @@ def test_bad_images_are_replaced_counted_and_named(images: Bucket) -> None:
     output = run_job("jobs.pretrain", *arguments, *strict, env=images.server.env, code=3)
     assert "error: " in output
     assert "max_bad_fraction=0.01" in output
+    assert "Traceback" not in output
+
+
+def test_a_forbidden_image_ends_the_run_at_once_with_its_name(images: Bucket) -> None:
+    keys = sorted(f"images/train/{label}/{i}.jpg" for label in list(PATTERNS)[:4] for i in range(NUM_PER_CLASS))
+    position = 30  # reached by the stream, not by the contact sheet that is made before it
+    _, (image,) = Order(len(keys), seed=0).locate([position])
+    with fault_proxy(images.server.endpoint) as proxy:
+        proxy.fail("forbid", pattern=f"^GET /{images.name}/{keys[image]}", times=1_000_000)
+        arguments = images.pretrain_arguments("forbidden", "eval.val_path=null")
+        output = run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint), code=3)
+    assert f"{images.name}/{keys[image]}" in output.splitlines()[-1]
+    assert output.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in output
 
 

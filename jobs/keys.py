@@ -1,0 +1,123 @@
+"""Dotted keys of a config: which exist, which is the nearest to a wrong one, what is wrong with a value.
+
+Stands between pydantic's errors and a person: each mistake becomes one line with key, value, rule and remedy.
+Knows models and plain trees of values; not which config, file or recipe they come from.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from statistics import fmean
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+_EXAMPLES = {"data.path": "s3://bucket/train"}
+_RULES = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "model_type": "must be a section, with its keys in it",
+    # Of the text fields only a run's name, which becomes a folder's, has a pattern.
+    "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', beginning with a letter or digit",
+    "string_type": "must be text: quote it",
+    "tuple_type": "must be a list",
+}
+"""What pydantic's words for these errors leave unclear to somebody who writes YAML."""
+
+
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key that can be set, in the order of declaration: `section.key`, or `key` outside of a section."""
+    leaves: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            leaves |= leaf_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = field
+    return leaves
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a tree; an empty mapping is a value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:
+    """One line per mistake in `tree`, which `model` refused. The members of a list or union are one mistake."""
+    fields = leaf_fields(model)
+    rules: dict[str, list[str]] = {}
+    for found in error.errors():
+        path = [str(part) for part in found["loc"]]
+        key = next((k for k in (path[0], ".".join(path[:2])) if k in fields), ".".join(path))
+        if found["type"] == "extra_forbidden":
+            unknown = found["input"] if isinstance(found["input"], Mapping) else {}
+            for name, value in flatten(unknown, f"{key}.") if unknown else [(key, found["input"])]:
+                near = did_you_mean(name, fields) or "; --print-config shows all keys"
+                rules[f"{name}={value!r}"] = [f"unknown key{near}"]
+        elif found["type"] == "missing":
+            rules[key] = [f"must be set, e.g. {key}={_EXAMPLES.get(key, '...')}"]
+        elif found["type"] == "value_error":
+            # Our own validators name the values that they are about.
+            rules.setdefault(key, []).append(found["msg"].removeprefix("Value error, "))
+        else:
+            inside = len(path) > key.count(".") + 1 and isinstance(found["loc"][-1], int)
+            rule = ("each item " if inside else "") + _rule(found["type"], found["msg"])
+            of_key = rules.setdefault(f"{key}={_at(tree, key)!r}", [])
+            if rule not in of_key:
+                of_key.append(rule)
+    return [_line(head, texts, fields) for head, texts in rules.items()]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean a or b?`: up to three of `known`, most like `word` in letters or in parts; empty if none is."""
+    section, _, leaf = word.rpartition(".")
+    likeness = {key: _likeness(section, leaf, key) for key in known}
+    best = max(likeness.values(), default=0.0)
+    near = sorted((k for k, v in likeness.items() if v >= max(0.6, best - 0.15)), key=lambda k: -likeness[k])
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _likeness(section: str, leaf: str, key: str) -> float:
+    """0 to 1 for the name within the section, and up to 0.2 for the section."""
+    key_section, _, key_leaf = key.rpartition(".")
+    words, parts = leaf.split("_"), key_leaf.split("_")
+    by_parts = fmean(
+        (
+            fmean(max(_alike(word, part) for part in parts) for word in words),
+            fmean(max(_alike(word, part) for word in words) for part in parts),
+        )
+    )
+    return max(_alike(leaf, key_leaf), by_parts) + (0.2 * _alike(section, key_section) if section else 0)
+
+
+def _alike(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _rule(kind: str, message: str) -> str:
+    return _RULES.get(kind) or re.sub(r"^\w+ should ", "must ", message)
+
+
+def _line(head: str, rules: list[str], fields: Mapping[str, FieldInfo]) -> str:
+    field = fields.get(head.partition("=")[0])
+    line = f"{head}: {' or '.join(rules).replace(' or must be ', ' or ')}"
+    if field is None or field.is_required():
+        return line
+    return f"{line} (default {json.dumps(field.get_default(call_default_factory=True))})"
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree

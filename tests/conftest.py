@@ -1,0 +1,67 @@
+"""What tests share: one real S3 server for the session, and a fresh bucket and clean AWS_* for each test."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis
+import pytest
+from faults import FaultProxy, fault_proxy
+from servers import S3Server, aws_environment, s3_server
+
+# How long an example takes depends on what else the machine does: it is never a reason to fail.
+hypothesis.settings.register_profile("dinoray", deadline=None)
+hypothesis.settings.load_profile("dinoray")
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A SeaweedFS server, started when the first test asks for it; `s3.env` is for child processes."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def next_bucket(s3: S3Server) -> Iterator[Callable[[], str]]:
+    """Gives new, empty buckets. SeaweedFS takes 0.2 s over a bucket's first object, so each is made ahead."""
+
+    def make() -> str:
+        name = f"test-{uuid.uuid4().hex[:12]}"
+        client = s3.client()
+        client.create_bucket(Bucket=name)
+        client.put_object(Bucket=name, Key="first", Body=b"1")
+        client.delete_object(Bucket=name, Key="first")
+        return name
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(make)]
+
+        def take() -> str:
+            ahead.append(pool.submit(make))
+            return ahead.pop(0).result()
+
+        yield take
+
+
+@pytest.fixture
+def bucket(s3: S3Server, next_bucket: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a bucket of the test's own; this process's AWS_* lead to it and nowhere else."""
+    use_aws(monkeypatch, s3.env)
+    return next_bucket()
+
+
+@pytest.fixture
+def proxy(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A fault proxy that stands between this process and `bucket` for the length of the test."""
+    with fault_proxy(s3.endpoint) as running:
+        use_aws(monkeypatch, aws_environment(running.endpoint))
+        yield running
+
+
+def use_aws(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Replace all AWS_* of this process for the test."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)

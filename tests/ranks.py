@@ -1,0 +1,160 @@
+"""Two real gloo processes, without Ray: started once a session, and each test looks at what they found."""
+
+import tempfile
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tiny import Batch, tiny_batch, tiny_config
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.backbone import BackboneConfig, build_backbone
+from pipeline.demo_images import draw_demo_image
+from pipeline.features import EvalConfig, Features, embed_sharded
+from pipeline.manifest import DataConfig, load_or_build
+from pipeline.quarantine import Quarantine
+from pipeline.source import Source
+from pipeline.storage import Directory
+from pipeline.training import DINOConfig, TrainState, build_state, train_step
+
+WORLD_SIZE = 2
+NUM_STEPS = 5
+LABELS = ("dots", "rings", "stripes")
+IMAGES_PER_LABEL = 3
+
+
+class Rank(NamedTuple):
+    """What one rank found."""
+
+    metrics: list[dict[str, float]]
+    centers: Tensor  # [steps, K]
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    drop_path_logits: Tensor
+    found: list[dict[str, Any]]
+    counts: dict[str, int]
+    features: Features
+
+
+def training_config() -> DINOConfig:
+    """Eight images a step, over all ranks together."""
+    return tiny_config(
+        optim={"warmup_epochs": 1, "freeze_last_layer_epochs": 0.4}, train={"global_batch_size": 8}
+    )
+
+
+def global_batch(config: DINOConfig, step: int) -> Batch:
+    """The images of one step, over all ranks."""
+    return tiny_batch(config, num_images=config.train.global_batch_size, seed=step)
+
+
+def run_steps(state: TrainState, *, rows: slice) -> tuple[list[dict[str, float]], Tensor]:
+    """Train on `rows` of each step's global batch; metrics and centre after each."""
+    metrics, centers = [], []
+    for step in range(NUM_STEPS):
+        batch = {name: column[rows] for name, column in global_batch(state.config, step).items()}
+        metrics.append({name: float(value) for name, value in train_step(state, batch).items()})
+        centers.append(state.dino.center.clone())
+    return metrics, torch.stack(centers)
+
+
+def bad_batch(rank: int) -> Batch:
+    """Three rows of which a rank found some bad: rank 0 position 0, rank 1 positions 3 and 5."""
+    status = np.array([[1, 0, 0], [2, 0, 1]][rank], np.int8)
+    note = [
+        f'{{"key": "image {rank}-{row}", "reason": "told so"}}' if bad else ""
+        for row, bad in enumerate(status)
+    ]
+    return {"position": np.arange(3) + 3 * rank, "status": status, "note": np.array(note, dtype=object)}
+
+
+def labelled_source(folder: Path) -> Source:
+    """A few small drawings in one folder per class."""
+    for label in LABELS:
+        (folder / label).mkdir(parents=True)
+        for i in range(IMAGES_PER_LABEL):
+            (folder / label / f"{i}.jpg").write_bytes(draw_demo_image(label, "val", i))
+    config = DataConfig(path=str(folder), label_from_parent=True)
+    return Source(config, load_or_build(config, Directory(str(folder.parent / f"{folder.name}-run"))))
+
+
+def seeded_backbone() -> nn.Module:
+    """A small ViT, the same on every call."""
+    torch.manual_seed(0)
+    kwargs = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    config = BackboneConfig(name="vit_tiny_patch16_224", kwargs=kwargs)
+    return build_backbone(config, crop_sizes=(32,), drop_path_rate=0.0).eval()
+
+
+def eval_config() -> EvalConfig:
+    """Batches of two crops of 32 px."""
+    return EvalConfig(batch_size=2, image_size=32, k=(1, 3))
+
+
+@lru_cache(maxsize=1)
+def two_ranks() -> list[Rank]:
+    """Be rank 0 beside a new process that is rank 1, and return what each found."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = labelled_source(Path(folder) / "images")
+        other = torch.multiprocessing.spawn(_be_rank_one, args=(folder, source), join=False)
+        first = _be_rank(0, folder, source)
+        other.join()
+        return [first, torch.load(Path(folder) / "rank_one.pt", weights_only=False)]
+
+
+def _be_rank_one(_: int, folder: str, source: Source) -> None:
+    torch.set_num_threads(1)
+    torch.save(_be_rank(1, folder, source), Path(folder) / "rank_one.pt")
+
+
+def _be_rank(rank: int, folder: str, source: Source) -> Rank:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD_SIZE,
+        timeout=timedelta(minutes=3),
+    )
+    try:
+        return _work(rank, source)
+    finally:
+        dist.destroy_process_group()
+
+
+def _work(rank: int, source: Source) -> Rank:
+    state = build_state(training_config(), num_images=40)
+    state.student = DistributedDataParallel(state.dino.student)
+    rows = state.config.train.global_batch_size // WORLD_SIZE
+    metrics, centers = run_steps(state, rows=slice(rank * rows, (rank + 1) * rows))
+    quarantine = Quarantine({"corrupt": 10})
+    quarantine.note(bad_batch(rank))
+    found = quarantine.share()
+    features = embed_sharded(
+        seeded_backbone(), source, state.config.crops, eval_config(), limit=1000, precision="fp32"
+    )
+    return Rank(
+        metrics=metrics,
+        centers=centers,
+        student=state.dino.student.state_dict(),
+        teacher=state.dino.teacher.state_dict(),
+        drop_path_logits=_drop_path_logits(),
+        found=found,
+        counts=dict(quarantine.counts),
+        features=features,
+    )
+
+
+def _drop_path_logits() -> Tensor:
+    """What the student answers, in the first step, to images that are the same on every rank."""
+    config = tiny_config(backbone={"drop_path_rate": 0.5})
+    state = build_state(config, num_images=40)
+    state.student = DistributedDataParallel(state.dino.student)
+    answers: list[Tensor] = []
+    state.dino.student.head.register_forward_hook(lambda *call: answers.append(call[2].detach().clone()))
+    train_step(state, tiny_batch(config))
+    return answers[0]

@@ -1,0 +1,129 @@
+"""A real S3 store for the tests: SeaweedFS on free local ports, for as long as a `with` block lasts."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import boto3
+from botocore.config import Config
+
+ACCESS_KEY, SECRET_KEY = "AKTESTKEY", "SKtestsecretvalue"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running store: where it listens and the environment that leads any AWS client to it."""
+
+    endpoint: str
+    log: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        """AWS_* for a process that shall use this server, and nothing of the user's own configuration."""
+        return aws_environment(self.endpoint)
+
+    def client(self) -> "boto3.client":
+        """A client of the test's own, apart from the code under test."""
+        return _client(self.endpoint)
+
+
+@lru_cache
+def _client(endpoint: str) -> "boto3.client":
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=ACCESS_KEY,
+        aws_secret_access_key=SECRET_KEY,
+        region_name="us-east-1",
+        config=Config(max_pool_connections=32),
+    )
+
+
+def aws_environment(endpoint: str, *, secret: str = SECRET_KEY) -> dict[str, str]:
+    """The AWS_* variables for a server at `endpoint`."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """SeaweedFS on free ports of 127.0.0.1, ready for requests; about two seconds to start."""
+    with tempfile.TemporaryDirectory(prefix="weed-", ignore_cleanup_errors=True) as folder:
+        log = Path(folder, "weed.log")
+        s3, master, volume, filer, admin = free_ports(5)
+        command = [
+            *(_weed(), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}"),
+            *(f"-filer.port={filer}", f"-admin.port={admin}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+            *("-webdav=false", "-admin.ui=false", "-master.telemetry=false"),
+            *("-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false"),
+        ]
+        keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, env=os.environ | keys, stdout=output, stderr=output, cwd=folder
+            )
+        try:
+            server = S3Server(f"http://127.0.0.1:{s3}", log)
+            _wait_until_ready(server, process)
+            yield server
+        finally:
+            process.kill()  # a polite stop takes seconds, and nothing here is kept
+            process.wait()
+
+
+def _weed() -> str:
+    """SeaweedFS's program: that of this environment, be it activated or not."""
+    beside = Path(sys.executable).with_name("weed")
+    return str(beside) if beside.exists() else "weed"
+
+
+def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> None:
+    client = server.client()
+    for _ in range(300):
+        try:
+            client.create_bucket(Bucket="ready")
+            client.put_object(Bucket="ready", Key="ready", Body=b"1")
+            return
+        except Exception as error:
+            last = error
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+                break
+    raise RuntimeError(f"weed did not start ({last}): {server.log.read_text()[-2000:]}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now, and free again 10,000 higher, where SeaweedFS puts gRPC."""
+    ports: list[int] = []
+    start = 12_000 + os.getpid() % 8_000  # below the range that the kernel gives to outgoing connections
+    for port in [*range(start, 20_000), *range(12_000, start)]:
+        if len(ports) == count:
+            break
+        if _is_free(port) and _is_free(port + 10_000):
+            ports.append(port)
+    return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

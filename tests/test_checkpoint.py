@@ -1,0 +1,280 @@
+"""A run that is saved, loaded and continued is the run that went on; what cannot be continued says so."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import NUM_IMAGES, tiny_batch, tiny_config
+
+from models.settings import ConfigError, DataError, DinorayError
+from pipeline.checkpoint import (
+    SNAPSHOT,
+    CheckpointConfig,
+    checkpoint_name,
+    committed_checkpoints,
+    download_checkpoint,
+    load_checkpoint,
+    pick_checkpoint,
+    read_meta,
+    read_teacher,
+    save_checkpoint,
+)
+from pipeline.features import embed
+from pipeline.storage import Directory
+from pipeline.training import DINOConfig, TrainState, build_state, train_step
+
+FILES = ("meta.json", "student.safetensors", "teacher.safetensors", "train_state.pt")
+NUM_STEPS = 6
+
+
+def eventful_config(**changes: dict[str, Any]) -> DINOConfig:
+    """Everything that a step's number decides: drop path, warm-up, temperature stairs, and a freeze that ends."""
+    sections: dict[str, dict[str, Any]] = {
+        "backbone": {"drop_path_rate": 0.5},
+        "loss": {"teacher_temp": 0.07, "warmup_teacher_temp": 0.04, "warmup_teacher_temp_epochs": 1},
+        "optim": {"warmup_epochs": 0.3, "freeze_last_layer_epochs": 0.2},
+        **changes,
+    }
+    return tiny_config(**sections)
+
+
+def state_at(step: int, config: DINOConfig) -> TrainState:
+    """A run after its first steps, without a stop."""
+    state = build_state(config, num_images=NUM_IMAGES)
+    run_to(state, step)
+    return state
+
+
+def run_to(state: TrainState, step: int) -> None:
+    while state.step < step:
+        train_step(state, tiny_batch(state.config, seed=state.step))
+
+
+def save(state: TrainState, folder: Path, **bad_images: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(state, folder, num_images=NUM_IMAGES, bad_images=bad_images)
+    return folder
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equality bit by bit through nested mappings and sequences."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(a: TrainState, b: TrainState) -> None:
+    assert a.step == b.step
+    assert_same(a.dino.state_dict(), b.dino.state_dict())
+    assert_same(a.optimizer.state_dict(), b.optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optim": {"name": "sgd"}, "head": {"norm_last_layer": False}},
+        {
+            "optim": {"name": "lars"},
+            "backbone": {"name": "resnet10t", "kwargs": {}},
+            "head": {"use_bn": True},
+        },
+    ],
+    ids=["adamw", "sgd", "lars and batch norm"],
+)
+def test_a_run_continued_from_any_step_equals_the_one_that_was_not_stopped(
+    tmp_path: Path, changes: dict[str, dict[str, Any]]
+) -> None:
+    config = eventful_config(**changes)
+    whole = build_state(config, num_images=NUM_IMAGES)
+    for step in range(NUM_STEPS):
+        save(whole, tmp_path / str(step))
+        run_to(whole, step + 1)
+    for step in range(NUM_STEPS):
+        torch.manual_seed(step)  # another process: nothing of it may matter
+        resumed = build_state(config, num_images=NUM_IMAGES)
+        load_checkpoint(resumed, tmp_path / str(step))
+        assert resumed.step == step
+        run_to(resumed, NUM_STEPS)
+        assert_same_run(resumed, whole)
+
+
+def test_a_checkpoint_is_four_files_that_load_without_pickle(tmp_path: Path) -> None:
+    folder = save(state_at(2, eventful_config()), tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == list(FILES)
+    assert torch.load(folder / "train_state.pt", weights_only=True).keys() == {"optimizer", "center"}
+    assert (
+        load_file(folder / "student.safetensors").keys() == load_file(folder / "teacher.safetensors").keys()
+    )
+
+
+def test_the_meta_data_say_what_the_run_was(tmp_path: Path) -> None:
+    config = eventful_config()
+    meta = read_meta(save(state_at(3, config), tmp_path, corrupt=2))
+    assert (meta["step"], meta["total_steps"], meta["num_images"]) == (3, 20, NUM_IMAGES)
+    assert meta["bad_images"] == {"corrupt": 2}
+    assert DINOConfig.model_validate(meta["config"]) == config
+
+
+def test_loading_returns_the_meta_data(tmp_path: Path) -> None:
+    config = eventful_config()
+    folder = save(state_at(1, config), tmp_path, missing=1)
+    assert load_checkpoint(build_state(config, num_images=NUM_IMAGES), folder) == read_meta(folder)
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    config = eventful_config()
+    state = state_at(2, config)
+    save(state, tmp_path)
+    run_to(state, 4)
+    assert_same_run(state, state_at(4, config))
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b"something else entirely"),
+    ],
+    ids=["missing", "empty", "cut off", "other bytes"],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str, damage: Callable[[Path], Any]) -> None:
+    config = eventful_config()
+    folder = save(state_at(1, config), tmp_path)
+    damage(folder / file)
+    with pytest.raises(DataError, match=str(folder)) as caught:
+        load_checkpoint(build_state(config, num_images=NUM_IMAGES), folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": {"out_dim": 16}},
+        {"head": {"use_bn": True}},
+        {"head": {"norm_last_layer": False}},
+        {"optim": {"name": "sgd"}},
+    ],
+    ids=["fewer prototypes", "more layers", "more to optimise", "another optimiser"],
+)
+def test_a_checkpoint_of_another_model_or_optimiser_is_refused(
+    tmp_path: Path, changes: dict[str, dict[str, Any]]
+) -> None:
+    folder = save(state_at(1, tiny_config()), tmp_path)
+    other = build_state(tiny_config(**changes), num_images=NUM_IMAGES)
+    with pytest.raises(DinorayError) as caught:
+        load_checkpoint(other, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    folder = save(state_at(1, tiny_config()), tmp_path)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"format": 2}))
+    with pytest.raises(DataError, match="has format 2, this version reads 1"):
+        read_meta(folder)
+
+
+# The teacher alone
+
+
+def test_the_teachers_backbone_is_rebuilt_from_its_checkpoint_alone(tmp_path: Path) -> None:
+    config = eventful_config()
+    state = state_at(3, config)
+    teacher = read_teacher(save(state, tmp_path))
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    backbone = teacher.backbone()
+    assert not backbone.training
+    np.testing.assert_array_equal(
+        embed(backbone, images, teacher.config.crops, precision="fp32"),
+        embed(state.dino.teacher.backbone, images, config.crops, precision="fp32"),
+    )
+    student = embed(state.dino.student.backbone.eval(), images, config.crops, precision="fp32")
+    assert not np.allclose(embed(backbone, images, config.crops, precision="fp32"), student, atol=1e-4)
+
+
+def test_a_folder_that_is_no_checkpoint_has_no_teacher(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=str(tmp_path)):
+        read_teacher(tmp_path)
+
+
+# Which checkpoints there are
+
+
+def commit(run: Directory, *names: str) -> None:
+    """The record that Ray Train keeps of what it has committed."""
+    results = [{"checkpoint_dir_name": name, "metrics": {"step": 1}} for name in names]
+    run.write(f"checkpoints/{SNAPSHOT}", json.dumps({"checkpoint_results": results}).encode())
+
+
+def test_names_sort_by_step() -> None:
+    assert checkpoint_name(1000) == "step_00001000"
+    names = [checkpoint_name(step) for step in (9, 10, 99_999, 10_000_000)]
+    assert names == sorted(names)
+
+
+def test_only_what_is_committed_counts(tmp_path: Path) -> None:
+    run = Directory(str(tmp_path))
+    assert committed_checkpoints(run) == []
+    run.write("checkpoints/step_00000300/meta.json", b"{}")
+    assert committed_checkpoints(run) == []
+    commit(run, "step_00000200", "step_00000100")
+    assert committed_checkpoints(run) == ["step_00000100", "step_00000200"]
+
+
+def test_the_newest_is_taken_unless_a_step_is_asked_for(tmp_path: Path) -> None:
+    run = Directory(str(tmp_path))
+    commit(run, "step_00000200", "step_00000100")
+    assert pick_checkpoint(run) == "step_00000200"
+    assert pick_checkpoint(run, 100) == "step_00000100"
+    with pytest.raises(
+        ConfigError, match=r"step=150 is not among step_00000100, step_00000200 of .*" + tmp_path.name
+    ):
+        pick_checkpoint(run, 150)
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path} has no committed checkpoint"):
+        pick_checkpoint(Directory(str(tmp_path)))
+
+
+def test_a_checkpoint_is_downloaded_whole(tmp_path: Path) -> None:
+    config = eventful_config()
+    state = state_at(2, config)
+    save(state, tmp_path / "run" / "checkpoints" / checkpoint_name(2))
+    folder = download_checkpoint(Directory(str(tmp_path / "run")), checkpoint_name(2), tmp_path / "copy")
+    resumed = build_state(config, num_images=NUM_IMAGES)
+    load_checkpoint(resumed, folder)
+    assert_same_run(resumed, state)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_checkpoint_that_lacks_a_file_is_not_downloaded(tmp_path: Path, file: str) -> None:
+    folder = save(state_at(0, tiny_config()), tmp_path / "run" / "checkpoints" / checkpoint_name(0))
+    (folder / file).unlink()
+    with pytest.raises(DataError, match=rf"checkpoints/step_00000000 lacks {file}"):
+        download_checkpoint(Directory(str(tmp_path / "run")), checkpoint_name(0), tmp_path / "copy")
+
+
+@pytest.mark.parametrize("wrong", [{"every_steps": 0}, {"num_to_keep": 0}])
+def test_a_run_cannot_do_without_checkpoints(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        CheckpointConfig.model_validate(wrong)

@@ -1,0 +1,546 @@
+"""The config: what is read from where, what is refused and with which words, what a run's file keeps."""
+
+import ast
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import annotated_types as at
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from jobs.config import (
+    Arguments,
+    Config,
+    apply_overrides,
+    differences,
+    json_schema,
+    load_config,
+    load_run_config,
+    validate,
+)
+from jobs.keys import flatten, leaf_fields
+from jobs.recipes import RECIPES
+from models.settings import ConfigError
+from pipeline.storage import Directory
+
+ROOT = Path(__file__).parents[1]
+FIELDS = leaf_fields(Config)
+
+
+def config_of(*overrides: str, recipe: str = "vit_small_imagenet_vanilla") -> Config:
+    return load_config(recipe, None, ["data.path=/data", *overrides])
+
+
+def mistakes(*overrides: str, file: Path | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load_config("vit_small_imagenet_vanilla", file, ["data.path=/data", *overrides])
+    assert error.value.exit_code == 2
+    return str(error.value).splitlines()
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "config.yaml"
+    file.write_text(text)
+    return file
+
+
+# What is read from where
+
+
+def test_an_override_beats_the_file_and_the_file_beats_the_recipe(tmp_path: Path) -> None:
+    file = write(tmp_path, "optim: {base_lr: 0.1, min_lr: 0.2}\ntrain: {epochs: 7}\n")
+    config = load_config("demo", file, ["optim.base_lr=0.3"])
+    assert config.optim.base_lr == 0.3
+    assert config.optim.min_lr == 0.2
+    assert config.train.epochs == 7
+    assert config.train.global_batch_size == RECIPES["demo"]()["train"]["global_batch_size"]
+    assert config.optim.momentum == 0.9  # nobody's but the default
+
+
+def test_the_later_override_wins() -> None:
+    assert config_of("train.seed=1", "train.seed=2").train.seed == 2
+
+
+def test_the_recipe_may_be_named_on_the_command_line_in_an_override_or_in_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "recipe: photos_small\ndata: {path: /x}\n")
+    assert load_config(None, None, []).recipe == "demo"
+    assert load_config(None, file, []).recipe == "photos_small"
+    assert load_config(None, file, ["recipe=vit_base_imagenet"]).recipe == "vit_base_imagenet"
+    assert load_config("resnet50_imagenet", file, ["recipe=vit_base_imagenet"]).recipe == "resnet50_imagenet"
+
+
+def test_a_run_is_named_after_its_recipe_unless_it_is_named() -> None:
+    assert config_of().name == "vit_small_imagenet_vanilla"
+    assert config_of("name=first").name == "first"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1e-3", 0.001), ("1e6", 1e6), ("1.5e3", 1500.0), ("2E+1", 20.0), (".5", 0.5), ("3", 3)],
+)
+def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str, number: float) -> None:
+    file = write(
+        tmp_path, f"data: {{path: /data}}\noptim: {{base_lr: {text}}}\nbackbone: {{kwargs: {{x: {text}}}}}"
+    )
+    for config in (
+        config_of(f"optim.base_lr={text}", f"backbone.kwargs.x={text}"),
+        load_config("vit_small_imagenet_vanilla", file, []),
+    ):
+        assert config.optim.base_lr == number
+        # Nothing but the reader of YAML could make a number of this one: any value is allowed here.
+        assert config.backbone.kwargs == {"x": number}
+
+
+def test_a_whole_number_may_be_written_with_an_exponent() -> None:
+    assert config_of("data.max_pixels=1e8").data.max_pixels == 100_000_000
+
+
+@pytest.mark.parametrize(
+    "text", ["on", "no", "08", "010", "2024", "2024-01-01", "1e3", "true", "a: b", "*", "x #1"]
+)
+def test_text_stands_for_itself_whatever_yaml_makes_of_it(text: str) -> None:
+    config = config_of(f"data.path={text}", f"data.label_column={text}")
+    assert (config.data.path, config.data.label_column) == (text, text)
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_text_that_is_optional_can_be_unset(text: str) -> None:
+    assert load_config("demo", None, [f"eval.val_path={text}"]).eval.val_path is None
+
+
+def test_on_and_off_switch_a_flag_but_are_no_numbers(tmp_path: Path) -> None:
+    assert config_of("head.use_bn=on").head.use_bn is True
+    file = write(tmp_path, "name: off\nhead: {norm_last_layer: no}\ntrain: {epochs: on}\n")
+    assert mistakes(file=file) == ["train.epochs='on': must be a number (default 100)"]
+    config = load_config("vit_small_imagenet_vanilla", file, ["data.path=/data", "train.epochs=1"])
+    assert (config.name, config.head.norm_last_layer) == ("off", False)
+
+
+def test_a_year_as_a_name_in_a_file_has_to_be_quoted(tmp_path: Path) -> None:
+    assert mistakes(file=write(tmp_path, "name: 2024")) == ["name=2024: must be text: quote it"]
+    assert load_config("demo", write(tmp_path, "name: '2024'"), []).name == "2024"
+
+
+def test_arguments_of_the_backbone_are_merged_one_by_one() -> None:
+    recipe = RECIPES["demo"]()["backbone"]["kwargs"]
+    config = load_config("demo", None, ["backbone.kwargs.depth=7", "backbone.kwargs={init_values: 1e-5}"])
+    assert config.backbone.kwargs == {**recipe, "depth": 7, "init_values": 1e-5}
+    assert RECIPES["demo"]()["backbone"]["kwargs"] == recipe
+
+
+def test_another_backbone_does_not_get_the_arguments_of_the_recipes_one() -> None:
+    config = load_config("demo", None, ["backbone.name=resnet18"])
+    assert (config.backbone.name, config.backbone.kwargs) == ("resnet18", {})
+    assert config.backbone.drop_path_rate == 0.0
+    same = RECIPES["demo"]()["backbone"]
+    assert load_config("demo", None, [f"backbone.name={same['name']}"]).backbone.kwargs == same["kwargs"]
+
+
+def test_applying_overrides_leaves_the_tree_as_it_was() -> None:
+    tree = {"a": {"b": {"c": [1]}}}
+    changed = apply_overrides(tree, ["a.b.d=2"])
+    changed["a"]["b"]["c"].append(3)
+    assert tree == {"a": {"b": {"c": [1]}}}
+
+
+def test_options_may_stand_among_the_overrides() -> None:
+    parser = Arguments("pretrain", "")
+    arguments = parser.parse_args(["a=1", "--recipe", "demo", "b=2", "--resume", "c=3"])
+    assert arguments.overrides == ["a=1", "b=2", "c=3"]
+    assert (arguments.recipe, arguments.resume) == ("demo", True)
+
+
+def test_a_wrong_option_is_a_config_error() -> None:
+    for wrong in (["--optim.base_lr=1"], ["--recipe"]):
+        with pytest.raises(ConfigError, match=f"{wrong[0]}.*values are set as section.key=value"):
+            Arguments("pretrain", "").parse_args(wrong)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("optim.lrr=1", "optim.base_lr or optim.min_lr"),
+        ("lr=1", "optim.base_lr or optim.min_lr"),
+        ("optimizer.base_lr=1", "optim.base_lr"),
+        ("optim.base_lrr=1", "optim.base_lr"),
+        ("out_dim=1", "head.out_dim"),
+        ("teacher.out_dim=1", "head.out_dim"),
+        ("epochs=1", "train.epochs"),
+        ("batch_size=1", "eval.batch_size or train.global_batch_size"),
+        ("train.batch_size=1", "train.global_batch_size or eval.batch_size"),
+        ("momentum_teacher=1", "teacher.teacher_momentum or teacher.final_teacher_momentum"),
+        ("loss.center_momemtum=1", "loss.center_momentum"),
+        ("dta.path=1", "data.path"),
+        ("storge_path=1", "storage_path"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str, near: str) -> None:
+    assert mistakes(override) == [f"{override}: unknown key; did you mean {near}?"]
+
+
+def test_a_key_like_no_other_is_answered_with_the_way_to_all_keys() -> None:
+    assert mistakes("qqq.zzz=1") == ["qqq.zzz=1: unknown key; --print-config shows all keys"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (["optim.base_lr=-1"], ["optim.base_lr=-1: must be greater than 0 (default 0.0005)"]),
+        (["optim.base_lr=fast"], ["optim.base_lr='fast': must be a number (default 0.0005)"]),
+        (["optim.name=adam"], ["optim.name='adam': must be 'adamw', 'sgd' or 'lars' (default \"adamw\")"]),
+        (["train.epochs=0"], ["train.epochs=0: must be greater than 0 (default 100)"]),
+        (
+            ["train.global_batch_size=1.5"],
+            ["train.global_batch_size=1.5: must be a whole number (default 512)"],
+        ),
+        (["head.use_bn=perhaps"], ["head.use_bn='perhaps': must be true or false (default false)"]),
+        (
+            ["resources.use_gpu=2"],
+            ["resources.use_gpu=2: must be true or false or 'auto' (default \"auto\")"],
+        ),
+        (
+            ["resources.augment_actors=many"],
+            [
+                "resources.augment_actors='many': must be a whole number or a list or 'auto' (default \"auto\")"
+            ],
+        ),
+        (["eval.k=[1, x]"], ["eval.k=[1, 'x']: each item must be a whole number (default [10, 20])"]),
+        (["eval.k=5"], ["eval.k=5: must be a list (default [10, 20])"]),
+        (
+            ["crops.global_crop_scale=[a, b]"],
+            ["crops.global_crop_scale=['a', 'b']: each item must be a number "],
+        ),
+        (
+            ["crops.global_crop_scale=[0.9, 0.1]"],
+            ["crops.global_crop_scale: (0.9, 0.1) must be (lowest, highest)"],
+        ),
+        (
+            ["crops.num_global_crops=3"],
+            ["crops: global_blur_prob=(1.0, 0.1) has 2 values for num_global_crops=3; "],
+        ),
+        (
+            ["data.path=gs://bucket"],
+            ["data.path: 'gs://bucket' has the scheme gs://; use a local path or s3://"],
+        ),
+        (
+            ["storage_path=s3://"],
+            ["storage_path: 's3://' is not an S3 address; write s3://bucket/prefix (default "],
+        ),
+        (
+            ["name=a/b"],
+            ["name='a/b': must be letters, digits, '.', '_' and '-', beginning with a letter or digit"],
+        ),
+        (["optim=3"], ["optim=3: must be a section, with its keys in it"]),
+        (["optim="], ["optim=None: must be a section, with its keys in it"]),
+        (["data.path.x=1"], ["data.path={'x': 1}: must be text: quote it"]),
+        (["optim"], ["override 'optim' must look like section.key=value, e.g. optim.base_lr=1e-3"]),
+        (["=1", "a..b=1"], ["override '=1' must look like", "override 'a..b=1' must look like"]),
+        (
+            ["backbone.kwargs={a: 1"],
+            ["override 'backbone.kwargs={a: 1': the value is not YAML: expected ',' or '}'"],
+        ),
+        (
+            ["backbone.kwargs={a: 1, a: 2}"],
+            ["override 'backbone.kwargs={a: 1, a: 2}': the value is not YAML: key 'a'"],
+        ),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_wrong_value_is_named_with_its_rule(overrides: list[str], lines: list[str]) -> None:
+    found = mistakes(*overrides)
+    assert len(found) == len(lines)
+    for line, beginning in zip(found, lines, strict=True):
+        assert line.startswith(beginning)
+
+
+def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path, "optim: {base_lr: -1, momentun: 0.5}\nheads: {out_dim: 8, hidden_dim: 8}\n")
+    assert sorted(mistakes("train.epochs=no", "eval.k=[0.5]", file=file)) == [
+        "eval.k=[0.5]: each item must be a whole number (default [10, 20])",
+        "heads.hidden_dim=8: unknown key; did you mean head.hidden_dim?",
+        "heads.out_dim=8: unknown key; did you mean head.out_dim?",
+        "optim.base_lr=-1: must be greater than 0 (default 0.0005)",
+        "optim.momentun=0.5: unknown key; did you mean optim.momentum?",
+        "train.epochs='no': must be a number (default 100)",
+    ]
+
+
+def test_what_must_be_set_is_named_as_one_sets_it() -> None:
+    with pytest.raises(ConfigError, match=r"^data.path: must be set, e.g. data.path=s3://bucket/train$"):
+        load_config("vit_small_imagenet_vanilla", None, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("demoo", "did you mean demo?"),
+        ("vit_smal_imagenet_boost", "did you mean vit_small_imagenet_boost"),
+        ("[1]", "is none of demo, photos_small"),
+        ("", "is none of demo, photos_small"),
+    ],
+)
+def test_an_unknown_recipe_is_answered_with_the_known_ones(name: str, words: str) -> None:
+    for load in (lambda: load_config(name, None, []), lambda: load_config(None, None, [f"recipe={name}"])):
+        with pytest.raises(ConfigError) as error:
+            load()
+        assert words in str(error.value)
+        assert all(recipe in str(error.value) for recipe in RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"optim: {base_lr: 1\n", "is not YAML: expected ',' or '}', but got '<stream end>' at line 2"),
+        (
+            b"optim:\n\tbase_lr: 1\n",
+            "is not YAML: found character '\\t' that cannot start any token at line 2",
+        ),
+        (b"- optim\n", "must hold a mapping of sections, not a list"),
+        (b"hello", "must hold a mapping of sections, not a str"),
+        (b"\xff\xfe\x00", "is not YAML: it is not UTF-8 text"),
+        (b"train: {seed: 1}\ntrain: {epochs: 1}\n", "is not YAML: key 'train' is given 2 times at line 1"),
+        (b"train: !!python/object:os.system {}\n", "is not YAML: could not determine a constructor"),
+        (b"[" * 5000, "is not YAML: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: bytes, words: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(text)
+    (line,) = mistakes(file=file)
+    assert line.startswith(f"--config {file} {words}")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert mistakes(file=tmp_path / "none.yaml") == [
+        f"--config {tmp_path}/none.yaml: No such file or directory; check the path"
+    ]
+    assert mistakes(file=tmp_path) == [f"--config {tmp_path}: Is a directory; check the path"]
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert load_config("demo", write(tmp_path, "# nothing yet\n"), []) == load_config("demo", None, [])
+
+
+# What is kept
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = config_of()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.name = "other"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.base_lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resolved_config_is_a_config_file(tmp_path: Path, recipe: str) -> None:
+    config = load_config(recipe, None, ["data.path=/data", "name=1e3", "eval.k=[5]"])
+    file = write(tmp_path, config.to_yaml())
+    assert load_config(None, file, []) == config
+    assert validate(yaml.safe_load(config.to_yaml())) == config  # any other reader sees the same
+
+
+def test_a_resolved_config_has_the_network_that_was_chosen_not_the_recipes(tmp_path: Path) -> None:
+    config = load_config("demo", None, ["backbone.name=resnet18", "backbone.kwargs.zero_init_last=false"])
+    assert load_config(None, write(tmp_path, config.to_yaml()), []) == config
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
+def test_any_text_survives_the_file(text: str) -> None:
+    config = config_of("backbone.kwargs.x=0")
+    config = config.model_copy(
+        update={"backbone": config.backbone.model_copy(update={"kwargs": {text: text}})}
+    )
+    assert validate(yaml.safe_load(config.to_yaml())).backbone.kwargs == {text: text}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Directory(folder)
+        run.write("config.yaml", config.to_yaml().encode())
+        assert load_run_config(run) == config
+
+
+def test_the_config_of_a_run_takes_overrides_and_names_itself(tmp_path: Path) -> None:
+    run = Directory(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{tmp_path} is no run directory: it has no config.yaml"):
+        load_run_config(run)
+    run.write("config.yaml", config_of().to_yaml().encode())
+    assert load_run_config(run, ["eval.k=[3]"]).eval.k == (3,)
+    run.write("config.yaml", b"optim: {warmup: 1}\nname: x\nrecipe: demo\ndata: {path: /data}\n")
+    with pytest.raises(
+        ConfigError, match=rf"^{tmp_path}/config.yaml: optim.warmup=1: unknown key; did you mean"
+    ):
+        load_run_config(run)
+    run.write("config.yaml", b"\xff")
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/config.yaml is not YAML"):
+        load_run_config(run)
+
+
+def test_only_what_decides_what_is_learnt_is_a_difference() -> None:
+    old = config_of()
+    free = [
+        *(
+            "resources.train_workers=4",
+            "resources.use_gpu=false",
+            "log.every_steps=3",
+            "checkpoint.every_steps=7",
+        ),
+        *("storage_path=/elsewhere", "name=other"),
+    ]
+    assert differences(old, config_of(*free)) == []
+    assert differences(old, config_of("optim.base_lr=0.1", "train.seed=5", *free)) == [
+        "optim.base_lr: 0.0005 -> 0.1",
+        "train.seed: 0 -> 5",
+    ]
+    assert differences(old, config_of("backbone.kwargs.depth=3")) == [
+        "backbone.kwargs: {} -> None",
+        "backbone.kwargs.depth: None -> 3",
+    ]
+    assert differences(old, config_of("data.path=/data2")) == ["data.path: /data -> /data2"]
+
+
+# What describes it
+
+
+def test_the_schema_describes_every_key_in_its_own_words() -> None:
+    schema = json.loads(json_schema())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["properties"]["recipe"]["enum"] == list(RECIPES)
+    sections = {"": schema} | {
+        name: schema["$defs"][about["$ref"].rpartition("/")[2]]
+        for name, about in schema["properties"].items()
+        if "$ref" in about
+    }
+    assert {f"{s}.{key}".lstrip(".") for s in sections for key in sections[s]["properties"]} == {
+        *FIELDS,
+        *(section for section in sections if section),
+    }
+    for key, field in FIELDS.items():
+        section, _, leaf = key.rpartition(".")
+        assert sections[section]["properties"][leaf]["description"] == field.description
+        assert field.description
+        assert "\n" not in field.description
+    assert all(section["description"] for section in sections.values())
+    assert sections["optim"]["properties"]["base_lr"]["description"].startswith("Peak learning rate")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_schema_accepts_recipes_and_refuses_what_the_config_refuses(recipe: str) -> None:
+    schema = jsonschema.Draft202012Validator(json.loads(json_schema()))
+    assert schema.is_valid(RECIPES[recipe]())  # a part of a config, as files are
+    assert schema.is_valid(yaml.safe_load(load_config(recipe, None, ["data.path=/data"]).to_yaml()))
+    assert not schema.is_valid({"optim": {"lr": 1}})
+    assert not schema.is_valid({"optim": {"base_lr": 0}})
+    assert not schema.is_valid({"recipe": "none"})
+
+
+def test_every_key_is_read_by_something() -> None:
+    read: set[str] = set()
+    for file in (file for layer in ("models", "pipeline", "jobs") for file in (ROOT / layer).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    unread = {key for key in FIELDS if key.rpartition(".")[2] not in read}
+    assert not unread
+
+
+# Anything at all
+
+_ORDERED = st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 1.0))
+_SPECIAL: dict[str, st.SearchStrategy[Any]] = {
+    "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True),
+    "crops.num_global_crops": st.just(2),
+    "crops.global_crop_scale": _ORDERED,
+    "crops.local_crop_scale": _ORDERED,
+    "crops.aspect_ratio": _ORDERED,
+    "crops.blur_sigma": _ORDERED,
+    "crops.global_blur_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    "crops.global_solarize_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    "crops.pixel_mean": st.tuples(*[st.floats(0, 1)] * 3),
+    "crops.pixel_std": st.tuples(*[st.floats(0.1, 1)] * 3),
+    "eval.k": st.lists(st.integers(1, 99), min_size=1).map(tuple),
+    "eval.val_path": st.none() | st.from_regex(r"/[a-z]{1,9}", fullmatch=True),
+    "resources.use_gpu": st.booleans() | st.just("auto"),
+    "resources.augment_actors": st.integers(1, 9) | st.tuples(st.integers(1, 3), st.integers(3, 9)),
+    "resources.max_failures": st.integers(-1, 9),
+}
+
+
+def values_of(key: str, field: FieldInfo) -> st.SearchStrategy[Any]:
+    """Valid values of a key, as its type and bounds say."""
+    if key in _SPECIAL:
+        return _SPECIAL[key]
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if kind is bool:
+        return st.booleans()
+    if kind is str or kind == str | None:
+        return st.from_regex(r"[a-z0-9_./-]{0,8}[a-z0-9]", fullmatch=True)
+    low = next(
+        (m.ge if isinstance(m, at.Ge) else m.gt for m in field.metadata if isinstance(m, at.Ge | at.Gt)), 0
+    )
+    high = next(
+        (m.le if isinstance(m, at.Le) else m.lt for m in field.metadata if isinstance(m, at.Le | at.Lt)),
+        low + 99,
+    )
+    if kind in (int, int | None):
+        return st.integers(low, high)
+    assert kind is float, f"{key} needs an entry in _SPECIAL"
+    return st.floats(low, high, exclude_min=True, exclude_max=True)
+
+
+SETTABLE = [key for key in FIELDS if key not in ("recipe", "backbone.kwargs")]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_a_valid_value_lands_at_its_key_and_nowhere_else(data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from(SETTABLE))
+    value = data.draw(values_of(key, FIELDS[key]))
+    text = value if isinstance(value, str) else json.dumps(value)
+    before, after = (dict(flatten(c.model_dump())) for c in (config_of(), config_of(f"{key}={text}")))
+    assert after.pop(key) == value
+    del before[key]
+    assert after == before
+
+
+def test_every_key_can_be_set() -> None:
+    """So that the test above, which draws keys, cannot pass over one that never works."""
+    for key in SETTABLE:
+        value = before = dict(flatten(config_of().model_dump()))[key]
+        text = value if isinstance(value, str) else json.dumps(value)
+        assert dict(flatten(config_of(f"{key}={text}").model_dump()))[key] == before
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+GARBAGE = (
+    st.text() | st.sampled_from(sorted(FIELDS)) | st.sampled_from(sorted(FIELDS)).map(lambda key: key + ".x")
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(
+        st.tuples(GARBAGE, st.text() | JSON.map(json.dumps) | st.text("[]{}:,#&*!|>'\"% \n-1a")), max_size=3
+    )
+)
+def test_garbage_is_a_config_or_a_config_error(garbage: list[tuple[str, str]]) -> None:
+    try:
+        config = load_config("demo", None, [f"{key}={text}" for key, text in garbage])
+    except ConfigError:
+        return
+    assert validate(yaml.safe_load(config.to_yaml())) == config

@@ -1,0 +1,263 @@
+"""Features are those of each image alone; the vote is the one that a loop over distances gives."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import nearest_vote
+from ranks import IMAGES_PER_LABEL, LABELS, eval_config, labelled_source, seeded_backbone, two_ranks
+from tiny import tiny_config
+
+from models.settings import ConfigError, DataError
+from pipeline.decode import decode, eval_crop
+from pipeline.features import (
+    EvalConfig,
+    Features,
+    embed,
+    embed_sharded,
+    embed_source,
+    knn_accuracy,
+    knn_classify,
+    labelled_crops,
+    labelled_sources,
+    merge,
+    subset,
+)
+from pipeline.manifest import DataConfig, load_or_build
+from pipeline.source import Source
+from pipeline.storage import Directory
+
+CROPS = tiny_config().crops
+
+
+def features(rows: Sequence[Sequence[float]], labels: str | Sequence[str], *, num_bad: int = 0) -> Features:
+    return Features(np.array(rows, np.float32).reshape(len(labels), -1), list(labels), num_bad)
+
+
+# The vote
+
+
+@given(
+    num_voters=st.integers(1, 30),
+    num_queries=st.integers(1, 6),
+    num_classes=st.integers(1, 5),
+    k=st.integers(1, 40),
+    temperature=st.sampled_from([0.02, 0.07, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_votes_equal_those_counted_one_by_one(
+    num_voters: int, num_queries: int, num_classes: int, k: int, temperature: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    bank = rng.normal(size=(num_voters, 4)).astype(np.float32) * rng.uniform(0.1, 10)
+    labels = rng.integers(0, num_classes, num_voters)
+    queries = rng.normal(size=(num_queries, 4)).astype(np.float32)
+    ours = knn_classify(
+        torch.from_numpy(bank),
+        torch.from_numpy(labels),
+        torch.from_numpy(queries),
+        k=k,
+        temperature=temperature,
+        num_classes=num_classes,
+    )
+    theirs = [nearest_vote(bank, labels.tolist(), q, k=k, temperature=temperature) for q in queries]
+    assert ours.tolist() == theirs
+
+
+def test_the_temperature_decides_between_one_near_and_two_farther_voters() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])  # cosines 1, 0.8 and 0.8 with the query
+    labels, query = torch.tensor([0, 1, 1]), torch.tensor([[3.0, 0.0]])
+
+    def guess(temperature: float, k: int = 3) -> int:
+        return int(knn_classify(bank, labels, query, k=k, temperature=temperature, num_classes=2))
+
+    assert guess(0.07) == 0  # exp(0.2 / 0.07) = 17 times the vote
+    assert guess(1.0) == 1  # exp(0.2) = 1.2 times the vote, of which there are two
+    assert guess(1.0, k=1) == 0
+
+
+def test_a_small_temperature_does_not_overflow() -> None:
+    bank = torch.tensor([[0.8, 0.6], [1.0, 0.0]])
+    guess = knn_classify(
+        bank, torch.tensor([0, 1]), torch.tensor([[1.0, 0.0]]), k=2, temperature=0.005, num_classes=2
+    )
+    assert guess.tolist() == [1]
+
+
+def test_equal_votes_go_to_the_label_that_was_seen_first() -> None:
+    train = features([[1, 0], [1, 0]], "ba")
+    assert knn_accuracy(train, features([[1, 0]], "b"), EvalConfig(k=(2,)))["knn_2"] == 1
+    assert knn_accuracy(train, features([[1, 0]], "a"), EvalConfig(k=(2,)))["knn_2"] == 0
+
+
+def test_accuracy_is_the_share_of_right_guesses_per_k() -> None:
+    train = features([[1, 0], [1, 0.1], [0, 1]], "aab")
+    val = features([[1, 0], [0, 1], [0.1, 1], [1, 0]], "abba")
+    scores = knn_accuracy(train, val, EvalConfig(k=(1, 3), temperature=1e6))
+    # With all three voting alike, every query is an a.
+    assert scores == {"knn_1": 1.0, "knn_3": 0.5, "majority": 0.5}
+
+
+def test_a_class_that_only_the_classified_images_have_counts_as_wrong() -> None:
+    scores = knn_accuracy(features([[1], [1]], "aa"), features([[1], [1]], "ab"), EvalConfig(k=(1,)))
+    assert scores == {"knn_1": 0.5, "majority": 0.5}
+
+
+def test_the_majority_is_that_of_the_voters() -> None:
+    scores = knn_accuracy(features([[1]] * 3, "aab"), features([[1]] * 4, "abbb"), EvalConfig(k=(1,)))
+    assert scores["majority"] == 0.25
+
+
+def test_one_voter_and_one_image_are_enough() -> None:
+    assert knn_accuracy(features([[2.0]], "a"), features([[1.0]], "a"), EvalConfig()) == {
+        "knn_10": 1.0,
+        "knn_20": 1.0,
+        "majority": 1.0,
+    }
+
+
+def test_more_images_than_fit_one_block_are_all_classified() -> None:
+    angles = np.linspace(0, 1.5, 2500)
+    rows = np.stack([np.cos(angles), np.sin(angles)], 1)
+    labels = ["low" if angle < 0.75 else "high" for angle in angles]
+    val = Features(rows.astype(np.float32), labels, 0)
+    assert (
+        knn_accuracy(features([[1, 0], [0.07, 1]], ["low", "high"]), val, EvalConfig(k=(1,)))["knn_1"] > 0.99
+    )
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_a_side_without_readable_images_is_named(side: str) -> None:
+    some, none = features([[1.0]], "a"), Features(np.empty((0, 0), np.float32), [], 3)
+    sides = (none, some) if side == "train" else (some, none)
+    with pytest.raises(
+        DataError, match=rf"eval\.{side}_path has no readable labelled image \(3 unreadable\)"
+    ):
+        knn_accuracy(*sides, EvalConfig())
+
+
+@pytest.mark.parametrize("k", [(), (0,), (10, -1)])
+def test_numbers_of_neighbours_that_cannot_vote_are_refused(k: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="k"):
+        EvalConfig(k=k)
+
+
+# The features
+
+
+def test_an_embedding_is_that_of_each_image_alone() -> None:
+    backbone = seeded_backbone()
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    together = embed(backbone, images, CROPS, precision="fp32")
+    assert (together.dtype, together.shape) == (np.float32, (5, 16))
+    mean, std = np.array(CROPS.pixel_mean), np.array(CROPS.pixel_std)
+    for image, row in zip(images, together, strict=True):
+        x = torch.from_numpy(((image / 255 - mean) / std).transpose(2, 0, 1)[None]).float()
+        np.testing.assert_allclose(row, backbone(x)[0].detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_no_images_have_no_features() -> None:
+    none = embed(seeded_backbone(), np.empty((0, 32, 32, 3), np.uint8), CROPS, precision="fp32")
+    assert len(none) == 0
+    assert merge([Features(none, [], 2), features([[1.0]], "a", num_bad=1)])[1:] == (["a"], 3)
+    assert len(merge([]).features) == 0
+
+
+def test_a_subset_is_fixed_sorted_and_free_of_repeats() -> None:
+    some = subset(1000, 100)
+    assert len(set(some.tolist())) == 100
+    assert some.tolist() == sorted(some.tolist()) == subset(1000, 100).tolist()
+    assert 0 <= some.min() < some.max() < 1000
+    assert 400 < some.mean() < 600  # from all of them, not from the first
+    assert set(some.tolist()) < set(subset(1000, 200).tolist())
+
+
+def test_a_subset_of_few_images_is_all_of_them() -> None:
+    assert subset(5, 5).tolist() == subset(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert len(subset(5, 4)) == 4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return labelled_source(tmp_path_factory.mktemp("labelled") / "images")
+
+
+def all_of(source: Source) -> Features:
+    indices = np.arange(source.num_images)
+    return embed_source(seeded_backbone(), source, indices, CROPS, eval_config(), precision="fp32")
+
+
+def test_images_of_a_source_are_embedded_in_order_with_their_labels(source: Source) -> None:
+    result = all_of(source)
+    assert result.labels == [label for label in sorted(LABELS) for _ in range(IMAGES_PER_LABEL)]
+    assert result.num_bad == 0
+    for i, fetched in enumerate(source.fetch(range(source.num_images))):
+        assert fetched.data is not None
+        image = eval_crop(decode(fetched.data, max_pixels=10**6), size=32)
+        alone = embed(seeded_backbone(), image[None], CROPS, precision="fp32")
+        np.testing.assert_allclose(result.features[i], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_unreadable_image_is_left_out_and_counted(tmp_path: Path) -> None:
+    source = labelled_source(tmp_path / "images")
+    (tmp_path / "images" / "rings" / "1.jpg").write_bytes(b"no picture")
+    (tmp_path / "images" / "dots" / "0.jpg").unlink()
+    result = all_of(source)
+    assert result.num_bad == 2
+    assert result.labels == ["dots"] * 2 + ["rings"] * 2 + ["stripes"] * 3
+    assert len(result.features) == len(result.labels)
+
+
+def test_an_image_without_a_label_is_named(source: Source, tmp_path: Path) -> None:
+    config = DataConfig(path=source.config.path)
+    unlabelled = Source(config, load_or_build(config, Directory(str(tmp_path))))
+    with pytest.raises(DataError, match=r"dots/0\.jpg has no label"):
+        next(labelled_crops(unlabelled, [0], size=32, batch_size=1))
+
+
+def test_without_a_process_group_a_share_is_the_whole_subset(source: Source) -> None:
+    whole, result = (
+        all_of(source),
+        embed_sharded(seeded_backbone(), source, CROPS, eval_config(), limit=4, precision="fp32"),
+    )
+    indices = subset(source.num_images, 4)
+    assert result.labels == [whole.labels[i] for i in indices]
+    np.testing.assert_allclose(result.features, whole.features[indices], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_embed_each_image_once_and_both_get_all(source: Source) -> None:
+    whole = all_of(source)
+    expected = sorted(zip(whole.labels, whole.features.tolist(), strict=True))
+    for rank in two_ranks():
+        found = sorted(zip(rank.features.labels, rank.features.features.tolist(), strict=True))
+        assert [label for label, _ in found] == [label for label, _ in expected]
+        np.testing.assert_allclose(
+            [row for _, row in found], [row for _, row in expected], rtol=1e-3, atol=1e-4
+        )
+
+
+# Where labels come from
+
+
+def test_without_images_to_classify_there_is_no_evaluation() -> None:
+    assert labelled_sources(DataConfig(path="anywhere"), EvalConfig()) is None
+
+
+def test_evaluation_without_labels_says_what_to_set() -> None:
+    with pytest.raises(ConfigError, match=r"eval\.val_path needs labels: set data\.label_column"):
+        labelled_sources(DataConfig(path="anywhere"), EvalConfig(val_path="elsewhere"))
+
+
+def test_voters_are_the_training_images_unless_said_otherwise(source: Source, tmp_path: Path) -> None:
+    other = labelled_source(tmp_path / "other")
+    run = Directory(str(tmp_path / "run"))
+    train, val = labelled_sources(source.config, EvalConfig(val_path=other.config.path), run) or pytest.fail()
+    assert (train.config.path, val.config.path) == (source.config.path, other.config.path)
+    assert run.list() == ["manifest_eval_train.parquet", "manifest_eval_val.parquet"]
+    config = EvalConfig(val_path=source.config.path, train_path=other.config.path)
+    train, val = labelled_sources(source.config, config) or pytest.fail()
+    assert (train.config.path, val.config.path) == (other.config.path, source.config.path)

@@ -1,0 +1,165 @@
+"""Which positions go where: every one once, in the right rank's blocks, in the order of the steps."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.settings import ConfigError
+from pipeline.layout import Layout, batch_size_per_worker, steps_per_block
+
+layouts = st.builds(
+    lambda first_step, num_steps, world_size, batch_size_per_worker, steps_per_block: Layout(
+        first_step=first_step,
+        last_step=first_step + num_steps,
+        world_size=world_size,
+        batch_size_per_worker=batch_size_per_worker,
+        steps_per_block=steps_per_block,
+    ),
+    first_step=st.integers(0, 50),
+    num_steps=st.integers(1, 30),
+    world_size=st.integers(1, 5),
+    batch_size_per_worker=st.integers(1, 4),
+    steps_per_block=st.integers(1, 9),
+)
+
+
+def stream_of(layout: Layout, rank: int) -> list[int]:
+    """What a rank receives: blocks alternate over ranks."""
+    blocks = [layout.block(i).tolist() for i in range(layout.num_blocks) if i % layout.world_size == rank]
+    return [position for block in blocks for position in block]
+
+
+class Span(NamedTuple):
+    """Positions of consecutive steps."""
+
+    first: int
+    last: int
+
+
+def span(layout: Layout) -> Span:
+    per_step = layout.world_size * layout.batch_size_per_worker
+    return Span(layout.first_step * per_step, layout.last_step * per_step)
+
+
+@given(layouts)
+def test_each_position_is_in_one_block_once(layout: Layout) -> None:
+    everything = [p for i in range(layout.num_blocks) for p in layout.block(i).tolist()]
+    assert sorted(everything) == list(range(*span(layout)))
+
+
+@given(layouts)
+def test_each_rank_receives_its_slice_of_every_step_in_order(layout: Layout) -> None:
+    size = layout.batch_size_per_worker
+    for rank in range(layout.world_size):
+        received = np.array(stream_of(layout, rank)).reshape(-1, size)
+        assert len(received) == layout.last_step - layout.first_step
+        for step, batch in enumerate(received.tolist(), start=layout.first_step):
+            first = step * layout.world_size * size + rank * size
+            assert batch == list(range(first, first + size))
+            assert batch == layout.positions(step, rank).tolist()
+
+
+@given(layouts, st.integers(0, 30))
+def test_after_any_step_what_was_seen_is_a_prefix_of_the_stream(layout: Layout, num_steps: int) -> None:
+    num_steps = min(num_steps, layout.last_step - layout.first_step)
+    rows = num_steps * layout.batch_size_per_worker
+    seen = [p for rank in range(layout.world_size) for p in stream_of(layout, rank)[:rows]]
+    start = span(layout).first
+    assert sorted(seen) == list(range(start, start + rows * layout.world_size))
+
+
+@given(layouts, st.integers(0, 30), st.integers(1, 9))
+def test_a_resumed_stream_is_the_rest_whatever_its_blocks(
+    layout: Layout, num_steps: int, steps_per_block: int
+) -> None:
+    num_steps = min(num_steps, layout.last_step - layout.first_step - 1)
+    rest = Layout(
+        first_step=layout.first_step + num_steps,
+        last_step=layout.last_step,
+        world_size=layout.world_size,
+        batch_size_per_worker=layout.batch_size_per_worker,
+        steps_per_block=steps_per_block,
+    )
+    for rank in range(layout.world_size):
+        assert stream_of(rest, rank) == stream_of(layout, rank)[num_steps * layout.batch_size_per_worker :]
+
+
+@given(layouts)
+def test_a_step_shows_the_same_images_to_any_number_of_ranks(layout: Layout) -> None:
+    per_step = layout.world_size * layout.batch_size_per_worker
+    alone = Layout(
+        first_step=layout.first_step,
+        last_step=layout.last_step,
+        world_size=1,
+        batch_size_per_worker=per_step,
+        steps_per_block=layout.steps_per_block,
+    )
+    step = layout.last_step - 1
+    together = np.concatenate([layout.positions(step, rank) for rank in range(layout.world_size)])
+    assert together.tolist() == alone.positions(step, 0).tolist()
+
+
+def test_blocks_by_hand() -> None:
+    # Steps 1, 2, 3 of two ranks by two images; blocks of two steps, so the last turn holds one.
+    layout = Layout(first_step=1, last_step=4, world_size=2, batch_size_per_worker=2, steps_per_block=2)
+    assert layout.num_blocks == 4
+    blocks = [layout.block(i).tolist() for i in range(4)]
+    assert blocks == [[4, 5, 8, 9], [6, 7, 10, 11], [12, 13], [14, 15]]
+
+
+@given(layouts)
+def test_there_are_equally_many_blocks_for_each_rank(layout: Layout) -> None:
+    assert layout.num_blocks % layout.world_size == 0
+    turns = layout.num_blocks // layout.world_size
+    steps = layout.last_step - layout.first_step
+    assert (turns - 1) * layout.steps_per_block < steps <= turns * layout.steps_per_block
+
+
+@pytest.mark.parametrize(
+    ("batch_size_per_worker", "image_bytes", "steps"),
+    [
+        (64, 522_240, 3),  # 100 MiB hold 200 images of ten crops: three steps of 64
+        (32, 522_240, 6),
+        (200, 522_240, 1),
+        (201, 522_240, 1),  # one step at least, however large
+        (64, 30_000, 4),  # small crops: 256 images are enough
+        (1, 30_000, 256),
+        (1, 200 << 20, 1),
+    ],
+)
+def test_a_block_holds_as_many_steps_as_fit(batch_size_per_worker: int, image_bytes: int, steps: int) -> None:
+    assert steps_per_block(batch_size_per_worker, image_bytes) == steps
+
+
+@given(st.integers(1, 5000), st.integers(1, 1 << 28))
+def test_a_block_is_within_both_limits_or_one_step(batch_size_per_worker: int, image_bytes: int) -> None:
+    steps = steps_per_block(batch_size_per_worker, image_bytes)
+    rows = steps * batch_size_per_worker
+    assert steps >= 1
+    assert steps == 1 or (rows <= 256 and rows * image_bytes <= 100 << 20)
+    more = rows + batch_size_per_worker
+    assert more > 256 or more * image_bytes > 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "train_workers", "share"), [(512, 8, 64), (7, 7, 1), (6, 1, 6)]
+)
+def test_the_global_batch_is_shared_equally(global_batch_size: int, train_workers: int, share: int) -> None:
+    assert batch_size_per_worker(global_batch_size, train_workers) == share
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "train_workers", "remedy"), [(100, 8, "try 96 or 104"), (3, 8, "try 8")]
+)
+def test_a_batch_that_does_not_divide_is_answered_with_the_nearest_that_do(
+    global_batch_size: int, train_workers: int, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        batch_size_per_worker(global_batch_size, train_workers)
+    assert str(caught.value) == (
+        f"train.global_batch_size={global_batch_size} must be divisible by "
+        f"resources.train_workers={train_workers}; {remedy}"
+    )

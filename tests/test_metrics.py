@@ -1,0 +1,205 @@
+"""What a run writes about itself: lines that survive a kill and a resume, events that TensorBoard reads back."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.metrics import JsonLines, Meter, MetricsLog
+from pipeline.storage import Directory
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def log_of(folder: Path, *, first_step: int = 0, first_position: int = 0) -> MetricsLog:
+    return MetricsLog(Directory(str(folder)), first_step=first_step, first_position=first_position)
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows of a run."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def log_steps(log: MetricsLog, first: int, last: int, *, loss: float) -> None:
+    for step in range(first, last + 1):
+        log.log(step, {"loss": loss})
+
+
+def test_metrics_are_appended_as_they_come(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log.log(1, {"loss": 2.5, "lr": 0.0})
+    log.log(2, {"loss": 2.25, "lr": 1e-4})
+    assert lines(tmp_path) == [{"step": 1, "loss": 2.5, "lr": 0.0}, {"step": 2, "loss": 2.25, "lr": 1e-4}]
+    log.close()
+
+
+def test_a_resumed_run_drops_the_lines_of_the_steps_that_it_repeats(tmp_path: Path) -> None:
+    first = log_of(tmp_path)
+    log_steps(first, 1, 7, loss=1.0)
+    first.close()
+    second = log_of(tmp_path, first_step=5)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    log_steps(second, 6, 8, loss=2.0)
+    second.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        *((step, 1.0) for step in range(1, 6)),
+        *((step, 2.0) for step in range(6, 9)),
+    ]
+
+
+def test_a_run_that_starts_over_keeps_no_line_not_even_of_step_zero(tmp_path: Path) -> None:
+    first = log_of(tmp_path)
+    log_steps(first, 0, 3, loss=1.0)
+    first.close()
+    log_of(tmp_path).close()
+    assert lines(tmp_path) == []
+
+
+def test_the_evaluation_before_the_first_step_is_kept_by_a_resumed_run(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log_steps(log, 0, 3, loss=1.0)
+    log.close()
+    log_of(tmp_path, first_step=2).close()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+
+
+def test_quarantined_images_at_positions_to_come_are_dropped(tmp_path: Path) -> None:
+    first = log_of(tmp_path)
+    first.quarantine([{"position": position, "key": f"{position}.jpg"} for position in (3, 39, 40, 55)])
+    first.close()
+    log_of(tmp_path, first_step=10, first_position=40).close()
+    assert [line["position"] for line in lines(tmp_path, "quarantine.jsonl")] == [3, 39]
+
+
+def test_a_last_line_cut_off_anywhere_by_a_kill_is_no_line(tmp_path: Path) -> None:
+    whole, last = '{"position": 0, "key": "a"}\n', '{"position": 1, "key": "a{b}c"}\n'
+    for length in range(len(last) + 1):
+        (tmp_path / "quarantine.jsonl").write_text(whole + last[:length])
+        log_of(tmp_path, first_step=1, first_position=10).close()
+        positions = [line["position"] for line in lines(tmp_path, "quarantine.jsonl")]
+        assert positions == ([0, 1] if length >= len(last) - 1 else [0]), last[:length]
+
+
+@given(st.lists(st.text(max_size=5), max_size=5))
+def test_any_text_makes_one_line(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("lines")
+    run = Directory(str(folder))
+    file = JsonLines(run, "x.jsonl", keep=lambda record: True, staging=folder)
+    for text in texts:
+        file.append({"text": text})
+    JsonLines(run, "x.jsonl", keep=lambda record: True, staging=folder)
+    assert [record["text"] for record in lines(folder, "x.jsonl")] == texts
+
+
+def test_numbers_that_json_lacks_are_written_as_text(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log.log(1, {"loss": math.nan, "grad_norm": math.inf, "kl": -math.inf, "lr": 1.0})
+    log.close()
+    strict = json.loads(
+        (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert strict == {"step": 1, "loss": "nan", "grad_norm": "inf", "kl": "-inf", "lr": 1.0}
+
+
+def test_tensorboard_shows_what_was_logged(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log.log(1, {"loss": 2.5})
+    log.log(4, {"loss": 2.25, "knn_10": 0.5})
+    log.close()
+    assert scalars(tmp_path, "loss") == [(1, 2.5), (4, 2.25)]
+    assert scalars(tmp_path, "knn_10") == [(4, 0.5)]
+
+
+@pytest.mark.parametrize("first_step", [0, 5])
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path: Path, first_step: int) -> None:
+    first = log_of(tmp_path)
+    log_steps(first, 0, 7, loss=1.0)
+    first.close()
+    second = log_of(tmp_path, first_step=first_step)
+    again = first_step + 1 if first_step else 0  # a run that starts over evaluates step 0 again
+    log_steps(second, again, 8, loss=2.0)
+    second.close()
+    expected = [(step, 1.0) for step in range(again)] + [(step, 2.0) for step in range(again, 9)]
+    assert scalars(tmp_path, "loss") == expected
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == expected
+
+
+def test_what_is_synced_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log.log(1, {"loss": 2.5})
+    log.quarantine([{"position": 0, "key": "a.jpg"}])
+    log.sync()
+    assert lines(tmp_path)[0]["loss"] == 2.5
+    assert lines(tmp_path, "quarantine.jsonl") == [{"position": 0, "key": "a.jpg"}]
+    assert scalars(tmp_path, "loss") == [(1, 2.5)]
+    log.close()
+
+
+def test_a_local_run_directory_is_made_and_nothing_else_is_left(tmp_path: Path) -> None:
+    log_of(tmp_path / "runs" / "new").close()
+    assert sorted(path.name for path in (tmp_path / "runs" / "new").iterdir()) == [
+        "metrics.jsonl",
+        "quarantine.jsonl",
+        "tensorboard",
+    ]
+
+
+# Rates. The clock is the real one, so only relations are certain.
+
+
+def busy(seconds: float) -> float:
+    """Let the clock run, and say for how long it did."""
+    since = time.perf_counter()
+    while time.perf_counter() - since < seconds:
+        pass
+    return time.perf_counter() - since
+
+
+def test_rates_are_per_second_of_wall_time() -> None:
+    before = time.perf_counter()
+    meter = Meter()
+    started = time.perf_counter()
+    spent = busy(0.02)
+    meter.add(30, wait_seconds=spent)
+    meter.add(10, wait_seconds=0.0)
+    asked = time.perf_counter()
+    rates = meter.read()
+    done = time.perf_counter()
+    assert 40 / (done - before) <= rates["images_per_second"] <= 40 / (asked - started)
+    assert spent / (done - before) <= rates["data_wait"] <= spent / (asked - started)
+
+
+def test_reading_starts_over() -> None:
+    meter = Meter()
+    meter.add(1000, wait_seconds=1000.0)
+    assert meter.read()["data_wait"] == 1.0  # a share, whatever was told
+    busy(0.001)
+    assert meter.read() == {"images_per_second": 0.0, "data_wait": 0.0}
+
+
+def test_a_pause_that_is_not_training_does_not_count() -> None:
+    meter = Meter()
+    meter.add(1000, wait_seconds=0.0)
+    pause = busy(0.05)
+    meter.restart()
+    started = time.perf_counter()
+    meter.add(10, wait_seconds=busy(0.001))
+    rates = meter.read()
+    assert time.perf_counter() - started < pause
+    assert rates["images_per_second"] > 10 / pause
+
+
+def test_a_meter_read_at_once_divides_by_no_zero() -> None:
+    meter = Meter()
+    assert all(math.isfinite(value) for value in meter.read().values())
+    assert all(math.isfinite(value) for value in meter.read().values())

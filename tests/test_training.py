@@ -1,0 +1,459 @@
+"""The training step against one written out by hand, alone and over processes; schedules in steps; the loop."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import WrittenOutRun
+from ranks import NUM_STEPS, run_steps, training_config, two_ranks
+from tiny import NUM_IMAGES, Batch, tiny_batch, tiny_config
+from torch import Tensor
+
+from pipeline.training import (
+    DINOConfig,
+    Schedule,
+    TrainState,
+    autocast,
+    build_state,
+    pixels,
+    train,
+    train_step,
+)
+
+METRICS = {
+    "loss",
+    "teacher_entropy",
+    "kl",
+    "grad_norm",
+    "lr",
+    "weight_decay",
+    "teacher_momentum",
+    "teacher_temp",
+}
+
+
+def tiny_state(config: DINOConfig | None = None) -> TrainState:
+    return build_state(config or tiny_config(), num_images=NUM_IMAGES)
+
+
+def weights(state: TrainState) -> dict[str, Tensor]:
+    """Everything learnt: student, teacher, centre."""
+    return {name: x.clone() for name, x in state.dino.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run(state: TrainState, *, num_steps: int = 3) -> list[dict[str, float]]:
+    """Steps on batches that only the step's number decides."""
+    metrics = []
+    for _ in range(num_steps):
+        batch = tiny_batch(state.config, num_images=state.config.train.global_batch_size, seed=state.step)
+        metrics.append({name: float(value) for name, value in train_step(state, batch).items()})
+    return metrics
+
+
+# One step
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"crops": {"num_local_crops": 0}},
+        {"crops": {"num_global_crops": 1, "global_blur_prob": [1], "global_solarize_prob": [0]}},
+        {"head": {"norm_last_layer": False}, "optim": {"clip_grad": 0.0, "base_lr": 0.064}},
+        {"optim": {"freeze_last_layer_epochs": 0.2}},
+    ],
+    ids=["default", "no local crops", "one global crop", "learnt magnitude", "frozen last layer"],
+)
+def test_steps_equal_those_written_out_by_hand(changes: dict[str, dict[str, Any]]) -> None:
+    changes = {**changes, "optim": {"name": "sgd", "base_lr": 0.64, **changes.get("optim", {})}}
+    changes["loss"] = {"teacher_temp": 0.07, "warmup_teacher_temp": 0.04, "warmup_teacher_temp_epochs": 1}
+    config = tiny_config(**changes, teacher={"teacher_momentum": 0.9})
+    state, twin = tiny_state(config), tiny_state(config)
+    written_out = WrittenOutRun(twin.dino.student, twin.dino.teacher, config)
+    for step in range(4):
+        batch = tiny_batch(config, seed=step)
+        expected = written_out.step(batch, state.schedule.at(step))
+        loss = float(train_step(state, batch)["loss"])
+        assert loss == pytest.approx(expected, abs=1e-4)
+    torch.testing.assert_close(state.dino.center, written_out.center, rtol=1e-3, atol=1e-5)
+    for (name, ours), theirs in zip(
+        state.dino.student.named_parameters(), twin.dino.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    for ours, theirs in zip(state.dino.teacher.parameters(), twin.dino.teacher.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
+    config = tiny_config(backbone={"drop_path_rate": 0.5})
+    first, second = tiny_state(config), tiny_state(config)
+    assert same(weights(first), weights(second))
+    run(first)
+    torch.rand(7)  # what else the process draws does not matter
+    run(second)
+    assert same(weights(first), weights(second))
+
+
+def test_another_seed_gives_other_weights_and_other_stochastic_depth() -> None:
+    def config(seed: int) -> DINOConfig:
+        return tiny_config(backbone={"drop_path_rate": 0.5}, train={"seed": seed})
+
+    first, second = tiny_state(config(0)), tiny_state(config(1))
+    assert not same(weights(first), weights(second))
+    second.dino.load_state_dict(first.dino.state_dict())
+    assert run(first, num_steps=1)[0]["loss"] != run(second, num_steps=1)[0]["loss"]
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**32 - 1, 10**12])
+def test_a_large_seed_is_a_seed(seed: int) -> None:
+    run(tiny_state(tiny_config(train={"seed": seed})), num_steps=1)
+
+
+def test_stochastic_depth_is_drawn_anew_at_each_step() -> None:
+    config = tiny_config(backbone={"drop_path_rate": 0.5}, optim={"base_lr": 1e-20})
+    state = tiny_state(config)
+    state.dino.center.zero_()
+    losses = set()
+    for _ in range(4):
+        losses.add(float(train_step(state, tiny_batch(config))["loss"]))
+        state.dino.center.zero_()
+    assert len(losses) == 4
+
+
+def test_a_step_reports_all_metrics_and_they_are_finite() -> None:
+    state = tiny_state()
+    for metrics in run(state):
+        assert metrics.keys() == METRICS
+        assert all(math.isfinite(value) for value in metrics.values())
+        assert metrics["kl"] == pytest.approx(metrics["loss"] - metrics["teacher_entropy"], abs=1e-6)
+        assert metrics["grad_norm"] > 0
+    assert state.step == 3
+
+
+def test_a_step_reports_the_settings_it_ran_with() -> None:
+    state = tiny_state()
+    for step, metrics in enumerate(run(state)):
+        now = state.schedule.at(step)
+        assert (metrics["lr"], metrics["teacher_temp"]) == (now.lr, now.teacher_temp)
+        assert (metrics["weight_decay"], metrics["teacher_momentum"]) == (
+            now.weight_decay,
+            now.teacher_momentum,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_a_read_only_batch_is_read_and_not_written_to() -> None:
+    state, batch = tiny_state(), tiny_batch(tiny_config())
+    before = {name: column.copy() for name, column in batch.items()}
+    for column in batch.values():
+        column.setflags(write=False)
+    train_step(state, batch)
+    assert all(np.array_equal(batch[name], before[name]) for name in batch)
+
+
+def test_a_writable_batch_is_not_written_to_either() -> None:
+    config = tiny_config(crops={"num_global_crops": 1, "global_blur_prob": [1], "global_solarize_prob": [0]})
+    batch = tiny_batch(config)
+    before = {name: column.copy() for name, column in batch.items()}
+    train_step(
+        tiny_state(config), {name: torch.from_numpy(batch[name]) for name in ("global_crops", "local_crops")}
+    )
+    assert all(np.array_equal(batch[name], before[name]) for name in batch)
+
+
+def test_pixels_are_normalised_and_ordered_by_crop() -> None:
+    crops = np.zeros((3, 2, 8, 8, 3), np.uint8)
+    for b in range(3):
+        for c in range(2):
+            crops[b, c] = (100 * c + 10 * b, 0, 255)
+    x = pixels(crops, tiny_config().crops, torch.device("cpu"))
+    assert x.dtype == torch.float32
+    reds = [((100 * c + 10 * b) / 255 - 0.485) / 0.229 for c in range(2) for b in range(3)]
+    torch.testing.assert_close(x[:, 0, 5, 6], torch.tensor(reds))
+    torch.testing.assert_close(x[:, 1, 0, 0], torch.full((6,), -0.456 / 0.224))
+    torch.testing.assert_close(x[:, 2, 0, 0], torch.full((6,), (1 - 0.406) / 0.225))
+
+
+def test_images_are_paired_with_their_own_crops() -> None:
+    # Each image is of one grey and all its crops alike: a teacher and a student that see the same image agree.
+    config = tiny_config(loss={"center_momentum": 0.0})
+    greys = np.array([0, 80, 160, 255], np.uint8)[:, None, None, None, None]
+    batch = {
+        "global_crops": np.broadcast_to(greys, (4, 2, 16, 16, 3)),
+        "local_crops": np.broadcast_to(greys, (4, 2, 8, 8, 3)),
+    }
+    mixed = {
+        name: np.stack([np.roll(column[:, i], i, axis=0) for i in range(2)], 1)
+        for name, column in batch.items()
+    }
+    state, other = tiny_state(config), tiny_state(config)
+    for twin in (state, other):
+        twin.dino.center.copy_(
+            twin.dino.teacher_logits(pixels(batch["global_crops"], config.crops, twin.device)).mean(0)
+        )
+    assert float(train_step(state, batch)["loss"]) < float(train_step(other, mixed)["loss"]) - 0.5
+
+
+def test_the_center_of_a_step_is_the_one_from_before_it() -> None:
+    config = tiny_config(loss={"center_momentum": 0.0})
+    batch = tiny_batch(config)
+    from_zero, from_ten = tiny_state(config), tiny_state(config)
+    from_ten.dino.center[0] = -10.0  # the teacher then names prototype 0 alone
+    losses = [float(train_step(state, batch)["loss"]) for state in (from_zero, from_ten)]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(
+        from_zero.dino.center, from_ten.dino.center
+    )  # afterwards it is the batch's mean
+    assert from_zero.dino.center.any()
+
+
+def test_the_last_layer_waits_until_its_freeze_ends() -> None:
+    state = tiny_state(tiny_config(optim={"freeze_last_layer_epochs": 0.2}))  # 2 of 10 steps an epoch
+    layer = state.dino.student.head.last_layer
+    before = layer.weight_v.detach().clone()
+    backbone = state.dino.student.backbone.pos_embed.detach().clone()
+    run(state, num_steps=2)
+    assert torch.equal(layer.weight_v, before)
+    assert not torch.equal(state.dino.student.backbone.pos_embed, backbone)
+    run(state, num_steps=1)
+    assert not torch.equal(layer.weight_v, before)
+
+
+def test_the_teacher_follows_after_the_students_step() -> None:
+    state = tiny_state(tiny_config(teacher={"teacher_momentum": 0.0, "final_teacher_momentum": 0.0}))
+    run(state, num_steps=1)
+    student, teacher = state.dino.student.state_dict(), state.dino.teacher.state_dict()
+    assert same(student, teacher)
+    assert not same(student, tiny_state().dino.student.state_dict())
+
+
+def test_loss_falls_towards_the_entropy_of_a_teacher_that_stays() -> None:
+    config = tiny_config(
+        teacher={"teacher_momentum": 1.0},
+        loss={"teacher_temp": 0.1, "center_momentum": 0.0},
+        train={"epochs": 4},
+    )
+    state, batch = tiny_state(config), tiny_batch(config, num_images=8)
+    metrics = [{k: float(v) for k, v in train_step(state, batch).items()} for _ in range(30)]
+    # From the second step on the centre is the mean over the batch, and so the targets are always the same.
+    entropies, kl = ([m[name] for m in metrics[1:]] for name in ("teacher_entropy", "kl"))
+    assert entropies == pytest.approx([entropies[0]] * 29)
+    assert kl[-1] < 0.2 * kl[0]
+
+
+def test_bf16_is_autocast_where_it_is_asked_for() -> None:
+    config = tiny_config(train={"precision": "bf16"})
+    state, exact = tiny_state(config), tiny_state()
+    loss, exact_loss = (run(s, num_steps=1)[0]["loss"] for s in (state, exact))
+    assert loss != exact_loss
+    assert loss == pytest.approx(exact_loss, rel=0.1, abs=0.05)
+    assert all(x.dtype == torch.float32 for x in weights(state).values() if x.is_floating_point())
+    assert state.dino.center.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "casts"),
+    [("auto", "cpu", False), ("fp32", "cpu", False), ("bf16", "cpu", True), ("fp32", "cuda", False)],
+)
+def test_precision_auto_is_bf16_on_a_gpu_alone(precision: str, device: str, casts: bool) -> None:
+    with autocast(precision, torch.device(device)):
+        assert torch.is_autocast_enabled(device) is casts
+
+
+# Several processes, one result
+
+
+def test_two_processes_of_four_equal_one_of_eight() -> None:
+    state = tiny_state(training_config())
+    metrics, centers = run_steps(state, rows=slice(None))
+    assert len(metrics) == NUM_STEPS
+    for rank in two_ranks():
+        for ours, theirs in zip(rank.metrics, metrics, strict=True):
+            for name in ("loss", "teacher_entropy", "kl"):
+                assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        torch.testing.assert_close(rank.centers, centers, rtol=0, atol=1e-5)
+
+
+def test_all_processes_end_with_the_same_weights() -> None:
+    first, second = two_ranks()
+    assert same(first.student, second.student)
+    assert same(first.teacher, second.teacher)
+    assert torch.equal(first.centers, second.centers)
+    assert first.metrics == second.metrics
+
+
+def test_each_process_draws_its_own_stochastic_depth() -> None:
+    first, second = two_ranks()
+    assert not torch.equal(first.drop_path_logits, second.drop_path_logits)
+
+
+# Schedules in steps
+
+
+def schedule(**changes: dict[str, Any]) -> Schedule:
+    """1000 images by batches of 100: ten steps an epoch."""
+    train_section = {"epochs": 10, "global_batch_size": 100} | changes.pop("train", {})
+    return Schedule(tiny_config(train=train_section, **changes), num_images=1000)
+
+
+def test_epochs_become_steps() -> None:
+    s = schedule(optim={"warmup_epochs": 2, "freeze_last_layer_epochs": 1.5})
+    assert (s.total_steps, s.warmup_steps, s.freeze_steps) == (100, 20, 15)
+    assert [s.epoch(step) for step in (0, 9, 10, 99, 100)] == [0, 0, 1, 9, 10]
+    assert [s.at(step).freeze_last_layer for step in (0, 14, 15)] == [True, True, False]
+
+
+def test_an_epoch_that_ends_within_a_step_belongs_to_the_steps_first_image() -> None:
+    s = Schedule(tiny_config(train={"epochs": 3, "global_batch_size": 4}), num_images=10)
+    assert s.total_steps == 7  # 30 images, the last two of which make no batch
+    assert [s.epoch(step) for step in range(7)] == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_a_run_has_at_least_one_step() -> None:
+    assert (
+        Schedule(tiny_config(train={"epochs": 0.01, "global_batch_size": 4}), num_images=10).total_steps == 1
+    )
+
+
+def test_learning_rate_peaks_at_the_scaled_rate_and_ends_at_the_unscaled_least() -> None:
+    s = schedule(optim={"base_lr": 0.256, "min_lr": 1e-3, "warmup_epochs": 2})
+    rates = [s.at(step).lr for step in (0, 19, 20, 60, 100, 1000)]
+    assert rates == pytest.approx([0, 0.1, 0.1, (0.1 + 1e-3) / 2, 1e-3, 1e-3])
+
+
+def test_weight_decay_and_teacher_momentum_run_the_whole_length() -> None:
+    s = schedule(optim={"weight_decay": 0.04, "final_weight_decay": 0.4}, teacher={"teacher_momentum": 0.996})
+    assert [s.at(step).weight_decay for step in (0, 50, 100)] == pytest.approx([0.04, 0.22, 0.4])
+    assert [s.at(step).teacher_momentum for step in (0, 50, 100)] == pytest.approx([0.996, 0.998, 1.0])
+
+
+def test_teacher_temperature_climbs_a_stair_per_epoch() -> None:
+    s = schedule(loss={"teacher_temp": 0.07, "warmup_teacher_temp": 0.04, "warmup_teacher_temp_epochs": 4})
+    temps = [s.at(step).teacher_temp for step in (0, 9, 10, 29, 30, 99)]
+    assert temps == pytest.approx([0.04, 0.04, 0.05, 0.06, 0.07, 0.07])
+
+
+def test_warmups_longer_than_the_run_are_cut() -> None:
+    s = schedule(
+        optim={"warmup_epochs": 50},
+        loss={"teacher_temp": 0.07, "warmup_teacher_temp": 0.04, "warmup_teacher_temp_epochs": 30},
+    )
+    assert (s.warmup_steps, s.warmup_temp_epochs) == (30, 3)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_a_length_that_is_no_length_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="epochs"):
+        tiny_config(train={"epochs": value})
+
+
+def test_local_crops_that_are_not_cut_need_no_size_that_fits() -> None:
+    tiny_state(tiny_config(crops={"num_local_crops": 0, "local_crop_size": 9}))
+
+
+# The loop
+
+
+def test_the_loop_steps_once_per_batch_and_tells_of_each() -> None:
+    state = tiny_state()
+    batches = [tiny_batch(state.config, seed=seed) for seed in range(3)]
+    told: list[tuple[int, int, float]] = []
+
+    def on_step(batch: Any, metrics: dict[str, Any], wait_seconds: float) -> None:
+        assert metrics.keys() == METRICS
+        told.append((state.step, int(batch["position"][0]), wait_seconds))
+
+    train(state, batches, on_step=on_step)
+    assert [(step, position) for step, position, _ in told] == [(1, 0), (2, 4), (3, 8)]
+
+
+def test_the_wait_for_a_batch_is_measured_and_not_the_step() -> None:
+    state = tiny_state()
+    spent: list[float] = []
+    waits: list[float] = []
+
+    def slow_stream() -> Iterator[Batch]:
+        for seed in range(3):
+            since = time.perf_counter()
+            while time.perf_counter() - since < 0.02 * seed:
+                pass
+            batch = tiny_batch(state.config, seed=seed)
+            spent.append(time.perf_counter() - since)
+            yield batch
+
+    since = time.perf_counter()
+    train(state, slow_stream(), on_step=lambda batch, metrics, wait: waits.append(wait))
+    total = time.perf_counter() - since
+    assert all(wait >= work for wait, work in zip(waits, spent, strict=True))
+    assert sum(waits) < total
+
+
+def test_the_loop_of_an_empty_stream_does_nothing() -> None:
+    state = tiny_state()
+    before = weights(state)
+    train(state, [], on_step=lambda *_: pytest.fail("there was no step"))
+    assert same(weights(state), before)
+
+
+# Without Ray
+
+WITHOUT_RAY = """
+import sys
+
+class NoRay:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            raise ImportError(f"{name} must not be imported here")
+
+sys.meta_path.insert(0, NoRay())
+try:
+    import ray
+except ImportError:
+    pass
+else:
+    raise SystemExit("the finder does not work")
+
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+
+from pipeline.training import build_state, train_step
+from tiny import tiny_batch, tiny_config
+
+state = build_state(tiny_config(), num_images=40)
+print("loss", float(train_step(state, tiny_batch(tiny_config()))["loss"]))
+assert not any(name.partition(".")[0] == "ray" for name in sys.modules)
+"""
+
+
+def test_a_step_runs_and_all_but_the_ray_modules_import_where_ray_is_missing() -> None:
+    root = Path(__file__).parents[1]
+    files = [*root.glob("models/*.py"), *root.glob("pipeline/*.py")]
+    names = [f"{file.parent.name}.{file.stem}" for file in files if file.stem != "__init__"]
+    pure = sorted(set(names) - {"pipeline.dataset", "pipeline.worker", "pipeline.board"})
+    assert "pipeline.training" in pure
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, *pure],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("loss ")
