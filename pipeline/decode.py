@@ -5,11 +5,10 @@ read first, so a file that claims too many pixels costs nothing; then the conten
 never a file name:
 
     OpenCV   JPEG, PNG, WebP, BMP in gray, RGB or CMYK, of 8 or 16 bits: right there, and the fastest
-    Pillow   the rest: GIF, TIFF, JPEG 2000, AVIF, PPM, palettes, transparency (laid over white), and
-             animations (their first frame)
+    Pillow   the rest: GIF, TIFF, JPEG 2000, AVIF, PPM, palettes, and transparency, laid over white
 
-EXIF orientation is applied. 16-bit samples keep their high byte. Pixels that have no fixed range (float,
-32-bit, Lab) are refused. Knows nothing of files, storage or Ray.
+Of an animation comes the first frame. EXIF orientation is applied. 16-bit samples keep their high byte.
+Pixels that have no fixed range (float, 32-bit, Lab) are refused. Knows nothing of files, storage or Ray.
 """
 
 import contextlib

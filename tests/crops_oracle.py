@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
-from pipeline.crop_params import CropParams
+from pipeline.crop_params import CropParams, CropsConfig, sample_crops
+from pipeline.crops import crop_rng
 from pipeline.decode import decode
 
 Pixels = npt.NDArray[np.uint8]
@@ -86,3 +87,26 @@ def photo_files(number: int) -> list[bytes]:
 def pictures() -> list[Pixels]:
     """The drawn pictures, and photographs where there are some."""
     return drawn_pictures() + [decode(file, max_pixels=1_000_000) for file in photo_files(40)]
+
+
+@lru_cache
+def replays() -> list[tuple[Pixels, CropParams, int]]:
+    """Every crop of every picture with the default settings: (image, parameters, size)."""
+    config = CropsConfig()
+    sizes = [config.global_crop_size] * config.num_global_crops + [
+        config.local_crop_size
+    ] * config.num_local_crops
+    return [
+        (image, params, size)
+        for n, image in enumerate(pictures())
+        for params, size in zip(
+            sample_crops(crop_rng(0, 0, f"picture {n}"), image.shape[1], image.shape[0], config),
+            sizes,
+            strict=True,
+        )
+    ]
+
+
+def error(ours: Pixels, theirs: Pixels | Image.Image) -> float:
+    """Mean absolute difference in levels of 255."""
+    return float(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).mean())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_batch, tiny_config
+from tiny import TINY_RESNET, tiny_batch, tiny_config
 from torch import Tensor, nn
 
 from models.dino import DINO, MultiCropNet, TeacherConfig, crop_major
@@ -16,8 +16,8 @@ def tiny_dino(*, seed: int = 0, **changes: dict[str, object]) -> DINO:
     return DINO(config.backbone, config.head, crop_sizes=(16, 8))
 
 
-def resnet_dino(**kwargs: object) -> DINO:
-    return tiny_dino(backbone={"name": "resnet10t", "kwargs": kwargs})
+def resnet_dino() -> DINO:
+    return tiny_dino(backbone=TINY_RESNET)
 
 
 def images(num_images: int = 4, size: int = 16) -> Tensor:
@@ -92,6 +92,15 @@ def test_batch_statistics_are_the_teachers_own() -> None:
 def test_stochastic_depth_is_the_students_alone() -> None:
     dino, x = tiny_dino(backbone={"drop_path_rate": 0.5}), images(16)
     assert dino.training
+    assert torch.equal(dino.teacher_logits(x), dino.teacher_logits(x))
+    assert not torch.equal(dino.student([x]), dino.student([x]))
+
+
+def test_stochastic_depth_is_the_students_alone_with_batch_norm_too() -> None:
+    dino, x = tiny_dino(backbone=TINY_RESNET | {"drop_path_rate": 0.9}), images(16)
+    for m in dino.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.ones_(m.weight)  # the last one of a block starts at 0 and would hide what is dropped
     assert torch.equal(dino.teacher_logits(x), dino.teacher_logits(x))
     assert not torch.equal(dino.student([x]), dino.student([x]))
 

@@ -253,11 +253,12 @@ def test_evaluation_without_labels_says_what_to_set() -> None:
 
 
 def test_voters_are_the_training_images_unless_said_otherwise(source: Source, tmp_path: Path) -> None:
-    other = labelled_source(tmp_path / "other")
+    here, there = source.config.path, labelled_source(tmp_path / "other").config.path
     run = Directory(str(tmp_path / "run"))
-    train, val = labelled_sources(source.config, EvalConfig(val_path=other.config.path), run) or pytest.fail()
-    assert (train.config.path, val.config.path) == (source.config.path, other.config.path)
+    sources = labelled_sources(source.config, EvalConfig(val_path=there), run)
+    assert sources is not None
+    assert [side.config.path for side in sources] == [here, there]
     assert run.list() == ["manifest_eval_train.parquet", "manifest_eval_val.parquet"]
-    config = EvalConfig(val_path=source.config.path, train_path=other.config.path)
-    train, val = labelled_sources(source.config, config) or pytest.fail()
-    assert (train.config.path, val.config.path) == (other.config.path, source.config.path)
+    sources = labelled_sources(source.config, EvalConfig(val_path=here, train_path=there))
+    assert sources is not None
+    assert [side.config.path for side in sources] == [there, here]

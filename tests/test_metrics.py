@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -90,6 +90,7 @@ def test_a_last_line_cut_off_anywhere_by_a_kill_is_no_line(tmp_path: Path) -> No
         assert positions == ([0, 1] if length >= len(last) - 1 else [0]), last[:length]
 
 
+@settings(max_examples=25)
 @given(st.lists(st.text(max_size=5), max_size=5))
 def test_any_text_makes_one_line(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     folder = tmp_path_factory.mktemp("lines")

@@ -13,7 +13,6 @@ from jobs.config import Arguments, Config, load_config
 from jobs.keys import flatten
 from jobs.recipes import RECIPES
 from models.backbone import build_backbone, embed_dim
-from models.head import DINOHead
 from pipeline.manifest import build_manifest
 from pipeline.training import Schedule
 from pipeline.worker import batch_size_per_worker
@@ -183,7 +182,7 @@ class Hand:
 HAND = {
     # 100 * 1281167 / 512 = 250,227.9; 10 epochs are 25,022.8 steps, one is 2,502.3; 5e-4 * 512 / 256
     "vit_small_imagenet_vanilla": Hand(250_227, 25_023, 2_502, 0.001, {0: 0.04, 50: 0.04}),
-    # 300 * 1281167 / 1024 = 375,341.9; 12,511.4; 1,251.1; 5e-4 * 4; half-way of 29 stairs is between 14 and 15
+    # 300 * 1281167 / 1024 = 375,341.9; 12,511.4; 1,251.1; 5e-4 * 4
     "vit_small_imagenet_boost": Hand(375_341, 12_511, 1_251, 0.002, {0: 0.04, 29: 0.07, 200: 0.07}),
     # 400 * 1281167 / 1024 = 500,455.9; 12,511.4; 3 epochs are 3,753.4; 7.5e-4 * 4
     "vit_base_imagenet": Hand(500_455, 12_511, 3_753, 0.003, {0: 0.04, 7: 0.04 + 0.03 / 7, 49: 0.07}),
@@ -250,18 +249,26 @@ def test_a_recipe_sets_nothing_to_its_default(recipe: str) -> None:
     }
 
 
+# Millions of parameters as published, and the width of the features.
+NETWORKS = {
+    "vit_small_imagenet_vanilla": (21, 384),
+    "vit_small_imagenet_boost": (21, 384),
+    "vit_base_imagenet": (85, 768),
+    "resnet50_imagenet": (23, 2048),
+}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_network_of_a_recipe_takes_its_crops(recipe: str) -> None:
+def test_the_network_of_a_recipe_takes_its_crops_and_has_the_published_size(recipe: str) -> None:
     config = config_of(recipe)
+    sizes = (config.crops.global_crop_size, config.crops.local_crop_size)
     with torch.device("meta"):
-        backbone = build_backbone(
-            config.backbone,
-            crop_sizes=(config.crops.global_crop_size, config.crops.local_crop_size),
-            drop_path_rate=config.backbone.drop_path_rate,
-        )
-        head = DINOHead(config.head, in_dim=embed_dim(backbone))
-        crop = torch.zeros(2, 3, config.crops.local_crop_size, config.crops.local_crop_size)
-        assert head(backbone(crop)).shape == (2, config.head.out_dim)
+        backbone = build_backbone(config.backbone, crop_sizes=sizes, drop_path_rate=0.0)
+        features = [backbone(torch.zeros(1, 3, size, size)) for size in sizes]
+    assert [f.shape for f in features] == [(1, embed_dim(backbone))] * 2
+    if recipe in NETWORKS:
+        millions = sum(p.numel() for p in backbone.parameters()) // 1_000_000
+        assert (millions, embed_dim(backbone)) == NETWORKS[recipe]
 
 
 def test_the_resnet_starts_as_torchvisions_does() -> None:

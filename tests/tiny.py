@@ -10,6 +10,9 @@ from pipeline.training import DINOConfig
 NUM_IMAGES = 40
 """Length of an epoch: ten steps of `tiny_config`."""
 
+TINY_RESNET: dict[str, Any] = {"name": "resnet10t", "kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8}}
+"""The `backbone` section of a network with batch norm."""
+
 Batch = dict[str, NDArray[Any]]
 
 

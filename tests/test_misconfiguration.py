@@ -1,0 +1,396 @@
+"""Wrong inputs end a job before anything is started: its exit code, one line per mistake, never a traceback.
+
+Most cases run the job's main within this process, as `python -m` does but without the seconds that imports
+take; one test runs real processes and finds the same. Ray must not start: the guard fails the test if it does.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from conftest import use_aws
+from jobs_processes import run_job
+from samples import parquet, write_all
+from servers import S3Server, aws_environment
+
+from jobs import evaluate, pretrain
+from jobs.entry import run_main
+from pipeline.demo_images import draw_demo_image
+from pipeline.storage import Directory
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--recipe=vit_small_imagenet_vanilla",
+    "name=run",
+    "backbone.kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}",
+    "crops.global_crop_size=32",
+    "crops.local_crop_size=16",
+    "head.out_dim=64",
+    "train.global_batch_size=8",
+    "resources.train_workers=2",
+]
+CONFIG, DATA, RESOURCES = 2, 3, 4
+
+
+@dataclass
+class Ending:
+    """How a job ended: its exit code and its two streams."""
+
+    code: int
+    output: str
+    errors: str
+
+    def check(self, code: int, *lines: Sequence[str]) -> None:
+        """The exit code, and for each line of stderr the words that it must hold."""
+        found = self.errors.splitlines()
+        assert self.code == code, self.errors
+        assert "Traceback" not in self.output + self.errors
+        assert len(found) == len(lines), found
+        for line, words in zip(found, lines, strict=True):
+            assert line.startswith("error: ")
+            for word in words:
+                assert word in line
+
+
+Job = Callable[..., Ending]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
+    """Runs a job's main as its command line does, in a folder of its own; `WORLD` stands for that folder."""
+
+    def no_ray(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    def run(main: Callable[[Sequence[str]], None], *arguments: str) -> Ending:
+        monkeypatch.setattr(sys, "argv", ["job", *(x.replace("WORLD", str(tmp_path)) for x in arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run_main(main)
+        assert isinstance(exit_.value.code, int)
+        return Ending(exit_.value.code, *capsys.readouterr())
+
+    monkeypatch.setattr(ray, "init", no_ray)
+    monkeypatch.setenv("DINORAY_CACHE", str(tmp_path / "cache"))
+    use_aws(monkeypatch, {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"})
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    image = draw_demo_image("dots", "train", 0)
+    write_all(
+        tmp_path,
+        {
+            "images/dots/1.jpg": image,
+            "images/rings/2.jpg": image,
+            "texts/readme.txt": b"words",
+            "shards/a.parquet": parquet({"jpeg": [image], "label": [1]}),
+            "corrupt/a.parquet": b"PAR1 nothing of the kind PAR1",
+            "mixed/1.jpg": image,
+            "mixed/a.parquet": parquet({"image": [image]}),
+            "broken.yaml": b"optim: {base_lr: 1\n",
+            "list.yaml": b"- optim\n",
+            "file": b"",
+        },
+    )
+    (tmp_path / "empty").mkdir()
+    return run
+
+
+WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
+    "unknown key": (["optim.lrr=1e-3"], CONFIG, [["optim.lrr=0.001", "did you mean optim.base_lr"]]),
+    "unknown section": (
+        ["optimizer.base_lr=1"],
+        CONFIG,
+        [["optimizer.base_lr=1", "did you mean optim.base_lr"]],
+    ),
+    "bad type": (["train.epochs=many"], CONFIG, [["train.epochs='many'", "must be a number"]]),
+    "not among the choices": (
+        ["optim.name=adam"],
+        CONFIG,
+        [["optim.name='adam'", "'adamw', 'sgd' or 'lars'"]],
+    ),
+    "several at once": (
+        ["optim.base_lr=0", "head.out_dims=8", "train.precision=fp8"],
+        CONFIG,
+        [
+            ["head.out_dims=8", "did you mean head.out_dim?"],
+            ["optim.base_lr=0", "greater than 0"],
+            ["train.precision='fp8'", "'auto', 'bf16' or 'fp32'"],
+        ],
+    ),
+    "override without =": (
+        ["optim.base_lr"],
+        CONFIG,
+        [["'optim.base_lr'", "must look like section.key=value"]],
+    ),
+    "wrong option": (["--optim.base_lr=1"], CONFIG, [["--optim.base_lr=1", "set as section.key=value"]]),
+    "unknown recipe": (["--recipe=vit_tiny"], CONFIG, [["recipe='vit_tiny'", "demo, photos_small"]]),
+    "missing file": (
+        ["--config=WORLD/none.yaml"],
+        CONFIG,
+        [["WORLD/none.yaml", "No such file", "check the path"]],
+    ),
+    "broken YAML": (
+        ["--config=WORLD/broken.yaml"],
+        CONFIG,
+        [["WORLD/broken.yaml is not YAML", "line 2", "mend"]],
+    ),
+    "YAML of another shape": (
+        ["--config=WORLD/list.yaml"],
+        CONFIG,
+        [["WORLD/list.yaml must hold a mapping"]],
+    ),
+    "bad name": (["name=a/b"], CONFIG, [["name='a/b'", "must be letters, digits"]]),
+    "data.path not set": (
+        ["-data.path"],
+        CONFIG,
+        [["data.path: must be set, e.g. data.path=s3://bucket/train"]],
+    ),
+    "data.path elsewhere": (
+        ["data.path=gs://bucket/x"],
+        CONFIG,
+        [["gs://bucket/x", "use a local path or s3://"]],
+    ),
+    "storage_path elsewhere": (
+        ["storage_path=gs://bucket/x"],
+        CONFIG,
+        [["gs://bucket/x", "use a local path or s3://"]],
+    ),
+    "storage_path is in a file": (
+        ["storage_path=WORLD/file/runs"],
+        DATA,
+        [["WORLD/file/runs/run", "Not a directory", "check"]],
+    ),
+    "indivisible batch": (
+        ["train.global_batch_size=9"],
+        CONFIG,
+        [["train.global_batch_size=9", "resources.train_workers=2", "try 8 or 10"]],
+    ),
+    "unknown backbone": (
+        ["backbone.name=vit_smal_patch16_224"],
+        CONFIG,
+        [["'vit_smal_patch16_224'", "did you mean vit_small_patch16_224"]],
+    ),
+    "unknown backbone argument": (
+        ["backbone.kwargs.patchsize=8"],
+        CONFIG,
+        [["backbone.kwargs=", "'patchsize'", "vit_small_patch16_224"]],
+    ),
+    "crop that patches do not tile": (
+        ["crops.local_crop_size=20"],
+        CONFIG,
+        [["20 px", "patch size (8)", "choose a crop size that the patch size divides"]],
+    ),
+    "no such folder": (["data.path=WORLD/none"], DATA, [["data.path=WORLD/none", "no such folder"]]),
+    "empty folder": (["data.path=WORLD/empty"], DATA, [["no images under WORLD/empty", "check data.path"]]),
+    "folder without images": (
+        ["data.path=WORLD/texts"],
+        DATA,
+        [["no images under WORLD/texts, 1 other objects ignored", "check data.path"]],
+    ),
+    "corrupt Parquet": (
+        ["data.path=WORLD/corrupt"],
+        DATA,
+        [["WORLD/corrupt/a.parquet is not a readable Parquet file"]],
+    ),
+    "wrong image column": (
+        ["data.path=WORLD/shards"],
+        CONFIG,
+        [["no column 'image'", "it has 'jpeg', 'label'", "set data.image_column"]],
+    ),
+    "image column of numbers": (
+        ["data.path=WORLD/shards", "data.image_column=label"],
+        CONFIG,
+        [["data.image_column='label'", "int64", "must hold the encoded image"]],
+    ),
+    "images beside shards": (
+        ["data.path=WORLD/mixed"],
+        CONFIG,
+        [["1 images and 1 Parquet shards", "point data.path at a folder with one kind"]],
+    ),
+    "label column of images": (
+        ["data.label_column=label"],
+        CONFIG,
+        [["data.label_column='label' is for Parquet", "data.label_from_parent=true"]],
+    ),
+    "evaluation without labels": (
+        ["eval.val_path=WORLD/images"],
+        CONFIG,
+        [["eval.val_path needs labels", "data.label_from_parent=true"]],
+    ),
+    "evaluation without images": (
+        ["eval.val_path=WORLD/none", "data.label_from_parent=true"],
+        DATA,
+        [["WORLD/none", "no such folder"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_input_is_named_with_its_remedy(run: Job, tmp_path: Path, mistake: str) -> None:
+    arguments, code, lines = WRONG[mistake]
+    data = [] if arguments == ["-data.path"] else ["data.path=WORLD/images"]
+    more = [argument for argument in arguments if argument != "-data.path"]
+    ending = run(pretrain.main, *TINY, "storage_path=WORLD/runs", *data, *more)
+    ending.check(code, *[[word.replace("WORLD", str(tmp_path)) for word in words] for words in lines])
+
+
+def test_the_input_that_the_wrong_ones_differ_from_is_right(run: Job) -> None:
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/images")
+
+
+@pytest.fixture
+def started(run: Job, tmp_path: Path) -> Directory:
+    """The directory of a run that has begun."""
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/images")
+    return Directory(str(tmp_path / "runs" / "run"))
+
+
+def test_a_name_in_use_by_a_run_with_other_settings(run: Job, started: Directory) -> None:
+    again = ["storage_path=WORLD/runs", "data.path=WORLD/images"]
+    run(pretrain.main, *TINY, *again, "optim.base_lr=0.1", "train.seed=3").check(
+        CONFIG,
+        [
+            "name=run is in use",
+            "optim.base_lr: 0.0005 -> 0.1; train.seed: 0 -> 3",
+            "another name=",
+            "--resume",
+        ],
+    )
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(pretrain.main, *TINY, *again, "log.every_steps=3")
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(pretrain.main, *TINY, *again, "optim.base_lr=0.1", "--resume")
+
+
+def test_a_run_that_is_to_be_resumed_on_other_images(run: Job, started: Directory) -> None:
+    elsewhere = ["storage_path=WORLD/runs", "data.path=WORLD/images/dots", "--resume"]
+    run(pretrain.main, *TINY, *elsewhere).check(
+        CONFIG, ["data.path=", "was listed with", "give the run another name"]
+    )
+
+
+def test_evaluating_what_is_no_run(run: Job, started: Directory, tmp_path: Path) -> None:
+    run(evaluate.main, "WORLD/runs/none").check(CONFIG, [f"{tmp_path}/runs/none is no run directory"])
+    run(evaluate.main, "WORLD/runs/run").check(DATA, [f"{started.uri} has no committed checkpoint"])
+    run(evaluate.main, "WORLD/runs/run", "eval.kk=1").check(CONFIG, ["eval.kk=1", "did you mean eval.k?"])
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("argument", "environment", "code", "words"),
+    [
+        (
+            "data.path=s3://no-such-bucket/x",
+            {},
+            DATA,
+            ["s3://no-such-bucket/x", "NoSuchBucket", "check the bucket's name"],
+        ),
+        ("data.path=s3://BUCKET/none", {}, DATA, ["no images under s3://BUCKET/none", "check data.path"]),
+        (
+            "data.path=s3://BUCKET/x",
+            {"AWS_SECRET_ACCESS_KEY": "wrong"},
+            DATA,
+            ["s3://BUCKET/x", "SignatureDoesNotMatch", "check AWS_ACCESS_KEY_ID"],
+        ),
+        (
+            "data.path=s3://BUCKET/x",
+            {"AWS_ACCESS_KEY_ID": "nobody"},
+            DATA,
+            ["s3://BUCKET/x", "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"],
+        ),
+        (
+            "data.path=s3://BUCKET/x",
+            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
+            DATA,
+            ["no AWS credentials", "set AWS_PROFILE or AWS_ACCESS_KEY_ID"],
+        ),
+        (
+            "data.path=s3://BUCKET/x",
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+            DATA,
+            ["s3://BUCKET/x", "given up after 2 attempts", "check the network, AWS_ENDPOINT_URL"],
+        ),
+        (
+            "data.path=s3://BUCKET/x",
+            {"AWS_ENDPOINT_URL": "127.0.0.1:9"},
+            CONFIG,
+            ["127.0.0.1:9", "AWS_ENDPOINT_URL must look like"],
+        ),
+        (
+            "storage_path=s3://no-such-bucket/runs",
+            {},
+            DATA,
+            ["s3://no-such-bucket/runs/run", "NoSuchBucket", "check the bucket's name"],
+        ),
+        (
+            "storage_path=s3://BUCKET/runs",
+            {"AWS_SECRET_ACCESS_KEY": "wrong"},
+            DATA,
+            ["s3://BUCKET/runs/run", "403", "to these credentials"],
+        ),
+    ],
+    ids=[
+        "missing bucket",
+        "empty prefix",
+        "wrong secret",
+        "wrong key",
+        "no credentials",
+        "no server",
+        "bad endpoint",
+        "storage bucket missing",
+        "storage closed",
+    ],
+)
+def test_an_object_store_that_refuses_is_named_with_the_remedy(
+    run: Job,
+    s3: S3Server,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    argument: str,
+    environment: dict[str, str | None],
+    code: int,
+    words: list[str],
+) -> None:
+    changed = aws_environment(s3.endpoint) | environment
+    use_aws(monkeypatch, {name: value for name, value in changed.items() if value is not None})
+    arguments = ["storage_path=WORLD/runs", "data.path=WORLD/images", "data.fetch_attempts=2"]
+    ending = run(pretrain.main, *TINY, *arguments, argument.replace("BUCKET", bucket))
+    ending.check(code, [word.replace("BUCKET", bucket) for word in words])
+
+
+@pytest.mark.s3
+def test_a_real_process_ends_in_the_same_way(s3: S3Server, tmp_path: Path) -> None:
+    def start(*arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs.pretrain", *TINY, f"storage_path={tmp_path}", *arguments],
+            cwd=ROOT,
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **s3.env},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    config = start("data.path=/data", "train.epochs=many", "optim.lrr=1")
+    data = start("data.path=s3://no-such-bucket/x")
+    output, errors = config.communicate()
+    Ending(config.returncode, output, errors).check(CONFIG, ["optim.lrr=1"], ["train.epochs='many'"])
+    output, errors = data.communicate()
+    Ending(data.returncode, output, errors).check(DATA, ["s3://no-such-bucket/x", "NoSuchBucket"])
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpus_that_the_machine_does_not_have(tmp_path: Path) -> None:
+    write_all(tmp_path, {"images/1.jpg": draw_demo_image("dots", "train", 0)})
+    arguments = [*TINY, f"storage_path={tmp_path}/runs", f"data.path={tmp_path}/images"]
+    output = run_job("jobs.pretrain", *arguments, "resources.use_gpu=true", code=RESOURCES)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "resources.use_gpu=true" in line
+    assert "this machine has 0" in line
+    assert "set resources.use_gpu=false" in line
+    assert "Traceback" not in output

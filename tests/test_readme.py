@@ -1,0 +1,67 @@
+"""The README tells the truth: its commands run, its tree is the tree."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jobs.config import load_config
+from jobs.recipes import RECIPES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Every line of every bash block."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+def pretrain_commands() -> list[list[str]]:
+    """The arguments of each `python -m jobs.pretrain` in them."""
+    return [
+        shlex.split(line.split("python -m jobs.pretrain", 1)[1])
+        for line in commands()
+        if "python -m jobs.pretrain" in line
+    ]
+
+
+def test_the_two_set_up_commands_are_one_line_each() -> None:
+    assert "pip install -e . && python -m jobs.pretrain" in commands()
+    assert "pip install -e '.[test]' && python -m pytest" in commands()
+
+
+@pytest.mark.parametrize("arguments", pretrain_commands(), ids=" ".join)
+def test_each_pretrain_command_is_a_valid_config(arguments: list[str]) -> None:
+    recipe = arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else None
+    overrides = [a for a in arguments if "=" in a]
+    config = load_config(recipe, None, overrides)
+    assert config.recipe == (recipe or "demo")
+    for override in overrides:  # and each override is in force
+        key, value = override.split("=", 1)
+        found = config.model_dump(mode="json")
+        for part in key.split("."):
+            found = found[part]
+        assert str(found).replace(" ", "").lower() == value.lower()
+
+
+def test_every_recipe_has_a_row() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)) == set(RECIPES)
+
+
+def test_the_tree_names_every_module_and_nothing_else() -> None:
+    tree = README.split("## Where things are")[1]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    there = {p.name for d in ("models", "pipeline", "jobs") for p in (ROOT / d).glob("*.py")} - {"__init__.py"}
+    assert named == there
+
+
+def test_the_run_directory_is_drawn_as_it_is() -> None:
+    from pipeline import checkpoint
+
+    drawn = README.split("## What a run leaves behind")[1].split("## Measured")[0]
+    for name in re.findall(r"[\w.]+\.(?:json|jsonl|yaml|png|parquet|pt)\b", checkpoint.__doc__ or ""):
+        if name != checkpoint.SNAPSHOT:
+            assert name in drawn, name
