@@ -107,7 +107,7 @@ def test_no_file_is_longer_than_300_lines(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES + OTHER_FILES, ids=name_of)
 def test_a_file_is_named_after_what_is_in_it(path: Path) -> None:
-    assert not re.search(r"util|common|helper|base|misc", path.stem)
+    assert not re.search(r"(^|_)(utils?|common|helpers?|base|misc)(_|$)", path.stem)
 
 
 @pytest.mark.parametrize("path", FILES + OTHER_FILES, ids=name_of)
