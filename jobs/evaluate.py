@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ray
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.config import apply_overrides, validate
+from jobs.config import load_run_config
 from jobs.entry import run_main, start_ray
 from models.settings import ConfigError
 from pipeline.checkpoint import download_checkpoint, pick_checkpoint, read_teacher
 from pipeline.dataset import embed_images
 from pipeline.features import knn_accuracy, labelled_sources, subset
-from pipeline.storage import Directory, MissingObject
+from pipeline.storage import Directory
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,14 +33,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. eval.val_path=s3://bucket/val"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     run = Directory(arguments.run)
-    try:
-        tree = yaml.safe_load(run.read("config.yaml"))
-    except MissingObject as error:
-        raise ConfigError(f"{run.uri} is no run directory: it has no config.yaml") from error
-    config = validate(apply_overrides(tree, arguments.overrides))
+    config = load_run_config(run, arguments.overrides)
     name = pick_checkpoint(run, arguments.step)
     sources = labelled_sources(config.data, config.eval)
     if sources is None:

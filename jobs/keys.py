@@ -106,7 +106,7 @@ def _alike(a: str, b: str) -> float:
 
 
 def _rule(kind: str, message: str) -> str:
-    return _RULES.get(kind) or re.sub(r"^\w+ should ", "must ", message)
+    return _RULES.get(kind) or re.sub(r"^\w+ should ", "must ", message).replace(" after validation", "")
 
 
 def _line(head: str, rules: list[str], fields: Mapping[str, FieldInfo]) -> str:

@@ -11,17 +11,16 @@ import threading
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import ray
-import yaml
 from rich.console import Console
 
-from jobs.config import Arguments, Config, differences, json_schema, load_config, validate
+from jobs.config import Arguments, Config, differences, json_schema, load_config, load_run_config
 from jobs.display import Display
 from jobs.entry import run_main, start_ray
+from jobs.result import RESULT, describe_result, write_result
 from models.backbone import build_backbone
-from models.settings import ConfigError, DataError, DinorayError
+from models.settings import ConfigError, DinorayError
 from pipeline.board import Board
 from pipeline.contact_sheet import contact_sheet
 from pipeline.crops import crop_rng, describe_crops, multi_crop
@@ -55,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     run = Directory(config.storage_path).child(config.name)
     if _is_finished(run, config, resume=arguments.resume):
         console.print(f"{run.uri} is finished; choose another name=... to train again", soft_wrap=True)
-        _print_result(console, run)
+        console.print(describe_result(run), highlight=False, soft_wrap=True)
         return
     batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
     build_backbone(
@@ -83,22 +82,21 @@ def main(argv: Sequence[str]) -> None:
         soft_wrap=True,
     )
     _train(config, run, source, labelled, order, console, verbose=arguments.verbose)
-    _write_result(run)
-    _print_result(console, run)
+    write_result(run)
+    console.print(describe_result(run), highlight=False, soft_wrap=True)
 
 
 def _is_finished(run: Directory, config: Config, *, resume: bool) -> bool:
     """Whether the run of this name is done. ConfigError when it was started with other settings."""
     if not run.exists("config.yaml"):
         return False
-    old = validate(yaml.safe_load(run.read("config.yaml")))
-    changed = differences(old, config)
+    changed = differences(load_run_config(run), config)
     if changed and not resume:
         raise ConfigError(
             f"name={config.name} is in use by a run with other settings ({'; '.join(changed[:3])}"
             f"{'; ...' if len(changed) > 3 else ''}): choose another name=..., or pass --resume to continue it so"
         )
-    return run.exists("result.json") and not changed
+    return run.exists(RESULT) and not changed
 
 
 def _window_groups(source: Source) -> int:
@@ -216,46 +214,6 @@ class _WorkerError(DinorayError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def _write_result(run: Directory) -> None:
-    """result.json marks the run as finished: first and last evaluation, and the last step's metrics."""
-    records = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
-    steps = [r for r in records if "loss" in r]
-    if not steps:
-        raise DataError(f"{run.join('metrics.jsonl')} holds no training step")
-    evaluations = [r for r in records if "majority" in r]
-    result: dict[str, Any] = {"steps": steps[-1]["step"], "last": steps[-1]}
-    if evaluations:
-        result |= {"before": evaluations[0], "after": evaluations[-1]}
-    run.write("result.json", json.dumps(result, indent=1).encode())
-
-
-def _print_result(console: Console, run: Directory) -> None:
-    result = json.loads(run.read("result.json"))
-    lines = []
-    if "after" in result:
-        lines += [
-            "k-NN accuracy of the teacher, "
-            + ", ".join(f"k={k.removeprefix('knn_')}" for k in result["after"] if k.startswith("knn_")),
-            f"  before training  {_scores(result['before'])}",
-            f"  after {result['steps']} steps  {_scores(result['after'])}",
-            f"  majority guess   {result['after']['majority']:.1%}",
-        ]
-    lines += [
-        f"checkpoints       {run.join('checkpoints')}",
-        f"crops             {run.join('crops.png')}",
-        f"metrics           {run.join('metrics.jsonl')} and tensorboard --logdir {run.join('tensorboard')}",
-    ]
-    if result["last"]["bad_images"]:
-        lines.append(
-            f"unusable images   {result['last']['bad_images']}, named in {run.join('quarantine.jsonl')}"
-        )
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-
-
-def _scores(scores: dict[str, float]) -> str:
-    return "  ".join(f"{v:.1%}" for k, v in scores.items() if k.startswith("knn_"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""The config: what is read from where, what is refused and with which words, what a run's file keeps."""
+"""The config: what is read from where, what cannot be read, what a run's file keeps, and the schema."""
 
-import ast
 import json
 import tempfile
 from pathlib import Path
@@ -30,7 +29,6 @@ from jobs.recipes import RECIPES
 from models.settings import ConfigError
 from pipeline.storage import Directory
 
-ROOT = Path(__file__).parents[1]
 FIELDS = leaf_fields(Config)
 
 
@@ -167,120 +165,6 @@ def test_a_wrong_option_is_a_config_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "near"),
-    [
-        ("optim.lrr=1", "optim.base_lr or optim.min_lr"),
-        ("lr=1", "optim.base_lr or optim.min_lr"),
-        ("optimizer.base_lr=1", "optim.base_lr"),
-        ("optim.base_lrr=1", "optim.base_lr"),
-        ("out_dim=1", "head.out_dim"),
-        ("teacher.out_dim=1", "head.out_dim"),
-        ("epochs=1", "train.epochs"),
-        ("batch_size=1", "eval.batch_size or train.global_batch_size"),
-        ("train.batch_size=1", "train.global_batch_size or eval.batch_size"),
-        ("momentum_teacher=1", "teacher.teacher_momentum or teacher.final_teacher_momentum"),
-        ("loss.center_momemtum=1", "loss.center_momentum"),
-        ("dta.path=1", "data.path"),
-        ("storge_path=1", "storage_path"),
-    ],
-)
-def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str, near: str) -> None:
-    assert mistakes(override) == [f"{override}: unknown key; did you mean {near}?"]
-
-
-def test_a_key_like_no_other_is_answered_with_the_way_to_all_keys() -> None:
-    assert mistakes("qqq.zzz=1") == ["qqq.zzz=1: unknown key; --print-config shows all keys"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "lines"),
-    [
-        (["optim.base_lr=-1"], ["optim.base_lr=-1: must be greater than 0 (default 0.0005)"]),
-        (["optim.base_lr=fast"], ["optim.base_lr='fast': must be a number (default 0.0005)"]),
-        (["optim.name=adam"], ["optim.name='adam': must be 'adamw', 'sgd' or 'lars' (default \"adamw\")"]),
-        (["train.epochs=0"], ["train.epochs=0: must be greater than 0 (default 100)"]),
-        (
-            ["train.global_batch_size=1.5"],
-            ["train.global_batch_size=1.5: must be a whole number (default 512)"],
-        ),
-        (["head.use_bn=perhaps"], ["head.use_bn='perhaps': must be true or false (default false)"]),
-        (
-            ["resources.use_gpu=2"],
-            ["resources.use_gpu=2: must be true or false or 'auto' (default \"auto\")"],
-        ),
-        (
-            ["resources.augment_actors=many"],
-            [
-                "resources.augment_actors='many': must be a whole number or a list or 'auto' (default \"auto\")"
-            ],
-        ),
-        (["eval.k=[1, x]"], ["eval.k=[1, 'x']: each item must be a whole number (default [10, 20])"]),
-        (["eval.k=5"], ["eval.k=5: must be a list (default [10, 20])"]),
-        (
-            ["crops.global_crop_scale=[a, b]"],
-            ["crops.global_crop_scale=['a', 'b']: each item must be a number "],
-        ),
-        (
-            ["crops.global_crop_scale=[0.9, 0.1]"],
-            ["crops.global_crop_scale: (0.9, 0.1) must be (lowest, highest)"],
-        ),
-        (
-            ["crops.num_global_crops=3"],
-            ["crops: global_blur_prob=(1.0, 0.1) has 2 values for num_global_crops=3; "],
-        ),
-        (
-            ["data.path=gs://bucket"],
-            ["data.path: 'gs://bucket' has the scheme gs://; use a local path or s3://"],
-        ),
-        (
-            ["storage_path=s3://"],
-            ["storage_path: 's3://' is not an S3 address; write s3://bucket/prefix (default "],
-        ),
-        (
-            ["name=a/b"],
-            ["name='a/b': must be letters, digits, '.', '_' and '-', beginning with a letter or digit"],
-        ),
-        (["optim=3"], ["optim=3: must be a section, with its keys in it"]),
-        (["optim="], ["optim=None: must be a section, with its keys in it"]),
-        (["data.path.x=1"], ["data.path={'x': 1}: must be text: quote it"]),
-        (["optim"], ["override 'optim' must look like section.key=value, e.g. optim.base_lr=1e-3"]),
-        (["=1", "a..b=1"], ["override '=1' must look like", "override 'a..b=1' must look like"]),
-        (
-            ["backbone.kwargs={a: 1"],
-            ["override 'backbone.kwargs={a: 1': the value is not YAML: expected ',' or '}'"],
-        ),
-        (
-            ["backbone.kwargs={a: 1, a: 2}"],
-            ["override 'backbone.kwargs={a: 1, a: 2}': the value is not YAML: key 'a'"],
-        ),
-    ],
-    ids=lambda value: " ".join(value),
-)
-def test_a_wrong_value_is_named_with_its_rule(overrides: list[str], lines: list[str]) -> None:
-    found = mistakes(*overrides)
-    assert len(found) == len(lines)
-    for line, beginning in zip(found, lines, strict=True):
-        assert line.startswith(beginning)
-
-
-def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
-    file = write(tmp_path, "optim: {base_lr: -1, momentun: 0.5}\nheads: {out_dim: 8, hidden_dim: 8}\n")
-    assert sorted(mistakes("train.epochs=no", "eval.k=[0.5]", file=file)) == [
-        "eval.k=[0.5]: each item must be a whole number (default [10, 20])",
-        "heads.hidden_dim=8: unknown key; did you mean head.hidden_dim?",
-        "heads.out_dim=8: unknown key; did you mean head.out_dim?",
-        "optim.base_lr=-1: must be greater than 0 (default 0.0005)",
-        "optim.momentun=0.5: unknown key; did you mean optim.momentum?",
-        "train.epochs='no': must be a number (default 100)",
-    ]
-
-
-def test_what_must_be_set_is_named_as_one_sets_it() -> None:
-    with pytest.raises(ConfigError, match=r"^data.path: must be set, e.g. data.path=s3://bucket/train$"):
-        load_config("vit_small_imagenet_vanilla", None, [])
-
-
-@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("demoo", "did you mean demo?"),
@@ -358,11 +242,9 @@ def test_a_resolved_config_has_the_network_that_was_chosen_not_the_recipes(tmp_p
 @settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
 def test_any_text_survives_the_file(text: str) -> None:
-    config = config_of("backbone.kwargs.x=0")
-    config = config.model_copy(
-        update={"backbone": config.backbone.model_copy(update={"kwargs": {text: text}})}
-    )
-    assert validate(yaml.safe_load(config.to_yaml())).backbone.kwargs == {text: text}
+    config, kwargs = config_of(), {f"x{text}": text}
+    config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"kwargs": kwargs})})
+    assert validate(yaml.safe_load(config.to_yaml())).backbone.kwargs == kwargs
     with tempfile.TemporaryDirectory() as folder:
         run = Directory(folder)
         run.write("config.yaml", config.to_yaml().encode())
@@ -441,16 +323,6 @@ def test_the_schema_accepts_recipes_and_refuses_what_the_config_refuses(recipe: 
     assert not schema.is_valid({"optim": {"lr": 1}})
     assert not schema.is_valid({"optim": {"base_lr": 0}})
     assert not schema.is_valid({"recipe": "none"})
-
-
-def test_every_key_is_read_by_something() -> None:
-    read: set[str] = set()
-    for file in (file for layer in ("models", "pipeline", "jobs") for file in (ROOT / layer).glob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                read.add(node.attr)
-    unread = {key for key in FIELDS if key.rpartition(".")[2] not in read}
-    assert not unread
 
 
 # Anything at all
