@@ -49,20 +49,23 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     else:
         ray.init(**options)
     have = ray.cluster_resources()
-    use_gpu = have.get("GPU", 0) > 0 if resources.use_gpu == "auto" else resources.use_gpu
-    if local and use_gpu and have.get("GPU", 0) < resources.train_workers:
-        if resources.use_gpu != "auto":
-            raise ResourceError(
-                f"resources.train_workers={resources.train_workers} with resources.use_gpu=true need as many GPUs, "
-                f"this machine has {int(have.get('GPU', 0))}; lower train_workers or set resources.use_gpu=false"
-            )
-        use_gpu = False
-    if not local and resources.use_gpu == "auto" and not use_gpu:
+    cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    use_gpu = gpus > 0 if resources.use_gpu == "auto" else resources.use_gpu
+    if local and use_gpu and gpus < resources.train_workers:
+        raise ResourceError(
+            f"resources.train_workers={resources.train_workers} with resources.use_gpu={str(resources.use_gpu).lower()} "
+            f"need a GPU each, this machine has {gpus}; set resources.train_workers={max(1, gpus)}, or "
+            "set resources.use_gpu=false to train on CPUs"
+        )
+    if cpus < needed or (use_gpu and gpus < resources.train_workers):
         print(
-            "no GPU node is up: training on CPUs; set resources.use_gpu=true to wait for GPU nodes",
+            f"the cluster has {cpus} CPUs and {gpus} GPUs, the run needs {needed} CPUs"
+            f"{f' and {resources.train_workers} GPUs' if use_gpu else ''}: waiting for nodes to join",
             flush=True,
         )
-    spare = int((have.get("CPU", 0) - train_cpus - 1) // resources.cpus_per_augment_actor)
+    if not local and not use_gpu and resources.use_gpu == "auto":
+        print("no GPU node is up: training on CPUs; resources.use_gpu=true waits for GPU nodes", flush=True)
+    spare = int((cpus - train_cpus - 1) // resources.cpus_per_augment_actor)
     return use_gpu, _range(resources.augment_actors, default=(1, max(1, spare)))
 
 
