@@ -53,8 +53,8 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     use_gpu = gpus > 0 if resources.use_gpu == "auto" else resources.use_gpu
     if local and use_gpu and gpus < resources.train_workers:
         raise ResourceError(
-            f"resources.train_workers={resources.train_workers} with resources.use_gpu={str(resources.use_gpu).lower()} "
-            f"need a GPU each, this machine has {gpus}; set resources.train_workers={max(1, gpus)}, or "
+            f"resources.train_workers={resources.train_workers} with "
+            f"resources.use_gpu={str(resources.use_gpu).lower()} need a GPU each, this machine has {gpus}; set resources.train_workers={max(1, gpus)}, or "
             "set resources.use_gpu=false to train on CPUs"
         )
     if cpus < needed or (use_gpu and gpus < resources.train_workers):

@@ -98,7 +98,7 @@ class WrittenOutRun:
             for v, s in enumerate(student):
                 if v != g:
                     pairs.append(-(q * torch.log_softmax(s / c.loss.student_temp, dim=1)).sum(1).mean())
-        loss = sum(pairs[1:], start=pairs[0]) / len(pairs)
+        loss = torch.stack(pairs).mean()
         trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         grads = list(torch.autograd.grad(loss, list(trained.values())))
         if c.optim.clip_grad:
@@ -110,7 +110,7 @@ class WrittenOutRun:
                 decays = p.ndim > 1 and not name.endswith("bias")
                 push = grad + (now.weight_decay * p if decays else 0)
                 self.velocity[name] = push + c.optim.momentum * self.velocity.get(name, torch.zeros_like(p))
-                p -= now.lr * self.velocity[name]
+                p.sub_(now.lr * self.velocity[name])
             for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
                 old.copy_(now.teacher_momentum * old + (1 - now.teacher_momentum) * new)
             m = c.loss.center_momentum

@@ -15,7 +15,7 @@ TINY_VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_h
 
 def build(
     name: str, *crop_sizes: int, kwargs: dict[str, Any] | None = None, drop_path_rate: float = 0.0
-) -> nn.Module:
+) -> Any:
     config = BackboneConfig(name=name, kwargs=kwargs or {})
     return build_backbone(config, crop_sizes=crop_sizes, drop_path_rate=drop_path_rate)
 
@@ -75,7 +75,7 @@ def test_kwargs_reach_the_model() -> None:
 
 def test_a_crop_size_is_tried_without_touching_batch_statistics() -> None:
     model = build("resnet10t", 64, 32)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
     assert all(not m.running_mean.any() and int(m.num_batches_tracked) == 0 for m in norms)
     assert model.training

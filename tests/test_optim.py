@@ -21,13 +21,13 @@ from models.optim import (
 )
 
 
-def tiny_student(**head: object) -> nn.Module:
+def tiny_student(**head: object) -> Any:
     config = tiny_config(head=head)
     torch.manual_seed(0)
     return DINO(config.backbone, config.head, crop_sizes=(16, 8)).student
 
 
-def with_grads(student: nn.Module, *, scale: float = 1.0) -> nn.Module:
+def with_grads(student: Any, *, scale: float = 1.0) -> Any:
     """The student after a backward pass on noise."""
     logits = student([torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))])
     (scale * logits[:, 0].sum()).backward()
@@ -77,7 +77,7 @@ def test_each_gradient_is_clipped_by_its_own_norm(max_norm: float) -> None:
 
 
 def test_clipping_is_not_that_of_the_global_norm() -> None:
-    student = nn.ParameterList([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))])
+    student: Any = nn.ParameterList([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))])
     long, short = student
     twins = copy.deepcopy(student)
     for network in (student, twins):
@@ -143,8 +143,8 @@ def test_an_optimizer_moves_all_that_has_a_gradient(name: Literal["adamw", "sgd"
         assert p.isfinite().all()
 
 
-def one_weight_and_bias() -> nn.Module:
-    layer = nn.Linear(1, 1)
+def one_weight_and_bias() -> Any:
+    layer: Any = nn.Linear(1, 1)
     layer.weight.data.fill_(2.0)
     layer.bias.data.fill_(2.0)
     layer.weight.grad, layer.bias.grad = torch.zeros(1, 1), torch.zeros(1)
