@@ -52,10 +52,12 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
     use_gpu = gpus > 0 if resources.use_gpu == "auto" else resources.use_gpu
     if local and use_gpu and gpus < resources.train_workers:
+        asked = (
+            f"resources.train_workers={resources.train_workers} with resources.use_gpu={resources.use_gpu}"
+        )
         raise ResourceError(
-            f"resources.train_workers={resources.train_workers} with "
-            f"resources.use_gpu={str(resources.use_gpu).lower()} need a GPU each, this machine has {gpus}; set resources.train_workers={max(1, gpus)}, or "
-            "set resources.use_gpu=false to train on CPUs"
+            f"{asked.lower()} need a GPU each, this machine has {gpus}; "
+            f"set resources.train_workers={max(1, gpus)}, or set resources.use_gpu=false to train on CPUs"
         )
     if cpus < needed or (use_gpu and gpus < resources.train_workers):
         print(
