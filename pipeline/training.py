@@ -166,7 +166,7 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
     set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
     # Stochastic depth is a function of (seed, step, rank): a resumed run draws what the first one would have.
-    torch.manual_seed((config.train.seed * 1_000_003 + state.step) * 65_537 + _rank())
+    torch.manual_seed(((config.train.seed * 1_000_003 + state.step) * 65_537 + _rank()) % (1 << 63))
     global_crops = pixels(batch["global_crops"], config.crops, state.device)
     local_crops = pixels(batch["local_crops"], config.crops, state.device)
 

@@ -81,7 +81,9 @@ class Job:
 
 
 @contextlib.contextmanager
-def start_job(module: str, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Job]:
+def start_job(
+    module: str, *arguments: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> Iterator[Job]:
     """`python -m module arguments...`; on leaving, everything that it started is ended."""
     ray_temp_dir = tempfile.mkdtemp(prefix="dr-", dir="/tmp")  # short: it holds unix sockets
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_"))}
@@ -91,11 +93,12 @@ def start_job(module: str, *arguments: str, env: Mapping[str, str] | None = None
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(ROOT),
         **(env or {}),
     }
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=variables,
         text=True,
         stdout=subprocess.PIPE,
@@ -111,10 +114,17 @@ def start_job(module: str, *arguments: str, env: Mapping[str, str] | None = None
         shutil.rmtree(ray_temp_dir, ignore_errors=True)
 
 
-def run_job(module: str, *arguments: str, env: Mapping[str, str] | None = None, code: int = 0) -> str:
+def run_job(
+    module: str,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    code: int = 0,
+    timeout_seconds: float = 240,
+) -> str:
     """Run a job to its end, check its exit code, and return what it printed."""
-    with start_job(module, *arguments, env=env) as job:
-        assert job.wait() == code, job.output
+    with start_job(module, *arguments, env=env, cwd=cwd) as job:
+        assert job.wait(timeout_seconds) == code, job.output
         return job.output
 
 

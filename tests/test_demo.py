@@ -1,0 +1,30 @@
+"""The README's first command, as it stands there: no argument, no data, no GPU."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from jobs_processes import run_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_the_demo_learns_without_any_argument(tmp_path: Path) -> None:
+    output = run_job("jobs.pretrain", cwd=tmp_path, timeout_seconds=900)
+
+    run = tmp_path / "runs" / "demo"
+    result = json.loads((run / "result.json").read_text())
+    before, after = result["before"]["knn_20"], result["after"]["knn_20"]
+    assert after > before + 0.1
+    assert before > result["after"]["majority"]
+    for shown in (
+        f"{before:.1%}",
+        f"{after:.1%}",
+        f"{result['after']['majority']:.1%}",
+        str(run / "crops.png"),
+    ):
+        assert shown in output
+    assert re.search(r"step \d+/\d+  loss .* images/s  data wait .* ETA", output)
+    assert re.search(r"local 1-6 +32 px +0.1 to 0.4 +0.5 +0.8 +0.2 +0.5 +0", output)  # crop probabilities
+    assert (run / "crops.png").read_bytes().startswith(b"\x89PNG")
