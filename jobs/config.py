@@ -115,18 +115,17 @@ def load_config(recipe: str | None, file: Path | None, overrides: Sequence[str])
 
 
 def load_run_config(run: Directory, overrides: Sequence[str] = ()) -> Config:
-    """The config that a run directory keeps, with overrides; ConfigError names the file if it is no good."""
+    """The config that a run directory keeps, with overrides; ConfigError says which of the two is wrong."""
     file = run.join("config.yaml")
     try:
-        text = run.read("config.yaml").decode()
+        tree = _read_mapping(run.read("config.yaml"), file)
     except MissingObject as error:
         raise ConfigError(f"{run.uri} is no run directory: it has no config.yaml") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from error
     try:
-        return validate(apply_overrides(_read_mapping(text, file), overrides))
+        config = validate(tree)
     except ConfigError as error:
         raise ConfigError("\n".join(f"{file}: {line}" for line in str(error).splitlines())) from error
+    return validate(apply_overrides(tree, overrides)) if overrides else config
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -213,16 +212,16 @@ _FIELDS = leaf_fields(Config)
 
 def _read_file(file: Path) -> dict[str, Any]:
     try:
-        return _read_mapping(file.read_text("utf-8"), f"--config {file}")
+        return _read_mapping(file.read_bytes(), f"--config {file}")
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {file} is not YAML: it is not UTF-8 text") from error
 
 
-def _read_mapping(text: str, what: str) -> dict[str, Any]:
+def _read_mapping(data: bytes, what: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, _Loader)
+        tree = yaml.load(data.decode(), _Loader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} is not YAML: it is not UTF-8 text") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{what} is not YAML: {_yaml_problem(error)}; mend the line") from error
     if not isinstance(tree or {}, dict):

@@ -257,6 +257,8 @@ def test_the_config_of_a_run_takes_overrides_and_names_itself(tmp_path: Path) ->
         load_run_config(run)
     run.write("config.yaml", config_of().to_yaml().encode())
     assert load_run_config(run, ["eval.k=[3]"]).eval.k == (3,)
+    with pytest.raises(ConfigError, match=r"^eval.kk=3: unknown key; did you mean eval.k\?$"):
+        load_run_config(run, ["eval.kk=3"])
     run.write("config.yaml", b"optim: {warmup: 1}\nname: x\nrecipe: demo\ndata: {path: /data}\n")
     with pytest.raises(
         ConfigError, match=rf"^{tmp_path}/config.yaml: optim.warmup=1: unknown key; did you mean"
