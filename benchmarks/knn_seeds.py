@@ -19,14 +19,18 @@ from pipeline.storage import Directory
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.recipe, None, arguments.overrides)
     k = f"knn_{config.eval.k[-1]}"
-    print(f"| recipe {config.recipe} | {k} before | {k} after | majority | steps | seconds | images/s | data wait |")
+    print(
+        f"| recipe {config.recipe} | {k} before | {k} after | majority | steps | seconds | images/s | data wait |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     gains = []
     for seed in arguments.seeds:

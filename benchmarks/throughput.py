@@ -33,7 +33,9 @@ def crop_alone(plan: dataset.StreamPlan, layout: Layout) -> float:
     source = ray.get(plan.source)
     dataset.crop_rows(source, plan, layout.block(0))  # caches and imports are warm from here on
     begin = time.perf_counter()
-    rows = sum(len(dataset.crop_rows(source, plan, layout.block(i))["position"]) for i in range(layout.num_blocks))
+    rows = sum(
+        len(dataset.crop_rows(source, plan, layout.block(i))["position"]) for i in range(layout.num_blocks)
+    )
     return rows / (time.perf_counter() - begin)
 
 
@@ -57,7 +59,9 @@ def stream(plan: dataset.StreamPlan, layout: Layout) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=4000, help="per round and side")
@@ -92,9 +96,14 @@ def main(argv: list[str]) -> None:
         alone.append(ray.get(crop_alone.remote(plan, shifted)))
         streamed.append(stream(plan, shifted))
     ratios = [s / a for s, a in zip(streamed, alone, strict=True)]
-    print(f"| recipe {config.recipe}, {crop_bytes(config.crops):,} B of crops an image | images/s, median | range |")
+    print(
+        f"| recipe {config.recipe}, {crop_bytes(config.crops):,} B of crops an image | images/s, median | range |"
+    )
     print("|---|---|---|")
-    for name, values in (("one augmentation process alone", alone), ("stream of one actor, no training", streamed)):
+    for name, values in (
+        ("one augmentation process alone", alone),
+        ("stream of one actor, no training", streamed),
+    ):
         print(f"| {name} | {statistics.median(values):.0f} | {min(values):.0f} to {max(values):.0f} |")
     print(f"| stream / alone | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |")
     ray.shutdown()

@@ -74,7 +74,8 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
             inside = len(path) > key.count(".") + 1 and isinstance(found["loc"][-1], int)
             rule = ("each item " if inside else "") + _rule(found["type"], found["msg"])
             of_key = rules.setdefault(f"{key}={_at(tree, key)!r}", [])
-            if rule not in of_key:
+            # A list whose items were refused counts as too short as well.
+            if rule not in of_key and not (of_key and found["type"] == "too_short"):
                 of_key.append(rule)
     return [_line(head, texts, fields) for head, texts in rules.items()]
 

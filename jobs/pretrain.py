@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
     build_backbone(
         config.backbone,
-        crop_sizes=(config.crops.global_crop_size, config.crops.local_crop_size),
+        crop_sizes=config.crops.crop_sizes,
         drop_path_rate=config.backbone.drop_path_rate,
     )
     if Path(config.data.path).is_relative_to(demo_folder()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from models.settings import ConfigError, Settings
@@ -23,6 +23,14 @@ class BackboneConfig(Settings):
     """Stochastic depth of the student, linear from 0 to this rate over the blocks; the teacher has none."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for `timm.create_model`, e.g. `{patch_size: 8}`."""
+
+    @field_validator("kwargs")
+    @classmethod
+    def _are_not_decided_elsewhere(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        for name in ("drop_path_rate", "num_classes", "pretrained"):
+            if name in kwargs:
+                raise ValueError(f"backbone.kwargs must not hold {name}: it is decided elsewhere; remove it")
+        return kwargs
 
 
 def build_backbone(
@@ -50,11 +58,15 @@ def build_backbone(
             break
         except TypeError as failure:
             error = failure
-        except (RuntimeError, ValueError, AssertionError) as failure:
+        except Exception as failure:  # whatever a model's constructor makes of its arguments
             raise ConfigError(
                 f"backbone.name={config.name} cannot be built: {_one_line(failure)}"
             ) from failure
     else:
+        if "drop_path_rate" in str(error):
+            raise ConfigError(
+                f"backbone.drop_path_rate={drop_path_rate} does not fit {config.name}, which has none; set it to 0"
+            ) from error
         raise ConfigError(
             f"backbone.kwargs={config.kwargs} do not fit {config.name}: {_one_line(error)}"
         ) from error

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models.backbone import build_backbone
@@ -78,14 +77,17 @@ def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_ima
 def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
     """Restore `state` from `folder`, strictly, and return the meta data. Raises DataError when a part is missing."""
     meta = read_meta(folder)
+    then, now = meta["config"]["optim"]["name"], state.config.optim.name
+    if then != now:
+        raise ConfigError(f"optim.name={now} cannot continue a run of {then}; set optim.name={then}")
     try:
         state.dino.student.load_state_dict(load_file(folder / "student.safetensors"))
         state.dino.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
         train_state = torch.load(folder / "train_state.pt", weights_only=True, map_location=state.device)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        state.optimizer.load_state_dict(train_state["optimizer"])
+        state.dino.center.copy_(train_state["center"])
+    except Exception as error:  # a damaged file may raise anything
         raise DataError(f"checkpoint {folder} cannot be loaded: {_one_line(error)}") from error
-    state.optimizer.load_state_dict(train_state["optimizer"])
-    state.dino.center.copy_(train_state["center"])
     state.step = meta["step"]
     return meta
 
@@ -101,7 +103,7 @@ class Teacher(NamedTuple):
         crops = self.config.crops
         backbone = build_backbone(
             self.config.backbone,
-            crop_sizes=(crops.global_crop_size, crops.local_crop_size),
+            crop_sizes=crops.crop_sizes,
             drop_path_rate=0.0,
         )
         backbone.load_state_dict(self.weights)
@@ -113,7 +115,7 @@ def read_teacher(folder: Path) -> Teacher:
     prefix = "backbone."
     try:
         weights = load_file(folder / "teacher.safetensors")
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise DataError(f"checkpoint {folder} cannot be loaded: {_one_line(error)}") from error
     return Teacher(
         DINOConfig.model_validate(read_meta(folder)["config"]),

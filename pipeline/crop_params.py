@@ -112,6 +112,11 @@ class CropsConfig(Settings):
             )
         return self
 
+    @property
+    def crop_sizes(self) -> tuple[int, ...]:
+        """Sides of the crops that are cut, the globals' first."""
+        return (self.global_crop_size, self.local_crop_size)[: 2 if self.num_local_crops else 1]
+
 
 class CropKind(NamedTuple):
     """Settings that differ between the crops of an image; what sampling reads and the printed table shows."""

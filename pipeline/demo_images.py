@@ -7,6 +7,7 @@ colour tells nothing; only shape does. JPEG objects in one folder per class, wri
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,21 +40,27 @@ def write_demo_images(folder: Path) -> int:
     total = len(PATTERNS) * (NUM_TRAIN_PER_CLASS + NUM_VAL_PER_CLASS)
     if folder.exists():
         return total
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    for split, count in (("train", NUM_TRAIN_PER_CLASS), ("val", NUM_VAL_PER_CLASS)):
-        for label in PATTERNS:
-            (partial / split / label).mkdir(parents=True)
-            for i in range(count):
-                (partial / split / label / f"{label}-{i:04d}.jpg").write_bytes(
-                    draw_demo_image(label, split, i)
-                )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
+        _write_all(partial)
         partial.rename(folder)
     except OSError:
         if not folder.exists():  # else another process finished first: its images are the same
             raise
-        shutil.rmtree(partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return total
+
+
+def _write_all(folder: Path) -> None:
+    for split, count in (("train", NUM_TRAIN_PER_CLASS), ("val", NUM_VAL_PER_CLASS)):
+        for label in PATTERNS:
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                (folder / split / label / f"{label}-{i:04d}.jpg").write_bytes(
+                    draw_demo_image(label, split, i)
+                )
 
 
 def draw_demo_image(label: str, split: str, index: int) -> bytes:

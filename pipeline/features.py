@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from models.settings import ConfigError, DataError, Settings
@@ -37,7 +37,7 @@ class EvalConfig(Settings):
     """Labelled images that vote; None takes `data.path`."""
     every_steps: int = Field(default=1000, ge=1)
     """Steps between evaluations; there is one before the first step and one at the end as well."""
-    k: tuple[int, ...] = (10, 20)
+    k: tuple[PositiveInt, ...] = Field(default=(10, 20), min_length=1)
     """Numbers of neighbours that vote; one accuracy each."""
     temperature: float = Field(default=0.07, gt=0)
     """Temperature of the votes exp(cosine / temperature)."""
@@ -189,7 +189,8 @@ def knn_classify(
     bank, queries = F.normalize(bank.float(), dim=-1), F.normalize(queries.float(), dim=-1)
     similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=-1)
     votes = torch.zeros(len(queries), num_classes, device=bank.device)
-    votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+    # Relative to the nearest: the same votes but for a factor, and no overflow at small temperatures.
+    votes.scatter_add_(1, bank_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
     return votes.argmax(dim=-1)
 
 

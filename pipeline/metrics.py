@@ -38,8 +38,9 @@ class JsonLines:
             old = run.read(name).decode()
         except MissingObject:
             old = ""
-        # A line that was cut off by a kill is no line.
-        kept = [line for line in old.splitlines() if line.endswith("}") and keep(json.loads(line))]
+        # What follows the last line end was cut off by a kill, unless only the line end was.
+        whole, _, last = old.rpartition("\n")
+        kept = [line for line in [*whole.split("\n"), *_if_whole(last)] if line and keep(json.loads(line))]
         self._path.write_text("".join(f"{line}\n" for line in kept))
         self._dirty = bool(old)
 
@@ -56,6 +57,13 @@ class JsonLines:
         self._dirty = False
 
 
+def _if_whole(line: str) -> list[str]:
+    try:
+        return [line] if isinstance(json.loads(line), dict) else []
+    except ValueError:
+        return []
+
+
 class MetricsLog:
     """metrics.jsonl, quarantine.jsonl and tensorboard/ of a run that continues at `first_step`."""
 
@@ -70,7 +78,9 @@ class MetricsLog:
         self._quarantine = JsonLines(
             run, "quarantine.jsonl", keep=lambda r: r["position"] < first_position, staging=self._staging
         )
-        self._events = SummaryWriter(str(self._staging / "tensorboard"), purge_step=first_step + 1)
+        self._events = SummaryWriter(
+            str(self._staging / "tensorboard"), purge_step=first_step + 1 if first_step else 0
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write `values` as of `step` steps done."""

@@ -37,7 +37,7 @@ from pipeline.crops import CropsConfig
 class TrainConfig(Settings):
     """Length, batch and precision of the run."""
 
-    epochs: float = Field(default=100, gt=0)
+    epochs: float = Field(default=100, gt=0, allow_inf_nan=False)
     """Passes over the images; one epoch shows each image once, whatever the batch size."""
     global_batch_size: int = Field(default=512, ge=1)
     """Images per optimiser step over all train workers together."""
@@ -144,7 +144,7 @@ def build_state(config: DINOConfig, *, num_images: int, device: torch.device | s
     dino = DINO(
         config.backbone,
         config.head,
-        crop_sizes=(config.crops.global_crop_size, config.crops.local_crop_size),
+        crop_sizes=config.crops.crop_sizes,
     ).to(device)
     return TrainState(
         config=config,

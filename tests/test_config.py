@@ -360,10 +360,10 @@ def values_of(key: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         return st.booleans()
     if kind is str or kind == str | None:
         return st.from_regex(r"[a-z0-9_./-]{0,8}[a-z0-9]", fullmatch=True)
-    low = next(
+    low: Any = next(
         (m.ge if isinstance(m, at.Ge) else m.gt for m in field.metadata if isinstance(m, at.Ge | at.Gt)), 0
     )
-    high = next(
+    high: Any = next(
         (m.le if isinstance(m, at.Le) else m.lt for m in field.metadata if isinstance(m, at.Le | at.Lt)),
         low + 99,
     )

@@ -117,7 +117,6 @@ def test_a_set_that_is_there_is_left_alone(tmp_path: Path, few: int) -> None:
     assert marked.read_bytes() == b"mine"
 
 
-@pytest.mark.xfail(strict=True, reason="the folder beside the target stays")
 def test_an_interrupted_write_leaves_nothing(
     tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +130,6 @@ def test_an_interrupted_write_leaves_nothing(
     monkeypatch.undo()
 
 
-@pytest.mark.xfail(strict=True, reason="mkdir finds it and fails")
 def test_what_a_killed_process_of_the_same_id_left_is_no_hindrance(tmp_path: Path, few: int) -> None:
     # In a container the first process has the same id each time.
     left = tmp_path / f"demo.partial-{os.getpid()}" / "train" / "blobs"
