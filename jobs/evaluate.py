@@ -3,7 +3,6 @@
 Ray Data embeds the labelled images with the teacher's backbone on a pool of actors; weighted k-NN classifies them.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from jobs.config import load_run_config
+from jobs.config import CommandLine, load_run_config
 from jobs.entry import run_main, start_ray
 from models.settings import ConfigError
 from pipeline.checkpoint import download_checkpoint, pick_checkpoint, read_teacher
@@ -24,16 +23,14 @@ from pipeline.storage import Directory
 
 def main(argv: Sequence[str]) -> None:
     """Embed, classify, print a table, and keep the scores in the run directory."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.evaluate", description="k-NN accuracy of a checkpoint."
-    )
+    parser = CommandLine(prog="python -m jobs.evaluate", description="k-NN accuracy of a checkpoint.")
     parser.add_argument("run", help="run directory, local or s3://")
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. eval.val_path=s3://bucket/val"
     )
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_args(argv)
 
     run = Directory(arguments.run)
     config = load_run_config(run, arguments.overrides)

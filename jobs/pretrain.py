@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
     build_backbone(
         config.backbone,
-        crop_sizes=config.crops.crop_sizes,
+        crop_sizes=(*config.crops.crop_sizes, *_eval_sizes(config)),
         drop_path_rate=config.backbone.drop_path_rate,
     )
     if Path(config.data.path).is_relative_to(demo_folder()):
@@ -84,6 +84,11 @@ def main(argv: Sequence[str]) -> None:
     _train(config, run, source, labelled, order, console, verbose=arguments.verbose)
     write_result(run)
     console.print(describe_result(run), highlight=False, soft_wrap=True)
+
+
+def _eval_sizes(config: Config) -> list[int]:
+    """Sizes of image that the backbone sees in evaluations beside those of the crops."""
+    return [config.eval.image_size] if config.eval.val_path and config.eval.image_size else []
 
 
 def _is_finished(run: Directory, config: Config, *, resume: bool) -> bool:

@@ -41,4 +41,4 @@ class ResourceError(DinorayError):
 class Settings(BaseModel):
     """Frozen, strict base of each config section: unknown keys are errors, attribute docstrings are the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)

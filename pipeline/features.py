@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from models.settings import ConfigError, DataError, Settings
@@ -24,7 +24,7 @@ from pipeline.decode import BadImage, decode, eval_crop
 from pipeline.manifest import DataConfig, build_manifest, load_or_build
 from pipeline.order import permute
 from pipeline.source import Source, Status
-from pipeline.storage import Directory
+from pipeline.storage import Directory, normal_uri
 from pipeline.training import autocast, pixels
 
 
@@ -49,6 +49,13 @@ class EvalConfig(Settings):
     """Classified images likewise."""
     image_size: int | None = Field(default=None, ge=8)
     """Side of the centre crop in pixels; None takes the global crop size."""
+
+    @field_validator("val_path", "train_path")
+    @classmethod
+    def _path_is_an_address(cls, path: str | None) -> str | None:
+        if path is not None:
+            normal_uri(path)
+        return path
 
 
 class Features(NamedTuple):

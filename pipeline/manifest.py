@@ -10,6 +10,7 @@ Columns of the table, sorted by key in byte order:
     kind parquet   key  size  etag  row_group  num_rows  num_bytes      (key: the shard)
 """
 
+import contextlib
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from pydantic import Field, field_validator
 from models.settings import ConfigError, DataError, Settings
 from pipeline.listing import EntryTable, list_entries, role_of
 from pipeline.shards import list_row_groups
-from pipeline.storage import Directory, MissingObject, is_s3, normal_uri
+from pipeline.storage import Directory, MissingObject, normal_uri
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class DataConfig(Settings):
 
     @field_validator("path")
     @classmethod
-    def _path_has_a_known_scheme(cls, path: str) -> str:
-        is_s3(path)
+    def _path_is_an_address(cls, path: str) -> str:
+        normal_uri(path)
         return path
 
 
@@ -156,14 +157,20 @@ class Manifest:
 
 
 def load_or_build(config: DataConfig, directory: Directory, name: str = "manifest.parquet") -> Manifest:
-    """The manifest that the run directory keeps under `name`; listed and written there the first time."""
-    try:
-        data = directory.read(name)
-    except MissingObject:
-        manifest = build_manifest(config)
-        directory.write(name, manifest.to_bytes())
-        return manifest
-    return Manifest.from_bytes(data, config)
+    """The manifest that the run directory keeps under `name`; listed and written there the first time.
+
+    Until the run has begun (config.yaml is written then), one that was listed for other values is replaced:
+    an attempt that failed on a wrong setting must not hold on to it.
+    """
+    with contextlib.suppress(MissingObject):
+        try:
+            return Manifest.from_bytes(directory.read(name), config)
+        except ConfigError:
+            if directory.exists("config.yaml"):
+                raise
+    manifest = build_manifest(config)
+    directory.write(name, manifest.to_bytes())
+    return manifest
 
 
 def build_manifest(config: DataConfig) -> Manifest:

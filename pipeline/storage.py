@@ -48,7 +48,10 @@ _AWS_HOST = re.compile(r"s3([.-][a-z0-9-]+)*\.amazonaws\.com(\.cn)?")
 
 def normal_uri(uri: str) -> str:
     """The one spelling of a folder: `s3://` without a trailing slash, a local path absolute, `~` expanded."""
-    return uri.rstrip("/") if is_s3(uri) else os.path.abspath(os.path.expanduser(uri))
+    if is_s3(uri):
+        split_s3_uri(uri)  # else s3:// would lose its slashes and become a local path
+        return uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(uri))
 
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:

@@ -19,7 +19,7 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt, field_validator
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
 from torch.nn.parallel import DistributedDataParallel
@@ -48,7 +48,7 @@ class ResourcesConfig(Settings):
     """One GPU per train worker; auto takes GPUs when the cluster has any."""
     cpus_per_train_worker: float = Field(default=1, ge=0)
     """CPUs reserved for each train worker."""
-    augment_actors: int | tuple[int, int] | Literal["auto"] = "auto"
+    augment_actors: PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] = "auto"
     """CPU actors that fetch and crop: a number, a range [least, most] that follows demand, or all CPUs left over."""
     cpus_per_augment_actor: float = Field(default=1, gt=0)
     """CPUs reserved for each augment actor."""
@@ -56,6 +56,13 @@ class ResourcesConfig(Settings):
     """Batches that each train worker holds ready."""
     max_failures: int = Field(default=3, ge=-1)
     """Times that lost or failed train workers are started again from the last checkpoint; -1 is no limit."""
+
+    @field_validator("augment_actors")
+    @classmethod
+    def _range_is_ordered(cls, actors: int | tuple[int, int] | str) -> int | tuple[int, int] | str:
+        if isinstance(actors, tuple) and actors[0] > actors[1]:
+            raise ValueError(f"{list(actors)} must be [least, most] with least <= most")
+        return actors
 
 
 @dataclass(frozen=True)

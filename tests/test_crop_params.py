@@ -209,7 +209,7 @@ def test_a_changed_probability_leaves_every_other_draw_as_it_was() -> None:
         ({"global_crop_scale": (0.5, 0.4)}, "0 < lowest <= highest"),
         ({"local_crop_scale": (0.0, 0.4)}, "0 < lowest <= highest"),
         ({"local_crop_scale": (0.1, 1.1)}, "at most 1"),
-        ({"aspect_ratio": (0.5, math.inf)}, "0 < lowest <= highest"),
+        ({"aspect_ratio": (0.5, math.inf)}, "finite"),
         ({"blur_sigma": (-1, 2)}, "0 <= lowest <= highest"),
         ({"pixel_std": (0.2, 0.2, 0)}, "above 0"),
         ({"flip_prob": 1.1}, "less than or equal to 1"),

@@ -260,6 +260,7 @@ def test_a_kept_manifest_is_refused_for_other_data(tmp_path: Path) -> None:
     config = DataConfig(path=f"{tmp_path}/data")
     run = Directory(str(tmp_path / "run"))
     load_or_build(config, run)
+    run.write("config.yaml", b"")  # the run has begun
     load_or_build(DataConfig(path=f"{tmp_path}/data/", fetch_concurrency=64), run)  # the same data
     with pytest.raises(ConfigError, match=r"data.path='.*/other', but the manifest of this run .*/data'"):
         load_or_build(DataConfig(path=f"{tmp_path}/other"), run)

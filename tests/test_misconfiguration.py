@@ -183,6 +183,34 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         CONFIG,
         [["20 px", "patch size (8)", "choose a crop size that the patch size divides"]],
     ),
+    "an infinite run": (["train.epochs=inf"], CONFIG, [["train.epochs='inf'", "must be a finite number"]]),
+    "evaluation size that patches do not tile": (
+        ["eval.image_size=30", "eval.val_path=WORLD/images", "data.label_from_parent=true"],
+        CONFIG,
+        [["30 px", "patch size (8)"]],
+    ),
+    "evaluation elsewhere": (
+        ["eval.val_path=gs://x/y"],
+        CONFIG,
+        [["eval.val_path: 'gs://x/y'", "use a local path"]],
+    ),
+    "no neighbours": (["eval.k=[0]"], CONFIG, [["eval.k=[0]", "must be greater than 0"]]),
+    "no number of neighbours": (["eval.k=[]"], CONFIG, [["eval.k=[]", "must have at least 1 item"]]),
+    "no bucket": (
+        ["data.path=s3://"],
+        CONFIG,
+        [["data.path: 's3://' is not an S3 address", "write s3://bucket/prefix"]],
+    ),
+    "no actors": (
+        ["resources.augment_actors=0"],
+        CONFIG,
+        [["resources.augment_actors=0", "must be greater than 0"]],
+    ),
+    "actors from many to few": (
+        ["resources.augment_actors=[3, 1]"],
+        CONFIG,
+        [["resources.augment_actors: [3, 1] must be [least, most]"]],
+    ),
     "no such folder": (["data.path=WORLD/none"], DATA, [["data.path=WORLD/none", "no such folder"]]),
     "empty folder": (["data.path=WORLD/empty"], DATA, [["no images under WORLD/empty", "check data.path"]]),
     "folder without images": (
@@ -274,9 +302,19 @@ def test_a_run_that_is_to_be_resumed_on_other_images(run: Job, started: Director
     )
 
 
+def test_a_mistake_once_mended_does_not_hold_the_name(run: Job) -> None:
+    again = [*TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", "eval.val_path=WORLD/images"]
+    assert run(pretrain.main, *again).code == CONFIG
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(pretrain.main, *again, "data.label_from_parent=true")
+
+
 def test_evaluating_what_is_no_run(run: Job, started: Directory, tmp_path: Path) -> None:
     run(evaluate.main, "WORLD/runs/none").check(CONFIG, [f"{tmp_path}/runs/none is no run directory"])
     run(evaluate.main, "WORLD/runs/run").check(DATA, [f"{started.uri} has no committed checkpoint"])
+    run(evaluate.main, "WORLD/runs/run", "--step=x").check(
+        CONFIG, ["argument --step: invalid int value: 'x'"]
+    )
     run(evaluate.main, "WORLD/runs/run", "eval.kk=1").check(CONFIG, ["eval.kk=1", "did you mean eval.k?"])
 
 
