@@ -1,4 +1,4 @@
-"""What tests share: one real S3 server for the session, and a fresh bucket and clean AWS_* for each test."""
+"""What tests share: a real S3 server, and a fresh bucket and clean AWS_* for each test."""
 
 import os
 import uuid
@@ -15,14 +15,17 @@ hypothesis.settings.register_profile("dinoray", deadline=None)
 hypothesis.settings.load_profile("dinoray")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:
-    """A SeaweedFS server, started when the first test asks for it; `s3.env` is for child processes."""
+    """A SeaweedFS server, started when the first test of a file asks for it; `s3.env` is for child processes.
+
+    One per file: each bucket takes volumes of the server, which has some hundred.
+    """
     with s3_server() as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def next_bucket(s3: S3Server) -> Iterator[Callable[[], str]]:
     """Gives new, empty buckets. SeaweedFS takes 0.2 s over a bucket's first object, so each is made ahead."""
 

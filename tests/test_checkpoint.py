@@ -164,13 +164,7 @@ def test_a_checkpoint_with_a_file_missing_or_cut_off_is_named(tmp_path: Path, fi
     assert_not_loaded(folder)
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        *FILES[:3],
-        FILES[3],
-    ],
-)
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("data", [b"", b"something else entirely"])
 def test_a_checkpoint_with_other_bytes_in_a_file_is_named(tmp_path: Path, file: str, data: bytes) -> None:
     folder = save(state_at(1, tiny_config()), tmp_path)

@@ -87,6 +87,13 @@ def test_shape_tells_the_classes_apart() -> None:
     assert accuracy > 6 * CHANCE
 
 
+def test_the_pattern_is_light_on_dark_as_often_as_dark_on_light() -> None:
+    images, labels = some_images()
+    dots = [image.mean(axis=2) for image, label in zip(images, labels, strict=True) if label == "dots"]
+    light_ink = sum(np.median(gray) < gray.mean() for gray in dots)  # dots cover less than half
+    assert 4 <= light_ink <= PER_CLASS - 4
+
+
 # Writing them
 
 
@@ -108,11 +115,14 @@ def test_the_set_is_one_folder_per_class_in_two_splits(tmp_path: Path, few: int)
     assert (folder / files[0]).read_bytes() == draw_demo_image("blobs", "train", 0)
 
 
-def test_a_set_that_is_there_is_left_alone(tmp_path: Path, few: int) -> None:
+def test_a_set_that_is_there_is_not_drawn_again(
+    tmp_path: Path, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "demo"
     write_demo_images(folder)
     marked = folder / "train" / "dots" / "dots-0000.jpg"
     marked.write_bytes(b"mine")
+    monkeypatch.setattr(demo_images, "draw_demo_image", lambda *name: pytest.fail(f"drew {name}"))
     assert write_demo_images(folder) == few
     assert marked.read_bytes() == b"mine"
 
