@@ -355,15 +355,7 @@ def test_warmups_longer_than_the_run_are_cut() -> None:
     assert (s.warmup_steps, s.warmup_temp_epochs) == (30, 3)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        0,
-        -1,
-        math.nan,
-        math.inf,
-    ],
-)
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
 def test_a_length_that_is_no_length_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="epochs"):
         tiny_config(train={"epochs": value})
