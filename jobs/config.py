@@ -20,13 +20,18 @@ from jobs.recipes import RECIPES
 from models.settings import ConfigError
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.features import EvalConfig
+from pipeline.health import HealthConfig
 from pipeline.manifest import DataConfig
 from pipeline.metrics import LogConfig
+from pipeline.probes import ProbeConfig
+from pipeline.resources import ResourcesConfig
+from pipeline.start import InitConfig
 from pipeline.storage import Directory, MissingObject, is_s3, split_s3_uri
 from pipeline.training import DINOConfig
-from pipeline.worker import ResourcesConfig
 
-FREE_SECTIONS = frozenset({"resources", "log", "checkpoint", "storage_path", "name", "recipe"})
+FREE_SECTIONS = frozenset(
+    {"resources", "log", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
+)
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
 
@@ -40,7 +45,10 @@ class Config(DINOConfig):
     storage_path: str = Field(default="runs", min_length=1)
     """Folder or s3://bucket/prefix that holds run directories."""
     data: DataConfig
+    init: InitConfig = InitConfig()
     eval: EvalConfig = EvalConfig()
+    probe: ProbeConfig = ProbeConfig()
+    health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     resources: ResourcesConfig = ResourcesConfig()
@@ -189,6 +197,16 @@ class _Loader(yaml.SafeLoader):
                 problem = f"key {key!r} is given {keys.count(key)} times"
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # "\ud800": it could not be written to config.yaml
+            raise yaml.constructor.ConstructorError(
+                None, None, "text is not Unicode", node.start_mark
+            ) from error
+        return value
 
 
 class _Dumper(yaml.SafeDumper):

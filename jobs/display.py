@@ -48,9 +48,12 @@ class Display:
 
     def eval(self, facts: dict[str, Any]) -> None:
         """Scores of an evaluation."""
-        name, score = next((k, v) for k, v in facts.items() if k.startswith("knn_"))
-        self._knn = f"{name} {score:.1%}"
-        self.note(f"evaluation after step {facts['step']}: {describe_scores(facts)}")
+        for name, score in facts.items():
+            if name.startswith("knn_"):
+                self._knn = f"{name} {score:.1%}"
+                break
+        if scores := describe_scores(facts):  # without labelled images there are none
+            self.note(f"evaluation after step {facts['step']}: {scores}")
         self._first = None  # the pause would count as training time
 
     def note(self, text: str) -> None:

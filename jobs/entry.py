@@ -9,7 +9,8 @@ from math import ceil
 import ray
 
 from models.settings import ResourceError
-from pipeline.worker import ResourcesConfig, known_error
+from pipeline.board import known_error
+from pipeline.resources import ResourcesConfig
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:

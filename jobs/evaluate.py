@@ -1,12 +1,12 @@
-"""Evaluate a checkpoint of a run: `python -m jobs.evaluate RUN [--step N] [eval.key=value ...]`.
+"""Evaluate a checkpoint: `python -m jobs.evaluate RUN_OR_CHECKPOINT [--step N] [--probes LIST] [key=value ...]`.
 
-Ray Data embeds the labelled images with the teacher's backbone on a pool of actors; weighted k-NN classifies them.
+Ray Data embeds images with the frozen backbone on a pool of actors. k-NN and a linear probe classify labelled
+ones; RankMe, LiDAR and feature std need no labels.
 """
 
 import json
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ray
 from rich.console import Console
@@ -14,67 +14,95 @@ from rich.table import Table
 
 from jobs.config import CommandLine, load_run_config
 from jobs.entry import run_main, start_ray
+from jobs.network import lone_config, open_network
+from jobs.probing import LABEL_FREE, LABELLED, Prober
 from models.settings import ConfigError
-from pipeline.checkpoint import download_checkpoint, pick_checkpoint, read_teacher
-from pipeline.dataset import embed_images
-from pipeline.features import knn_accuracy, labelled_sources, subset
+from pipeline.features import labelled_sources
+from pipeline.frozen import check_size
+from pipeline.manifest import build_manifest
+from pipeline.source import Source
 from pipeline.storage import Directory
 
 
 def main(argv: Sequence[str]) -> None:
-    """Embed, classify, print a table, and keep the scores in the run directory."""
-    parser = CommandLine(prog="python -m jobs.evaluate", description="k-NN accuracy of a checkpoint.")
-    parser.add_argument("run", help="run directory, local or s3://")
+    """Embed, probe, print a table, and keep the scores in the run directory (of a lone checkpoint: in its folder)."""
+    parser = CommandLine(prog="python -m jobs.evaluate", description="Probe the features of a checkpoint.")
+    parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
+    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="which network")
+    parser.add_argument(
+        "--probes",
+        default=None,
+        metavar="LIST",
+        help=f"some of {','.join(LABELLED + LABEL_FREE)} (default: all that the data allows)",
+    )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. eval.val_path=s3://bucket/val"
     )
     arguments = parser.parse_args(argv)
 
-    run = Directory(arguments.run)
-    config = load_run_config(run, arguments.overrides)
-    name = pick_checkpoint(run, arguments.step)
-    sources = labelled_sources(config.data, config.eval)
-    if sources is None:
-        raise ConfigError(
-            "eval.val_path is not set; give labelled images, e.g. eval.val_path=s3://bucket/val"
-        )
+    here = Directory(arguments.checkpoint)
+    # Of a run the settings come first: where they are missing, it is no run.
+    config = None if here.exists("meta.json") else load_run_config(here, arguments.overrides)
+    found, network, _ = open_network(arguments.checkpoint, arguments.step, arguments.which)
+    if config is None and found.run is not None and found.run.exists("config.yaml"):
+        config = load_run_config(found.run, arguments.overrides)
+    if config is None:
+        config = lone_config(network, {}, arguments.overrides)
+    probes = _chosen(arguments.probes, labelled=config.eval.val_path is not None)
+    check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
+    sides = labelled_sources(config.data, config.eval) if set(probes) & set(LABELLED) else None
+    images = Source(config.data, build_manifest(config.data)) if set(probes) & set(LABEL_FREE) else None
 
-    use_gpu, (_, actors) = start_ray(config.resources, verbose=arguments.verbose)
+    console = Console()
+    no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
+    use_gpu, (_, actors) = start_ray(no_training, verbose=arguments.verbose)
     try:
-        with tempfile.TemporaryDirectory(prefix="dinoray-evaluate-") as scratch:
-            teacher = ray.put(read_teacher(download_checkpoint(run, name, Path(scratch))))
-        sides = [
-            embed_images(
-                teacher,
-                source,
-                subset(source.num_images, limit),
-                config.eval,
-                actors=actors,
-                use_gpu=use_gpu,
-                precision=config.train.precision,
-            )
-            for source, limit in zip(
-                sources, (config.eval.max_train_images, config.eval.max_val_images), strict=True
-            )
-        ]
+        prober = Prober(config, network, console, actors=actors, use_gpu=use_gpu)
+        scores = prober.scores(probes, labelled=sides, images=images)
     finally:
         ray.shutdown()
-    scores = knn_accuracy(sides[0], sides[1], config.eval)
-    result = {
-        "checkpoint": name,
-        "num_train": len(sides[0].labels),
-        "num_val": len(sides[1].labels),
-        "num_unreadable": sides[0].num_bad + sides[1].num_bad,
-        **scores,
-    }
-    run.write(f"evaluation_{name}.json", json.dumps(result, indent=1).encode())
-    table = Table("score", "value", title=f"{run.uri} {name}, teacher")
+    result = {"checkpoint": found.name, "which": arguments.which, **scores}
+    suffix = "" if arguments.which == "teacher" else f"_{arguments.which}"
+    file, folder = f"evaluation_{found.name}{suffix}.json", found.run or found.folder
+    before = json.loads(folder.read(file)) if folder.exists(file) else {}  # other probes', of another day
+    folder.write(file, json.dumps(before | result, indent=1).encode())
+    console.print(_table(result, f"{found.folder.uri}, {arguments.which}"))
+
+
+def _chosen(text: str | None, *, labelled: bool) -> list[str]:
+    """The probes that are asked for, or those that the data allows."""
+    if text is None:
+        return [*(LABELLED if labelled else ()), *LABEL_FREE]
+    probes = [probe.strip() for probe in text.split(",")]
+    for probe in probes:
+        if probe not in LABELLED + LABEL_FREE:
+            raise ConfigError(f"--probes: {probe!r} is none of {', '.join(LABELLED + LABEL_FREE)}")
+    if not labelled and set(probes) & set(LABELLED):
+        raise ConfigError(
+            "eval.val_path is not set; give labelled images, e.g. eval.val_path=s3://bucket/val, "
+            f"or ask for --probes {','.join(LABEL_FREE)}"
+        )
+    return probes
+
+
+_SHARES = ("knn_", "majority", "collapsed", "linear")
+_NO_SHARES = ("linear_lr", "linear_dim", "linear_features")
+
+
+def _table(result: Mapping[str, Any], title: str) -> Table:
+    table = Table("score", "value", title=title)
     for key, value in result.items():
-        if key != "checkpoint":
-            table.add_row(key, f"{value:.1%}" if isinstance(value, float) else str(value))
-    Console().print(table)
+        if key in ("checkpoint", "which", "linear_table"):
+            continue
+        share = key.startswith(_SHARES) and key not in _NO_SHARES
+        text = f"{value:.1%}" if share else f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(key, text)
+    for row in result.get("linear_table", ()):
+        chosen = ", chosen by the held-out" if row["lr"] == result["linear_lr"] else ""
+        table.add_row(f"linear, lr {row['lr']:g}", f"{row['val']:.1%}, held out {row['holdout']:.1%}{chosen}")
+    return table
 
 
 if __name__ == "__main__":

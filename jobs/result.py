@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from models.settings import DataError
+from pipeline.health import Verdict
 from pipeline.storage import Directory
 
 RESULT = "result.json"
@@ -37,9 +38,15 @@ def describe_result(run: Directory) -> str:
         ]
     lines += [
         f"checkpoints   {run.join('checkpoints')}",
+        f"report        {run.join('report.html')}",
         f"crops         {run.join('crops.png')}",
         f"metrics       {run.join('metrics.jsonl')}, tensorboard --logdir {run.join('tensorboard')}",
     ]
+    verdict = Verdict(result["last"]["verdict"])
+    if verdict is not Verdict.HEALTHY:
+        lines.append(f"health        {verdict.value}: {verdict.remedy}")
+    if result["last"]["skipped_steps"]:
+        lines.append(f"skipped       {result['last']['skipped_steps']} steps that were not finite")
     if result["last"]["bad_images"]:
         lines.append(f"bad images    {result['last']['bad_images']}, named in {run.join('quarantine.jsonl')}")
     return "\n".join(lines)

@@ -4,22 +4,31 @@ Layers below: backbone, head. The loss is a set of pure functions beside it (los
 ties them together stands in pipeline/training.py.
 """
 
+from typing import Annotated, NamedTuple
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from models.backbone import BackboneConfig, build_backbone, embed_dim, has_batch_norm
 from models.head import DINOHead, HeadConfig
-from models.settings import Settings
+from models.settings import Auto, Settings, number
 
 
 class TeacherConfig(Settings):
     """How the teacher follows the student."""
 
-    teacher_momentum: float = Field(default=0.996, ge=0, le=1)
-    """EMA coefficient at the first step; 0.9995 suits a global batch of 256 or less on long runs."""
+    teacher_momentum: Annotated[float, Field(ge=0, le=1)] | Auto = 0.996
+    """EMA coefficient at the first step; 0.9995 suits long runs with a batch of 256 or less; auto: by both."""
     final_teacher_momentum: float = Field(default=1.0, ge=0, le=1)
     """EMA coefficient reached at the last step, along a cosine."""
+
+
+class Output(NamedTuple):
+    """What a network makes of n crops: logits [n, K] float32 and the backbone's features [n, D] below them."""
+
+    logits: Tensor
+    features: Tensor
 
 
 class MultiCropNet(nn.Module):
@@ -30,8 +39,8 @@ class MultiCropNet(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: list[Tensor]) -> Tensor:
-        """[N_i, 3, H_i, W_i] per size -> logits [sum N_i, K] in the order given.
+    def forward(self, crops: list[Tensor]) -> Output:
+        """[N_i, 3, H_i, W_i] per size -> logits [sum N_i, K] and features [sum N_i, D] in the order given.
 
         One backbone forward per resolution; neighbouring groups of one size share it (their batch-norm
         statistics too, as published). One head forward on everything.
@@ -42,8 +51,8 @@ class MultiCropNet(nn.Module):
                 groups[-1].append(x)
             else:
                 groups.append([x])
-        features = [self.backbone(torch.cat(g) if len(g) > 1 else g[0]) for g in groups]
-        return self.head(torch.cat(features))
+        features = torch.cat([self.backbone(torch.cat(g) if len(g) > 1 else g[0]) for g in groups])
+        return Output(self.head(features), features)
 
 
 class DINO(nn.Module):
@@ -55,13 +64,22 @@ class DINO(nn.Module):
 
     center: Tensor
 
-    def __init__(self, backbone: BackboneConfig, head: HeadConfig, *, crop_sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        head: HeadConfig,
+        *,
+        crop_sizes: tuple[int, ...],
+        pretrained: bool = False,
+    ) -> None:
         super().__init__()
-        self.student = _network(backbone, head, crop_sizes, backbone.drop_path_rate)
-        self.teacher = _network(backbone, head, crop_sizes, 0.0)
+        self.student = _network(
+            backbone, head, crop_sizes, drop_path_rate=backbone.drop_path_rate, pretrained=pretrained
+        )
+        self.teacher = _network(backbone, head, crop_sizes, drop_path_rate=0.0, pretrained=False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.register_buffer("center", torch.zeros(head.out_dim))
+        self.register_buffer("center", torch.zeros(number(head.out_dim)))
         self.train()
 
     def train(self, mode: bool = True) -> "DINO":
@@ -71,8 +89,8 @@ class DINO(nn.Module):
         return self
 
     @torch.no_grad()
-    def teacher_logits(self, global_crops: Tensor) -> Tensor:
-        """[G*B, 3, H, W] -> [G*B, K]; the teacher sees global crops only."""
+    def teacher_output(self, global_crops: Tensor) -> Output:
+        """[G*B, 3, H, W] -> logits [G*B, K] and features; the teacher sees global crops only."""
         return self.teacher([global_crops])
 
     @torch.no_grad()
@@ -89,7 +107,14 @@ def crop_major(crops: Tensor) -> Tensor:
 
 
 def _network(
-    backbone: BackboneConfig, head: HeadConfig, crop_sizes: tuple[int, ...], drop_path_rate: float
+    backbone: BackboneConfig,
+    head: HeadConfig,
+    crop_sizes: tuple[int, ...],
+    *,
+    drop_path_rate: float,
+    pretrained: bool,
 ) -> MultiCropNet:
-    body = build_backbone(backbone, crop_sizes=crop_sizes, drop_path_rate=drop_path_rate)
+    body = build_backbone(
+        backbone, crop_sizes=crop_sizes, drop_path_rate=drop_path_rate, pretrained=pretrained
+    )
     return MultiCropNet(body, DINOHead(head, in_dim=embed_dim(body)))

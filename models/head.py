@@ -4,20 +4,21 @@ MLP -> L2-normalised bottleneck -> weight-normed linear layer without bias (DINO
 """
 
 import itertools
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.settings import Settings
+from models.settings import Auto, Settings, number
 
 
 class HeadConfig(Settings):
     """The projection head of student and teacher."""
 
-    out_dim: int = Field(default=65536, ge=2)
-    """K, the number of prototypes."""
+    out_dim: Annotated[int, Field(ge=2)] | Auto = 65536
+    """K, the number of prototypes; auto: by the number of images."""
     hidden_dim: int = Field(default=2048, ge=1)
     """Width of the MLP's hidden layers."""
     bottleneck_dim: int = Field(default=256, ge=1)
@@ -38,8 +39,9 @@ class PrototypeLayer(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, *, frozen_magnitude: bool) -> None:
         super().__init__()
-        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
+        # In this order, which decides the parameters' numbers in a saved optimiser.
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not frozen_magnitude)
+        self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
@@ -62,7 +64,7 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
         self.mlp.apply(_init_linear)
         self.last_layer = PrototypeLayer(
-            config.bottleneck_dim, config.out_dim, frozen_magnitude=config.norm_last_layer
+            config.bottleneck_dim, number(config.out_dim), frozen_magnitude=config.norm_last_layer
         )
 
     def forward(self, x: Tensor) -> Tensor:

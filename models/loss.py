@@ -1,16 +1,20 @@
-"""The DINO loss as pure functions: sharpened and centred teacher probabilities, cross-entropy over crop pairs, centre.
+"""The DINO loss as pure functions: teacher probabilities, cross-entropy over crop pairs, centre, KoLeo.
 
-No state, no process group: whoever calls keeps the centre and reduces the statistics over ranks.
+No state, no process group: whoever calls keeps the centre and brings the reductions over ranks.
 Axes: B images, G global crops, V = G + L crops, K prototypes. Logits are crop-major: row v * B + b.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from models.settings import Settings
+from models.settings import Auto, Settings
+
+_SINKHORN_ITERATIONS = 3
 
 
 class LossConfig(Settings):
@@ -18,21 +22,36 @@ class LossConfig(Settings):
 
     student_temp: float = Field(default=0.1, gt=0)
     """Temperature of the student's softmax."""
-    teacher_temp: float = Field(default=0.04, gt=0)
-    """Temperature of the teacher's softmax after warm-up; above 0.07 runs become unstable."""
+    teacher_temp: Annotated[float, Field(gt=0)] | Auto = 0.04
+    """Temperature of the teacher's softmax after warm-up; above 0.07 runs become unstable; auto: by images."""
     warmup_teacher_temp: float = Field(default=0.04, gt=0)
     """Teacher temperature at the start."""
     warmup_teacher_temp_epochs: int = Field(default=0, ge=0)
     """Epochs from `warmup_teacher_temp` to `teacher_temp`, one linear stair per epoch; 0 starts at `teacher_temp`."""
     center_momentum: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old centre kept at each step; 0.999 and above is known to collapse."""
+    centering: Literal["center", "sinkhorn_knopp", "none"] = "center"
+    """What keeps prototypes in use: the moving centre, Sinkhorn-Knopp in its place, or nothing, which collapses."""
+    koleo_weight: float = Field(default=0.0, ge=0)
+    """Weight of KoLeo, which spreads the features of each global crop over the batch; DINOv2 has 0.1."""
 
     @model_validator(mode="after")
     def _warmup_rises(self) -> "LossConfig":
+        if self.teacher_temp == "auto":
+            return self
         if self.warmup_teacher_temp_epochs and self.warmup_teacher_temp > self.teacher_temp:
             raise ValueError(
                 f"warmup_teacher_temp={self.warmup_teacher_temp} must not exceed teacher_temp={self.teacher_temp}; "
                 "lower it or set warmup_teacher_temp_epochs=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _center_has_a_momentum(self) -> "LossConfig":
+        if self.centering != "center" and self.center_momentum != 0.9:
+            raise ValueError(
+                f"center_momentum={self.center_momentum} has no effect with centering={self.centering}: there is no "
+                "centre; leave it out or set centering=center"
             )
         return self
 
@@ -47,6 +66,27 @@ class CrossEntropy(NamedTuple):
 def teacher_probs(teacher_logits: Tensor, center: Tensor, temp: float) -> Tensor:
     """Sharpened, centred targets softmax((t - c) / temp): [G*B, K] -> [G*B, K] float32, detached."""
     return torch.softmax((teacher_logits.detach().float() - center) / temp, dim=-1)
+
+
+def sinkhorn_probs(
+    teacher_logits: Tensor,
+    temp: float,
+    *,
+    reduce_sum: Callable[[Tensor], Tensor],
+    reduce_max: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Targets by Sinkhorn-Knopp (SwAV, DINOv2): [n, K] -> [n, K] float32, detached; each row sums to 1.
+
+    exp(t / temp) is scaled, three times over, so that all prototypes share the rows of all ranks evenly and each
+    row sums to one. In logarithms throughout, since exp(t / temp) would overflow once prototypes have magnitudes.
+    The reductions are over ranks, which need not hold equally many rows.
+    """
+    log_q = teacher_logits.detach().float() / temp
+    for _ in range(_SINKHORN_ITERATIONS):
+        most = reduce_max(log_q.max(0).values)
+        log_q = log_q - most - reduce_sum((log_q - most).exp().sum(0)).log()
+        log_q = torch.log_softmax(log_q, dim=1)
+    return log_q.exp()
 
 
 def cross_entropy(
@@ -86,3 +126,17 @@ def batch_center(teacher_logits: Tensor) -> Tensor:
 def update_center(center: Tensor, summed: Tensor, *, momentum: float) -> Tensor:
     """c <- m c + (1 - m) * mean of the raw teacher logits (eq. 4); `summed` as `batch_center` gives it."""
     return center * momentum + (summed[:-1] / summed[-1]) * (1 - momentum)
+
+
+def koleo(features: Tensor) -> Tensor:
+    """KoLeo (arXiv 1806.03198) of [n, D]: -mean log of each row's distance to the nearest other one, on the sphere.
+
+    Over the rows given, those of one crop on one rank. One row has no neighbour: 0.
+    """
+    if len(features) < 2:
+        return features.float().sum() * 0
+    z = F.normalize(features.float(), dim=-1, eps=1e-8)
+    with torch.no_grad():
+        nearest = (z @ z.T).fill_diagonal_(-2).argmax(dim=1)
+    # Through the difference, not the cosine: near-duplicates keep their digits.
+    return -torch.log((z - z[nearest] + 1e-8).norm(dim=-1) + 1e-8).mean()

@@ -2,11 +2,12 @@
 
 from typing import Literal
 
-import timm.optim
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from models.backbone import layer_depths
+from models.lars import LARS
 from models.settings import Settings
 
 
@@ -14,7 +15,7 @@ class OptimConfig(Settings):
     """Optimiser and its schedules."""
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """AdamW for ViTs; SGD or LARS (timm) for ResNets. Both of the latter use `momentum`."""
+    """AdamW for ViTs; SGD or LARS for ResNets. Both of the latter use `momentum`."""
     base_lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate at a global batch of 256; scaled linearly with the global batch."""
     min_lr: float = Field(default=1e-6, ge=0)
@@ -31,26 +32,58 @@ class OptimConfig(Settings):
     """Largest L2 norm of each parameter's gradient, tensor by tensor; 0 switches clipping off."""
     freeze_last_layer_epochs: float = Field(default=1, ge=0)
     """Epochs at the start in which the prototype layer gets no update."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of each block of the backbone as a share of the block's after it; 1 is the same for all."""
 
 
-def param_groups(student: nn.Module) -> list[dict]:
-    """Group 0: decayed parameters; group 1: biases and 1-D parameters, never decayed. Frozen ones are left out."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def param_groups(student: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
+    """Parameters in groups of one `lr_scale` each, those that are decayed before those that are not (`decays`).
+
+    Not decayed: biases and 1-D parameters; frozen ones are left out. With a `layer_decay` of 1 there are the two
+    groups of the published optimiser, in its order. Else block i of N blocks of `student.backbone` has the scale
+    `layer_decay ** (N + 1 - i)`: the stem is block 0, the final norm goes with the last one, the head has 1.
+    """
+    scales = {}
+    if layer_decay != 1:
+        depths = layer_depths(student.backbone)  # type: ignore[arg-type]
+        scales = {
+            f"backbone.{k}": layer_decay ** (max(depths.values()) + 1 - depth) for k, depth in depths.items()
+        }
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for name, p in student.named_parameters():
         if p.requires_grad:
-            (plain if name.endswith(".bias") or p.ndim == 1 else decayed).append(p)
-    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+            decays = not (name.endswith(".bias") or p.ndim == 1)
+            groups.setdefault((decays, scales.get(name, 1.0)), []).append(p)
+    return [
+        {"params": params, "decays": decays, "lr_scale": scale}
+        for (decays, scale), params in sorted(
+            groups.items(), key=lambda group: (not group[0][0], group[0][1])
+        )
+    ]
 
 
 def build_optimizer(config: OptimConfig, student: nn.Module) -> torch.optim.Optimizer:
     """The optimiser over `param_groups(student)`; lr and weight decay are set before each step."""
-    groups = param_groups(student)
+    groups = param_groups(student, layer_decay=config.layer_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
-    return timm.optim.Lars(groups, lr=0.0, momentum=config.momentum)
+    return LARS(groups, lr=0.0, momentum=config.momentum)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load a `state_dict` of the same parameters; hyper-parameters stay those of `optimizer`.
+
+    Raises ValueError where the groups do not match.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    theirs = saved["param_groups"]
+    if [len(g["params"]) for g in own] != [len(g["params"]) for g in theirs]:
+        raise ValueError(
+            "the optimizer's parameter groups differ from those saved; was optim.layer_decay changed?"
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 def scaled_lr(base_lr: float, global_batch_size: int) -> float:
@@ -59,11 +92,10 @@ def scaled_lr(base_lr: float, global_batch_size: int) -> float:
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Write this step's values: lr into every group, weight decay into group 0."""
-    for i, group in enumerate(optimizer.param_groups):
-        group["lr"] = lr
-        if i == 0:
-            group["weight_decay"] = weight_decay
+    """Write this step's values: lr, by each group's scale; weight decay into the groups that are decayed."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 @torch.no_grad()

@@ -17,6 +17,11 @@ def warmup_cosine(step: int, *, base: float, final: float, total_steps: int, war
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
 
 
+def warmup_constant(step: int, *, base: float, warmup_steps: int = 0) -> float:
+    """Linear from 0 to `base` over `warmup_steps` (end point included), then `base` without end."""
+    return base * step / max(1, warmup_steps - 1) if step < warmup_steps else base
+
+
 def teacher_temp(epoch: int, *, base: float, warmup: float, warmup_epochs: int) -> float:
     """Temperature of the teacher in `epoch`: `warmup_epochs` even stairs from `warmup` to `base`, then `base`."""
     if epoch >= warmup_epochs:

@@ -11,7 +11,14 @@ Errors and the exit code that a job ends with:
       ResourceError       4   the machine or cluster lacks what the config asks for
 """
 
+from typing import Literal, TypeAlias, TypeVar
+
 from pydantic import BaseModel, ConfigDict
+
+Auto: TypeAlias = Literal["auto"]
+"""Stands for a number that follows from the number of images; pipeline/automatic.py puts it in."""
+
+Number = TypeVar("Number", int, float)
 
 
 class DinorayError(Exception):
@@ -42,3 +49,15 @@ class Settings(BaseModel):
     """Frozen, strict base of each config section: unknown keys are errors, attribute docstrings are the help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def number(value: Number | Auto) -> Number:
+    """`value`, which must no longer be `auto`."""
+    if value == "auto":
+        raise ValueError("a value is still auto; pipeline.automatic.resolve puts the number in")
+    return value
+
+
+def one_line(error: BaseException | None, *, limit: int = 200) -> str:
+    """What another library's error says, on one line of at most `limit` characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -9,13 +9,15 @@ A run directory (local or S3):
     quarantine.jsonl            one line per image that could not be used
     tensorboard/                the same metrics as event files
     crops.png                   contact sheet of the crops
+    attention/                  step_00001000.png: the class token's attention at each evaluation
+    report.html                 all of that on one page
     result.json                 written last: the run is finished
     checkpoints/
       checkpoint_manager_snapshot.json    which checkpoints are committed (Ray Train's)
       step_00001000/
         student.safetensors     backbone.* and head.*
         teacher.safetensors
-        train_state.pt          optimizer, center: tensors and numbers, loads with weights_only=True
+        train_state.pt          optimizer, center, health: tensors and numbers, loads with weights_only=True
         meta.json               step, config and all else that rebuilds the model
 
 Progress is what is committed: a folder that is merely there may lack its other half. No Ray here, and no
@@ -23,20 +25,24 @@ pickled objects.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from models.backbone import build_backbone
-from models.settings import ConfigError, DataError, Settings
+from models.optim import restore_optimizer
+from models.settings import ConfigError, DataError, Settings, one_line
+from pipeline.algorithm import DINOConfig
 from pipeline.storage import Directory, MissingObject
-from pipeline.training import DINOConfig, TrainState
+from pipeline.training import TrainState
 
-FORMAT = 1
+FORMAT = 2
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+FILES = ("student.safetensors", "teacher.safetensors", "train_state.pt", "meta.json")
 
 
 class CheckpointConfig(Settings):
@@ -58,12 +64,18 @@ def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_ima
     save_file(_contiguous(state.dino.student), folder / "student.safetensors")
     save_file(_contiguous(state.dino.teacher), folder / "teacher.safetensors")
     torch.save(
-        {"optimizer": state.optimizer.state_dict(), "center": state.dino.center.cpu()},
+        {
+            "optimizer": state.optimizer.state_dict(),
+            "center": state.dino.center.cpu(),
+            "health": state.health.state_dict(),
+        },
         folder / "train_state.pt",
     )
     meta = {
         "format": FORMAT,
         "step": state.step,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
         "positions": state.step * state.config.train.global_batch_size,
         "total_steps": state.schedule.total_steps,
         "num_images": num_images,
@@ -84,22 +96,28 @@ def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
         state.dino.student.load_state_dict(load_file(folder / "student.safetensors"))
         state.dino.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
         train_state = torch.load(folder / "train_state.pt", weights_only=True, map_location=state.device)
-        state.optimizer.load_state_dict(train_state["optimizer"])
+        restore_optimizer(state.optimizer, train_state["optimizer"])
         state.dino.center.copy_(train_state["center"])
+        state.health.load_state_dict(train_state["health"], device=state.device)
     except Exception as error:  # a damaged file may raise anything
-        raise DataError(f"checkpoint {folder} cannot be loaded: {_one_line(error)}") from error
-    state.step = meta["step"]
+        raise DataError(f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}") from error
+    state.step, state.skipped = meta["step"], meta["skipped"]
+    state.skipped_in_a_row = meta["skipped_in_a_row"]
     return meta
 
 
-class Teacher(NamedTuple):
-    """What a checkpoint says of its teacher: picklable, enough to rebuild the backbone anywhere."""
+Which = Literal["teacher", "student"]
+"""Which of the two networks; the teacher is better during the whole run."""
+
+
+class Frozen(NamedTuple):
+    """A backbone as a checkpoint holds it: picklable, enough to rebuild it anywhere."""
 
     config: DINOConfig
     weights: dict[str, torch.Tensor]
 
     def backbone(self, device: torch.device | str = "cpu") -> torch.nn.Module:
-        """The teacher's backbone in eval mode: float [n, 3, H, W] -> [n, D]."""
+        """The backbone in eval mode: float [n, 3, H, W] -> [n, D]."""
         crops = self.config.crops
         backbone = build_backbone(
             self.config.backbone,
@@ -110,14 +128,14 @@ class Teacher(NamedTuple):
         return backbone.to(device).eval()
 
 
-def read_teacher(folder: Path) -> Teacher:
-    """The teacher's backbone of the checkpoint in `folder`."""
+def read_frozen(folder: Path, which: Which = "teacher") -> Frozen:
+    """The backbone of the checkpoint in the local `folder`."""
     prefix = "backbone."
     try:
-        weights = load_file(folder / "teacher.safetensors")
+        weights = load_file(folder / f"{which}.safetensors")
     except Exception as error:  # a damaged file may raise anything
-        raise DataError(f"checkpoint {folder} cannot be loaded: {_one_line(error)}") from error
-    return Teacher(
+        raise DataError(f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}") from error
+    return Frozen(
         DINOConfig.model_validate(read_meta(folder)["config"]),
         {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
     )
@@ -143,16 +161,37 @@ def committed_checkpoints(run: Directory) -> list[str]:
     return sorted({r["checkpoint_dir_name"] for r in snapshot.get("checkpoint_results", [])})
 
 
-def download_checkpoint(run: Directory, name: str, into: Path) -> Path:
-    """Copy checkpoint `name` of the run into `into` and return its folder."""
-    folder = into / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("student.safetensors", "teacher.safetensors", "train_state.pt", "meta.json"):
+class Found(NamedTuple):
+    """Where a checkpoint is: its name, its own folder, and the run directory it lies in, None for a lone copy."""
+
+    name: str
+    folder: Directory
+    run: Directory | None
+
+
+def find_checkpoint(address: str, step: int | None = None) -> Found:
+    """The checkpoint that `address`, local or S3, stands for: a checkpoint's own folder, or a run directory.
+
+    Of a run directory it is the committed checkpoint at `step`, or the newest.
+    """
+    here = Directory(address)
+    if here.exists("meta.json"):
+        parent, _, name = here.uri.rpartition("/")
+        run, _, between = parent.rpartition("/")
+        return Found(name, here, Directory(run) if between == "checkpoints" else None)
+    name = pick_checkpoint(here, step)
+    return Found(name, here.child("checkpoints").child(name), here)
+
+
+def download_checkpoint(folder: Directory, into: Path, files: Sequence[str] = FILES) -> Path:
+    """Copy files of the checkpoint in `folder` to the local folder `into`, made if needed; return `into`."""
+    into.mkdir(parents=True, exist_ok=True)
+    for file in files:
         try:
-            (folder / file).write_bytes(run.read(f"checkpoints/{name}/{file}"))
+            (into / file).write_bytes(folder.read(file))
         except MissingObject as error:
-            raise DataError(f"checkpoint {run.join('checkpoints', name)} lacks {file}") from error
-    return folder
+            raise DataError(f"checkpoint {folder.uri} lacks {file}") from error
+    return into
 
 
 def pick_checkpoint(run: Directory, step: int | None = None) -> str:
@@ -169,7 +208,3 @@ def pick_checkpoint(run: Directory, step: int | None = None) -> str:
 
 def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

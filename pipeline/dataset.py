@@ -6,22 +6,23 @@ alternate over ranks and every batch a rank receives is the one its step calls f
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
+from torch import nn
 
 from models.settings import DataError, DinorayError
 from pipeline.board import Board
-from pipeline.checkpoint import Teacher
+from pipeline.checkpoint import Frozen
 from pipeline.crops import CropsConfig, crop_bytes, crop_rng, limit_threads, multi_crop
 from pipeline.decode import BadImage, decode
-from pipeline.features import EvalConfig, Features, embed_source, merge
 from pipeline.layout import Layout
 from pipeline.order import Order
 from pipeline.source import Fetched, Source, Status
@@ -167,60 +168,74 @@ def _decoded(fetched: Fetched, source: Source) -> tuple[NDArray[np.uint8] | None
         return None, Status.CORRUPT, error.reason
 
 
+Work = Callable[[nn.Module, Source, Any], Any]
+"""(frozen backbone, source, item) -> a result; all but the backbone can be pickled."""
+
+
+class EmbedTask(NamedTuple):
+    """What is to be made of the images of one source: `work`, item by item."""
+
+    work: Work
+    source: Source
+    items: Sequence[Any]
+
+
 class EmbedActor:
-    """Image indices in, features of a frozen teacher out."""
+    """Numbers of items in, what the work makes of them out. An error that a person can mend is a result too."""
 
     def __init__(
         self,
-        teacher: "ray.ObjectRef[Teacher]",
-        source: "ray.ObjectRef[Source]",
-        config: EvalConfig,
+        network: "list[ray.ObjectRef[Frozen]]",
+        tasks: "Sequence[ray.ObjectRef[EmbedTask]]",
         device: str,
-        precision: str,
     ) -> None:
-        self._teacher: Teacher = ray.get(teacher)
-        self._source: Source = ray.get(source)
-        self._backbone = self._teacher.backbone(device)
-        self._config, self._precision = config, precision
+        # In a list, since Ray warns of references that are arguments themselves.
+        self._backbone = ray.get(network)[0].backbone(device)
+        self._tasks = [ray.get(task) for task in tasks]
+        self._places = [(t, i) for t, task in enumerate(self._tasks) for i in range(len(task.items))]
 
     def __call__(self, rows: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
-        found = embed_source(
-            self._backbone,
-            self._source,
-            rows["index"],
-            self._teacher.config.crops,
-            self._config,
-            precision=self._precision,
-        )
-        return {"features": found.features, "label": np.array(found.labels, dtype=object)}
+        results = np.empty(len(rows["id"]), dtype=object)
+        for row, number in enumerate(rows["id"]):
+            place, item = self._places[number]
+            task = self._tasks[place]
+            result: Any
+            try:
+                result = task.work(self._backbone, task.source, task.items[item])
+            except DinorayError as error:
+                result = error  # as it is: Ray would pass on its text alone, inside a traceback
+            results[row] = pickle.dumps((place, result))
+        return {"result": results}
 
 
-def embed_images(
-    teacher: "ray.ObjectRef[Teacher]",
-    source: Source,
-    indices: NDArray[np.int64],
-    config: EvalConfig,
+def embed_on_actors(
+    network: "ray.ObjectRef[Frozen]",
+    tasks: Sequence[EmbedTask],
     *,
     actors: int,
     use_gpu: bool,
-    precision: str,
-) -> Features:
-    """Features and labels of the images at `indices`, embedded by up to `actors` actors (one GPU each, if any)."""
+    in_order: bool = True,
+) -> Iterator[tuple[int, Any]]:
+    """(number of the task, result) for each item of each task, on up to `actors` actors, or on one per GPU.
+
+    Raises the first DinorayError that an item comes to. Not `in_order`, results come as they are ready.
+    """
     context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
+    context.execution_options.preserve_order = in_order
     context.enable_progress_bars = False
-    rows = ray.data.from_numpy(indices).rename_columns({"data": "index"})
-    embedded = rows.map_batches(
+    most = max(1, int(ray.cluster_resources().get("GPU", 0))) if use_gpu else actors
+    num_items = sum(len(task.items) for task in tasks)
+    numbers = ray.data.range(num_items, override_num_blocks=min(num_items, _LEG_BLOCKS))
+    results = numbers.map_batches(
         EmbedActor,
-        batch_size=config.batch_size,
-        fn_constructor_args=(teacher, ray.put(source), config, "cuda" if use_gpu else "cpu", precision),
-        compute=ActorPoolStrategy(min_size=1, max_size=actors),
+        batch_size=1,
+        fn_constructor_args=([network], [ray.put(task) for task in tasks], "cuda" if use_gpu else "cpu"),
+        compute=ActorPoolStrategy(min_size=1, max_size=min(most, num_items)),
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
     )
-    parts = [
-        Features(batch["features"], batch["label"].tolist(), 0)
-        for batch in embedded.iter_batches(batch_size=None, batch_format="numpy")
-    ]
-    whole = merge(parts)
-    return whole._replace(num_bad=len(indices) - len(whole.labels))
+    for row in results.iter_rows():
+        place, result = pickle.loads(row["result"])
+        if isinstance(result, DinorayError):
+            raise result
+        yield place, result

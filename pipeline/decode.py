@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from models.settings import one_line
+
 # All plugins now: in a list of formats Pillow finds only what is loaded. An old Pillow has no AVIF.
 Image.init()
 _FORMATS = tuple(
@@ -60,7 +62,7 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
         raise
     # Bytes from anywhere reach a dozen parsers here, each with errors of its own.
     except Exception as error:
-        raise BadImage(f"damaged or cut off {header.format}: {_one_line(error)}") from error
+        raise BadImage(f"damaged or cut off {header.format}: {one_line(error)}") from error
     if pixels.shape not in {(height, width, 3), (width, height, 3)}:
         raise BadImage(f"damaged {header.format}: {width}x{height} pixels announced, {pixels.shape} decoded")
     return pixels
@@ -89,11 +91,11 @@ def _read_header(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(f"too large: {_one_line(error)}") from error
+        raise BadImage(f"too large: {one_line(error)}") from error
     except Image.UnidentifiedImageError as error:
         raise BadImage(f"not an image: starts with {data[:8]!r}") from error
     except Exception as error:  # as in decode(): any parser, any error
-        raise BadImage(f"damaged header: {_one_line(error)}") from error
+        raise BadImage(f"damaged header: {one_line(error)}") from error
 
 
 def _opencv_is_right(header: Image.Image) -> bool:
@@ -139,7 +141,3 @@ def _decode_pillow(image: Image.Image) -> npt.NDArray[np.uint8]:
     if image.mode not in _PILLOW_MODES:
         raise BadImage(f"not 8 or 16 bits a channel: Pillow mode {image.mode}")
     return np.array(image.convert("RGB"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

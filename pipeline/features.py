@@ -4,26 +4,27 @@ Labelled images -> clean eval crops -> backbone -> features [n, D] -> k-NN. Used
 rank embeds its share) and by the evaluate job (Ray Data embeds).
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
-from models.settings import ConfigError, DataError, Settings
+from models.settings import ConfigError, DataError, ResourceError, Settings
+from pipeline import processes
 from pipeline.crops import CropsConfig
-from pipeline.decode import BadImage, decode, eval_crop
+from pipeline.decode import eval_crop
+from pipeline.loading import load_batches
 from pipeline.manifest import DataConfig, build_manifest, load_or_build
 from pipeline.order import permute
-from pipeline.source import Source, Status
+from pipeline.probes import knn_vote
+from pipeline.source import Source
 from pipeline.storage import Directory, normal_uri
 from pipeline.training import autocast, pixels
 
@@ -91,47 +92,58 @@ def labelled_sources(
     )
 
 
-def labelled_crops(
-    source: Source, indices: Sequence[int], *, size: int, batch_size: int
+def eval_batches(
+    source: Source, indices: Sequence[int], *, size: int, batch_size: int, labelled: bool = True
 ) -> Iterator[tuple[NDArray[np.uint8], list[str], int]]:
-    """Batches of (uint8 [n, size, size, 3], labels, number of unreadable images left out)."""
+    """Batches of (uint8 [n, size, size, 3], labels, number of unreadable images left out).
 
-    def load(fetched: tuple) -> NDArray[np.uint8] | None:
-        data = fetched[1]
-        try:
-            return (
-                None
-                if data is None
-                else eval_crop(decode(data, max_pixels=source.config.max_pixels), size=size)
+    Labels are "" where there is none. DataError for a readable image without one when they must be `labelled`.
+    """
+
+    def prepare(image: NDArray[np.uint8], _: str) -> NDArray[np.uint8]:
+        return eval_crop(image, size=size)
+
+    for batch in load_batches(source, indices, prepare, batch_size=batch_size):
+        good = [image for image in batch if image.pixels is not None]
+        unlabelled = [image.key for image in good if image.label is None]
+        if unlabelled and labelled:
+            raise DataError(
+                f"{source.config.path}: {unlabelled[0]} has no label; every evaluated image needs one"
             )
-        except BadImage:
-            return None
+        images = [image.pixels for image in good if image.pixels is not None]
+        pixels = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
+        yield pixels, [image.label or "" for image in good], len(batch) - len(good)
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for start in range(0, len(indices), batch_size):
-            fetched = source.fetch(indices[start : start + batch_size])
-            unlabelled = [f.key for f in fetched if f.label is None and f.status == Status.OK]
-            if unlabelled:
-                raise DataError(
-                    f"{source.config.path}: {unlabelled[0]} has no label; every evaluated image needs one"
-                )
-            crops = list(pool.map(load, fetched))
-            good = [(crop, str(f.label)) for crop, f in zip(crops, fetched, strict=True) if crop is not None]
-            images = np.stack([crop for crop, _ in good]) if good else np.empty((0, size, size, 3), np.uint8)
-            yield images, [label for _, label in good], len(crops) - len(good)
+
+Forward = Callable[[nn.Module, Tensor], Tensor]
+"""(backbone, float [n, 3, S, S]) -> [n, E]."""
 
 
 @torch.no_grad()
 def embed(
-    backbone: nn.Module, images: NDArray[np.uint8], crops: CropsConfig, *, precision: str
+    backbone: nn.Module,
+    images: NDArray[np.uint8],
+    crops: CropsConfig,
+    *,
+    precision: str,
+    forward: Forward | None = None,
 ) -> NDArray[np.float32]:
-    """Eval crops uint8 [n, S, S, 3] -> features float32 [n, D] of a backbone in eval mode."""
+    """Crops uint8 [n, S, S, 3] -> float32 [n, D]: the output of a backbone in eval mode, or that of `forward`.
+
+    Raises ResourceError when they do not fit the GPU together.
+    """
     device = next(backbone.parameters()).device
     if not len(images):
         return np.empty((0, 0), np.float32)
     x = pixels(images[:, None], crops, device)
-    with autocast(precision, device):
-        return backbone(x).float().cpu().numpy()
+    try:
+        with autocast(precision, device):
+            output: Tensor = forward(backbone, x) if forward else backbone(x)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{len(images)} images of {images.shape[1]} px at once do not fit the GPU; lower the batch size"
+        ) from error
+    return output.float().cpu().numpy()
 
 
 def subset(num_images: int, limit: int) -> NDArray[np.int64]:
@@ -149,19 +161,18 @@ def embed_source(
     config: EvalConfig,
     *,
     precision: str,
+    forward: Forward | None = None,
+    labelled: bool = True,
 ) -> Features:
-    """Features and labels of the images at `indices` of a labelled source."""
+    """Features and labels of the readable images at `indices`, by `embed`; all of them must be `labelled`, if so."""
     size = config.image_size or crops.global_crop_size
-    rows: list[NDArray[np.float32]] = []
-    labels: list[str] = []
-    num_bad = 0
-    for images, names, bad in labelled_crops(
-        source, indices.tolist(), size=size, batch_size=config.batch_size
+    parts: list[Features] = []
+    for images, labels, num_bad in eval_batches(
+        source, indices.tolist(), size=size, batch_size=config.batch_size, labelled=labelled
     ):
-        rows.append(embed(backbone, images, crops, precision=precision))
-        labels += names
-        num_bad += bad
-    return merge([Features(r, [], 0) for r in rows])._replace(labels=labels, num_bad=num_bad)
+        rows = embed(backbone, images, crops, precision=precision, forward=forward)
+        parts.append(Features(rows, labels, num_bad))
+    return merge(parts)
 
 
 def merge(parts: Sequence[Features]) -> Features:
@@ -176,52 +187,82 @@ def embed_sharded(
 ) -> Features:
     """Like `embed_source` on a `subset`, each rank of the process group embedding its share; all get the whole."""
     indices = subset(source.num_images, limit)
-    if not (dist.is_available() and dist.is_initialized()):
-        return embed_source(backbone, source, indices, crops, config, precision=precision)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = embed_source(backbone, source, indices[rank::world_size], crops, config, precision=precision)
-    parts: list[Features | None] = [None] * world_size
-    dist.all_gather_object(parts, mine)
-    return merge([p for p in parts if p is not None])
+    mine = indices[processes.rank() :: processes.world_size()]
+    return merge(processes.gather(embed_source(backbone, source, mine, crops, config, precision=precision)))
 
 
 def knn_classify(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float, num_classes: int
 ) -> Tensor:
-    """Weighted k-NN: [n, D] bank with int labels [n], [m, D] queries -> predicted labels [m].
+    """Weighted k-NN: [n, D] bank with int labels [n], [m, D] queries -> predicted labels [m], by cosine."""
+    similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(bank.float(), dim=-1).T
+    return knn_vote(similarity, bank_labels, ks=(k,), temperature=temperature, num_classes=num_classes)[0]
 
-    Cosine similarity; each of the k nearest votes for its label with exp(similarity / temperature). A k beyond
-    the bank's size means all of it.
+
+@dataclass(frozen=True)
+class KnnProblem:
+    """k-NN cut into blocks of queries that can be counted anywhere, in any order, with the same result.
+
+    Rows of unit length, float32: the voters' `bank` [n, D] with int64 labels [n], the `queries` [m, D] with
+    their true labels [m]. Arrays, which tasks on one node share.
     """
-    bank, queries = F.normalize(bank.float(), dim=-1), F.normalize(queries.float(), dim=-1)
-    similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=-1)
-    votes = torch.zeros(len(queries), num_classes, device=bank.device)
-    # Relative to the nearest: the same votes but for a factor, and no overflow at small temperatures.
-    votes.scatter_add_(1, bank_labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
-    return votes.argmax(dim=-1)
+
+    bank: NDArray[np.float32]
+    bank_labels: NDArray[np.int64]
+    queries: NDArray[np.float32]
+    truth: NDArray[np.int64]
+    num_classes: int
+    config: EvalConfig
+
+    @classmethod
+    def of(cls, train: Features, val: Features, config: EvalConfig) -> "KnnProblem":
+        """DataError when a side has no readable image."""
+        classes = class_numbers(train, val)
+
+        def side(features: Features) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            rows = F.normalize(torch.from_numpy(features.features), dim=-1)
+            return rows.numpy(), np.array([classes[label] for label in features.labels], np.int64)
+
+        return cls(*side(train), *side(val), len(classes), config)
+
+    @property
+    def blocks(self) -> list[int]:
+        """First query of each block."""
+        return list(range(0, len(self.queries), self._block_size))
+
+    @property
+    def _block_size(self) -> int:
+        return max(1, min(1024, (1 << 27) // len(self.bank)))  # at most 512 MiB of cosines
+
+    def hits(self, block: int) -> list[int]:
+        """Right answers per k among the queries of the block that starts at `block`."""
+        part = slice(block, block + self._block_size)
+        guesses = knn_vote(
+            torch.from_numpy(self.queries[part] @ self.bank.T),
+            torch.tensor(self.bank_labels),
+            ks=self.config.k,
+            temperature=self.config.temperature,
+            num_classes=self.num_classes,
+        )
+        return (guesses == torch.tensor(self.truth[part])).sum(dim=1).tolist()
+
+    def scores(self, hits: Iterable[Sequence[int]]) -> dict[str, float]:
+        """Top-1 accuracy per k (`knn_10`, ...) in [0, 1], beside `majority`: always the commonest voter label."""
+        totals = np.sum(list(hits), axis=0)
+        scores = {f"knn_{k}": int(n) / len(self.truth) for k, n in zip(self.config.k, totals, strict=True)}
+        commonest = Counter(self.bank_labels.tolist()).most_common(1)[0][0]
+        return scores | {"majority": int((self.truth == commonest).sum()) / len(self.truth)}
 
 
-def knn_accuracy(train: Features, val: Features, config: EvalConfig) -> dict[str, float]:
-    """Top-1 accuracy per k (`knn_10`, ...) in [0, 1], beside `majority`: always guessing the commonest voter label.
-
-    A class that only the val set has counts as wrong. Raises DataError when a side has no readable image.
-    """
+def class_numbers(train: Features, val: Features) -> dict[str, int]:
+    """Label -> number, in the order in which they are met, voters first. DataError when a side is empty."""
     for side, features in (("eval.train_path", train), ("eval.val_path", val)):
         if not features.labels:
             raise DataError(f"{side} has no readable labelled image ({features.num_bad} unreadable)")
-    names = {name: i for i, name in enumerate(dict.fromkeys(train.labels + val.labels))}
-    bank, bank_labels = torch.from_numpy(train.features), torch.tensor([names[x] for x in train.labels])
-    queries, truth = torch.from_numpy(val.features), torch.tensor([names[x] for x in val.labels])
-    scores: dict[str, float] = {}
-    for k in config.k:
-        hits = 0
-        for start in range(0, len(queries), 1024):
-            part = slice(start, start + 1024)
-            guess = knn_classify(
-                bank, bank_labels, queries[part], k=k, temperature=config.temperature, num_classes=len(names)
-            )
-            hits += int((guess == truth[part]).sum())
-        scores[f"knn_{k}"] = hits / len(queries)
-    commonest = Counter(train.labels).most_common(1)[0][0]
-    scores["majority"] = val.labels.count(commonest) / len(val.labels)
-    return scores
+    return {name: i for i, name in enumerate(dict.fromkeys(train.labels + val.labels))}
+
+
+def knn_accuracy(train: Features, val: Features, config: EvalConfig) -> dict[str, float]:
+    """The scores of a `KnnProblem`, counted here. A class that only the val set has counts as wrong."""
+    problem = KnnProblem.of(train, val, config)
+    return problem.scores(problem.hits(block) for block in problem.blocks)

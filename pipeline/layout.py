@@ -57,6 +57,15 @@ def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
     return global_batch_size // train_workers
 
 
+def check_parts(batch_size: int, num_parts: int) -> None:
+    """ConfigError unless a worker's `batch_size` images of a step can be passed in `num_parts` equal parts."""
+    if batch_size % num_parts:
+        raise ConfigError(
+            f"train.accumulate_steps={num_parts} must divide each worker's {batch_size} images of a step; "
+            "change it or train.global_batch_size"
+        )
+
+
 def steps_per_block(batch_size_per_worker: int, image_bytes: int) -> int:
     """Steps of one rank that a block holds: as many as fit 100 MiB and 256 images, at least one.
 

@@ -82,11 +82,12 @@ class MetricsLog:
             str(self._staging / "tensorboard"), purge_step=first_step + 1 if first_step else 0
         )
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write `values` as of `step` steps done."""
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Write `values` as of `step` steps done; TensorBoard gets the numbers among them."""
         self._metrics.append({"step": step, **values})
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            if not isinstance(value, str):
+                self._events.add_scalar(name, value, step)
 
     def quarantine(self, records: list[dict[str, Any]]) -> None:
         """Name images that could not be used."""

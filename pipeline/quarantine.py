@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from models.settings import DataError
+from pipeline.processes import gather
 from pipeline.source import Status
 
 
@@ -35,10 +35,7 @@ class Quarantine:
 
     def share(self) -> list[dict[str, Any]]:
         """What all ranks found since the last call, by position; every rank counts it. A collective call."""
-        found = [self._found]
-        if dist.is_available() and dist.is_initialized():
-            found = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(found, self._found)
+        found = gather(self._found)
         self._found = []
         records = sorted((r for part in found for r in part), key=lambda r: r["position"])
         self.counts.update(r["status"] for r in records)

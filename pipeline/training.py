@@ -6,152 +6,105 @@ Axes: B images per process, G global crops, L local crops, V = G + L, K prototyp
 """
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from models import schedules
-from models.backbone import BackboneConfig
-from models.dino import DINO, TeacherConfig, crop_major
-from models.head import HeadConfig
-from models.loss import LossConfig, batch_center, cross_entropy, teacher_probs, update_center
-from models.optim import (
-    OptimConfig,
-    build_optimizer,
-    clip_per_parameter,
-    drop_last_layer_grads,
-    scaled_lr,
-    set_hyperparameters,
-)
-from models.settings import Settings
+from models import interop
+from models.dino import DINO, crop_major
+from models.loss import batch_center, cross_entropy, koleo, sinkhorn_probs, teacher_probs, update_center
+from models.optim import build_optimizer, clip_per_parameter, drop_last_layer_grads, set_hyperparameters
+from models.settings import ConfigError
+from pipeline.algorithm import DINOConfig, Schedule, StepSettings, TrainConfig
+from pipeline.automatic import adapt, resolve
 from pipeline.crops import CropsConfig
+from pipeline.health import Health, HealthConfig, Sums, sums_of
+from pipeline.layout import check_parts
+from pipeline.processes import all_reduce_max, all_reduce_sum, rank
 
+# Batches may be read-only views. Nothing writes to them, so torch need not warn.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-class TrainConfig(Settings):
-    """Length, batch and precision of the run."""
-
-    epochs: float = Field(default=100, gt=0, allow_inf_nan=False)
-    """Passes over the images; one epoch shows each image once, whatever the batch size."""
-    global_batch_size: int = Field(default=512, ge=1)
-    """Images per optimiser step over all train workers together."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast of the networks; auto is bf16 on a GPU and fp32 on a CPU. Head, loss and teacher update stay fp32."""
-    seed: int = Field(default=0, ge=0)
-    """Seeds weights, order, crops and stochastic depth."""
-
-
-class DINOConfig(Settings):
-    """All that defines the algorithm, and nothing of where it runs."""
-
-    crops: CropsConfig = CropsConfig()
-    backbone: BackboneConfig = BackboneConfig()
-    head: HeadConfig = HeadConfig()
-    loss: LossConfig = LossConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """What the schedules say for one step."""
-
-    lr: float
-    weight_decay: float
-    teacher_momentum: float
-    teacher_temp: float
-    freeze_last_layer: bool
-
-
-class Schedule:
-    """Every schedule of the run as a function of step. Epochs become steps here and nowhere else."""
-
-    def __init__(self, config: DINOConfig, *, num_images: int) -> None:
-        self._config = config
-        self._num_images = num_images
-        self.total_steps = max(1, math.floor(self._steps(config.train.epochs)))
-        self.warmup_steps = schedules.cap_warmup(
-            round(self._steps(config.optim.warmup_epochs)), self.total_steps
-        )
-        self.warmup_temp_epochs = schedules.cap_warmup(
-            config.loss.warmup_teacher_temp_epochs, math.ceil(config.train.epochs)
-        )
-        self.freeze_steps = round(self._steps(config.optim.freeze_last_layer_epochs))
-
-    def epoch(self, step: int) -> int:
-        """Epoch that the first image of `step` belongs to."""
-        return step * self._config.train.global_batch_size // self._num_images
-
-    def at(self, step: int) -> StepSettings:
-        """Settings of the step about to run."""
-        c, total = self._config, self.total_steps
-        return StepSettings(
-            lr=schedules.warmup_cosine(
-                step,
-                base=scaled_lr(c.optim.base_lr, c.train.global_batch_size),
-                final=c.optim.min_lr,
-                total_steps=total,
-                warmup_steps=self.warmup_steps,
-            ),
-            weight_decay=schedules.warmup_cosine(
-                step, base=c.optim.weight_decay, final=c.optim.final_weight_decay, total_steps=total
-            ),
-            teacher_momentum=schedules.warmup_cosine(
-                step,
-                base=c.teacher.teacher_momentum,
-                final=c.teacher.final_teacher_momentum,
-                total_steps=total,
-            ),
-            teacher_temp=schedules.teacher_temp(
-                self.epoch(step),
-                base=c.loss.teacher_temp,
-                warmup=c.loss.warmup_teacher_temp,
-                warmup_epochs=self.warmup_temp_epochs,
-            ),
-            freeze_last_layer=step < self.freeze_steps,
-        )
-
-    def _steps(self, epochs: float) -> float:
-        return epochs * self._num_images / self._config.train.global_batch_size
+__all__ = [
+    "DINOConfig",
+    "Schedule",
+    "StepSettings",
+    "TrainConfig",
+    "TrainState",
+    "build_state",
+    "train",
+    "train_step",
+]
 
 
 @dataclass
 class TrainState:
-    """Everything that a step changes, and what it reads. `student` is `dino.student`, or its DDP wrapper."""
+    """Everything that a step changes, and what it reads. `student` is `dino.student`, or its DDP wrapper.
+
+    `step` counts batches; those of which the loss or a gradient was not finite were skipped, and count in
+    `skipped` (and in `skipped_in_a_row` while nothing but such has come): schedules run on what was not.
+    """
 
     config: DINOConfig
     schedule: Schedule
     dino: DINO
     optimizer: torch.optim.Optimizer
     device: torch.device
+    health: Health
     student: nn.Module = field(init=False)
     step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def __post_init__(self) -> None:
         self.student = self.dino.student
 
 
-def build_state(config: DINOConfig, *, num_images: int, device: torch.device | str = "cpu") -> TrainState:
-    """Seeded networks, optimiser and schedules, at step 0. `num_images` is the length of an epoch."""
+def build_state(
+    config: DINOConfig,
+    *,
+    num_images: int,
+    device: torch.device | str = "cpu",
+    official: Mapping[str, Any] | None = None,
+    health: HealthConfig | None = None,
+    resumed: bool = False,
+) -> TrainState:
+    """Seeded networks, optimiser and schedules, at step 0. `num_images` is the length of an epoch.
+
+    `official`: a state dict as the published code saves it, which the networks (and the centre, where it has
+    one) start from: the whole of a checkpoint, one network's, or a bare backbone's; position embeddings are then
+    resized as published. `resumed`: a checkpoint will be loaded, so `backbone.pretrained` downloads nothing.
+    `auto` in the config becomes a number. Raises ConfigError where they do not fit, DataError without weights.
+    """
+    config = resolve(config, num_images=num_images).config
+    weights = None if official is None else interop.parse(official)
+    if weights is not None:
+        config = adapt(config, weights)
     torch.manual_seed(config.train.seed)
     dino = DINO(
         config.backbone,
         config.head,
         crop_sizes=config.crops.crop_sizes,
+        pretrained=config.backbone.pretrained and not resumed,
     ).to(device)
+    if weights is not None:
+        interop.load(dino, weights)
+    schedule = Schedule(config, num_images=num_images)
+    health = health or HealthConfig()
+    grace = max(schedule.settled_step(), schedule.total_steps // 10)
     return TrainState(
         config=config,
-        schedule=Schedule(config, num_images=num_images),
+        schedule=schedule,
         dino=dino,
         optimizer=build_optimizer(config.optim, dino.student),
         device=torch.device(device),
+        health=Health(health, grace_steps=grace if health.grace_steps is None else health.grace_steps),
     )
 
 
@@ -161,49 +114,127 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
     `batch`: uint8 arrays or tensors `global_crops` [B, G, H, W, 3] and `local_crops` [B, L, h, w, 3]; never
     written to. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
     `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
+    A loss or gradient that is not finite on any process changes nothing but `state.step` and the skip counts.
+    Raises ConfigError for crops that are not those of the config.
     """
-    config, dino, now = state.config, state.dino, state.schedule.at(state.step)
+    _check(batch, state.config.crops)
+    config, dino, now = state.config, state.dino, state.schedule.at(state.step - state.skipped)
     set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
     # Stochastic depth is a function of (seed, step, rank): a resumed run draws what the first one would have.
-    torch.manual_seed(((config.train.seed * 1_000_003 + state.step) * 65_537 + _rank()) % (1 << 63))
-    global_crops = pixels(batch["global_crops"], config.crops, state.device)
-    local_crops = pixels(batch["local_crops"], config.crops, state.device)
+    torch.manual_seed(((config.train.seed * 1_000_003 + state.step) * 65_537 + rank()) % (1 << 63))
+    statistics = [
+        (buffer, buffer.clone()) for net in (dino.student, dino.teacher) for buffer in net.buffers()
+    ]
 
-    with autocast(config.train.precision, state.device):
-        teacher_logits = dino.teacher_logits(global_crops)
-        student_logits = state.student([global_crops, local_crops] if len(local_crops) else [global_crops])
-    probs = teacher_probs(teacher_logits, dino.center, now.teacher_temp)
-    loss, entropy = cross_entropy(
-        probs,
-        student_logits,
-        student_temp=config.loss.student_temp,
-        num_global_crops=config.crops.num_global_crops,
-    )
-    loss.backward()
+    seen: list[_Seen] = []
+    for part, is_last in _parts(batch, config.train.accumulate_steps):
+        with contextlib.nullcontext() if is_last else _without_sync(state.student):
+            seen.append(_backward(state, part, now))
     grad_norm = clip_per_parameter(dino.student, config.optim.clip_grad)
     if now.freeze_last_layer:
         drop_last_layer_grads(dino.student.head)
-    rows = len(teacher_logits)
-    local_sums = torch.cat([torch.stack([loss.detach(), entropy]) * rows, batch_center(teacher_logits)])
-    sums = all_reduce_sum(local_sums)  # one collective: metrics, then the centre's sum and count
+    # One collective: losses, then the centre's sum and count.
+    sums = all_reduce_sum(torch.stack([counted.sums for counted in seen]).sum(0))
+    loss, pairs_loss, entropy = (sums[:3] / sums[-1]).unbind()
 
-    state.optimizer.step()
-    dino.update_teacher(now.teacher_momentum)
-    dino.center.copy_(update_center(dino.center, sums[2:], momentum=config.loss.center_momentum))
     state.step += 1
-
-    mean_loss, mean_entropy = (sums[:2] / sums[-1]).unbind()
+    if bool(torch.isfinite(loss + grad_norm)):  # both the same on all processes
+        state.optimizer.step()
+        dino.update_teacher(now.teacher_momentum)
+        if config.loss.centering == "center":
+            dino.center.copy_(update_center(dino.center, sums[3:], momentum=config.loss.center_momentum))
+        for counted in seen:
+            state.health.add(counted.health)
+        state.skipped_in_a_row = 0
+    else:
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
     return {
-        "loss": mean_loss,
-        "teacher_entropy": mean_entropy,
-        "kl": mean_loss - mean_entropy,
+        "loss": loss,
+        "teacher_entropy": entropy,
+        "kl": pairs_loss - entropy,
         "grad_norm": grad_norm,
         "lr": now.lr,
         "weight_decay": now.weight_decay,
         "teacher_momentum": now.teacher_momentum,
         "teacher_temp": now.teacher_temp,
     }
+
+
+class _Seen(NamedTuple):
+    """What one part of a batch came to."""
+
+    sums: Tensor
+    """[3 + K + 1]: rows times loss, cross-entropy and entropy; then as `batch_center`."""
+    health: Sums
+
+
+def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> _Seen:
+    """Forward and backward of one of the batch's parts; gradients add up to those of the whole batch's mean."""
+    config, dino = state.config, state.dino
+    global_crops = pixels(part["global_crops"], config.crops, state.device)
+    local_crops = pixels(part["local_crops"], config.crops, state.device)
+    with autocast(config.train.precision, state.device):
+        teacher = dino.teacher_output(global_crops)
+        student = state.student([global_crops, local_crops] if len(local_crops) else [global_crops])
+    if config.loss.centering == "sinkhorn_knopp":
+        probs = sinkhorn_probs(
+            teacher.logits, now.teacher_temp, reduce_sum=all_reduce_sum, reduce_max=all_reduce_max
+        )
+    else:
+        probs = teacher_probs(teacher.logits, dino.center, now.teacher_temp)
+    num_global_crops = config.crops.num_global_crops
+    pairs_loss, entropy = cross_entropy(
+        probs, student.logits, student_temp=config.loss.student_temp, num_global_crops=num_global_crops
+    )
+    loss = pairs_loss
+    if config.loss.koleo_weight:
+        of_crops = student.features[: len(global_crops)].chunk(num_global_crops)
+        loss = loss + config.loss.koleo_weight * torch.stack([koleo(crop) for crop in of_crops]).sum()
+    (loss / config.train.accumulate_steps).backward()
+    losses = torch.stack([loss.detach(), pairs_loss.detach(), entropy]) * len(teacher.logits)
+    return _Seen(
+        torch.cat([losses, batch_center(teacher.logits)]),
+        sums_of(probs, teacher.features, entropy=entropy, kl=pairs_loss.detach() - entropy),
+    )
+
+
+def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
+    """ConfigError for crops that are not those of the config, before anything is computed with them."""
+    g, s = crops.global_crop_size, crops.local_crop_size
+    for name, shape in (
+        ("global_crops", (crops.num_global_crops, g, g, 3)),
+        ("local_crops", (crops.num_local_crops, s, s, 3)),
+    ):
+        found = batch.get(name)
+        if found is None or tuple(found.shape[1:]) != shape or str(found.dtype).rpartition(".")[2] != "uint8":
+            what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise ConfigError(
+                f"batch[{name!r}] is {what}, it must be uint8 [B, {', '.join(map(str, shape))}]"
+            )
+    rows = [len(batch[name]) for name in ("global_crops", "local_crops")]
+    if rows[0] != rows[1]:
+        raise ConfigError(
+            f"batch has {rows[0]} rows of global crops and {rows[1]} of local ones, not as many"
+        )
+
+
+def _parts(batch: Mapping[str, Any], num_parts: int) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The batch's crops in `num_parts` equal parts, and whether it is the last one."""
+    num_images = len(batch["global_crops"])
+    check_parts(num_images, num_parts)
+    size = num_images // num_parts
+    for start in range(0, num_images, size):
+        rows = slice(start, start + size)
+        yield {k: batch[k][rows] for k in ("global_crops", "local_crops")}, start + size == num_images
+
+
+def _without_sync(student: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return student.no_sync() if isinstance(student, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def train(
@@ -243,14 +274,3 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over processes; the input itself when there is no process group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

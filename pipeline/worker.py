@@ -3,66 +3,43 @@
 The only user of ray.train. `fit` starts the workers from the driver; `work` is what each of them runs.
 """
 
-import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
-import ray.exceptions
 import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from pydantic import Field, PositiveInt, field_validator
+from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
 from torch.nn.parallel import DistributedDataParallel
 
 from models.backbone import has_batch_norm
-from models.settings import DinorayError, Settings
+from models.interop import Weights
+from models.settings import DinorayError
 from pipeline import dataset
-from pipeline.board import Board
+from pipeline.board import Board, known_error
 from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, save_checkpoint
 from pipeline.crops import crop_bytes
-from pipeline.features import EvalConfig, Features, embed_sharded, knn_accuracy
+from pipeline.evaluation import evaluate
+from pipeline.features import EvalConfig
+from pipeline.health import HealthConfig, Verdict
 from pipeline.layout import Layout, batch_size_per_worker, steps_per_block
 from pipeline.metrics import LogConfig, Meter, MetricsLog
+from pipeline.processes import set_up_device
 from pipeline.quarantine import Quarantine
+from pipeline.resources import ResourcesConfig
 from pipeline.source import Source
+from pipeline.start import InitConfig, start_from
 from pipeline.storage import Directory, filesystem
 from pipeline.training import DINOConfig, build_state, train
-
-
-class ResourcesConfig(Settings):
-    """Where the run runs. Nothing here changes what is learnt, so all of it may differ when a run is resumed."""
-
-    train_workers: int = Field(default=1, ge=1)
-    """DDP processes; the global batch is divided among them."""
-    use_gpu: bool | Literal["auto"] = "auto"
-    """One GPU per train worker; auto takes GPUs when the cluster has any."""
-    cpus_per_train_worker: float = Field(default=1, ge=0)
-    """CPUs reserved for each train worker."""
-    augment_actors: PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] = "auto"
-    """CPU actors that fetch and crop: a number, a range [least, most] that follows demand, or all CPUs left over."""
-    cpus_per_augment_actor: float = Field(default=1, gt=0)
-    """CPUs reserved for each augment actor."""
-    prefetch_batches: int = Field(default=2, ge=0)
-    """Batches that each train worker holds ready."""
-    max_failures: int = Field(default=3, ge=-1)
-    """Times that lost or failed train workers are started again from the last checkpoint; -1 is no limit."""
-
-    @field_validator("augment_actors")
-    @classmethod
-    def _range_is_ordered(cls, actors: int | tuple[int, int] | str) -> int | tuple[int, int] | str:
-        if isinstance(actors, tuple) and actors[0] > actors[1]:
-            raise ValueError(f"{list(actors)} must be [least, most] with least <= most")
-        return actors
 
 
 @dataclass(frozen=True)
@@ -76,10 +53,15 @@ class WorkerSpec:
     checkpoint: CheckpointConfig
     log: LogConfig
     eval: EvalConfig
+    health: HealthConfig
+    init: InitConfig
+    init_weights: "ray.ObjectRef[Weights] | None"
+    pictures: "ray.ObjectRef[list[tuple[str, NDArray[np.uint8]]]]"
     eval_sources: "tuple[ray.ObjectRef[Source], ray.ObjectRef[Source]] | None"
     num_images: int
     max_bad_fraction: float
     prefetch_batches: int
+    can_restart: bool
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
@@ -125,14 +107,16 @@ class _Worker:
         self.spec = spec
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         device = ray.train.torch.get_device()
-        # Batches are read-only views of the object store. Nothing writes to them, so torch need not warn.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        else:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world_size))
-        self.state = build_state(spec.config, num_images=spec.num_images, device=device)
-        self.quarantine = Quarantine(self._restore())
+        set_up_device(device)
+        self.is_new = ray.train.get_checkpoint() is None
+        self.state = build_state(
+            spec.config,
+            num_images=spec.num_images,
+            device=device,
+            health=spec.health,
+            resumed=not self.is_new,
+        )
+        self.quarantine = Quarantine(self._initialise() if self.is_new else self._restore())
         self._distribute(device)
         self.log = (
             MetricsLog(
@@ -144,11 +128,12 @@ class _Worker:
             else None
         )
         self.meter = Meter()
+        self.verdict = Verdict.HEALTHY
 
     def run(self) -> None:
         """Train from the restored step to the last."""
         state, total = self.state, self.state.schedule.total_steps
-        if state.step == 0:
+        if self.is_new:
             self._evaluate()
         train(state, self._batches(), on_step=self._on_step)
         if state.step != total:
@@ -156,12 +141,18 @@ class _Worker:
         if self.log:
             self.log.close()
 
+    def _initialise(self) -> dict[str, int]:
+        """Start from the weights that the config names, if any; no bad images were counted yet."""
+        spec = self.spec
+        if spec.init_weights is not None:
+            for note in start_from(self.state, ray.get(spec.init_weights), spec.init.load):
+                if self.rank == 0:
+                    spec.board.post("note", text=f"{spec.init.path}: {note}")
+        return {}
+
     def _restore(self) -> dict[str, int]:
-        """Load the newest committed checkpoint, if any; return the bad images counted so far."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return {}
-        with checkpoint.as_directory() as folder:
+        """Load the newest committed checkpoint; return the bad images counted so far."""
+        with ray.train.get_checkpoint().as_directory() as folder:
             meta = load_checkpoint(self.state, Path(folder))
         if self.rank == 0:
             self.spec.board.post("note", text=f"resuming from step {self.state.step}")
@@ -193,27 +184,25 @@ class _Worker:
             yield from dataset.batches(mine, leg, rank=self.rank, prefetch_batches=self.spec.prefetch_batches)
 
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> None:
-        spec, step, total = self.spec, self.state.step, self.state.schedule.total_steps
+        spec, state = self.spec, self.state
+        step, ends = state.step, state.step == state.schedule.total_steps
         self.meter.add(spec.config.train.global_batch_size, wait_seconds)
         self.quarantine.note(batch)
-        ends = step == total
+        gives_up = state.skipped_in_a_row >= spec.health.max_skipped
         evaluates = ends or step % spec.eval.every_steps == 0
         saves = ends or step % spec.checkpoint.every_steps == 0
-        if ends or evaluates or saves or step % spec.log.every_steps == 0:
+        if ends or evaluates or saves or gives_up or step % spec.log.every_steps == 0:
             self._log_step({k: float(v) for k, v in metrics.items()})
+        if gives_up:
+            self._go_back()
         if evaluates:
             self._evaluate()
-        if saves:
+        if saves and (ends or not state.skipped_in_a_row):  # what is gone back to must be good
             self._save()
 
-    def _log_step(self, metrics: dict[str, float]) -> None:
-        step, per_step = self.state.step, self.spec.config.train.global_batch_size
-        if not np.isfinite(metrics["loss"]):  # the same on all ranks: it is the reduced loss
-            raise DinorayError(
-                f"loss={metrics['loss']} at step={step} is not finite; lower optim.base_lr or optim.clip_grad, "
-                "or set train.precision=fp32"
-            )
-        seen = step * per_step
+    def _log_step(self, metrics: dict[str, Any]) -> None:
+        state, per_step = self.state, self.spec.config.train.global_batch_size
+        seen = state.step * per_step
         bad = self.quarantine.share()
         if self.log:
             self.log.quarantine(bad)
@@ -223,37 +212,59 @@ class _Worker:
             limit=self.spec.max_bad_fraction,
             file=self.spec.run.join("quarantine.jsonl"),
         )
-        if self.log is None:
+        metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=state.skipped_in_a_row)
+        if self.log:
+            metrics |= {"epoch": seen / self.spec.num_images, **self.meter.read()}
+            metrics |= {"bad_images": self.quarantine.counts.total(), "skipped_steps": state.skipped}
+            self.log.log(state.step, metrics)
+            self.spec.board.post("step", step=state.step, total_steps=state.schedule.total_steps, **metrics)
+        self._heed(Verdict(metrics["verdict"]))
+
+    def _heed(self, verdict: Verdict) -> None:
+        """Tell of a verdict when it changes; end the run on a collapse if that is asked for. The same on all ranks."""
+        changed, self.verdict = verdict is not self.verdict, verdict
+        if verdict is Verdict.HEALTHY or not changed:
             return
-        metrics |= {"epoch": seen / self.spec.num_images, **self.meter.read()}
-        metrics["bad_images"] = self.quarantine.counts.total()
-        self.log.log(step, metrics)
-        self.spec.board.post("step", step=step, total_steps=self.state.schedule.total_steps, **metrics)
+        message = f"{verdict.value} at step {self.state.step}: {verdict.remedy}"
+        if verdict is not Verdict.NON_FINITE and self.spec.health.on_collapse == "stop":
+            if self.log:
+                self.log.sync()
+            raise DinorayError(f"{message}; health.on_collapse=warn would go on")
+        if self.log:
+            self.spec.board.post("note", text=f"warning: {message}")
+
+    def _go_back(self) -> None:
+        """Leave, so that Ray starts all workers again from the last checkpoint; the second time, end the run."""
+        number = self.spec.board.claim("go back") if self.rank == 0 else None
+        number = ray.train.collective.broadcast_from_rank_zero(number)
+        steps = f"{self.state.skipped_in_a_row} steps in a row, up to step {self.state.step}, were not finite"
+        if self.log:
+            self.log.sync()
+        if number > 1 or not self.spec.can_restart:
+            raise DinorayError(f"{steps}: {Verdict.NON_FINITE.remedy}")
+        if self.log:
+            self.spec.board.post_last_words(f"warning: {steps}; going back to the last checkpoint")
+        raise _GoingBackError(steps)
 
     def _evaluate(self) -> None:
-        if self.spec.eval_sources is None:
-            return
-        backbone = self.state.dino.teacher.backbone
-        was_training = backbone.training
-        backbone.eval()
-        sides: list[Features] = []
-        limits = (self.spec.eval.max_train_images, self.spec.eval.max_val_images)
-        for reference, limit in zip(self.spec.eval_sources, limits, strict=True):
-            sides.append(
-                embed_sharded(
-                    backbone,
-                    ray.get(reference),
-                    self.spec.config.crops,
-                    self.spec.eval,
-                    limit=limit,
-                    precision=self.spec.config.train.precision,
-                )
-            )
-        backbone.train(was_training)
-        if self.log:
-            scores = knn_accuracy(sides[0], sides[1], self.spec.eval)
-            self.log.log(self.state.step, scores)
-            self.spec.board.post("eval", step=self.state.step, **scores)
+        spec, step = self.spec, self.state.step
+        found = evaluate(
+            self.state.dino.teacher.backbone,
+            None
+            if spec.eval_sources is None
+            else (ray.get(spec.eval_sources[0]), ray.get(spec.eval_sources[1])),
+            ray.get(spec.pictures),
+            title=f"step {step}",
+            crops=self.state.config.crops,
+            config=spec.eval,
+            precision=spec.config.train.precision,
+        )
+        if self.log and found:
+            if found.attention is not None:
+                spec.run.write(f"attention/{checkpoint_name(step)}.png", found.attention)
+            if found.scores:
+                self.log.log(step, found.scores)
+            spec.board.post("eval", step=step, **found.scores)
         self.meter.restart()
 
     def _save(self) -> None:
@@ -283,13 +294,5 @@ class _Worker:
         self.meter.restart()
 
 
-def known_error(error: BaseException | None) -> DinorayError | None:
-    """The error of ours that `error` is or was caused by, through Ray's wrapping."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        # Ray wraps a task's error in a class derived from it, whose text is the whole traceback.
-        if isinstance(error, DinorayError) and not isinstance(error, ray.exceptions.RayError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
-    return None
+class _GoingBackError(RuntimeError):
+    """Ends a worker so that Ray starts it again; no error that a person must mend."""

@@ -1,6 +1,7 @@
 """A run that is saved, loaded and continued is the run that went on; what cannot be continued says so."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from models.settings import ConfigError, DataError, DinorayError
 from pipeline.checkpoint import (
     SNAPSHOT,
     CheckpointConfig,
+    Found,
     checkpoint_name,
     committed_checkpoints,
     download_checkpoint,
+    find_checkpoint,
     load_checkpoint,
     pick_checkpoint,
+    read_frozen,
     read_meta,
-    read_teacher,
     save_checkpoint,
 )
 from pipeline.features import embed
@@ -80,7 +83,8 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 def assert_same_run(a: TrainState, b: TrainState) -> None:
     assert a.step == b.step
     assert_same(a.dino.state_dict(), b.dino.state_dict())
-    assert_same(a.optimizer.state_dict(), b.optimizer.state_dict())
+    # Each step writes the hyper-parameters anew.
+    assert_same(a.optimizer.state_dict()["state"], b.optimizer.state_dict()["state"])
 
 
 def test_a_run_continued_from_any_step_equals_the_one_that_was_not_stopped(tmp_path: Path) -> None:
@@ -121,7 +125,11 @@ def test_other_optimisers_and_batch_statistics_are_continued_too(
 def test_a_checkpoint_is_four_files_that_load_without_pickle(tmp_path: Path) -> None:
     folder = save(state_at(2, eventful_config()), tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == list(FILES)
-    assert torch.load(folder / "train_state.pt", weights_only=True).keys() == {"optimizer", "center"}
+    assert torch.load(folder / "train_state.pt", weights_only=True).keys() == {
+        "optimizer",
+        "center",
+        "health",
+    }
     assert (
         load_file(folder / "student.safetensors").keys() == load_file(folder / "teacher.safetensors").keys()
     )
@@ -195,8 +203,8 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_refused(
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(state_at(1, tiny_config()), tmp_path)
     meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"format": 2}))
-    with pytest.raises(DataError, match="has format 2, this version reads 1"):
+    (folder / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+    with pytest.raises(DataError, match="has format 1, this version reads 2"):
         read_meta(folder)
 
 
@@ -206,7 +214,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
 def test_the_teachers_backbone_is_rebuilt_from_its_checkpoint_alone(tmp_path: Path) -> None:
     config = eventful_config()
     state = state_at(3, config)
-    teacher = read_teacher(save(state, tmp_path))
+    teacher = read_frozen(save(state, tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     backbone = teacher.backbone()
     assert not backbone.training
@@ -220,7 +228,7 @@ def test_the_teachers_backbone_is_rebuilt_from_its_checkpoint_alone(tmp_path: Pa
 
 def test_a_folder_that_is_no_checkpoint_has_no_teacher(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=str(tmp_path)):
-        read_teacher(tmp_path)
+        read_frozen(tmp_path)
 
 
 # Which checkpoints there are
@@ -267,10 +275,23 @@ def test_a_checkpoint_is_downloaded_whole(tmp_path: Path) -> None:
     config = eventful_config()
     state = state_at(2, config)
     save(state, tmp_path / "run" / "checkpoints" / checkpoint_name(2))
-    folder = download_checkpoint(Directory(str(tmp_path / "run")), checkpoint_name(2), tmp_path / "copy")
+    folder = download_checkpoint(
+        Directory(str(tmp_path / "run" / "checkpoints" / checkpoint_name(2))), tmp_path / "copy"
+    )
     resumed = build_state(config, num_images=NUM_IMAGES)
     load_checkpoint(resumed, folder)
     assert_same_run(resumed, state)
+
+
+def test_a_checkpoint_is_found_by_its_run_or_by_its_own_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    folder = save(state_at(0, tiny_config()), run / "checkpoints" / checkpoint_name(0))
+    commit(Directory(str(run)), checkpoint_name(0))
+    here = Directory(str(folder))
+    assert find_checkpoint(str(run)) == Found(checkpoint_name(0), here, Directory(str(run)))
+    assert find_checkpoint(f"{folder}/") == Found(checkpoint_name(0), here, Directory(str(run)))
+    shutil.copytree(folder, tmp_path / "copy")
+    assert find_checkpoint(str(tmp_path / "copy")) == Found("copy", Directory(str(tmp_path / "copy")), None)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -278,7 +299,7 @@ def test_a_checkpoint_that_lacks_a_file_is_not_downloaded(tmp_path: Path, file: 
     folder = save(state_at(0, tiny_config()), tmp_path / "run" / "checkpoints" / checkpoint_name(0))
     (folder / file).unlink()
     with pytest.raises(DataError, match=rf"checkpoints/step_00000000 lacks {file}"):
-        download_checkpoint(Directory(str(tmp_path / "run")), checkpoint_name(0), tmp_path / "copy")
+        download_checkpoint(Directory(str(folder)), tmp_path / "copy")
 
 
 @pytest.mark.parametrize("wrong", [{"every_steps": 0}, {"num_to_keep": 0}])

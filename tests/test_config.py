@@ -327,6 +327,11 @@ def test_the_schema_accepts_recipes_and_refuses_what_the_config_refuses(recipe: 
     assert not schema.is_valid({"recipe": "none"})
 
 
+def test_text_that_no_file_can_hold_is_refused() -> None:
+    (line,) = mistakes(r'backbone.kwargs={"\ud800": 1}')
+    assert "text is not Unicode" in line
+
+
 # Anything at all
 
 _ORDERED = st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 1.0))
@@ -343,6 +348,11 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "crops.pixel_std": st.tuples(*[st.floats(0.1, 1)] * 3),
     "eval.k": st.lists(st.integers(1, 99), min_size=1).map(tuple),
     "eval.val_path": st.none() | st.from_regex(r"/[a-z]{1,9}", fullmatch=True),
+    "head.out_dim": st.integers(2, 99) | st.just("auto"),
+    "loss.teacher_temp": st.floats(0.01, 1) | st.just("auto"),
+    "teacher.teacher_momentum": st.floats(0, 1) | st.just("auto"),
+    "init.path": st.none() | st.from_regex(r"/[a-z]{1,9}", fullmatch=True),
+    "probe.linear_lrs": st.lists(st.floats(0.01, 1), min_size=1).map(tuple),
     "resources.use_gpu": st.booleans() | st.just("auto"),
     "resources.augment_actors": st.integers(1, 9) | st.tuples(st.integers(1, 3), st.integers(3, 9)),
     "resources.max_failures": st.integers(-1, 9),

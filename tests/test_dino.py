@@ -55,7 +55,7 @@ def test_the_teacher_is_never_trained_by_gradients() -> None:
     optimized = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert not any(p.requires_grad for p in dino.teacher.parameters())
     assert optimized == {id(p) for p in dino.student.parameters()}
-    assert not dino.teacher_logits(images().requires_grad_()).requires_grad
+    assert not dino.teacher_output(images().requires_grad_()).logits.requires_grad
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 1.0])
@@ -87,15 +87,15 @@ def test_batch_statistics_are_the_teachers_own() -> None:
     student, teacher = dino.student.get_submodule(norm), dino.teacher.get_submodule(norm)
     assert student.running_mean.any()
     assert not teacher.running_mean.any()
-    dino.teacher_logits(images())
+    dino.teacher_output(images())
     assert teacher.running_mean.any()
 
 
 def test_stochastic_depth_is_the_students_alone() -> None:
     dino, x = tiny_dino(backbone={"drop_path_rate": 0.5}), images(16)
     assert dino.training
-    assert torch.equal(dino.teacher_logits(x), dino.teacher_logits(x))
-    assert not torch.equal(dino.student([x]), dino.student([x]))
+    assert torch.equal(dino.teacher_output(x).logits, dino.teacher_output(x).logits)
+    assert not torch.equal(dino.student([x]).logits, dino.student([x]).logits)
 
 
 def test_stochastic_depth_is_the_students_alone_with_batch_norm_too() -> None:
@@ -103,21 +103,23 @@ def test_stochastic_depth_is_the_students_alone_with_batch_norm_too() -> None:
     for m in dino.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.ones_(m.weight)  # the last one of a block starts at 0 and would hide what is dropped
-    assert torch.equal(dino.teacher_logits(x), dino.teacher_logits(x))
-    assert not torch.equal(dino.student([x]), dino.student([x]))
+    assert torch.equal(dino.teacher_output(x).logits, dino.teacher_output(x).logits)
+    assert not torch.equal(dino.student([x]).logits, dino.student([x]).logits)
 
 
 def test_without_stochastic_depth_the_student_repeats_itself() -> None:
     dino, x = tiny_dino(), images(16)
-    assert torch.equal(dino.student([x]), dino.student([x]))
+    assert torch.equal(dino.student([x]).logits, dino.student([x]).logits)
 
 
 def test_a_teacher_with_batch_norm_normalises_by_its_own_batch_while_training() -> None:
     dino, x = resnet_dino(), images(8)
-    alone = dino.teacher_logits(x[:4])
-    assert not torch.allclose(dino.teacher_logits(x)[:4], alone, atol=1e-3)
+    alone = dino.teacher_output(x[:4]).logits
+    assert not torch.allclose(dino.teacher_output(x).logits[:4], alone, atol=1e-3)
     dino.eval()
-    torch.testing.assert_close(dino.teacher_logits(x)[:4], dino.teacher_logits(x[:4]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        dino.teacher_output(x).logits[:4], dino.teacher_output(x[:4]).logits, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_teacher_without_batch_norm_never_leaves_eval_mode() -> None:
@@ -180,7 +182,7 @@ def test_there_is_one_backbone_forward_per_resolution_and_one_of_the_head() -> N
 def test_local_crops_of_the_global_size_join_the_globals_and_order_is_kept() -> None:
     net = MultiCropNet(CountedBackbone(), nn.Identity())
     x = images(6, 16)
-    assert torch.equal(net([x[:2], x[2:]]), x.mean(dim=(2, 3)))
+    assert torch.equal(net([x[:2], x[2:]]).logits, x.mean(dim=(2, 3)))
     assert net.backbone.calls == [(6, 3, 16, 16)]
 
 
@@ -188,7 +190,7 @@ def test_sizes_that_alternate_keep_their_order() -> None:
     net = MultiCropNet(CountedBackbone(), nn.Identity())
     parts = [images(2, 16), images(3, 8), images(1, 16)]
     expected = torch.cat([part.mean(dim=(2, 3)) for part in parts])
-    assert torch.equal(net(parts), expected)
+    assert torch.equal(net(parts).logits, expected)
 
 
 class CountedHead(nn.Module):
@@ -206,7 +208,7 @@ class CountedHead(nn.Module):
 def test_the_multi_crop_forward_equals_one_forward_per_crop() -> None:
     dino, batch = tiny_dino(), tiny_batch(tiny_config())
     crops = [torch.from_numpy(batch[name]).float() / 255 for name in ("global_crops", "local_crops")]
-    together = dino.student([crop_major(x) for x in crops])
+    together = dino.student([crop_major(x) for x in crops]).logits
     one_by_one = [
         dino.student.head(dino.student.backbone(x[b : b + 1, c].permute(0, 3, 1, 2)))
         for x in crops

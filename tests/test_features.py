@@ -1,5 +1,6 @@
 """Features are those of each image alone; the vote is the one that a loop over distances gives."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from pipeline.decode import decode, eval_crop
 from pipeline.features import (
     EvalConfig,
     Features,
+    KnnProblem,
     embed,
     embed_sharded,
     embed_source,
+    eval_batches,
     knn_accuracy,
     knn_classify,
-    labelled_crops,
     labelled_sources,
     merge,
     subset,
@@ -130,6 +132,36 @@ def test_more_images_than_fit_one_block_are_all_classified() -> None:
     )
 
 
+def test_blocks_counted_elsewhere_and_in_any_order_give_the_same_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(KnnProblem, "_block_size", 7)
+    rng = np.random.default_rng(0)
+    train, val = (
+        Features(rng.normal(size=(n, 3)).astype(np.float32), [str(x) for x in rng.integers(0, 4, n)], 0)
+        for n in (60, 50)
+    )
+    config = EvalConfig(k=(1, 5, 20))
+    problem = KnnProblem.of(train, val, config)
+    assert problem.blocks == [0, 7, 14, 21, 28, 35, 42, 49]
+    elsewhere = [pickle.loads(pickle.dumps(problem)).hits(block) for block in reversed(problem.blocks)]
+    assert problem.scores(elsewhere) == knn_accuracy(train, val, config)
+    for k in config.k:  # and they are those of the loop over distances
+        hits = sum(
+            nearest_vote(train.features, train.labels, query, k=k, temperature=0.07) == label
+            for query, label in zip(val.features, val.labels, strict=True)
+        )
+        assert problem.scores(elsewhere)[f"knn_{k}"] == hits / 50
+
+
+def test_a_large_bank_is_met_by_few_queries_at_once() -> None:
+    one = np.zeros((1, 1), np.float32)
+    few = KnnProblem(np.zeros((10, 1), np.float32), one[0], np.zeros((3000, 1)), one[0], 1, EvalConfig())
+    many = KnnProblem(np.broadcast_to(one, (1 << 25, 1)), one[0], np.zeros((10, 1)), one[0], 1, EvalConfig())
+    assert few.blocks == [0, 1024, 2048]
+    assert many.blocks == [0, 4, 8]
+
+
 @pytest.mark.parametrize("side", ["train", "val"])
 def test_a_side_without_readable_images_is_named(side: str) -> None:
     some, none = features([[1.0]], "a"), Features(np.empty((0, 0), np.float32), [], 3)
@@ -216,7 +248,9 @@ def test_an_image_without_a_label_is_named(source: Source, tmp_path: Path) -> No
     config = DataConfig(path=source.config.path)
     unlabelled = Source(config, load_or_build(config, Directory(str(tmp_path))))
     with pytest.raises(DataError, match=r"dots/0\.jpg has no label"):
-        next(labelled_crops(unlabelled, [0], size=32, batch_size=1))
+        next(eval_batches(unlabelled, [0], size=32, batch_size=1))
+    _, labels, _ = next(eval_batches(unlabelled, [0], size=32, batch_size=1, labelled=False))
+    assert labels == [""]
 
 
 def test_without_a_process_group_a_share_is_the_whole_subset(source: Source) -> None:

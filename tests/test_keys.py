@@ -51,18 +51,18 @@ def test_no_more_than_three_keys_are_proposed_the_likeliest_first() -> None:
 @pytest.mark.parametrize(
     ("override", "near"),
     [
-        ("optim.lrr=1", "optim.base_lr or optim.min_lr"),
-        ("lr=1", "optim.base_lr or optim.min_lr"),
+        ("optim.lrr=1", "optim.base_lr or optim.min_lr or probe.linear_lrs"),
+        ("lr=1", "optim.base_lr or optim.min_lr or probe.linear_lrs"),
         ("optimizer.base_lr=1", "optim.base_lr"),
         ("optim.base_lrr=1", "optim.base_lr"),
         ("out_dim=1", "head.out_dim"),
         ("teacher.out_dim=1", "head.out_dim"),
         ("epochs=1", "train.epochs"),
-        ("batch_size=1", "eval.batch_size or train.global_batch_size"),
+        ("batch_size=1", "eval.batch_size or probe.linear_batch_size or train.global_batch_size"),
         ("train.batch_size=1", "train.global_batch_size or eval.batch_size"),
         ("momentum_teacher=1", "teacher.teacher_momentum or teacher.final_teacher_momentum"),
         ("loss.center_momemtum=1", "loss.center_momentum"),
-        ("dta.path=1", "data.path"),
+        ("dta.path=1", "data.path or init.path"),
         ("storge_path=1", "storage_path"),
     ],
 )

@@ -4,11 +4,21 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles import double_loop_loss
 from pydantic import ValidationError
 from torch import Tensor
 
-from models.loss import LossConfig, batch_center, cross_entropy, teacher_probs, update_center
+from models.loss import (
+    LossConfig,
+    batch_center,
+    cross_entropy,
+    koleo,
+    sinkhorn_probs,
+    teacher_probs,
+    update_center,
+)
 
 GRID = [
     (G, L, B, K, teacher_temp, student_temp)
@@ -186,3 +196,91 @@ def test_a_warmup_temperature_above_the_final_one_is_refused() -> None:
 def test_a_center_that_never_moves_is_refused() -> None:
     with pytest.raises(ValidationError, match="center_momentum"):
         LossConfig(center_momentum=1.0)
+
+
+# Sinkhorn-Knopp
+
+
+def naive_sinkhorn(logits: Tensor, temp: float) -> Tensor:
+    """Three rounds of dividing columns and rows, in float64, on the exponentials themselves."""
+    q = [[math.exp(float(t) / temp) for t in row] for row in logits.double()]
+    rows, columns = len(q), len(q[0])
+    for _ in range(3):
+        for k in range(columns):
+            total = sum(row[k] for row in q)
+            for row in q:
+                row[k] *= rows / columns / total
+        q = [[x / sum(row) for x in row] for row in q]
+    return torch.tensor(q, dtype=torch.float64)
+
+
+def same(values: Tensor) -> Tensor:
+    return values
+
+
+def sinkhorn(logits: Tensor, temp: float) -> Tensor:
+    return sinkhorn_probs(logits, temp, reduce_sum=same, reduce_max=same)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(2, 12), st.sampled_from([0.04, 0.1, 1.0]), st.integers(0, 999))
+def test_sinkhorn_targets_equal_those_of_the_written_out_iteration(
+    rows: int, columns: int, temp: float, seed: int
+) -> None:
+    logits = 2 * torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) - 1
+    torch.testing.assert_close(
+        sinkhorn(logits, temp).double(), naive_sinkhorn(logits, temp), rtol=2e-4, atol=1e-6
+    )
+
+
+def test_sinkhorn_shares_the_rows_among_all_prototypes() -> None:
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) + torch.tensor([9.0] + 7 * [0.0])
+    assert (logits.argmax(1) == 0).all()
+    probs = sinkhorn(logits, 0.5)
+    torch.testing.assert_close(probs.sum(1), torch.ones(64))
+    assert float(probs.sum(0).max()) < 1.5 * 64 / 8
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4])
+def test_sinkhorn_survives_logits_that_overflow_an_exponential(scale: float) -> None:
+    logits = scale * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    probs = sinkhorn(logits, 0.04)
+    assert probs.isfinite().all()
+    torch.testing.assert_close(probs.sum(1), torch.ones(16))
+
+
+def test_sinkhorn_has_no_center_momentum_to_tune() -> None:
+    with pytest.raises(ValueError, match=r"center_momentum=0.99 has no effect with centering=sinkhorn_knopp"):
+        LossConfig(centering="sinkhorn_knopp", center_momentum=0.99)
+    LossConfig(centering="sinkhorn_knopp")
+
+
+# KoLeo
+
+
+def naive_koleo(features: Tensor) -> float:
+    z = [row / row.norm() for row in features.double()]
+    nearest = [min(float((a - b).norm()) for j, b in enumerate(z) if j != i) for i, a in enumerate(z)]
+    return -sum(math.log(distance) for distance in nearest) / len(z)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 17])
+def test_koleo_equals_the_search_of_every_pair(rows: int) -> None:
+    features = torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows))
+    assert float(koleo(features)) == pytest.approx(naive_koleo(features), rel=1e-4)
+
+
+def test_koleo_pushes_neighbours_apart() -> None:
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]], requires_grad=True)
+    koleo(features).backward()
+    assert features.grad is not None
+    moved = features.detach() - 0.01 * features.grad
+    assert naive_koleo(moved) < naive_koleo(features.detach())
+
+
+def test_koleo_of_equal_rows_is_finite_and_of_one_row_nothing() -> None:
+    equal = torch.ones(4, 3, requires_grad=True)
+    koleo(equal).backward()
+    assert equal.grad is not None
+    assert equal.grad.isfinite().all()
+    assert float(koleo(torch.ones(1, 3))) == 0

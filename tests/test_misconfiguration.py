@@ -309,6 +309,15 @@ def test_a_mistake_once_mended_does_not_hold_the_name(run: Job) -> None:
         run(pretrain.main, *again, "data.label_from_parent=true")
 
 
+def test_a_wrong_file_of_weights_once_mended_does_not_hold_the_name(run: Job, tmp_path: Path) -> None:
+    again = [*TINY, "name=start", "storage_path=WORLD/runs", "data.path=WORLD/images"]
+    run(pretrain.main, *again, "--init-from", str(tmp_path / "none.pth")).check(
+        DATA, [f"{tmp_path}/none.pth"]
+    )
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(pretrain.main, *again)
+
+
 def test_evaluating_what_is_no_run(run: Job, started: Directory, tmp_path: Path) -> None:
     run(evaluate.main, "WORLD/runs/none").check(CONFIG, [f"{tmp_path}/runs/none is no run directory"])
     run(evaluate.main, "WORLD/runs/run").check(DATA, [f"{started.uri} has no committed checkpoint"])

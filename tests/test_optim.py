@@ -10,15 +10,18 @@ from tiny import tiny_config
 from torch import Tensor, nn
 
 from models.dino import DINO
+from models.lars import LARS
 from models.optim import (
     OptimConfig,
     build_optimizer,
     clip_per_parameter,
     drop_last_layer_grads,
     param_groups,
+    restore_optimizer,
     scaled_lr,
     set_hyperparameters,
 )
+from models.settings import ConfigError
 
 
 def tiny_student(**head: object) -> Any:
@@ -29,7 +32,7 @@ def tiny_student(**head: object) -> Any:
 
 def with_grads(student: Any, *, scale: float = 1.0) -> Any:
     """The student after a backward pass on noise."""
-    logits = student([torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))])
+    logits = student([torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))]).logits
     (scale * logits[:, 0].sum()).backward()
     return student
 
@@ -200,3 +203,96 @@ def test_hyperparameters_reach_both_groups_and_decay_only_the_first() -> None:
 def test_a_setting_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         OptimConfig.model_validate(wrong)
+
+
+# Layer-wise decay of the learning rate
+
+
+def scales(student: nn.Module, layer_decay: float) -> dict[str, float]:
+    names = {id(p): name for name, p in student.named_parameters()}
+    return {
+        names[id(p)]: group["lr_scale"]
+        for group in param_groups(student, layer_decay=layer_decay)
+        for p in group["params"]
+    }
+
+
+def test_each_block_learns_slower_than_the_one_above_it() -> None:
+    found = scales(tiny_student(norm_last_layer=False), 0.5)  # a stem and two blocks
+    by_part = {
+        "head.": 1.0,
+        "backbone.norm.": 0.5,
+        "backbone.blocks.1.": 0.5,
+        "backbone.blocks.0.": 0.25,
+        "backbone.patch_embed.": 0.125,
+        "backbone.pos_embed": 0.125,
+        "backbone.cls_token": 0.125,
+    }
+    for name, scale in found.items():
+        assert [v for part, v in by_part.items() if name.startswith(part)] == [scale], name
+    assert set(found) == {name for name, _ in tiny_student(norm_last_layer=False).named_parameters()}
+
+
+def test_the_scale_multiplies_the_rate_and_leaves_the_decay() -> None:
+    student = tiny_student()
+    optimizer = build_optimizer(OptimConfig(layer_decay=0.5), student)
+    set_hyperparameters(optimizer, lr=0.8, weight_decay=0.125)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.8, 0.4, 0.2, 0.1}
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == (0.125 if group["decays"] else 0)
+        assert all((p.ndim > 1) == group["decays"] for p in group["params"])
+
+
+def test_a_backbone_whose_blocks_timm_does_not_tell_apart_is_refused() -> None:
+    module = nn.Module()
+    module.backbone = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"optim.layer_decay .* set optim.layer_decay=1"):
+        param_groups(module, layer_decay=0.5)
+
+
+def test_an_optimizer_of_other_groups_is_not_restored() -> None:
+    student = tiny_student()
+    saved = build_optimizer(OptimConfig(layer_decay=0.5), student).state_dict()
+    with pytest.raises(ValueError, match=r"was optim.layer_decay changed"):
+        restore_optimizer(build_optimizer(OptimConfig(), student), saved)
+
+
+# LARS
+
+
+def written_out_lars(
+    params: list[Tensor], grads: list[list[Tensor]], *, lr: float, weight_decay: float, momentum: float
+) -> list[Tensor]:
+    """One parameter after the other, in float64."""
+    params = [p.detach().double().clone() for p in params]
+    moved = [torch.zeros_like(p) for p in params]
+    for step in grads:
+        for i, grad in enumerate(step):
+            update = grad.double()
+            if params[i].ndim != 1:
+                update = update + weight_decay * params[i]
+                ours, theirs = float(params[i].norm()), float(update.norm())
+                if ours > 0 and theirs > 0:
+                    update = update * 0.001 * ours / theirs
+            moved[i] = momentum * moved[i] + update
+            params[i] = params[i] - lr * moved[i]
+    return params
+
+
+def test_lars_equals_the_published_one_step_by_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 3), (3,), (2, 2, 3), (5, 1)]
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    with torch.no_grad():
+        params[3].zero_()  # no norm: an update as it is
+    grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)]
+    expected = written_out_lars(params, grads, lr=0.5, weight_decay=0.1, momentum=0.9)
+    optimizer = LARS(params, lr=0.5, momentum=0.9)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    for step in grads:
+        for p, grad in zip(params, step, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(params, step, strict=True))
+    for p, twin in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.double(), twin, rtol=1e-5, atol=1e-7)

@@ -1,5 +1,6 @@
 """The README tells the truth: its commands run, its tree is the tree."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from jobs.config import load_config
 from jobs.recipes import RECIPES
+from models.settings import DinorayError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -36,7 +38,7 @@ def test_the_two_set_up_commands_are_one_line_each() -> None:
 @pytest.mark.parametrize("arguments", pretrain_commands(), ids=" ".join)
 def test_each_pretrain_command_is_a_valid_config(arguments: list[str]) -> None:
     recipe = arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else None
-    overrides = [a for a in arguments if "=" in a]
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
     config = load_config(recipe, None, overrides)
     assert config.recipe == (recipe or "demo")
     for override in overrides:  # and each override is in force
@@ -45,6 +47,27 @@ def test_each_pretrain_command_is_a_valid_config(arguments: list[str]) -> None:
         for part in key.split("."):
             found = found[part]
         assert str(found).replace(" ", "").lower() == value.lower()
+
+
+def other_job_commands() -> list[list[str]]:
+    """The words of each `python -m jobs.<name>` that is not pretrain."""
+    found = [shlex.split(line) for line in commands() if line.startswith("python -m jobs.")]
+    return [words for words in found if words[2] != "jobs.pretrain"]
+
+
+@pytest.mark.parametrize("words", other_job_commands(), ids=" ".join)
+def test_each_other_command_is_understood_and_wants_nothing_but_the_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no runs/demo
+    with pytest.raises(DinorayError, match="runs/demo") as error:
+        importlib.import_module(words[2]).main(words[3:])
+    assert "--help" not in str(error.value)
+
+
+def test_every_job_has_a_command() -> None:
+    jobs = {path.stem for path in (ROOT / "jobs").glob("*.py") if "run_main(main)" in path.read_text()}
+    assert jobs == {words[2].removeprefix("jobs.") for words in other_job_commands()} | {"pretrain"}
 
 
 def test_every_recipe_has_a_row() -> None:

@@ -13,9 +13,9 @@ from jobs.config import Arguments, Config, load_config
 from jobs.keys import flatten
 from jobs.recipes import RECIPES
 from models.backbone import build_backbone, embed_dim
+from pipeline.layout import batch_size_per_worker
 from pipeline.manifest import build_manifest
 from pipeline.training import Schedule
-from pipeline.worker import batch_size_per_worker
 
 NUM_IMAGES = 1_281_167
 """Training images of ImageNet-1k."""

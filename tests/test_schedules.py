@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import published_cosine, published_temps
 
-from models.schedules import cap_warmup, teacher_temp, warmup_cosine
+from models.schedules import cap_warmup, teacher_temp, warmup_constant, warmup_cosine
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,12 @@ def test_teacher_temperature_equals_the_published_table(warmup_epochs: int) -> N
 )
 def test_a_warmup_that_would_not_end_is_cut_to_three_tenths(warmup: int, total: int, capped: int) -> None:
     assert cap_warmup(warmup, total) == capped
+
+
+@pytest.mark.parametrize(("step", "value"), [(0, 0.0), (4, 2.0), (8, 4.0), (9, 4.0), (10**9, 4.0)])
+def test_a_constant_schedule_warms_up_and_stays(step: int, value: float) -> None:
+    assert warmup_constant(step, base=4, warmup_steps=9) == pytest.approx(value)
+
+
+def test_a_constant_schedule_without_warmup_is_constant() -> None:
+    assert [warmup_constant(step, base=4) for step in (0, 1, 99)] == [4, 4, 4]

@@ -1,5 +1,6 @@
 """The training step against one written out by hand, alone and over processes; schedules in steps; the loop."""
 
+import copy
 import math
 import os
 import subprocess
@@ -14,9 +15,11 @@ import pytest
 import torch
 from oracles import WrittenOutRun
 from ranks import NUM_STEPS, run_steps, training_config, two_ranks
-from tiny import NUM_IMAGES, Batch, tiny_batch, tiny_config
+from tiny import NUM_IMAGES, TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 
+from models.loss import koleo
+from models.settings import ConfigError
 from pipeline.training import (
     DINOConfig,
     Schedule,
@@ -202,7 +205,7 @@ def test_images_are_paired_with_their_own_crops() -> None:
     state, other = tiny_state(config), tiny_state(config)
     for twin in (state, other):
         twin.dino.center.copy_(
-            twin.dino.teacher_logits(pixels(batch["global_crops"], config.crops, twin.device)).mean(0)
+            twin.dino.teacher_output(pixels(batch["global_crops"], config.crops, twin.device)).logits.mean(0)
         )
     assert float(train_step(state, batch)["loss"]) < float(train_step(other, mixed)["loss"]) - 0.5
 
@@ -391,9 +394,11 @@ def busy(seconds: float) -> float:
 
 def test_the_wait_for_a_batch_is_measured_and_not_the_step() -> None:
     state = tiny_state()
-    state.student.register_forward_hook(lambda *_: busy(0.02) and None)
     fetching: list[float] = []
     since = time.perf_counter()
+
+    def slow_forward(*_: Any) -> None:
+        busy(0.02)
 
     def slow_stream() -> Iterator[Batch]:
         for seed in range(3):
@@ -405,6 +410,7 @@ def test_the_wait_for_a_batch_is_measured_and_not_the_step() -> None:
         assert fetching[-1] <= wait_seconds <= time.perf_counter() - since - 0.02
         since = time.perf_counter()
 
+    state.student.register_forward_hook(slow_forward)
     train(state, slow_stream(), on_step=on_step)
     assert state.step == 3
 
@@ -463,3 +469,165 @@ def test_a_step_runs_and_all_but_the_ray_modules_import_where_ray_is_missing() -
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loss ")
+
+
+# Options of the field
+
+
+def after(steps: int, **changes: dict[str, Any]) -> TrainState:
+    """A run after some steps on the same images."""
+    config = tiny_config(**changes)
+    state = build_state(config, num_images=NUM_IMAGES)
+    for seed in range(steps):
+        train_step(state, tiny_batch(config, seed=seed))
+    return state
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_a_batch_in_parts_equals_the_batch_whole(num_parts: int) -> None:
+    sgd = {"name": "sgd", "base_lr": 6.4, "warmup_epochs": 0}
+    whole = after(5, loss={"center_momentum": 0.5}, optim=sgd)
+    parts = after(5, loss={"center_momentum": 0.5}, optim=sgd, train={"accumulate_steps": num_parts})
+    assert parts.step == whole.step
+    torch.testing.assert_close(parts.dino.center, whole.dino.center, rtol=1e-4, atol=1e-6)
+    for (name, a), b in zip(parts.dino.named_parameters(), whole.dino.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_centre_and_teacher_move_once_per_step_however_many_parts_there_are() -> None:
+    moves = []
+    for num_parts in (1, 4):
+        config = tiny_config(train={"accumulate_steps": num_parts})
+        state = build_state(config, num_images=NUM_IMAGES)
+        state.dino.update_teacher = lambda momentum, moves=moves: moves.append(momentum)  # type: ignore[method-assign]
+        train_step(state, tiny_batch(config))
+    assert moves == [0.996, 0.996]
+
+
+def test_parts_that_are_not_equal_are_refused() -> None:
+    config = tiny_config(train={"accumulate_steps": 3})
+    with pytest.raises(ConfigError, match=r"accumulate_steps=3 must divide each worker's 4 images"):
+        train_step(build_state(config, num_images=NUM_IMAGES), tiny_batch(config))
+
+
+def test_sinkhorn_trains_without_a_center() -> None:
+    state = after(3, loss={"centering": "sinkhorn_knopp"})
+    assert not state.dino.center.any()
+    assert not torch.equal(next(state.dino.student.parameters()), next(after(0).dino.student.parameters()))
+
+
+def test_koleo_adds_its_weight_times_the_spread_of_each_global_crop() -> None:
+    config, batch = tiny_config(), tiny_batch(tiny_config())
+    state = build_state(config, num_images=NUM_IMAGES)
+    features = state.dino.student([pixels(batch["global_crops"], config.crops, state.device)]).features
+    spread = sum(float(koleo(crop.detach())) for crop in features.chunk(2))
+    plain = float(train_step(state, batch)["loss"])
+    other = build_state(tiny_config(loss={"koleo_weight": 0.5}), num_images=NUM_IMAGES)
+    metrics = train_step(other, batch)
+    assert float(metrics["loss"]) == pytest.approx(plain + 0.5 * spread, rel=1e-5)
+    assert float(metrics["kl"] + metrics["teacher_entropy"]) == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_constant_schedule_keeps_rate_decay_and_momentum_after_the_warmup() -> None:
+    config = tiny_config(train={"schedule": "constant"}, optim={"warmup_epochs": 0.5, "weight_decay": 0.04})
+    schedule = Schedule(config, num_images=NUM_IMAGES)
+    assert schedule.at(0).lr == 0
+    first, last = schedule.at(5), schedule.at(10**7)
+    assert (first.lr, first.weight_decay, first.teacher_momentum) == pytest.approx((1e-3, 0.04, 0.996))
+    assert (last.lr, last.weight_decay, last.teacher_momentum) == (
+        first.lr,
+        first.weight_decay,
+        first.teacher_momentum,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"global_crops": np.zeros((4, 2, 16, 16, 3), np.float32)},
+            r"float32 \[4, 2, 16, 16, 3\], it must be uint8",
+        ),
+        ({"global_crops": np.zeros((4, 2, 3, 16, 16), np.uint8)}, r"must be uint8 \[B, 2, 16, 16, 3\]"),
+        ({"local_crops": np.zeros((4, 3, 8, 8, 3), np.uint8)}, r"must be uint8 \[B, 2, 8, 8, 3\]"),
+        ({"local_crops": None}, r"batch\['local_crops'\] is missing"),
+        ({"local_crops": np.zeros((3, 2, 8, 8, 3), np.uint8)}, "4 rows of global crops and 3 of local ones"),
+    ],
+)
+def test_crops_that_are_not_those_of_the_config_are_refused(wrong: dict[str, Any], message: str) -> None:
+    state = build_state(tiny_config(), num_images=NUM_IMAGES)
+    with pytest.raises(ConfigError, match=message):
+        train_step(state, tiny_batch(state.config) | wrong)
+    assert state.step == 0
+
+
+# Steps that are not finite
+
+
+def poisoned(state: TrainState) -> None:
+    """A weight that makes every output of the student NaN."""
+    with torch.no_grad():
+        state.dino.student.head.last_layer.weight_v[0, 0] = float("nan")
+
+
+def everything(state: TrainState) -> dict[str, Any]:
+    """A copy of all that a step may change."""
+    return copy.deepcopy(
+        {"dino": state.dino.state_dict(), "optimizer": state.optimizer.state_dict()["state"]}
+    )
+
+
+@pytest.mark.parametrize("backbone", [{}, TINY_RESNET], ids=["vit", "resnet"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(backbone: dict[str, Any]) -> None:
+    changes = {"backbone": backbone} if backbone else {}
+    state = after(2, **changes)
+    poisoned(state)
+    before = everything(state)
+    metrics = train_step(state, tiny_batch(state.config, seed=7))
+    assert not torch.isfinite(torch.as_tensor(metrics["loss"]))
+    for (name, a), b in zip(everything(state)["dino"].items(), before["dino"].values(), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), name
+    for number, moments in everything(state)["optimizer"].items():
+        for name, a in moments.items():
+            assert torch.equal(a, before["optimizer"][number][name]), (number, name)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (3, 1, 1)
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_skipped_too() -> None:
+    state = after(1)
+    next(state.dino.student.parameters()).register_hook(lambda grad: grad * float("inf"))
+    before = everything(state)["dino"]
+    metrics = train_step(state, tiny_batch(state.config, seed=7))
+    assert torch.isfinite(torch.as_tensor(metrics["loss"]))
+    assert all(torch.equal(a, before[k]) for k, a in state.dino.state_dict().items())
+    assert state.skipped == 1
+
+
+def test_schedules_wait_while_steps_are_skipped() -> None:
+    state = after(1, optim={"warmup_epochs": 1})
+    weight = state.dino.student.head.last_layer.weight_v
+    whole = weight.detach().clone()
+    poisoned(state)
+    skipped = train_step(state, tiny_batch(state.config, seed=1))
+    with torch.no_grad():
+        weight.copy_(whole)
+    retried = train_step(state, tiny_batch(state.config, seed=2))
+    assert retried["lr"] == skipped["lr"] == Schedule(state.config, num_images=NUM_IMAGES).at(1).lr
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (3, 1, 0)
+
+
+# From an official state dict
+
+
+def test_networks_start_from_an_official_state_dict_and_its_centre() -> None:
+    donor = after(3)
+    official = {
+        "student": {f"module.{k}": v for k, v in donor.dino.student.state_dict().items()},
+        "teacher": donor.dino.teacher.state_dict(),
+        "dino_loss": {"center": donor.dino.center[None]},
+    }
+    state = build_state(tiny_config(train={"seed": 9}), num_images=NUM_IMAGES, official=official)
+    assert state.step == 0
+    assert state.config.backbone.pos_embed == "official"
+    assert all(torch.equal(v, donor.dino.state_dict()[k]) for k, v in state.dino.state_dict().items())
+    train_step(state, tiny_batch(state.config))

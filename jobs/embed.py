@@ -1,0 +1,195 @@
+"""Embed a data set with a checkpoint: `python -m jobs.embed RUN_OR_CHECKPOINT DATA --out FOLDER_OR_S3 [options]`.
+
+Images -> frozen backbone on a pool of actors -> Parquet parts of key and vector, written by the actors. The same
+command continues what was interrupted, and does nothing for what is finished.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, get_args
+
+import ray
+from rich.console import Console
+
+from jobs.config import CommandLine, Config
+from jobs.entry import run_main, start_ray
+from jobs.network import Opened, lone_config, open_network
+from models.settings import ConfigError
+from pipeline.dataset import EmbedTask, embed_on_actors
+from pipeline.embeddings import (
+    MANIFEST,
+    SETTINGS,
+    SUMMARY,
+    Dtype,
+    Plan,
+    Precision,
+    check_bad,
+    check_settings,
+    choose_rows_per_file,
+    collect,
+    measure,
+    missing_parts,
+    weights_digest,
+    write_part,
+)
+from pipeline.frozen import check_size
+from pipeline.manifest import load_or_build
+from pipeline.source import Source
+from pipeline.storage import Directory
+
+_SECTIONS = ("data", "resources")
+_NOT_IN_VECTORS = {"fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction"}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan, refuse what does not fit what is there, embed the missing parts, and account for every row."""
+    arguments = _parser().parse_args(argv)
+    for override in arguments.overrides:
+        if override.partition(".")[0] not in _SECTIONS:
+            raise ConfigError(
+                f"{override!r}: only {' and '.join(f'{s}.*' for s in _SECTIONS)} can be set here"
+            )
+    console = Console()
+    out = Directory(arguments.out)
+    opened = open_network(arguments.checkpoint, arguments.step, arguments.which)
+    config = lone_config(opened.network, {"data": {"path": arguments.data}}, arguments.overrides)
+    size = arguments.image_size or opened.network.config.crops.global_crop_size
+    check_size(opened.network, size)
+    dim, num_patches = measure(opened.network, size, patch_tokens=arguments.patch_tokens)
+
+    settings = {
+        "step": opened.step,
+        "which": arguments.which,
+        **{
+            f"data.{k}": v for k, v in config.data.model_dump(mode="json").items() if k not in _NOT_IN_VECTORS
+        },
+    }
+    settings["data.path"] = Directory(config.data.path).uri
+    check_settings(out, settings)
+    source = Source(config.data, load_or_build(config.data, out, MANIFEST))
+    row_bytes = (1 + num_patches) * dim * (2 if arguments.dtype == "float16" else 4)
+    plan = Plan(
+        weights=weights_digest(opened.network),
+        embed_dim=dim,
+        num_patches=num_patches,
+        image_size=size,
+        dtype=arguments.dtype,
+        precision=arguments.precision,
+        batch_size=arguments.batch_size,
+        rows_per_file=choose_rows_per_file(
+            arguments.rows_per_file, row_bytes=row_bytes, num_images=source.num_images
+        ),
+        with_labels=config.data.label_from_parent or config.data.label_column is not None,
+    )
+    settings |= asdict(plan)
+    settings["manifest"] = hashlib.blake2b(out.read(MANIFEST), digest_size=16).hexdigest()
+    if not check_settings(out, settings):
+        about = {"checkpoint": opened.found.folder.uri, "num_images": source.num_images}
+        out.write(SETTINGS, json.dumps({**about, **settings}, indent=1).encode())
+
+    num_parts = plan.num_parts(source.num_images)
+    missing = missing_parts(out, num_parts)
+    if not missing and out.exists(SUMMARY):
+        console.print(f"{out.uri} is finished: {_told(json.loads(out.read(SUMMARY)))}", soft_wrap=True)
+        return
+    console.print(
+        f"{source.num_images} images in {config.data.path}, {arguments.which} of {opened.found.folder.uri}\n"
+        f"parts of up to {plan.rows_per_file} rows in {out.uri}: {len(missing)} of {num_parts} to do",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if missing:
+        _embed(opened, source, out, plan, missing, config, console, verbose=arguments.verbose)
+    num_vectors, bad = collect(out, plan, source.num_images, range(num_parts))
+    check_bad(len(bad), source.num_images, limit=config.data.max_bad_fraction, out=out)
+    summary = {"rows_in": source.num_images, "vectors_out": num_vectors, "quarantined": len(bad)}
+    out.write(SUMMARY, json.dumps(summary).encode())
+    console.print(f"{out.uri}: {_told(summary)}", highlight=False, soft_wrap=True)
+
+
+def _parser() -> CommandLine:
+    parser = CommandLine(prog="python -m jobs.embed", description="Embed a data set with a checkpoint.")
+    parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
+    parser.add_argument("data", help="images: a folder, s3://bucket/prefix, or Parquet in either")
+    parser.add_argument("--out", required=True, help="folder or s3://bucket/prefix that gets the parts")
+    parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
+    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="which network")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float16", help="of the vectors")
+    parser.add_argument("--patch-tokens", action="store_true", help="keep those of the last block as well")
+    parser.add_argument(
+        "--image-size", type=_positive, default=None, help="pixels (default: of a global crop)"
+    )
+    parser.add_argument(
+        "--rows-per-file", type=_positive, default=None, help="images per part (default: by their number)"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=128, help="images per forward")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on GPUs"
+    )
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.label_from_parent=true")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+_positive.__name__ = "positive number"  # as argparse names it in its error
+
+
+def _embed(
+    opened: Opened,
+    source: Source,
+    out: Directory,
+    plan: Plan,
+    missing: list[int],
+    config: Config,
+    console: Console,
+    *,
+    verbose: bool,
+) -> None:
+    """Have actors write the missing parts; stop once more images are bad than `data.max_bad_fraction` allows."""
+    limit, total = config.data.max_bad_fraction, source.num_images
+    done = sorted(set(range(plan.num_parts(total))) - set(missing))
+    num_bad = len(collect(out, plan, total, done)[1])
+    check_bad(num_bad, total, limit=limit, out=out)
+    no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
+    use_gpu, (_, actors) = start_ray(no_training, verbose=verbose)
+    work = partial(write_part, out=out, crops=opened.network.config.crops, plan=plan)
+    num_images, num_new = 0, 0
+    started = shown = time.monotonic()
+    try:
+        network, task = ray.put(opened.network), EmbedTask(work, source, missing)
+        for _, written in embed_on_actors(network, [task], actors=actors, use_gpu=use_gpu, in_order=False):
+            done.append(written.part)
+            num_new += 1
+            num_images += written.num_vectors + written.num_bad
+            num_bad += written.num_bad
+            if num_bad > limit * total:
+                collect(out, plan, total, sorted(done))  # names them
+                check_bad(num_bad, total, limit=limit, out=out)
+            now = time.monotonic()
+            if now - shown > 5 or num_new == len(missing):
+                shown = now
+                console.print(
+                    f"{num_new}/{len(missing)} parts  {num_images} images  {num_bad} unreadable  "
+                    f"{num_images / (now - started):.0f} images/s",
+                    highlight=False,
+                )
+    finally:
+        ray.shutdown()
+
+
+def _told(summary: dict[str, Any]) -> str:
+    return "{rows_in} images in = {vectors_out} vectors out + {quarantined} quarantined".format(**summary)
+
+
+if __name__ == "__main__":
+    run_main(main)

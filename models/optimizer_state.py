@@ -1,0 +1,124 @@
+"""The optimiser's state in the published checkpoints' numbering <-> ours.
+
+There a parameter's state is known by its number: first the decayed parameters, then biases and 1-D ones, each in
+the order of `named_parameters()`. Ours may be in more groups (optim.layer_decay) and in another optimiser.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.lars import LARS
+
+_MAGNITUDE = "head.last_layer.weight_g"
+_MOMENTS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+    LARS: ("mu",),
+}
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, student: nn.Module, state: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Restore moments from a published optimiser's state; return how many parameters (got theirs, start fresh).
+
+    `student` has `backbone` and `head`. Where the file's head is another, the backbone's are restored alone; a
+    parameter whose moments are not there, or of another shape or optimiser, starts fresh. Hyper-parameters stay
+    as they are.
+    """
+    moments = _MOMENTS[type(optimizer)]
+    restored = 0
+    for parameter, saved in _pairs(student, state):
+        values = [v for v in map(saved.get, moments) if isinstance(v, Tensor) and v.shape == parameter.shape]
+        if len(values) != len(moments):
+            continue
+        own: dict[str, Any] = {}
+        if isinstance(optimizer, torch.optim.AdamW):
+            if "step" not in saved:
+                continue
+            own["step"] = torch.tensor(float(saved["step"]))  # a plain number in old files
+        for name, value in zip(moments, values, strict=True):
+            own[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        optimizer.state[parameter] = own
+        restored += 1
+    return restored, sum(len(group["params"]) for group in optimizer.param_groups) - restored
+
+
+def official_state(optimizer: torch.optim.Optimizer, student: nn.Module) -> dict[str, Any]:
+    """`optimizer`'s state dict in the published groups and numbering, on the CPU."""
+    groups = [[p for _, p in group] for group in _groups(student)]
+    numbers = {p: i for i, p in enumerate(p for group in groups for p in group)}
+    settings = {
+        k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "decays", "lr_scale")
+    }
+    # The published code has one rate for all: that of the head here.
+    whole = max(optimizer.param_groups, key=lambda group: group.get("lr_scale", 1.0))
+    decay = max(group["weight_decay"] for group in optimizer.param_groups)
+    settings |= {"lr": whole["lr"], "weight_decay": decay}
+    if isinstance(optimizer, LARS):  # what the published one looks up in its groups
+        settings |= {"eta": 0.001, "weight_decay_filter": None, "lars_adaptation_filter": None}
+    return {
+        "state": {
+            i: {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in optimizer.state[p].items()}
+            for p, i in numbers.items()
+            if p in optimizer.state
+        },
+        "param_groups": [
+            settings | {"params": [numbers[p] for p in groups[0]]},
+            settings | {"weight_decay": 0.0, "params": [numbers[p] for p in groups[1]]},
+        ],
+    }
+
+
+def _groups(
+    student: nn.Module, *, without: Iterable[str] = (), also: Iterable[str] = ()
+) -> tuple[Named, Named]:
+    """Parameters that train, as the published code groups them: decayed, and not."""
+    decayed: Named = []
+    plain: Named = []
+    for name, p in student.named_parameters():
+        if name in also or (p.requires_grad and name not in without):
+            (plain if name.endswith(".bias") or p.ndim == 1 else decayed).append((name, p))
+    return decayed, plain
+
+
+def _pairs(student: nn.Module, state: Mapping[str, Any]) -> list[tuple[nn.Parameter, Mapping[str, Any]]]:
+    """Our parameters that train, each with the state that the file has for it."""
+    numbers = [list(group["params"]) for group in state["param_groups"]]
+    if len(numbers) != 2:
+        return []
+    # The magnitude of the prototypes trained there or did not, whatever it does here.
+    for groups in (_groups(student, also=[_MAGNITUDE]), _groups(student, without=[_MAGNITUDE])):
+        if [len(group) for group in groups] == [len(group) for group in numbers]:
+            break
+    else:
+        # Another head: the backbone's parameters come first in both groups, if it is the same backbone.
+        decayed, plain = _groups(student)
+        groups = _of_backbone(decayed), _of_backbone(plain)
+        extra = [len(theirs) - len(ours) for ours, theirs in zip(groups, numbers, strict=True)]
+        if not _is_of_a_head(*extra):
+            return []
+    pairs = []
+    for ours, theirs in zip(groups, numbers, strict=True):
+        for (name, p), number in zip(ours, theirs, strict=False):
+            saved = state["state"].get(number, {})
+            shapes = {v.shape for v in saved.values() if isinstance(v, Tensor) and v.ndim}
+            if name.startswith("backbone.") and shapes - {p.shape}:
+                return []  # another backbone, numbered otherwise
+            if p.requires_grad:
+                pairs.append((p, saved))
+    return pairs
+
+
+def _is_of_a_head(decayed: int, plain: int) -> bool:
+    """Whether a DINO head may have so many parameters: weights and biases, batch norm's, one or two of prototypes."""
+    return any(layers > 0 and plain in (layers, 3 * layers - 2) for layers in (decayed - 1, decayed - 2))
+
+
+def _of_backbone(group: Named) -> Named:
+    return [(name, p) for name, p in group if name.startswith("backbone.")]

@@ -1,0 +1,149 @@
+"""What a run has written down so far, as far as it can be read: metrics, verdicts, config, pictures.
+
+Between the run directory, which another process may be writing to, and report.py. Whatever is missing or damaged
+is left out, and damage is counted, never raised; storage that is closed to us still is an error. No Ray here.
+"""
+
+import json
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from pipeline.storage import Directory, MissingObject
+
+Floats = npt.NDArray[np.float64]
+
+_FIGURE = re.compile(r"step_(\d{8,})\.png")
+_MAX_FIGURES = 6
+
+
+class Series(NamedTuple):
+    """One metric over the run: `steps` ascending, `values` with NaN where it was not finite."""
+
+    steps: Floats
+    values: Floats
+
+    @property
+    def last(self) -> float:
+        """The newest value that is a number; NaN when there is none."""
+        finite = self.values[np.isfinite(self.values)]
+        return float(finite[-1]) if len(finite) else math.nan
+
+
+class Records:
+    """The lines of a metrics.jsonl."""
+
+    def __init__(self, data: bytes) -> None:
+        self._lines: list[dict[str, Any]] = []
+        self.num_damaged = 0
+        whole, _, last = data.rpartition(b"\n")
+        for line in [*whole.split(b"\n"), last]:
+            record = _json(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                self._lines.append(record)
+            elif (
+                line.strip() and line is not last
+            ):  # the last one is being written, or was when the run was killed
+                self.num_damaged += 1
+        self._lines.sort(key=lambda record: record["step"])
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step with metrics; None before the first."""
+        return self._lines[-1]["step"] if self._lines else None
+
+    def names(self, pattern: str) -> list[str]:
+        """Metrics whose whole name matches, sorted, numbers by their size."""
+        found = {name for record in self._lines for name in record if re.fullmatch(pattern, name)}
+        return sorted(found, key=lambda name: (len(name), name))
+
+    def series(self, name: str) -> Series:
+        """A metric wherever it was logged; of two values at one step the later counts."""
+        points = {
+            record["step"]: _number(record[name]) for record in self._lines if _is_number(record.get(name))
+        }
+        values = np.array(list(points.values()), np.float64)
+        values[~np.isfinite(values)] = np.nan
+        return Series(np.array(list(points), np.float64), values)
+
+    def verdicts(self) -> list[tuple[int, str]]:
+        """(step from which it holds, verdict), one per change."""
+        changes: list[tuple[int, str]] = []
+        for record in self._lines:
+            verdict = record.get("verdict")
+            if isinstance(verdict, str) and (not changes or changes[-1][1] != verdict):
+                changes.append((record["step"], verdict))
+        return changes
+
+
+def read_records(run: Directory) -> Records:
+    """metrics.jsonl; no lines when there is none yet."""
+    return Records(read(run, "metrics.jsonl") or b"")
+
+
+def read(run: Directory, name: str) -> bytes | None:
+    """A file of the run; None when it is not there."""
+    try:
+        return run.read(name)
+    except MissingObject:
+        return None
+
+
+def read_mapping(run: Directory, name: str) -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping; empty when it is missing, damaged or something else."""
+    try:
+        tree = yaml.safe_load((read(run, name) or b"").decode())
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return {}
+    return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
+
+
+def read_head(run: Directory, name: str, limit: int) -> tuple[list[dict[str, Any]], int]:
+    """The first `limit` objects of a JSON Lines file, and how many there are in all."""
+    rows = [row for line in (read(run, name) or b"").splitlines() if isinstance(row := _json(line), dict)]
+    return rows[:limit], len(rows)
+
+
+def attention_figures(run: Directory) -> list[tuple[int, str]]:
+    """(step, file name) of at most six attention figures in order: the first, the last, and some between."""
+    matches = [match for name in run.child("attention").list() if (match := _FIGURE.fullmatch(name))]
+    found = sorted((int(match[1]), f"attention/{match[0]}") for match in matches)
+    if len(found) <= _MAX_FIGURES:
+        return found
+    return [found[round(i)] for i in np.linspace(0, len(found) - 1, _MAX_FIGURES)]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of a tree of mappings by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    """Numbers, and the strings that stand for numbers that JSON has not."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan

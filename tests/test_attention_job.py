@@ -1,0 +1,330 @@
+"""The attention job: which images it takes, what it writes where, and how it ends when something is wrong.
+
+Its main runs within this process as `python -m` runs it; one test runs a real process and finds the same. Runs
+are made by hand: committed checkpoints of a tiny network, no Ray.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from image_files import encode
+from jobs_processes import run_job
+from PIL import Image
+from samples import parquet
+from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
+
+from jobs import attention
+from jobs.entry import run_main
+from pipeline.attention_figure import animation, figure, look, png_bytes
+from pipeline.checkpoint import SNAPSHOT, checkpoint_name, read_frozen, save_checkpoint
+from pipeline.decode import decode
+from pipeline.storage import Directory
+from pipeline.training import build_state, train_step
+
+Run = Callable[..., tuple[int, list[str], list[str]]]
+
+
+def noise(height: int = 20, width: int = 30, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return encode(pixels, "PNG")
+
+
+def make_run(folder: Path, *, steps: tuple[int, ...] = (0, 1, 2), **changes: dict[str, Any]) -> Path:
+    """A run directory with checkpoints committed at these steps, and one that was not."""
+    state = build_state(tiny_config(**changes), num_images=NUM_IMAGES)
+    for step in (*steps, steps[-1] + 1):
+        while state.step < step:
+            train_step(state, tiny_batch(state.config, seed=state.step))
+        checkpoint = folder / "checkpoints" / checkpoint_name(step)
+        checkpoint.mkdir(parents=True)
+        save_checkpoint(state, checkpoint, num_images=NUM_IMAGES, bad_images={})
+    results = [{"checkpoint_dir_name": checkpoint_name(step)} for step in steps]
+    (folder / "checkpoints" / SNAPSHOT).write_text(json.dumps({"checkpoint_results": results}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the job; returns exit code, lines of stdout, lines of stderr."""
+
+    def no_ray(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    def run(*arguments: object) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", ["job", *map(str, arguments)])
+        code: Any = 0
+        try:
+            run_main(attention.main)
+        except SystemExit as exit_:
+            code = exit_.code
+        output, errors = capsys.readouterr()
+        assert "Traceback" not in output + errors
+        return code, output.splitlines(), errors.splitlines()
+
+    monkeypatch.setattr(ray, "init", no_ray)
+    return run
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def expected_sheet(
+    checkpoint: Path, images: dict[str, bytes], which: Any, step: int, **options: Any
+) -> bytes:
+    frozen = read_frozen(checkpoint, which)
+    decoded = [(key, decode(data, max_pixels=10_000)) for key, data in images.items()]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    looked = list(look(frozen.backbone(device), decoded, frozen.config.crops, **options))
+    return png_bytes(figure(looked, title=f"vit_tiny_patch16_224, {which}, step {step}"))
+
+
+# What is written
+
+
+def test_a_sheet_and_a_folder_of_overlays_per_image_are_written_into_the_run(
+    tmp_path: Path, run: Run
+) -> None:
+    folder = make_run(tmp_path / "first", steps=(0, 2))
+    images = {"one.png": noise(seed=1), "two & three.png": noise(30, 10, seed=2)}
+    for name, data in images.items():
+        (tmp_path / name).write_bytes(data)
+    code, output, errors = run(folder, *(tmp_path / name for name in images))
+    assert (code, errors) == (0, [])
+    out = folder / "attention"
+    places = [f"{out}/attention_step_00000002{end}" for end in (".png", "/000_one.png", "/001_two_three.png")]
+    assert output == places
+    names = ["head_01", "head_01_mask", "head_02", "head_02_mask", "heads", "image", "mean"]
+    assert files_in(out) == sorted(
+        [
+            "attention_step_00000002.png",
+            *(f"attention_step_00000002/000_one.png/{name}.png" for name in names),
+            *(f"attention_step_00000002/001_two_three.png/{name}.png" for name in names),
+        ]
+    )
+    sheet = (out / "attention_step_00000002.png").read_bytes()
+    assert sheet == expected_sheet(folder / "checkpoints/step_00000002", images, "teacher", 2)
+    image = Image.open(out / "attention_step_00000002/001_two_three.png/image.png")
+    assert image.size == (64, 192)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_step_network_and_size_can_be_chosen(tmp_path: Path, trained: Path, run: Run, which: str) -> None:
+    (tmp_path / "a.png").write_bytes(noise())
+    options = ["--step=1", f"--which={which}", "--image-size=24", f"--out={tmp_path}/out"]
+    code, output, _ = run(trained, tmp_path / "a.png", *options)
+    assert code == 0
+    sheet = Path(output[0])
+    assert sheet == tmp_path / "out" / "attention_step_00000001.png"
+    checkpoint = trained / "checkpoints/step_00000001"
+    images = {"a.png": noise()}
+    assert sheet.read_bytes() == expected_sheet(checkpoint, images, which, 1, image_size=24)
+    assert not (trained / "attention").exists()
+
+
+def test_a_checkpoint_on_its_own_will_do(
+    tmp_path: Path, trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lone = tmp_path / "copy"
+    (trained / "checkpoints/step_00000001").rename(lone)
+    try:
+        (tmp_path / "a.png").write_bytes(noise())
+        monkeypatch.chdir(tmp_path)
+        code, output, _ = run(lone, "a.png")
+        assert code == 0
+        assert output[0] == str(tmp_path / "attention" / "attention_step_00000001.png")
+        code, _, errors = run(lone, "a.png", "--animate")
+        assert code == 2
+        assert errors == [
+            f"error: --animate needs a run with its checkpoints, {lone} is a single one; give the run directory"
+        ]
+    finally:
+        lone.rename(trained / "checkpoints/step_00000001")
+
+
+def test_a_film_has_a_frame_per_committed_checkpoint(tmp_path: Path, trained: Path, run: Run) -> None:
+    (tmp_path / "a.png").write_bytes(noise())
+    code, output, _ = run(trained, tmp_path / "a.png", "--animate", f"--out={tmp_path}/out")
+    assert code == 0
+    assert output[-1] == f"{tmp_path}/out/attention.gif  (3 checkpoints)"
+    sheets = [
+        expected_sheet(trained / "checkpoints" / checkpoint_name(step), {"a.png": noise()}, "teacher", step)
+        for step in range(3)
+    ]
+    assert (tmp_path / "out/attention.gif").read_bytes() == animation(sheets)
+    assert Image.open(tmp_path / "out/attention.gif").n_frames == 3
+
+
+def test_the_mass_is_used(tmp_path: Path, trained: Path, run: Run) -> None:
+    (tmp_path / "a.png").write_bytes(noise())
+    for mass in ("0.1", "1"):
+        assert run(trained, tmp_path / "a.png", f"--mass={mass}", f"--out={tmp_path}/{mass}")[0] == 0
+    overlay = "attention_step_00000002/000_a.png/head_01_mask.png"
+    shown = [
+        (
+            np.asarray(Image.open(tmp_path / mass / overlay))
+            == np.asarray(Image.open(tmp_path / mass / overlay.replace("head_01_mask", "image")))
+        )
+        .all(axis=2)
+        .mean()
+        for mass in ("0.1", "1")
+    ]
+    assert shown[0] < 0.2
+    assert shown[1] == 1
+    sheets = [(tmp_path / mass / "attention_step_00000002.png").read_bytes() for mass in ("0.1", "1")]
+    assert sheets[0] != sheets[1]
+
+
+# Which images
+
+
+def keys_of(output: list[str]) -> list[str]:
+    return [line.rpartition("/")[2][4:] for line in output[1:]]
+
+
+def test_a_folder_gives_a_fixed_choice_of_its_images(tmp_path: Path, trained: Path, run: Run) -> None:
+    for number in range(12):
+        path = tmp_path / "images" / f"class_{number % 3}" / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(noise(seed=number))
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+
+    def chosen(*options: str) -> list[str]:
+        code, output, errors = run(trained, tmp_path / "images", f"--out={tmp_path}/out", *options)
+        assert (code, errors) == (0, [])
+        return keys_of(output)
+
+    assert len(chosen()) == 8
+    assert chosen("--max-images=3") == chosen("--max-images=3")
+    assert len(set(chosen("--max-images=3"))) == 3
+    assert len(chosen("--max-images=40")) == 12
+    (tmp_path / "first.png").write_bytes(noise())
+    code, output, _ = run(
+        trained, tmp_path / "first.png", tmp_path / "images", "--max-images=3", f"--out={tmp_path}/out"
+    )
+    assert (code, len(keys_of(output)), keys_of(output)[0]) == (0, 3, "first.png")
+
+
+def test_parquet_is_read_by_column(tmp_path: Path, trained: Path, run: Run) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet({"image": [noise(), noise(seed=1), b"damaged"]}))
+    code, output, errors = run(trained, tmp_path / "a.parquet", f"--out={tmp_path}/out")
+    assert code == 0
+    assert keys_of(output) == ["a.parquet_0", "a.parquet_1"]
+    assert errors == ["skipped a.parquet#2: not an image: starts with b'damaged'"]
+    (tmp_path / "b.parquet").write_bytes(parquet({"jpg": [noise()]}))
+    code, _, errors = run(trained, tmp_path / "b.parquet", f"--out={tmp_path}/out")
+    assert (code, len(errors)) == (2, 1)
+    code, output, _ = run(trained, tmp_path / "b.parquet", "--image-column=jpg", f"--out={tmp_path}/out")
+    assert (code, keys_of(output)) == (0, ["b.parquet_0"])
+
+
+def test_what_cannot_be_read_is_named_and_skipped(tmp_path: Path, trained: Path, run: Run) -> None:
+    (tmp_path / "good.png").write_bytes(noise())
+    (tmp_path / "bad.png").write_bytes(noise()[:70])
+    paths = [tmp_path / name for name in ("bad.png", "missing.png", "good.png")]
+    code, output, errors = run(trained, *paths, f"--out={tmp_path}/out")
+    assert code == 0
+    assert keys_of(output) == ["good.png"]
+    assert len(errors) == 2
+    assert errors[0].startswith(f"skipped {paths[0]}: damaged or cut off PNG")
+    assert errors[1] == f"skipped {paths[1]}: there is no such file or folder"
+
+
+def test_without_a_readable_image_the_job_ends_with_3(tmp_path: Path, trained: Path, run: Run) -> None:
+    path = tmp_path / "missing.png"
+    code, output, errors = run(trained, path, f"--out={tmp_path}/out")
+    assert (code, output) == (3, [])
+    assert errors[-1] == f"error: none of the images in {path} can be read; see the lines above"
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_more_images_are_read_than_asked_for(tmp_path: Path, trained: Path, run: Run) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(noise())
+    paths = [tmp_path / f"{name}.png" for name in "abc"]
+    code, output, errors = run(
+        trained, *paths, tmp_path / "missing", "--max-images=2", f"--out={tmp_path}/out"
+    )
+    assert (code, keys_of(output), errors) == (0, ["a.png", "b.png"], [])
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--mass=0", "--mass=0.0 must be above 0 and at most 1, e.g. 0.6"),
+        ("--mass=1.1", "--mass=1.1 must be above 0"),
+        ("--mass=nan", "--mass=nan must be above 0"),
+        ("--image-size=7", "--image-size=7 must be at least 8"),
+        ("--max-images=0", "--max-images=0 must be at least 1"),
+        ("--step=7", "checkpoint step=7 is not among step_00000000, step_00000001, step_00000002"),
+        ("--which=both", "invalid choice: 'both'"),
+    ],
+)
+def test_a_wrong_option_is_a_config_error(trained: Path, run: Run, option: str, message: str) -> None:
+    code, output, errors = run(trained, "a.png", option)
+    assert (code, output, len(errors)) == (2, [], 1)
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+
+
+def test_a_folder_that_is_no_run_is_a_data_error(tmp_path: Path, run: Run) -> None:
+    code, _, errors = run(tmp_path, "a.png")
+    assert code == 3
+    assert errors == [f"error: {tmp_path} has no committed checkpoint; is it a run directory?"]
+
+
+def test_a_network_without_class_attention_is_told_before_images_are_read(tmp_path: Path, run: Run) -> None:
+    folder = make_run(tmp_path / "first", steps=(0,), backbone=TINY_RESNET)
+    code, _, errors = run(folder, "missing.png")
+    assert (code, len(errors)) == (2, 1)
+    assert "ResNet has no class token that attends to patches" in errors[0]
+
+
+# Processes and S3
+
+
+def test_the_job_runs_as_a_process(tmp_path: Path, trained: Path) -> None:
+    (tmp_path / "a.png").write_bytes(noise())
+    output = run_job("jobs.attention", str(trained), str(tmp_path / "a.png"), f"--out={tmp_path}/out")
+    assert output.splitlines()[0] == f"{tmp_path}/out/attention_step_00000002.png"
+
+
+@pytest.mark.s3
+def test_runs_images_and_pictures_may_be_on_s3(bucket: str, trained: Path, tmp_path: Path, run: Run) -> None:
+    store = Directory(f"s3://{bucket}")
+    for path in trained.rglob("*"):
+        if path.is_file():
+            store.write(f"runs/first/{path.relative_to(trained).as_posix()}", path.read_bytes())
+    images = {"a.png": noise(), "sub/b.png": noise(seed=1)}
+    for name, data in images.items():
+        store.write(f"images/{name}", data)
+    code, output, errors = run(f"s3://{bucket}/runs/first", f"s3://{bucket}/images", "--animate")
+    assert (code, errors) == (0, [])
+    root = f"s3://{bucket}/runs/first/attention"
+    assert output[0] == f"{root}/attention_step_00000002.png"
+    assert keys_of(output[:-1]) == ["a.png", "b.png"]
+    assert store.read("runs/first/attention/attention_step_00000002.png") == expected_sheet(
+        trained / "checkpoints/step_00000002", {f"images/{k}": v for k, v in images.items()}, "teacher", 2
+    )
+    assert Image.open(io.BytesIO(store.read("runs/first/attention/attention.gif"))).n_frames == 3
+    # One object, by its whole name; and one that is not there.
+    code, output, _ = run(trained, f"s3://{bucket}/images/a.png", f"--out={tmp_path}/out")
+    assert (code, keys_of(output)) == (0, ["a.png"])
+    code, _, errors = run(trained, f"s3://{bucket}/nothing/", f"--out={tmp_path}/out")
+    assert (code, len(errors)) == (3, 1)

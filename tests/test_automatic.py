@@ -1,0 +1,115 @@
+"""Numbers for `auto`: their rules at the ends and between, and that they are put in once and explained."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_batch, tiny_config
+
+from pipeline.algorithm import Schedule
+from pipeline.automatic import adapt, out_dim, resolve, teacher_momentum, teacher_temp
+from pipeline.training import build_state, train_step
+
+AUTO = {
+    "head": {"out_dim": "auto"},
+    "loss": {"teacher_temp": "auto"},
+    "teacher": {"teacher_momentum": "auto"},
+}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "prototypes"),
+    [(1, 1024), (16_384, 1024), (40_000, 2048), (131_072, 8192), (500_000, 32_768), (10**9, 65_536)],
+)
+def test_there_is_a_prototype_for_each_sixteen_images(num_images: int, prototypes: int) -> None:
+    assert out_dim(num_images) == prototypes
+
+
+@pytest.mark.parametrize(
+    ("num_images", "temp"), [(1, 0.02), (20_000, 0.02), (141_421, 0.045), (1_000_000, 0.07), (10**9, 0.07)]
+)
+def test_the_temperature_rises_with_the_logarithm_of_the_images(num_images: int, temp: float) -> None:
+    assert teacher_temp(num_images, warms_up=True) == pytest.approx(temp)
+    assert teacher_temp(num_images, warms_up=False) == pytest.approx(min(temp, 0.06))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch", "momentum"),
+    [(20_000, 512, 0.99), (20_000, 4096, 0.99), (1_000_000, 512, 0.996), (1_000_000, 64, 0.9995)],
+)
+def test_the_teacher_is_slower_with_many_images_and_small_batches(
+    num_images: int, batch: int, momentum: float
+) -> None:
+    found = teacher_momentum(num_images, global_batch_size=batch, total_steps=10**6)
+    assert found == pytest.approx(momentum)
+
+
+def test_the_teacher_follows_within_a_short_run() -> None:
+    assert teacher_momentum(10**6, global_batch_size=64, total_steps=1000) == pytest.approx(0.99)
+    assert teacher_momentum(10**6, global_batch_size=64, total_steps=3) == pytest.approx(0.9)
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**9))
+def test_more_images_never_want_less(a: int, b: int) -> None:
+    few, many = sorted((a, b))
+    assert out_dim(few) <= out_dim(many)
+    assert teacher_temp(few, warms_up=True) <= teacher_temp(many, warms_up=True)
+
+
+def test_each_number_is_put_in_and_explained() -> None:
+    config, reasons = resolve(tiny_config(**AUTO), num_images=2_000_000)
+    assert config.head.out_dim == 65_536
+    assert config.loss.teacher_temp == 0.06
+    assert config.teacher.teacher_momentum == pytest.approx(1 - 0.004 * 4 / 512, abs=1e-6)
+    assert [reason.partition("=")[0] for reason in reasons] == [
+        "head.out_dim",
+        "loss.teacher_temp",
+        "teacher.teacher_momentum",
+    ]
+    assert all("2000000" in reason for reason in reasons)
+
+
+def test_what_is_not_auto_stays_and_is_not_mentioned() -> None:
+    config = tiny_config()
+    assert resolve(config, num_images=10) == (config, [])
+
+
+def test_a_resolved_config_is_resolved() -> None:
+    once = resolve(tiny_config(**AUTO), num_images=40).config
+    assert resolve(once, num_images=10**6) == (once, [])
+
+
+def test_a_warmup_from_above_the_chosen_temperature_is_lowered_to_it() -> None:
+    loss = {"teacher_temp": "auto", "warmup_teacher_temp": 0.04, "warmup_teacher_temp_epochs": 1}
+    config = resolve(tiny_config(loss=loss), num_images=100).config
+    assert config.loss.teacher_temp == config.loss.warmup_teacher_temp == 0.02
+
+
+def test_a_state_is_built_and_trained_with_auto() -> None:
+    changes = AUTO | {"head": {"out_dim": "auto", "hidden_dim": 16, "bottleneck_dim": 8}}
+    state = build_state(tiny_config(**changes), num_images=40)
+    assert len(state.dino.center) == 1024
+    assert state.schedule.at(0).teacher_temp == 0.02
+    train_step(state, tiny_batch(tiny_config(**changes)))
+
+
+def test_an_unresolved_number_is_no_number() -> None:
+    with pytest.raises(ValueError, match="still auto"):
+        Schedule(tiny_config(**AUTO), num_images=40).at(0)
+
+
+def test_weights_of_ours_change_no_config() -> None:
+    from models.interop import parse
+
+    state = build_state(tiny_config(), num_images=40)
+    weights = parse(state.dino.student.state_dict())._replace(official=False)
+    assert adapt(tiny_config(), weights) == tiny_config()
+
+
+def test_published_vits_keep_their_grid_and_their_way_of_resizing_it() -> None:
+    from models.interop import parse
+
+    source = build_state(tiny_config(crops={"global_crop_size": 32}), num_images=40)
+    weights = parse(source.dino.student.state_dict())._replace(official=True)
+    adapted = adapt(tiny_config(), weights).backbone
+    assert adapted.pos_embed == "official"
+    assert adapted.kwargs["img_size"] == 32

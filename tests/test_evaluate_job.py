@@ -1,0 +1,221 @@
+"""The evaluation job in real processes: each score is the one that the same probe gives without Ray."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from jobs_processes import run_job
+from tiny_run import NAME, STEP, write_images, write_run
+
+from jobs import evaluate
+from jobs.config import Config, load_run_config
+from jobs.probing import sharded_knn
+from models.settings import ConfigError
+from pipeline.checkpoint import Frozen, read_frozen
+from pipeline.features import (
+    EvalConfig,
+    Features,
+    KnnProblem,
+    class_numbers,
+    embed_source,
+    knn_accuracy,
+    labelled_sources,
+    subset,
+)
+from pipeline.frozen import embed_views, with_blocks
+from pipeline.manifest import build_manifest
+from pipeline.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
+from pipeline.source import Source
+from pipeline.storage import Directory
+
+LABELS = ("dots", "rings", "stripes")
+SETTINGS = [
+    "eval.k=[1, 5]",
+    "eval.batch_size=8",
+    "eval.max_train_images=20",
+    "probe.max_images=15",
+    "probe.lidar_images=6",
+    "probe.lidar_views=3",
+    "probe.linear_epochs=5",
+    "probe.linear_lrs=[0.01, 1]",
+    "probe.linear_mean_patches=true",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on labelled images, one of them unreadable."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    train = write_images(folder / "train", "train", labels=LABELS, per_label=8)
+    (train / "rings" / "03.jpg").write_bytes(b"no picture")
+    val = write_images(folder / "val", "val", labels=LABELS, per_label=4)
+    return write_run(folder / "run", f"data.path={train}", f"eval.val_path={val}", *SETTINGS)
+
+
+def frozen(run: Path, which: str = "teacher") -> tuple[Config, Frozen]:
+    return load_run_config(Directory(str(run))), read_frozen(run / "checkpoints" / NAME, which)  # type: ignore[arg-type]
+
+
+def embedded(config: Config, network: Frozen, source: Source, limit: int, **how) -> Features:
+    indices = subset(source.num_images, limit)
+    crops = network.config.crops
+    return embed_source(network.backbone(), source, indices, crops, config.eval, precision="fp32", **how)
+
+
+def close_to(found: dict, expected: dict) -> None:
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-3), key
+
+
+@pytest.mark.ray
+def test_every_score_is_that_of_the_probe_without_ray(run: Path) -> None:
+    output = run_job("jobs.evaluate", str(run))
+    found = json.loads((run / f"evaluation_{NAME}.json").read_text())
+    config, network = frozen(run)
+    sources = labelled_sources(config.data, config.eval)
+    assert sources is not None
+
+    sides = [
+        embedded(config, network, source, limit) for source, limit in zip(sources, (20, 99), strict=True)
+    ]
+    assert (found["num_train"], found["num_val"], found["num_unreadable"]) == (19, 12, 1)
+    scores = knn_accuracy(sides[0], sides[1], config.eval)
+    assert {k: found[k] for k in scores} == scores
+
+    blocks = partial(with_blocks, num_blocks=4, mean_patches=True)
+    rows = [
+        embedded(config, network, source, limit, forward=blocks).features[:, 32:]
+        for source, limit in zip(sources, (20, 99), strict=True)
+    ]
+    classes = class_numbers(sides[0], sides[1])
+    labels = [torch.tensor([classes[x] for x in side.labels]) for side in sides]
+    linear = linear_probe(rows[0], labels[0], rows[1], labels[1], num_classes=3, config=config.probe)
+    assert found["linear_dim"] == rows[0].shape[1] == 3 * 32  # two blocks and the mean patch
+    assert [row["val"] for row in found["linear_table"]] == list(linear.val)
+    assert (found["linear"], found["linear_lr"]) == (linear.val[linear.best], linear.lrs[linear.best])
+
+    images = Source(config.data, build_manifest(config.data))
+    features = embedded(config, network, images, 15, labelled=False).features
+    close_to(
+        found,
+        {
+            "num_images": len(features),
+            "rankme": rankme(features),
+            "feature_std": feature_std(features),
+            "feature_std_healthy": 32**-0.5,
+            "collapsed_dims": collapsed_dims(features),
+        },
+    )
+    views = embed_views(
+        network.backbone(),
+        images,
+        subset(images.num_images, 6).tolist(),
+        network.config.crops,
+        num_views=3,
+        seed=0,
+        batch_size=8,
+        precision="fp32",
+    )
+    close_to(found, {"lidar": lidar(views), "lidar_images": len(views), "lidar_views": 3})
+    for shown in (NAME, "teacher", "knn_5", "rankme", "lidar_views", "held out", "chosen by the held-out"):
+        assert shown in output
+
+
+@pytest.mark.ray
+def test_a_lone_checkpoint_is_evaluated_where_the_overrides_say(run: Path, tmp_path: Path) -> None:
+    lone = shutil.copytree(run / "checkpoints" / NAME, tmp_path / "best model")
+    arguments = [str(lone), f"data.path={run.parent / 'val'}", "--which", "student", "--probes", "std,rankme"]
+    run_job("jobs.evaluate", *arguments)
+    found = json.loads((lone / "evaluation_best model_student.json").read_text())
+    config, network = frozen(run, "student")
+    at = config.data.model_copy(update={"path": str(run.parent / "val")})
+    features = embedded(config, network, Source(at, build_manifest(at)), 99, labelled=False).features
+    assert found["which"] == "student"
+    assert "lidar" not in found
+    close_to(found, {"num_images": 12, "rankme": rankme(features)})
+    teacher = embedded(config, frozen(run)[1], Source(at, build_manifest(at)), 99, labelled=False).features
+    assert rankme(teacher) != pytest.approx(found["rankme"], rel=1e-2)
+
+
+@pytest.mark.ray
+def test_an_image_without_a_label_ends_the_job_with_one_line(run: Path, tmp_path: Path) -> None:
+    val = shutil.copytree(run.parent / "val", tmp_path / "val")
+    shutil.copy(val / "dots" / "00.jpg", val / "stray.jpg")
+    output = run_job("jobs.evaluate", str(run), f"eval.val_path={val}", "--probes=knn", code=3)
+    assert "Traceback" not in output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "stray.jpg has no label" in errors[0]
+
+
+@pytest.fixture
+def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_votes_counted_by_tasks_are_those_counted_here() -> None:
+    rng = np.random.default_rng(0)
+    train, val = (
+        Features(rng.normal(size=(n, 8)).astype(np.float32), [str(x) for x in rng.integers(0, 5, n)], 0)
+        for n in (500, 3000)
+    )
+    config = EvalConfig(k=(1, 10, 20))
+    problem = KnnProblem.of(train, val, config)
+    assert len(problem.blocks) == 3
+    assert sharded_knn(problem) == knn_accuracy(train, val, config)
+
+
+# What is refused before anything starts
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        evaluate.main(arguments)
+    return str(caught.value)
+
+
+def test_classifying_without_labelled_images_says_what_to_set(run: Path) -> None:
+    message = refused(str(run), "eval.val_path=null", "--probes=rankme,knn")
+    assert "eval.val_path is not set" in message
+    assert "--probes rankme,lidar,std" in message
+
+
+def test_without_labelled_images_what_needs_no_labels_is_left() -> None:
+    assert evaluate._chosen(None, labelled=False) == ["rankme", "lidar", "std"]
+    assert evaluate._chosen(None, labelled=True) == ["knn", "linear", "rankme", "lidar", "std"]
+    assert evaluate._chosen("std, knn", labelled=True) == ["std", "knn"]
+
+
+def test_an_unknown_probe_is_named(run: Path) -> None:
+    assert "'knnn' is none of knn, linear" in refused(str(run), "--probes=knnn")
+
+
+def test_a_lone_checkpoint_without_data_says_what_to_set(run: Path, tmp_path: Path) -> None:
+    lone = shutil.copytree(run / "checkpoints" / NAME, tmp_path / NAME)
+    assert "data.path: must be set, e.g. data.path=s3://bucket/train" in refused(str(lone))
+
+
+def test_another_step_than_that_of_the_folder_is_refused(run: Path) -> None:
+    checkpoint = str(run / "checkpoints" / NAME)
+    assert f"is {NAME}; leave --step out" in refused(checkpoint, f"--step={STEP + 1}")
+    assert "is not among" in refused(str(run), f"--step={STEP + 1}")
+
+
+def test_images_of_a_size_that_the_network_cannot_take_are_refused(run: Path) -> None:
+    assert "cannot take images of 33 px" in refused(str(run), "eval.image_size=33")

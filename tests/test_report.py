@@ -1,0 +1,436 @@
+"""The report: one page that needs nothing else, at any moment of a run, whatever its files hold."""
+
+import io
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from models.settings import ConfigError
+from pipeline.health import Verdict
+from pipeline.report import build_report, write_report
+from pipeline.report_page import escape, picture
+from pipeline.report_plots import Curve, Level, chart, downsample
+from pipeline.report_records import Records, Series, attention_figures, flat
+from pipeline.storage import Directory
+
+CONFIG = {"name": "first", "head": {"out_dim": 64}, "train": {"epochs": 4.0}, "data": {"path": "/images"}}
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags, attributes, and text outside of them; fails on tags left open."""
+
+    VOID = frozenset({"meta", "img", "use", "path"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self._open:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def png(width: int = 40, height: int = 20, seed: int | None = None) -> bytes:
+    pixels = np.zeros((height, width, 3), np.uint8)
+    if seed is not None:
+        pixels = np.random.default_rng(seed).integers(0, 256, pixels.shape, dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def step_record(step: int, **changes: Any) -> dict[str, Any]:
+    record = {
+        "step": step,
+        "loss": 5 - step / 100,
+        "kl": 1.0,
+        "teacher_entropy": 2.0,
+        "lr": 1e-3,
+        "teacher_temp": 0.04,
+        "teacher_momentum": 0.99,
+        "grad_norm": 1.0,
+        "images_per_second": 100.0 + step,
+        "data_wait": 0.25,
+        "epoch": step / 10,
+        "bad_images": 0,
+    }
+    return record | changes
+
+
+def jsonl(*records: dict[str, Any]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def make_run(folder: Path, **files: bytes | str | dict[str, Any] | None) -> Directory:
+    """A run directory with a config and these files; `__` in a name is a slash, `_dot_` a dot."""
+    run = Directory(str(folder))
+    contents = {"config_dot_yaml": CONFIG, **files}
+    for name, content in contents.items():
+        name = name.replace("__", "/").replace("_dot_", ".")
+        if isinstance(content, dict):
+            content = yaml.safe_dump(content) if name.endswith("yaml") else json.dumps(content)
+        if content is not None:
+            run.write(name, content.encode() if isinstance(content, str) else content)
+    return run
+
+
+def whole_run(folder: Path) -> Directory:
+    scores = [{"step": s, "knn_10": a, "knn_20": a - 0.01, "majority": 0.1} for s, a in ((0, 0.2), (30, 0.5))]
+    health = {"entropy_ratio": 0.4, "mutual_information": 1.5, "feature_std": 0.05, "verdict": "healthy"}
+    return make_run(
+        folder,
+        metrics_dot_jsonl=jsonl(scores[0], *(step_record(s, **health) for s in range(1, 31)), scores[1]),
+        quarantine_dot_jsonl=jsonl(
+            *({"position": p, "status": "corrupt", "key": f"{p}.jpg", "reason": "cut off"} for p in range(50))
+        ),
+        crops_dot_png=png(),
+        attention__step_00000000_dot_png=png(),
+        attention__step_00000030_dot_png=png(),
+        environment_dot_json={"python": "3.11.1"},
+        result_dot_json={"steps": 30, "after": {"knn_20": 0.49}, "last": step_record(30)},
+        evaluation_step_00000030_dot_json={"checkpoint": "step_00000030", "knn_20": 0.481},
+    )
+
+
+def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
+    page = Page(build_report(whole_run(tmp_path)))
+    assert page.text.count("Finished after 30 steps.") == 1
+    for heading in (
+        *("Curves", "Health", "Where the teacher looks", "Crops", "Bad images", "Scores", "Settings"),
+        *("Loss and KL to the student (nats)", "Teacher entropy (nats)", "k-NN accuracy of the teacher"),
+        *("Learning rate", "Teacher temperature", "Teacher momentum", "Images per second"),
+        *(
+            "Time spent waiting for data",
+            "Mutual information of image and prototype (nats)",
+            "Spread of features",
+        ),
+    ):
+        assert heading in page.text, heading
+    assert "ln K = 4.16: uniform" in page.text
+    assert "k-NN, k=2049.0%19.0% at first, majority 10.0%" in page.text
+    assert "teacher entropy40%" in page.text
+    assert "images/s130" in page.text
+    assert "data wait25%" in page.text
+    assert "The first 20 of 50 in quarantine.jsonl" in page.text
+    assert "19.jpg" in page.text
+    assert "20.jpg" not in page.text
+    assert "evaluation_step_00000030.json" in page.text
+    assert "0.481" in page.text
+    assert "3.11.1" in page.text
+    assert len(page.all("img")) == 3
+    assert "warning" not in [attributes.get("class") for attributes in page.all("p")]
+
+
+def test_a_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    text = build_report(whole_run(tmp_path))
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), tag
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                assert value is not None
+                assert value.startswith(("data:image/", "#")), (tag, value[:80])
+    assert "@import" not in text
+    assert text.count("url(") == text.count("url(#")
+
+
+def test_the_page_is_a_function_of_the_files(tmp_path: Path) -> None:
+    run = whole_run(tmp_path)
+    assert build_report(run) == build_report(run)
+
+
+def test_the_report_is_written_into_the_run(tmp_path: Path) -> None:
+    run = whole_run(tmp_path)
+    assert write_report(run) == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == build_report(run)
+
+
+# Any moment
+
+
+def test_a_run_without_metrics_has_a_page(tmp_path: Path) -> None:
+    page = Page(build_report(make_run(tmp_path)))
+    assert "No metrics yet." in page.text
+    assert "/images" in page.text
+    for absent in ("Curves", "Health", "Crops", "Bad images", "Where the teacher looks", "Scores"):
+        assert absent not in page.text
+
+
+@pytest.mark.parametrize("record", [step_record(1), {"step": 0, "knn_10": 0.2, "majority": 0.1}])
+def test_a_run_with_one_line_has_a_page(tmp_path: Path, record: dict[str, Any]) -> None:
+    text = Page(build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(record)))).text
+    assert f"Not finished: step {record['step']}" in text
+
+
+def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path, metrics_dot_jsonl=jsonl(step_record(12)) + b'{"step": 13, "lo')
+    text = Page(build_report(run)).text
+    assert "Not finished: step 12, epoch 1.2 of 4." in text
+    assert "cannot be read" not in text  # the last line is just being written
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"is no run directory: it has neither config\.yaml"):
+        build_report(Directory(str(tmp_path)))
+
+
+@pytest.mark.s3
+def test_a_run_on_s3_is_reported_in_its_place(bucket: str, tmp_path: Path) -> None:
+    run = Directory(f"s3://{bucket}/runs/first")
+    local = whole_run(tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            run.write(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+    assert write_report(run) == f"s3://{bucket}/runs/first/report.html"
+    assert run.read("report.html").decode() == build_report(local).replace(local.uri, run.uri)
+    empty = Directory(f"s3://{bucket}/nothing")
+    with pytest.raises(ConfigError, match="no run directory"):
+        write_report(empty)
+
+
+# Damage
+
+
+def test_damaged_files_are_left_out(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path,
+        config_dot_yaml=b"\xff\xfe: [",
+        metrics_dot_jsonl=b'nonsense\n[1]\n{"loss": 1}\n{"step": "3"}\n' + jsonl(step_record(4)),
+        quarantine_dot_jsonl=b"\n{\n[]\n",
+        crops_dot_png=png()[:60],
+        attention__step_00000001_dot_png=b"no picture",
+        environment_dot_json=b"\xff",
+        result_dot_json="[1, 2]",
+    )
+    page = Page(build_report(run))
+    assert "4 lines of metrics.jsonl cannot be read" in page.text
+    assert "step 4" in page.text
+    assert not page.all("img")
+    assert "Bad images" not in page.text
+
+
+def test_values_that_are_not_finite_are_gaps_and_are_told(tmp_path: Path) -> None:
+    records = [
+        step_record(1),
+        step_record(2, loss="nan"),
+        step_record(3, loss="inf"),
+        step_record(4, loss=2.5),
+    ]
+    text = Page(build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))).text
+    assert "The loss was not finite at 2 logged steps." in text
+    assert "loss2.500" in text
+    lost = [step_record(step, loss="nan") for step in (1, 2)]
+    text = Page(build_report(make_run(tmp_path / "b", metrics_dot_jsonl=jsonl(*lost)))).text
+    assert "The loss was not finite at 2 logged steps." in text
+
+
+def test_all_text_is_escaped(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>&\"$^_"
+    run = make_run(
+        tmp_path,
+        config_dot_yaml={"name": evil, "data": {"path": evil}, "backbone": {"kwargs": {evil: evil}}},
+        metrics_dot_jsonl=jsonl(step_record(1, verdict=evil, **{evil: 1.0})),
+        quarantine_dot_jsonl=jsonl({"key": f"{evil}\udce9", "reason": evil, evil: [evil]}),
+        result_dot_json={"steps": 1, evil: evil, "knn": evil},
+        environment_dot_json={evil: evil},
+        evaluation_x_dot_json={evil: evil},
+    )
+    write_report(run)
+    page = Page((tmp_path / "report.html").read_text())
+    assert not page.all("script")
+    assert page.text.count(evil) > 8
+
+
+# Verdicts
+
+
+def test_trouble_stands_on_top_with_its_remedy(tmp_path: Path) -> None:
+    verdicts = ["healthy", "healthy", "uniform collapse", "uniform collapse"]
+    records = [step_record(s, verdict=v, skipped_steps=s // 4) for s, v in enumerate(verdicts, start=1)]
+    text = Page(build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))).text
+    assert f"uniform collapse since step 3: {Verdict.UNIFORM.remedy}" in text
+    assert text.index("uniform collapse since") < text.index("Curves")
+    assert "1 step skipped: loss or gradients were not finite." in text
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "told"),
+    [
+        (["healthy"] * 3, ""),
+        (["healthy", "non-finite", "healthy"], "was in trouble for a while and recovered"),
+        (["healthy", "of another version"], "of another version since step 2"),
+        ([None, None], ""),
+    ],
+)
+def test_verdicts_become_words(tmp_path: Path, verdicts: list[str | None], told: str) -> None:
+    records = [step_record(s, **({"verdict": v} if v else {})) for s, v in enumerate(verdicts, start=1)]
+    page = Page(build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records))))
+    warned = "warning" in [attributes.get("class") for attributes in page.all("p")]
+    assert warned is bool(told)
+    assert told in page.text
+
+
+@pytest.mark.parametrize(
+    ("out_dim", "ratio", "line"),
+    [
+        (1024, None, "ln K = 6.93"),
+        ("auto", 0.5, "ln K = 4.00"),  # an entropy of 2 nats is half of it
+        ("auto", None, None),
+        (None, None, None),
+    ],
+)
+def test_uniform_entropy_is_drawn_where_it_is_known(
+    tmp_path: Path, out_dim: Any, ratio: float | None, line: str | None
+) -> None:
+    run = make_run(
+        tmp_path,
+        config_dot_yaml={"name": "a", "head": {"out_dim": out_dim}},
+        metrics_dot_jsonl=jsonl(step_record(1, **({"entropy_ratio": ratio} if ratio else {}))),
+    )
+    text = Page(build_report(run)).text
+    assert ("ln K =" in text) is (line is not None)
+    assert (line or "") in text
+
+
+# Records
+
+
+def test_series_are_sorted_and_a_step_that_was_repeated_counts_once() -> None:
+    records = Records(
+        jsonl({"step": 5, "a": 1}, {"step": 2, "a": "inf"}, {"step": 5, "a": 3}, {"step": 9, "b": 1})
+    )
+    steps, values = records.series("a")
+    assert steps.tolist() == [2, 5]
+    assert math.isnan(values[0])
+    assert values[1] == records.series("a").last == 3
+    assert math.isnan(records.series("c").last)
+    assert records.last_step == 9
+
+
+def test_text_and_truth_values_are_no_metrics() -> None:
+    records = Records(jsonl({"step": 1, "a": True, "b": "high", "c": None, "d": [1], "e": 10**400, "f": 2}))
+    assert [len(records.series(name).steps) for name in "abcdef"] == [0, 0, 0, 0, 1, 1]
+    assert math.isnan(records.series("e").values[0])
+
+
+@pytest.mark.parametrize(("number", "limit"), [(1, 300), (300, 300), (301, 300), (100_000, 300), (7, 3)])
+def test_downsampling_keeps_mean_least_and_largest(number: int, limit: int) -> None:
+    values = np.random.default_rng(0).normal(size=number)
+    series, lows, highs = downsample(Series(np.arange(number, dtype=float), values), limit)
+    assert len(series.steps) == len(lows) == len(highs) == min(number, limit)
+    assert lows.min() == values.min()
+    assert highs.max() == values.max()
+    assert (lows <= series.values).all()
+    assert (series.values <= highs).all()
+    assert (np.diff(series.steps) > 0).all()
+    assert series.values.mean() == pytest.approx(values.mean(), abs=0.05)
+
+
+def test_downsampling_leaves_out_what_is_not_finite() -> None:
+    values = np.array([1, np.nan, 3, np.nan, np.nan, np.nan, 5, 7, 9])
+    series, lows, highs = downsample(Series(np.arange(9.0), values), 3)
+    np.testing.assert_array_equal(series.values, [2, np.nan, 7])
+    np.testing.assert_array_equal(lows, [1, np.nan, 5])
+    np.testing.assert_array_equal(highs, [3, np.nan, 9])
+
+
+def test_a_long_run_has_a_small_page(tmp_path: Path) -> None:
+    losses = np.random.default_rng(0).normal(size=20_000).tolist()
+    run = make_run(tmp_path, metrics_dot_jsonl=jsonl(*(step_record(s, loss=v) for s, v in enumerate(losses))))
+    assert len(build_report(run)) < 400_000
+
+
+def test_a_chart_takes_its_colours_from_the_page() -> None:
+    series = Series(np.arange(3.0), np.array([1.0, 4.0, 2.0]))
+    svg = chart([Curve("a $x^2$", series), Curve("b", series)], levels=[Level("most", 5.0)])
+    assert svg.startswith("<svg")
+    assert "#0101" not in svg
+    for part in (
+        "var(--series-1)",
+        "var(--series-2)",
+        "var(--ink)",
+        "var(--faint)",
+        ">a $x^2$</text>",
+        ">most</text>",
+    ):
+        assert part in svg
+    assert "width=" not in svg[: svg.index(">")]
+
+
+def test_where_points_are_merged_a_band_shows_their_range() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    charts = {n: chart([Curve("a", Series(np.arange(float(n)), values[:n]))]) for n in (300, 301)}
+    assert ["fill-opacity: 0.22" in svg for svg in charts.values()] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"),
+    [
+        ([], []),
+        ([7], [7]),
+        (range(6), [0, 1, 2, 3, 4, 5]),
+        (range(0, 1100, 100), [0, 200, 400, 600, 800, 1000]),
+        (range(1000, 1040), [1000, 1008, 1016, 1023, 1031, 1039]),
+    ],
+)
+def test_attention_figures_are_the_first_the_last_and_some_between(
+    tmp_path: Path, steps: Any, shown: list[int]
+) -> None:
+    files = {f"attention__step_{step:08d}_dot_png": png() for step in steps}
+    others = {
+        "attention__attention_step_00000009_dot_png": png(),
+        "attention__step_00000003__a_dot_png": png(),
+    }
+    run = make_run(tmp_path, **files, **others)
+    assert attention_figures(run) == [(step, f"attention/step_{step:08d}.png") for step in shown]
+    if shown:
+        text = Page(build_report(run)).text
+        places = [text.index(f"after {step} step{'' if step == 1 else 's'}") for step in shown]
+        assert places == sorted(places)
+
+
+def test_large_pictures_are_made_smaller() -> None:
+    data = png(400, 400, seed=0)
+    html = picture(data, "noise")
+    assert "data:image/webp" in html
+    assert len(html) < len(data)
+    assert "data:image/png" in picture(png(), "small")
+    assert picture(None, "none") == picture(b"damaged", "none") == ""
+
+
+def test_only_a_very_wide_picture_is_scrolled() -> None:
+    assert ['class="wide"' in picture(png(width), "a") for width in (1600, 1601)] == [False, True]
+
+
+def test_names_are_dotted_and_values_are_text() -> None:
+    assert flat({"a": {"b": {"c": 1}}, "d": [2], "e": {}}) == {"a.b.c": 1, "d": [2]}
+    assert escape({"<": "é"}) == "{&quot;&lt;&quot;: &quot;é&quot;}"

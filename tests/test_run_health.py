@@ -1,0 +1,141 @@
+"""What a run does about its health, in real processes: stops on collapse, goes back when steps are not finite."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from jobs_processes import TINY, run_job
+from safetensors.torch import load_file
+
+from pipeline.demo_images import PATTERNS, draw_demo_image
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for label in list(PATTERNS)[:3]:
+        (folder / label).mkdir()
+        for i in range(8):
+            (folder / label / f"{i}.jpg").write_bytes(draw_demo_image(label, "train", i))
+    return folder
+
+
+def arguments(images: Path, runs: Path, name: str, *more: str) -> list[str]:
+    return [
+        *TINY,
+        f"name={name}",
+        f"data.path={images}",
+        f"eval.val_path={images}",
+        "eval.every_steps=6",
+        f"storage_path={runs}",
+        f"train.epochs={STEPS * 8 / 24}",
+        "resources.train_workers=1",
+        "optim.warmup_epochs=0",
+        "head.use_bn=false",
+        "checkpoint.every_steps=4",
+        "loss.warmup_teacher_temp_epochs=0",
+        *more,
+    ]
+
+
+def readings(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def test_a_run_that_collapses_is_stopped_with_its_verdict_and_remedy(images: Path, tmp_path: Path) -> None:
+    flat = ["loss.teacher_temp=5", "health.on_collapse=stop", "health.grace_steps=4", "health.persistence=2"]
+    output = run_job("jobs.pretrain", *arguments(images, tmp_path, "flat", *flat), code=1)
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "uniform collapse at step 5" in errors[0]
+    assert "loss.teacher_temp" in errors[0]
+    last = readings(tmp_path / "flat")[-1]
+    assert (last["step"], last["verdict"]) == (5, "uniform collapse")
+    assert last["entropy_ratio"] > 0.98
+
+
+def test_a_collapse_is_only_told_of_unless_asked_to_stop_for(images: Path, tmp_path: Path) -> None:
+    flat = ["loss.teacher_temp=5", "health.grace_steps=4", "health.persistence=2"]
+    output = run_job("jobs.pretrain", *arguments(images, tmp_path, "told", *flat))
+    assert output.count("warning: uniform collapse at step 5") == 1
+    assert "health        uniform collapse: " in output
+    assert readings(tmp_path / "told")[-1]["step"] == STEPS
+    report = (tmp_path / "told" / "report.html").read_text()
+    assert "uniform collapse" in report
+    pictures = sorted(path.name for path in (tmp_path / "told" / "attention").iterdir())
+    assert pictures == [f"step_{step:08d}.png" for step in (0, 6, 12)]
+
+
+def test_steps_that_are_not_finite_send_the_run_back_once_and_then_end_it(
+    images: Path, tmp_path: Path
+) -> None:
+    # The first step throws the weights so far that no later one is finite.
+    output = run_job(
+        "jobs.pretrain",
+        *arguments(images, tmp_path, "thrown", "optim.base_lr=1e38", "health.max_skipped=2"),
+        "resources.train_workers=2",  # both must agree
+        code=1,
+    )
+    assert output.count("going back to the last checkpoint") == 1
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "2 steps in a row" in errors[0]
+    assert "optim.base_lr" in errors[0]
+    last = readings(tmp_path / "thrown")[-1]
+    assert last["verdict"] == "non-finite"
+    assert last["skipped_steps"] == 2
+
+
+@pytest.fixture(scope="module")
+def first(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run."""
+    runs = tmp_path_factory.mktemp("runs")
+    run_job("jobs.pretrain", *arguments(images, runs, "first"))
+    return runs / "first"
+
+
+def test_a_run_starts_from_another_and_an_auto_setting_is_explained(
+    images: Path, first: Path, tmp_path: Path
+) -> None:
+    still = ["optim.base_lr=1e-30", "optim.weight_decay=0", "optim.min_lr=0", "teacher.teacher_momentum=1"]
+    still.append("teacher.final_teacher_momentum=1")
+    output = run_job(
+        "jobs.pretrain",
+        *arguments(images, tmp_path, "second", *still, "loss.teacher_temp=auto"),
+        "--init-from",
+        str(first),
+    )
+    assert "loss.teacher_temp=0.02: " in output
+    second = tmp_path / "second" / "checkpoints" / f"step_{STEPS:08d}"
+    last = first / "checkpoints" / f"step_{STEPS:08d}"
+    a, b = (load_file(folder / "teacher.safetensors") for folder in (last, second))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    meta = json.loads((second / "meta.json").read_text())
+    assert meta["config"]["loss"]["teacher_temp"] == 0.02
+
+
+def test_a_run_goes_on_from_where_another_ended_with_its_optimiser(
+    images: Path, first: Path, tmp_path: Path
+) -> None:
+    output = run_job(
+        "jobs.pretrain",
+        *arguments(images, tmp_path, "longer", f"train.epochs={2 * STEPS * 8 / 24}", "init.load=run"),
+        "--init-from",
+        str(first),
+    )
+    assert f"continues at epoch {STEPS * 8 / 24:g}, step {STEPS}" in output
+    assert [r["step"] for r in readings(tmp_path / "longer")] == list(range(STEPS + 1, 2 * STEPS + 1))
+    moments = [
+        torch.load(run / "checkpoints" / f"step_{step:08d}" / "train_state.pt", weights_only=True)[
+            "optimizer"
+        ]["state"][0]["step"]
+        for run, step in ((first, STEPS), (tmp_path / "longer", 2 * STEPS))
+    ]
+    assert moments == [STEPS, 2 * STEPS]

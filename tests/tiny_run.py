@@ -1,0 +1,43 @@
+"""A run directory with one checkpoint of a small untrained network: all that a job which reads runs asks for."""
+
+import json
+from pathlib import Path
+
+import torch
+from jobs_processes import TINY
+
+from jobs.config import load_config
+from pipeline.checkpoint import SNAPSHOT, checkpoint_name, save_checkpoint
+from pipeline.demo_images import draw_demo_image
+from pipeline.training import build_state
+
+STEP = 7
+NAME = checkpoint_name(STEP)
+
+
+def write_images(folder: Path, split: str, *, labels: tuple[str, ...], per_label: int) -> Path:
+    """Small drawings, one folder per class."""
+    for label in labels:
+        (folder / label).mkdir(parents=True)
+        for i in range(per_label):
+            (folder / label / f"{i:02d}.jpg").write_bytes(draw_demo_image(label, split, i))
+    return folder
+
+
+def write_run(folder: Path, *settings: str) -> Path:
+    """`folder` as a run directory of the demo recipe, tiny, with `settings`; student and teacher differ."""
+    config = load_config("demo", None, [*TINY, "name=tiny", *settings])
+    state = build_state(config.algorithm(), num_images=40)
+    state.step = STEP
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for network, scale in ((state.dino.student, 0.1), (state.dino.teacher, 0.05)):
+            for parameter in network.backbone.parameters():
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+    checkpoint = folder / "checkpoints" / NAME
+    checkpoint.mkdir(parents=True)
+    save_checkpoint(state, checkpoint, num_images=40, bad_images={})
+    (folder / "config.yaml").write_text(config.to_yaml())
+    snapshot = {"checkpoint_results": [{"checkpoint_dir_name": NAME}]}
+    (folder / "checkpoints" / SNAPSHOT).write_text(json.dumps(snapshot))
+    return folder
