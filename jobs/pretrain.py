@@ -29,7 +29,8 @@ from pipeline.automatic import adapt, resolve
 from pipeline.board import Board
 from pipeline.checkpoint import committed_checkpoints
 from pipeline.contact_sheet import contact_sheet
-from pipeline.crops import crop_rng, describe_crops, multi_crop
+from pipeline.crops import crop_rng, kernel_name, multi_crop
+from pipeline.crops_config import describe_crops
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
 from pipeline.demo_images import demo_folder, write_demo_images
@@ -92,7 +93,8 @@ def main(argv: Sequence[str]) -> None:
     chosen = "".join(f"{reason}\n" for reason in reasons)
     console.print(
         f"{source.num_images} images in {config.data.path}, {schedule.total_steps} steps of "
-        f"{config.train.global_batch_size} images, {config.backbone.name}\n{describe_crops(config.crops)}\n"
+        f"{config.train.global_batch_size} images, {config.backbone.name}\n{describe_crops(config.crops)}, "
+        f"{kernel_name(config.crops)} kernel\n"
         f"{chosen}run directory {run.uri}",
         highlight=False,
         soft_wrap=True,

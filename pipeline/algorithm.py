@@ -17,7 +17,7 @@ from models.head import HeadConfig
 from models.loss import LossConfig
 from models.optim import OptimConfig, scaled_lr
 from models.settings import Settings, number
-from pipeline.crops import CropsConfig
+from pipeline.crops_config import CropsConfig
 
 
 class TrainConfig(Settings):

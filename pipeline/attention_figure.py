@@ -28,7 +28,7 @@ from pipeline.attention_maps import (
     overlay,
     upsample,
 )
-from pipeline.crop_params import CropsConfig
+from pipeline.crops_config import CropsConfig
 from pipeline.drawing import FAINT, INK, PAPER, RULE, draw_text, thumbnail
 from pipeline.training import pixels
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pipeline.crop_params import CropsConfig, crop_kinds
 from pipeline.crops import Crops
+from pipeline.crops_config import CropsConfig, crop_kinds
 from pipeline.drawing import FAINT, INK, PAPER, RULE, draw_text, thumbnail
 
 # Pixels of the sheet.
@@ -59,7 +59,8 @@ def _column_lefts(config: CropsConfig) -> list[int]:
 
 
 def _draw_heads(draw: ImageDraw.ImageDraw, lefts: list[int], config: CropsConfig, *, width: int) -> None:
-    shared = f"flip {config.flip_prob:g}, jitter {config.jitter_prob:g}, gray {config.gray_prob:g}"
+    kind = crop_kinds(config)[0]
+    shared = f"flip {kind.flip_prob:g}, jitter {kind.jitter_prob:g}, gray {kind.gray_prob:g}"
     draw_text(draw, (_MARGIN, _MARGIN - 4), f"Multi-crop: {shared}", _TITLE_FONT, INK, width=width)
     y = _MARGIN + _TITLE_HEIGHT
     draw_text(draw, (_MARGIN, y), "image", _HEAD_FONT, INK, width=_SOURCE_WIDTH)

@@ -1,135 +1,42 @@
-"""What will happen to each crop of an image: the config, and parameters drawn from it.
+"""What will happen to each crop of one image, drawn from a random generator.
 
-Stands before crops.py, which applies the parameters to pixels. Sampling sees an image's width and height and
-a random generator, never a pixel, so distributions are tested by the million and a faster way to apply
-parameters needs no second way to draw them. Knows nothing of pixels, files or Ray.
+Stands between crops_config.py and crops.py, which applies the parameters to pixels. Sampling sees an image's width
+and height and a generator, never a pixel: so distributions are tested by the million, and every way to apply the
+parameters, the slow one of the tests too, gets the same ones. Knows nothing of pixels, files or Ray.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+import numpy.typing as npt
 
-from models.settings import Settings
+from pipeline.compiled import compiled, compiled_and_kept
+from pipeline.crops_config import CropsConfig, crop_kinds
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Channels = tuple[float, float, float]
-Range = tuple[float, float]
+Table = npt.NDArray[np.float64]
 
+# Columns of CropParams.table.
+TOP, LEFT, HEIGHT, WIDTH, FLIP, OPERATIONS, FACTORS, GRAY, SIGMA, SOLARIZE, SIZE = (
+    0, 1, 2, 3, 4, 5, 9, 13, 14, 15, 16
+)  # fmt: skip
+_NUM_COLUMNS = 17
 
-class CropsConfig(Settings):
-    """How many crops of which size are cut from an image, and what is done to their pixels."""
+NUM_OPERATIONS = 4
+_NAMES = ("", "brightness", "contrast", "saturation", "hue")
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 1, 2, 3, 4
+_ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))
 
-    num_global_crops: int = Field(default=2, ge=1)
-    """Large crops; student and teacher see them."""
-    num_local_crops: int = Field(default=8, ge=0)
-    """Small crops; only the student sees them. 0 turns multi-crop off (then widen global_crop_scale)."""
-    global_crop_size: int = Field(default=224, ge=8)
-    """Side of a global crop in pixels."""
-    local_crop_size: int = Field(default=96, ge=8)
-    """Side of a local crop in pixels."""
-    global_crop_scale: Range = (0.4, 1.0)
-    """Share of the image's area that a global crop covers, lowest and highest."""
-    local_crop_scale: Range = (0.05, 0.4)
-    """Share of the image's area that a local crop covers, lowest and highest."""
-    aspect_ratio: Range = (3 / 4, 4 / 3)
-    """Width over height of the region that is cut out, lowest and highest."""
-    flip_prob: Probability = 0.5
-    """Probability of a horizontal flip."""
-    jitter_prob: Probability = 0.8
-    """Probability of colour jitter: brightness, contrast, saturation and hue in a random order."""
-    brightness: Strength = 0.4
-    """Brightness is multiplied by a factor within 1 plus or minus this."""
-    contrast: Strength = 0.4
-    """Contrast is multiplied by a factor within 1 plus or minus this."""
-    saturation: Strength = 0.2
-    """Saturation is multiplied by a factor within 1 plus or minus this."""
-    hue: float = Field(default=0.1, ge=0, le=0.5)
-    """Hue is turned by up to this share of the colour circle, either way."""
-    gray_prob: Probability = 0.2
-    """Probability of dropping all colour."""
-    global_blur_prob: tuple[Probability, ...] = (1.0, 0.1)
-    """Probability that a global crop is blurred, one value per global crop."""
-    local_blur_prob: Probability = 0.5
-    """Probability that a local crop is blurred."""
-    blur_sigma: Range = (0.1, 2.0)
-    """Strength of the blur in pixels of the crop, lowest and highest."""
-    global_solarize_prob: tuple[Probability, ...] = (0.0, 0.2)
-    """Probability that a global crop is solarized, one value per global crop."""
-    local_solarize_prob: Probability = 0.0
-    """Probability that a local crop is solarized."""
-    solarize_threshold: int = Field(default=128, ge=0, le=256)
-    """Solarization inverts channel values from this level on (0 to 255; 256 inverts none)."""
-    pixel_mean: Channels = (0.485, 0.456, 0.406)
-    """Mean that the device subtracts from each channel, after scaling pixels to [0, 1]."""
-    pixel_std: Channels = (0.229, 0.224, 0.225)
-    """Standard deviation that the device divides each channel by."""
-
-    @field_validator("global_crop_scale", "local_crop_scale", "aspect_ratio")
-    @classmethod
-    def _is_ordered_above_zero(cls, value: Range) -> Range:
-        if not 0 < value[0] <= value[1] < math.inf:
-            raise ValueError(f"{value} must be (lowest, highest) with 0 < lowest <= highest")
-        return value
-
-    @field_validator("global_crop_scale", "local_crop_scale")
-    @classmethod
-    def _is_a_share(cls, value: Range) -> Range:
-        if value[1] > 1:
-            raise ValueError(f"{value} are shares of the image's area: the highest must be at most 1")
-        return value
-
-    @field_validator("blur_sigma")
-    @classmethod
-    def _is_ordered(cls, value: Range) -> Range:
-        if not 0 <= value[0] <= value[1] < math.inf:
-            raise ValueError(f"{value} must be (lowest, highest) with 0 <= lowest <= highest")
-        return value
-
-    @field_validator("pixel_std")
-    @classmethod
-    def _can_divide(cls, value: Channels) -> Channels:
-        if not all(0 < channel < math.inf for channel in value):
-            raise ValueError(f"{value} must be three numbers above 0")
-        return value
-
-    @model_validator(mode="after")
-    def _agrees_on_the_global_crops(self) -> "CropsConfig":
-        for name in ("global_blur_prob", "global_solarize_prob"):
-            values = getattr(self, name)
-            if len(values) != self.num_global_crops:
-                raise ValueError(
-                    f"{name}={values} has {len(values)} values for num_global_crops={self.num_global_crops}; "
-                    "give one per global crop"
-                )
-        if self.num_global_crops + self.num_local_crops < 2:
-            raise ValueError(
-                "num_global_crops=1 with num_local_crops=0 leaves no two crops to compare; raise either"
-            )
-        return self
-
-    @property
-    def crop_sizes(self) -> tuple[int, ...]:
-        """Sides of the crops that are cut, the globals' first."""
-        return (self.global_crop_size, self.local_crop_size)[: 2 if self.num_local_crops else 1]
+_TRIES = 10
+# Each crop owns a fixed row of uniform numbers, whether it uses them or not. So a changed probability,
+# strength or number of crops leaves every other draw as it was.
+_NUM_UNIFORMS = 2 * _TRIES + 13
 
 
-class CropKind(NamedTuple):
-    """Settings that differ between the crops of an image; what sampling reads and the printed table shows."""
-
-    name: str
-    size: int
-    scale: Range
-    blur_prob: float
-    solarize_prob: float
-
-
-class CropParams(NamedTuple):
-    """All that happens to one crop. The box is in pixels of the decoded image."""
+class OneCrop(NamedTuple):
+    """All that happens to one crop. The box is in pixels of the image."""
 
     top: int
     left: int
@@ -140,98 +47,154 @@ class CropParams(NamedTuple):
     """(operation, factor) in the order of application; empty for an unjittered crop."""
     gray: bool
     blur_sigma: float | None
-    solarize: bool
+    solarize: int | None
+    """The level from which values are inverted, or None."""
+    size: int
+    """Side of the finished crop."""
 
 
-def crop_kinds(config: CropsConfig) -> list[CropKind]:
-    """One entry per crop of an image: the global crops, then the local ones."""
-    globals_ = [
-        CropKind(
-            f"global {g + 1}", config.global_crop_size, config.global_crop_scale, blur_prob, solarize_prob
-        )
-        for g, (blur_prob, solarize_prob) in enumerate(
-            zip(config.global_blur_prob, config.global_solarize_prob, strict=True)
-        )
-    ]
-    locals_ = [
-        CropKind(
-            f"local {i + 1}",
-            config.local_crop_size,
-            config.local_crop_scale,
-            config.local_blur_prob,
-            config.local_solarize_prob,
-        )
-        for i in range(config.num_local_crops)
-    ]
-    return globals_ + locals_
+class CropParams(NamedTuple):
+    """All that happens to the crops of one `width` x `height` image; `crops` is for reading, `table` for kernels.
+
+    `table` is float64 [V, 17]: box, flip, four operations (0 is none) and their factors, gray, sigma (-1 is none),
+    level of solarization (256 is none), size.
+    """
+
+    width: int
+    height: int
+    table: Table
+    config: CropsConfig
+
+    @property
+    def crops(self) -> tuple[OneCrop, ...]:
+        """One entry per crop, in the order of `crop_kinds`."""
+        return tuple(_one_crop(row) for row in self.table.tolist())
+
+    def with_crops(self, crops: list[OneCrop]) -> "CropParams":
+        """The same image with other crops: the inverse of `crops`, for parameters that were not drawn."""
+        return self._replace(table=np.array([_row(crop) for crop in crops], np.float64))
 
 
-_TRIES = 10
-# Each crop owns a fixed row of uniform numbers, whether it uses them or not. So a changed probability,
-# strength or number of crops leaves every other draw as it was.
-_UNIFORMS = 2 * _TRIES + 13
-_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-_ORDERS = tuple(itertools.permutations(_OPERATIONS))
-
-
-def sample_crops(rng: np.random.Generator, width: int, height: int, config: CropsConfig) -> list[CropParams]:
+def sample(rng: np.random.Generator, width: int, height: int, config: CropsConfig) -> CropParams:
     """Draw the parameters of every crop of a `width` x `height` image, in the order of `crop_kinds`."""
-    kinds = crop_kinds(config)
-    rows: list[list[float]] = rng.random((len(kinds), _UNIFORMS)).tolist()
-    return [_sample_crop(row, width, height, kind, config) for row, kind in zip(rows, kinds, strict=True)]
+    kinds = _kinds_table(config)
+    table = np.zeros((len(kinds), _NUM_COLUMNS))
+    _draw(rng.random((len(kinds), _NUM_UNIFORMS)), width, height, kinds, _ORDERS, table)
+    return CropParams(width, height, table, config)
 
 
-def _sample_crop(
-    uniforms: Sequence[float], width: int, height: int, kind: CropKind, config: CropsConfig
-) -> CropParams:
-    box_uniforms, rest = uniforms[: 2 * _TRIES + 2], uniforms[2 * _TRIES + 2 :]
-    flip, jitter, order, *operations, gray, blur, sigma, solarize = rest
-    return CropParams(
-        *_sample_box(box_uniforms, width, height, scale=kind.scale, aspect_ratio=config.aspect_ratio),
-        flip=flip < config.flip_prob,
-        jitter=_sample_jitter(order, operations, config) if jitter < config.jitter_prob else (),
-        gray=gray < config.gray_prob,
-        blur_sigma=_between(config.blur_sigma, sigma) if blur < kind.blur_prob else None,
-        solarize=solarize < kind.solarize_prob,
+# Columns of what _draw reads: the settings of each crop.
+(
+    _SCALE, _LOG_ASPECT, _ASPECT, _FLIP_PROB, _JITTER_PROB, _SPANS, _GRAY_PROB, _BLUR_PROB, _BLUR_SIGMA,
+    _SOLARIZE_PROB, _THRESHOLD, _SIDE,
+) = (0, 2, 4, 6, 7, 8, 16, 17, 18, 20, 21, 22)  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _kinds_table(config: CropsConfig) -> Table:
+    return np.array(
+        [
+            [
+                *kind.scale, *map(math.log, kind.aspect_ratio), *kind.aspect_ratio, kind.flip_prob, kind.jitter_prob,
+                *(max(0.0, 1 - kind.brightness), 1 + kind.brightness),
+                *(max(0.0, 1 - kind.contrast), 1 + kind.contrast),
+                *(max(0.0, 1 - kind.saturation), 1 + kind.saturation),
+                *(-kind.hue, kind.hue),
+                kind.gray_prob, kind.blur_prob, *kind.blur_sigma, kind.solarize_prob, kind.solarize_threshold,
+                kind.size,
+            ]
+            for kind in crop_kinds(config)
+        ]
+    )  # fmt: skip
+
+
+@compiled
+def _between(low: float, high: float, uniform: float) -> float:
+    return low + uniform * (high - low)
+
+
+@compiled
+def _draw_box(u: Table, width: int, height: int, kind: Table, crop: Table) -> None:
+    """Draw a region as torchvision's RandomResizedCrop does.
+
+    Area is uniform in the scale, aspect ratio log-uniform; ten tries to fit inside the image, then the largest
+    centred region of an allowed aspect ratio. Every image of at least one pixel has an answer.
+    """
+    for i in range(_TRIES):
+        area = width * height * _between(kind[_SCALE], kind[_SCALE + 1], u[i])
+        aspect = math.exp(_between(kind[_LOG_ASPECT], kind[_LOG_ASPECT + 1], u[_TRIES + i]))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            crop[TOP] = math.floor(u[2 * _TRIES] * (height - box_height + 1))
+            crop[LEFT] = math.floor(u[2 * _TRIES + 1] * (width - box_width + 1))
+            crop[HEIGHT], crop[WIDTH] = box_height, box_width
+            return
+    box_width = max(1, min(width, round(height * kind[_ASPECT + 1])))
+    box_height = max(1, min(height, round(width / kind[_ASPECT])))
+    crop[TOP], crop[LEFT] = (height - box_height) // 2, (width - box_width) // 2
+    crop[HEIGHT], crop[WIDTH] = box_height, box_width
+
+
+@compiled_and_kept
+def _draw(
+    uniforms: Table, width: int, height: int, kinds: Table, orders: npt.NDArray[np.int64], table: Table
+) -> None:
+    """Fill the table of an image's crops from uniform numbers [V, 33] and the settings of each crop."""
+    for v in range(len(table)):
+        kind, crop = kinds[v], table[v]
+        _draw_box(uniforms[v], width, height, kind, crop)
+        u = uniforms[v, 2 * _TRIES + 2 :]
+        crop[FLIP] = u[0] < kind[_FLIP_PROB]
+        if u[1] < kind[_JITTER_PROB]:
+            order = orders[int(u[2] * len(orders))]
+            place = 0
+            for i in range(NUM_OPERATIONS):
+                operation = order[i]
+                low, high = kind[_SPANS + 2 * (operation - 1)], kind[_SPANS + 2 * (operation - 1) + 1]
+                if low < high:  # an operation of strength 0 is left out
+                    crop[OPERATIONS + place] = operation
+                    crop[FACTORS + place] = _between(low, high, u[2 + operation])
+                    place += 1
+        crop[GRAY] = u[7] < kind[_GRAY_PROB]
+        blurred = u[8] < kind[_BLUR_PROB]
+        crop[SIGMA] = _between(kind[_BLUR_SIGMA], kind[_BLUR_SIGMA + 1], u[9]) if blurred else -1.0
+        crop[SOLARIZE] = kind[_THRESHOLD] if u[10] < kind[_SOLARIZE_PROB] else 256.0
+        crop[SIZE] = kind[_SIDE]
+
+
+def _one_crop(row: list[float]) -> OneCrop:
+    operations = row[OPERATIONS : OPERATIONS + NUM_OPERATIONS]
+    factors = row[FACTORS : FACTORS + NUM_OPERATIONS]
+    top, left, height, width = map(int, row[TOP : WIDTH + 1])
+    return OneCrop(
+        top,
+        left,
+        height,
+        width,
+        flip=bool(row[FLIP]),
+        jitter=tuple((_NAMES[int(o)], f) for o, f in zip(operations, factors, strict=True) if o),
+        gray=bool(row[GRAY]),
+        blur_sigma=row[SIGMA] if row[SIGMA] >= 0 else None,
+        solarize=int(row[SOLARIZE]) if row[SOLARIZE] < 256 else None,
+        size=int(row[SIZE]),
     )
 
 
-def _sample_box(
-    uniforms: Sequence[float], width: int, height: int, *, scale: Range, aspect_ratio: Range
-) -> tuple[int, int, int, int]:
-    """Draw (top, left, height, width) of a region, as torchvision's RandomResizedCrop does.
-
-    Area is uniform in `scale`, aspect ratio log-uniform; ten tries to fit inside the image, then the largest
-    centred region of an allowed aspect ratio. Every image of at least one pixel has an answer.
-    """
-    low, high = math.log(aspect_ratio[0]), math.log(aspect_ratio[1])
-    for area_uniform, aspect_uniform in zip(uniforms[:_TRIES], uniforms[_TRIES : 2 * _TRIES], strict=True):
-        area = width * height * _between(scale, area_uniform)
-        aspect = math.exp(_between((low, high), aspect_uniform))
-        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(uniforms[2 * _TRIES] * (height - box_height + 1))
-            left = int(uniforms[2 * _TRIES + 1] * (width - box_width + 1))
-            return top, left, box_height, box_width
-    box_width = max(1, min(width, round(height * aspect_ratio[1])))
-    box_height = max(1, min(height, round(width / aspect_ratio[0])))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
-
-
-def _sample_jitter(
-    order: float, uniforms: Sequence[float], config: CropsConfig
-) -> tuple[tuple[str, float], ...]:
-    """Draw (operation, factor) in one of the 24 orders; an operation of strength 0 is left out."""
-    spans = {
-        "brightness": (max(0.0, 1 - config.brightness), 1 + config.brightness),
-        "contrast": (max(0.0, 1 - config.contrast), 1 + config.contrast),
-        "saturation": (max(0.0, 1 - config.saturation), 1 + config.saturation),
-        "hue": (-config.hue, config.hue),
-    }
-    factors = {name: _between(spans[name], u) for name, u in zip(_OPERATIONS, uniforms, strict=True)}
-    operations = _ORDERS[int(order * len(_ORDERS))]
-    return tuple((name, factors[name]) for name in operations if spans[name][0] < spans[name][1])
-
-
-def _between(span: Range, uniform: float) -> float:
-    return span[0] + uniform * (span[1] - span[0])
+def _row(crop: OneCrop) -> list[float]:
+    operations: list[float] = [_NAMES.index(name) for name, _ in crop.jitter]
+    factors = [factor for _, factor in crop.jitter]
+    nothing = [0.0] * (NUM_OPERATIONS - len(operations))
+    sigma = -1.0 if crop.blur_sigma is None else crop.blur_sigma
+    level = 256 if crop.solarize is None else crop.solarize
+    return [
+        *crop[:4],
+        crop.flip,
+        *operations,
+        *nothing,
+        *factors,
+        *nothing,
+        crop.gray,
+        sigma,
+        level,
+        crop.size,
+    ]

@@ -1,23 +1,36 @@
 """Multi-crop: one image -> a few large global crops and many small local ones (DINO, arXiv 2104.14294).
 
-Stands between decode.py and the batch. crop_params.py draws what happens to each crop, this file does it, and
-no random number is drawn while it does. Everything is uint8 RGB, height x width x channel; normalisation is
-the device's. Knows nothing of files, storage or Ray.
+Stands between the encoded image and the batch. crop_params.py draws what happens to each crop, this file does it,
+and no random number is drawn while it does. One of two kernels makes the pixels: crop_kernel.py where numba is,
+else kernel_torch.py. Everything is uint8 RGB, height x width x channel; normalisation is the device's. Knows
+nothing of storage or Ray.
 
 Axis letters: G global crops, L local crops, H W the image, S the side of a crop.
 """
 
 import hashlib
-from typing import NamedTuple
+import logging
+import threading
+from functools import cache
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
-from pipeline import colour
-from pipeline.colour import Image
-from pipeline.crop_params import CropParams, CropsConfig, crop_kinds, sample_crops
+from models.settings import ConfigError
+from pipeline import compiled, kernel_torch
+from pipeline.crop_params import HEIGHT, LEFT, SIZE, TOP, WIDTH, CropParams, sample
+from pipeline.crops_config import CropsConfig
+from pipeline.encoded import DENOMINATORS, Decoded, Encoded, open_image
+
+logger = logging.getLogger(__name__)
+
+Image = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 100_000_000
+"""Largest image that `apply` decodes when it is given bytes."""
 
 
 class Crops(NamedTuple):
@@ -35,91 +48,136 @@ def crop_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def multi_crop(image: Image, rng: np.random.Generator, config: CropsConfig) -> Crops:
-    """Cut all crops of one image (uint8 [H,W,3], C-contiguous, at least 1x1), globals first."""
-    crops = Crops(
-        np.empty((config.num_global_crops, config.global_crop_size, config.global_crop_size, 3), np.uint8),
-        np.empty((config.num_local_crops, config.local_crop_size, config.local_crop_size, 3), np.uint8),
-    )
-    height, width = image.shape[:2]
-    for out, params in zip(
-        [*crops.global_crops, *crops.local_crops], sample_crops(rng, width, height, config), strict=True
-    ):
-        out[:] = apply_crop(image, params, size=len(out), solarize_threshold=config.solarize_threshold)
-    return crops
+def apply(image: bytes | Encoded, params: CropParams, *, out: Crops | None = None) -> Crops:
+    """Make all crops of an image file, globals first, in `out` if that is given.
 
-
-_JITTER = {
-    "brightness": colour.adjust_brightness,
-    "contrast": colour.adjust_contrast,
-    "saturation": colour.adjust_saturation,
-    "hue": colour.adjust_hue,
-}
-
-
-def apply_crop(image: Image, params: CropParams, *, size: int, solarize_threshold: int = 128) -> Image:
-    """Make one crop, uint8 [size,size,3], of an image (uint8 [H,W,3], C-contiguous) that stays as it is."""
-    crop = resize_box(image, params, size=size)
-    if params.flip:
-        crop = cv2.flip(crop, 1)
-    for operation, factor in params.jitter:
-        crop = _JITTER[operation](crop, factor)
-    if params.gray:
-        crop = colour.to_grayscale(crop)
-    if params.blur_sigma is not None:
-        crop = colour.blur(crop, params.blur_sigma)
-    if params.solarize:
-        crop = colour.solarize(crop, solarize_threshold)
-    return crop
-
-
-def resize_box(image: Image, params: CropParams, *, size: int) -> Image:
-    """Cut the box out and resize it to `size` x `size`, bicubic with antialiasing as PIL does it.
-
-    Not by OpenCV: its bicubic filter does not widen when it shrinks, and local crops would alias.
+    Raises BadImage for what cannot be decoded, ValueError for parameters of an image of another size.
     """
-    rows = slice(params.top, params.top + params.height)
-    columns = slice(params.left, params.left + params.width)
-    # A view whose memory is channels-last: torch then takes its fast uint8 path, and nothing is transposed.
-    region = torch.from_numpy(image)[rows, columns].permute(2, 0, 1)[None]
-    resized = F.interpolate(region, size=(size, size), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    encoded = image if isinstance(image, Encoded) else open_image(image, max_pixels=MAX_PIXELS)
+    return cut(decode_for(params, encoded), params, out)
 
 
-def crop_bytes(config: CropsConfig) -> int:
-    """Bytes that the crops of one image take."""
-    return sum(3 * kind.size**2 for kind in crop_kinds(config))
+def decode_for(params: CropParams, image: Encoded) -> Decoded:
+    """Decode as much of an image as its crops need; raises as `apply`.
 
-
-def describe_crops(config: CropsConfig) -> str:
-    """Lay out the settings in effect: a row per global crop, one for the local crops, then the strengths."""
-    kinds = crop_kinds(config)
-    global_kinds, local_kinds = kinds[: config.num_global_crops], kinds[config.num_global_crops :]
-    rows: list[tuple[str, ...]] = [("crop", "size", "scale", "flip", "jitter", "gray", "blur", "solarize")]
-    for kind in global_kinds + local_kinds[:1]:
-        name = kind.name if kind in global_kinds or len(local_kinds) == 1 else f"local 1-{len(local_kinds)}"
-        probabilities = (
-            config.flip_prob,
-            config.jitter_prob,
-            config.gray_prob,
-            kind.blur_prob,
-            kind.solarize_prob,
+    A JPEG is decoded at a fraction of its size where all regions keep `decode_slack` pixels to one of their crop's
+    side. The pixels last until this thread's next image.
+    """
+    if (image.width, image.height) != (params.width, params.height):
+        raise ValueError(
+            f"params are for an image of {params.width}x{params.height} pixels, not {image.width}x{image.height}"
         )
-        scale = "{:g} to {:g}".format(*kind.scale)
-        rows.append((name, f"{kind.size} px", scale, *(f"{p:g}" for p in probabilities)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines += [
-        f"jitter, in random order: brightness {config.brightness:g}, contrast {config.contrast:g}, "
-        f"saturation {config.saturation:g}, hue {config.hue:g}",
-        "aspect ratio {:.3g} to {:.3g}, ".format(*config.aspect_ratio)
-        + "blur sigma {:g} to {:g} px, ".format(*config.blur_sigma)
-        + f"solarize from {config.solarize_threshold}, {crop_bytes(config):,} bytes an image",
-    ]
-    return "\n".join(lines)
+    return image.decode(decode_denominator(params), _picture_memory)
+
+
+def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops:
+    """Make all crops of a decoded image, in `out` if that is given."""
+    c = params.config
+    out = out or Crops(
+        np.empty((c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8),
+        np.empty((c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8),
+    )
+    kernel = _cut_torch if kernel_name(c) == "torch" else _cut_numba
+    kernel(picture, params, out)
+    return out
+
+
+def multi_crop(image: Image, rng: np.random.Generator, config: CropsConfig) -> Crops:
+    """Draw the parameters for a picture (uint8 [H,W,3], C-contiguous, at least 1x1), and make its crops."""
+    height, width = image.shape[:2]
+    return cut(Decoded(image, 1, 0.0, 0.0), sample(rng, width, height, config))
+
+
+def decode_denominator(params: CropParams) -> int:
+    """Largest of 1, 2, 4 and 8 that leaves each region `decode_slack` pixels to one of its crop's side."""
+    sides = params.table[:, HEIGHT : WIDTH + 1].min(axis=1) / params.table[:, SIZE]
+    most = float(sides.min()) / params.config.decode_slack
+    return max((d for d in DENOMINATORS if d <= most), default=1)
+
+
+def kernel_name(config: CropsConfig) -> str:
+    """The kernel in effect, numba or torch. Raises ConfigError for a numba that is not there."""
+    if config.kernel == "numba" and compiled.MISSING:
+        raise ConfigError(
+            f"crops.kernel=numba, but numba cannot be used ({compiled.MISSING}); install it or take torch"
+        )
+    return "torch" if config.kernel == "torch" or compiled.MISSING else "numba"
+
+
+def prepare_kernel(config: CropsConfig) -> None:
+    """Compile or load what this process needs, so that the first image costs what the others cost; say which."""
+    if kernel_name(config) == "torch":
+        why = f": no numba ({compiled.MISSING})" if config.kernel == "auto" else ""
+        logger.info("crops are made by the torch kernel%s", why)
+        return
+    with compiled.one_at_a_time():
+        multi_crop(np.zeros((32, 32, 3), np.uint8), crop_rng(0, 0, ""), config)
+    logger.info("crops are made by the numba kernel")
 
 
 def limit_threads() -> None:
     """Give this process one thread for OpenCV and one for torch: augment actors are the parallelism."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def _cut_torch(picture: Decoded, params: CropParams, out: Crops) -> None:
+    for target, crop in zip([*out.global_crops, *out.local_crops], params.crops, strict=True):
+        target[:] = kernel_torch.apply_crop(
+            picture.pixels,
+            crop,
+            interpolation=params.config.interpolation,
+            denominator=picture.denominator,
+            shift=(picture.left_shift, picture.top_shift),
+        )
+
+
+def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:
+    crop_kernel, scratch = _crop_kernel(), _scratch()
+    height, width = picture.pixels.shape[:2]
+    num_bytes = picture.pixels.nbytes
+    flat = scratch.bytes("picture", num_bytes + crop_kernel.SLACK)
+    if picture.pixels.ctypes.data != flat.ctypes.data:
+        flat[:num_bytes] = picture.pixels.ravel()
+    table = params.table
+    if picture.denominator > 1:
+        table = table.copy()
+        table[:, TOP : WIDTH + 1] /= picture.denominator
+        table[:, TOP] += picture.top_shift
+        table[:, LEFT] += picture.left_shift
+    bilinear = params.config.interpolation == "bilinear"
+    crop_kernel.crop_all(
+        flat,
+        height,
+        width,
+        table,
+        bilinear,
+        len(out.global_crops),
+        out.global_crops,
+        out.local_crops,
+        *scratch.for_crops(width, table, 1.0 if bilinear else 2.0),
+    )
+
+
+@cache
+def _crop_kernel() -> Any:
+    from pipeline import crop_kernel  # here, because it needs numba
+
+    return crop_kernel
+
+
+_of_this_thread = threading.local()
+
+
+def _scratch() -> Any:
+    """This thread's memory for the kernel."""
+    if not hasattr(_of_this_thread, "scratch"):
+        _of_this_thread.scratch = _crop_kernel().Scratch()
+    return _of_this_thread.scratch
+
+
+def _picture_memory(num_bytes: int) -> Image:
+    """Where the next picture of this thread is decoded to."""
+    if compiled.MISSING:
+        return np.empty(num_bytes, np.uint8)
+    return _scratch().bytes("picture", num_bytes + _crop_kernel().SLACK)

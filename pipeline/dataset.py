@@ -5,7 +5,6 @@ what travels is uint8 crops, a block of them at a time. Blocks are cut by pipeli
 alternate over ranks and every batch a rank receives is the one its step calls for: `batches` checks that.
 """
 
-import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +17,18 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
 from torch import nn
 
-from models.settings import DataError, DinorayError
+from models.settings import DinorayError
+from pipeline.augment import Augmenter, crop_threads
 from pipeline.board import Board
 from pipeline.checkpoint import Frozen
-from pipeline.crops import CropsConfig, crop_bytes, crop_rng, limit_threads, multi_crop
-from pipeline.decode import BadImage, decode
+from pipeline.crops import limit_threads, prepare_kernel
+from pipeline.crops_config import CropsConfig, crop_bytes
 from pipeline.layout import Layout
 from pipeline.order import Order
-from pipeline.source import Fetched, Source, Status
+from pipeline.source import Source
 
 _LEG_BLOCKS = 4096
 """Blocks per execution of the plan: Ray plans every block up front, at some 1.3 ms each."""
-
-_MAX_SUBSTITUTES = 16
 
 
 @dataclass(frozen=True)
@@ -47,60 +45,27 @@ class StreamPlan:
 
 
 class MultiCropActor:
-    """Block numbers in, crops out. A function of (seed, epoch, key): retries and other actors give the same bytes."""
+    """Block numbers in, crops out. A function of (seed, epoch, key): retries and other actors give the same bytes.
+
+    Ray calls it twice at once: while one block is cropped, the next one's images are fetched.
+    """
 
     def __init__(self, plan: StreamPlan, layout: Layout) -> None:
         limit_threads()
-        self._plan, self._layout = plan, layout
-        self._source: Source = ray.get(plan.source)
+        prepare_kernel(plan.crops)
+        self._board, self._layout = plan.board, layout
+        threads = crop_threads(plan.cpus_per_augment_actor)
+        source: Source = ray.get(plan.source)
+        self._augmenter = Augmenter(source, plan.order, plan.crops, seed=plan.seed, num_threads=threads)
 
     def __call__(self, blocks: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         positions = np.concatenate([self._layout.block(int(i)) for i in blocks["id"]])
         try:
-            return crop_rows(self._source, self._plan, positions)
+            return self._augmenter.block(positions)
         except DinorayError as error:
             # Told here, where it is known: Ray passes on the text of an actor's error, not the error.
-            self._plan.board.post_fatal(str(error), error.exit_code)
+            self._board.post_fatal(str(error), error.exit_code)
             raise
-
-
-def crop_rows(source: Source, plan: StreamPlan, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Positions [n] -> columns `global_crops` [n, G, H, W, 3], `local_crops` [n, L, h, w, 3] uint8,
-    `position` int64, `status` int8 and `note` (JSON of key and reason where status is not OK, else empty).
-
-    A bad image is replaced by the next readable one in the epoch's order and its row says so. Raises DataError
-    when none of the next 16 is readable either.
-    """
-    c, n = plan.crops, len(positions)
-    epochs, images = plan.order.locate(positions)
-    columns: dict[str, NDArray[Any]] = {
-        "global_crops": np.empty(
-            (n, c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8
-        ),
-        "local_crops": np.empty((n, c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8),
-        "position": positions,
-        "status": np.zeros(n, np.int8),
-        "note": np.full(n, "", dtype=object),
-    }
-    for row, fetched in enumerate(source.fetch(images.tolist())):
-        image, status, reason = _decoded(fetched, source)
-        attempt = 0
-        while image is None:
-            attempt += 1
-            if attempt > _MAX_SUBSTITUTES:
-                raise DataError(
-                    f"{source.config.path}: {fetched.key} and the {_MAX_SUBSTITUTES} images after it are unreadable "
-                    f"({reason}); check data.path"
-                )
-            other = source.fetch([plan.order.substitute(int(positions[row]), attempt)])[0]
-            image = _decoded(other, source)[0]
-        # The key of the image that was asked for seeds the crops, so a stand-in never repeats its own crops.
-        rng = crop_rng(plan.seed, int(epochs[row]), fetched.key)
-        columns["global_crops"][row], columns["local_crops"][row] = multi_crop(image, rng, c)
-        if attempt:
-            columns["status"][row] = status
-            columns["note"][row] = json.dumps({"key": fetched.key, "reason": reason})
-    return columns
 
 
 def open_splits(
@@ -119,7 +84,9 @@ def open_splits(
         MultiCropActor,
         batch_size=1,
         fn_constructor_args=(plan, layout),
-        compute=ActorPoolStrategy(min_size=low, max_size=high),
+        compute=ActorPoolStrategy(
+            min_size=low, max_size=high, enable_true_multi_threading=True, max_concurrent_calls_per_actor=2
+        ),
         num_cpus=plan.cpus_per_augment_actor,
     )
     return crops.streaming_split(layout.world_size, equal=True, locality_hints=locality_hints)
@@ -157,15 +124,6 @@ def batches(
         step += 1
     if step != layout.last_step:
         raise DinorayError(f"the stream ended at step={step}, before step={layout.last_step}")
-
-
-def _decoded(fetched: Fetched, source: Source) -> tuple[NDArray[np.uint8] | None, Status, str]:
-    if fetched.data is None:
-        return None, fetched.status, fetched.reason
-    try:
-        return decode(fetched.data, max_pixels=source.config.max_pixels), Status.OK, ""
-    except BadImage as error:
-        return None, Status.CORRUPT, error.reason
 
 
 Work = Callable[[nn.Module, Source, Any], Any]

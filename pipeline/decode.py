@@ -50,10 +50,7 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
     """
     header = _read_header(data)
     width, height = header.size
-    if width * height > max_pixels:
-        raise BadImage(f"too large: {width}x{height} pixels, max_pixels={max_pixels}")
-    if min(width, height) < min_side:
-        raise BadImage(f"too small: {width}x{height} pixels, min_side={min_side}")
+    check_size(width, height, max_pixels=max_pixels, min_side=min_side)
     if header.format == "JPEG2000" and _stops_between_tiles(data):
         raise BadImage("cut off JPEG2000: no end of codestream")
     try:
@@ -66,6 +63,14 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
     if pixels.shape not in {(height, width, 3), (width, height, 3)}:
         raise BadImage(f"damaged {header.format}: {width}x{height} pixels announced, {pixels.shape} decoded")
     return pixels
+
+
+def check_size(width: int, height: int, *, max_pixels: int, min_side: int) -> None:
+    """Raise BadImage for a picture of too many pixels or too few."""
+    if width * height > max_pixels:
+        raise BadImage(f"too large: {width}x{height} pixels, max_pixels={max_pixels}")
+    if min(width, height) < min_side:
+        raise BadImage(f"too small: {width}x{height} pixels, min_side={min_side}")
 
 
 def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint8]:

@@ -5,7 +5,6 @@ colour tells nothing; only shape does. JPEG objects in one folder per class, wri
 """
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.cache import cache_folder
 
 VERSION = 1
 NUM_TRAIN_PER_CLASS = 180
@@ -27,9 +28,8 @@ Rng = np.random.Generator
 
 
 def demo_folder() -> Path:
-    """Where the images are kept: `$DINORAY_CACHE`, else `$XDG_CACHE_HOME/dinoray`, else `~/.cache/dinoray`."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("DINORAY_CACHE") or Path(cache) / "dinoray") / f"demo-v{VERSION}"
+    """Where the images are kept."""
+    return cache_folder() / f"demo-v{VERSION}"
 
 
 def write_demo_images(folder: Path) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline import processes
 from pipeline.attention_figure import attention_figure
-from pipeline.crops import CropsConfig
+from pipeline.crops_config import CropsConfig
 from pipeline.features import EvalConfig, embed_sharded, knn_accuracy
 from pipeline.probes import rankme
 from pipeline.source import Source

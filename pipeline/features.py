@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.settings import ConfigError, DataError, ResourceError, Settings
 from pipeline import processes
-from pipeline.crops import CropsConfig
+from pipeline.crops_config import CropsConfig
 from pipeline.decode import eval_crop
 from pipeline.loading import load_batches
 from pipeline.manifest import DataConfig, build_manifest, load_or_build

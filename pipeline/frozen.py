@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from models.settings import ConfigError, one_line
 from pipeline.checkpoint import Frozen
-from pipeline.crops import CropsConfig, crop_rng, multi_crop
+from pipeline.crops import crop_rng, multi_crop
+from pipeline.crops_config import CropsConfig
 from pipeline.features import embed
 from pipeline.loading import load_batches
 from pipeline.source import Source

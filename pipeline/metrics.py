@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 
 from models.settings import Settings
+from pipeline.augment import STAGES
 from pipeline.storage import Directory, MissingObject, is_s3
 
 
@@ -112,7 +115,8 @@ class MetricsLog:
 
 
 class Meter:
-    """Images per second and the share of time spent waiting for data, since the last reading."""
+    """Images per second, the share of time spent waiting for data, and what an image costs the CPUs, since the last
+    reading."""
 
     def __init__(self) -> None:
         self.restart()
@@ -122,19 +126,31 @@ class Meter:
         self._since = time.perf_counter()
         self._images = 0
         self._wait_seconds = 0.0
+        self._cpu_ms: NDArray[np.float64] = np.zeros(len(STAGES))
+        self._cropped = 0
 
-    def add(self, num_images: int, wait_seconds: float) -> None:
-        """One step of `num_images` images, which waited `wait_seconds` for its batch."""
+    def add(self, num_images: int, wait_seconds: float, cpu_ms: NDArray[np.float32]) -> None:
+        """One step of `num_images` images over all workers, which waited `wait_seconds` for its batch.
+
+        `cpu_ms` [n, 3] is what this worker's part of it took in each of STAGES on the augment actors.
+        """
         self._images += num_images
         self._wait_seconds += wait_seconds
+        self._cpu_ms += cpu_ms.sum(axis=0)
+        self._cropped += len(cpu_ms)
 
     def read(self) -> dict[str, float]:
-        """`images_per_second` and `data_wait` (share of wall time, 0 to 1); starts over."""
+        """`images_per_second`, `data_wait` (share of wall time, 0 to 1), `fetch_cpu_ms` and so on (per image)."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
         rates = {
             "images_per_second": self._images / seconds,
             "data_wait": min(1.0, self._wait_seconds / seconds),
         }
+        if self._cropped:
+            rates |= {
+                f"{stage}_cpu_ms": float(ms / self._cropped)
+                for stage, ms in zip(STAGES, self._cpu_ms, strict=True)
+            }
         self.restart()
         return rates
 

@@ -7,8 +7,10 @@ once. Delivers encoded bytes and knows nothing of decoding, of order, or of Ray.
 
 import os
 import posixpath
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,6 +59,7 @@ class Source:
         self.config = config
         self.manifest = manifest
         self._pool = ThreadPoolExecutor(config.fetch_concurrency, "fetch")  # no thread before its first task
+        self._lock, self._cpu_seconds = threading.Lock(), 0.0
         reader = _Rows if manifest.kind == "parquet" else _Objects
         self._reader: _Rows | _Objects = reader(config, manifest)
 
@@ -81,21 +84,43 @@ class Source:
         An image that is missing, empty, too large or unreachable after all attempts comes back with its
         status. DataError, at once and naming the object, when storage refuses us or the bucket is gone.
         """
+        fetched = dict(self.arrivals(indices))
+        return [fetched[place] for place in range(len(indices))]
+
+    def arrivals(self, indices: Sequence[int]) -> Iterator[tuple[int, Fetched]]:
+        """As `fetch`, but (place in `indices`, image) as they arrive. All requests are under way on return."""
         if is_s3(self.manifest.root):
             s3_client()  # made here, once, rather than by all threads together
-        return self._reader.fetch([int(index) for index in indices], self._all)
+        return self._reader.arrivals([int(index) for index in indices], self._begin)
 
-    def _all(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` on every item in parallel; the first exception is raised and what has not begun dropped."""
-        futures = [self._pool.submit(work, item) for item in items]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+    def take_cpu_seconds(self) -> float:
+        """CPU time that fetching has taken since the last call."""
+        with self._lock:
+            seconds, self._cpu_seconds = self._cpu_seconds, 0.0
+        return seconds
+
+    def _begin(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+        """(place, `work` of the item) as they end; the first exception is raised and what has not begun dropped."""
+
+        def timed(item: Item) -> Result:
+            begin = time.thread_time()
+            try:
+                return work(item)
+            finally:
+                with self._lock:
+                    self._cpu_seconds += time.thread_time() - begin
+
+        places = {self._pool.submit(timed, item): place for place, item in enumerate(items)}
+
+        def ended() -> Iterator[tuple[int, Result]]:
+            try:
+                for future in as_completed(places):
+                    yield places[future], future.result()
+            finally:
+                for future in places:
+                    future.cancel()
+
+        return ended()
 
 
 class _Objects:
@@ -111,9 +136,9 @@ class _Objects:
     def key(self, index: int) -> str:
         return str(self._keys[_checked(index, self.num_images)].as_py())
 
-    def fetch(self, indices: Sequence[int], run_all: Any) -> list[Fetched]:
-        fetched: list[Fetched] = run_all(self._one, indices)
-        return fetched
+    def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
+        images: Iterator[tuple[int, Fetched]] = begin(self._one, indices)
+        return images
 
     def _one(self, index: int) -> Fetched:
         key, label, limit = self.key(index), self._labels[index].as_py(), self._config.max_object_bytes
@@ -162,15 +187,20 @@ class _Rows:
     def key(self, index: int) -> str:
         return self._name(index, self._group_of(index))
 
-    def fetch(self, indices: Sequence[int], run_all: Any) -> list[Fetched]:
-        places = [(index, self._group_of(index)) for index in indices]
-        fetched: dict[int, Fetched] = {}
-        for wave in self._waves(group for _, group in places):
-            tables = dict(zip(wave, run_all(self._table, wave), strict=True))
-            fetched |= {
-                index: self._row(index, group, tables[group]) for index, group in places if group in tables
-            }
-        return [fetched[index] for index in indices]
+    def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            places.setdefault(self._group_of(index), []).append(place)
+        waves = list(self._waves(places))
+        first = begin(self._table, waves[0]) if waves else iter(())
+
+        def rows() -> Iterator[tuple[int, Fetched]]:
+            for number, wave in enumerate(waves):
+                for which, table in first if number == 0 else begin(self._table, wave):
+                    for place in places[wave[which]]:
+                        yield place, self._row(indices[place], wave[which], table)
+
+        return rows()
 
     def _waves(self, groups: Iterable[int]) -> Iterator[list[int]]:
         """The distinct groups in portions that the cache could hold, so that memory stays near twice that."""

@@ -23,7 +23,7 @@ from models.optim import build_optimizer, clip_per_parameter, drop_last_layer_gr
 from models.settings import ConfigError
 from pipeline.algorithm import DINOConfig, Schedule, StepSettings, TrainConfig
 from pipeline.automatic import adapt, resolve
-from pipeline.crops import CropsConfig
+from pipeline.crops_config import CropsConfig
 from pipeline.health import Health, HealthConfig, Sums, sums_of
 from pipeline.layout import check_parts
 from pipeline.processes import all_reduce_max, all_reduce_sum, rank

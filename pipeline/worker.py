@@ -27,7 +27,7 @@ from models.settings import DinorayError
 from pipeline import dataset
 from pipeline.board import Board, known_error
 from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, save_checkpoint
-from pipeline.crops import crop_bytes
+from pipeline.crops_config import crop_bytes
 from pipeline.evaluation import evaluate
 from pipeline.features import EvalConfig
 from pipeline.health import HealthConfig, Verdict
@@ -186,7 +186,7 @@ class _Worker:
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> None:
         spec, state = self.spec, self.state
         step, ends = state.step, state.step == state.schedule.total_steps
-        self.meter.add(spec.config.train.global_batch_size, wait_seconds)
+        self.meter.add(spec.config.train.global_batch_size, wait_seconds, batch["cpu_ms"])
         self.quarantine.note(batch)
         gives_up = state.skipped_in_a_row >= spec.health.max_skipped
         evaluates = ends or step % spec.eval.every_steps == 0

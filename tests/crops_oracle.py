@@ -1,4 +1,4 @@
-"""Slow, obvious twin of pipeline/crops.py: PIL and torchvision apply the same parameters, op by op.
+"""Slow, obvious twin of the kernels: PIL and torchvision apply the same parameters, op by op.
 
 Also the pictures that both are tried on.
 """
@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
-from pipeline.crop_params import CropParams, CropsConfig, sample_crops
+from pipeline.crop_params import OneCrop, sample
 from pipeline.crops import crop_rng
+from pipeline.crops_config import CropsConfig
 from pipeline.decode import decode
 
 Pixels = npt.NDArray[np.uint8]
@@ -21,9 +22,9 @@ Pixels = npt.NDArray[np.uint8]
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos-small" / "train" / "part-00000.parquet"
 
 
-def oracle_crop(image: Pixels, params: CropParams, *, size: int, solarize_threshold: int) -> Pixels:
+def oracle_crop(image: Pixels, params: OneCrop) -> Pixels:
     """What DINO's augmentation makes of an image with these parameters."""
-    crop = oracle_box(image, params, size=size)
+    crop = oracle_box(image, params)
     if params.flip:
         crop = F.hflip(crop)
     for operation, factor in params.jitter:
@@ -32,16 +33,16 @@ def oracle_crop(image: Pixels, params: CropParams, *, size: int, solarize_thresh
         crop = F.to_grayscale(crop, num_output_channels=3)
     if params.blur_sigma is not None:
         crop = crop.filter(ImageFilter.GaussianBlur(radius=params.blur_sigma))
-    if params.solarize:
-        crop = ImageOps.solarize(crop, threshold=solarize_threshold)
+    if params.solarize is not None:
+        crop = ImageOps.solarize(crop, threshold=params.solarize)
     return np.asarray(crop)
 
 
-def oracle_box(image: Pixels, params: CropParams, *, size: int) -> Image.Image:
+def oracle_box(image: Pixels, params: OneCrop) -> Image.Image:
     """The box, resized."""
     right, bottom = params.left + params.width, params.top + params.height
     region = Image.fromarray(image).crop((params.left, params.top, right, bottom))
-    return region.resize((size, size), Image.Resampling.BICUBIC)
+    return region.resize((params.size, params.size), Image.Resampling.BICUBIC)
 
 
 def oracle_colour(crop: Image.Image, operation: str, factor: float) -> Image.Image:
@@ -90,20 +91,14 @@ def pictures() -> list[Pixels]:
 
 
 @lru_cache
-def replays() -> list[tuple[Pixels, CropParams, int]]:
-    """Every crop of every picture with the default settings: (image, parameters, size)."""
-    config = CropsConfig()
-    sizes = [config.global_crop_size] * config.num_global_crops + [
-        config.local_crop_size
-    ] * config.num_local_crops
+def replays() -> list[tuple[Pixels, OneCrop]]:
+    """Every crop of every picture with the default settings: (image, parameters)."""
     return [
-        (image, params, size)
+        (image, crop)
         for n, image in enumerate(pictures())
-        for params, size in zip(
-            sample_crops(crop_rng(0, 0, f"picture {n}"), image.shape[1], image.shape[0], config),
-            sizes,
-            strict=True,
-        )
+        for crop in sample(
+            crop_rng(0, 0, f"picture {n}"), image.shape[1], image.shape[0], CropsConfig()
+        ).crops
     ]
 
 

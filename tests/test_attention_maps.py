@@ -34,7 +34,7 @@ from pipeline.attention_maps import (
     overlay,
     upsample,
 )
-from pipeline.crop_params import CropsConfig
+from pipeline.crops_config import CropsConfig
 from pipeline.training import DINOConfig
 
 CROPS = tiny_config().crops

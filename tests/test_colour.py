@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as F
 
 from pipeline import colour
-from pipeline.crop_params import CropParams
+from pipeline.crop_params import OneCrop
 
 JITTER = {
     "brightness": colour.adjust_brightness,
@@ -18,9 +18,9 @@ JITTER = {
 
 
 @pytest.fixture(scope="module")
-def boxes() -> list[tuple[Pixels, CropParams]]:
+def boxes() -> list[tuple[Pixels, OneCrop]]:
     """(resized box, parameters): the pictures that the operations start from."""
-    return [(np.asarray(oracle_box(image, params, size=size)), params) for image, params, size in replays()]
+    return [(np.asarray(oracle_box(image, params)), params) for image, params in replays()]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def boxes() -> list[tuple[Pixels, CropParams]]:
     ],
 )
 def test_each_jitter_operation_is_torchvisions(
-    boxes: list[tuple[Pixels, CropParams]], operation: str, mean: float, worst: float
+    boxes: list[tuple[Pixels, OneCrop]], operation: str, mean: float, worst: float
 ) -> None:
     errors = [
         error(JITTER[operation](box, factor), oracle_colour(Image.fromarray(box), operation, factor))
@@ -63,12 +63,12 @@ def test_hue_turns_primary_colours_as_torchvision_does(shift: float) -> None:
     assert np.abs(colour.adjust_hue(primaries, shift).astype(int) - theirs).max() <= 6
 
 
-def test_grayscale_is_pils(boxes: list[tuple[Pixels, CropParams]]) -> None:
+def test_grayscale_is_pils(boxes: list[tuple[Pixels, OneCrop]]) -> None:
     for box, _ in boxes:
         assert error(colour.to_grayscale(box), F.to_grayscale(Image.fromarray(box), 3)) < 0.05
 
 
-def test_blur_is_pils_edges_included(boxes: list[tuple[Pixels, CropParams]]) -> None:
+def test_blur_is_pils_edges_included(boxes: list[tuple[Pixels, OneCrop]]) -> None:
     errors = [
         error(colour.blur(box, sigma), Image.fromarray(box).filter(ImageFilter.GaussianBlur(sigma)))
         for box, sigma in [(box, params.blur_sigma) for box, params in boxes]

@@ -340,8 +340,15 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "crops.num_global_crops": st.just(2),
     "crops.global_crop_scale": _ORDERED,
     "crops.local_crop_scale": _ORDERED,
-    "crops.aspect_ratio": _ORDERED,
-    "crops.blur_sigma": _ORDERED,
+    "crops.aspect_ratio": _ORDERED | st.tuples(_ORDERED, _ORDERED),
+    "crops.blur_sigma": _ORDERED | st.tuples(_ORDERED, _ORDERED),
+    **{
+        f"crops.{name}": st.floats(0, 0.5) | st.tuples(st.floats(0, 0.5), st.floats(0, 0.5))
+        for name in ("flip_prob", "jitter_prob", "brightness", "contrast", "saturation", "hue", "gray_prob")
+    },
+    "crops.local_blur_prob": st.floats(0, 1),
+    "crops.local_solarize_prob": st.floats(0, 1),
+    "crops.solarize_threshold": st.integers(0, 256) | st.tuples(st.integers(0, 256), st.integers(0, 256)),
     "crops.global_blur_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
     "crops.global_solarize_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
     "crops.pixel_mean": st.tuples(*[st.floats(0, 1)] * 3),

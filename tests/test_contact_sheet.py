@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from pipeline.contact_sheet import contact_sheet
-from pipeline.crop_params import CropsConfig
 from pipeline.crops import Crops, crop_rng, multi_crop
+from pipeline.crops_config import CropsConfig
 
 
 def flat(level: int, *shape: int) -> np.ndarray:

@@ -107,7 +107,7 @@ def test_a_run_writes_all_that_its_directory_promises(images: Bucket, reference:
 def test_every_step_logs_the_metrics_that_people_watch(images: Bucket, reference: str) -> None:
     lines = [json.loads(x) for x in images.get(f"runs/{reference}/metrics.jsonl").splitlines()]
     step = next(x for x in lines if x["step"] == 5 and "loss" in x)
-    rates = {"images_per_second", "data_wait"}
+    rates = {"images_per_second", "data_wait", "fetch_cpu_ms", "decode_cpu_ms", "crop_cpu_ms"}
     schedules = {"lr", "weight_decay", "teacher_momentum", "teacher_temp", "epoch"}
     for name in {"grad_norm", "teacher_entropy", "kl"} | rates | schedules:
         assert isinstance(step[name], float), name

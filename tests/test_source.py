@@ -193,7 +193,7 @@ def test_an_unreachable_image_is_given_up_alone(proxy: FaultProxy, s3: S3Server,
 def test_a_forbidden_image_ends_the_fetch_at_once(
     proxy: FaultProxy, s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "READ_SECONDS", 1.0)
+    monkeypatch.setattr(s3_module, "READ_SECONDS", 15.0)  # far longer than a busy machine takes to refuse one
     put_all(s3, bucket, {f"{number:02}.jpg": b"data" for number in range(60)})
     source = source_of(f"s3://{bucket}", fetch_concurrency=16, fetch_attempts=1)
     proxy.fail("forbid", pattern=r"\.jpg")

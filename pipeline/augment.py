@@ -1,0 +1,136 @@
+"""What an augment actor does: positions in, columns of crops out. Fetches ahead, crops on threads. No Ray here.
+
+Stands between the source and the blocks that Ray Data carries (dataset.py). The kernels work without the
+interpreter's lock, so one actor with n CPUs crops on n threads, each with its own scratch memory, while other
+threads fetch; a node needs few actors and a block is written in place by all threads.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.settings import DataError
+from pipeline.crop_params import sample
+from pipeline.crops import Crops, crop_rng, cut, decode_for
+from pipeline.crops_config import CropsConfig
+from pipeline.decode import BadImage
+from pipeline.encoded import open_image
+from pipeline.order import Order
+from pipeline.source import Fetched, Source, Status
+
+_MAX_SUBSTITUTES = 16
+
+STAGES = ("fetch", "decode", "crop")
+"""What the column `cpu_ms` tells of each image: CPU milliseconds of the thread that did it."""
+
+
+def crop_threads(cpus: float) -> int:
+    """Threads that crop in an actor of so many CPUs: one per whole CPU, at least one."""
+    return max(1, int(cpus))
+
+
+class Croppers:
+    """The threads of an actor that decode and crop."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads, "crop")
+
+    def for_each(self, work: Any, items: Iterator[Any]) -> None:
+        """Call `work` with each item as it comes, on all threads; the first error ends it and is raised."""
+        turn, failed = threading.Lock(), threading.Event()
+
+        def loop() -> None:
+            while not failed.is_set():
+                with turn:
+                    item = next(items, None)
+                if item is None:
+                    return
+                try:
+                    work(*item)
+                except BaseException:
+                    failed.set()
+                    raise
+
+        for done in [self._pool.submit(loop) for _ in range(self.num_threads)]:
+            done.result()
+
+
+class Augmenter:
+    """Crops the images at given positions of the stream. A function of (seed, epoch, key) in what it makes."""
+
+    def __init__(
+        self, source: Source, order: Order, crops: CropsConfig, *, seed: int, num_threads: int
+    ) -> None:
+        self._source, self._order, self._crops, self._seed = source, order, crops, seed
+        self._croppers = Croppers(num_threads)
+
+    def block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Positions [n] -> columns `global_crops` [n, G, H, W, 3], `local_crops` [n, L, h, w, 3] uint8,
+        `position` int64, `status` int8, `note` (JSON of key and reason where status is not OK, else empty) and
+        `cpu_ms` float32 [n, 3], see STAGES.
+
+        A bad image is replaced by the next readable one in the epoch's order and its row says so. Raises
+        DataError when none of the next 16 is readable either. Several calls may run at once.
+        """
+        c, n = self._crops, len(positions)
+        epochs, images = self._order.locate(positions)
+        columns: dict[str, NDArray[Any]] = {
+            "global_crops": np.empty(
+                (n, c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8
+            ),
+            "local_crops": np.empty(
+                (n, c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8
+            ),
+            "position": positions,
+            "status": np.zeros(n, np.int8),
+            "note": np.full(n, "", dtype=object),
+            "cpu_ms": np.zeros((n, len(STAGES)), np.float32),
+        }
+
+        def crop(row: int, fetched: Fetched) -> None:
+            out = Crops(columns["global_crops"][row], columns["local_crops"][row])
+            cpu_ms, epoch = columns["cpu_ms"][row], int(epochs[row])
+            reason = self._crop(fetched, fetched.key, epoch, out, cpu_ms)
+            if reason is None:
+                return
+            for attempt in range(1, _MAX_SUBSTITUTES + 1):
+                other = self._source.fetch([self._order.substitute(int(positions[row]), attempt)])[0]
+                # The key of the image that was asked for seeds the crops: a stand-in never repeats its own.
+                if self._crop(other, fetched.key, epoch, out, cpu_ms) is None:
+                    break
+            else:
+                raise DataError(
+                    f"{self._source.config.path}: {fetched.key} and the {_MAX_SUBSTITUTES} images after it are "
+                    f"unreadable ({reason}); check data.path"
+                )
+            columns["status"][row] = fetched.status if fetched.data is None else Status.CORRUPT
+            columns["note"][row] = json.dumps({"key": fetched.key, "reason": reason})
+
+        self._croppers.for_each(crop, self._source.arrivals(images.tolist()))
+        columns["cpu_ms"][:, 0] = 1000 * self._source.take_cpu_seconds() / max(1, n)
+        return columns
+
+    def _crop(
+        self, image: Fetched, key: str, epoch: int, out: Crops, cpu_ms: NDArray[np.float32]
+    ) -> str | None:
+        """Crop an image into `out` as `key` says; the reason if that cannot be."""
+        if image.data is None:
+            return image.reason
+        begin = time.thread_time()
+        try:
+            encoded = open_image(image.data, max_pixels=self._source.config.max_pixels)
+            params = sample(crop_rng(self._seed, epoch, key), encoded.width, encoded.height, self._crops)
+            picture = decode_for(params, encoded)
+        except BadImage as error:
+            return error.reason
+        decoded = time.thread_time()
+        cut(picture, params, out)
+        cpu_ms[1:] += (1000 * (decoded - begin), 1000 * (time.thread_time() - decoded))
+        return None

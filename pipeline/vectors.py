@@ -1,0 +1,247 @@
+"""The inner loops of the crop kernel, spelt out in LLVM's portable vectors.
+
+LLVM by itself vectorises no loop that sums in 16 bits over a number of taps it cannot see, and two such loops
+are most of what a crop costs. It makes AVX2, AVX-512 or NEON of what is written here. Each function takes
+addresses, reads and writes whole vectors, past the end of a row too: the kernel leaves room for that. Needs
+numba; knows nothing of crops.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+"""Pixels of a tile's side, and 16-bit numbers in a vector."""
+ROW_BYTES = 64
+"""Bytes of a picture's row that `weigh_rows` takes at once."""
+BOX_BYTES = 32
+"""Bytes that `box` takes at once."""
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_ADDRESS = types.intp
+
+
+def _constant(element: ir.Type, lanes: int, value: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(element, lanes), [value] * lanes)
+
+
+def _mask(indices: Iterable[int]) -> ir.Constant:
+    order = list(indices)
+    return ir.Constant(ir.VectorType(_I32, len(order)), order)
+
+
+class _Code:
+    """A few words for a builder: addresses are 64-bit integers, offsets are in bytes."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.b = builder
+
+    def at(self, address: Any, offset: Any = 0) -> Any:
+        return self.b.add(address, ir.Constant(_I64, offset) if isinstance(offset, int) else offset)
+
+    def times(self, value: Any, factor: int) -> Any:
+        return self.b.mul(value, ir.Constant(_I64, factor))
+
+    def load(self, kind: ir.Type, address: Any) -> Any:
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=1)
+
+    def store(self, value: Any, address: Any) -> None:
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=1)
+
+    def splat(self, value: Any, lanes: int) -> Any:
+        one = self.b.insert_element(
+            ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, ir.Constant(_I32, 0)
+        )
+        return self.b.shuffle_vector(one, one, _mask([0] * lanes))
+
+    def multiply_high(self, a: Any, b: Any) -> Any:
+        """Upper half of the 32-bit products of int16 vectors: one instruction where there is one."""
+        lanes = a.type.count
+        wide = ir.VectorType(_I32, lanes)
+        product = self.b.mul(self.b.sext(a, wide), self.b.sext(b, wide))
+        return self.b.trunc(self.b.ashr(product, _constant(_I32, lanes, 16)), a.type)
+
+    def clamp(self, value: Any, low: int, high: int) -> Any:
+        for sign, bound in ((">", low), ("<", high)):
+            limit = _constant(value.type.element, value.type.count, bound)
+            value = self.b.select(self.b.icmp_signed(sign, value, limit), value, limit)
+        return value
+
+    def accumulators(self, start: Any, number: int) -> list[Any]:
+        """Registers for sums, all beginning at the vector `start`."""
+        registers = [cgutils.alloca_once(self.b, start.type) for _ in range(number)]
+        for register in registers:
+            self.b.store(start, register)
+        return registers
+
+    def transpose(self, rows: list[Any], lane: int) -> list[Any]:
+        """Transpose `lane` vectors within each group of `lane` of their elements, by interleaving."""
+        lanes, half = rows[0].type.count, lane // 2
+        # The lower halves of all groups woven together, then the upper ones; `lanes + i` is of the second vector.
+        masks = [
+            _mask(
+                [
+                    i + side
+                    for g in range(0, lanes, lane)
+                    for i in range(g + f, g + f + half)
+                    for side in (0, lanes)
+                ]
+            )
+            for f in (0, half)
+        ]
+        for _ in range(lane.bit_length() - 1):
+            pairs = zip(rows[:half], rows[half:], strict=True)
+            rows = [self.b.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
+        return rows
+
+
+def _void(write: Callable[..., None], num_arguments: int) -> Any:
+    """Signature and generator of a function of addresses and integers that returns nothing."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        write(_Code(builder), *arguments)
+        return context.get_dummy_value()
+
+    return types.void(*[_ADDRESS] * num_arguments), emit
+
+
+@intrinsic
+def weigh_rows(typingctx: Any, source: Any, stride: Any, weights: Any, taps: Any, bias: Any, out: Any) -> Any:
+    """Weighted sum of `taps` rows of 64 uint8, `stride` bytes apart: out int16 [64] = 128 * the sum.
+
+    Weights are int16 in 1/16384, since at an edge one may be above 1. Each product is cut off by less than a unit:
+    `bias` makes up for that. Values beyond 0 to 255 become these, as they do in PIL between the passes.
+    """
+
+    def write(c: _Code, source: Any, stride: Any, weights: Any, taps: Any, bias: Any, out: Any) -> None:
+        words = ir.VectorType(_I16, ROW_BYTES)
+        (total,) = c.accumulators(c.splat(c.b.trunc(bias, _I16), ROW_BYTES), 1)
+        with cgutils.for_range(c.b, taps) as loop:
+            row = c.load(ir.VectorType(_I8, ROW_BYTES), c.at(source, c.b.mul(loop.index, stride)))
+            row = c.b.shl(c.b.zext(row, words), _constant(_I16, ROW_BYTES, 7))
+            weight = c.splat(c.load(_I16, c.at(weights, c.times(loop.index, 2))), ROW_BYTES)
+            c.b.store(c.b.add(c.b.load(total), c.multiply_high(row, weight)), total)
+        whole = c.clamp(c.b.load(total), 0, 32 * 255)
+        c.store(c.b.shl(whole, _constant(_I16, ROW_BYTES, 2)), out)  # as far up as 16 bits allow
+
+    return _void(write, 6)
+
+
+@intrinsic
+def weigh_columns(
+    typingctx: Any, source: Any, weights: Any, taps: Any, bias: Any, out: Any, out_stride: Any
+) -> Any:
+    """Weighted sum of `taps` pixels, each int16 [3, 16] as `weigh_rows` makes them, to three uint8 [16].
+
+    Rounded if `bias` holds 16, a half of what is cut off; values beyond 0 to 255 become these.
+    """
+
+    def write(c: _Code, source: Any, weights: Any, taps: Any, bias: Any, out: Any, out_stride: Any) -> None:
+        words = ir.VectorType(_I16, LANES)
+        totals = c.accumulators(c.splat(c.b.trunc(bias, _I16), LANES), 3)
+        with cgutils.for_range(c.b, taps) as loop:
+            weight = c.splat(c.load(_I16, c.at(weights, c.times(loop.index, 2))), LANES)
+            pixel = c.at(source, c.times(loop.index, 3 * 2 * LANES))
+            for channel, total in enumerate(totals):
+                values = c.load(words, c.at(pixel, 2 * LANES * channel))
+                c.b.store(c.b.add(c.b.load(total), c.multiply_high(values, weight)), total)
+        for channel, total in enumerate(totals):
+            value = c.clamp(c.b.ashr(c.b.load(total), _constant(_I16, LANES, 5)), 0, 255)
+            place = c.at(out, c.times(out_stride, channel))
+            c.store(c.b.trunc(value, ir.VectorType(_I8, LANES)), place)
+
+    return _void(write, 6)
+
+
+@intrinsic
+def transpose_words(typingctx: Any, source: Any, source_stride: Any, out: Any, out_stride: Any) -> Any:
+    """Transpose int16 [16, 16]; strides in bytes."""
+
+    def write(c: _Code, source: Any, source_stride: Any, out: Any, out_stride: Any) -> None:
+        half = LANES // 2
+        for left in (0, half):
+            # Rows i and i + 8 side by side: machines shuffle cheaply within 128 bits only.
+            rows = [
+                c.b.shuffle_vector(
+                    *(
+                        c.load(
+                            ir.VectorType(_I16, half),
+                            c.at(c.at(source, c.times(source_stride, row)), 2 * left),
+                        )
+                        for row in (i, i + half)
+                    ),
+                    _mask(range(LANES)),
+                )
+                for i in range(half)
+            ]
+            for i, row in enumerate(c.transpose(rows, half)):
+                c.store(row, c.at(out, c.times(out_stride, left + i)))
+
+    return _void(write, 4)
+
+
+@intrinsic
+def transpose_bytes(typingctx: Any, source: Any, source_stride: Any, out: Any, out_stride: Any) -> Any:
+    """Transpose uint8 [16, 16]; strides in bytes."""
+
+    def write(c: _Code, source: Any, source_stride: Any, out: Any, out_stride: Any) -> None:
+        kind = ir.VectorType(_I8, LANES)
+        rows = [c.load(kind, c.at(source, c.times(source_stride, i))) for i in range(LANES)]
+        for i, row in enumerate(c.transpose(rows, LANES)):
+            c.store(row, c.at(out, c.times(out_stride, i)))
+
+    return _void(write, 4)
+
+
+@intrinsic
+def weave(typingctx: Any, red: Any, green: Any, blue: Any, out: Any) -> Any:
+    """Three uint8 [16] to uint8 [16, 3]."""
+
+    def write(c: _Code, red: Any, green: Any, blue: Any, out: Any) -> None:
+        r, g, b = (c.load(ir.VectorType(_I8, LANES), address) for address in (red, green, blue))
+        first = c.b.shuffle_vector(r, g, _mask(range(2 * LANES)))
+        second = c.b.shuffle_vector(b, b, _mask(range(2 * LANES)))
+        order = [LANES * channel + i for i in range(LANES) for channel in range(3)]
+        c.store(c.b.shuffle_vector(first, second, _mask(order)), out)
+
+    return _void(write, 4)
+
+
+@intrinsic
+def box(
+    typingctx: Any,
+    first: Any,
+    stride: Any,
+    count: Any,
+    left: Any,
+    right: Any,
+    inner: Any,
+    outer: Any,
+    out: Any,
+) -> Any:
+    """One step of a box filter, uint8 [32]: (inner * sum of `count` rows + outer * (left + right)) / 2^24, rounded."""
+
+    def write(
+        c: _Code, first: Any, stride: Any, count: Any, left: Any, right: Any, inner: Any, outer: Any, out: Any
+    ) -> None:
+        kind, words, wide = (ir.VectorType(element, BOX_BYTES) for element in (_I8, _I16, _I32))
+
+        def load(address: Any) -> Any:
+            return c.b.zext(c.load(kind, address), words)
+
+        def scaled(total: Any, weight: Any) -> Any:
+            return c.b.mul(c.b.zext(total, wide), c.splat(c.b.trunc(weight, _I32), BOX_BYTES))
+
+        (total,) = c.accumulators(load(first), 1)
+        with cgutils.for_range(c.b, c.b.sub(count, ir.Constant(_I64, 1))) as loop:
+            row = load(c.at(c.at(first, stride), c.b.mul(loop.index, stride)))
+            c.b.store(c.b.add(c.b.load(total), row), total)
+        mixed = c.b.add(scaled(c.b.load(total), inner), scaled(c.b.add(load(left), load(right)), outer))
+        rounded = c.b.add(mixed, _constant(_I32, BOX_BYTES, 1 << 23))
+        c.store(c.b.trunc(c.b.lshr(rounded, _constant(_I32, BOX_BYTES, 24)), kind), out)
+
+    return _void(write, 8)
