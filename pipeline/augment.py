@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.settings import DataError
-from pipeline.crop_params import sample
-from pipeline.crops import Crops, crop_rng, cut, decode_for
+from pipeline.crop_params import sample_image
+from pipeline.crops import Crops, cut, decode_for
 from pipeline.crops_config import CropsConfig
 from pipeline.decode import BadImage
 from pipeline.encoded import open_image
@@ -126,7 +126,7 @@ class Augmenter:
         begin = time.thread_time()
         try:
             encoded = open_image(image.data, max_pixels=self._source.config.max_pixels)
-            params = sample(crop_rng(self._seed, epoch, key), encoded.width, encoded.height, self._crops)
+            params = sample_image(self._seed, epoch, key, encoded.width, encoded.height, self._crops)
             picture = decode_for(params, encoded)
         except BadImage as error:
             return error.reason

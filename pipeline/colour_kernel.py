@@ -90,7 +90,7 @@ def turn_hue(red: Plane, green: Plane, blue: Plane, n: int, shift: int) -> None:
 
 @compiled
 def _share(h: float) -> float:
-    """How much of the lack a channel has whose own hue is 5 on a circle of 6: all of it from 1 to 3, none from 4 to 6."""
+    """The part of the lack of a channel whose own hue is 5 on a circle of 6: all of it from 1 to 3, none at 4 to 6."""
     h = h - _F(6) if h >= _F(6) else h
     return max(_F(0), min(min(h, _F(4) - h), _F(1)))
 
@@ -108,12 +108,13 @@ def box_weights(sigma: float) -> tuple[int, int, int]:
     """(whole pixels either side, their weight, that of the two at the ends) in 2^-24, of one of three boxes.
 
     Gwosdek et al., Theoretical foundations of Gaussian convolution by extended box filtering (SSVM 2011), eq. 7,
-    11 and 14; with PIL's float32, so that the weights are its own.
+    11 and 14; rounded to float32 wherever PIL does, so that the weights are its own.
     """
-    variance = sigma * sigma / 3.0
-    whole = math.floor((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    end = (2 * whole + 1) * (whole * (whole + 1) - 3.0 * variance) / (6.0 * (variance - (whole + 1) ** 2))
-    radius = _F(whole + end)
+    variance = _F(sigma) * _F(sigma) / _F(3)
+    length = _F(math.sqrt(12.0 * np.float64(variance) + 1.0))
+    full = _F(math.floor((np.float64(length) - 1.0) / 2.0))
+    end = (_F(2) * full + _F(1)) * (full * (full + _F(1)) - _F(3) * variance)
+    radius = full + end / (_F(6) * (variance - (full + _F(1)) * (full + _F(1))))
     whole = int(radius)
     inner = int(_F(1 << 24) / (radius * _F(2) + _F(1)))
     return whole, inner, ((1 << 24) - (2 * whole + 1) * inner) // 2

@@ -27,7 +27,14 @@ except Exception as error:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_SOURCES = ("vectors.py", "crop_kernel.py", "colour_kernel.py", "crop_params.py", "compiled.py")
+_SOURCES = (
+    "vectors.py",
+    "crop_kernel.py",
+    "colour_kernel.py",
+    "crop_params.py",
+    "random_rows.py",
+    "compiled.py",
+)
 
 
 def compiled(function: Function) -> Function:

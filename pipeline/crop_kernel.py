@@ -24,7 +24,16 @@ from pipeline.colour_kernel import (
     turn_hue,
 )
 from pipeline.compiled import compiled, compiled_and_kept
-from pipeline.vectors import LANES, ROW_BYTES, transpose_words, weave, weigh_columns, weigh_rows
+from pipeline.vectors import (
+    LANES,
+    ROW_BYTES,
+    STRIP,
+    transpose_words,
+    weave,
+    weigh_columns,
+    weigh_half_columns,
+    weigh_rows,
+)
 
 SLACK = 2 * ROW_BYTES
 """Bytes that must be readable behind a picture, and writable behind a plane."""
@@ -47,21 +56,21 @@ class Scratch:
         self, width: int, table: npt.NDArray[np.float64], filter_width: float
     ) -> tuple[npt.NDArray[Any], ...]:
         """What `crop_all` works in for a picture of `width` columns."""
-        size = int(table[:, columns.SIZE].max())
+        _, most, size, sigma = columns.measure(table)
         pitch = -(-size // LANES) * LANES
-        sides = table[:, columns.HEIGHT : columns.WIDTH + 1] / table[:, columns.SIZE : columns.SIZE + 1]
-        taps = int(2 * filter_width * max(1.0, sides.max())) + 3
-        pads = 2 * (int(max(0.0, table[:, columns.SIGMA].max())) + 3)
+        taps = int(2 * filter_width * max(1.0, most)) + 3
+        pads = 2 * (int(sigma) + 3)
         plane = pitch * pitch + SLACK
-        values = self._array("filter", taps, np.float64)
         return (
-            self._array("tile", LANES * ROW_BYTES, np.int16),
-            self._array("columns", (3 * width + 2 * ROW_BYTES) * LANES, np.int16),
+            self._array("tile", STRIP * ROW_BYTES, np.int16),
+            self._array("columns", (3 * width + 2 * ROW_BYTES) * STRIP, np.int16),
             self._array("planes", 6 * plane, np.uint8),
             self._array("blurred", 2 * ((pitch + pads) * pitch + SLACK), np.uint8),
-            self._array("places", 4 * pitch, np.int64),
-            self._array("weights", 2 * pitch * len(values), np.int16),
-            values,
+            self._array("places", 2 * pitch, np.int64),
+            self._array("counts", 2 * pitch, np.int32),
+            self._array("weights", 2 * pitch * taps, np.int16),
+            self._array("values", pitch * taps, np.float32),
+            self._array("sums", 3 * pitch, np.float32),
         )
 
     def _array(self, name: str, size: int, dtype: Any) -> npt.NDArray[Any]:
@@ -72,98 +81,104 @@ class Scratch:
 
 
 @compiled
-def filter_weight(distance: float, bilinear: bool) -> float:
-    """The filter at a distance from its centre: PIL's bicubic (a = -1/2), or a triangle."""
-    x = abs(distance)
-    if bilinear:
-        return max(0.0, 1.0 - x)
-    if x < 1.0:
-        return (1.5 * x - 2.5) * x * x + 1.0
-    if x < 2.0:
-        return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-    return 0.0
-
-
-@compiled
 def weigh_axis(
-    start: float,
-    length: float,
-    size: int,
-    limit: int,
-    bilinear: bool,
-    lows: Any,
-    counts: Any,
-    weights: Any,
-    values: Any,
+    start: float, length: float, size: int, limit: int, bilinear: bool, pitch: int,
+    lows: Any, counts: Any, weights: Any, values: Any, sums: Any,
 ) -> tuple[int, int]:  # fmt: skip
     """Which source pixels make each of `size` target pixels along one axis, and their weights, which sum to 1.
 
-    A box ends where it ends: what lies beyond it in the picture is not seen. Returns its whole pixels, [low, high).
+    `lows` and `counts` [size] say which, `weights` int16 [most taps, pitch] how much. A box ends where it ends: what
+    lies beyond it in the picture is not seen. Returns its whole pixels, [low, high).
     """
     low, high = math.floor(start), min(math.ceil(start + length), limit)
     scale = length / size
     stretch = max(1.0, scale)
     inverse = 1.0 / stretch
     support = (1.0 if bilinear else 2.0) * stretch
+    offsets, totals = sums[:pitch], sums[pitch : 2 * pitch]
+    most = 1
     for i in range(size):
         center = start + (i + 0.5) * scale
         first = min(max(low, int(center - support + 0.5)), high - 1)
-        taps = max(min(high, int(center + support + 0.5)), first + 1) - first
-        total = 0.0
-        for t in range(taps):
-            values[t] = filter_weight((t + first - center + 0.5) * inverse, bilinear)
-            total += values[t]
-        if total == 0.0:
-            values[0] = total = 1.0
-        rest, best, norm = _ONE, 0, _ONE / total
-        for t in range(taps):
-            weight = math.floor(values[t] * norm + 0.5)
-            rest -= weight
-            weights[i, t] = weight
-            if values[t] > values[best]:
-                best = t
-        weights[i, best] += rest
-        lows[i], counts[i] = first, taps
+        count = max(min(high, int(center + support + 0.5)), first + 1) - first
+        lows[i], counts[i] = first, count
+        offsets[i] = (first - center + 0.5) * inverse
+        most = max(most, count)
+    totals[:size] = 0
+    # From here tap by tap, for all targets at once: so that it is vectorised.
+    for t in range(most):
+        row, at = values[t * pitch : (t + 1) * pitch], np.float32(t * inverse)
+        for i in range(size):
+            x = abs(offsets[i] + at)
+            near = (np.float32(1.5) * x - np.float32(2.5)) * x * x + np.float32(1)
+            far = ((np.float32(-0.5) * x + np.float32(2.5)) * x - np.float32(4)) * x + np.float32(2)
+            value = near if x < np.float32(1) else far
+            if bilinear:
+                value = np.float32(1) - x
+            value = value if x < np.float32(1 if bilinear else 2) else np.float32(0)
+            value = value if t < counts[i] else np.float32(0)
+            row[i] = value
+            totals[i] += value
+    rests = sums[2 * pitch : 3 * pitch]
+    rests[:size] = _ONE
+    for t in range(most):
+        row, out = values[t * pitch : (t + 1) * pitch], weights[t * pitch : (t + 1) * pitch]
+        for i in range(size):
+            weight = np.int32(row[i] * (np.float32(_ONE) / totals[i]) + np.float32(_ONE + 0.5)) - np.int32(
+                _ONE
+            )
+            out[i] = weight
+            rests[i] -= np.float32(weight)
+    for i in range(size):  # what rounding left goes to the pixel in the middle
+        middle = min(max(0, int(start + (i + 0.5) * scale) - lows[i]), counts[i] - 1)
+        weights[middle * pitch + i] += np.int16(rests[i])
     return low, high
 
 
 @compiled
 def resample(
     picture_at: int, stride: int, height: int, width: int, crop: Any, pitch: int, plane_bytes: int, planes: Any,
-    bilinear: bool, tile: Any, turned: Any, places: Any, weights: Any, values: Any,
+    bilinear: bool, tile: Any, turned: Any, places: Any, counts: Any, weights: Any, values: Any, sums: Any,
 ) -> None:  # fmt: skip
     """Filter a box of the picture into three planes, x over rows, mirrored if the crop is."""
     size = int(crop[columns.SIZE])
-    tops, row_taps, lefts, taps = places[:pitch], places[pitch:], places[2 * pitch :], places[3 * pitch :]
-    row_weights, column_weights = weights[0], weights[1]
+    tops, lefts, row_taps, taps = places[:pitch], places[pitch:], counts[:pitch], counts[pitch:]
+    half = len(weights) // 2
+    row_weights, column_weights = weights[:half], weights[half:]
     weigh_axis(
-        crop[columns.TOP], crop[columns.HEIGHT], size, height, bilinear, tops, row_taps, row_weights, values
-    )
+        crop[columns.TOP], crop[columns.HEIGHT], size, height, bilinear, pitch,
+        tops, row_taps, row_weights, values, sums,
+    )  # fmt: skip
     left, right = weigh_axis(
-        crop[columns.LEFT], crop[columns.WIDTH], size, width, bilinear, lefts, taps, column_weights, values
-    )
+        crop[columns.LEFT], crop[columns.WIDTH], size, width, bilinear, pitch,
+        lefts, taps, column_weights, values, sums,
+    )  # fmt: skip
     source_at = picture_at + 3 * left
-    weights_stride = 2 * row_weights.shape[1]
     row_weights_at, column_weights_at = row_weights.ctypes.data, column_weights.ctypes.data
     tile_at, turned_at, planes_at = tile.ctypes.data, turned.ctypes.data, planes.ctypes.data
-    for block in range(0, size, LANES):
+    for strip in range(0, size, STRIP):
+        rows = STRIP if size - strip > LANES else LANES
         for chunk in range(0, 3 * (right - left), ROW_BYTES):
-            for i in range(LANES):
-                y = min(block + i, size - 1)
+            for i in range(rows):
+                y = min(strip + i, size - 1)
                 weigh_rows(
-                    source_at + tops[y] * stride + chunk, stride,
-                    row_weights_at + y * weights_stride, row_taps[y], row_taps[y] >> 1, tile_at + 2 * i * ROW_BYTES,
+                    source_at + tops[y] * stride + chunk, stride, row_weights_at + 2 * y, 2 * pitch,
+                    row_taps[y], row_taps[y] >> 1, tile_at + 2 * i * ROW_BYTES,
                 )  # fmt: skip
-            for i in range(0, ROW_BYTES, LANES):
-                transpose_words(
-                    tile_at + 2 * i, 2 * ROW_BYTES, turned_at + (chunk + i) * 2 * LANES, 2 * LANES
-                )
+            for i in range(0, rows, LANES):
+                for j in range(0, ROW_BYTES, LANES):
+                    transpose_words(
+                        tile_at + 2 * (i * ROW_BYTES + j), 2 * ROW_BYTES,
+                        turned_at + 2 * ((chunk + j) * STRIP + i), 2 * STRIP,
+                    )  # fmt: skip
         for x in range(size):
             row = size - 1 - x if crop[columns.FLIP] else x
-            weigh_columns(
-                turned_at + (lefts[x] - left) * 3 * 2 * LANES, column_weights_at + x * weights_stride, taps[x],
-                (taps[x] >> 1) + 16, planes_at + row * pitch + block, plane_bytes,
-            )  # fmt: skip
+            source, out = turned_at + (lefts[x] - left) * 3 * 2 * STRIP, planes_at + row * pitch + strip
+            weights_at, bias = column_weights_at + 2 * x, (taps[x] >> 1) + 16
+            if rows == STRIP:
+                weigh_columns(source, weights_at, 2 * pitch, taps[x], bias, out, plane_bytes)
+            else:
+                weigh_half_columns(source, weights_at, 2 * pitch, taps[x], bias, out, plane_bytes)
 
 
 @compiled
@@ -204,7 +219,8 @@ def write(red: Any, green: Any, blue: Any, size: int, pitch: int, out: Any) -> N
 def crop_all(
     picture: Any, height: int, width: int, table: Any, bilinear: bool, num_global_crops: int,
     global_crops: Any, local_crops: Any,
-    tile: Any, turned: Any, planes: Any, blurred: Any, places: Any, weights: Any, values: Any,
+    tile: Any, turned: Any, planes: Any, blurred: Any,
+    places: Any, counts: Any, weights: Any, values: Any, sums: Any,
 ) -> None:  # fmt: skip
     """Make the crops of `table` [V, ...] from a picture, flat uint8 [height * width * 3 + SLACK] RGB."""
     for v in range(len(table)):
@@ -212,10 +228,9 @@ def crop_all(
         size = int(crop[columns.SIZE])
         pitch = -(-size // LANES) * LANES
         plane = pitch * pitch + SLACK
-        taps = len(values)
         resample(
             picture.ctypes.data, 3 * width, height, width, crop, pitch, plane, planes, bilinear,
-            tile, turned, places, weights[: 2 * pitch * taps].reshape(2, pitch, taps), values,
+            tile, turned, places, counts, weights, values, sums,
         )  # fmt: skip
         red, green, blue = planes[:plane], planes[plane : 2 * plane], planes[2 * plane : 3 * plane]
         colour(crop, red, green, blue, size, pitch)

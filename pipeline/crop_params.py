@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.compiled import compiled, compiled_and_kept
+from pipeline.compiled import MISSING, compiled, compiled_and_kept
 from pipeline.crops_config import CropsConfig, crop_kinds
+from pipeline.random_rows import crop_rng, fill_uniform, image_digest
 
 Table = npt.NDArray[np.float64]
 
@@ -80,6 +81,17 @@ def sample(rng: np.random.Generator, width: int, height: int, config: CropsConfi
     kinds = _kinds_table(config)
     table = np.zeros((len(kinds), _NUM_COLUMNS))
     _draw(rng.random((len(kinds), _NUM_UNIFORMS)), width, height, kinds, _ORDERS, table)
+    return CropParams(width, height, table, config)
+
+
+def sample_image(seed: int, epoch: int, key: str, width: int, height: int, config: CropsConfig) -> CropParams:
+    """`sample` with `crop_rng(seed, epoch, key)`, faster where code is compiled."""
+    if MISSING:
+        return sample(crop_rng(seed, epoch, key), width, height, config)
+    kinds = _kinds_table(config)
+    table = np.zeros((len(kinds), _NUM_COLUMNS))
+    digest = np.frombuffer(image_digest(seed, epoch, key), "<u8")
+    _draw_from(digest, width, height, kinds, _ORDERS, table)
     return CropParams(width, height, table, config)
 
 
@@ -160,6 +172,33 @@ def _draw(
         crop[SIGMA] = _between(kind[_BLUR_SIGMA], kind[_BLUR_SIGMA + 1], u[9]) if blurred else -1.0
         crop[SOLARIZE] = kind[_THRESHOLD] if u[10] < kind[_SOLARIZE_PROB] else 256.0
         crop[SIZE] = kind[_SIDE]
+
+
+@compiled_and_kept
+def _draw_from(
+    digest: npt.NDArray[np.uint64],
+    width: int,
+    height: int,
+    kinds: Table,
+    orders: npt.NDArray[np.int64],
+    table: Table,
+) -> None:
+    """`_draw` with the random numbers of an image."""
+    uniforms = np.empty((len(table), _NUM_UNIFORMS))
+    fill_uniform(digest[0], digest[1], uniforms)
+    _draw(uniforms, width, height, kinds, orders, table)
+
+
+@compiled_and_kept
+def measure(table: Table) -> tuple[float, float, int, float]:
+    """(lowest side of a region per pixel of its crop, highest, highest size, highest sigma)."""
+    least, most, size, sigma = math.inf, 0.0, 0.0, 0.0
+    for v in range(len(table)):
+        crop = table[v]
+        least = min(least, min(crop[HEIGHT], crop[WIDTH]) / crop[SIZE])
+        most = max(most, max(crop[HEIGHT], crop[WIDTH]) / crop[SIZE])
+        size, sigma = max(size, crop[SIZE]), max(sigma, crop[SIGMA])
+    return least, most, int(size), sigma
 
 
 def _one_crop(row: list[float]) -> OneCrop:

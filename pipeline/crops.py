@@ -8,7 +8,6 @@ nothing of storage or Ray.
 Axis letters: G global crops, L local crops, H W the image, S the side of a crop.
 """
 
-import hashlib
 import logging
 import threading
 from functools import cache
@@ -21,9 +20,10 @@ import torch
 
 from models.settings import ConfigError
 from pipeline import compiled, kernel_torch
-from pipeline.crop_params import HEIGHT, LEFT, SIZE, TOP, WIDTH, CropParams, sample
+from pipeline.crop_params import LEFT, TOP, WIDTH, CropParams, measure, sample
 from pipeline.crops_config import CropsConfig
 from pipeline.encoded import DENOMINATORS, Decoded, Encoded, open_image
+from pipeline.random_rows import crop_rng
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,6 @@ class Crops(NamedTuple):
 
     global_crops: Image
     local_crops: Image
-
-
-def crop_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """Random numbers for one image in one epoch: a function of the arguments alone, on any machine."""
-    # surrogatepass: the name of a local file need not be valid text.
-    text = f"{seed}/{epoch}/{key}".encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(text, digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def apply(image: bytes | Encoded, params: CropParams, *, out: Crops | None = None) -> Crops:
@@ -90,9 +82,8 @@ def multi_crop(image: Image, rng: np.random.Generator, config: CropsConfig) -> C
 
 def decode_denominator(params: CropParams) -> int:
     """Largest of 1, 2, 4 and 8 that leaves each region `decode_slack` pixels to one of its crop's side."""
-    sides = params.table[:, HEIGHT : WIDTH + 1].min(axis=1) / params.table[:, SIZE]
-    most = float(sides.min()) / params.config.decode_slack
-    return max((d for d in DENOMINATORS if d <= most), default=1)
+    least = measure(params.table)[0] / params.config.decode_slack
+    return max((d for d in DENOMINATORS if d <= least), default=1)
 
 
 def kernel_name(config: CropsConfig) -> str:

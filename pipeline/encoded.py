@@ -26,7 +26,7 @@ Pixels = npt.NDArray[np.uint8]
 DENOMINATORS = (1, 2, 4, 8)
 """Fractions of its size at which a JPEG is decoded: the ones whose inverse transforms are fast."""
 
-_EXIF, _EXIF_REACH, _ORIENTATION = b"Exif\0\0", 1 << 16, 0x0112
+_EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
 # EXIF orientation -> what makes the stored picture upright, and whether its width or height are then mirrored.
 _ROTATIONS: dict[int, tuple[Callable[[Any], Any], tuple[bool, bool]]] = {
     2: (lambda p: cv2.flip(p, 1), (True, False)),
@@ -118,7 +118,7 @@ def open_image(data: bytes, *, max_pixels: int, min_side: int = 1) -> Encoded:
 
 def _orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG, 1 to 8; 1 where nothing sensible is said."""
-    if data.find(_EXIF, 0, _EXIF_REACH) < 0:
+    if not _has_exif(data):
         return 1
     try:
         orientation = Image.open(io.BytesIO(data), formats=("JPEG", "MPO")).getexif().get(_ORIENTATION, 1)
@@ -126,3 +126,19 @@ def _orientation(data: bytes) -> int:
     except Exception:
         return 1
     return orientation if orientation in _ROTATIONS else 1
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a segment before a JPEG's pixels is EXIF: most files have none, and Pillow takes its time to say so."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xDA:  # the pixels
+            return False
+        if marker == 0xFF:  # filling
+            place += 1
+            continue
+        if data.startswith(_EXIF, place + 4):
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False

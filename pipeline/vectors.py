@@ -7,6 +7,7 @@ numba; knows nothing of crops.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -15,7 +16,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-"""Pixels of a tile's side, and 16-bit numbers in a vector."""
+"""Side of a tile that is transposed."""
+STRIP = 32
+"""Rows of a crop that are filtered together."""
 ROW_BYTES = 64
 """Bytes of a picture's row that `weigh_rows` takes at once."""
 BOX_BYTES = 32
@@ -110,51 +113,93 @@ def _void(write: Callable[..., None], num_arguments: int) -> Any:
 
 
 @intrinsic
-def weigh_rows(typingctx: Any, source: Any, stride: Any, weights: Any, taps: Any, bias: Any, out: Any) -> Any:
+def weigh_rows(
+    typingctx: Any,
+    source: Any,
+    stride: Any,
+    weights: Any,
+    weights_stride: Any,
+    taps: Any,
+    bias: Any,
+    out: Any,
+) -> Any:
     """Weighted sum of `taps` rows of 64 uint8, `stride` bytes apart: out int16 [64] = 128 * the sum.
 
     Weights are int16 in 1/16384, since at an edge one may be above 1. Each product is cut off by less than a unit:
     `bias` makes up for that. Values beyond 0 to 255 become these, as they do in PIL between the passes.
     """
 
-    def write(c: _Code, source: Any, stride: Any, weights: Any, taps: Any, bias: Any, out: Any) -> None:
+    def write(
+        c: _Code, source: Any, stride: Any, weights: Any, weights_stride: Any, taps: Any, bias: Any, out: Any
+    ) -> None:
         words = ir.VectorType(_I16, ROW_BYTES)
         (total,) = c.accumulators(c.splat(c.b.trunc(bias, _I16), ROW_BYTES), 1)
         with cgutils.for_range(c.b, taps) as loop:
             row = c.load(ir.VectorType(_I8, ROW_BYTES), c.at(source, c.b.mul(loop.index, stride)))
             row = c.b.shl(c.b.zext(row, words), _constant(_I16, ROW_BYTES, 7))
-            weight = c.splat(c.load(_I16, c.at(weights, c.times(loop.index, 2))), ROW_BYTES)
+            weight = c.load(_I16, c.at(weights, c.b.mul(loop.index, weights_stride)))
+            weight = c.splat(weight, ROW_BYTES)
             c.b.store(c.b.add(c.b.load(total), c.multiply_high(row, weight)), total)
         whole = c.clamp(c.b.load(total), 0, 32 * 255)
         c.store(c.b.shl(whole, _constant(_I16, ROW_BYTES, 2)), out)  # as far up as 16 bits allow
 
-    return _void(write, 6)
+    return _void(write, 7)
 
 
 @intrinsic
 def weigh_columns(
-    typingctx: Any, source: Any, weights: Any, taps: Any, bias: Any, out: Any, out_stride: Any
+    typingctx: Any,
+    source: Any,
+    weights: Any,
+    weights_stride: Any,
+    taps: Any,
+    bias: Any,
+    out: Any,
+    out_stride: Any,
 ) -> Any:
-    """Weighted sum of `taps` pixels, each int16 [3, 16] as `weigh_rows` makes them, to three uint8 [16].
+    """Weighted sum of `taps` pixels, each int16 [3, 32] as `weigh_rows` makes them, to three uint8 [32].
 
     Rounded if `bias` holds 16, a half of what is cut off; values beyond 0 to 255 become these.
     """
+    return _void(partial(_weigh_columns, STRIP), 7)
 
-    def write(c: _Code, source: Any, weights: Any, taps: Any, bias: Any, out: Any, out_stride: Any) -> None:
-        words = ir.VectorType(_I16, LANES)
-        totals = c.accumulators(c.splat(c.b.trunc(bias, _I16), LANES), 3)
-        with cgutils.for_range(c.b, taps) as loop:
-            weight = c.splat(c.load(_I16, c.at(weights, c.times(loop.index, 2))), LANES)
-            pixel = c.at(source, c.times(loop.index, 3 * 2 * LANES))
-            for channel, total in enumerate(totals):
-                values = c.load(words, c.at(pixel, 2 * LANES * channel))
-                c.b.store(c.b.add(c.b.load(total), c.multiply_high(values, weight)), total)
+
+@intrinsic
+def weigh_half_columns(
+    typingctx: Any,
+    source: Any,
+    weights: Any,
+    weights_stride: Any,
+    taps: Any,
+    bias: Any,
+    out: Any,
+    out_stride: Any,
+) -> Any:
+    """As `weigh_columns`, to the first half of the strip only."""
+    return _void(partial(_weigh_columns, STRIP // 2), 7)
+
+
+def _weigh_columns(
+    lanes: int,
+    c: _Code,
+    source: Any,
+    weights: Any,
+    stride: Any,
+    taps: Any,
+    bias: Any,
+    out: Any,
+    out_stride: Any,
+) -> None:
+    totals = c.accumulators(c.splat(c.b.trunc(bias, _I16), lanes), 3)
+    with cgutils.for_range(c.b, taps) as loop:
+        weight = c.splat(c.load(_I16, c.at(weights, c.b.mul(loop.index, stride))), lanes)
+        pixel = c.at(source, c.times(loop.index, 3 * 2 * STRIP))
         for channel, total in enumerate(totals):
-            value = c.clamp(c.b.ashr(c.b.load(total), _constant(_I16, LANES, 5)), 0, 255)
-            place = c.at(out, c.times(out_stride, channel))
-            c.store(c.b.trunc(value, ir.VectorType(_I8, LANES)), place)
-
-    return _void(write, 6)
+            values = c.load(ir.VectorType(_I16, lanes), c.at(pixel, 2 * STRIP * channel))
+            c.b.store(c.b.add(c.b.load(total), c.multiply_high(values, weight)), total)
+    for channel, total in enumerate(totals):
+        value = c.clamp(c.b.ashr(c.b.load(total), _constant(_I16, lanes, 5)), 0, 255)
+        c.store(c.b.trunc(value, ir.VectorType(_I8, lanes)), c.at(out, c.times(out_stride, channel)))
 
 
 @intrinsic
