@@ -55,8 +55,10 @@ def blur(image: Image, sigma: float) -> Image:
     box, nothing = _box_taps(sigma), np.ones(1, np.float32)
     # Rounded after every pass, as in PIL. One pass with the boxes' convolution takes a quarter of the time,
     # and below 1.5 pixels it leaves several per cent less of the finest detail.
-    for horizontal, vertical in [(box, nothing)] * 3 + [(nothing, box)] * 3:
-        image = cv2.sepFilter2D(image, -1, horizontal, vertical, borderType=cv2.BORDER_REPLICATE)
+    for _ in range(3):
+        image = cv2.filter2D(image, -1, box[None], borderType=cv2.BORDER_REPLICATE)
+    for _ in range(3):  # down the columns this one is the faster of the two, along the rows the other
+        image = cv2.sepFilter2D(image, -1, nothing, box, borderType=cv2.BORDER_REPLICATE)
     return image
 
 

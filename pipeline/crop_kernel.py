@@ -38,6 +38,8 @@ from pipeline.vectors import (
 SLACK = 2 * ROW_BYTES
 """Bytes that must be readable behind a picture, and writable behind a plane."""
 
+GROUP_BYTES = 8 * ROW_BYTES
+
 _ONE = 16384
 """A weight of 1."""
 
@@ -62,7 +64,7 @@ class Scratch:
         pads = 2 * (int(sigma) + 3)
         plane = pitch * pitch + SLACK
         return (
-            self._array("tile", STRIP * ROW_BYTES, np.int16),
+            self._array("tile", STRIP * GROUP_BYTES, np.int16),
             self._array("columns", (3 * width + 2 * ROW_BYTES) * STRIP, np.int16),
             self._array("planes", 6 * plane, np.uint8),
             self._array("blurred", 2 * ((pitch + pads) * pitch + SLACK), np.uint8),
@@ -158,18 +160,21 @@ def resample(
     tile_at, turned_at, planes_at = tile.ctypes.data, turned.ctypes.data, planes.ctypes.data
     for strip in range(0, size, STRIP):
         rows = STRIP if size - strip > LANES else LANES
-        for chunk in range(0, 3 * (right - left), ROW_BYTES):
+        # So many bytes of a row before the next row: long enough to be fetched ahead, short enough for the cache.
+        for group in range(0, 3 * (right - left), GROUP_BYTES):
+            end = min(group + GROUP_BYTES, 3 * (right - left))
             for i in range(rows):
                 y = min(strip + i, size - 1)
-                weigh_rows(
-                    source_at + tops[y] * stride + chunk, stride, row_weights_at + 2 * y, 2 * pitch,
-                    row_taps[y], row_taps[y] >> 1, tile_at + 2 * i * ROW_BYTES,
-                )  # fmt: skip
+                for chunk in range(group, end, ROW_BYTES):
+                    weigh_rows(
+                        source_at + tops[y] * stride + chunk, stride, row_weights_at + 2 * y, 2 * pitch,
+                        row_taps[y], row_taps[y] >> 1, tile_at + 2 * (i * GROUP_BYTES + chunk - group),
+                    )  # fmt: skip
             for i in range(0, rows, LANES):
-                for j in range(0, ROW_BYTES, LANES):
+                for j in range(group, end, LANES):
                     transpose_words(
-                        tile_at + 2 * (i * ROW_BYTES + j), 2 * ROW_BYTES,
-                        turned_at + 2 * ((chunk + j) * STRIP + i), 2 * STRIP,
+                        tile_at + 2 * (i * GROUP_BYTES + j - group), 2 * GROUP_BYTES,
+                        turned_at + 2 * (j * STRIP + i), 2 * STRIP,
                     )  # fmt: skip
         for x in range(size):
             row = size - 1 - x if crop[columns.FLIP] else x

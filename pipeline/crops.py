@@ -69,7 +69,7 @@ def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops
         np.empty((c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8),
         np.empty((c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8),
     )
-    kernel = _cut_torch if kernel_name(c) == "torch" else _cut_numba
+    kernel = kernel_torch.cut if kernel_name(c) == "torch" else _cut_numba
     kernel(picture, params, out)
     return out
 
@@ -110,17 +110,6 @@ def limit_threads() -> None:
     """Give this process one thread for OpenCV and one for torch: augment actors are the parallelism."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-
-
-def _cut_torch(picture: Decoded, params: CropParams, out: Crops) -> None:
-    for target, crop in zip([*out.global_crops, *out.local_crops], params.crops, strict=True):
-        target[:] = kernel_torch.apply_crop(
-            picture.pixels,
-            crop,
-            interpolation=params.config.interpolation,
-            denominator=picture.denominator,
-            shift=(picture.left_shift, picture.top_shift),
-        )
 
 
 def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:

@@ -13,6 +13,8 @@ Pixels that have no fixed range (float, 32-bit, Lab) are refused. Knows nothing 
 
 import contextlib
 import io
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -32,6 +34,17 @@ _OPENCV_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP"}
 _OPENCV_MODES = {"1", "L", "RGB", "CMYK", "I;16", "I;16B"}
 _PILLOW_MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
 _BACKGROUND = (255, 255, 255)
+
+_EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
+_TURNS: dict[int, Callable[[Any], Any]] = {
+    2: lambda p: cv2.flip(p, 1),
+    3: lambda p: cv2.rotate(p, cv2.ROTATE_180),
+    4: lambda p: cv2.flip(p, 0),
+    5: cv2.transpose,
+    6: lambda p: cv2.rotate(p, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda p: cv2.rotate(cv2.transpose(p), cv2.ROTATE_180),
+    8: lambda p: cv2.rotate(p, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
 
 
 class BadImage(Exception):  # noqa: N818 (it is the image that is bad)
@@ -73,6 +86,25 @@ def check_size(width: int, height: int, *, max_pixels: int, min_side: int) -> No
         raise BadImage(f"too small: {width}x{height} pixels, min_side={min_side}")
 
 
+def jpeg_orientation(data: bytes) -> int:
+    """EXIF orientation of a JPEG, 1 to 8; 1 where nothing sensible is said."""
+    if not _has_exif(data):
+        return 1
+    exif = Image.Exif()
+    # A damaged EXIF block says nothing about the pixels: they stay as they lie.
+    try:
+        exif.load(Image.open(io.BytesIO(data), formats=("JPEG", "MPO")).info["exif"])
+        orientation = exif.get(_ORIENTATION)
+    except Exception:
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def turn_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """The picture as people see it, C-contiguous, of one stored with an EXIF orientation from 1 to 8."""
+    return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation > 1 else pixels
+
+
 def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint8]:
     """Take the centre of an image (uint8 [H,W,3]) for evaluation: uint8 [size,size,3].
 
@@ -103,6 +135,22 @@ def _read_header(data: bytes) -> Image.Image:
         raise BadImage(f"damaged header: {one_line(error)}") from error
 
 
+def _has_exif(data: bytes) -> bool:
+    """Whether a segment before a JPEG's pixels is EXIF: most files have none, and Pillow takes its time to say so."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xDA:  # the pixels
+            return False
+        if marker == 0xFF:  # filling
+            place += 1
+            continue
+        if data.startswith(_EXIF, place + 4):
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
+
+
 def _opencv_is_right(header: Image.Image) -> bool:
     """Tell whether OpenCV decodes such a file to the picture that people see."""
     if header.format not in _OPENCV_FORMATS or header.mode not in _OPENCV_MODES:
@@ -124,10 +172,13 @@ def _stops_between_tiles(data: bytes) -> bool:
 
 def _decode_opencv(data: bytes) -> npt.NDArray[np.uint8]:
     # This flag came with OpenCV 4.11, the first that refuses a JPEG cut off half-way instead of graying it.
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    # A JPEG is turned here, since libraries differ in how they read a damaged EXIF block.
+    is_jpeg = data[:2] == b"\xff\xd8"
+    flags = cv2.IMREAD_COLOR_RGB | (cv2.IMREAD_IGNORE_ORIENTATION if is_jpeg else 0)
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if pixels is None:
         raise ValueError("OpenCV finds no whole picture")
-    return pixels
+    return turn_upright(pixels, jpeg_orientation(data)) if is_jpeg else pixels
 
 
 def _decode_pillow(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -5,16 +5,13 @@ picture does not need and writes into memory that is there; what it refuses, and
 decode.py, which has the last word. Knows nothing of crops, storage or Ray.
 """
 
-import io
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from pipeline.decode import check_size, decode
+from pipeline.decode import BadImage, check_size, decode, jpeg_orientation, turn_upright
 
 try:
     import simplejpeg
@@ -26,17 +23,8 @@ Pixels = npt.NDArray[np.uint8]
 DENOMINATORS = (1, 2, 4, 8)
 """Fractions of its size at which a JPEG is decoded: the ones whose inverse transforms are fast."""
 
-_EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
-# EXIF orientation -> what makes the stored picture upright, and whether its width or height are then mirrored.
-_ROTATIONS: dict[int, tuple[Callable[[Any], Any], tuple[bool, bool]]] = {
-    2: (lambda p: cv2.flip(p, 1), (True, False)),
-    3: (lambda p: cv2.rotate(p, cv2.ROTATE_180), (True, True)),
-    4: (lambda p: cv2.flip(p, 0), (False, True)),
-    5: (cv2.transpose, (False, False)),
-    6: (lambda p: cv2.rotate(p, cv2.ROTATE_90_CLOCKWISE), (True, False)),
-    7: (lambda p: cv2.rotate(cv2.transpose(p), cv2.ROTATE_180), (True, True)),
-    8: (lambda p: cv2.rotate(p, cv2.ROTATE_90_COUNTERCLOCKWISE), (False, True)),
-}
+_MIRRORED_X, _MIRRORED_Y = (2, 3, 6, 7), (3, 4, 7, 8)
+"""EXIF orientations whose upright picture has the stored one's last pixels first, in x or in y."""
 
 
 class Decoded(NamedTuple):
@@ -72,7 +60,13 @@ class Encoded(NamedTuple):
         decoded = self._decode_jpeg(denominator, memory)
         if decoded is not None:
             return decoded
-        return Decoded(decode(self.data, max_pixels=self.max_pixels), 1, 0.0, 0.0)
+        pixels = decode(self.data, max_pixels=self.max_pixels)
+        if pixels.shape[:2] != (self.height, self.width):  # the kernels trust the size
+            height, width = pixels.shape[:2]
+            raise BadImage(
+                f"damaged JPEG: {self.width}x{self.height} pixels announced, {width}x{height} decoded"
+            )
+        return Decoded(pixels, 1, 0.0, 0.0)
 
     def _decode_jpeg(self, denominator: int, memory: Callable[[int], Pixels]) -> Decoded | None:
         width, height = (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
@@ -91,11 +85,10 @@ class Encoded(NamedTuple):
             return None
         if self.orientation == 1:
             return Decoded(pixels, denominator, 0.0, 0.0)
-        turn, (mirrored_x, mirrored_y) = _ROTATIONS[self.orientation]
-        pixels = np.ascontiguousarray(turn(pixels))
+        pixels = turn_upright(pixels, self.orientation)
         # The last column of a reduced picture may stand for fewer pixels than the others. Mirrored, it comes first.
-        left_shift = pixels.shape[1] - self.width / denominator if mirrored_x else 0.0
-        top_shift = pixels.shape[0] - self.height / denominator if mirrored_y else 0.0
+        left_shift = pixels.shape[1] - self.width / denominator if self.orientation in _MIRRORED_X else 0.0
+        top_shift = pixels.shape[0] - self.height / denominator if self.orientation in _MIRRORED_Y else 0.0
         return Decoded(pixels, denominator, left_shift, top_shift)
 
 
@@ -108,37 +101,9 @@ def open_image(data: bytes, *, max_pixels: int, min_side: int = 1) -> Encoded:
             space = ""  # decode() says what is wrong with it
         if space in ("YCbCr", "Gray"):
             check_size(width, height, max_pixels=max_pixels, min_side=min_side)
-            orientation = _orientation(data)
+            orientation = jpeg_orientation(data)
             if orientation >= 5:
                 width, height = height, width
             return Encoded(data, width, height, orientation, max_pixels, None)
     pixels = decode(data, max_pixels=max_pixels, min_side=min_side)
     return Encoded(data, pixels.shape[1], pixels.shape[0], 1, max_pixels, pixels)
-
-
-def _orientation(data: bytes) -> int:
-    """EXIF orientation of a JPEG, 1 to 8; 1 where nothing sensible is said."""
-    if not _has_exif(data):
-        return 1
-    try:
-        orientation = Image.open(io.BytesIO(data), formats=("JPEG", "MPO")).getexif().get(_ORIENTATION, 1)
-    # A damaged EXIF block says nothing about the pixels: they stay as they lie.
-    except Exception:
-        return 1
-    return orientation if orientation in _ROTATIONS else 1
-
-
-def _has_exif(data: bytes) -> bool:
-    """Whether a segment before a JPEG's pixels is EXIF: most files have none, and Pillow takes its time to say so."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xDA:  # the pixels
-            return False
-        if marker == 0xFF:  # filling
-            place += 1
-            continue
-        if data.startswith(_EXIF, place + 4):
-            return True
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return False

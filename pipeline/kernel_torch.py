@@ -5,6 +5,7 @@ antialiased, and local crops would alias. Knows nothing of files, decoding or ra
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 
 from pipeline import colour
 from pipeline.colour import Image
-from pipeline.crop_params import OneCrop
+from pipeline.crop_params import CropParams, OneCrop
+from pipeline.encoded import Decoded
 
 _MOST_SKIPPED = 8
 """Pixels made and thrown away to begin at a whole pixel of a reduced picture: with 8 it is off by 0.03 on average."""
@@ -27,19 +29,23 @@ _JITTER = {
 }
 
 
-def apply_crop(
-    image: Image,
-    crop: OneCrop,
-    *,
-    interpolation: str = "bicubic",
-    denominator: int = 1,
-    shift: tuple[float, float] = (0.0, 0.0),
-) -> Image:
-    """Make one crop, uint8 [size,size,3], of an image (uint8 [H,W,3], C-contiguous) that stays as it is.
+def cut(picture: Decoded, params: CropParams, out: Sequence[Iterable[Image]]) -> None:
+    """Make all crops of a picture in `out`, (globals, locals)."""
+    pictures = [picture]
+    for target, crop in zip([*out[0], *out[1]], params.crops, strict=True):
+        # What was decoded at a fraction for its smallest region may be reduced further for a larger one: the
+        # filter is what takes the time here.
+        side, halvings = min(crop.width, crop.height) / picture.denominator / crop.size, 0
+        while picture.denominator > 1 and side / 2 ** (halvings + 1) >= params.config.decode_slack:
+            halvings += 1
+            if len(pictures) == halvings:
+                pictures.append(_half(pictures[-1]))
+        pixels = resize_box(pictures[halvings], crop, interpolation=params.config.interpolation)
+        target[:] = apply_colour(pixels, crop)
 
-    The image may be a reduced one: its pixels are then those of the parameters / `denominator` + `shift` (x, y).
-    """
-    pixels = resize_box(image, crop, interpolation=interpolation, denominator=denominator, shift=shift)
+
+def apply_colour(pixels: Image, crop: OneCrop) -> Image:
+    """All that happens to a crop, uint8 [size,size,3], after its box was resized."""
     if crop.flip:
         pixels = cv2.flip(pixels, 1)
     for operation, factor in crop.jitter:
@@ -53,31 +59,33 @@ def apply_crop(
     return pixels
 
 
-def resize_box(
-    image: Image,
-    crop: OneCrop,
-    *,
-    interpolation: str = "bicubic",
-    denominator: int = 1,
-    shift: tuple[float, float] = (0.0, 0.0),
-) -> Image:
+def resize_box(picture: Decoded, crop: OneCrop, *, interpolation: str) -> Image:
     """Cut the box out and resize it to the crop's size, as PIL does it."""
-    if denominator == 1:
-        region = image[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    if picture.denominator == 1:
+        region = picture.pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         return _interpolate(region, interpolation, size=(crop.size, crop.size))
-    left = crop.left / denominator + shift[0]
-    top = crop.top / denominator + shift[1]
-    x = _whole_pixels(left, crop.width / denominator, crop.size, image.shape[1])
-    y = _whole_pixels(top, crop.height / denominator, crop.size, image.shape[0])
-    resized = _interpolate(
-        image[y.first : y.last, x.first : x.last], interpolation, scale_factor=(y.factor, x.factor)
-    )
+    height, width = picture.pixels.shape[:2]
+    left = crop.left / picture.denominator + picture.left_shift
+    top = crop.top / picture.denominator + picture.top_shift
+    x = _whole_pixels(left, crop.width / picture.denominator, crop.size, width)
+    y = _whole_pixels(top, crop.height / picture.denominator, crop.size, height)
+    region = picture.pixels[y.first : y.last, x.first : x.last]
+    resized = _interpolate(region, interpolation, scale_factor=(y.factor, x.factor))
     return np.ascontiguousarray(resized[y.skip : y.skip + crop.size, x.skip : x.skip + crop.size])
 
 
+def _half(picture: Decoded) -> Decoded:
+    """The picture at half its size; an odd last row or column is repeated."""
+    height, width = picture.pixels.shape[:2]
+    even = cv2.copyMakeBorder(picture.pixels, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+    small = cv2.resize(even, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
+    return Decoded(small, 2 * picture.denominator, picture.left_shift / 2, picture.top_shift / 2)
+
+
 def _interpolate(region: Image, mode: str, **how: Any) -> Image:
-    # A view whose memory is channels-last: torch then takes its fast uint8 path, and nothing is transposed.
-    resized = F.interpolate(torch.from_numpy(region).permute(2, 0, 1)[None], mode=mode, antialias=True, **how)
+    # Memory that is channels-last and in one piece: torch then takes its fast uint8 path.
+    pixels = torch.from_numpy(np.ascontiguousarray(region)).permute(2, 0, 1)[None]
+    resized = F.interpolate(pixels, mode=mode, antialias=True, **how)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 

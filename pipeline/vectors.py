@@ -125,23 +125,33 @@ def weigh_rows(
 ) -> Any:
     """Weighted sum of `taps` rows of 64 uint8, `stride` bytes apart: out int16 [64] = 128 * the sum.
 
-    Weights are int16 in 1/16384, since at an edge one may be above 1. Each product is cut off by less than a unit:
-    `bias` makes up for that. Values beyond 0 to 255 become these, as they do in PIL between the passes.
+    Weights are int16 in 1/16384, since at an edge one may be above 1, and sum to 1. Each product is cut off by less
+    than a unit: `bias` makes up for that. Values beyond 0 to 255 become these, as they do in PIL between the passes.
     """
 
     def write(
         c: _Code, source: Any, stride: Any, weights: Any, weights_stride: Any, taps: Any, bias: Any, out: Any
     ) -> None:
-        words = ir.VectorType(_I16, ROW_BYTES)
-        (total,) = c.accumulators(c.splat(c.b.trunc(bias, _I16), ROW_BYTES), 1)
+        half = ROW_BYTES // 2
+        # 128 less, so that a byte fits the upper half of a signed word: 64 * 128 more to begin with makes up for it.
+        start = c.splat(c.b.add(c.b.trunc(bias, _I16), ir.Constant(_I16, 64 * 128)), half)
+        totals = c.accumulators(start, 2)
+        lower, upper = (
+            [i for lane in range(0, ROW_BYTES, LANES) for i in range(lane + first, lane + first + LANES // 2)]
+            for first in (0, LANES // 2)
+        )
         with cgutils.for_range(c.b, taps) as loop:
             row = c.load(ir.VectorType(_I8, ROW_BYTES), c.at(source, c.b.mul(loop.index, stride)))
-            row = c.b.shl(c.b.zext(row, words), _constant(_I16, ROW_BYTES, 7))
-            weight = c.load(_I16, c.at(weights, c.b.mul(loop.index, weights_stride)))
-            weight = c.splat(weight, ROW_BYTES)
-            c.b.store(c.b.add(c.b.load(total), c.multiply_high(row, weight)), total)
-        whole = c.clamp(c.b.load(total), 0, 32 * 255)
-        c.store(c.b.shl(whole, _constant(_I16, ROW_BYTES, 2)), out)  # as far up as 16 bits allow
+            row = c.b.xor(row, _constant(_I8, ROW_BYTES, 128))
+            weight = c.splat(c.load(_I16, c.at(weights, c.b.mul(loop.index, weights_stride))), half)
+            for total, bytes_ in zip(totals, (lower, upper), strict=True):
+                order = _mask(i for byte in bytes_ for i in (ROW_BYTES, byte))  # a zero below each byte
+                woven = c.b.shuffle_vector(row, _constant(_I8, ROW_BYTES, 0), order)
+                words = c.b.bitcast(woven, ir.VectorType(_I16, half))
+                c.b.store(c.b.add(c.b.load(total), c.multiply_high(words, weight)), total)
+        places = {byte: i for i, byte in enumerate(lower + upper)}
+        words = c.b.shuffle_vector(*map(c.b.load, totals), _mask(places[i] for i in range(ROW_BYTES)))
+        c.store(c.b.shl(c.clamp(words, 0, 64 * 255), _constant(_I16, ROW_BYTES, 1)), out)
 
     return _void(write, 7)
 
