@@ -1,55 +1,62 @@
-"""Vectors of a data set as Parquet parts that are written once, each whole: what a part is, and what all of them are.
+"""Vectors of a data set as Parquet parts: what is in them, and how one of them is made.
 
-A directory of embeddings, local or on S3:
+A directory of embeddings, local or on S3, is one of parts.py:
 
-    part-00000.parquet        key, vector, label?, patch_tokens?; its schema's metadata names its unreadable images
-    _about/                   readers of Parquet folders pass over names that begin so
-      embed.json              what decided the vectors: another command is refused
-      manifest.parquet        the images, listed once: row r of it belongs to part r // rows_per_file
-      quarantine.jsonl        the unreadable images of all parts
-      summary.json            written last: rows in, vectors out, quarantined
+    part-00000.parquet        key, vector, label?, patch_tokens?; row r of the manifest is in part r // rows_per_file
+    _about/embed.json         what decided the vectors: another command is refused
 
-A part is committed by its one atomic write, quarantine included, so what lies there is progress. No Ray here.
+No Ray here.
 """
 
 import hashlib
 import json
-import math
-import re
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from models.backbone import embed_dim
-from models.settings import ConfigError, DataError, one_line
+from models.settings import ConfigError, DataError
+from pipeline import parts
 from pipeline.checkpoint import Frozen
-from pipeline.crops import CropsConfig
+from pipeline.crops_config import CropsConfig
 from pipeline.decode import eval_crop
 from pipeline.features import embed
 from pipeline.frozen import has_tokens, with_patches
 from pipeline.loading import load_batches
+from pipeline.parts import SUMMARY, PartKind, PartWriter, missing_parts, part_name
 from pipeline.source import Source
-from pipeline.storage import Directory, MissingObject, filesystem
+from pipeline.storage import Directory
 
-SETTINGS, MANIFEST, QUARANTINE, SUMMARY = (
-    "_about/embed.json",
-    "_about/manifest.parquet",
-    "_about/quarantine.jsonl",
-    "_about/summary.json",
-)
+__all__ = [
+    "MANIFEST",
+    "SETTINGS",
+    "SUMMARY",
+    "Dtype",
+    "Plan",
+    "Precision",
+    "Written",
+    "check_bad",
+    "check_settings",
+    "choose_rows_per_file",
+    "collect",
+    "measure",
+    "missing_parts",
+    "part_name",
+    "weights_digest",
+    "write_part",
+]
+
+SETTINGS, MANIFEST = "_about/embed.json", "_about/manifest.parquet"
 Dtype = Literal["float16", "float32"]
 Precision = Literal["fp32", "bf16"]
 
-_PART = re.compile(r"part-(\d{5,})\.parquet")
-_METADATA = b"dinoray.embeddings"
+_KIND = PartKind(SETTINGS, b"dinoray.embeddings", rows="vectors", written="embedded")
 _AIM_BYTES, _MOST_BYTES = 64 << 20, 1 << 30
 
 
@@ -133,38 +140,12 @@ def choose_rows_per_file(asked: int | None, *, row_bytes: int, num_images: int) 
     return asked
 
 
-def check_settings(out: Directory, settings: dict[str, Any]) -> bool:
+def check_settings(out: Directory, settings: Mapping[str, Any]) -> bool:
     """Whether `out` was begun with these settings (those it knows of); False for an empty one.
 
     ConfigError, naming what differs, when it holds vectors of other settings, or parts that nothing explains.
     """
-    try:
-        known = json.loads(out.read(SETTINGS))
-    except MissingObject:
-        if any(_PART.fullmatch(name) for name in out.list()):
-            raise ConfigError(
-                f"{out.uri} holds parts but no {SETTINGS}; choose another --out, or remove them"
-            ) from None
-        return False
-    except ValueError as error:
-        raise DataError(f"{out.join(SETTINGS)} is damaged ({error}); choose another --out") from error
-    differ = [f"{k}={known.get(k)!r}, not {v!r}" for k, v in settings.items() if known.get(k) != v]
-    if differ:
-        raise ConfigError(
-            f"{out.uri} holds vectors made with {'; '.join(differ)}; set it back, or choose another --out"
-        )
-    return True
-
-
-def missing_parts(out: Directory, num_parts: int) -> list[int]:
-    """Numbers of the parts that are not there, ascending."""
-    there = {int(match[1]) for name in out.list() if (match := _PART.fullmatch(name))}
-    return [part for part in range(num_parts) if part not in there]
-
-
-def part_name(part: int) -> str:
-    """File name of a part."""
-    return f"part-{part:05d}.parquet"
+    return parts.check_settings(out, settings, _KIND)
 
 
 def write_part(
@@ -175,10 +156,10 @@ def write_part(
     DataError when storage refuses us, or the vectors are not finite in the asked dtype.
     """
     rows = plan.rows(part, source.num_images)
+    writer = PartWriter(_KIND, part, rows, plan.schema())
     keys: list[str] = []
     labels: list[str | None] = []
     vectors: list[NDArray[np.floating]] = []
-    quarantined: list[dict[str, Any]] = []
     position = rows.start
     for batch in load_batches(
         source, rows, lambda image, _: eval_crop(image, size=plan.image_size), batch_size=plan.batch_size
@@ -186,8 +167,7 @@ def write_part(
         pixels = []
         for image in batch:
             if image.pixels is None:
-                record = {"key": image.key, "status": image.status.name.lower(), "reason": image.reason}
-                quarantined.append({"row": position, **record})
+                writer.quarantine(position, image.key, image.status, image.reason)
             else:
                 keys.append(image.key)
                 labels.append(image.label)
@@ -195,64 +175,26 @@ def write_part(
             position += 1
         if pixels:
             vectors.append(_vectors(backbone, np.stack(pixels), keys[-len(pixels) :], crops, plan))
-    about = {"part": part, "first_row": rows.start, "num_rows": len(rows), **_facts(plan)}
-    table = _table(keys, labels, vectors, plan).replace_schema_metadata(
-        {_METADATA: json.dumps({**about, "quarantined": quarantined})}
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
-    out.write(part_name(part), sink.getvalue().to_pybytes())
-    return Written(part, len(keys), len(quarantined))
+    writer.write(_table(keys, labels, vectors, plan))
+    return Written(*writer.commit(out, _facts(plan), compression="zstd", use_dictionary=False))
 
 
 def collect(
-    out: Directory, plan: Plan, num_images: int, parts: Iterable[int]
+    out: Directory, plan: Plan, num_images: int, numbers: Iterable[int]
 ) -> tuple[int, list[dict[str, Any]]]:
-    """(vectors, quarantined images by row) of `parts`, as their files say; also written to quarantine.jsonl.
+    """(vectors, quarantined images by row) of some parts, as their files say; also written to quarantine.jsonl.
 
     Reads each part's footer alone. DataError for a part that is damaged, of other weights, or does not account
     for each of its rows: rows in = vectors out + quarantined.
     """
-    storage, path = filesystem(out.uri)
-
-    def read(part: int) -> tuple[int, list[dict[str, Any]]]:
-        name = part_name(part)
-        try:
-            with storage.open_input_file(f"{path}/{name}") as file, pq.ParquetFile(file) as parquet:
-                num_vectors = parquet.metadata.num_rows
-                about = json.loads(parquet.schema_arrow.metadata[_METADATA])
-        except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
-            reason = one_line(error)
-            raise DataError(f"{out.join(name)} cannot be read ({reason}); delete it and run again") from error
-        rows, bad = plan.rows(part, num_images), about["quarantined"]
-        told = about["part"], about["first_row"], about["num_rows"], about["weights"]
-        if told != (part, rows.start, len(rows), plan.weights) or num_vectors + len(bad) != len(rows):
-            raise DataError(
-                f"{out.join(name)}: {len(rows)} rows in, but {num_vectors} vectors out and {len(bad)} "
-                f"quarantined of part {told[0]}; delete it and run again"
-            )
-        return num_vectors, bad
-
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(read, parts))
-    bad = [record for _, records in found for record in records]
-    out.write(QUARANTINE, "".join(json.dumps(record) + "\n" for record in bad).encode())
-    return sum(count for count, _ in found), bad
+    images = {part: plan.rows(part, num_images) for part in numbers}
+    footers, bad = parts.collect(out, images, _KIND, {"weights": plan.weights})
+    return sum(footer.num_rows for footer in footers), bad
 
 
 def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory) -> None:
     """DataError when more than this share of all images could not be used."""
-    if num_bad > limit * num_images:
-        raise DataError(
-            f"{num_bad} of {num_images} images could not be used, more than data.max_bad_fraction={limit}; "
-            f"they are named in {out.join(QUARANTINE)}; data.max_bad_fraction={_enough(num_bad / num_images):g} "
-            "would do without them, and what is embedded already stays"
-        )
-
-
-def _enough(share: float) -> float:
-    """The least whole number of percent that allows for `share`."""
-    return math.ceil(share * 100) / 100
+    parts.check_bad(num_bad, num_images, limit=limit, out=out, kind=_KIND)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -25,7 +25,6 @@ BOX_BYTES = 32
 """Bytes that `box` takes at once."""
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_ADDRESS = types.intp
 
 
 def _constant(element: ir.Type, lanes: int, value: int) -> ir.Constant:
@@ -109,7 +108,7 @@ def _void(write: Callable[..., None], num_arguments: int) -> Any:
         write(_Code(builder), *arguments)
         return context.get_dummy_value()
 
-    return types.void(*[_ADDRESS] * num_arguments), emit
+    return types.void(*[types.intp] * num_arguments), emit
 
 
 @intrinsic
@@ -258,10 +257,9 @@ def weave(typingctx: Any, red: Any, green: Any, blue: Any, out: Any) -> Any:
 
     def write(c: _Code, red: Any, green: Any, blue: Any, out: Any) -> None:
         r, g, b = (c.load(ir.VectorType(_I8, LANES), address) for address in (red, green, blue))
-        first = c.b.shuffle_vector(r, g, _mask(range(2 * LANES)))
-        second = c.b.shuffle_vector(b, b, _mask(range(2 * LANES)))
+        pairs = (c.b.shuffle_vector(x, y, _mask(range(2 * LANES))) for x, y in ((r, g), (b, b)))
         order = [LANES * channel + i for i in range(LANES) for channel in range(3)]
-        c.store(c.b.shuffle_vector(first, second, _mask(order)), out)
+        c.store(c.b.shuffle_vector(*pairs, _mask(order)), out)
 
     return _void(write, 4)
 

@@ -1,30 +1,72 @@
 """Slow, obvious twin of the kernels: PIL and torchvision apply the same parameters, op by op.
 
-Also the pictures that both are tried on.
+Also the pictures that both are tried on, and ways to ask a kernel for one crop.
 """
 
+import math
 from functools import lru_cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
+import pytest
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
-from pipeline.crop_params import OneCrop, sample
-from pipeline.crops import crop_rng
+from pipeline.crop_params import CropParams, OneCrop, sample
+from pipeline.crops import crop_rng, cut
 from pipeline.crops_config import CropsConfig
 from pipeline.decode import decode
+from pipeline.encoded import Decoded
 
 Pixels = npt.NDArray[np.uint8]
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos-small" / "train" / "part-00000.parquet"
 
+KERNELS = pytest.mark.parametrize("kernel", ["numba", "torch"])
 
-def oracle_crop(image: Pixels, params: OneCrop) -> Pixels:
+PLAIN = OneCrop(0, 0, 1, 1, flip=False, jitter=(), gray=False, blur_sigma=None, solarize=None, size=96)
+"""A crop whose pixels stay as they are."""
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def cut_one(image: Pixels | Decoded, crop: OneCrop, kernel: str, *, interpolation: str = "bicubic") -> Pixels:
+    """One crop of a picture by one of the kernels, the same as global and as local crop."""
+    picture = image if isinstance(image, Decoded) else Decoded(image, 1, 0.0, 0.0)
+    config = CropsConfig(
+        num_global_crops=1,
+        num_local_crops=1,
+        global_crop_size=crop.size,
+        local_crop_size=crop.size,
+        global_blur_prob=(0,),
+        global_solarize_prob=(0,),
+        interpolation=interpolation,
+        kernel=kernel,
+    )
+    height, width = picture.pixels.shape[:2]
+    params = CropParams(width * picture.denominator, height * picture.denominator, np.empty(0), config)
+    crops = cut(picture, params.with_crops([crop, crop]))
+    np.testing.assert_array_equal(crops.global_crops, crops.local_crops)
+    return crops.global_crops[0]
+
+
+def box_alone(crop: OneCrop) -> OneCrop:
+    """The same region, its pixels left as they are."""
+    return PLAIN._replace(**dict(zip(crop._fields[:4], crop[:4], strict=True)), size=crop.size)
+
+
+def operate(image: Pixels, kernel: str, **what) -> Pixels:
+    """A square picture after pixel operations alone: its crop is the whole of it at its own size."""
+    side = len(image)
+    return cut_one(image, PLAIN._replace(height=side, width=side, size=side, **what), kernel)
+
+
+def oracle_crop(image: Pixels, params: OneCrop, *, interpolation: str = "bicubic") -> Pixels:
     """What DINO's augmentation makes of an image with these parameters."""
-    crop = oracle_box(image, params)
+    crop = oracle_box(image, params, interpolation=interpolation)
     if params.flip:
         crop = F.hflip(crop)
     for operation, factor in params.jitter:
@@ -38,11 +80,21 @@ def oracle_crop(image: Pixels, params: OneCrop) -> Pixels:
     return np.asarray(crop)
 
 
-def oracle_box(image: Pixels, params: OneCrop) -> Image.Image:
+def oracle_box(image: Pixels, params: OneCrop, *, interpolation: str = "bicubic") -> Image.Image:
     """The box, resized."""
     right, bottom = params.left + params.width, params.top + params.height
-    region = Image.fromarray(image).crop((params.left, params.top, right, bottom))
-    return region.resize((params.size, params.size), Image.Resampling.BICUBIC)
+    # A box need not end at whole pixels; what lies beyond the pixels that it touches is not seen.
+    left, top = math.floor(params.left), math.floor(params.top)
+    region = Image.fromarray(image).crop(
+        (left, top, min(math.ceil(right), image.shape[1]), min(math.ceil(bottom), image.shape[0]))
+    )
+    box = (
+        params.left - left,
+        params.top - top,
+        min(right - left, region.width),
+        min(bottom - top, region.height),
+    )
+    return region.resize((params.size, params.size), _FILTERS[interpolation], box=box)
 
 
 def oracle_colour(crop: Image.Image, operation: str, factor: float) -> Image.Image:
@@ -77,6 +129,26 @@ def drawn_pictures() -> list[Pixels]:
     return pictures
 
 
+@lru_cache
+def large_picture(width: int, height: int) -> Pixels:
+    """A picture with detail of every size, as large as those of cameras."""
+    rng, side = np.random.default_rng(0), max(width, height)
+    picture = np.full((height, width, 3), 120, np.float32)
+    cells = 4
+    while cells < 2 * side:
+        # The coarse layers differ between channels, the fine ones are light alone: as photographs are.
+        shape = (1 + cells * height // side, 1 + cells * width // side, 3 if cells < 32 else 1)
+        layer = rng.normal(0, 60 / cells**0.5 if cells < 32 else 100 / cells**0.45, shape).astype(np.float32)
+        picture += cv2.resize(layer, (width, height)).reshape(height, width, -1)
+        cells *= 2
+    for _ in range(60):
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        box = picture[top : top + rng.integers(9, height // 5), left : left + rng.integers(9, height // 5)]
+        box *= 0.4
+        box += rng.uniform(20, 140, 3).astype(np.float32)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
 def photo_files(number: int) -> list[bytes]:
     """JPEG files of photographs spread over the classes; none where the photographs are not at hand."""
     if not PHOTOS.exists():
@@ -102,6 +174,18 @@ def replays() -> list[tuple[Pixels, OneCrop]]:
     ]
 
 
+@lru_cache
+def oracle_replays(interpolation: str) -> list[Pixels]:
+    """The crops of `replays` as the oracle makes them."""
+    return [oracle_crop(image, crop, interpolation=interpolation) for image, crop in replays()]
+
+
 def error(ours: Pixels, theirs: Pixels | Image.Image) -> float:
     """Mean absolute difference in levels of 255."""
     return float(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).mean())
+
+
+def signal_to_noise(ours: Pixels, theirs: Pixels) -> float:
+    """Peak signal to noise ratio in decibels; 78 and more count as equal."""
+    squares = (ours.astype(int) - theirs.astype(int)) ** 2
+    return 10 * math.log10(255**2 / max(squares.mean(), 1e-3))

@@ -1,0 +1,67 @@
+"""Has actors write the missing parts of a table, and watches them: what the jobs that write tables share."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import ray
+from rich.console import Console
+
+from jobs.entry import start_ray
+from pipeline.checkpoint import Frozen
+from pipeline.dataset import EmbedTask, Work, embed_on_actors
+from pipeline.resources import ResourcesConfig
+from pipeline.source import Source
+
+
+def write_missing(
+    work: Work,
+    network: Frozen | None,
+    source: Source,
+    *,
+    missing: Sequence[int],
+    num_parts: int,
+    account: Callable[[Sequence[int]], int],
+    limit: float,
+    resources: ResourcesConfig,
+    console: Console,
+    verbose: bool,
+) -> None:
+    """Write the parts `missing` of `num_parts`: `work(backbone of the network, source, part)` gives a parts.Written.
+
+    `account` reads what the given parts say, names the bad images among them and returns their number; DataError
+    when there are more than `limit` of the source allows. It is asked at the start, and once they are too many.
+    """
+    done = sorted(set(range(num_parts)) - set(missing))
+    num_bad = account(done)
+    no_training = resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
+    use_gpu, (_, actors) = start_ray(no_training, verbose=verbose)
+    num_images, num_new = 0, 0
+    started = shown = time.monotonic()
+    try:
+        task = EmbedTask(work, source, missing)
+        for _, written in embed_on_actors(
+            ray.put(network or _NoNetwork()), [task], actors=actors, use_gpu=use_gpu, in_order=False
+        ):
+            done.append(written.part)
+            num_new += 1
+            num_images += written.num_rows + written.num_bad
+            num_bad += written.num_bad
+            if num_bad > limit * source.num_images:
+                account(sorted(done))
+            now = time.monotonic()
+            if now - shown > 5 or num_new == len(missing):
+                shown = now
+                console.print(
+                    f"{num_new}/{len(missing)} parts  {num_images} images  {num_bad} unreadable  "
+                    f"{num_images / (now - started):.0f} images/s",
+                    highlight=False,
+                )
+    finally:
+        ray.shutdown()
+
+
+class _NoNetwork:
+    """Stands for the network of actors that need none."""
+
+    def backbone(self, device: str) -> None:
+        """None, on any device."""
