@@ -6,6 +6,7 @@ threads fetch; a node needs few actors and a block is written in place by all th
 """
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from models.settings import DataError
 from pipeline.crop_params import sample_image
 from pipeline.crops import Crops, cut, decode_for
-from pipeline.crops_config import CropsConfig
+from pipeline.crops_config import CropsConfig, crop_bytes
 from pipeline.decode import BadImage
 from pipeline.encoded import open_image
 from pipeline.order import Order
@@ -62,6 +63,33 @@ class Croppers:
             done.result()
 
 
+class CropMemory:
+    """Memory of blocks that are gone, for the next ones: fresh memory costs a page fault for each of its pages.
+
+    An array is handed out again once nothing else refers to it, neither a view of it nor the Arrow block that was
+    made of it without a copy. Several threads may take at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: list[NDArray[np.uint8]] = []
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """An array with anything in it. As many are kept as were in use at once."""
+        new = np.empty(0, np.uint8)
+        with self._lock:
+            # Two know `new`, this function and the list; and two know a free one, its pool and the list.
+            counts = [sys.getrefcount(array) for array in [*self._arrays, new]]
+            free = [array for array, count in zip(self._arrays, counts, strict=False) if count <= counts[-1]]
+            for array in free:
+                if len(array) == num_bytes:
+                    return array
+            # Blocks have one size but for the last: free ones of another are of no more use.
+            self._arrays = [array for array in self._arrays if not any(array is other for other in free)]
+            self._arrays.append(np.empty(num_bytes, np.uint8))
+            return self._arrays[-1]
+
+
 class Augmenter:
     """Crops the images at given positions of the stream. A function of (seed, epoch, key) in what it makes."""
 
@@ -69,7 +97,7 @@ class Augmenter:
         self, source: Source, order: Order, crops: CropsConfig, *, seed: int, num_threads: int
     ) -> None:
         self._source, self._order, self._crops, self._seed = source, order, crops, seed
-        self._croppers = Croppers(num_threads)
+        self._croppers, self._memory = Croppers(num_threads), CropMemory()
 
     def block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Positions [n] -> columns `global_crops` [n, G, H, W, 3], `local_crops` [n, L, h, w, 3] uint8,
@@ -81,13 +109,15 @@ class Augmenter:
         """
         c, n = self._crops, len(positions)
         epochs, images = self._order.locate(positions)
+        G, S, L, s = c.num_global_crops, c.global_crop_size, c.num_local_crops, c.local_crop_size
+        memory = self._memory.take(n * crop_bytes(c))
+        crops = Crops(
+            memory[: n * G * S * S * 3].reshape(n, G, S, S, 3),
+            memory[n * G * S * S * 3 :].reshape(n, L, s, s, 3),
+        )
         columns: dict[str, NDArray[Any]] = {
-            "global_crops": np.empty(
-                (n, c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8
-            ),
-            "local_crops": np.empty(
-                (n, c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8
-            ),
+            "global_crops": crops.global_crops,
+            "local_crops": crops.local_crops,
             "position": positions,
             "status": np.zeros(n, np.int8),
             "note": np.full(n, "", dtype=object),
@@ -95,7 +125,7 @@ class Augmenter:
         }
 
         def crop(row: int, fetched: Fetched) -> None:
-            out = Crops(columns["global_crops"][row], columns["local_crops"][row])
+            out = Crops(crops.global_crops[row], crops.local_crops[row])
             cpu_ms, epoch = columns["cpu_ms"][row], int(epochs[row])
             reason = self._crop(fetched, fetched.key, epoch, out, cpu_ms)
             if reason is None:

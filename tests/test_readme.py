@@ -60,7 +60,7 @@ def test_each_other_command_is_understood_and_wants_nothing_but_the_run_or_the_p
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where there is no runs/demo
-    with pytest.raises(DinorayError, match="runs/demo|PHOTOS") as error:
+    with pytest.raises(DinorayError, match=r"runs/demo|PHOTOS") as error:
         importlib.import_module(words[2]).main(words[3:])
     assert "--help" not in str(error.value)
 

@@ -1,0 +1,80 @@
+"""The two sides of benchmarks/stream.py that do without Ray: the kernel on files in memory, and an actor's blocks."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.augment import Augmenter
+from pipeline.crop_params import sample_image
+from pipeline.crops import Crops, cut, decode_for, limit_threads, prepare_kernel
+from pipeline.crops_config import CropsConfig
+from pipeline.decode import BadImage
+from pipeline.encoded import open_image
+from pipeline.order import Order
+from pipeline.source import Source
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is cropped, and how; all three sides do just this."""
+
+    source: Source
+    order: Order
+    crops: CropsConfig
+
+
+def kernel_alone(work: Work, positions: NDArray[np.int64], core: int) -> dict[str, Any]:
+    """Images/s of a core and CPU milliseconds per image of cropping files that lie in memory."""
+    pin([core])
+    limit_threads()
+    prepare_kernel(work.crops)
+    epochs, images = work.order.locate(positions)
+    unique, places = np.unique(images, return_inverse=True)
+    files = work.source.fetch(unique.tolist())
+    c, count = work.crops, 0
+    out = Crops(
+        np.empty((c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8),
+        np.empty((c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8),
+    )
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True):
+        file = files[place]
+        if file.data is None:
+            continue
+        try:
+            image = open_image(file.data, max_pixels=work.source.config.max_pixels)
+            params = sample_image(0, epoch, file.key, image.width, image.height, c)
+            cut(decode_for(params, image), params, out)
+        except BadImage:
+            continue
+        count += 1
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    return {"images": count, "images_per_second": count / seconds, "cpu_ms": 1000 * cpu_seconds / count}
+
+
+def blocks_alone(work: Work, blocks: list[NDArray[np.int64]], cores: list[int]) -> dict[str, Any]:
+    """The same of an actor's code, fetching included, on as many threads as there are cores."""
+    pin(cores)
+    augmenter = Augmenter(work.source, work.order, work.crops, seed=0, num_threads=len(cores))
+    augmenter.block(blocks[0])  # each thread has caches of its own
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    count = sum(len(augmenter.block(positions)["position"]) for positions in blocks)
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    return {"images": count, "images_per_second": count / seconds, "cpu_ms": 1000 * cpu_seconds / count}
+
+
+def pin(cores: list[int]) -> None:
+    """Keep this thread, and those that it will start, on these cores, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
+def available_cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
