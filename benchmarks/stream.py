@@ -48,7 +48,7 @@ from stream_alone import Work, available_cores, blocks_alone, kernel_alone
 
 from jobs.config import CommandLine, Config, load_config
 from jobs.entry import run_main, start_ray
-from models.settings import ConfigError
+from models.settings import ConfigError, ResourceError
 from pipeline import dataset
 from pipeline.augment import STAGES
 from pipeline.board import Board
@@ -106,12 +106,9 @@ def consume(
             stages += batch["cpu_ms"].sum(axis=0)
         rows_in_all += len(batch["position"])
         for name in ("global_crops", "local_crops"):
-            batch[name].reshape(-1)[::4096].max(
-                initial=0
-            )  # a byte of each page, which maps it into this process
+            batch[name].reshape(-1)[::4096].max(initial=0)  # a byte of each page, which maps it here
         del batch  # a view pins its block
-    for _ in batches:
-        raise AssertionError("more batches than steps")
+    next(batches, None)  # which checks that there is no more
     seconds = end - begin
     cpu: dict[str, float] = {}
     for process, (role, cpu_seconds) in after.items():
@@ -234,9 +231,7 @@ def pool_of(text: str) -> tuple[int, int]:
 
 def main(argv: list[str]) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--recipe", default="vit_small_imagenet_vanilla", help="whose crops; default: published"
-    )
+    parser.add_argument("--recipe", default="vit_small_imagenet_vanilla", help="whose crops are made")
     parser.add_argument("--pools", nargs="+", type=pool_of, default=[(1, 1), (1, 2), (2, 1)], metavar="AxT")
     parser.add_argument("--consumers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--images", type=int, default=20_000, help="in all rounds of each line together")
@@ -245,17 +240,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--unique", type=int, default=500, help="how many are drawn")
     parser.add_argument("--path", default=None, help="data.path, instead of drawn images")
     parser.add_argument("--batch", type=int, default=64, help="images of a step of one consumer")
-    parser.add_argument(
-        "--block-images", type=int, default=0, help="of a block, instead of layout.py's choice"
-    )
+    parser.add_argument("--block-images", type=int, default=0, help="instead of layout.py's choice")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
-    parser.add_argument(
-        "--stats", action="store_true", help="also print what Ray Data says of the last round"
-    )
+    parser.add_argument("--stats", action="store_true", help="also print Ray Data's own of the last round")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args(argv)
     if min(arguments.images, arguments.rounds, arguments.unique, arguments.batch, *arguments.consumers) < 1:
         raise ConfigError("--images, --rounds, --unique, --batch and --consumers must be at least 1")
+    most = max(threads for _, threads in arguments.pools)
+    if most > len(available_cores()):
+        raise ResourceError(
+            f"--pools: {most} threads need a core each, this process has {len(available_cores())}"
+        )
     with tempfile.TemporaryDirectory(prefix="dinoray-stream-") as folder:
         path = arguments.path or folder
         defaults = [] if arguments.path else _DRAWN

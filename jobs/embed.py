@@ -6,20 +6,18 @@ command continues what was interrupted, and does nothing for what is finished.
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
-import ray
 from rich.console import Console
 
-from jobs.config import CommandLine, Config
-from jobs.entry import run_main, start_ray
-from jobs.network import Opened, lone_config, open_network
+from jobs.config import CommandLine
+from jobs.entry import run_main
+from jobs.network import lone_config, open_network
+from jobs.writing import write_missing
 from models.settings import ConfigError
-from pipeline.dataset import EmbedTask, embed_on_actors
 from pipeline.embeddings import (
     MANIFEST,
     SETTINGS,
@@ -102,11 +100,29 @@ def main(argv: Sequence[str]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+    limit = config.data.max_bad_fraction
+
+    def account(numbers: Sequence[int]) -> tuple[int, int]:
+        num_vectors, bad = collect(out, plan, source.num_images, numbers)
+        check_bad(len(bad), source.num_images, limit=limit, out=out)
+        return num_vectors, len(bad)
+
     if missing:
-        _embed(opened, source, out, plan, missing, config, console, verbose=arguments.verbose)
-    num_vectors, bad = collect(out, plan, source.num_images, range(num_parts))
-    check_bad(len(bad), source.num_images, limit=config.data.max_bad_fraction, out=out)
-    summary = {"rows_in": source.num_images, "vectors_out": num_vectors, "quarantined": len(bad)}
+        write_missing(
+            partial(write_part, out=out, crops=opened.network.config.crops, plan=plan),
+            opened.network,
+            source,
+            missing=missing,
+            num_parts=num_parts,
+            account=lambda numbers: account(numbers)[1],
+            limit=limit,
+            resources=config.resources,
+            console=console,
+            verbose=arguments.verbose,
+        )
+    num_vectors, num_bad = account(range(num_parts))
+    summary = {"rows_in": source.num_images, "vectors_out": num_vectors, "quarantined": num_bad}
     out.write(SUMMARY, json.dumps(summary).encode())
     console.print(f"{out.uri}: {_told(summary)}", highlight=False, soft_wrap=True)
 
@@ -142,49 +158,6 @@ def _positive(text: str) -> int:
 
 
 _positive.__name__ = "positive number"  # as argparse names it in its error
-
-
-def _embed(
-    opened: Opened,
-    source: Source,
-    out: Directory,
-    plan: Plan,
-    missing: list[int],
-    config: Config,
-    console: Console,
-    *,
-    verbose: bool,
-) -> None:
-    """Have actors write the missing parts; stop once more images are bad than `data.max_bad_fraction` allows."""
-    limit, total = config.data.max_bad_fraction, source.num_images
-    done = sorted(set(range(plan.num_parts(total))) - set(missing))
-    num_bad = len(collect(out, plan, total, done)[1])
-    check_bad(num_bad, total, limit=limit, out=out)
-    no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
-    use_gpu, (_, actors) = start_ray(no_training, verbose=verbose)
-    work = partial(write_part, out=out, crops=opened.network.config.crops, plan=plan)
-    num_images, num_new = 0, 0
-    started = shown = time.monotonic()
-    try:
-        network, task = ray.put(opened.network), EmbedTask(work, source, missing)
-        for _, written in embed_on_actors(network, [task], actors=actors, use_gpu=use_gpu, in_order=False):
-            done.append(written.part)
-            num_new += 1
-            num_images += written.num_vectors + written.num_bad
-            num_bad += written.num_bad
-            if num_bad > limit * total:
-                collect(out, plan, total, sorted(done))  # names them
-                check_bad(num_bad, total, limit=limit, out=out)
-            now = time.monotonic()
-            if now - shown > 5 or num_new == len(missing):
-                shown = now
-                console.print(
-                    f"{num_new}/{len(missing)} parts  {num_images} images  {num_bad} unreadable  "
-                    f"{num_images / (now - started):.0f} images/s",
-                    highlight=False,
-                )
-    finally:
-        ray.shutdown()
 
 
 def _told(summary: dict[str, Any]) -> str:

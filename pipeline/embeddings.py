@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from pipeline.decode import eval_crop
 from pipeline.features import embed
 from pipeline.frozen import has_tokens, with_patches
 from pipeline.loading import load_batches
-from pipeline.parts import SUMMARY, PartKind, PartWriter, missing_parts, part_name
+from pipeline.parts import SUMMARY, PartKind, PartWriter, Written, missing_parts, part_name
 from pipeline.source import Source
 from pipeline.storage import Directory
 
@@ -40,7 +40,6 @@ __all__ = [
     "Dtype",
     "Plan",
     "Precision",
-    "Written",
     "check_bad",
     "check_settings",
     "choose_rows_per_file",
@@ -92,14 +91,6 @@ class Plan:
         if self.num_patches:
             fields["patch_tokens"] = pa.list_(number, self.num_patches * self.embed_dim)
         return pa.schema(fields)
-
-
-class Written(NamedTuple):
-    """A part as it was written: images that became vectors, and unreadable ones."""
-
-    part: int
-    num_vectors: int
-    num_bad: int
 
 
 def weights_digest(network: Frozen) -> str:
@@ -176,7 +167,7 @@ def write_part(
         if pixels:
             vectors.append(_vectors(backbone, np.stack(pixels), keys[-len(pixels) :], crops, plan))
     writer.write(_table(keys, labels, vectors, plan))
-    return Written(*writer.commit(out, _facts(plan), compression="zstd", use_dictionary=False))
+    return writer.commit(out, _facts(plan), compression="zstd", use_dictionary=False)
 
 
 def collect(
