@@ -128,9 +128,8 @@ def stream(plan: dataset.StreamPlan, layout: Layout) -> dict[str, Any]:
     """Images/s over all ranks, CPU milliseconds per image by process and by stage, and what Ray Data says itself."""
     splits = dataset.open_splits(plan, layout)
     edge = edge_turns(plan.augment_actors[0], layout)
-    parts = ray.get(
-        [consume.remote(split, layout, rank, edge, os.getpid()) for rank, split in enumerate(splits)]
-    )
+    me = os.getpid()
+    parts = ray.get([consume.remote(split, layout, rank, edge, me) for rank, split in enumerate(splits)])
     # Ranks take turns block by block, so that each had as many rows in rank 0's time as rank 0 itself.
     images = parts[0]["rows"] * layout.world_size
     by_process = {role: 1000 * seconds / images for role, seconds in parts[0]["cpu"].items()}
@@ -199,9 +198,8 @@ def measure(
         shifted = replace(layout, first_step=first, last_step=first + layout.last_step)
         blocks = [shifted.block(number) for number in range(shifted.num_blocks)]
         blocks = blocks[:: -(-len(blocks) * len(blocks[0]) // MOST_ALONE)]
-        measured["kernel"].append(
-            alone.submit(kernel_alone, work, np.concatenate(blocks), cores[-1]).result()
-        )
+        positions = np.concatenate(blocks)
+        measured["kernel"].append(alone.submit(kernel_alone, work, positions, cores[-1]).result())
         measured["block"].append(alone.submit(blocks_alone, work, blocks, cores[-threads:]).result())
         measured["stream"].append(stream(plan, shifted))
     return tables.summary(pool, layout, measured, image_bytes=crop_bytes(work.crops))
@@ -268,10 +266,7 @@ def main(argv: list[str]) -> None:
         )
         work = Work(source, order, config.crops)
         title = arguments.path or f"drawn images of 0.2 megapixels, {arguments.layout}"
-        print(
-            f"{source.num_images} images: {title}; {crop_bytes(config.crops):,} bytes of crops each",
-            end="\n\n",
-        )
+        print(f"{source.num_images} images: {title}; {crop_bytes(config.crops):,} bytes of crops each\n")
         start_ray(
             config.resources.model_copy(
                 update={

@@ -63,8 +63,16 @@ def decode_for(params: CropParams, image: Encoded) -> Decoded:
 
 
 def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops:
-    """Make all crops of a decoded image, in `out` if that is given."""
-    c = params.config
+    """Make all crops of a decoded image, in `out` if that is given.
+
+    Raises ValueError for a picture of another size than the parameters are for: the kernel would read beyond it.
+    """
+    c, (height, width) = params.config, picture.pixels.shape[:2]
+    if (width, height) != tuple(-(-side // picture.denominator) for side in (params.width, params.height)):
+        raise ValueError(
+            f"params are for an image of {params.width}x{params.height} pixels, not for 1/{picture.denominator} of it "
+            f"in {width}x{height}"
+        )
     out = out or Crops(
         np.empty((c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8),
         np.empty((c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8),
