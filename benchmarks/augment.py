@@ -46,7 +46,7 @@ from jobs.entry import run_main
 from models.settings import ConfigError, ResourceError
 from pipeline import compiled
 from pipeline.crop_params import sample
-from pipeline.crops import MAX_PIXELS, apply, crop_rng, limit_threads, prepare_kernel
+from pipeline.crops import apply, crop_rng, limit_threads, prepare_kernel
 from pipeline.crops_config import CropsConfig
 from pipeline.encoded import open_image
 
@@ -63,7 +63,7 @@ def ours(config: CropsConfig, *, kernel: Literal["numba", "torch"] = "numba") ->
     epochs = itertools.count()
 
     def cut(data: bytes) -> Any:
-        image = open_image(data, max_pixels=MAX_PIXELS)
+        image = open_image(data)
         rng = crop_rng(0, next(epochs), "image.jpg")
         return apply(image, sample(rng, image.width, image.height, config))
 
@@ -215,6 +215,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if min(arguments.count, arguments.rounds, arguments.threads) < 1:
         raise ConfigError("--count, --rounds and --threads must be at least 1")
+    for option, file in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"{option}={file}: there is no folder {file.parent}; make it first")
     # This recipe leaves the crops at their defaults.
     config = load_config("vit_small_imagenet_vanilla", None, ["data.path=-", *arguments.overrides]).crops
     if config.interpolation != "bicubic":

@@ -17,7 +17,7 @@ import numpy as np
 
 from jobs.entry import run_main
 from pipeline.crop_params import LEFT, WIDTH, CropParams, sample_image
-from pipeline.crops import MAX_PIXELS, Crops, apply, cut, limit_threads
+from pipeline.crops import Crops, apply, cut, limit_threads
 from pipeline.crops_config import CropsConfig
 from pipeline.encoded import Decoded, open_image
 from pipeline.packing import shrink, shrink_pixels
@@ -31,7 +31,7 @@ def distance(a: Crops, b: Crops) -> list[float]:
 
 def pixels_of(data: bytes) -> np.ndarray:
     """The whole picture."""
-    return open_image(data, max_pixels=MAX_PIXELS).decode(1, lambda size: np.empty(size, np.uint8)).pixels
+    return open_image(data).decode(1, lambda size: np.empty(size, np.uint8)).pixels
 
 
 def moved(params: CropParams, pixels: np.ndarray) -> CropParams:

@@ -77,7 +77,12 @@ class CropParams(NamedTuple):
 
 
 def sample(rng: np.random.Generator, width: int, height: int, config: CropsConfig) -> CropParams:
-    """Draw the parameters of every crop of a `width` x `height` image, in the order of `crop_kinds`."""
+    """Draw the parameters of every crop of a `width` x `height` image, in the order of `crop_kinds`.
+
+    The size is that of the upright picture; `pipeline.encoded.open_image(file)` tells it without decoding.
+    """
+    if min(width, height) < 1:
+        raise ValueError(f"an image has at least one pixel, not {width}x{height}")
     kinds = _kinds_table(config)
     table = np.zeros((len(kinds), _NUM_COLUMNS))
     _draw(rng.random((len(kinds), _NUM_UNIFORMS)), width, height, kinds, _ORDERS, table)
@@ -199,6 +204,21 @@ def measure(table: Table) -> tuple[float, float, int, float]:
         most = max(most, max(crop[HEIGHT], crop[WIDTH]) / crop[SIZE])
         size, sigma = max(size, crop[SIZE]), max(sigma, crop[SIGMA])
     return least, most, int(size), sigma
+
+
+@compiled_and_kept
+def first_outside(
+    table: Table, width: int, height: int, num_global_crops: int, global_size: int, local_size: int
+) -> int:
+    """The first crop that is not inside a picture of this size, or not of its config's size; -1 if all are."""
+    for v in range(len(table)):
+        crop = table[v]
+        size = global_size if v < num_global_crops else local_size
+        inside = (crop[TOP] >= 0) & (crop[TOP] + crop[HEIGHT] <= height + 1e-6) & (crop[HEIGHT] > 0)
+        inside &= (crop[LEFT] >= 0) & (crop[LEFT] + crop[WIDTH] <= width + 1e-6) & (crop[WIDTH] > 0)
+        if not (inside & (crop[SIZE] == size)):
+            return v
+    return -1
 
 
 def _one_crop(row: list[float]) -> OneCrop:

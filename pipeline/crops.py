@@ -20,7 +20,7 @@ import torch
 
 from models.settings import ConfigError
 from pipeline import compiled, kernel_torch
-from pipeline.crop_params import LEFT, TOP, WIDTH, CropParams, measure, sample
+from pipeline.crop_params import LEFT, TOP, WIDTH, CropParams, first_outside, measure, sample
 from pipeline.crops_config import CropsConfig
 from pipeline.encoded import DENOMINATORS, Decoded, Encoded, open_image
 from pipeline.random_rows import crop_rng
@@ -28,9 +28,6 @@ from pipeline.random_rows import crop_rng
 logger = logging.getLogger(__name__)
 
 Image = npt.NDArray[np.uint8]
-
-MAX_PIXELS = 100_000_000
-"""Largest image that `apply` decodes when it is given bytes."""
 
 
 class Crops(NamedTuple):
@@ -43,9 +40,10 @@ class Crops(NamedTuple):
 def apply(image: bytes | Encoded, params: CropParams, *, out: Crops | None = None) -> Crops:
     """Make all crops of an image file, globals first, in `out` if that is given.
 
-    Raises BadImage for what cannot be decoded, ValueError for parameters of an image of another size.
+    The parameters are for its upright size, which `open_image(file)` knows as `width` and `height`. Raises BadImage
+    for what cannot be decoded, ValueError for parameters of an image of another size.
     """
-    encoded = image if isinstance(image, Encoded) else open_image(image, max_pixels=MAX_PIXELS)
+    encoded = image if isinstance(image, Encoded) else open_image(image)
     return cut(decode_for(params, encoded), params, out)
 
 
@@ -65,21 +63,50 @@ def decode_for(params: CropParams, image: Encoded) -> Decoded:
 def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops:
     """Make all crops of a decoded image, in `out` if that is given.
 
-    Raises ValueError for a picture of another size than the parameters are for: the kernel would read beyond it.
+    Raises ValueError for a picture, parameters or `out` that are not of one another: the compiled kernel would read
+    and write beyond them.
     """
-    c, (height, width) = params.config, picture.pixels.shape[:2]
+    c = params.config
+    if out is None:
+        out = Crops(*(np.empty(shape, np.uint8) for shape in _shapes(c)))
+    _check(picture, params, out)
+    kernel = kernel_torch.cut if kernel_name(c) == "torch" else _cut_numba
+    kernel(picture, params, out)
+    return out
+
+
+def _shapes(c: CropsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the global and the local crops."""
+    return (
+        (c.num_global_crops, c.global_crop_size, c.global_crop_size, 3),
+        (c.num_local_crops, c.local_crop_size, c.local_crop_size, 3),
+    )
+
+
+def _check(picture: Decoded, params: CropParams, out: Crops) -> None:
+    pixels, c = picture.pixels, params.config
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"a picture must be uint8 [H,W,3], not {pixels.dtype} {list(pixels.shape)}")
+    height, width = pixels.shape[:2]
     if (width, height) != tuple(-(-side // picture.denominator) for side in (params.width, params.height)):
         raise ValueError(
             f"params are for an image of {params.width}x{params.height} pixels, not for 1/{picture.denominator} of it "
             f"in {width}x{height}"
         )
-    out = out or Crops(
-        np.empty((c.num_global_crops, c.global_crop_size, c.global_crop_size, 3), np.uint8),
-        np.empty((c.num_local_crops, c.local_crop_size, c.local_crop_size, 3), np.uint8),
-    )
-    kernel = kernel_torch.cut if kernel_name(c) == "torch" else _cut_numba
-    kernel(picture, params, out)
-    return out
+    for array, shape in zip(out, _shapes(c), strict=True):
+        if array.dtype != np.uint8 or array.shape != shape or not array.flags.c_contiguous:
+            raise ValueError(
+                f"out must be uint8 {list(shape)} in one piece, not {array.dtype} {list(array.shape)}"
+            )
+    sizes = c.global_crop_size, c.local_crop_size
+    if len(params.table) != c.num_global_crops + c.num_local_crops:
+        raise ValueError(f"params hold {len(params.table)} crops for a config of {len(out[0]) + len(out[1])}")
+    wrong = first_outside(params.table, params.width, params.height, c.num_global_crops, *sizes)
+    if wrong >= 0:
+        raise ValueError(
+            f"params.crops[{wrong}] must lie inside {params.width}x{params.height} pixels, at least one pixel large, "
+            f"and have its config's size: {params.crops[wrong]}"
+        )
 
 
 def multi_crop(image: Image, rng: np.random.Generator, config: CropsConfig) -> Crops:
@@ -126,7 +153,7 @@ def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:
     num_bytes = picture.pixels.nbytes
     flat = scratch.bytes("picture", num_bytes + crop_kernel.SLACK)
     if picture.pixels.ctypes.data != flat.ctypes.data:
-        flat[:num_bytes] = picture.pixels.ravel()
+        flat[:num_bytes] = picture.pixels.ravel()  # with room behind it
     table = params.table
     if picture.denominator > 1:
         table = table.copy()

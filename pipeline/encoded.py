@@ -20,6 +20,8 @@ except ImportError:  # no wheel for this platform: OpenCV decodes JPEGs then, at
 
 Pixels = npt.NDArray[np.uint8]
 
+MAX_PIXELS = 100_000_000
+"""Largest image that is decoded unless another number is given."""
 DENOMINATORS = (1, 2, 4, 8)
 """Fractions of its size at which a JPEG is decoded: the ones whose inverse transforms are fast."""
 
@@ -92,7 +94,7 @@ class Encoded(NamedTuple):
         return Decoded(pixels, denominator, left_shift, top_shift)
 
 
-def open_image(data: bytes, *, max_pixels: int, min_side: int = 1) -> Encoded:
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) -> Encoded:
     """Find the size of an image file, from its header where that is enough. Raises BadImage as `decode` does."""
     if simplejpeg is not None and data[:2] == b"\xff\xd8":
         try:

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.crop_params import sample
-from pipeline.crops import Crops, crop_rng, multi_crop
+from pipeline.crops import Crops, crop_rng, cut, multi_crop
 from pipeline.crops_config import CropsConfig, crop_bytes, describe_crops
+from pipeline.encoded import Decoded
 
 
 @KERNELS
@@ -230,3 +231,54 @@ def test_threads_are_limited_when_asked_and_not_by_import() -> None:
         "crops.limit_threads(); print(before, torch.get_num_threads(), cv2.getNumThreads())"
     )
     assert run_python(code, OMP_NUM_THREADS="2").split() == ["2", "1", "1"]
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"left": 60}, "inside 100x90"),
+        ({"top": -1}, "inside 100x90"),
+        ({"width": 0}, "inside 100x90"),
+        ({"size": 64}, "config's size"),
+    ],
+    ids=str,
+)
+def test_parameters_that_lead_out_of_the_picture_are_refused(wrong: dict, says: str, kernel: str) -> None:
+    image = np.zeros((90, 100, 3), np.uint8)
+    params = sample(crop_rng(0, 0, "a"), 100, 90, CropsConfig(kernel=kernel))
+    crops = list(params.crops)
+    crops[3] = crops[3]._replace(**{"left": 50, "width": 50, **wrong})
+    with pytest.raises(ValueError, match=f"crops\\[3\\] .*{says}"):
+        cut(Decoded(image, 1, 0.0, 0.0), params.with_crops(crops))
+    with pytest.raises(ValueError, match="params hold 9 crops for a config of 10"):
+        cut(Decoded(image, 1, 0.0, 0.0), params.with_crops(crops[:9]))
+
+
+@KERNELS
+@pytest.mark.parametrize("shape", [(90, 100), (90, 100, 4), (91, 100, 3)])
+def test_a_picture_of_another_shape_is_refused(shape: tuple[int, ...], kernel: str) -> None:
+    params = sample(crop_rng(0, 0, "a"), 100, 90, CropsConfig(kernel=kernel))
+    with pytest.raises(ValueError, match=r"uint8 \[H,W,3\]|image of 100x90"):
+        cut(Decoded(np.zeros(shape, np.uint8), 1, 0.0, 0.0), params)
+    with pytest.raises(ValueError, match="not float32"):
+        cut(Decoded(np.zeros((90, 100, 3), np.float32), 1, 0.0, 0.0), params)
+
+
+@KERNELS
+def test_memory_for_crops_of_another_shape_is_refused(kernel: str) -> None:
+    image, config = np.zeros((90, 100, 3), np.uint8), CropsConfig(kernel=kernel)
+    params = sample(crop_rng(0, 0, "a"), 100, 90, config)
+    good = cut(Decoded(image, 1, 0.0, 0.0), params)
+    for bad in (
+        good._replace(global_crops=good.global_crops[:, :64]),
+        good._replace(local_crops=good.local_crops.astype(np.float32)),
+        good._replace(local_crops=good.local_crops[:, ::-1]),
+    ):
+        with pytest.raises(ValueError, match="out must be uint8"):
+            cut(Decoded(image, 1, 0.0, 0.0), params, bad)
+
+
+def test_an_image_without_pixels_has_no_crops() -> None:
+    with pytest.raises(ValueError, match="at least one pixel, not 0x5"):
+        sample(crop_rng(0, 0, "a"), 0, 5, CropsConfig())

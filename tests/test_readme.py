@@ -4,8 +4,10 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from jobs.config import load_config
 from jobs.recipes import RECIPES
@@ -63,6 +65,16 @@ def test_each_other_command_is_understood_and_wants_nothing_but_the_run_or_the_p
     with pytest.raises(DinorayError, match=r"runs/demo|PHOTOS") as error:
         importlib.import_module(words[2]).main(words[3:])
     assert "--help" not in str(error.value)
+
+
+def test_the_python_in_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (300, 200), (200, 90, 30)).save("cat.jpg")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["crops"].global_crops.shape == (2, 224, 224, 3)
+    assert names["crops"].local_crops.shape == (8, 96, 96, 3)
 
 
 def test_every_job_has_a_command() -> None:
