@@ -70,7 +70,7 @@ def table(title: str, rows: Sequence[Row], left_out: Mapping[str, str]) -> str:
     if any(row.name == OURS for row in rows):
         lines += [
             "",
-            "Ratios are medians of each image's. Ours decodes a large JPEG at a fraction of its size, decode only all of it.",
+            "Ratios are medians of each image's. Ours decodes large JPEGs at a fraction, decode only at full size.",
         ]
     return "\n".join(lines)
 
