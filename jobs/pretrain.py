@@ -172,7 +172,8 @@ def _write_about(
 ) -> None:
     """config.yaml, environment.json (with `reasons` of numbers that stand for auto) and crops.png."""
     run.write("config.yaml", config.to_yaml().encode())
-    names = "dinoray ray torch timm numpy numba simplejpeg opencv-python-headless pyarrow boto3".split()
+    names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
+    names += ["numba", "simplejpeg", "opencv-python-headless"]
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
