@@ -197,7 +197,8 @@ def test_a_forbidden_image_ends_the_fetch_at_once(
     put_all(s3, bucket, {f"{number:02}.jpg": b"data" for number in range(60)})
     source = source_of(f"s3://{bucket}", fetch_concurrency=16, fetch_attempts=1)
     proxy.fail("forbid", pattern=r"\.jpg")
-    proxy.fail("hang", pattern=r"\.jpg", times=16)
+    proxy.fail("hang", pattern=r"\.jpg", times=15)
+    proxy.gate = 16  # no answer, the refusal neither, before as many requests as may be are under way
     with pytest.raises(DataError, match=rf"s3://{bucket}/\d+\.jpg: AccessDenied"):
         fetch_all(source)
     assert proxy.in_flight > 0  # it did not wait for those that hang,
