@@ -69,6 +69,16 @@ class Config(DINOConfig):
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
+def positive(text: str) -> int:
+    """Type of an option that is a whole number above 0."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+positive.__name__ = "positive number"  # as argparse names it in its error
+
+
 class CommandLine(argparse.ArgumentParser):
     """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
 

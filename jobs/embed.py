@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from jobs.config import CommandLine
+from jobs.config import CommandLine, positive
 from jobs.entry import run_main
 from jobs.network import lone_config, open_network
 from jobs.writing import write_missing
@@ -137,27 +137,18 @@ def _parser() -> CommandLine:
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float16", help="of the vectors")
     parser.add_argument("--patch-tokens", action="store_true", help="keep those of the last block as well")
     parser.add_argument(
-        "--image-size", type=_positive, default=None, help="pixels (default: of a global crop)"
+        "--image-size", type=positive, default=None, help="pixels (default: of a global crop)"
     )
     parser.add_argument(
-        "--rows-per-file", type=_positive, default=None, help="images per part (default: by their number)"
+        "--rows-per-file", type=positive, default=None, help="images per part (default: by their number)"
     )
-    parser.add_argument("--batch-size", type=_positive, default=128, help="images per forward")
+    parser.add_argument("--batch-size", type=positive, default=128, help="images per forward")
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on GPUs"
     )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.label_from_parent=true")
     return parser
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-_positive.__name__ = "positive number"  # as argparse names it in its error
 
 
 def _told(summary: dict[str, Any]) -> str:

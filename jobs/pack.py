@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.config import CommandLine, Config, apply_overrides, validate
+from jobs.config import CommandLine, Config, apply_overrides, positive, validate
 from jobs.entry import run_main
 from jobs.recipes import RECIPES
 from jobs.writing import write_missing
@@ -109,20 +109,11 @@ def _parser() -> CommandLine:
         help=f"whose crops these are (default: {_RECIPE})",
     )
     parser.add_argument(
-        "--rows-per-file", type=_positive, default=None, help="images per part (default: by their size)"
+        "--rows-per-file", type=positive, default=None, help="images per part (default: by their size)"
     )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.label_from_parent=true")
     return parser
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-_positive.__name__ = "positive number"  # as argparse names it in its error
 
 
 def _config(arguments: Namespace) -> Config:

@@ -26,7 +26,8 @@ def write_missing(
     console: Console,
     verbose: bool,
 ) -> None:
-    """Write the parts `missing` of `num_parts`: `work(backbone of the network, source, part)` gives a parts.Written.
+    """Write the parts `missing` of `num_parts`: `work(backbone of the network or None, source, part)` gives a
+    parts.Written.
 
     `account` reads what the given parts say, names the bad images among them and returns their number; DataError
     when there are more than `limit` of the source allows. It is asked at the start, and once they are too many.
@@ -40,7 +41,7 @@ def write_missing(
     try:
         task = EmbedTask(work, source, missing)
         for _, written in embed_on_actors(
-            ray.put(network or _NoNetwork()), [task], actors=actors, use_gpu=use_gpu, in_order=False
+            ray.put(network), [task], actors=actors, use_gpu=use_gpu, in_order=False
         ):
             done.append(written.part)
             num_new += 1
@@ -58,10 +59,3 @@ def write_missing(
                 )
     finally:
         ray.shutdown()
-
-
-class _NoNetwork:
-    """Stands for the network of actors that need none."""
-
-    def backbone(self, device: str) -> None:
-        """None, on any device."""

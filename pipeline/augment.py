@@ -6,6 +6,7 @@ threads fetch; a node needs few actors and a block is written in place by all th
 """
 
 import json
+import math
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from models.settings import DataError
 from pipeline.crop_params import sample_image
 from pipeline.crops import Crops, cut, decode_for
-from pipeline.crops_config import CropsConfig, crop_bytes
+from pipeline.crops_config import CropsConfig, crop_bytes, crop_shapes
 from pipeline.decode import BadImage
 from pipeline.encoded import open_image
 from pipeline.order import Order
@@ -109,12 +110,10 @@ class Augmenter:
         """
         c, n = self._crops, len(positions)
         epochs, images = self._order.locate(positions)
-        G, S, L, s = c.num_global_crops, c.global_crop_size, c.num_local_crops, c.local_crop_size
         memory = self._memory.take(n * crop_bytes(c))
-        crops = Crops(
-            memory[: n * G * S * S * 3].reshape(n, G, S, S, 3),
-            memory[n * G * S * S * 3 :].reshape(n, L, s, s, 3),
-        )
+        global_shape, local_shape = crop_shapes(c)
+        split = n * math.prod(global_shape)
+        crops = Crops(memory[:split].reshape(n, *global_shape), memory[split:].reshape(n, *local_shape))
         columns: dict[str, NDArray[Any]] = {
             "global_crops": crops.global_crops,
             "local_crops": crops.local_crops,

@@ -20,8 +20,8 @@ import torch
 
 from models.settings import ConfigError
 from pipeline import compiled, kernel_torch
-from pipeline.crop_params import LEFT, TOP, WIDTH, CropParams, first_outside, measure, sample
-from pipeline.crops_config import CropsConfig
+from pipeline.crop_params import LEFT, TOP, WIDTH, CropParams, first_outside, measure, sample, sample_image
+from pipeline.crops_config import CropsConfig, crop_shapes
 from pipeline.encoded import DENOMINATORS, Decoded, Encoded, open_image
 from pipeline.random_rows import crop_rng
 
@@ -68,19 +68,11 @@ def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops
     """
     c = params.config
     if out is None:
-        out = Crops(*(np.empty(shape, np.uint8) for shape in _shapes(c)))
+        out = Crops(*(np.empty(shape, np.uint8) for shape in crop_shapes(c)))
     _check(picture, params, out)
     kernel = kernel_torch.cut if kernel_name(c) == "torch" else _cut_numba
     kernel(picture, params, out)
     return out
-
-
-def _shapes(c: CropsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the global and the local crops."""
-    return (
-        (c.num_global_crops, c.global_crop_size, c.global_crop_size, 3),
-        (c.num_local_crops, c.local_crop_size, c.local_crop_size, 3),
-    )
 
 
 def _check(picture: Decoded, params: CropParams, out: Crops) -> None:
@@ -93,7 +85,7 @@ def _check(picture: Decoded, params: CropParams, out: Crops) -> None:
             f"params are for an image of {params.width}x{params.height} pixels, not for 1/{picture.denominator} of it "
             f"in {width}x{height}"
         )
-    for array, shape in zip(out, _shapes(c), strict=True):
+    for array, shape in zip(out, crop_shapes(c), strict=True):
         if array.dtype != np.uint8 or array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(
                 f"out must be uint8 {list(shape)} in one piece, not {array.dtype} {list(array.shape)}"
@@ -138,6 +130,7 @@ def prepare_kernel(config: CropsConfig) -> None:
         return
     with compiled.one_at_a_time():
         multi_crop(np.zeros((32, 32, 3), np.uint8), crop_rng(0, 0, ""), config)
+        sample_image(0, 0, "", 32, 32, config)  # the stream's own way to the same parameters
     logger.info("crops are made by the numba kernel")
 
 

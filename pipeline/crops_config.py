@@ -190,6 +190,15 @@ def _kind(
     )
 
 
+def crop_shapes(config: CropsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """[G,S,S,3] and [L,S,S,3] of an image's crops."""
+    c = config
+    return (
+        (c.num_global_crops, c.global_crop_size, c.global_crop_size, 3),
+        (c.num_local_crops, c.local_crop_size, c.local_crop_size, 3),
+    )
+
+
 def crop_bytes(config: CropsConfig) -> int:
     """Bytes that the crops of one image take."""
     return sum(3 * kind.size**2 for kind in crop_kinds(config))

@@ -15,7 +15,6 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
-from torch import nn
 
 from models.settings import DinorayError
 from pipeline.augment import Augmenter, crop_threads
@@ -128,8 +127,8 @@ def batches(
         raise DinorayError(f"the stream ended at step={step}, before step={layout.last_step}")
 
 
-Work = Callable[[nn.Module, Source, Any], Any]
-"""(frozen backbone, source, item) -> a result; all but the backbone can be pickled."""
+Work = Callable[[Any, Source, Any], Any]
+"""(frozen backbone or None, source, item) -> a result; all but the backbone can be pickled."""
 
 
 class EmbedTask(NamedTuple):
@@ -145,12 +144,13 @@ class EmbedActor:
 
     def __init__(
         self,
-        network: "list[ray.ObjectRef[Frozen]]",
+        network: "list[ray.ObjectRef[Frozen | None]]",
         tasks: "Sequence[ray.ObjectRef[EmbedTask]]",
         device: str,
     ) -> None:
         # In a list, since Ray warns of references that are arguments themselves.
-        self._backbone = ray.get(network)[0].backbone(device)
+        frozen = ray.get(network)[0]
+        self._backbone = None if frozen is None else frozen.backbone(device)
         self._tasks = [ray.get(task) for task in tasks]
         self._places = [(t, i) for t, task in enumerate(self._tasks) for i in range(len(task.items))]
 
@@ -169,7 +169,7 @@ class EmbedActor:
 
 
 def embed_on_actors(
-    network: "ray.ObjectRef[Frozen]",
+    network: "ray.ObjectRef[Frozen | None]",
     tasks: Sequence[EmbedTask],
     *,
     actors: int,

@@ -215,3 +215,15 @@ def test_every_source_of_machine_code_is_among_those_that_name_the_folder() -> N
     }
     assert len(compiled_sources) >= 4
     assert compiled_sources | {"compiled.py"} == set(compiled._SOURCES)
+
+
+def test_preparing_compiles_all_that_the_stream_calls() -> None:
+    code = (
+        "from pipeline import crop_kernel, crop_params; from pipeline.crops import prepare_kernel;"
+        "from pipeline.crops_config import CropsConfig; prepare_kernel(CropsConfig());"
+        "functions = [crop_params._draw_from, crop_params.measure, crop_params.first_outside, crop_kernel.crop_all];"
+        "print([len(function.signatures) for function in functions])"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[1, 1, 1, 1]"
