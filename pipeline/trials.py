@@ -1,0 +1,128 @@
+"""What a study remembers: its trials, each a run directory with its parameters and what became of it.
+
+A study directory (local or S3):
+
+    config.yaml               the resolved config, with the section `tune`
+    environment.json          versions, hardware, git commit
+    manifest.parquet          the images, listed once for all trials
+    study.json                what is searched, by which objective, over how many steps
+    trials/
+      0000/                   a run directory (pipeline/checkpoint.py), and in it
+        trial.json            parameters and seed; written before the trial starts
+        outcome.json          written when it has ended: the trial is never run again
+    study.html  study.csv  study.png    what was found
+    best.yaml                 the best config, as jobs.pretrain --config takes it
+
+Progress is these files and nothing else: a study that is killed is continued from them, whatever had been in
+anybody's memory. No Ray here.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pipeline.report_records import Records, read, read_mapping, read_records
+from pipeline.storage import Directory
+
+STUDY = "study.json"
+TRIAL = "trial.json"
+OUTCOME = "outcome.json"
+BEST = "best.yaml"
+
+Status = Literal["finished", "stopped", "collapsed", "failed"]
+"""Trained to its end; given up for better ones; collapsed; could not be run."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of parameters to be tried: values by dotted key of the run's config."""
+
+    number: int
+    params: dict[str, Any]
+    seed: int
+    origin: str
+    """Who proposed it: `recipe`, `first`, `random`, `quasi`, `grid`, `tpe`, `pb2`, or `confirm`."""
+    confirms: int | None = None
+    """The trial whose parameters it repeats with another seed."""
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{self.number:04d}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial."""
+
+    status: Status
+    score: float | None
+    """The objective, larger is better, at its last evaluation; the worst there is after a collapse, None when failed."""
+    step: int
+    """Steps that it was trained for."""
+    verdict: str = "healthy"
+    """Of its health, pipeline/health.py."""
+    message: str = ""
+    """What went wrong, in words."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """All metrics of its last evaluation, and `loss`."""
+    seconds: float = 0.0
+    """Wall time over all attempts."""
+    start_seconds: float = 0.0
+    """Of these, until the first step was trained."""
+    cpu_hours: float = 0.0
+    """CPUs it had reserved times the hours it had them."""
+    gpu_hours: float = 0.0
+    """GPUs likewise."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial, its outcome if it has ended, and the metrics it has logged."""
+
+    trial: Trial
+    outcome: Outcome | None
+    records: Records
+
+    @property
+    def status(self) -> str:
+        """Of the outcome, or `unfinished`."""
+        return self.outcome.status if self.outcome else "unfinished"
+
+
+def trial_directory(study: Directory, trial: Trial) -> Directory:
+    """The trial's run directory."""
+    return study.child("trials").child(trial.name)
+
+
+def write_trial(study: Directory, trial: Trial) -> None:
+    """Remember that the trial is to be run."""
+    trial_directory(study, trial).write(TRIAL, json.dumps(asdict(trial), indent=1).encode())
+
+
+def write_outcome(study: Directory, trial: Trial, outcome: Outcome) -> None:
+    """Remember that it has ended."""
+    trial_directory(study, trial).write(OUTCOME, json.dumps(asdict(outcome), indent=1).encode())
+
+
+def read_trials(study: Directory) -> list[Tried]:
+    """All trials of the study, by number."""
+    found = []
+    for name in study.child("trials").list():
+        run = study.child("trials").child(name)
+        tree = read_mapping(run, TRIAL)
+        if tree:  # else the folder was made and its trial lost before it was begun
+            outcome = read_mapping(run, OUTCOME)
+            found.append(Tried(Trial(**tree), Outcome(**outcome) if outcome else None, read_records(run)))
+    return sorted(found, key=lambda tried: tried.trial.number)
+
+
+def write_study(study: Directory, about: Mapping[str, Any]) -> None:
+    """study.json."""
+    study.write(STUDY, json.dumps(about, indent=1).encode())
+
+
+def read_study(study: Directory) -> dict[str, Any]:
+    """study.json; empty when there is none."""
+    return json.loads(read(study, STUDY) or b"{}")
