@@ -1,0 +1,111 @@
+"""Statistics of small samples: agreement of two rankings, the spread over seeds, what a setting alone explains.
+
+Numbers in, numbers out; knows nothing of trials.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+# Student's t that 5 % of draws exceed, by degrees of freedom; between them it is nearly straight in 1 / df.
+_T95 = {
+    1: 6.314,
+    2: 2.920,
+    3: 2.353,
+    4: 2.132,
+    5: 2.015,
+    6: 1.943,
+    7: 1.895,
+    8: 1.860,
+    9: 1.833,
+    10: 1.812,
+    15: 1.753,
+    30: 1.697,
+    math.inf: 1.645,
+}
+
+
+def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Kendall's tau-b of two rankings of the same things, -1 to 1; None when either ranks nothing.
+
+    Pairs in the same order minus pairs in the opposite one, over the geometric mean of the pairs that each ranking
+    tells apart. Infinities are values; pairs with a NaN are left out before.
+    """
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    known = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[known], b[known]
+    upper = np.triu_indices(len(a), 1)
+    first = _order(a)[upper]
+    second = _order(b)[upper]
+    told = math.sqrt(int((first != 0).sum()) * int((second != 0).sum()))
+    return float((first * second).sum()) / told if told else None
+
+
+def _order(values: Floats) -> Floats:
+    """Signs of all differences [n,n]; infinity minus infinity is no difference."""
+    above = values[:, None] > values[None, :]
+    return above.astype(np.float64) - above.T
+
+
+def chance_tau(num: int) -> float:
+    """What |tau| between two unrelated rankings of `num` things stays below in 9 of 10 cases (normal approximation)."""
+    return min(1.0, 1.645 * math.sqrt(2 * (2 * num + 5) / (9 * num * (num - 1)))) if num > 1 else 1.0
+
+
+def student_t95(df: int) -> float:
+    """Student's t whose interval of +- t standard errors holds 90 %."""
+    return float(np.interp(-1 / df, [-1 / known for known in _T95], list(_T95.values())))
+
+
+def sample_std(values: Sequence[float]) -> float | None:
+    """With n - 1; None of fewer than two."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def pooled_std(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """The standard deviation within groups, taken to be the same in all, and its degrees of freedom; (0, 0) of none."""
+    df = sum(len(group) - 1 for group in groups if len(group) > 1)
+    squares = sum(float(np.var(group)) * len(group) for group in groups if len(group) > 1)
+    return (math.sqrt(squares / df), df) if df else (0.0, 0)
+
+
+def difference_margin(groups: Sequence[Sequence[float]], num_a: int, num_b: int) -> float:
+    """Half of the 90 % interval of the difference of two means over `num_a` and `num_b` values.
+
+    With the pooled spread of all groups, since two to five seeds say little about their own. Infinite without any
+    group of two.
+    """
+    std, df = pooled_std(groups)
+    return student_t95(df) * std * math.sqrt(1 / num_a + 1 / num_b) if df else math.inf
+
+
+def explained(groups: Sequence[int], scores: Sequence[float]) -> float:
+    """Share of the variance of the scores' ranks that lies between groups: epsilon squared, 0 to 1.
+
+    Corrected for the number of groups, so that a setting of no influence comes out near 0 in few trials too.
+    """
+    ranks = _ranks(np.asarray(scores, np.float64))
+    labels = np.asarray(groups)
+    present = np.unique(labels)
+    total = float(((ranks - ranks.mean()) ** 2).sum())
+    if total == 0 or not 1 < len(present) < len(ranks):
+        return 0.0
+    within = sum(float(((ranks[labels == g] - ranks[labels == g].mean()) ** 2).sum()) for g in present)
+    return max(0.0, 1 - within / (len(ranks) - len(present)) / (total / (len(ranks) - 1)))
+
+
+def quantile_groups(places: Sequence[float]) -> list[int]:
+    """Groups of neighbours of about equal size, three of them or four from 16 on; equal places stay together."""
+    num = 3 if len(places) < 16 else 4
+    return [min(num - 1, int(rank * num / len(places))) for rank in _ranks(np.asarray(places, np.float64))]
+
+
+def _ranks(values: Floats) -> Floats:
+    """Ranks from 0, means of them where values are equal."""
+    below = (values[:, None] > values[None, :]).sum(1)
+    equal = (values[:, None] == values[None, :]).sum(1)
+    return below + (equal - 1) / 2
