@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.config import CommandLine, load_run_config
+from jobs.arguments import CommandLine
+from jobs.config import load_run_config
 from jobs.entry import run_main
 from jobs.network import open_network
 from models.attention import patch_size

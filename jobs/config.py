@@ -4,13 +4,12 @@ Each section is declared beside the thing that it configures; they meet here and
 a mistake stands in jobs/keys.py.
 """
 
-import argparse
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -69,46 +68,22 @@ class Config(DINOConfig):
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
-def positive(text: str) -> int:
-    """Type of an option that is a whole number above 0."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-positive.__name__ = "positive number"  # as argparse names it in its error
-
-
-class CommandLine(argparse.ArgumentParser):
-    """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse does, but options may stand before, between and after the overrides."""
-        return self.parse_intermixed_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """ConfigError instead of argparse's own way out."""
-        raise ConfigError(f"{message}; --help lists the options, values are set as section.key=value")
-
-
-class Arguments(CommandLine):
-    """The command line that jobs with a config share."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, epilog="recipes: " + ", ".join(RECIPES))
-        self.add_argument("--recipe", default=None, help="named starting point (default: demo)")
-        self.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
-        self.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
-        self.add_argument(
-            "--json-schema", action="store_true", help="print the JSON Schema of the config and exit"
-        )
-        self.add_argument(
-            "--resume", action="store_true", help="continue the run of this name even with another config"
-        )
-        self.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3")
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def load_config(recipe: str | None, file: Path | None, overrides: Sequence[str]) -> Config:
+    """The config of a run; see `load`."""
+    return load(Config, recipe, file, overrides)
+
+
+def load(
+    model: type[AnyConfig],
+    recipe: str | None,
+    file: Path | None,
+    overrides: Sequence[str],
+    *,
+    name_suffix: str = "",
+) -> AnyConfig:
     """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake.
 
     The recipe is the one given, else the one that the overrides or the file name, else demo. Where
@@ -121,7 +96,7 @@ def load_config(recipe: str | None, file: Path | None, overrides: Sequence[str])
     if not isinstance(name, str) or name not in RECIPES:
         near = did_you_mean(str(name), RECIPES)
         raise ConfigError(f"recipe={name!r} is none of {', '.join(RECIPES)}{near}")
-    merged: dict[str, Any] = {"name": name, **RECIPES[name](), "recipe": name}
+    merged: dict[str, Any] = {"name": name + name_suffix, **RECIPES[name](), "recipe": name}
     backbone = tree.get("backbone")
     if (
         isinstance(backbone, dict)
@@ -129,21 +104,32 @@ def load_config(recipe: str | None, file: Path | None, overrides: Sequence[str])
     ):
         merged["backbone"].pop("kwargs", None)
     _merge(merged, tree)
-    return validate(merged)
+    return validate_as(model, merged)
+
+
+def apply_tree(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Put values by dotted key into a tree, in place."""
+    for key, value in values.items():
+        _merge(tree, _nest(key.split("."), value))
 
 
 def load_run_config(run: Directory, overrides: Sequence[str] = ()) -> Config:
-    """The config that a run directory keeps, with overrides; ConfigError says which of the two is wrong."""
+    """The config that a run directory keeps; see `load_kept`."""
+    return load_kept(Config, run, overrides)
+
+
+def load_kept(model: type[AnyConfig], run: Directory, overrides: Sequence[str] = ()) -> AnyConfig:
+    """The config that a directory keeps, with overrides; ConfigError says which of the two is wrong."""
     file = run.join("config.yaml")
     try:
         tree = _read_mapping(run.read("config.yaml"), file)
     except MissingObject as error:
         raise ConfigError(f"{run.uri} is no run directory: it has no config.yaml") from error
     try:
-        config = validate(tree)
+        config = validate_as(model, tree)
     except ConfigError as error:
         raise ConfigError("\n".join(f"{file}: {line}" for line in str(error).splitlines())) from error
-    return validate(apply_overrides(tree, overrides)) if overrides else config
+    return validate_as(model, apply_overrides(tree, overrides)) if overrides else config
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -173,25 +159,35 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 
 def validate(tree: Mapping[str, Any]) -> Config:
+    """The config of a run; see `validate_as`."""
+    return validate_as(Config, tree)
+
+
+def validate_as(model: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
     """Build the config from a tree of plain values. ConfigError holds one line per mistake, all of them."""
     tree = {"data": {}, **tree}  # so that its missing keys are named, not the section
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, Config, tree))) from error
+        raise ConfigError("\n".join(explain(error, model, tree))) from error
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Settings that decide what is learnt and differ, as `key: old -> new`."""
+def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list[str]:
+    """Settings that decide what is learnt and differ, as `key: old -> new`; dotted `free` ones may differ too."""
     a, b = (
-        dict(flatten(config.model_dump(mode="json", exclude=set(FREE_SECTIONS)))) for config in (old, new)
+        {
+            k: v
+            for k, v in flatten(config.model_dump(mode="json", exclude=set(FREE_SECTIONS)))
+            if k not in free
+        }
+        for config in (old, new)
     )
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
-def json_schema() -> str:
+def json_schema(model: type[Config] = Config) -> str:
     """JSON Schema of the config file, for editors. No key is required: a recipe has what the file leaves out."""
-    schema = Config.model_json_schema()
+    schema = model.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1)

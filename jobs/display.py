@@ -88,6 +88,6 @@ def status_line(facts: dict[str, Any], *, knn: str, eta_seconds: float | None) -
 
 
 def describe_scores(scores: dict[str, Any]) -> str:
-    """`knn_10 61.2%, knn_20 60.8%, majority 8.3%`."""
-    shown = {k: v for k, v in scores.items() if k.startswith("knn_") or k == "majority"}
-    return ", ".join(f"{k} {v:.1%}" for k, v in shown.items())
+    """`knn_10 61.2%, knn_20 60.8%, majority 8.3%`; without labels `rankme 31.2`."""
+    shown = [f"{k} {v:.1%}" for k, v in scores.items() if k.startswith("knn_") or k == "majority"]
+    return ", ".join(shown or [f"{k} {scores[k]:.1f}" for k in ("rankme", "lidar") if k in scores])

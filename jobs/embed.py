@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from jobs.config import CommandLine, positive
+from jobs.arguments import CommandLine, positive
 from jobs.entry import run_main
 from jobs.network import lone_config, open_network
 from jobs.writing import write_missing

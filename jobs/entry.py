@@ -34,21 +34,11 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     A local Ray is given as many logical CPUs as the run asks for, at least the machine's: the operating system
     shares the real ones. ResourceError when GPUs are asked for that a local machine does not have.
     """
-    local = "RAY_ADDRESS" not in os.environ
     train_cpus = resources.train_workers * resources.cpus_per_train_worker
     least = _range(resources.augment_actors, default=(1, 1))[0]
     # One more than the run needs: with none left over, Ray's own small tasks would wait for ever.
     needed = ceil(train_cpus + least * resources.cpus_per_augment_actor) + 1
-    level = logging.INFO if verbose else logging.ERROR
-    options = {"log_to_driver": verbose, "logging_level": level}
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(level)
-    if local:
-        ray.init(
-            address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **options
-        )
-    else:
-        ray.init(**options)
+    local = join_ray(needed, verbose=verbose)
     have = ray.cluster_resources()
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
     use_gpu = gpus > 0 if resources.use_gpu == "auto" else resources.use_gpu
@@ -70,6 +60,26 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
         print("no GPU node is up: training on CPUs; resources.use_gpu=true waits for GPU nodes", flush=True)
     spare = int((cpus - train_cpus - 1) // resources.cpus_per_augment_actor)
     return use_gpu, _range(resources.augment_actors, default=(1, max(1, spare)))
+
+
+def is_local() -> bool:
+    """Whether Ray will be a job's own, on this machine: no cluster's address is in the environment."""
+    return "RAY_ADDRESS" not in os.environ
+
+
+def join_ray(local_cpus: int, *, verbose: bool, dashboard: bool = False) -> bool:
+    """Join the cluster of a submitted job, else start a Ray of `local_cpus` logical CPUs, or the machine's if those
+    are more; whether it is local."""
+    level = logging.INFO if verbose else logging.ERROR
+    options = {"log_to_driver": verbose, "logging_level": level}
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(level)
+    if is_local():
+        cpus = max(os.cpu_count() or 1, local_cpus)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **options)
+        return True
+    ray.init(**options)
+    return False
 
 
 def _range(actors: "int | tuple[int, int] | str", *, default: tuple[int, int]) -> tuple[int, int]:

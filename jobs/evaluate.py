@@ -12,7 +12,8 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from jobs.config import CommandLine, load_run_config
+from jobs.arguments import CommandLine
+from jobs.config import load_run_config
 from jobs.entry import run_main, start_ray
 from jobs.network import lone_config, open_network
 from jobs.probing import LABEL_FREE, LABELLED, Prober

@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.config import CommandLine, load_run_config
+from jobs.arguments import CommandLine
+from jobs.config import load_run_config
 from jobs.entry import run_main
 from models.settings import ConfigError, DinorayError
 from pipeline.checkpoint import (

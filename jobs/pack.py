@@ -15,7 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.config import CommandLine, Config, apply_overrides, positive, validate
+from jobs.arguments import CommandLine, positive
+from jobs.config import Config, apply_overrides, validate
 from jobs.entry import run_main
 from jobs.recipes import RECIPES
 from jobs.writing import write_missing

@@ -1,11 +1,12 @@
-"""The one channel from the workers to the driver: what to show a person, and errors that end the run.
+"""The one channel between the workers and the driver: what to show a person, errors that end the run, and its end.
 
 An actor without CPUs that lives as long as its driver. Training never waits for it: posts are not awaited,
-but for a fatal error, which is delivered before the worker dies of it.
+but for a fatal error, which is delivered before the worker dies of it, and the answer after an evaluation where a
+study decides whether the run goes on.
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,13 +14,16 @@ import ray
 import ray.exceptions
 
 from models.settings import DinorayError
+from pipeline.health import UnhealthyError, Verdict
+
+Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
 
 
 @dataclass(frozen=True)
 class Event:
     """One thing that happened: `kind` and its facts."""
 
-    kind: Literal["step", "eval", "checkpoint", "note", "fatal"]
+    kind: Kind | Literal["fatal"]
     facts: dict[str, Any]
 
 
@@ -27,6 +31,8 @@ class _Events:
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._claims: Counter[str] = Counter()
+        self._answers: defaultdict[int, asyncio.Future[bool]] = defaultdict(asyncio.Future)
+        self._stop = False
 
     async def post(self, event: Event) -> None:
         self._queue.put_nowait(event)
@@ -34,6 +40,16 @@ class _Events:
     async def claim(self, what: str) -> int:
         self._claims[what] += 1
         return self._claims[what]
+
+    async def stop(self) -> None:
+        self._stop = True
+
+    async def answer(self, step: int, go_on: bool) -> None:
+        if not self._answers[step].done():  # a step that was lost with its workers is asked for again
+            self._answers[step].set_result(go_on)
+
+    async def goes_on(self, step: int | None) -> bool:
+        return not self._stop and (step is None or await self._answers[step])
 
     async def take(self, timeout_seconds: float) -> Event | None:
         try:
@@ -48,17 +64,35 @@ class Board:
     def __init__(self) -> None:
         self._actor = ray.remote(num_cpus=0)(_Events).remote()
 
-    def post(self, kind: Literal["step", "eval", "checkpoint", "note"], **facts: Any) -> None:
+    def post(self, kind: Kind, **facts: Any) -> None:
         """Send without waiting."""
         self._actor.post.remote(Event(kind, facts))
 
-    def post_last_words(self, text: str) -> None:
-        """Send a note of a worker that is about to die; returns when it, and all posted before it, has arrived."""
-        ray.get(self._actor.post.remote(Event("note", {"text": text})))
+    def post_last(self, kind: Kind, **facts: Any) -> None:
+        """Send what a worker that is about to end has to say; returns when it, and all posted before, has arrived."""
+        ray.get(self._actor.post.remote(Event(kind, facts)))
 
-    def post_fatal(self, message: str, exit_code: int) -> None:
+    def post_fatal(self, error: DinorayError) -> None:
         """Send an error that ends the run; returns when it has arrived."""
-        ray.get(self._actor.post.remote(Event("fatal", {"message": message, "exit_code": exit_code})))
+        facts = {"message": str(error), "exit_code": error.exit_code}
+        if isinstance(error, UnhealthyError):
+            facts["verdict"] = error.verdict.value
+        ray.get(self._actor.post.remote(Event("fatal", facts)))
+
+    def stop(self) -> None:
+        """Ask the workers to end the run at the next step that they log, with a checkpoint."""
+        ray.get(self._actor.stop.remote())
+
+    def answer(self, step: int, *, go_on: bool) -> None:
+        """Tell the workers, who wait for it, whether to go on after the evaluation at `step`."""
+        self._actor.answer.remote(step, go_on)
+
+    def goes_on(self, step: int | None) -> bool:
+        """Whether the run goes on: no stop was asked for, and the answer for `step`, if given, says so.
+
+        Returns when that answer is there.
+        """
+        return ray.get(self._actor.goes_on.remote(step))
 
     def claim(self, what: str) -> int:
         """How many times, with this one, `what` was asked for since the driver started: 1 for the first."""
@@ -67,6 +101,16 @@ class Board:
     def take(self, *, timeout_seconds: float) -> Event | None:
         """The next event, or None after `timeout_seconds`."""
         return ray.get(self._actor.take.remote(timeout_seconds))
+
+
+def fatal_error(event: Event) -> DinorayError:
+    """The error that a `fatal` event tells of, with the exit code that it had where it happened."""
+    facts = event.facts
+    if "verdict" in facts:
+        return UnhealthyError(facts["message"], Verdict(facts["verdict"]))
+    error = DinorayError(facts["message"])
+    error.exit_code = facts["exit_code"]
+    return error
 
 
 def known_error(error: BaseException | None) -> DinorayError | None:

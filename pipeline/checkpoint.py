@@ -25,6 +25,8 @@ pickled objects.
 """
 
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -84,6 +86,17 @@ def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_ima
         "config": state.config.model_dump(mode="json"),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def temporary_checkpoint(state: TrainState, *, num_images: int, bad_images: dict[str, int]) -> Path:
+    """`save_checkpoint` into a new folder of this machine, which whoever uploads it removes."""
+    folder = Path(tempfile.mkdtemp(prefix="dinoray-checkpoint-"))
+    try:
+        save_checkpoint(state, folder, num_images=num_images, bad_images=bad_images)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
 
 
 def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
@@ -159,6 +172,11 @@ def committed_checkpoints(run: Directory) -> list[str]:
     except MissingObject:
         return []
     return sorted({r["checkpoint_dir_name"] for r in snapshot.get("checkpoint_results", [])})
+
+
+def committed_steps(run: Directory) -> list[int]:
+    """Steps of the run's committed checkpoints, ascending."""
+    return sorted(int(name.removeprefix("step_")) for name in committed_checkpoints(run))
 
 
 class Found(NamedTuple):

@@ -63,7 +63,7 @@ class MultiCropActor:
             return self._augmenter.block(positions)
         except DinorayError as error:
             # Told here, where it is known: Ray passes on the text of an actor's error, not the error.
-            self._board.post_fatal(str(error), error.exit_code)
+            self._board.post_fatal(error)
             raise
 
 

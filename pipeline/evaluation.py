@@ -1,4 +1,5 @@
-"""What is looked at in the middle of a run: k-NN accuracy and RankMe of the teacher, and its attention. No Ray here."""
+"""What is looked at in the middle of a run: how good the teacher's features are, with labels and without, and where
+it looks. No Ray here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,13 +11,14 @@ from torch import nn
 from pipeline import processes
 from pipeline.attention_figure import attention_figure
 from pipeline.crops_config import CropsConfig
-from pipeline.features import EvalConfig, embed_sharded, knn_accuracy
-from pipeline.probes import rankme
+from pipeline.features import EvalConfig, embed_sharded, knn_accuracy, subset
+from pipeline.frozen import embed_views
+from pipeline.probes import ProbeConfig, lidar, rankme
 from pipeline.source import Source
 
 
 class Evaluation(NamedTuple):
-    """`scores` by name, none without labelled images; `attention` as PNG, None for networks without."""
+    """`scores` by name; `attention` as PNG, None for networks without, or without pictures."""
 
     scores: dict[str, float]
     attention: bytes | None
@@ -24,31 +26,66 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     backbone: nn.Module,
-    sources: tuple[Source, Source] | None,
+    labelled: tuple[Source, Source] | None,
+    images: Source,
     pictures: Sequence[tuple[str, NDArray[np.uint8]]],
     *,
     title: str,
     crops: CropsConfig,
     config: EvalConfig,
+    probe: ProbeConfig,
     precision: str,
 ) -> Evaluation | None:
     """Evaluate a backbone, which is left in its mode. Call on all ranks: each embeds its share, the first one scores.
 
-    `sources` are those of `labelled_sources`, `pictures` a handful of (key, image) of any size,
-    drawn under `title`. None on other ranks.
+    `labelled` are the two of `labelled_sources`; without them RankMe is that of `images`, of which LiDAR takes
+    augmented views in any case. `pictures` are a handful of (key, image) of any
+    size, drawn under `title`. None on other ranks.
     """
     was_training = backbone.training
     backbone.eval()
-    limits = (config.max_train_images, config.max_val_images)
+    limited = [(images, config.max_val_images)] if config.label_free else []
+    if labelled is not None:
+        limited = [(labelled[0], config.max_train_images), (labelled[1], config.max_val_images)]
     sides = [
-        embed_sharded(backbone, source, crops, config, limit=limit, precision=precision)
-        for source, limit in zip(sources or (), limits, strict=False)
+        embed_sharded(
+            backbone, source, crops, config, limit=limit, precision=precision, labelled=labelled is not None
+        )
+        for source, limit in limited
     ]
+    views = _views(backbone, images, crops, config, probe, precision=precision) if config.lidar else None
     result = None
     if processes.rank() == 0:
-        scores = {}
-        if sides:
-            scores = knn_accuracy(sides[0], sides[1], config) | {"rankme": rankme(sides[0].features)}
+        scores = knn_accuracy(sides[0], sides[1], config) if labelled is not None else {}
+        if sides and len(sides[0].features):
+            scores["rankme"] = rankme(sides[0].features)
+        if views is not None and len(views) > 1:
+            scores["lidar"] = lidar(views)
         result = Evaluation(scores, attention_figure(backbone, pictures, crops, title=title))
     backbone.train(was_training)
     return result
+
+
+def _views(
+    backbone: nn.Module,
+    images: Source,
+    crops: CropsConfig,
+    config: EvalConfig,
+    probe: ProbeConfig,
+    *,
+    precision: str,
+) -> NDArray[np.float32]:
+    """Features of augmented views of a fixed random subset, each rank embedding its share; all get the whole."""
+    mine = subset(images.num_images, probe.lidar_images)[processes.rank() :: processes.world_size()]
+    part = embed_views(
+        backbone,
+        images,
+        mine.tolist(),
+        crops,
+        num_views=probe.lidar_views,
+        seed=probe.seed,
+        batch_size=config.batch_size,
+        precision=precision,
+    )
+    parts = [rows for rows in processes.gather(part) if len(rows)]
+    return np.concatenate(parts) if parts else part

@@ -30,10 +30,10 @@ from pipeline.training import autocast, pixels
 
 
 class EvalConfig(Settings):
-    """k-NN accuracy of the teacher on labelled images, during the run and at its end."""
+    """How good the teacher's features are, before, during and at the end of the run."""
 
     val_path: str | None = None
-    """Labelled images that are classified; same kinds and columns as `data.path`. None: no evaluation."""
+    """Labelled images that are classified; same kinds and columns as `data.path`. None: no k-NN."""
     train_path: str | None = None
     """Labelled images that vote; None takes `data.path`."""
     every_steps: int = Field(default=1000, ge=1)
@@ -48,6 +48,10 @@ class EvalConfig(Settings):
     """Voters are a fixed random subset of at most this size."""
     max_val_images: int = Field(default=10_000, ge=1)
     """Classified images likewise."""
+    label_free: bool = True
+    """Where there is no `val_path`: measure RankMe on `max_val_images` images of `data.path`."""
+    lidar: bool = False
+    """Measure LiDAR as well, on `probe.lidar_images` images of `data.path` by `probe.lidar_views` augmented views."""
     image_size: int | None = Field(default=None, ge=8)
     """Side of the centre crop in pixels; None takes the global crop size."""
 
@@ -183,12 +187,20 @@ def merge(parts: Sequence[Features]) -> Features:
 
 
 def embed_sharded(
-    backbone: nn.Module, source: Source, crops: CropsConfig, config: EvalConfig, *, limit: int, precision: str
+    backbone: nn.Module,
+    source: Source,
+    crops: CropsConfig,
+    config: EvalConfig,
+    *,
+    limit: int,
+    precision: str,
+    labelled: bool = True,
 ) -> Features:
     """Like `embed_source` on a `subset`, each rank of the process group embedding its share; all get the whole."""
     indices = subset(source.num_images, limit)
     mine = indices[processes.rank() :: processes.world_size()]
-    return merge(processes.gather(embed_source(backbone, source, mine, crops, config, precision=precision)))
+    part = embed_source(backbone, source, mine, crops, config, precision=precision, labelled=labelled)
+    return merge(processes.gather(part))
 
 
 def knn_classify(

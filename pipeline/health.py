@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from models.settings import Settings
+from models.settings import DinorayError, Settings
 from pipeline.processes import all_reduce_sum
 
 _UNIFORM_ENTROPY = 0.98
@@ -74,6 +74,17 @@ _REMEDIES = {
         "loss or gradients are not finite; lower optim.base_lr or optim.clip_grad, or set train.precision=fp32"
     ),
 }
+
+
+class UnhealthyError(DinorayError):
+    """A run that was ended because of its health; `verdict` says what it died of."""
+
+    def __init__(self, message: str, verdict: Verdict) -> None:
+        super().__init__(message, verdict)  # both, so that it can be pickled
+        self.verdict = verdict
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Sums(NamedTuple):

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.backbone import has_batch_norm
+from models.dino import DINO
 
 
 def is_distributed() -> bool:
@@ -47,6 +51,16 @@ def all_reduce_max(values: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
+
+
+def distribute(dino: DINO, device: torch.device) -> nn.Module:
+    """The student as a group of processes trains it, with batch norm over all of them on GPUs; alone, itself."""
+    if world_size() == 1:
+        return dino.student
+    if device.type == "cuda" and has_batch_norm(dino.student):
+        dino.student = nn.SyncBatchNorm.convert_sync_batchnorm(dino.student)
+        dino.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(dino.teacher)
+    return DistributedDataParallel(dino.student, device_ids=[device] if device.type == "cuda" else None)
 
 
 def set_up_device(device: torch.device) -> None:

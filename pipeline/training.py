@@ -241,9 +241,9 @@ def train(
     state: TrainState,
     batches: Iterable[Mapping[str, Any]],
     *,
-    on_step: Callable[[Mapping[str, Any], dict[str, Tensor | float], float], None],
+    on_step: Callable[[Mapping[str, Any], dict[str, Tensor | float], float], bool | None],
 ) -> None:
-    """Run a step per batch; after each, call `on_step(batch, metrics, wait_seconds)`.
+    """Run a step per batch; after each, call `on_step(batch, metrics, wait_seconds)`, and end early when that is True.
 
     `wait_seconds` is how long the step waited for its batch.
     """
@@ -255,7 +255,8 @@ def train(
         except StopIteration:
             return
         wait_seconds = time.perf_counter() - asked
-        on_step(batch, train_step(state, batch), wait_seconds)
+        if on_step(batch, train_step(state, batch), wait_seconds):
+            return
 
 
 def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:

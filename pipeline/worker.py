@@ -3,8 +3,6 @@
 The only user of ray.train. `fit` starts the workers from the driver; `work` is what each of them runs.
 """
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +17,20 @@ import torch
 from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
-from torch.nn.parallel import DistributedDataParallel
 
-from models.backbone import has_batch_norm
 from models.interop import Weights
 from models.settings import DinorayError
 from pipeline import dataset
 from pipeline.board import Board, known_error
-from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, save_checkpoint
+from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, temporary_checkpoint
 from pipeline.crops_config import crop_bytes
 from pipeline.evaluation import evaluate
 from pipeline.features import EvalConfig
-from pipeline.health import HealthConfig, Verdict
+from pipeline.health import HealthConfig, UnhealthyError, Verdict
 from pipeline.layout import Layout, batch_size_per_worker, steps_per_block
 from pipeline.metrics import LogConfig, Meter, MetricsLog
-from pipeline.processes import set_up_device
+from pipeline.probes import ProbeConfig
+from pipeline.processes import all_reduce_max, distribute, set_up_device
 from pipeline.quarantine import Quarantine
 from pipeline.resources import ResourcesConfig
 from pipeline.source import Source
@@ -53,6 +50,7 @@ class WorkerSpec:
     checkpoint: CheckpointConfig
     log: LogConfig
     eval: EvalConfig
+    probe: ProbeConfig
     health: HealthConfig
     init: InitConfig
     init_weights: "ray.ObjectRef[Weights] | None"
@@ -62,6 +60,8 @@ class WorkerSpec:
     max_bad_fraction: float
     prefetch_batches: int
     can_restart: bool
+    asks: bool = False
+    """Whether, after each evaluation, the workers wait on the board to be told if they go on."""
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
@@ -95,7 +95,7 @@ def work(loop_config: dict[str, Any]) -> None:
         known = known_error(error)
         if known is None:
             raise
-        spec.board.post_fatal(str(known), known.exit_code)
+        spec.board.post_fatal(known)
         raise known from error
 
 
@@ -117,7 +117,7 @@ class _Worker:
             resumed=not self.is_new,
         )
         self.quarantine = Quarantine(self._initialise() if self.is_new else self._restore())
-        self._distribute(device)
+        self.state.student = distribute(self.state.dino, device)
         self.log = (
             MetricsLog(
                 spec.run,
@@ -127,8 +127,11 @@ class _Worker:
             if self.rank == 0
             else None
         )
+        if self.log:
+            spec.board.post("placed", group=ray.util.get_current_placement_group())
         self.meter = Meter()
         self.verdict = Verdict.HEALTHY
+        self.stopped = False
 
     def run(self) -> None:
         """Train from the restored step to the last."""
@@ -136,10 +139,12 @@ class _Worker:
         if self.is_new:
             self._evaluate()
         train(state, self._batches(), on_step=self._on_step)
-        if state.step != total:
+        if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
         if self.log:
             self.log.close()
+            if self.stopped:
+                self.spec.board.post_last("stopped", step=state.step)
 
     def _initialise(self) -> dict[str, int]:
         """Start from the weights that the config names, if any; no bad images were counted yet."""
@@ -158,17 +163,6 @@ class _Worker:
             self.spec.board.post("note", text=f"resuming from step {self.state.step}")
         return meta["bad_images"]
 
-    def _distribute(self, device: torch.device) -> None:
-        if self.world_size == 1:
-            return
-        dino = self.state.dino
-        if device.type == "cuda" and has_batch_norm(dino.student):
-            dino.student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(dino.student)
-            dino.teacher = torch.nn.SyncBatchNorm.convert_sync_batchnorm(dino.teacher)
-        self.state.student = DistributedDataParallel(
-            dino.student, device_ids=[device] if device.type == "cuda" else None
-        )
-
     def _batches(self) -> Iterator[dict[str, Any]]:
         per_worker = batch_size_per_worker(self.spec.config.train.global_batch_size, self.world_size)
         layout = Layout(
@@ -183,7 +177,7 @@ class _Worker:
             mine = ray.train.collective.broadcast_from_rank_zero(splits)[self.rank]
             yield from dataset.batches(mine, leg, rank=self.rank, prefetch_batches=self.spec.prefetch_batches)
 
-    def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> None:
+    def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> bool:
         spec, state = self.spec, self.state
         step, ends = state.step, state.step == state.schedule.total_steps
         self.meter.add(spec.config.train.global_batch_size, wait_seconds, batch["cpu_ms"])
@@ -191,14 +185,23 @@ class _Worker:
         gives_up = state.skipped_in_a_row >= spec.health.max_skipped
         evaluates = ends or step % spec.eval.every_steps == 0
         saves = ends or step % spec.checkpoint.every_steps == 0
-        if ends or evaluates or saves or gives_up or step % spec.log.every_steps == 0:
+        logs = ends or evaluates or saves or gives_up or step % spec.log.every_steps == 0
+        if logs:
             self._log_step({k: float(v) for k, v in metrics.items()})
         if gives_up:
             self._go_back()
         if evaluates:
             self._evaluate()
-        if saves and (ends or not state.skipped_in_a_row):  # what is gone back to must be good
+        self.stopped = logs and not ends and self._is_told_to_stop(step if evaluates and spec.asks else None)
+        # What is gone back to must be good.
+        if (saves or self.stopped) and (ends or not state.skipped_in_a_row):
             self._save()
+        return self.stopped
+
+    def _is_told_to_stop(self, step: int | None) -> bool:
+        """Whether the run ends here, before its last step; `step` when that depends on its evaluation. On all ranks."""
+        told = bool(self.log) and not self.spec.board.goes_on(step)
+        return bool(all_reduce_max(torch.tensor(float(told), device=self.state.device)))
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
         state, per_step = self.state, self.spec.config.train.global_batch_size
@@ -229,7 +232,7 @@ class _Worker:
         if verdict is not Verdict.NON_FINITE and self.spec.health.on_collapse == "stop":
             if self.log:
                 self.log.sync()
-            raise DinorayError(f"{message}; health.on_collapse=warn would go on")
+            raise UnhealthyError(f"{message}; health.on_collapse=warn would go on", verdict)
         if self.log:
             self.spec.board.post("note", text=f"warning: {message}")
 
@@ -241,22 +244,23 @@ class _Worker:
         if self.log:
             self.log.sync()
         if number > 1 or not self.spec.can_restart:
-            raise DinorayError(f"{steps}: {Verdict.NON_FINITE.remedy}")
+            raise UnhealthyError(f"{steps}: {Verdict.NON_FINITE.remedy}", Verdict.NON_FINITE)
         if self.log:
-            self.spec.board.post_last_words(f"warning: {steps}; going back to the last checkpoint")
+            text = f"warning: {steps}; going back to the last checkpoint"
+            self.spec.board.post_last("note", text=text)
         raise _GoingBackError(steps)
 
     def _evaluate(self) -> None:
         spec, step = self.spec, self.state.step
         found = evaluate(
             self.state.dino.teacher.backbone,
-            None
-            if spec.eval_sources is None
-            else (ray.get(spec.eval_sources[0]), ray.get(spec.eval_sources[1])),
+            (ray.get(spec.eval_sources[0]), ray.get(spec.eval_sources[1])) if spec.eval_sources else None,
+            ray.get(spec.stream.source),
             ray.get(spec.pictures),
             title=f"step {step}",
             crops=self.state.config.crops,
             config=spec.eval,
+            probe=spec.probe,
             precision=spec.config.train.precision,
         )
         if self.log and found:
@@ -271,17 +275,8 @@ class _Worker:
         checkpoint, name = None, checkpoint_name(self.state.step)
         if self.log:
             self.log.sync()  # before the commit: what a checkpoint continues from must already be written
-            folder = Path(tempfile.mkdtemp(prefix="dinoray-checkpoint-"))
-            try:
-                save_checkpoint(
-                    self.state,
-                    folder,
-                    num_images=self.spec.num_images,
-                    bad_images=dict(self.quarantine.counts),
-                )
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+            bad_images = dict(self.quarantine.counts)
+            folder = temporary_checkpoint(self.state, num_images=self.spec.num_images, bad_images=bad_images)
             checkpoint = Checkpoint.from_directory(str(folder))
             self.spec.board.post("checkpoint", step=self.state.step, name=name)
         # Uploads in the background and removes the folder afterwards.

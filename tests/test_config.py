@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from jobs.arguments import Arguments
 from jobs.config import (
-    Arguments,
     Config,
     apply_overrides,
     differences,

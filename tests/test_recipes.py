@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.config import Arguments, Config, load_config
+from jobs.arguments import Arguments
+from jobs.config import Config, load_config
 from jobs.keys import flatten
 from jobs.recipes import RECIPES
 from models.backbone import build_backbone, embed_dim

@@ -1,0 +1,48 @@
+"""The command lines of jobs: options and `section.key=value` overrides in any order."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jobs.recipes import RECIPES
+from models.settings import ConfigError
+
+
+def positive(text: str) -> int:
+    """Type of an option that is a whole number above 0."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+positive.__name__ = "positive number"  # as argparse names it in its error
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does, but options may stand before, between and after the overrides."""
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """ConfigError instead of argparse's own way out."""
+        raise ConfigError(f"{message}; --help lists the options, values are set as section.key=value")
+
+
+class Arguments(CommandLine):
+    """The command line that jobs with a config share."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, epilog="recipes: " + ", ".join(RECIPES))
+        self.add_argument("--recipe", default=None, help="named starting point (default: demo)")
+        self.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
+        self.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+        self.add_argument(
+            "--json-schema", action="store_true", help="print the JSON Schema of the config and exit"
+        )
+        self.add_argument(
+            "--resume", action="store_true", help="continue the run of this name even with another config"
+        )
+        self.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3")

@@ -1,0 +1,178 @@
+"""One training run on a Ray that is up: what it reads, what it learns, and its events until it is done.
+
+Shared by the job that pretrains and by the trials of a study, which read the same inputs.
+"""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from jobs.config import Config
+from models.backbone import build_backbone
+from models.interop import Weights
+from pipeline.automatic import adapt, resolve
+from pipeline.board import Board, Event, fatal_error
+from pipeline.checkpoint import committed_checkpoints
+from pipeline.dataset import StreamPlan
+from pipeline.decode import BadImage, decode
+from pipeline.features import labelled_sources
+from pipeline.layout import batch_size_per_worker, check_parts
+from pipeline.manifest import load_or_build
+from pipeline.order import Order
+from pipeline.source import Source
+from pipeline.start import read_weights, start_from
+from pipeline.storage import Directory
+from pipeline.training import DINOConfig, build_state
+from pipeline.worker import WorkerSpec, fit
+
+_NUM_PICTURES = 4
+"""Images whose attention is drawn at each evaluation."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The images of a run: those that it learns from, and those that it is evaluated on, if any."""
+
+    images: Source
+    labelled: tuple[Source, Source] | None
+
+    @classmethod
+    def open(cls, config: Config, directory: Directory) -> "Inputs":
+        """List them, or read the manifests that `directory` keeps of an earlier listing."""
+        images = Source(config.data, load_or_build(config.data, directory))
+        return cls(images, labelled_sources(config.data, config.eval, directory))
+
+    def order(self, seed: int) -> Order:
+        """The order in which a run of this seed takes the images."""
+        manifest = self.images.manifest
+        # Parquet row groups among which rows are shuffled: as many as an augment actor can keep in memory.
+        window = 1
+        if manifest.group_bytes is not None:
+            window = max(
+                1, int(self.images.config.row_group_cache_bytes // max(1, manifest.group_bytes.max()))
+            )
+        return Order(
+            self.images.num_images, seed=seed, group_sizes=manifest.group_sizes, window_groups=window
+        )
+
+    def pictures(self) -> list[tuple[str, NDArray[np.uint8]]]:
+        """A handful, the same for each evaluation: evenly spaced ones of those that are classified, if any are."""
+        shown = self.labelled[1] if self.labelled else self.images
+        spaced = np.linspace(0, shown.num_images - 1, min(_NUM_PICTURES, shown.num_images)).astype(int)
+        pictures = []
+        for fetched in shown.fetch(spaced.tolist()):
+            with contextlib.suppress(BadImage):
+                if fetched.data is not None:
+                    pictures.append((fetched.key, decode(fetched.data, max_pixels=shown.config.max_pixels)))
+        return pictures
+
+
+def check_run(config: Config) -> None:
+    """ConfigError when the batch cannot be divided, or the network cannot be built or take the crops."""
+    per_worker = batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
+    check_parts(per_worker, config.train.accumulate_steps)
+    eval_sizes = [config.eval.image_size] if config.eval.image_size else []
+    build_backbone(
+        config.backbone,
+        crop_sizes=(*config.crops.crop_sizes, *eval_sizes),
+        drop_path_rate=config.backbone.drop_path_rate,
+    )
+
+
+def what_is_learnt(
+    config: Config, run: Directory, *, num_images: int
+) -> tuple[DINOConfig, Weights | None, list[str]]:
+    """The algorithm, with numbers for `auto`; the weights to start from, if any; and a line on each number.
+
+    A run that has checkpoints goes on with what it began with, whatever has become of the file it began from.
+    """
+    resolved = resolve(config.algorithm(), num_images=num_images)
+    if config.init.path is None:
+        return resolved.config, None, resolved.reasons
+    names = committed_checkpoints(run)
+    if names:
+        meta = json.loads(run.read(f"checkpoints/{names[-1]}/meta.json"))
+        began = DINOConfig.model_validate(meta["config"]).backbone
+        return resolved.config.model_copy(update={"backbone": began}), None, resolved.reasons
+    weights = read_weights(config.init.path)
+    algorithm = adapt(resolved.config, weights)
+    # Tried here, where a person sees at once what does not fit.
+    start_from(build_state(algorithm, num_images=num_images), weights, config.init.load)
+    return algorithm, weights, resolved.reasons
+
+
+def run_training(
+    config: Config,
+    algorithm: DINOConfig,
+    weights: Weights | None,
+    run: Directory,
+    inputs: Inputs,
+    *,
+    use_gpu: bool,
+    augment_actors: tuple[int, int],
+    on_event: Callable[[Event, Board], None],
+    asks: bool = False,
+    draws: bool = True,
+) -> None:
+    """Train to the end, or to where it is told to stop; `on_event` gets each event but fatal ones, which are raised.
+
+    `asks`: after each evaluation the workers wait for `board.answer`. `draws`: attention is drawn there too.
+    """
+    board = Board()
+    spec = WorkerSpec(
+        run=run,
+        board=board,
+        config=algorithm,
+        stream=StreamPlan(
+            source=ray.put(inputs.images),
+            board=board,
+            order=inputs.order(config.train.seed),
+            crops=config.crops,
+            seed=config.train.seed,
+            augment_actors=augment_actors,
+            cpus_per_augment_actor=config.resources.cpus_per_augment_actor,
+        ),
+        checkpoint=config.checkpoint,
+        log=config.log,
+        eval=config.eval,
+        probe=config.probe,
+        health=config.health,
+        init=config.init,
+        init_weights=None if weights is None else ray.put(weights),
+        pictures=ray.put(inputs.pictures() if draws else []),
+        eval_sources=(ray.put(inputs.labelled[0]), ray.put(inputs.labelled[1])) if inputs.labelled else None,
+        num_images=inputs.images.num_images,
+        max_bad_fraction=config.data.max_bad_fraction,
+        prefetch_batches=config.resources.prefetch_batches,
+        can_restart=config.resources.max_failures != 0,
+        asks=asks,
+    )
+    outcome: list[BaseException | None] = []
+
+    def run_fit() -> None:
+        try:
+            fit(spec, config.resources, use_gpu=use_gpu)
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    # In a thread, because an error that only a person can mend must not wait for Ray's retries.
+    thread = threading.Thread(target=run_fit, daemon=True)
+    thread.start()
+    while thread.is_alive() or outcome:
+        event = board.take(timeout_seconds=0.5)
+        if event is None:
+            if outcome:
+                break
+        elif event.kind == "fatal":
+            raise fatal_error(event)
+        else:
+            on_event(event, board)
+    if outcome and outcome[0] is not None:
+        raise outcome[0]
