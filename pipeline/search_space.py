@@ -17,7 +17,10 @@ from pipeline.algorithm import DINOConfig
 
 Kind = Literal["uniform", "log", "one_minus_log", "int", "choice"]
 _KINDS: tuple[Kind, ...] = ("uniform", "log", "one_minus_log", "int", "choice")
-_EXAMPLE = "{uniform: [0.02, 0.08]}, {log: [1e-4, 1e-2]}, {one_minus_log: [0.5, 0.99]}, {int: [1, 8]} or {choice: [a, b]}"
+_EXAMPLE = (
+    "{uniform: [0.02, 0.08]}, {log: [1e-4, 1e-2]}, {one_minus_log: [0.5, 0.99]}, {int: [1, 8]} "
+    "or {choice: [a, b]}"
+)
 TEACHER_TEMP = "loss.teacher_temp"
 WARMUP_TEMP = "loss.warmup_teacher_temp"
 WARMUP_EPOCHS = "loss.warmup_teacher_temp_epochs"

@@ -18,6 +18,7 @@ anybody's memory. No Ray here.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -58,7 +59,7 @@ class Outcome:
 
     status: Status
     score: float | None
-    """The objective, larger is better, at its last evaluation; the worst there is after a collapse, None when failed."""
+    """The objective, larger is better, at its last evaluation; the worst there is after a collapse; None: failed."""
     step: int
     """Steps that it was trained for."""
     verdict: str = "healthy"
@@ -116,6 +117,21 @@ def read_trials(study: Directory) -> list[Tried]:
             outcome = read_mapping(run, OUTCOME)
             found.append(Tried(Trial(**tree), Outcome(**outcome) if outcome else None, read_records(run)))
     return sorted(found, key=lambda tried: tried.trial.number)
+
+
+def evaluations(records: Records) -> dict[int, dict[str, float]]:
+    """Metrics by step at which a trial was evaluated, in order, and the loss there; what is not finite is left out."""
+    found: dict[int, dict[str, float]] = {}
+    for name in records.names(r"knn_\d+|majority|rankme|lidar"):
+        series = records.series(name)
+        for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
+            if math.isfinite(value):
+                found.setdefault(int(step), {})[name] = value
+    loss = records.series("loss")
+    for step, value in zip(loss.steps.tolist(), loss.values.tolist(), strict=True):
+        if int(step) in found and math.isfinite(value):
+            found[int(step)]["loss"] = value
+    return dict(sorted(found.items()))
 
 
 def write_study(study: Directory, about: Mapping[str, Any]) -> None:
