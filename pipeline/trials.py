@@ -46,6 +46,10 @@ class Trial:
     """Who proposed it: `recipe`, `first`, `random`, `quasi`, `grid`, `tpe`, `pb2`, or `confirm`."""
     confirms: int | None = None
     """The trial whose parameters it repeats with another seed."""
+    continues: int | None = None
+    """The trial from whose weights it goes on, with other parameters."""
+    from_step: int = 0
+    """The checkpoint of that trial which it goes on from."""
 
     @property
     def name(self) -> str:

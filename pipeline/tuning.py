@@ -1,13 +1,11 @@
 """A search on a Ray that is up: trials as Tune's functions, each at its evaluations told whether it goes on.
 
-The only user of ray.tune. What a trial does is handed in, and so is what is proposed: this file brings them to Tune
-and ASHA to them. A trial that is given up is told so and ends by itself, with a checkpoint, its workers and its
-placement group gone: Tune would kill its process, and what that had started could then only be cleaned up through
-the dashboard. Nothing of Tune's own state is ever read again: pipeline/trials.py is what a study continues from.
+What a trial does is handed in, and so is what is proposed: this file brings them to Tune, and ASHA to them. A trial
+that is given up is told so and ends by itself, with a checkpoint, its workers and its placement group gone: Tune
+would kill its process, and what that had started could then only be cleaned up through the dashboard.
 """
 
 import asyncio
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,12 +19,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from models.settings import DinorayError, one_line
-from pipeline.storage import Directory, filesystem
+from models.settings import DinorayError
+from pipeline.storage import Directory
 from pipeline.trials import Trial
-
-_ON_HEAD = "node:__internal_head__"
-"""Where the processes of trials live: no work is done there, and no spot node takes them with it."""
+from pipeline.tuner import Listener, Unsaved, run_tune, tell_error
 
 Course = Mapping[int, float]
 """Scores by step."""
@@ -67,8 +63,6 @@ class Search:
 
     propose: Callable[[], Trial | None]
     """The next trial; None when there is none left."""
-    on_result: Callable[[Trial, int, Mapping[str, Any]], None]
-    """An evaluation: trial, step, scores."""
     on_end: Callable[[Trial, str | None], None]
     """A trial has ended, or failed for good with this error."""
     ended: Mapping[int, Course] = field(default_factory=dict)
@@ -109,15 +103,12 @@ def run_trials(
     max_failures: int,
 ) -> None:
     """Run the trials that are proposed, `num_trials` at most. DinorayError where a trial's error concerns them all."""
-    # Ctrl-C ends the study as it ends any job; trials write their own records.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     referee = ray.remote(num_cpus=0)(_Referee).remote()
-    listener = _Listener(search, referee)
-    storage, path = filesystem(study.uri)
-    tune.Tuner(
-        tune.with_resources(_Trainable(body, referee), tune.PlacementGroupFactory([{_ON_HEAD: 0.001}])),
-        tune_config=tune.TuneConfig(
+    listener = _TrialListener(search, referee)
+    run_tune(
+        _Trainable(body, referee),
+        listener,
+        tune.TuneConfig(
             num_samples=num_trials,
             max_concurrent_trials=trials_at_once,
             search_alg=_Proposals(search),
@@ -126,18 +117,9 @@ def run_trials(
             trial_name_creator=lambda trial: trial_of(trial).name,
             trial_dirname_creator=lambda trial: trial_of(trial).name,
         ),
-        run_config=tune.RunConfig(
-            name="ray",
-            storage_path=path,
-            storage_filesystem=storage,
-            verbose=0,
-            stop=listener.stopper,
-            callbacks=[listener],
-            failure_config=tune.FailureConfig(max_failures=max_failures),
-        ),
-    ).fit()
-    if listener.fatal is not None:
-        raise listener.fatal
+        study=study,
+        max_failures=max_failures,
+    )
 
 
 def trial_of(trial: TuneTrial) -> Trial:
@@ -146,7 +128,7 @@ def trial_of(trial: TuneTrial) -> Trial:
 
 
 class _Trainable:
-    """The function that Tune runs; an error that would meet every trial is told, not raised: raised, it is retried."""
+    """The function that Tune runs."""
 
     __name__ = "trial"
 
@@ -158,17 +140,10 @@ class _Trainable:
         try:
             self._body(trial, Report(self._referee, trial.number))
         except DinorayError as error:
-            tune.report({"error": str(error), "exit_code": error.exit_code})
+            tell_error(error)
 
 
-class _Unsaved:
-    """Tune pickles what it is given, to restore it later. Ours is not: it holds the driver's console and files."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class _Proposals(_Unsaved, Searcher):
+class _Proposals(Unsaved, Searcher):
     """Tune's side of `Search.propose`."""
 
     def __init__(self, search: Search) -> None:
@@ -190,7 +165,7 @@ class _Proposals(_Unsaved, Searcher):
         """Nothing was saved."""
 
 
-class _Refereed(_Unsaved, FIFOScheduler):
+class _Refereed(Unsaved, FIFOScheduler):
     """First come, first served; ASHA says who goes on, and the trial is told instead of killed."""
 
     def __init__(self, referee: Any, halving: Halving | None, search: Search) -> None:
@@ -229,60 +204,23 @@ class _Refereed(_Unsaved, FIFOScheduler):
         return TrialScheduler.CONTINUE
 
 
-class _Listener(_Unsaved, tune.Callback):
-    """Hears of results and ends; stops everything at an error that concerns all trials."""
+class _TrialListener(Listener):
+    """Passes on what it hears; what an attempt left that died is removed before the next."""
 
     def __init__(self, search: Search, referee: Any) -> None:
         self._search, self._referee = search, referee
-        self.fatal: DinorayError | None = None
-        self.stopper = _Stopper()
 
     def on_trial_start(
         self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        self._clear(trial)  # of an attempt that died
-
-    def on_trial_result(
-        self,
-        iteration: int,
-        trials: Sequence[TuneTrial],
-        trial: TuneTrial,
-        result: dict[str, Any],
-        **info: Any,
-    ) -> None:
-        if "error" in result:
-            self.fatal = DinorayError(result["error"])
-            self.fatal.exit_code = result["exit_code"]
-            self.stopper.stops = True
-        elif "score" in result:
-            self._search.on_result(trial_of(trial), result["step"], result)
-
-    def on_trial_complete(
-        self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
-        if self.fatal is None:
-            self._search.on_end(trial_of(trial), None)
-
-    def on_trial_error(
-        self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
         self._clear(trial)
-        self._search.on_end(trial_of(trial), one_line(trial.get_error()))
+
+    def ended(self, trial: TuneTrial, error: str | None) -> None:
+        if error is not None:
+            self._clear(trial)
+        self._search.on_end(trial_of(trial), error)
 
     def _clear(self, trial: TuneTrial) -> None:
-        """Remove the placement group of an attempt that could not do so itself."""
         group = ray.get(self._referee.take_placed.remote(trial_of(trial).number))
         if group is not None:
             remove_placement_group(group)
-
-
-class _Stopper(_Unsaved, tune.Stopper):
-    """Stops all trials once `stops` is set."""
-
-    stops = False
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self.stops
