@@ -46,6 +46,7 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
         use_aws(patch, variables)
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # Ray puts the key pair in ~/.ssh
         patch.setenv("MOTO_EC2_LOAD_DEFAULT_AMIS", "false")
+        patch.setattr(boto3, "DEFAULT_SESSION", None)  # it would keep the credentials of this test for others
         utils.resource_cache.cache_clear()
         with moto.mock_aws():
             create_roles()
