@@ -39,6 +39,7 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
     moto = pytest.importorskip("moto")
     from ray.autoscaler._private.aws import utils
     from ray.autoscaler._private.commands import _bootstrap_config, _get_node_provider
+    from ray.autoscaler.tags import TAG_RAY_LAUNCH_CONFIG, TAG_RAY_NODE_KIND, TAG_RAY_USER_NODE_TYPE
 
     with pytest.MonkeyPatch.context() as patch:
         variables = aws_environment("")
@@ -61,7 +62,11 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
             provider = _get_node_provider(found.config["provider"], name, use_cache=False)
 
             def create(kind: str) -> str:
-                tags = {"ray-node-kind": "worker", "ray-user-node-type": kind}
+                tags = {
+                    TAG_RAY_NODE_KIND: "head" if kind == "head" else "worker",
+                    TAG_RAY_USER_NODE_TYPE: kind,
+                    TAG_RAY_LAUNCH_CONFIG: "as in cluster.yaml",
+                }
                 return next(iter(provider.create_node(types[kind]["node_config"], tags, 1)))
 
             ids = {"head": create("head")}
