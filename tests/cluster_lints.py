@@ -104,21 +104,62 @@ def uploads_too_much(tree: Config) -> list[str]:
 
 
 def not_shell(tree: Config) -> list[str]:
-    """Commands that bash cannot parse, and programs inside `bash -c '...'`, which are words to the command."""
-    commands = list(_commands(tree))
-    programs = [quoted[1] for command in commands if (quoted := re.search(r"bash -c '([^']*)'", command))]
+    """Commands that bash cannot parse."""
     return [
-        c
-        for c in commands + programs
-        if subprocess.run(["bash", "-n", "-c", c], capture_output=True).returncode
+        c for c in _commands(tree) if subprocess.run(["bash", "-n", "-c", c], capture_output=True).returncode
     ]
 
 
 def deaf_to_spot_notices(tree: Config) -> list[str]:
-    """The worker start commands, when none of them watches the notice in the background."""
+    """The worker start commands, when none of them watches the notice in the background, after Ray has started."""
     commands = tree["worker_start_ray_commands"]
-    watchers = [c for c in commands if "spot/instance-action" in c and "ray drain-node" in c]
-    return [] if any(c.startswith("setsid ") and c.endswith("</dev/null &") for c in watchers) else commands
+    watch = re.compile(r"setsid nohup (\S+)/deploy/spot_watcher\.sh \$RAY_HEAD_IP:6379 .*</dev/null &")
+    watched = watch.fullmatch(commands[-1])
+    return [] if watched and watched[1] in tree["file_mounts"] else commands
+
+
+def keeps_stopped_nodes(tree: Config) -> list[str]:
+    return [] if tree["provider"].get("cache_stopped_nodes") is False else [str(tree["provider"])]
+
+
+def open_to_everyone(tree: Config) -> list[str]:
+    """What is missing for a cluster that answers only to those who have the token."""
+    token = "~/.ray/auth_token"
+    missing = []
+    if "--env RAY_AUTH_MODE=token" not in tree["docker"]["run_options"]:
+        missing.append("RAY_AUTH_MODE")
+    if tree["file_mounts"].get(token) != token:
+        missing.append(token)
+    if f"chmod 600 {token}" not in tree["head_setup_commands"]:
+        missing.append("mode 0600")
+    return missing
+
+
+def wrong_role(tree: Config) -> list[str]:
+    """Node types whose instance profile is not the head's, for the head, and the workers', for all others."""
+    profiles = {
+        k: v["node_config"].get("IamInstanceProfile", {}).get("Arn", "")
+        for k, v in tree["available_node_types"].items()
+    }
+    suffix = {k: "head" if k == tree["head_node_type"] else "worker" for k in profiles}
+    return [k for k, arn in profiles.items() if not arn.endswith(f"-{suffix[k]}")]
+
+
+def disks_outlive_nodes(tree: Config) -> list[str]:
+    return [
+        k
+        for k, v in tree["available_node_types"].items()
+        for disk in v["node_config"].get("BlockDeviceMappings", [])
+        if disk["Ebs"].get("DeleteOnTermination") is not True
+    ]
+
+
+def names_nodes(tree: Config) -> list[str]:
+    """Labels and resources of our own: no job of ours asks for any."""
+    own = {
+        k: set(v["resources"]) - {"CPU"} or v.get("labels") for k, v in tree["available_node_types"].items()
+    }
+    return [k for k, names in own.items() if names]
 
 
 def secrets(text: str) -> list[str]:

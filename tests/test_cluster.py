@@ -4,8 +4,10 @@ All of it offline: a fixture takes the credentials away and refuses every connec
 """
 
 import json
+import os
 import re
 import socket
+import subprocess
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -189,9 +191,21 @@ LINTS: list[tuple[Lint, Change]] = [
     (lints.not_installed, lambda c: c.update(file_mounts={})),
     (lints.uploads_too_much, lambda c: c["rsync_exclude"].remove(".env")),
     (lints.not_shell, lambda c: c["initialization_commands"].append("if true; echo")),
-    (lints.not_shell, change_commands("worker", "break; done", "break")),
+    (lints.not_shell, change_commands("worker", "ulimit", "(ulimit")),
     (lints.deaf_to_spot_notices, lambda c: c["worker_start_ray_commands"].pop()),
     (lints.deaf_to_spot_notices, change_commands("worker", "</dev/null &", "</dev/null")),
+    (lints.deaf_to_spot_notices, change_commands("worker", "~/dinoray/deploy", "~/elsewhere/deploy")),
+    (lints.deaf_to_spot_notices, lambda c: c["worker_start_ray_commands"].reverse()),
+    (lints.keeps_stopped_nodes, lambda c: c["provider"].pop("cache_stopped_nodes")),
+    (lints.keeps_stopped_nodes, lambda c: c["provider"].update(cache_stopped_nodes=True)),
+    (lints.open_to_everyone, lambda c: c["docker"]["run_options"].pop()),
+    (lints.open_to_everyone, lambda c: c["file_mounts"].pop("~/.ray/auth_token")),
+    (lints.open_to_everyone, lambda c: c["head_setup_commands"].remove("chmod 600 ~/.ray/auth_token")),
+    (lints.wrong_role, change_node("head", IamInstanceProfile=None)),
+    (lints.wrong_role, change_node("train", IamInstanceProfile={"Arn": "instance-profile/dinoray-head"})),
+    (lints.disks_outlive_nodes, change_node("augment", BlockDeviceMappings=[{"Ebs": {"VolumeSize": 200}}])),
+    (lints.names_nodes, change_type("augment", labels={"pool": "augment"})),
+    (lints.names_nodes, change_type("train", resources={"train": 4})),
 ]
 
 
@@ -230,6 +244,59 @@ def test_every_placeholder_is_marked_for_editing() -> None:
     lines = [line for line in TEXT.splitlines() if placeholders.search(line)]
     assert len(lines) == 6
     assert [line for line in lines if "# EDIT" not in line] == []
+
+
+# The local disk
+
+
+def mounts(folder: Path, *, disks: int = 0, mounted: str = "", holds_files: bool = False) -> list[str]:
+    """What initialization_commands do as root on a node with raw local disks, or one that is mounted there already."""
+    by_id = folder / "by-id"
+    by_id.mkdir()
+    for number in range(disks):
+        (by_id / f"nvme-Amazon_EC2_NVMe_Instance_Storage_AWS{number}").touch()
+    done, table = folder / "done", folder / "mounted"
+    done.touch()
+    table.write_text(f"{mounted}\n")
+    for name, script in {
+        "sudo": f'echo "$@" | sed "s|{by_id}/nvme.*_||" >>{done}; case $1 in mount|mkfs.ext4) exec "$@";; esac',
+        "mountpoint": f'grep -qxF "$2" {table}',
+        "mount": f'[[ $1 = --bind || -s $1 ]] && echo "${{@: -1}}" >>{table}',
+        "mkfs.ext4": 'echo files >"$2"',
+    }.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    if holds_files:
+        next(by_id.iterdir()).write_text("files")
+    for command in config()["initialization_commands"]:
+        here = command.replace("/dev/disk/by-id", str(by_id))
+        path = f"{folder}:{os.environ['PATH']}"
+        assert subprocess.run(["bash", "-c", here], env={"PATH": path}).returncode == 0
+    return [line for line in done.read_text().splitlines() if line.startswith(("mount", "mkfs"))]
+
+
+def test_a_raw_local_disk_is_formatted_and_mounted(tmp_path: Path) -> None:
+    assert mounts(tmp_path, disks=1) == ["mount AWS0 /mnt/nvme", "mkfs.ext4 -q AWS0", "mount AWS0 /mnt/nvme"]
+
+
+def test_of_two_raw_disks_one_is_enough(tmp_path: Path) -> None:
+    assert mounts(tmp_path, disks=2)[-1] == "mount AWS0 /mnt/nvme"
+
+
+def test_a_disk_that_can_be_mounted_is_not_formatted(tmp_path: Path) -> None:
+    assert mounts(tmp_path, disks=1, holds_files=True) == ["mount AWS0 /mnt/nvme"]
+
+
+def test_a_disk_that_the_image_has_mounted_is_used_as_it_is(tmp_path: Path) -> None:
+    assert mounts(tmp_path, disks=1, mounted="/opt/dlami/nvme") == ["mount --bind /opt/dlami/nvme /mnt/nvme"]
+
+
+def test_what_is_mounted_already_is_left_alone(tmp_path: Path) -> None:
+    assert mounts(tmp_path, disks=1, mounted="/mnt/nvme") == []
+
+
+def test_a_node_without_a_local_disk_starts_too(tmp_path: Path) -> None:
+    assert mounts(tmp_path) == []
 
 
 # What `ray job submit --working-dir .` takes along
