@@ -118,13 +118,20 @@ def load_run_config(run: Directory, overrides: Sequence[str] = ()) -> Config:
     return load_kept(Config, run, overrides)
 
 
-def load_kept(model: type[AnyConfig], run: Directory, overrides: Sequence[str] = ()) -> AnyConfig:
+def load_kept(
+    model: type[AnyConfig],
+    directory: Directory,
+    overrides: Sequence[str] = (),
+    *,
+    name: str = "config.yaml",
+    what: str = "run",
+) -> AnyConfig:
     """The config that a directory keeps, with overrides; ConfigError says which of the two is wrong."""
-    file = run.join("config.yaml")
+    file = directory.join(name)
     try:
-        tree = _read_mapping(run.read("config.yaml"), file)
+        tree = _read_mapping(directory.read(name), file)
     except MissingObject as error:
-        raise ConfigError(f"{run.uri} is no run directory: it has no config.yaml") from error
+        raise ConfigError(f"{directory.uri} is no {what} directory: it has no {name}") from error
     try:
         config = validate_as(model, tree)
     except ConfigError as error:

@@ -17,7 +17,7 @@ from jobs.config import Config
 from models.backbone import build_backbone
 from models.interop import Weights
 from pipeline.automatic import adapt, resolve
-from pipeline.board import Board, Event, fatal_error
+from pipeline.board import ALIKE, Board, Event, fatal_error
 from pipeline.checkpoint import committed_checkpoints
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
@@ -33,6 +33,10 @@ from pipeline.worker import WorkerSpec, fit
 
 _NUM_PICTURES = 4
 """Images whose attention is drawn at each evaluation."""
+
+
+_END_SECONDS = 60.0
+"""Within which workers that all came to the same error have ended."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,10 @@ def run_training(
             if outcome:
                 break
         elif event.kind == "fatal":
-            raise fatal_error(event)
+            error = fatal_error(event)
+            if isinstance(error, ALIKE):
+                thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
+            raise error
         else:
             on_event(event, board)
     if outcome and outcome[0] is not None:

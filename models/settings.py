@@ -45,6 +45,12 @@ class ResourceError(DinorayError):
     exit_code = 4
 
 
+def error_of(message: str, exit_code: int) -> DinorayError:
+    """The error that a process ended with, as another one was told of it."""
+    kinds: dict[int, type[DinorayError]] = {k.exit_code: k for k in (ConfigError, DataError, ResourceError)}
+    return kinds.get(exit_code, DinorayError)(message)
+
+
 class Settings(BaseModel):
     """Frozen, strict base of each config section: unknown keys are errors, attribute docstrings are the help."""
 

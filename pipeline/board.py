@@ -13,8 +13,11 @@ from typing import Any, Literal
 import ray
 import ray.exceptions
 
-from models.settings import DinorayError
+from models.settings import ConfigError, DinorayError, error_of
 from pipeline.health import UnhealthyError, Verdict
+
+ALIKE = (UnhealthyError, ConfigError)
+"""Errors that all workers come to at the same step, so that each of them can end by itself."""
 
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
 
@@ -108,9 +111,7 @@ def fatal_error(event: Event) -> DinorayError:
     facts = event.facts
     if "verdict" in facts:
         return UnhealthyError(facts["message"], Verdict(facts["verdict"]))
-    error = DinorayError(facts["message"])
-    error.exit_code = facts["exit_code"]
-    return error
+    return error_of(facts["message"], facts["exit_code"])
 
 
 def known_error(error: BaseException | None) -> DinorayError | None:

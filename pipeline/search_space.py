@@ -137,7 +137,7 @@ def parse_space(tree: Any) -> dict[str, Domain]:
 
 def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        is_domain = isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in _KINDS
+        is_domain = isinstance(value, Mapping) and any(name in _KINDS for name in value)
         if isinstance(value, Mapping) and value and not is_domain:
             yield from _leaves(value, f"{prefix}{key}.")
         else:

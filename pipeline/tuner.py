@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from models.settings import DinorayError, one_line
+from models.settings import DinorayError, error_of, one_line
 from pipeline.storage import Directory, filesystem
 
 _ON_HEAD = "node:__internal_head__"
@@ -39,8 +39,7 @@ class Listener(Unsaved, tune.Callback):
     ) -> None:
         """Tune's hook."""
         if "error" in result:
-            self.fatal = DinorayError(result["error"])
-            self.fatal.exit_code = result["exit_code"]
+            self.fatal = error_of(result["error"], result["exit_code"])
 
     def on_trial_complete(
         self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any

@@ -21,7 +21,7 @@ from ray.train import CheckpointConfig as RayCheckpointConfig
 from models.interop import Weights
 from models.settings import DinorayError
 from pipeline import dataset
-from pipeline.board import Board, known_error
+from pipeline.board import ALIKE, Board, known_error
 from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, temporary_checkpoint
 from pipeline.crops_config import crop_bytes
 from pipeline.evaluation import evaluate
@@ -87,7 +87,10 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
 
 
 def work(loop_config: dict[str, Any]) -> None:
-    """One train worker, from start to finish. An error that a person must mend ends the run at once."""
+    """One train worker, from start to finish. An error that a person must mend ends the run at once.
+
+    One that all workers come to alike is told and no more: Ray would start them again if it were raised.
+    """
     spec: WorkerSpec = loop_config["spec"]
     try:
         _Worker(spec).run()
@@ -96,7 +99,8 @@ def work(loop_config: dict[str, Any]) -> None:
         if known is None:
             raise
         spec.board.post_fatal(known)
-        raise known from error
+        if not isinstance(known, ALIKE):
+            raise known from error
 
 
 class _Worker:

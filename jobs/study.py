@@ -1,0 +1,188 @@
+"""A study as one config, and the runs that come of it: each trial's, and the one that starts from the best.
+
+A trial is the run made small: `tune.epochs` shortens it, and every other length in epochs with it, so that
+warm-ups keep their share. Pure functions of the config and of a trial's parameters.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.config import Config, apply_tree, validate_as
+from jobs.keys import did_you_mean, leaf_fields
+from models.settings import ConfigError
+from pipeline.automatic import resolve
+from pipeline.objective import Objective, choose
+from pipeline.samplers import grid_size
+from pipeline.search_space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Space, default_space
+from pipeline.study_config import StudySettings
+from pipeline.training import DINOConfig, Schedule
+
+FREE = (
+    "tune.trials",
+    "tune.confirm_top",
+    "tune.confirm_seeds",
+    "tune.share_stream",
+    "tune.share_stream_bytes",
+    "tune.max_concurrent",
+    "tune.cluster_cpus",
+    "tune.cluster_gpus",
+    "tune.max_failures",
+)
+"""What may differ when a study is continued: more trials, more seeds, another cluster."""
+
+_WHOLE_EPOCHS = (WARMUP_EPOCHS,)
+_EPOCHS = ("train.epochs", "optim.warmup_epochs", "optim.freeze_last_layer_epochs", *_WHOLE_EPOCHS)
+_LOGGED_PER_EVALUATION = 6
+"""Readings of a trial's health between two evaluations, at least: a collapse must be seen to last."""
+
+
+class StudyConfig(Config):
+    """A whole study: the run that its trials vary, and how they are searched."""
+
+    tune: StudySettings = StudySettings()
+
+
+def space_of(config: StudyConfig) -> dict[str, Any]:
+    """What is searched, each end of each domain tried as a config. ConfigError holds one line per mistake."""
+    space: Space = config.tune.space or default_space(config.algorithm())
+    known = [key for key in leaf_fields(DINOConfig) if key != "train.seed"]
+    mistakes = []
+    for key, domain in space.items():
+        if key not in known:
+            why = (
+                "seeds are for confirming: tune.confirm_seeds"
+                if key == "train.seed"
+                else "it is none of what is learnt"
+            )
+            mistakes.append(f"tune.space: {key}: {why}{did_you_mean(key, known)}")
+            continue
+        if domain.is_continuous or domain.kind == "int":
+            tried = [domain.at(0.0), domain.at(1.0)]
+        else:
+            tried = list(domain.values)
+        for value in tried:
+            try:
+                candidate(config, {key: value})
+            except ConfigError as error:
+                mistakes += [f"tune.space: {key}={value!r}: {line}" for line in str(error).splitlines()]
+    if config.tune.scheduler == "pb2":
+        fixed = [key for key, domain in space.items() if not domain.is_continuous or not _moves(key)]
+        if fixed:
+            mistakes.append(
+                f"tune.scheduler=pb2 moves settings while trials train, which {', '.join(fixed)} cannot; "
+                "leave them out of tune.space, or take tune.scheduler=asha"
+            )
+    if config.tune.share_stream:
+        moved = [key for key in space if key.startswith("crops.") or key == "train.global_batch_size"]
+        if moved:
+            mistakes.append(
+                f"tune.share_stream=true needs the same crops in all trials, but {', '.join(moved)} varies; "
+                "leave it out of tune.space, or set tune.share_stream=false"
+            )
+    if mistakes:
+        raise ConfigError("\n".join(dict.fromkeys(mistakes)))
+    return dict(space)
+
+
+def _moves(key: str) -> bool:
+    """Whether a setting may change in the middle of a run: it is read at each step and shapes no network."""
+    return key.partition(".")[0] in ("loss", "teacher", "optim") and not key.endswith("_epochs")
+
+
+def objective_of(config: StudyConfig, space: Space) -> Objective:
+    """What trials are ranked by. ConfigError where it cannot rank them."""
+    labelled = config.eval.val_path is not None
+    return choose(config.tune.objective, keys=space, labelled=labelled, k=max(config.eval.k))
+
+
+def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
+    """Points that are tried before any is proposed: the run's own values, then those asked for, completed by them."""
+    plain = config.model_dump(mode="json")
+    own = {key: _at(plain, key) for key in space}
+    points = [own] if config.tune.try_recipe and config.tune.searcher != "grid" else []
+    for point in config.tune.first:
+        unknown = [key for key in point if key not in space]
+        if unknown:
+            near = did_you_mean(unknown[0], space)
+            raise ConfigError(
+                f"tune.first: {', '.join(unknown)} is not in tune.space ({', '.join(space)}){near}"
+            )
+        candidate(config, point)
+        points.append({**own, **point})
+    return points
+
+
+def num_trials(config: StudyConfig, space: Space) -> int:
+    """Trials of the search, without those that confirm."""
+    if config.tune.searcher == "grid":
+        return grid_size(space, config.tune.grid_points) + len(config.tune.first)
+    return config.tune.trials
+
+
+def candidate(config: StudyConfig, params: Mapping[str, Any]) -> Config:
+    """The run, in its full length, with a trial's parameters; ConfigError where they do not go together.
+
+    Unless it is a parameter itself, the temperature that the teacher's warm-up starts from is no higher than its end.
+    """
+    tree = config.model_dump(mode="json", exclude={"tune"})
+    apply_tree(tree, params)
+    temp = tree["loss"]["teacher_temp"]
+    moved = TEACHER_TEMP in params or WARMUP_EPOCHS in params
+    if moved and WARMUP_TEMP not in params and isinstance(temp, int | float):
+        tree["loss"]["warmup_teacher_temp"] = min(tree["loss"]["warmup_teacher_temp"], temp)
+    return validate_as(Config, tree)
+
+
+def trial_config(
+    config: StudyConfig,
+    params: Mapping[str, Any],
+    *,
+    name: str,
+    storage_path: str,
+    seed: int,
+    num_images: int,
+    init: Mapping[str, Any] | None = None,
+) -> Config:
+    """The run of one trial: the candidate, shortened, evaluated at even distances, and ended by a collapse.
+
+    `init` replaces the section of this name: the trial goes on from another one.
+    """
+    tree = candidate(config, params).model_dump(mode="json")
+    short = 1.0 if config.tune.epochs is None else config.tune.epochs / config.train.epochs
+    for key in _EPOCHS:
+        section, _, leaf = key.partition(".")
+        epochs = tree[section][leaf] * short
+        if key in _WHOLE_EPOCHS and epochs:
+            epochs = max(1, round(epochs))
+        tree[section][leaf] = epochs
+    tree["train"]["seed"] = seed
+    tree |= {"name": name, "storage_path": storage_path} | ({"init": dict(init)} if init else {})
+    total = schedule_of(validate_as(Config, tree), num_images=num_images).total_steps
+    every = max(1, math.ceil(total / config.tune.evaluations))
+    tree["eval"] |= {"every_steps": every, "lidar": True}
+    tree["checkpoint"]["every_steps"] = every
+    tree["log"]["every_steps"] = max(1, min(tree["log"]["every_steps"], every // _LOGGED_PER_EVALUATION))
+    tree["health"]["on_collapse"] = "stop"
+    if config.tune.scheduler == "pb2":  # others go on from any of them
+        tree["checkpoint"]["num_to_keep"] = config.tune.evaluations + 1
+    return validate_as(Config, tree)
+
+
+def schedule_of(config: Config, *, num_images: int) -> Schedule:
+    """A run's schedules, with numbers for `auto`."""
+    return Schedule(resolve(config.algorithm(), num_images=num_images).config, num_images=num_images)
+
+
+def grace_steps(config: StudyConfig, space: Space, *, num_images: int) -> int:
+    """Steps before which no trial is given up: the longest warm-up in the space, and `tune.grace` of a trial."""
+    longest = {key: space[key].grid(2)[-1] for key in (WARMUP_EPOCHS, "optim.warmup_epochs") if key in space}
+    trial = trial_config(config, longest, name="0", storage_path="trials", seed=0, num_images=num_images)
+    schedule = schedule_of(trial, num_images=num_images)
+    return max(1, schedule.settled_step(), math.ceil(config.tune.grace * schedule.total_steps))
+
+
+def _at(tree: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree

@@ -1,0 +1,48 @@
+"""What a person reads of a study while it goes on: what it will do, and a line for each trial that ends."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.storage import Directory
+from pipeline.trials import Tried
+
+
+def describe_search(directory: Directory, study: Mapping[str, Any]) -> str:
+    """What is searched, by which objective, and when trials end early, from study.json."""
+    total, grace = study["total_steps"], study["grace_steps"]
+    searched = ", ".join(f"{key} {d['kind']} {d['values']}" for key, d in study["space"].items())
+    stops = "no trial is given up for better ones"
+    if study["scheduler"] == "asha" and grace < total:
+        stops = f"ASHA from step {grace} on: 1 in {study['reduction_factor']:g} goes on"
+    elif study["scheduler"] == "asha":
+        stops += f": warm-ups and tune.grace last {grace} of {total} steps"
+    elif study["scheduler"] == "pb2":
+        stops = (
+            f"PB2: {study['trials']} members, the worst quarter takes over from the best at each evaluation"
+        )
+    confirmed = f", then the best {study['confirm_top']} with {study['confirm_seeds']} seeds"
+    return (
+        f"study {directory.uri}: {study['trials']} trials of {total} steps by {study['searcher']}"
+        f"{confirmed if study['confirm_top'] else ''}\n"
+        f"space: {searched}\n"
+        f"objective: {study['objective']}: {study['reason']}\n"
+        f"{stops}; a collapse ends a trial"
+    )
+
+
+def trial_line(tried: Tried, study: Mapping[str, Any]) -> str:
+    """How a trial ended, with its score and parameters."""
+    trial, outcome = tried.trial, tried.outcome
+    if outcome is None:
+        return f"trial {trial.name}  ended without an outcome"
+    what = {
+        "collapsed": f"collapsed ({outcome.verdict})",
+        "failed": f"failed: {outcome.message}",
+        "stopped": outcome.message or "given up",
+    }.get(outcome.status, outcome.status)
+    value = outcome.scores.get(study["objective"])
+    parts = [f"trial {trial.name}", f"{what} at step {outcome.step}/{study['total_steps']}"]
+    parts += [f"{study['objective']} {value:.4g}"] if value is not None else []
+    parts += [f"{key}={value}" for key, value in trial.params.items()]
+    parts += [f"confirms {trial.confirms:04d} with seed {trial.seed}"] if trial.confirms is not None else []
+    return "  ".join([*parts, f"{outcome.seconds:.0f} s"])

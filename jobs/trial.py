@@ -1,0 +1,232 @@
+"""What one trial of a study does in its own process: train its run, tell of each evaluation, remember the outcome.
+
+The same trial run again goes on from its last checkpoint, and does nothing but remember what it had come to if it was
+done. It ends itself where it is told to, so that nothing of it is left.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from jobs.result import RESULT, write_result
+from jobs.running import Inputs, run_training, what_is_learnt
+from jobs.study import StudyConfig, space_of, trial_config
+from models.settings import ConfigError, DataError, DinorayError, number
+from pipeline.board import Board, Event
+from pipeline.checkpoint import checkpoint_name, committed_steps
+from pipeline.health import UnhealthyError, Verdict
+from pipeline.objective import Objective
+from pipeline.population import MemberReport, Pointer
+from pipeline.report import write_report
+from pipeline.report_records import read_mapping, read_records
+from pipeline.search_space import at
+from pipeline.storage import Directory
+from pipeline.study_plan import StudyPlan
+from pipeline.trials import (
+    Outcome,
+    Trial,
+    evaluations,
+    read_trials,
+    trial_directory,
+    write_outcome,
+    write_trial,
+)
+from pipeline.tuning import Report
+
+_COMMIT_SECONDS = 120.0
+"""Ray commits a checkpoint some seconds after it was taken."""
+
+_CLOCK = "clock.json"
+"""Seconds that a trial has taken so far, over all its attempts."""
+
+
+@dataclass(frozen=True)
+class TrialRunner:
+    """What all trials of a study share; called once for each attempt at one."""
+
+    study: Directory
+    config: StudyConfig
+    inputs: "list[ray.ObjectRef[Inputs]]"
+    """In a list: Ray would put a bare reference's object in its place."""
+    objective: Objective
+    plan: StudyPlan
+
+    def __call__(self, trial: Trial, report: Report) -> None:
+        """Train, and write the outcome. Errors of data or resources, which would meet each trial, are raised."""
+
+        def tell(step: int, score: float, scores: Mapping[str, float]) -> bool:
+            return report(step, score, scores)
+
+        self._run(trial, _Attempt(self, trial, tell, placed=report.placed))
+
+    def member(
+        self, slot: int, cube: Mapping[str, float], pointer: Pointer | None, report: MemberReport
+    ) -> None:
+        """A member of a population: the trial that it is at, or a new one that goes on from another's checkpoint."""
+        trial = self._current(slot, cube, pointer)
+        if trial is None:
+            return
+
+        def tell(step: int, score: float, scores: Mapping[str, float]) -> bool:
+            report(Pointer(trial.number, step), score, scores)
+            return True
+
+        self._run(trial, _Attempt(self, trial, tell))
+
+    def _current(self, slot: int, cube: Mapping[str, float], pointer: Pointer | None) -> Trial | None:
+        """None when the member's last trial has ended, and it takes over no other's."""
+        mine = [t for t in read_trials(self.study) if t.trial.number % self.config.tune.trials == slot]
+        params = at(space_of(self.config), cube)
+        if not mine:
+            trial = Trial(slot, params, self.config.train.seed, "pb2")
+        elif pointer is None or pointer.number == mine[-1].trial.number:
+            return None if mine[-1].outcome else mine[-1].trial
+        else:
+            if mine[-1].outcome is None:
+                left = _Attempt(self, mine[-1].trial, lambda *_: True)
+                why = f"went on from trial {pointer.number:04d} at step {pointer.step}"
+                write_outcome(self.study, mine[-1].trial, left.outcome("stopped", message=why))
+            trial = Trial(
+                mine[-1].trial.number + self.config.tune.trials,
+                params,
+                self.config.train.seed,
+                "pb2",
+                continues=pointer.number,
+                from_step=pointer.step,
+            )
+        write_trial(self.study, trial)
+        return trial
+
+    def _run(self, trial: Trial, attempt: "_Attempt") -> None:
+        try:
+            attempt.train()
+            outcome = attempt.outcome("stopped" if attempt.stopped else "finished")
+        except UnhealthyError as error:
+            outcome = attempt.outcome("collapsed", verdict=error.verdict, message=str(error))
+        except ConfigError as error:
+            outcome = attempt.outcome("failed", message=str(error))
+        write_outcome(self.study, trial, outcome)
+
+
+Tell = Callable[[int, float, Mapping[str, float]], bool]
+"""(step, score, all scores) -> whether the trial goes on."""
+
+
+class _Attempt:
+    def __init__(
+        self,
+        runner: TrialRunner,
+        trial: Trial,
+        tell: Tell,
+        *,
+        placed: Callable[[Any], None] = lambda group: None,
+    ) -> None:
+        run = trial_directory(runner.study, trial)
+        self._runner, self._run, self._tell, self._placed = runner, run, tell, placed
+        self._began = time.monotonic()
+        self._clock = {"seconds": 0.0, "start_seconds": 0.0} | read_mapping(run, _CLOCK)
+        self._inputs: Inputs = ray.get(runner.inputs[0])
+        self._config = trial_config(
+            runner.config,
+            trial.params,
+            name=trial.name,
+            storage_path=runner.study.join("trials"),
+            seed=trial.seed,
+            num_images=self._inputs.images.num_images,
+            init=self._origin(trial),
+        )
+        self.stopped = False
+        self._out_dim = 2
+        self._last: dict[str, Any] = {}
+
+    def train(self) -> None:
+        """From the last checkpoint to the end, or to where it is told to stop."""
+        run, config = self._run, self._config
+        learnt, weights, _ = what_is_learnt(config, run, num_images=self._inputs.images.num_images)
+        self._out_dim = number(learnt.head.out_dim)
+        if run.exists(RESULT):
+            return
+        run.write("config.yaml", config.to_yaml().encode())
+        plan = self._runner.plan
+        run_training(
+            config,
+            learnt,
+            weights,
+            run,
+            self._inputs,
+            use_gpu=plan.gpus_each > 0,
+            augment_actors=plan.augment_actors,
+            on_event=self._on_event,
+            asks=self._runner.config.tune.scheduler != "pb2",
+            draws=False,
+        )
+        if not self.stopped:
+            write_result(run)
+        with contextlib.suppress(DinorayError):
+            write_report(run)
+
+    def outcome(self, status: Any, *, verdict: Verdict = Verdict.HEALTHY, message: str = "") -> Outcome:
+        """Of what the run has logged."""
+        records = read_records(self._run)
+        found = evaluations(records)
+        scores = found[max(found)] if found else {}
+        score = self._score({} if status == "collapsed" else scores)
+        plan, seconds = self._runner.plan, self._seconds()
+        return Outcome(
+            status=status,
+            score=None if status == "failed" else score,
+            step=records.last_step or 0,
+            verdict=verdict.value,
+            message=message,
+            scores=scores,
+            seconds=seconds,
+            start_seconds=self._clock["start_seconds"],
+            cpu_hours=plan.cpus_each * seconds / 3600,
+            gpu_hours=plan.gpus_each * seconds / 3600,
+        )
+
+    def _origin(self, trial: Trial) -> dict[str, Any] | None:
+        """Where the weights come from, if from another trial; returns once that checkpoint is committed."""
+        if trial.continues is None:
+            return None
+        donor = trial_directory(self._runner.study, Trial(trial.continues, {}, 0, ""))
+        deadline = time.monotonic() + _COMMIT_SECONDS
+        while trial.from_step not in (steps := committed_steps(donor)):
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"{donor.uri} has no checkpoint of step {trial.from_step}, which trial {trial.name} goes on "
+                    f"from; it has {steps}"
+                )
+            time.sleep(0.5)
+        return {"path": donor.join("checkpoints", checkpoint_name(trial.from_step)), "load": "run"}
+
+    def _score(self, scores: Mapping[str, float]) -> float:
+        """The worst there is for a metric that is missing or not finite."""
+        score = self._runner.objective.score(scores)
+        return self._runner.objective.worst(self._out_dim) if score is None else score
+
+    def _on_event(self, event: Event, board: Board) -> None:
+        facts = event.facts
+        if event.kind == "placed":
+            self._placed(facts["group"])
+        elif event.kind == "step":
+            if not self._clock["start_seconds"]:
+                self._clock["start_seconds"] = self._seconds()
+            self._last = facts
+        elif event.kind == "stopped":
+            self.stopped = True
+        elif event.kind == "eval":
+            step, scores = facts["step"], {k: float(v) for k, v in facts.items() if k != "step"}
+            scores |= {"loss": self._last["loss"]} if "loss" in self._last else {}
+            self._run.write(_CLOCK, json.dumps(self._clock | {"seconds": self._seconds()}).encode())
+            # The last one is not told: it would end the trial before its run is complete.
+            if step and step < self._last.get("total_steps", 0):
+                board.answer(step, go_on=self._tell(step, self._score(scores), scores))
+
+    def _seconds(self) -> float:
+        return self._clock["seconds"] + time.monotonic() - self._began

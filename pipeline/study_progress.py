@@ -1,0 +1,54 @@
+"""What is left to do in a study, and what its next proposal may know: from its trials alone. No Ray here."""
+
+from collections.abc import Mapping, Sequence
+
+from pipeline.objective import Objective
+from pipeline.samplers import Known
+from pipeline.trials import Trial, Tried, evaluations
+
+
+def searched(tried: Sequence[Tried]) -> list[Tried]:
+    """Trials that tried something new, not another seed."""
+    return [t for t in tried if t.trial.confirms is None]
+
+
+def next_number(tried: Sequence[Tried]) -> int:
+    """Of the next new trial."""
+    return max((t.trial.number for t in tried), default=-1) + 1
+
+
+def course(tried: Tried, objective: Objective, *, up_to: int | None = None) -> Mapping[int, float]:
+    """Scores by step at which the trial was evaluated, after the first step, and not after `up_to`."""
+    scored = {step: objective.score(scores) for step, scores in evaluations(tried.records).items()}
+    return {
+        step: score
+        for step, score in scored.items()
+        if score is not None and step and (up_to is None or step <= up_to)
+    }
+
+
+def known(tried: Sequence[Tried], objective: Objective) -> list[Known]:
+    """The search as a sampler sees it: failed trials say nothing, and one that was given up says how far it was."""
+    found = []
+    for nth, t in enumerate(searched(tried)):
+        if t.status != "failed":
+            score = None if t.outcome is None else t.outcome.score
+            found.append(
+                Known(nth, t.trial.params, score, course(t, objective) if t.status == "stopped" else {})
+            )
+    return found
+
+
+def confirmations(tried: Sequence[Tried], *, top: int, num_seeds: int) -> list[Trial]:
+    """Trials that are still to be made so that the best `top` of those that finished have all their seeds."""
+    scored = [
+        (t.outcome.score, t.trial) for t in searched(tried) if t.outcome and t.outcome.status == "finished"
+    ]
+    best = sorted(((score, trial) for score, trial in scored if score is not None), key=lambda x: -x[0])[:top]
+    number, new = next_number(tried), list[Trial]()
+    for _, trial in best:
+        done = {t.trial.seed for t in tried if t.trial.confirms == trial.number}
+        for seed in range(trial.seed + 1, trial.seed + num_seeds):
+            if seed not in done:
+                new.append(Trial(number + len(new), trial.params, seed, "confirm", trial.number))
+    return new
