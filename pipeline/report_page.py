@@ -12,9 +12,12 @@ from typing import Any
 
 from PIL import Image, features
 
+from pipeline.palette import css_variables
+
 _LARGE_BYTES = 300_000
 _WIDE = 1600
 _MAX_TEXT = 300
+_MAX_WHOLE = 20
 
 
 class Html(str):
@@ -36,7 +39,7 @@ def page(title: str, parts: Iterable[Html]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{css_variables()}{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
         "</body>\n</html>\n"
     )
 
@@ -67,6 +70,19 @@ def charts(drawings: Iterable[tuple[str, str]]) -> Html:
     return Html(f'<div class="charts">{figures}</div>') if figures else Html("")
 
 
+def drawing(svg: str, *, width: int) -> Html:
+    """One SVG at `width` pixels at most, scrolled where it would become too small to read."""
+    if not svg:
+        return Html("")
+    inner = f'<div style="min-width: {min(width, 420)}px">{svg}</div>'
+    return Html(f'<div class="scroll card" style="max-width: {width + 24}px">{inner}</div>')
+
+
+def sentences(lines: Sequence[str]) -> Html:
+    """One paragraph each."""
+    return Html("".join(f'<p class="sentence">{escape(line)}</p>' for line in lines))
+
+
 def warnings(lines: Sequence[str]) -> Html:
     """What a person should look at first."""
     return Html("".join(f'<p class="warning">{escape(line)}</p>' for line in lines))
@@ -79,12 +95,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Html:
         return Html("")
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     lines = (
-        "<tr>" + "".join(f"<td>{_short(row[c]) if c in row else ''}</td>" for c in columns) + "</tr>"
+        "<tr>" + "".join(_cell(_short(row[c])) if c in row else "<td></td>" for c in columns) + "</tr>"
         for row in rows
     )
     return Html(
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     )
+
+
+def _cell(text: Html) -> str:
+    """Numbers and words stay whole where the table is narrow; addresses may break."""
+    return f'<td class="short">{text}</td>' if len(text) <= _MAX_WHOLE else f"<td>{text}</td>"
 
 
 def facts(values: Mapping[str, Any]) -> Html:
@@ -130,13 +151,6 @@ def _short(value: Any) -> Html:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --card: #f7f7f8; --ink: #18181b; --faint: #71717a;
-  --rule: #e0e0e4; --warn: #9a3412; --warn-paper: #fff3e8;
-  --series-1: #3457d5; --series-2: #d9622b; --series-3: #16876b; --series-4: #a33ea1; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #141416; --card: #1d1d20; --ink: #ececef; --faint: #9c9ca6; --rule: #34343a;
-    --warn: #fdba74; --warn-paper: #33210f;
-    --series-1: #8aa6ff; --series-2: #ff9a66; --series-3: #4fd1ab; --series-4: #e18ade; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -148,6 +162,9 @@ h2 { margin: 44px 0 10px; font-size: 18px; }
 .note { margin: -4px 0 12px; color: var(--faint); font-size: 13.5px; max-width: 80ch; }
 .warning { margin: 8px 0; padding: 10px 14px; border-left: 4px solid var(--warn); border-radius: 4px;
   background: var(--warn-paper); color: var(--warn); overflow-wrap: anywhere; }
+.sentence { margin: 6px 0; max-width: 90ch; overflow-wrap: anywhere; }
+h2 + .sentence { font-weight: 600; }
+.card { padding: 12px; border-radius: 8px; background: var(--card); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 18px 0; }
 .tile { padding: 12px 14px; border-radius: 8px; background: var(--card); }
 .tile span, .tile small { display: block; color: var(--faint); font-size: 12.5px; }
@@ -166,7 +183,8 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
 th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top;
   overflow-wrap: anywhere; }
-th { color: var(--faint); font-weight: 600; }
+th { color: var(--faint); font-weight: 600; white-space: nowrap; }
+.short { white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 20px; margin: 0 0 14px; font-size: 13.5px; }
 dt { color: var(--faint); }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }

@@ -4,29 +4,21 @@ Knows nothing of runs or files: named series in, text out, the same text for the
 """
 
 import io
-import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.palette import TOKENS, Palette, themed
 from pipeline.report_records import Series
 
 _MAX_POINTS = 300
-_STEPS = [1, 2, 5, 10]
+STEPS = [1, 2, 5, 10]
+"""Multiples of them make good ticks."""
 _WIDTH, _HEIGHT = 4.6, 2.35  # inches of 100 px
-# Drawn in colours that no other thing has, which then become the page's variables.
-_TOKENS = {
-    "#010101": "var(--ink)",
-    "#010102": "var(--faint)",
-    "#010103": "var(--rule)",
-    "#010111": "var(--series-1)",
-    "#010112": "var(--series-2)",
-    "#010113": "var(--series-3)",
-    "#010114": "var(--series-4)",
-}
-_INK, _FAINT, _RULE, *_SERIES = _TOKENS
+_SERIES = [TOKENS[f"series-{i}"] for i in (1, 2, 3, 4)]
 
 
 class Curve(NamedTuple):
@@ -63,24 +55,10 @@ def downsample(series: Series, limit: int = _MAX_POINTS) -> tuple[Series, npt.ND
 
 def chart(curves: Sequence[Curve], *, levels: Sequence[Level] = (), percent: bool = False) -> str:
     """An SVG of curves over steps, with a band from least to largest where points were merged."""
-    # Half a second that only reports need.
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "dinoray",
-        "font.size": 8,
-        "text.color": _INK,
-        "text.parse_math": False,
-        "axes.formatter.useoffset": False,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=100, layout="constrained")
-        figure.patch.set_alpha(0)
+    with sheet(_WIDTH, _HEIGHT) as figure:
         axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
         for curve, colour in zip(curves, _SERIES, strict=False):
             series, lows, highs = downsample(curve.series)
             if len(curve.series.steps) > len(series.steps):
@@ -96,32 +74,56 @@ def chart(curves: Sequence[Curve], *, levels: Sequence[Level] = (), percent: boo
                 label=curve.label,
             )
         for level in levels:
-            axes.axhline(level.value, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)), label=level.label)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(_RULE)
-        axes.tick_params(colors=_FAINT, length=3)
-        axes.grid(axis="y", color=_RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_STEPS))
+            axes.axhline(
+                level.value, color=TOKENS["faint"], linewidth=1, linestyle=(0, (4, 3)), label=level.label
+            )
+        dress(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         axes.margins(x=0.01, y=0.08)
         if len(curves) + len(levels) > 1:
-            axes.legend(frameon=False, fontsize=8, labelcolor=_INK, handlelength=1.4, loc="best")
-        file = io.StringIO()
-        figure.savefig(file, format="svg")
-    return _themed(file.getvalue())
+            axes.legend(frameon=False, fontsize=8, labelcolor=TOKENS["ink"], handlelength=1.4, loc="best")
+        return as_svg(figure)
 
 
-def _themed(svg: str) -> str:
-    """The <svg> element alone, undated, in the page's colours, as wide as its place."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", svg, count=1)
-    for token, variable in _TOKENS.items():
-        svg = svg.replace(token, variable)
-    return svg.strip()
+@contextmanager
+def sheet(width: float, height: float, palette: Palette = TOKENS) -> Iterator[Any]:
+    """A matplotlib figure of so many inches of 100 px, see-through, to be drawn on and saved within the `with`."""
+    # Half a second that only reports need.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "dinoray",
+        "font.size": 8,
+        "text.color": palette["ink"],
+        "axes.labelcolor": palette["ink"],
+        "text.parse_math": False,
+        "axes.formatter.useoffset": False,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+        figure.patch.set_alpha(0)
+        yield figure
+
+
+def dress(axes: Any, palette: Palette = TOKENS) -> None:
+    """Axes as all charts have them: two spines, faint ticks, rules for reading off values."""
+    axes.patch.set_alpha(0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(palette["rule"])
+    axes.tick_params(colors=palette["faint"], length=3)
+    axes.grid(axis="y", color=palette["rule"], linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def as_svg(figure: Any) -> str:
+    """The drawing as text that takes the page's colours."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg")
+    return themed(file.getvalue())

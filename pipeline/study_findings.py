@@ -100,16 +100,15 @@ def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
     agreements = agreement(tried, objective)
     importance = importance_of(tried, space)
     saving = saving_of(tried, _count(study.get("total_steps")))
+    scored = len(_scored(tried))
     words = [
-        *study_words.counted(counts, dict(verdicts.most_common())),
         *study_words.best(tried, candidates, objective),
+        *study_words.counted(counts, dict(verdicts.most_common())),
         *study_words.regions(tried, space),
         *study_words.agreements([a for a in agreements if not a.with_collapsed], objective),
-        *study_words.influence(importance),
+        *study_words.influence(importance, scored),
         *study_words.caveats(objective, space),
-        *study_words.open_questions(
-            tried, best, space, least=_MIN_FOR_IMPORTANCE, scored=len(_scored(tried))
-        ),
+        *study_words.open_questions(tried, best, space, least=_MIN_FOR_IMPORTANCE, scored=scored),
         *study_words.savings(saving.share, saving.by_collapse.cpu, saving.by_stopping.cpu),
     ]
     return Findings(

@@ -98,9 +98,22 @@ def explained(groups: Sequence[int], scores: Sequence[float]) -> float:
     return max(0.0, 1 - within / (len(ranks) - len(present)) / (total / (len(ranks) - 1)))
 
 
+def chance_share(num: int) -> float:
+    """What `explained` stays below in about 9 of 10 cases for a setting of no influence, in `num` scores."""
+    groups = num_groups(num)
+    return (
+        min(1.0, 1.645 * math.sqrt(2 * (groups - 1) / ((num - groups) * (num + 1)))) if num > groups else 1.0
+    )
+
+
+def num_groups(num: int) -> int:
+    """Into how many groups so many values are split."""
+    return 3 if num < 16 else 4
+
+
 def quantile_groups(places: Sequence[float]) -> list[int]:
     """Groups of neighbours of about equal size, three of them or four from 16 on; equal places stay together."""
-    num = 3 if len(places) < 16 else 4
+    num = num_groups(len(places))
     return [min(num - 1, int(rank * num / len(places))) for rank in _ranks(np.asarray(places, np.float64))]
 
 

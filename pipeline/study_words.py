@@ -11,11 +11,10 @@ from pipeline.search_space import Domain
 from pipeline.study_agreement import Agreement
 from pipeline.study_ranking import Candidate, place_in, searched
 from pipeline.study_regions import collapse_regions, good_trials, ranges, short
-from pipeline.study_statistics import chance_tau
+from pipeline.study_statistics import chance_share, chance_tau
 from pipeline.trials import Tried
 
 _EDGE = 0.02
-_LITTLE = 0.05
 _MAX_NAMES = 8
 _MAX_MESSAGE = 200
 _NAMES = {"rankme": "RankMe", "lidar": "LiDAR", "loss": "loss", "entropy_ratio": "teacher entropy / ln K"}
@@ -186,21 +185,18 @@ def agreements(found: Sequence[Agreement], objective: str) -> Iterator[str]:
     )
 
 
-def influence(importance: Mapping[str, float] | None) -> Iterator[str]:
-    """What matters."""
+def influence(importance: Mapping[str, float] | None, scored: int) -> Iterator[str]:
+    """What matters, in so many trials with a score."""
     if not importance:
         return
-    key, share = next(iter(importance.items()))
-    if share < _LITTLE:
-        yield "No setting by itself explains the scores."
+    chance = chance_share(scored)
+    told = [f"{key} {share:.0%}" for key, share in importance.items() if share > chance]
+    little = [key for key, share in importance.items() if share <= chance]
+    if not told:
+        yield f"No setting by itself explains more of the differences in rank than chance does in {scored} trials."
         return
-    little = [name for name, value in importance.items() if value < _LITTLE]
-    rest = (
-        f"; {listed(little)} by {'itself' if len(little) == 1 else 'themselves'} hardly anything"
-        if little
-        else ""
-    )
-    yield f"{key} by itself explains {share:.0%} of the differences in rank{rest}."
+    rest = f"; {listed(little)} no more than chance does" if little else ""
+    yield f"Of the differences in rank is explained by one setting alone: {listed(told)}{rest}."
 
 
 def caveats(objective: str, space: Mapping[str, Domain]) -> Iterator[str]:
