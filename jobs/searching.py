@@ -1,0 +1,272 @@
+"""A study from what its directory holds to its end: plan, search, confirm, findings.
+
+All of its state is the directory of its trials: each time it starts it reads them, and goes on with those that had
+begun, then with new ones, then with the best again under other seeds.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from jobs.entry import join_ray
+from jobs.running import Inputs
+from jobs.study import (
+    StudyConfig,
+    candidate,
+    grace_steps,
+    num_trials,
+    schedule_of,
+    trial_config,
+)
+from jobs.study_lines import describe_search, trial_line
+from jobs.trial import TrialRunner
+from models.settings import ConfigError, DinorayError
+from pipeline.automatic import resolve
+from pipeline.checkpoint import committed_steps
+from pipeline.objective import Objective
+from pipeline.population import check_population, run_population
+from pipeline.samplers import sampler
+from pipeline.search_space import Space, place
+from pipeline.storage import Directory
+from pipeline.study_findings import Findings, findings
+from pipeline.study_plan import StudyPlan, local_cpus, plan_study
+from pipeline.study_progress import confirmations, course, known, next_number, searched
+from pipeline.study_report import write_study_report
+from pipeline.trials import (
+    BEST,
+    Outcome,
+    Trial,
+    Tried,
+    read_study,
+    read_trials,
+    trial_directory,
+    write_outcome,
+    write_study,
+    write_trial,
+)
+from pipeline.tuning import Course, Halving, Search, run_trials
+
+_REPORT_SECONDS = 60.0
+"""Least time between two reports of a study that goes on."""
+
+
+_TOLD = ("evaluations", "searcher", "scheduler", "reduction_factor", "seed", "confirm_top", "confirm_seeds")
+"""Of `tune`, what study.json has."""
+
+
+class StudyRun:
+    """One life of a study."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        directory: Directory,
+        space: Space,
+        objective: Objective,
+        first: Sequence[Mapping[str, Any]],
+        inputs: Inputs,
+        console: Console,
+    ) -> None:
+        self._config, self._directory, self._space = config, directory, space
+        self._objective, self._inputs, self._console = objective, inputs, console
+        num_images = inputs.images.num_images
+        shape = trial_config(config, {}, name="0", storage_path="trials", seed=0, num_images=num_images)
+        self._schedule = schedule_of(shape, num_images=num_images)
+        self._grace_steps = grace_steps(config, space, num_images=num_images)
+        self._num_trials = num_trials(config, space)
+        self._propose = sampler(
+            config.tune.searcher,
+            space,
+            seed=config.tune.seed,
+            first=first,
+            num_trials=self._num_trials,
+            grid_points=config.tune.grid_points,
+        )
+        self._before = float(read_study(directory).get("seconds", 0.0))
+        self._began = time.monotonic()
+        self._reported = self._began
+        self._plan: StudyPlan | None = None
+        self._about: dict[str, Any] = {
+            "name": config.name,
+            "space": {key: {"kind": d.kind, "values": list(d.values)} for key, d in space.items()},
+            "objective": objective.metric,
+            "reason": objective.reason,
+            "total_steps": self._schedule.total_steps,
+            "grace_steps": self._grace_steps,
+            "num_images": num_images,
+            "out_dim": resolve(config.algorithm(), num_images=num_images).config.head.out_dim,
+            "trials": self._num_trials,
+            **{key: value for key, value in config.tune.model_dump().items() if key in _TOLD},
+        }
+
+    def is_done(self) -> bool:
+        """Whether every trial that is asked for has ended, and the best are confirmed."""
+        tried = read_trials(self._directory)
+        ended = all(t.outcome for t in tried) and len(searched(tried)) >= self._num_trials
+        return ended and not self._confirmations(tried)
+
+    def run(self, *, verbose: bool) -> None:
+        """Search and confirm, on a cluster that is joined or a Ray of one's own, which is shut down in any case."""
+        tune, resources = self._config.tune, self._config.resources
+        cores = local_cpus(
+            resources,
+            cores=os.cpu_count() or 1,
+            limit=self._limit,
+            shares_stream=tune.share_stream,
+        )
+        join_ray(cores, verbose=verbose, dashboard=tune.scheduler == "pb2")
+        try:
+            self._plan = self._planned()
+            self._about["plan"] = asdict(self._plan) | {"cpus_for_data": self._plan.cpus_for_data}
+            self._console.print(describe_search(self._directory, self._about))
+            self._console.print(self._plan.describe())
+            self._write_study()
+            runner = TrialRunner(
+                self._directory, self._config, [ray.put(self._inputs)], self._objective, self._plan
+            )
+            if tune.scheduler == "pb2":
+                self._populate(runner)
+            else:
+                halving = Halving(self._grace_steps, tune.reduction_factor, self._schedule.total_steps)
+                self._search(runner, self._next_trial, halving if tune.scheduler == "asha" else None)
+            while confirming := self._confirmations(read_trials(self._directory)):
+                self._console.print(
+                    f"confirming the best {tune.confirm_top} with {tune.confirm_seeds} seeds each"
+                )
+                for trial in confirming:
+                    write_trial(self._directory, trial)
+                self._search(runner, lambda: None, None)
+        finally:
+            ray.shutdown()
+
+    def write_findings(self) -> Findings:
+        """study.json, best.yaml where there is a best, and the report."""
+        self._write_study()
+        found = findings(read_trials(self._directory), read_study(self._directory))
+        if found.best is not None:
+            best = candidate(self._config, found.best.params)
+            best = best.model_copy(update={"name": f"{self._config.name}-best"})
+            self._directory.write(BEST, best.to_yaml().encode())
+        write_study_report(self._directory)
+        return found
+
+    def _planned(self) -> StudyPlan:
+        tune, have = self._config.tune, ray.cluster_resources()
+        gpus = tune.cluster_gpus or int(have.get("GPU", 0))
+        asked = self._config.resources.use_gpu
+        return plan_study(
+            self._config.resources,
+            num_trials=self._num_trials,
+            cpus=tune.cluster_cpus or int(have.get("CPU", 0)),
+            gpus=gpus,
+            use_gpu=gpus > 0 if asked == "auto" else asked,
+            limit=self._limit,
+            shares_stream=tune.share_stream,
+        )
+
+    @property
+    def _limit(self) -> int | None:
+        """Trials at once that are asked for; a population is all of them."""
+        tune = self._config.tune
+        return tune.max_concurrent or (tune.trials if tune.scheduler == "pb2" else None)
+
+    def _search(self, runner: TrialRunner, new: Callable[[], Trial | None], halving: Halving | None) -> None:
+        """Run the trials that had begun, then those that `new` gives."""
+        assert self._plan is not None
+        tried = read_trials(self._directory)
+        waiting = [t for t in tried if t.outcome is None]
+        queue = [t.trial for t in waiting]
+        run_trials(
+            Search(
+                propose=lambda: queue.pop(0) if queue else new(),
+                on_end=self._on_end,
+                ended={t.trial.number: course(t, self._objective) for t in searched(tried) if t.outcome},
+                begun={t.trial.number: self._begun(t) for t in waiting},
+            ),
+            runner,
+            study=self._directory,
+            num_trials=len(queue) + self._num_trials,  # `propose` knows when there is none left
+            trials_at_once=self._plan.trials_at_once,
+            halving=halving,
+            max_failures=self._config.tune.max_failures,
+        )
+
+    def _begun(self, tried: Tried) -> Course:
+        """What a trial that goes on from its last checkpoint will not evaluate again."""
+        steps = committed_steps(trial_directory(self._directory, tried.trial))
+        return course(tried, self._objective, up_to=max(steps, default=0))
+
+    def _confirmations(self, tried: Sequence[Tried]) -> list[Trial]:
+        tune = self._config.tune
+        top = (
+            0 if tune.scheduler == "pb2" else tune.confirm_top
+        )  # that finds a course of settings, not a point
+        return confirmations(tried, top=top, num_seeds=tune.confirm_seeds)
+
+    def _populate(self, runner: TrialRunner) -> None:
+        """Train a population, each member from its newest trial, or from a point that is proposed."""
+        assert self._plan is not None
+        size = self._num_trials
+        check_population(size, self._plan.trials_at_once)
+        newest = {t.trial.number % size: t for t in read_trials(self._directory)}
+        starts = [
+            place(self._space, newest[slot].trial.params if slot in newest else self._propose(slot, [])[0])
+            for slot in range(size)
+        ]
+
+        def ended(slot: int, error: str | None) -> None:
+            mine = [t for t in read_trials(self._directory) if t.trial.number % size == slot]
+            if mine:
+                self._on_end(mine[-1].trial, error)
+
+        run_population(
+            starts,
+            runner.member,
+            study=self._directory,
+            every_steps=math.ceil(self._schedule.total_steps / self._config.tune.evaluations),
+            max_failures=self._config.tune.max_failures,
+            seed=self._config.tune.seed,
+            on_end=ended,
+        )
+
+    def _next_trial(self) -> Trial | None:
+        """A new trial, remembered; parameters that do not go together have failed before they begin."""
+        while True:
+            tried = read_trials(self._directory)
+            nth = len(searched(tried))
+            if nth >= self._num_trials:
+                return None
+            params, origin = self._propose(nth, known(tried, self._objective))
+            trial = Trial(next_number(tried), params, self._config.train.seed, origin)
+            write_trial(self._directory, trial)
+            try:
+                candidate(self._config, params)
+            except ConfigError as error:
+                outcome = Outcome("failed", None, 0, message=str(error))
+                write_outcome(self._directory, trial, outcome)
+                self._on_end(trial, None)
+                continue
+            return trial
+
+    def _on_end(self, trial: Trial, error: str | None) -> None:
+        if error is not None:
+            write_outcome(self._directory, trial, Outcome("failed", None, 0, message=error))
+        (tried,) = (t for t in read_trials(self._directory) if t.trial.number == trial.number)
+        self._console.print(trial_line(tried, self._about))
+        self._write_study()
+        if time.monotonic() - self._reported > _REPORT_SECONDS:
+            with contextlib.suppress(DinorayError):  # at the end it is written in earnest
+                write_study_report(self._directory)
+            self._reported = time.monotonic()
+
+    def _write_study(self) -> None:
+        """study.json, with what an earlier life knew."""
+        about = {**self._about, "seconds": self._before + time.monotonic() - self._began}
+        write_study(self._directory, read_study(self._directory) | about)

@@ -1,0 +1,71 @@
+"""Search settings of a run with Ray Tune: `python -m jobs.tune [--recipe NAME] [key=value ...] [tune.key=value ...]`.
+
+Config -> plan -> trials, each a run of its own -> the best again with more seeds -> report and best.yaml. The same
+command continues a study that was killed, from the trials that its directory holds; more `tune.trials` extend it.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from jobs.about import draw_demo, write_about
+from jobs.arguments import Arguments
+from jobs.config import differences, json_schema, load, load_kept
+from jobs.entry import run_main
+from jobs.running import Inputs, check_run
+from jobs.searching import StudyRun
+from jobs.study import FREE, StudyConfig, first_points, objective_of, space_of
+from models.settings import ConfigError
+from pipeline.storage import Directory
+from pipeline.study_report import describe_study
+from pipeline.trials import STUDY
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, check what can be checked without a cluster, search, confirm, and say what was found."""
+    parser = Arguments("python -m jobs.tune", "Search settings of a pretraining run.")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
+    arguments = parser.parse_args(argv)
+    if arguments.json_schema:
+        print(json_schema(StudyConfig))
+        return
+    config = load(StudyConfig, arguments.recipe, arguments.config, arguments.overrides, name_suffix="-study")
+    if arguments.print_config:
+        print(config.to_yaml(), end="")
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    directory = Directory(config.storage_path).child(config.name)
+    _check_name(directory, config, resume=arguments.resume)
+    space = space_of(config)
+    objective, first = objective_of(config, space), first_points(config, space)
+    check_run(config)
+    draw_demo(config, console)
+    inputs = Inputs.open(config, directory)
+    write_about(directory, config, inputs, [f"tune.objective={objective.metric}: {objective.reason}"])
+    study = StudyRun(config, directory, space, objective, first, inputs, console)
+    if study.is_done():
+        console.print(
+            f"{directory.uri} is finished; more tune.trials extend it, another name=... starts anew"
+        )
+    else:
+        study.run(verbose=arguments.verbose)
+    study.write_findings()
+    console.print(describe_study(directory))
+
+
+def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> None:
+    """ConfigError when the directory is that of a run, or of a study with other settings."""
+    if not directory.exists("config.yaml"):
+        return
+    if not directory.exists(STUDY) and directory.exists("metrics.jsonl"):
+        raise ConfigError(f"name={config.name} is in use by a run: choose another name=...")
+    changed = differences(load_kept(StudyConfig, directory), config, free=FREE)
+    if changed and not resume:
+        raise ConfigError(
+            f"name={config.name} is in use by a study with other settings ({'; '.join(changed[:3])}"
+            f"{'; ...' if len(changed) > 3 else ''}): choose another name=..., or pass --resume to continue it so"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
