@@ -78,6 +78,12 @@ def session_cpu(driver: int) -> dict[int, tuple[str, float]]:
     return found
 
 
+def touch(batch: dict[str, Any]) -> None:
+    """Read a byte of each page of the crops, which maps it here."""
+    for name in ("global_crops", "local_crops"):
+        batch[name].reshape(-1)[::4096].max(initial=0)
+
+
 @ray.remote(num_cpus=0)
 def consume(
     split: ray.data.DataIterator, layout: Layout, rank: int, edge: int, driver: int
@@ -105,8 +111,7 @@ def consume(
             rows += len(batch["position"])
             stages += batch["cpu_ms"].sum(axis=0)
         rows_in_all += len(batch["position"])
-        for name in ("global_crops", "local_crops"):
-            batch[name].reshape(-1)[::4096].max(initial=0)  # a byte of each page, which maps it here
+        touch(batch)
         del batch  # a view pins its block
     next(batches, None)  # which checks that there is no more
     seconds = end - begin

@@ -96,7 +96,7 @@ def rates(lines: Sequence[Mapping[str, Any]]) -> str:
         "actors x threads", "images a block", "kernel, one core", "blocks, no Ray", "stream", "by the clock",
         "by CPU", "actors' cores", "consumers waited",
     ]  # fmt: skip
-    return _table(
+    return markdown(
         head,
         [
             [
@@ -118,7 +118,7 @@ def rates(lines: Sequence[Mapping[str, Any]]) -> str:
 def stages(lines: Sequence[Mapping[str, Any]]) -> str:
     """CPU milliseconds per image: the kernel's, the blocks', and the stream's by stage."""
     head = ["CPU ms an image", "kernel", "blocks", *(f"stream: {STAGES[0]}", *STAGES[1:]), "sum"]
-    return _table(
+    return markdown(
         head,
         [
             [name_of(line), f"{line['kernel_cpu_ms']:.2f}", f"{line['block_cpu_ms']:.2f}"]
@@ -136,7 +136,7 @@ def processes(lines: Sequence[Mapping[str, Any]]) -> str:
     def cell(ms: float, image_bytes: int) -> str:
         return f"{ms:.2f} ({1e6 * ms / image_bytes:.2f})"
 
-    return _table(
+    return markdown(
         head,
         [
             [
@@ -154,6 +154,6 @@ def _ratio(line: Mapping[str, Any], name: str) -> str:
     return f"{line[name]:.2f}" + (f" ({low:.2f} to {high:.2f})" if high > low else "")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])

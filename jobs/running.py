@@ -25,6 +25,7 @@ from pipeline.features import labelled_sources
 from pipeline.layout import batch_size_per_worker, check_parts
 from pipeline.manifest import load_or_build
 from pipeline.order import Order
+from pipeline.shared_stream import SharedStream
 from pipeline.source import Source
 from pipeline.start import read_weights, start_from
 from pipeline.storage import Directory
@@ -111,6 +112,26 @@ def what_is_learnt(
     return algorithm, weights, resolved.reasons
 
 
+def stream_plan(
+    config: Config,
+    inputs: Inputs,
+    images: "ray.ObjectRef[Source]",
+    board: Board,
+    *,
+    augment_actors: tuple[int, int],
+) -> StreamPlan:
+    """What the run's stream is; `images` are those of `inputs`."""
+    return StreamPlan(
+        source=images,
+        board=board,
+        order=inputs.order(config.train.seed),
+        crops=config.crops,
+        seed=config.train.seed,
+        augment_actors=augment_actors,
+        cpus_per_augment_actor=config.resources.cpus_per_augment_actor,
+    )
+
+
 def run_training(
     config: Config,
     algorithm: DINOConfig,
@@ -123,25 +144,21 @@ def run_training(
     on_event: Callable[[Event, Board], None],
     asks: bool = False,
     draws: bool = True,
+    shared: SharedStream | None = None,
 ) -> None:
     """Train to the end, or to where it is told to stop; `on_event` gets each event but fatal ones, which are raised.
 
     `asks`: after each evaluation the workers wait for `board.answer`. `draws`: attention is drawn there too.
+    `shared`: a stream of just these crops, which other runs take part in.
     """
     board = Board()
+    images = ray.put(inputs.images)
     spec = WorkerSpec(
         run=run,
         board=board,
         config=algorithm,
-        stream=StreamPlan(
-            source=ray.put(inputs.images),
-            board=board,
-            order=inputs.order(config.train.seed),
-            crops=config.crops,
-            seed=config.train.seed,
-            augment_actors=augment_actors,
-            cpus_per_augment_actor=config.resources.cpus_per_augment_actor,
-        ),
+        stream=stream_plan(config, inputs, images, board, augment_actors=augment_actors),
+        shared=shared,
         checkpoint=config.checkpoint,
         log=config.log,
         eval=config.eval,

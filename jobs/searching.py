@@ -8,15 +8,15 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from rich.console import Console
 
 from jobs.entry import join_ray
-from jobs.running import Inputs
+from jobs.running import Inputs, stream_plan
 from jobs.study import (
     StudyConfig,
     candidate,
@@ -25,19 +25,21 @@ from jobs.study import (
     schedule_of,
     trial_config,
 )
-from jobs.study_lines import describe_search, trial_line
+from jobs.study_lines import about_study, describe_search, trial_line
 from jobs.trial import TrialRunner
 from models.settings import ConfigError, DinorayError
-from pipeline.automatic import resolve
+from pipeline.board import Board
 from pipeline.checkpoint import committed_steps
 from pipeline.objective import Objective
 from pipeline.population import check_population, run_population
 from pipeline.samplers import sampler
 from pipeline.search_space import Space, place
+from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
 from pipeline.study_findings import Findings, findings
 from pipeline.study_plan import StudyPlan, local_cpus, plan_study
-from pipeline.study_progress import confirmations, course, known, next_number, searched
+from pipeline.study_progress import confirmations, course, known, next_number
+from pipeline.study_ranking import searched
 from pipeline.study_report import write_study_report
 from pipeline.trials import (
     BEST,
@@ -55,10 +57,6 @@ from pipeline.tuning import Course, Halving, Search, run_trials
 
 _REPORT_SECONDS = 60.0
 """Least time between two reports of a study that goes on."""
-
-
-_TOLD = ("evaluations", "searcher", "scheduler", "reduction_factor", "seed", "confirm_top", "confirm_seeds")
-"""Of `tune`, what study.json has."""
 
 
 class StudyRun:
@@ -93,18 +91,15 @@ class StudyRun:
         self._began = time.monotonic()
         self._reported = self._began
         self._plan: StudyPlan | None = None
-        self._about: dict[str, Any] = {
-            "name": config.name,
-            "space": {key: {"kind": d.kind, "values": list(d.values)} for key, d in space.items()},
-            "objective": objective.metric,
-            "reason": objective.reason,
-            "total_steps": self._schedule.total_steps,
-            "grace_steps": self._grace_steps,
-            "num_images": num_images,
-            "out_dim": resolve(config.algorithm(), num_images=num_images).config.head.out_dim,
-            "trials": self._num_trials,
-            **{key: value for key, value in config.tune.model_dump().items() if key in _TOLD},
-        }
+        self._about = about_study(
+            config,
+            space,
+            objective,
+            total_steps=self._schedule.total_steps,
+            grace_steps=self._grace_steps,
+            num_images=num_images,
+            num_trials=self._num_trials,
+        )
 
     def is_done(self) -> bool:
         """Whether every trial that is asked for has ended, and the best are confirmed."""
@@ -131,18 +126,24 @@ class StudyRun:
             runner = TrialRunner(
                 self._directory, self._config, [ray.put(self._inputs)], self._objective, self._plan
             )
+            seed = self._config.train.seed
             if tune.scheduler == "pb2":
-                self._populate(runner)
+                self._populate(self._sharing(runner, seed))
             else:
                 halving = Halving(self._grace_steps, tune.reduction_factor, self._schedule.total_steps)
-                self._search(runner, self._next_trial, halving if tune.scheduler == "asha" else None)
+                self._search(
+                    self._sharing(runner, seed),
+                    self._next_trial,
+                    {seed},
+                    halving if tune.scheduler == "asha" else None,
+                )
             while confirming := self._confirmations(read_trials(self._directory)):
                 self._console.print(
                     f"confirming the best {tune.confirm_top} with {tune.confirm_seeds} seeds each"
                 )
                 for trial in confirming:
                     write_trial(self._directory, trial)
-                self._search(runner, lambda: None, None)
+                self._confirm(runner)
         finally:
             ray.shutdown()
 
@@ -177,11 +178,45 @@ class StudyRun:
         tune = self._config.tune
         return tune.max_concurrent or (tune.trials if tune.scheduler == "pb2" else None)
 
-    def _search(self, runner: TrialRunner, new: Callable[[], Trial | None], halving: Halving | None) -> None:
-        """Run the trials that had begun, then those that `new` gives."""
+    def _confirm(self, runner: TrialRunner) -> None:
+        """Run the trials that are still to confirm; where streams are shared, one seed after the other."""
+        seeds = sorted({t.trial.seed for t in read_trials(self._directory) if t.outcome is None})
+        for part in [[seed] for seed in seeds] if self._config.tune.share_stream else [seeds]:
+            self._search(self._sharing(runner, part[0]), lambda: None, part)
+
+    def _sharing(self, runner: TrialRunner, seed: int) -> TrialRunner:
+        """The runner, with a stream that trials of this seed share, if they are to."""
+        if not self._config.tune.share_stream:
+            return runner
+        assert self._plan is not None
+        config = self._config.model_copy(
+            update={"train": self._config.train.model_copy(update={"seed": seed})}
+        )
+        plan = stream_plan(
+            config,
+            self._inputs,
+            ray.put(self._inputs.images),
+            Board(),
+            augment_actors=self._plan.augment_actors,
+        )
+        shared = SharedStream(
+            plan,
+            num_actors=self._plan.augment_actors[1],
+            window_bytes=self._config.tune.share_stream_bytes,
+        )
+        return replace(runner, shared=shared)
+
+    def _search(
+        self,
+        runner: TrialRunner,
+        new: Callable[[], Trial | None],
+        seeds: Collection[int],
+        halving: Halving | None = None,
+    ) -> None:
+        """Run the trials of these seeds that had begun, then those that `new` gives."""
         assert self._plan is not None
         tried = read_trials(self._directory)
-        waiting = [t for t in tried if t.outcome is None]
+        waiting = [t for t in tried if t.outcome is None and t.trial.seed in seeds]
         queue = [t.trial for t in waiting]
         run_trials(
             Search(

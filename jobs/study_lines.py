@@ -3,8 +3,40 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.study import StudyConfig
+from pipeline.automatic import resolve
+from pipeline.objective import Objective
+from pipeline.search_space import Space
 from pipeline.storage import Directory
 from pipeline.trials import Tried
+
+_TOLD = ("evaluations", "searcher", "scheduler", "reduction_factor", "seed", "confirm_top", "confirm_seeds")
+"""Of `tune`, what study.json has."""
+
+
+def about_study(
+    config: StudyConfig,
+    space: Space,
+    objective: Objective,
+    *,
+    total_steps: int,
+    grace_steps: int,
+    num_images: int,
+    num_trials: int,
+) -> dict[str, Any]:
+    """study.json, but for the plan and the time it took."""
+    return {
+        "name": config.name,
+        "space": {key: {"kind": d.kind, "values": list(d.values)} for key, d in space.items()},
+        "objective": objective.metric,
+        "reason": objective.reason,
+        "total_steps": total_steps,
+        "grace_steps": grace_steps,
+        "num_images": num_images,
+        "out_dim": resolve(config.algorithm(), num_images=num_images).config.head.out_dim,
+        "trials": num_trials,
+        **{key: value for key, value in config.tune.model_dump().items() if key in _TOLD},
+    }
 
 
 def describe_search(directory: Directory, study: Mapping[str, Any]) -> str:

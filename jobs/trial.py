@@ -25,6 +25,7 @@ from pipeline.population import MemberReport, Pointer
 from pipeline.report import write_report
 from pipeline.report_records import read_mapping, read_records
 from pipeline.search_space import at
+from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
 from pipeline.study_plan import StudyPlan
 from pipeline.trials import (
@@ -55,6 +56,7 @@ class TrialRunner:
     """In a list: Ray would put a bare reference's object in its place."""
     objective: Objective
     plan: StudyPlan
+    shared: SharedStream | None = None
 
     def __call__(self, trial: Trial, report: Report) -> None:
         """Train, and write the outcome. Errors of data or resources, which would meet each trial, are raised."""
@@ -164,6 +166,7 @@ class _Attempt:
             on_event=self._on_event,
             asks=self._runner.config.tune.scheduler != "pb2",
             draws=False,
+            shared=self._runner.shared,
         )
         if not self.stopped:
             write_result(run)

@@ -6,7 +6,7 @@ alternate over ranks and every batch a rank receives is the one its step calls f
 """
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -43,6 +43,15 @@ class StreamPlan:
     cpus_per_augment_actor: float
 
 
+def open_augmenter(plan: StreamPlan) -> Augmenter:
+    """What an actor's process needs to crop, ready for its first image. Sets up the whole process."""
+    limit_threads()
+    prepare_kernel(plan.crops)
+    threads = crop_threads(plan.cpus_per_augment_actor)
+    source: Source = ray.get(plan.source)
+    return Augmenter(source, plan.order, plan.crops, seed=plan.seed, num_threads=threads)
+
+
 class MultiCropActor:
     """Block numbers in, crops out. A function of (seed, epoch, key): retries and other actors give the same bytes.
 
@@ -50,12 +59,8 @@ class MultiCropActor:
     """
 
     def __init__(self, plan: StreamPlan, layout: Layout) -> None:
-        limit_threads()
-        prepare_kernel(plan.crops)
         self._board, self._layout = plan.board, layout
-        threads = crop_threads(plan.cpus_per_augment_actor)
-        source: Source = ray.get(plan.source)
-        self._augmenter = Augmenter(source, plan.order, plan.crops, seed=plan.seed, num_threads=threads)
+        self._augmenter = open_augmenter(plan)
 
     def __call__(self, blocks: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         positions = np.concatenate([self._layout.block(int(i)) for i in blocks["id"]])
@@ -103,17 +108,22 @@ def legs(layout: Layout) -> Iterator[Layout]:
 def batches(
     split: DataIterator, layout: Layout, *, rank: int, prefetch_batches: int
 ) -> Iterator[dict[str, Any]]:
-    """One batch of columns per step for `rank`, as read-only numpy views of the object store.
-
-    Raises DinorayError when a batch is not the one that its step calls for: an image lost or repeated on the
-    way would otherwise pass unseen.
-    """
+    """One batch of columns per step for `rank`, as read-only numpy views of the object store; see `in_step`."""
     received = split.iter_batches(
         batch_size=layout.batch_size_per_worker,
         batch_format="numpy",
         drop_last=True,
         prefetch_batches=prefetch_batches,
     )
+    return in_step(received, layout, rank=rank)
+
+
+def in_step(received: Iterable[dict[str, Any]], layout: Layout, *, rank: int) -> Iterator[dict[str, Any]]:
+    """The batches that `rank` received, each checked.
+
+    Raises DinorayError when a batch is not the one that its step calls for: an image lost or repeated on the
+    way would otherwise pass unseen.
+    """
     step = layout.first_step
     for batch in received:
         if not np.array_equal(batch["position"], layout.positions(step, rank)):

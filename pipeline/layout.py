@@ -45,6 +45,18 @@ class Layout:
         return np.arange(first, first + self.batch_size_per_worker)
 
 
+def lay_out(steps: range, *, world_size: int, global_batch_size: int, image_bytes: int) -> Layout:
+    """These steps of a run over its ranks, in blocks of a good size."""
+    per_worker = batch_size_per_worker(global_batch_size, world_size)
+    return Layout(
+        first_step=steps.start,
+        last_step=steps.stop,
+        world_size=world_size,
+        batch_size_per_worker=per_worker,
+        steps_per_block=steps_per_block(per_worker, image_bytes),
+    )
+
+
 def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
     """Each worker's equal share; ConfigError proposes the nearest batch sizes that divide."""
     if global_batch_size % train_workers:

@@ -4,12 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.objective import Objective
 from pipeline.samplers import Known
+from pipeline.study_ranking import searched
 from pipeline.trials import Trial, Tried, evaluations
-
-
-def searched(tried: Sequence[Tried]) -> list[Tried]:
-    """Trials that tried something new, not another seed."""
-    return [t for t in tried if t.trial.confirms is None]
 
 
 def next_number(tried: Sequence[Tried]) -> int:

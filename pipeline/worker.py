@@ -20,14 +20,14 @@ from ray.train import CheckpointConfig as RayCheckpointConfig
 
 from models.interop import Weights
 from models.settings import DinorayError
-from pipeline import dataset
+from pipeline import dataset, shared_stream
 from pipeline.board import ALIKE, Board, known_error
 from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, temporary_checkpoint
 from pipeline.crops_config import crop_bytes
 from pipeline.evaluation import evaluate
 from pipeline.features import EvalConfig
 from pipeline.health import HealthConfig, UnhealthyError, Verdict
-from pipeline.layout import Layout, batch_size_per_worker, steps_per_block
+from pipeline.layout import lay_out
 from pipeline.metrics import LogConfig, Meter, MetricsLog
 from pipeline.probes import ProbeConfig
 from pipeline.processes import all_reduce_max, distribute, set_up_device
@@ -60,6 +60,8 @@ class WorkerSpec:
     max_bad_fraction: float
     prefetch_batches: int
     can_restart: bool
+    shared: "shared_stream.SharedStream | None" = None
+    """The stream to take part in; None: one of its own."""
     asks: bool = False
     """Whether, after each evaluation, the workers wait on the board to be told if they go on."""
 
@@ -168,18 +170,19 @@ class _Worker:
         return meta["bad_images"]
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        per_worker = batch_size_per_worker(self.spec.config.train.global_batch_size, self.world_size)
-        layout = Layout(
-            first_step=self.state.step,
-            last_step=self.state.schedule.total_steps,
+        layout = lay_out(
+            range(self.state.step, self.state.schedule.total_steps),
             world_size=self.world_size,
-            batch_size_per_worker=per_worker,
-            steps_per_block=steps_per_block(per_worker, crop_bytes(self.spec.config.crops)),
+            global_batch_size=self.spec.config.train.global_batch_size,
+            image_bytes=crop_bytes(self.spec.config.crops),
         )
-        for leg in dataset.legs(layout):
+        shared, ahead = self.spec.shared, self.spec.prefetch_batches
+        if shared:
+            yield from shared_stream.batches(shared, layout, rank=self.rank, prefetch_batches=ahead)
+        for leg in [] if shared else dataset.legs(layout):
             splits = dataset.open_splits(self.spec.stream, leg) if self.rank == 0 else None
             mine = ray.train.collective.broadcast_from_rank_zero(splits)[self.rank]
-            yield from dataset.batches(mine, leg, rank=self.rank, prefetch_batches=self.spec.prefetch_batches)
+            yield from dataset.batches(mine, leg, rank=self.rank, prefetch_batches=ahead)
 
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> bool:
         spec, state = self.spec, self.state

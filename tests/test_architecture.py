@@ -13,7 +13,8 @@ LAYERS = ("models", "pipeline", "jobs")
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).glob("**/*.py"))]
 OTHER_FILES = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).glob("**/*.py"))]
 RAY_MODULES = {
-    f"pipeline/{name}.py" for name in ("dataset", "worker", "board", "tuner", "tuning", "population")
+    f"pipeline/{name}.py"
+    for name in ("dataset", "shared_stream", "worker", "board", "tuner", "tuning", "population")
 }
 
 
