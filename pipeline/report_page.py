@@ -74,7 +74,7 @@ def drawing(svg: str, *, width: int) -> Html:
     """One SVG at `width` pixels at most, scrolled where it would become too small to read."""
     if not svg:
         return Html("")
-    inner = f'<div style="min-width: {min(width, 420)}px">{svg}</div>'
+    inner = f'<div style="min-width: {min(420, width * 7 // 10)}px">{svg}</div>'
     return Html(f'<div class="scroll card" style="max-width: {width + 24}px">{inner}</div>')
 
 
@@ -105,7 +105,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Html:
 
 def _cell(text: Html) -> str:
     """Numbers and words stay whole where the table is narrow; addresses may break."""
-    return f'<td class="short">{text}</td>' if len(text) <= _MAX_WHOLE else f"<td>{text}</td>"
+    return f'<td class="short">{text}</td>' if len(text) <= _MAX_WHOLE else f'<td class="long">{text}</td>'
 
 
 def facts(values: Mapping[str, Any]) -> Html:
@@ -185,6 +185,7 @@ th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--rule); text-ali
   overflow-wrap: anywhere; }
 th { color: var(--faint); font-weight: 600; white-space: nowrap; }
 .short { white-space: nowrap; }
+.long { min-width: 16ch; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 20px; margin: 0 0 14px; font-size: 13.5px; }
 dt { color: var(--faint); }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }

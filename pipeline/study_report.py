@@ -105,7 +105,7 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
                 "What matters",
                 drawing(importance_bars(found), width=460),
                 note="Share of the differences in rank that lies between values of one setting, by itself; collapsed "
-                "trials count as the worst.",
+                "trials count as the worst, those given up by the score they had.",
             ),
             section(
                 "Which metrics agree",

@@ -6,6 +6,7 @@ Knows nothing of files or pages.
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from pipeline.study_findings import Findings
@@ -13,7 +14,7 @@ from pipeline.study_ranking import Candidate, number_of, score_of
 from pipeline.study_regions import short
 from pipeline.study_statistics import chance_tau
 from pipeline.study_words import metric_name, result_text, score_text
-from pipeline.trials import Tried
+from pipeline.trials import Trial, Tried
 
 _MARKS = {"best": "best", "tie": "ties with the best", "collapsed": "collapsed under another seed"}
 _MAX_CELL = 34
@@ -93,8 +94,9 @@ def csv_table(tried: Sequence[Tried]) -> str:
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     head = ("number", "status", "verdict", "origin", "seed", "confirms")
+    about = [field.name for field in fields(Trial) if field.name not in (*head, "params")]
     tail = ("seconds", "start_seconds", "cpu_hours", "gpu_hours", "message")
-    rows.writerow([*head, *params, "score", "step", *metrics, *tail])
+    rows.writerow([*head, *about, *params, "score", "step", *metrics, *tail])
     for one in tried:
         trial, outcome = one.trial, one.outcome
         rows.writerow(
@@ -107,6 +109,7 @@ def csv_table(tried: Sequence[Tried]) -> str:
                     trial.seed,
                     trial.confirms,
                 ),
+                *(getattr(trial, name) for name in about),
                 *(trial.params.get(key) for key in params),
                 *((outcome.score, outcome.step) if outcome else (None, one.records.last_step)),
                 *(outcome.scores.get(name) if outcome else None for name in metrics),

@@ -227,6 +227,16 @@ def test_the_map_shows_each_verdict_and_what_was_given_up() -> None:
         assert words in text, words
 
 
+def test_each_verdict_has_its_own_sign() -> None:
+    def signs(verdict: str) -> set[str]:
+        text = drawn([tried(0, 0.0, "collapsed", params=POINT, verdict=verdict)])
+        return set(re.findall(r'<path id="[^"]*" d="([^"]*)" style="stroke: var\(--warn\)', text))
+
+    found = [signs(verdict) for verdict in ("uniform collapse", "single-prototype collapse", "non-finite")]
+    assert all(found)
+    assert not (found[0] & found[1] or found[1] & found[2] or found[0] & found[2])
+
+
 def test_a_map_whose_trials_share_a_value_is_drawn() -> None:
     trials = [tried(i, 0.1 * i, params=POINT | {CENTER_MOMENTUM: 0.5 + 0.05 * i}) for i in range(8)]
     assert "loss.teacher_temp" in drawn(trials)
