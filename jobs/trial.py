@@ -23,7 +23,7 @@ from pipeline.health import UnhealthyError, Verdict
 from pipeline.objective import Objective
 from pipeline.population import MemberReport, Pointer
 from pipeline.report import write_report
-from pipeline.report_records import read_mapping, read_records
+from pipeline.report_records import read, read_records
 from pipeline.search_space import at
 from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
@@ -131,7 +131,7 @@ class _Attempt:
         run = trial_directory(runner.study, trial)
         self._runner, self._run, self._tell, self._placed = runner, run, tell, placed
         self._began = time.monotonic()
-        self._clock = {"seconds": 0.0, "start_seconds": 0.0} | read_mapping(run, _CLOCK)
+        self._clock = {"seconds": 0.0, "start_seconds": 0.0} | json.loads(read(run, _CLOCK) or b"{}")
         self._inputs: Inputs = ray.get(runner.inputs[0])
         self._config = trial_config(
             runner.config,

@@ -165,7 +165,9 @@ def importance_of(tried: Sequence[Tried], space: Mapping[str, Domain]) -> dict[s
 def saving_of(tried: Sequence[Tried], total_steps: int) -> Saving:
     """What ended early has not cost, at each trial's own pace, or where it has none, at that of all."""
     ended = [one for one in tried if one.outcome and one.status in ("finished", "stopped", "collapsed")]
-    steps = sum(_count(one.outcome.step) for one in ended if one.outcome)
+    steps = sum(_count(one.outcome.step) - one.trial.from_step for one in ended if one.outcome)
+    if any(one.trial.continues is not None for one in tried):  # a population: each member trains to the end
+        return Saving(steps, steps, Hours(0.0, 0.0), Hours(0.0, 0.0))
     paces = {one.trial.number: _pace(one) for one in ended}
     known = [pace for pace in paces.values() if pace]
     num = max(1, len(known))
@@ -191,7 +193,7 @@ def _pace(one: Tried) -> Hours | None:
         return None
     seconds, start = _hours(outcome.seconds), _hours(outcome.start_seconds)
     training = 1 - min(1.0, start / seconds) if seconds > 0 else 1.0
-    per_step = training / outcome.step
+    per_step = training / max(1, outcome.step - one.trial.from_step)
     return Hours(_hours(outcome.cpu_hours) * per_step, _hours(outcome.gpu_hours) * per_step)
 
 

@@ -21,15 +21,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pipeline.report_records import Records, read, read_mapping, read_records
+from models.settings import DataError, one_line
+from pipeline.report_records import Records, read, read_records
 from pipeline.storage import Directory
 
 STUDY = "study.json"
 TRIAL = "trial.json"
 OUTCOME = "outcome.json"
 BEST = "best.yaml"
+
+Record = TypeVar("Record", "Trial", "Outcome")
 
 Status = Literal["finished", "stopped", "collapsed", "failed"]
 """Trained to its end; given up for better ones; collapsed; could not be run."""
@@ -116,11 +119,23 @@ def read_trials(study: Directory) -> list[Tried]:
     found = []
     for name in study.child("trials").list():
         run = study.child("trials").child(name)
-        tree = read_mapping(run, TRIAL)
-        if tree:  # else the folder was made and its trial lost before it was begun
-            outcome = read_mapping(run, OUTCOME)
-            found.append(Tried(Trial(**tree), Outcome(**outcome) if outcome else None, read_records(run)))
+        trial = _read(Trial, run, TRIAL)
+        if trial is not None:  # else the folder was made and its trial lost before it was begun
+            found.append(Tried(trial, _read(Outcome, run, OUTCOME), read_records(run)))
     return sorted(found, key=lambda tried: tried.trial.number)
+
+
+def _read(kind: type[Record], run: Directory, name: str) -> Record | None:
+    """DataError for a file that holds something else: a trial must not be run twice because of it."""
+    data = read(run, name)
+    if data is None:
+        return None
+    try:
+        return kind(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{run.join(name)} is damaged: {one_line(error)}; mend or remove the trial"
+        ) from error
 
 
 def evaluations(records: Records) -> dict[int, dict[str, float]]:
