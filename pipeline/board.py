@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.settings import ConfigError, DinorayError, error_of
 from pipeline.health import UnhealthyError, Verdict
@@ -65,7 +66,7 @@ class Board:
     """Handle to the channel; picklable."""
 
     def __init__(self) -> None:
-        self._actor = ray.remote(num_cpus=0)(_Events).remote()
+        self._actor = actor_here(_Events)
 
     def post(self, kind: Kind, **facts: Any) -> None:
         """Send without waiting."""
@@ -104,6 +105,12 @@ class Board:
     def take(self, *, timeout_seconds: float) -> Event | None:
         """The next event, or None after `timeout_seconds`."""
         return ray.get(self._actor.take.remote(timeout_seconds))
+
+
+def actor_here(cls: type) -> Any:
+    """An actor without CPUs on this process's own node: another one may be lost while this process lives."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(cls).remote()
 
 
 def fatal_error(event: Event) -> DinorayError:

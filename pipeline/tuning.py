@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from models.settings import DinorayError
+from pipeline.board import actor_here
 from pipeline.storage import Directory
 from pipeline.trials import Trial
 from pipeline.tuner import Listener, Unsaved, run_tune, tell_error
@@ -103,7 +104,7 @@ def run_trials(
     max_failures: int,
 ) -> None:
     """Run the trials that are proposed, `num_trials` at most. DinorayError where a trial's error concerns them all."""
-    referee = ray.remote(num_cpus=0)(_Referee).remote()
+    referee = actor_here(_Referee)
     listener = _TrialListener(search, referee)
     run_tune(
         _Trainable(body, referee),

@@ -234,7 +234,9 @@ def test_each_verdict_has_its_own_sign() -> None:
 
     found = [signs(verdict) for verdict in ("uniform collapse", "single-prototype collapse", "non-finite")]
     assert all(found)
-    assert not (found[0] & found[1] or found[1] & found[2] or found[0] & found[2])
+    assert not found[0] & found[1]
+    assert not found[1] & found[2]
+    assert not found[0] & found[2]
 
 
 def test_a_map_whose_trials_share_a_value_is_drawn() -> None:

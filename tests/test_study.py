@@ -1,0 +1,230 @@
+"""A study as a config: what is refused before anything starts, and the runs that come of a trial's parameters."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import tune as job
+from jobs.config import differences, load, load_config
+from jobs.study import (
+    FREE,
+    StudyConfig,
+    candidate,
+    first_points,
+    grace_steps,
+    num_trials,
+    objective_of,
+    schedule_of,
+    space_of,
+    trial_config,
+)
+from models.settings import ConfigError
+from pipeline.search_space import default_space
+
+NUM_IMAGES = 2160
+
+
+def study(*overrides: str, recipe: str = "demo") -> StudyConfig:
+    return load(StudyConfig, recipe, None, overrides, name_suffix="-study")
+
+
+def trial(config: StudyConfig, **params: object) -> object:
+    values = {key.replace("__", "."): value for key, value in params.items()}
+    return trial_config(config, values, name="0003", storage_path="/s/trials", seed=5, num_images=NUM_IMAGES)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["tune.space={loss.teacher_tmp: {uniform: [0.02, 0.08]}}"],
+            ["loss.teacher_tmp", "did you mean loss.teacher_temp"],
+        ),
+        (["tune.space={data.path: [a, b]}"], ["data.path", "none of what is learnt"]),
+        (["tune.space={train.seed: {int: [0, 5]}}"], ["train.seed", "tune.confirm_seeds"]),
+        (
+            ["tune.space={loss.teacher_temp: {uniform: [-1, 0.08]}}"],
+            ["loss.teacher_temp=-1", "greater than 0"],
+        ),
+        (["tune.space={loss.teacher_temp: {gauss: [1, 2]}}"], ["loss.teacher_temp.gauss"]),
+        (["tune.space={loss.teacher_temp: 3}"], ["3 is no domain; write {uniform"]),
+        (["tune.space={}"], ["nothing to search"]),
+        (["tune.trails=3"], ["tune.trails=3: unknown key; did you mean tune.trials"]),
+        (["tune.objective=loss"], ["tune.objective=loss cannot rank", "loss.teacher_temp", "entropy + KL"]),
+        (["tune.objective=knn", "eval.val_path=null"], ["tune.objective=knn needs labels"]),
+        (["tune.first=[{loss.student_temp: 0.1}]"], ["tune.first: loss.student_temp is not in tune.space"]),
+        (
+            ["tune.share_stream=true", "tune.space={crops.hue: {uniform: [0, 0.5]}}"],
+            ["tune.share_stream=true needs the same crops", "crops.hue"],
+        ),
+        (
+            [
+                "tune.scheduler=pb2",
+                "tune.space={head.out_dim: {int: [64, 512]}, loss.teacher_temp: {uniform: [0.02, 0.08]}}",
+            ],
+            ["tune.scheduler=pb2 moves settings", "head.out_dim"],
+        ),
+        (
+            ["loss.centering=sinkhorn_knopp", "tune.space={loss.center_momentum: {uniform: [0.5, 0.99]}}"],
+            ["has no effect"],
+        ),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_words_before_ray_starts(
+    overrides: Sequence[str], told: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError) as error:
+        job.main(["--recipe", "demo", f"storage_path={tmp_path}", *overrides])
+    for words in told:
+        assert words in str(error.value)
+
+
+def test_a_name_in_use_by_another_study_or_by_a_run_is_refused(tmp_path: Path) -> None:
+    config = study(f"storage_path={tmp_path}")
+    (tmp_path / "demo-study").mkdir()
+    (tmp_path / "demo-study" / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "demo-study" / "study.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"other settings \(tune\.searcher: tpe -> random\)"):
+        job.main([f"storage_path={tmp_path}", "tune.searcher=random"])
+    run = load_config("demo", None, ["name=run", f"storage_path={tmp_path}"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(run.to_yaml())
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="name=run is in use by a run"):
+        job.main([f"storage_path={tmp_path}", "name=run"])
+
+
+def test_more_trials_seeds_and_another_cluster_continue_a_study(tmp_path: Path) -> None:
+    more = study("tune.trials=64", "tune.confirm_top=5", "tune.max_concurrent=8", "resources.train_workers=4")
+    assert differences(study(), more, free=FREE) == []
+    assert differences(study(), study("tune.epochs=3"), free=FREE) == ["tune.epochs: None -> 3.0"]
+
+
+def test_the_config_of_a_study_reads_back_as_it_was_written() -> None:
+    config = study(
+        "tune.space={optim.name: [adamw, sgd], optim.base_lr: {log: [1e-4, 1e-2]}}",
+        "tune.first=[{optim.name: sgd}]",
+    )
+    assert StudyConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+    assert "base_lr" in json.dumps(yaml.safe_load(config.to_yaml())["tune"]["space"])
+
+
+def test_a_space_may_be_given_key_by_key_on_the_command_line() -> None:
+    config = study(
+        "tune.space.loss.teacher_temp={uniform: [0.02, 0.1]}", "tune.space.optim.base_lr={log: [1e-4, 1e-2]}"
+    )
+    assert list(space_of(config)) == ["loss.teacher_temp", "optim.base_lr"]
+
+
+# What comes of it
+
+
+def test_the_recipe_is_tried_first_then_what_was_asked_for_completed_by_the_recipe() -> None:
+    config = study(
+        "tune.first=[{loss.teacher_temp: 0.06}]",
+        "tune.space={loss.teacher_temp: {uniform: [0.02, 0.08]}, loss.center_momentum: {one_minus_log: [0.5, 0.99]}}",
+    )
+    points = first_points(config, space_of(config))
+    assert points == [
+        {"loss.teacher_temp": 0.03, "loss.center_momentum": 0.9},
+        {"loss.teacher_temp": 0.06, "loss.center_momentum": 0.9},
+    ]
+
+
+def test_the_default_study_has_labels_and_the_default_space() -> None:
+    config = study()
+    space = space_of(config)
+    assert space == default_space(config.algorithm())
+    assert objective_of(config, space).metric == "knn_20"
+    assert num_trials(config, space) == 16
+    assert config.name == "demo-study"
+
+
+def test_a_grid_is_as_many_trials_as_it_has_points() -> None:
+    config = study(
+        "tune.searcher=grid",
+        "tune.grid_points=3",
+        "tune.space={loss.teacher_temp: {uniform: [0.02, 0.08]}, optim.name: [adamw, sgd]}",
+    )
+    assert num_trials(config, space_of(config)) == 6
+    assert first_points(config, space_of(config)) == []
+
+
+def test_a_trial_is_the_run_made_short_with_warm_ups_that_keep_their_share() -> None:
+    config = study(
+        "train.epochs=24",
+        "tune.epochs=6",
+        "optim.warmup_epochs=4",
+        "loss.warmup_teacher_temp_epochs=8",
+        "loss.teacher_temp=0.05",
+        "tune.evaluations=5",
+    )
+    made = trial(config, loss__teacher_temp=0.06)
+    assert (made.train.epochs, made.optim.warmup_epochs, made.loss.warmup_teacher_temp_epochs) == (6, 1, 2)  # type: ignore[attr-defined]
+    assert made.loss.teacher_temp == 0.06  # type: ignore[attr-defined]
+    assert made.train.seed == 5  # type: ignore[attr-defined]
+    assert (made.name, made.storage_path) == ("0003", "/s/trials")  # type: ignore[attr-defined]
+    total = schedule_of(made, num_images=NUM_IMAGES).total_steps  # type: ignore[arg-type]
+    assert total == 202
+    assert made.eval.every_steps == made.checkpoint.every_steps == 41  # type: ignore[attr-defined]
+    assert made.health.on_collapse == "stop"  # type: ignore[attr-defined]
+    assert made.eval.lidar  # type: ignore[attr-defined]
+
+
+def test_a_short_warm_up_of_the_temperature_does_not_vanish() -> None:
+    config = study(
+        "train.epochs=24", "tune.epochs=2", "loss.warmup_teacher_temp_epochs=3", "loss.teacher_temp=0.05"
+    )
+    assert trial(config).loss.warmup_teacher_temp_epochs == 1  # type: ignore[attr-defined]
+
+
+def test_a_sharp_temperature_is_not_warmed_up_from_above() -> None:
+    config = study("loss.warmup_teacher_temp_epochs=0", "loss.warmup_teacher_temp=0.04")
+    made = candidate(config, {"loss.teacher_temp": 0.025, "loss.warmup_teacher_temp_epochs": 5})
+    assert made.loss.warmup_teacher_temp == 0.025
+    assert candidate(config, {"loss.teacher_temp": 0.07}).loss.warmup_teacher_temp == 0.04
+
+
+def test_the_candidate_is_the_run_in_full_without_what_is_a_trials_own() -> None:
+    config = study("tune.epochs=2")
+    made = candidate(config, {"loss.teacher_temp": 0.05})
+    assert made.train.epochs == 24
+    assert made.health.on_collapse == "warn"
+    assert not hasattr(made, "tune")
+    changed = differences(load_config("demo", None, []), made)
+    assert changed == ["loss.teacher_temp: 0.03 -> 0.05"]
+
+
+def test_no_trial_is_given_up_before_the_longest_warm_up_of_the_space_is_over() -> None:
+    config = study(
+        "train.epochs=24",
+        "tune.epochs=12",
+        "optim.warmup_epochs=1",
+        "tune.grace=0.1",
+        "tune.space={loss.warmup_teacher_temp_epochs: {int: [2, 10]}, loss.teacher_temp: {uniform: [0.02, 0.08]}}",
+    )
+    # 10 of 24 epochs are 5 of 12: 5 epochs of 2160 images by 64.
+    assert grace_steps(config, space_of(config), num_images=NUM_IMAGES) == 169
+    plain = study("train.epochs=24", "tune.epochs=12", "tune.grace=0.5")
+    assert grace_steps(plain, {}, num_images=NUM_IMAGES) == 203  # half of 405
+
+
+@given(temp=st.floats(0.02, 0.08), momentum=st.floats(0.5, 0.99), epochs=st.integers(3, 7))
+def test_every_point_of_the_default_space_is_a_run(temp: float, momentum: float, epochs: int) -> None:
+    params = {
+        "loss.teacher_temp": temp,
+        "loss.center_momentum": momentum,
+        "loss.warmup_teacher_temp_epochs": epochs,
+    }
+    made = candidate(study(), params)
+    assert made.loss.warmup_teacher_temp <= made.loss.teacher_temp  # type: ignore[operator]
