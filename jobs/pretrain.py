@@ -23,8 +23,8 @@ from pipeline.crops import kernel_name
 from pipeline.crops_config import describe_crops
 from pipeline.report import write_report
 from pipeline.storage import Directory
+from pipeline.study.trials import BEST
 from pipeline.training import Schedule
-from pipeline.trials import BEST
 
 
 def main(argv: Sequence[str]) -> None:

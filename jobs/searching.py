@@ -21,7 +21,9 @@ from jobs.study import (
     StudyConfig,
     candidate,
     grace_steps,
+    limit_of,
     num_trials,
+    plan_of,
     schedule_of,
     trial_config,
 )
@@ -30,18 +32,18 @@ from jobs.trial import TrialRunner
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board
 from pipeline.checkpoint import committed_steps
-from pipeline.objective import Objective
-from pipeline.population import check_population, run_population
-from pipeline.samplers import sampler
-from pipeline.search_space import Space, place
 from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
-from pipeline.study_findings import Findings, findings
-from pipeline.study_plan import StudyPlan, local_cpus, plan_study
-from pipeline.study_progress import confirmations, course, known, next_number
-from pipeline.study_ranking import searched
-from pipeline.study_report import write_study_report
-from pipeline.trials import (
+from pipeline.study.findings import Findings, findings
+from pipeline.study.objective import Objective
+from pipeline.study.plan import StudyPlan, local_cpus
+from pipeline.study.population import check_population, run_population
+from pipeline.study.progress import confirmations, course, known, next_number
+from pipeline.study.ranking import searched
+from pipeline.study.report import write_study_report
+from pipeline.study.samplers import sampler
+from pipeline.study.space import Space, place
+from pipeline.study.trials import (
     BEST,
     Outcome,
     Trial,
@@ -53,7 +55,7 @@ from pipeline.trials import (
     write_study,
     write_trial,
 )
-from pipeline.tuning import Course, Halving, Search, run_trials
+from pipeline.study.tuning import Course, Halving, Search, run_trials
 
 _REPORT_SECONDS = 60.0
 """Least time between two reports of a study that goes on."""
@@ -109,16 +111,17 @@ class StudyRun:
 
     def run(self, *, verbose: bool) -> None:
         """Search and confirm, on a cluster that is joined or a Ray of one's own, which is shut down in any case."""
-        tune, resources = self._config.tune, self._config.resources
+        tune = self._config.tune
         cores = local_cpus(
-            resources,
+            self._config.resources,
             cores=os.cpu_count() or 1,
-            limit=self._limit,
+            limit=limit_of(self._config),
             shares_stream=tune.share_stream,
         )
         join_ray(cores, verbose=verbose, dashboard=tune.scheduler == "pb2")
         try:
-            self._plan = self._planned()
+            have = ray.cluster_resources()
+            self._plan = plan_of(self._config, self._num_trials, have)
             self._about["plan"] = asdict(self._plan) | {"cpus_for_data": self._plan.cpus_for_data}
             self._console.print(describe_search(self._directory, self._about))
             self._console.print(self._plan.describe())
@@ -157,26 +160,6 @@ class StudyRun:
             self._directory.write(BEST, best.to_yaml().encode())
         write_study_report(self._directory)
         return found
-
-    def _planned(self) -> StudyPlan:
-        tune, have = self._config.tune, ray.cluster_resources()
-        gpus = tune.cluster_gpus or int(have.get("GPU", 0))
-        asked = self._config.resources.use_gpu
-        return plan_study(
-            self._config.resources,
-            num_trials=self._num_trials,
-            cpus=tune.cluster_cpus or int(have.get("CPU", 0)),
-            gpus=gpus,
-            use_gpu=gpus > 0 if asked == "auto" else asked,
-            limit=self._limit,
-            shares_stream=tune.share_stream,
-        )
-
-    @property
-    def _limit(self) -> int | None:
-        """Trials at once that are asked for; a population is all of them."""
-        tune = self._config.tune
-        return tune.max_concurrent or (tune.trials if tune.scheduler == "pb2" else None)
 
     def _confirm(self, runner: TrialRunner) -> None:
         """Run the trials that are still to confirm; where streams are shared, one seed after the other."""

@@ -5,10 +5,10 @@ from typing import Any
 
 from jobs.study import StudyConfig
 from pipeline.automatic import resolve
-from pipeline.objective import Objective
-from pipeline.search_space import Space
 from pipeline.storage import Directory
-from pipeline.trials import Tried
+from pipeline.study.objective import Objective
+from pipeline.study.space import Space
+from pipeline.study.trials import Tried
 
 _TOLD = ("evaluations", "searcher", "scheduler", "reduction_factor", "seed", "confirm_top", "confirm_seeds")
 """Of `tune`, what study.json has."""

@@ -20,15 +20,15 @@ from models.settings import ConfigError, DataError, DinorayError, number
 from pipeline.board import Board, Event
 from pipeline.checkpoint import checkpoint_name, committed_steps
 from pipeline.health import UnhealthyError, Verdict
-from pipeline.objective import Objective
-from pipeline.population import MemberReport, Pointer
 from pipeline.report import write_report
 from pipeline.report_records import read, read_records
-from pipeline.search_space import at
 from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
-from pipeline.study_plan import StudyPlan
-from pipeline.trials import (
+from pipeline.study.objective import Objective
+from pipeline.study.plan import StudyPlan
+from pipeline.study.population import MemberReport, Pointer
+from pipeline.study.space import at
+from pipeline.study.trials import (
     Outcome,
     Trial,
     evaluations,
@@ -37,7 +37,7 @@ from pipeline.trials import (
     write_outcome,
     write_trial,
 )
-from pipeline.tuning import Report
+from pipeline.study.tuning import Report
 
 _COMMIT_SECONDS = 120.0
 """Ray commits a checkpoint some seconds after it was taken."""

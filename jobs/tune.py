@@ -17,8 +17,8 @@ from jobs.searching import StudyRun
 from jobs.study import FREE, StudyConfig, first_points, objective_of, space_of
 from models.settings import ConfigError
 from pipeline.storage import Directory
-from pipeline.study_report import describe_study
-from pipeline.trials import STUDY
+from pipeline.study.report import describe_study
+from pipeline.study.trials import STUDY
 
 
 def main(argv: Sequence[str]) -> None:

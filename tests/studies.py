@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 
 from pipeline.report_records import Records
-from pipeline.search_space import CENTER_MOMENTUM, TEACHER_TEMP, Domain, at
 from pipeline.storage import Directory
-from pipeline.trials import Outcome, Trial, Tried, trial_directory, write_outcome, write_study, write_trial
+from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain, at
+from pipeline.study.trials import (
+    Outcome,
+    Trial,
+    Tried,
+    trial_directory,
+    write_outcome,
+    write_study,
+    write_trial,
+)
 
 STEPS = 100
 SPACE = {

@@ -14,7 +14,10 @@ FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).glob("**/*.p
 OTHER_FILES = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).glob("**/*.py"))]
 RAY_MODULES = {
     f"pipeline/{name}.py"
-    for name in ("dataset", "shared_stream", "worker", "board", "tuner", "tuning", "population")
+    for name in (
+        *("dataset", "shared_stream", "worker", "board"),
+        *("study/tuner", "study/tuning", "study/population"),
+    )
 }
 
 
@@ -90,7 +93,7 @@ def test_ray_is_known_in_few_places_alone(path: Path) -> None:
     [
         ("data", {"pipeline/dataset.py"}),
         ("train", {"pipeline/worker.py"}),
-        ("tune", {"pipeline/tuner.py", "pipeline/tuning.py", "pipeline/population.py"}),
+        ("tune", {"pipeline/study/tuner.py", "pipeline/study/tuning.py", "pipeline/study/population.py"}),
     ],
 )
 def test_each_ray_library_has_its_users_and_no_others(library: str, owners: set[str]) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from models.settings import ConfigError
-from pipeline.objective import Objective, choose
+from pipeline.study.objective import Objective, choose
 
 TEMPS = ["loss.teacher_temp", "loss.center_momentum"]
 

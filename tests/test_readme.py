@@ -89,7 +89,7 @@ def test_every_recipe_has_a_row() -> None:
 def test_the_tree_names_every_module_and_nothing_else() -> None:
     tree = README.split("## Where things are")[1]
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    there = {p.name for d in ("models", "pipeline", "jobs") for p in (ROOT / d).glob("*.py")} - {
+    there = {p.name for d in ("models", "pipeline", "jobs") for p in (ROOT / d).rglob("*.py")} - {
         "__init__.py"
     }
     assert named == there

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.search_space import CENTER_MOMENTUM, Domain, at, default_space, grid, parse_space, place
+from pipeline.study.space import CENTER_MOMENTUM, Domain, at, default_space, grid, parse_space, place
 from pipeline.training import DINOConfig
 
 TEMP = Domain(kind="uniform", values=(0.02, 0.08))

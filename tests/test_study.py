@@ -25,7 +25,7 @@ from jobs.study import (
     trial_config,
 )
 from models.settings import ConfigError
-from pipeline.search_space import default_space
+from pipeline.study.space import default_space
 
 NUM_IMAGES = 2160
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from studies import SPACE, STEPS, about, tried, write_whole_study
 
-from pipeline.search_space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
-from pipeline.study_findings import findings, importance_of
-from pipeline.study_regions import collapse_regions
-from pipeline.study_statistics import (
+from pipeline.study.findings import findings, importance_of
+from pipeline.study.regions import collapse_regions
+from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
+from pipeline.study.statistics import (
     chance_tau,
     difference_margin,
     explained,
@@ -21,7 +21,7 @@ from pipeline.study_statistics import (
     quantile_groups,
     student_t95,
 )
-from pipeline.trials import Tried, read_study, read_trials
+from pipeline.study.trials import Tried, read_study, read_trials
 
 
 def said(trials: list[Tried], **changes: object) -> str:

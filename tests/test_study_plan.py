@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from models.settings import ResourceError
 from pipeline.resources import ResourcesConfig
-from pipeline.study_plan import StudyPlan, local_cpus, plan_study
+from pipeline.study.plan import StudyPlan, local_cpus, plan_study
 
 SMALL = ResourcesConfig(train_workers=1, augment_actors=1)
 

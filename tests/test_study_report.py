@@ -14,14 +14,14 @@ from studies import SPACE, about, tried, write_tried, write_whole_study
 from test_report import Page
 
 from pipeline.palette import DARK, LIGHT, TOKENS
-from pipeline.search_space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
 from pipeline.storage import Directory
-from pipeline.study_axes import score_range, ticks
-from pipeline.study_findings import findings
-from pipeline.study_map import expected, score_map
-from pipeline.study_plots import curve_charts, importance_bars, parallel_coordinates
-from pipeline.study_report import describe_study, write_study_report
-from pipeline.trials import Tried, read_study, read_trials, write_study
+from pipeline.study.axes import score_range, ticks
+from pipeline.study.findings import findings
+from pipeline.study.map import expected, score_map
+from pipeline.study.plots import curve_charts, importance_bars, parallel_coordinates
+from pipeline.study.report import describe_study, write_study_report
+from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
+from pipeline.study.trials import Tried, read_study, read_trials, write_study
 
 
 def write_small(folder: Path, trials: list[Tried], metrics: bytes = b"", **changes: Any) -> Directory:

@@ -8,11 +8,11 @@ import pytest
 from studies import tried, write_tried
 
 from models.settings import DataError
-from pipeline.objective import Objective
 from pipeline.report_records import Records
 from pipeline.storage import Directory
-from pipeline.study_progress import confirmations, course, known, next_number
-from pipeline.trials import (
+from pipeline.study.objective import Objective
+from pipeline.study.progress import confirmations, course, known, next_number
+from pipeline.study.trials import (
     Outcome,
     Trial,
     Tried,

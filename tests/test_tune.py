@@ -14,7 +14,7 @@ from jobs import pretrain
 from jobs.config import load_config
 from pipeline.demo_images import PATTERNS, draw_demo_image
 from pipeline.storage import Directory
-from pipeline.trials import read_trials
+from pipeline.study.trials import read_trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.trials import Trial
-from pipeline.tuning import Halving, Search, _Refereed
+from pipeline.study.trials import Trial
+from pipeline.study.tuning import Halving, Search, _Refereed
 
 
 class Told:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.objective import Objective
-from pipeline.samplers import Known
-from pipeline.study_ranking import searched
-from pipeline.trials import Trial, Tried, evaluations
+from pipeline.study.objective import Objective
+from pipeline.study.ranking import searched
+from pipeline.study.samplers import Known
+from pipeline.study.trials import Trial, Tried, evaluations
 
 
 def next_number(tried: Sequence[Tried]) -> int:

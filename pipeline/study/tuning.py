@@ -22,8 +22,8 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from models.settings import DinorayError
 from pipeline.board import actor_here
 from pipeline.storage import Directory
-from pipeline.trials import Trial
-from pipeline.tuner import Listener, Unsaved, run_tune, tell_error
+from pipeline.study.trials import Trial
+from pipeline.study.tuner import Listener, Unsaved, run_tune, tell_error
 
 Course = Mapping[int, float]
 """Scores by step."""

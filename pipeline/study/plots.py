@@ -13,12 +13,12 @@ import numpy as np
 from pipeline.palette import LIGHT, TOKENS, Palette, scale
 from pipeline.report_plots import STEPS, as_svg, dress, sheet
 from pipeline.report_records import Series
-from pipeline.study_axes import Range, plain, score_range, shown, ticks
-from pipeline.study_findings import Findings
-from pipeline.study_map import draw_map, map_keys
-from pipeline.study_ranking import place_in, score_of
-from pipeline.study_words import metric_name, score_text
-from pipeline.trials import Tried
+from pipeline.study.axes import Range, plain, score_range, shown, ticks
+from pipeline.study.findings import Findings
+from pipeline.study.map import draw_map, map_keys
+from pipeline.study.ranking import place_in, score_of
+from pipeline.study.trials import Tried
+from pipeline.study.words import metric_name, score_text
 
 _MAX_AXES = 9
 

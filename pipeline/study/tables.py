@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from pipeline.study_findings import Findings
-from pipeline.study_ranking import Candidate, number_of, score_of
-from pipeline.study_regions import short
-from pipeline.study_statistics import chance_tau
-from pipeline.study_words import metric_name, result_text, score_text
-from pipeline.trials import Trial, Tried
+from pipeline.study.findings import Findings
+from pipeline.study.ranking import Candidate, number_of, score_of
+from pipeline.study.regions import short
+from pipeline.study.statistics import chance_tau
+from pipeline.study.trials import Trial, Tried
+from pipeline.study.words import metric_name, result_text, score_text
 
 _MARKS = {"best": "best", "tie": "ties with the best", "collapsed": "collapsed under another seed"}
 _MAX_CELL = 34

@@ -22,7 +22,7 @@ from ray.tune.schedulers.pb2 import PB2
 
 from models.settings import DinorayError, ResourceError, one_line
 from pipeline.storage import Directory
-from pipeline.tuner import Listener, Unsaved, run_tune, tell_error
+from pipeline.study.tuner import Listener, Unsaved, run_tune, tell_error
 
 _POINTER = "pointer.json"
 

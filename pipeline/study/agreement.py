@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.study_ranking import metric_of
-from pipeline.study_statistics import kendall
-from pipeline.trials import Tried
+from pipeline.study.ranking import metric_of
+from pipeline.study.statistics import kendall
+from pipeline.study.trials import Tried
 
 
 @dataclass(frozen=True)

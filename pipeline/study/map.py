@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from pipeline.palette import NUM_SCALE, TOKENS, Palette, scale
 from pipeline.report_plots import as_svg, dress, sheet
-from pipeline.search_space import CENTER_MOMENTUM, TEACHER_TEMP
-from pipeline.study_axes import Range, drawn_keys, plain, point_of, score_range, shown, ticks
-from pipeline.study_findings import Findings
-from pipeline.study_ranking import score_of
-from pipeline.study_words import metric_name, score_text
-from pipeline.trials import Tried
+from pipeline.study.axes import Range, drawn_keys, plain, point_of, score_range, shown, ticks
+from pipeline.study.findings import Findings
+from pipeline.study.ranking import score_of
+from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP
+from pipeline.study.trials import Tried
+from pipeline.study.words import metric_name, score_text
 
 _MIN_FOR_GROUND = 6
 _GRID = 45

@@ -1,6 +1,6 @@
 """What a study has found: the best parameters and how sure that is, what they tie with, what matters, what it cost.
 
-Functions of the trials and of study.json, at any moment of the study. Files and pages are pipeline/study_report.py's.
+Functions of the trials and of study.json, at any moment of the study. Files and pages are pipeline/study/report.py's.
 """
 
 import math
@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import study_words
-from pipeline.search_space import Domain
-from pipeline.study_agreement import Agreement, agreement
-from pipeline.study_ranking import (
+from pipeline.study import words as in_words
+from pipeline.study.agreement import Agreement, agreement
+from pipeline.study.ranking import (
     Candidate,
     domains,
     number_of,
@@ -21,8 +20,9 @@ from pipeline.study_ranking import (
     score_of,
     searched,
 )
-from pipeline.study_statistics import explained, quantile_groups
-from pipeline.trials import Tried
+from pipeline.study.space import Domain
+from pipeline.study.statistics import explained, quantile_groups
+from pipeline.study.trials import Tried
 
 _MIN_FOR_IMPORTANCE = 8
 _STATUSES = ("finished", "stopped", "collapsed", "failed", "unfinished")
@@ -102,14 +102,14 @@ def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
     saving = saving_of(tried, _count(study.get("total_steps")))
     scored = len(_scored(tried))
     words = [
-        *study_words.best(tried, candidates, objective),
-        *study_words.counted(counts, dict(verdicts.most_common())),
-        *study_words.regions(tried, space),
-        *study_words.agreements([a for a in agreements if not a.with_collapsed], objective),
-        *study_words.influence(importance, scored),
-        *study_words.caveats(objective, space),
-        *study_words.open_questions(tried, best, space, least=_MIN_FOR_IMPORTANCE, scored=scored),
-        *study_words.savings(saving.share, saving.by_collapse.cpu, saving.by_stopping.cpu),
+        *in_words.best(tried, candidates, objective),
+        *in_words.counted(counts, dict(verdicts.most_common())),
+        *in_words.regions(tried, space),
+        *in_words.agreements([a for a in agreements if not a.with_collapsed], objective),
+        *in_words.influence(importance, scored),
+        *in_words.caveats(objective, space),
+        *in_words.open_questions(tried, best, space, least=_MIN_FOR_IMPORTANCE, scored=scored),
+        *in_words.savings(saving.share, saving.by_collapse.cpu, saving.by_stopping.cpu),
     ]
     return Findings(
         objective=objective,

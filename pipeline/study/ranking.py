@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.search_space import Domain
-from pipeline.study_statistics import difference_margin, sample_std
-from pipeline.trials import Tried
+from pipeline.study.space import Domain
+from pipeline.study.statistics import difference_margin, sample_std
+from pipeline.study.trials import Tried
 
 Standing = Literal["best", "tie", "behind", "not confirmed", "collapsed"]
 """`tie`: seeds make as much of a difference as lies between it and the best. `not confirmed`: one seed, so nobody

@@ -1,7 +1,7 @@
 """Ray Tune as both kinds of search use it (tuning.py, population.py): started, listened to, and stopped.
 
 Trials run as Tune's functions in processes on the head, where no work is done and no spot node takes them with it.
-Nothing of Tune's own state is ever read again: pipeline/trials.py is what a study continues from.
+Nothing of Tune's own state is ever read again: pipeline/study/trials.py is what a study continues from.
 """
 
 import os
@@ -91,6 +91,7 @@ def run_tune(
     os.environ |= {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may collapse before it is first evaluated
         "RAY_AIR_NEW_OUTPUT": "0",
     }
     storage, path = filesystem(study.uri)

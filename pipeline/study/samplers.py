@@ -2,7 +2,7 @@
 
 A proposal is a function of the seed, the trial's number and the trials that are known by then, never of a generator's
 state: a study that was killed goes on as if it had not been. Points are those of the unit cube
-(pipeline/search_space.py). Optuna is known here alone. No Ray here.
+(pipeline/study/space.py). Optuna is known here alone. No Ray here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.search_space import Space, at, grid, place
+from pipeline.study.space import Space, at, grid, place
 
 Searcher = Literal["tpe", "random", "quasi", "grid"]
 

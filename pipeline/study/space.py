@@ -1,8 +1,8 @@
 """What a study searches: dotted keys of the run's config, each with a domain; and points of it.
 
 A domain maps [0, 1] onto values along the scale on which equal distances matter, so that whoever proposes points
-(pipeline/samplers.py), and whoever draws them, works on the unit cube and knows nothing of scales. The defaults are
-those of the published ablations (arXiv 2104.14294, tables 9 and 10, and appendix D). No Ray here.
+(samplers.py), and whoever draws them, works on the unit cube and knows nothing of scales. The defaults enclose what
+the published ablations of temperature and centre found to work (arXiv 2104.14294, appendix). No Ray here.
 """
 
 import itertools

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer, field_validator
 
 from models.settings import Settings
-from pipeline.samplers import Searcher
-from pipeline.search_space import Domain, parse_space
+from pipeline.study.samplers import Searcher
+from pipeline.study.space import Domain, parse_space
 
 
 class StudySettings(Settings):

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.health import Verdict
-from pipeline.search_space import Domain
-from pipeline.study_agreement import Agreement
-from pipeline.study_ranking import Candidate, place_in, searched
-from pipeline.study_regions import collapse_regions, good_trials, ranges, short
-from pipeline.study_statistics import chance_share, chance_tau
-from pipeline.trials import Tried
+from pipeline.study.agreement import Agreement
+from pipeline.study.ranking import Candidate, place_in, searched
+from pipeline.study.regions import collapse_regions, good_trials, ranges, short
+from pipeline.study.space import Domain
+from pipeline.study.statistics import chance_share, chance_tau
+from pipeline.study.trials import Tried
 
 _EDGE = 0.02
 _MAX_NAMES = 8

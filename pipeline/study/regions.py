@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.search_space import Domain
-from pipeline.study_ranking import is_number, score_of, searched
-from pipeline.trials import Tried
+from pipeline.study.ranking import is_number, score_of, searched
+from pipeline.study.space import Domain
+from pipeline.study.trials import Tried
 
 _MIN_TRIALS = 2
 _MAX_REGIONS = 2

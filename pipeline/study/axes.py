@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from pipeline.palette import NUM_SCALE
 from pipeline.report_plots import STEPS
-from pipeline.search_space import Domain
-from pipeline.study_ranking import place_in, score_of, searched
-from pipeline.study_regions import short
-from pipeline.trials import Tried
+from pipeline.study.ranking import place_in, score_of, searched
+from pipeline.study.regions import short
+from pipeline.study.space import Domain
+from pipeline.study.trials import Tried
 
 _MAX_LETTERS = 18
 _MIN_DISTANCE = 0.09

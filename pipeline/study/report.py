@@ -21,11 +21,11 @@ from pipeline.report_page import (
 )
 from pipeline.report_records import flat, read
 from pipeline.storage import Directory
-from pipeline.study_findings import Findings, findings
-from pipeline.study_map import map_keys, score_map
-from pipeline.study_plots import curve_charts, importance_bars, parallel_coordinates, study_picture
-from pipeline.study_regions import short
-from pipeline.study_tables import (
+from pipeline.study.findings import Findings, findings
+from pipeline.study.map import map_keys, score_map
+from pipeline.study.plots import curve_charts, importance_bars, parallel_coordinates, study_picture
+from pipeline.study.regions import short
+from pipeline.study.tables import (
     agreement_rows,
     aligned,
     candidate_row,
@@ -34,8 +34,8 @@ from pipeline.study_tables import (
     error_rows,
     trial_row,
 )
-from pipeline.study_words import metric_name, plural, result_text, score_text
-from pipeline.trials import BEST, Tried, read_study, read_trials
+from pipeline.study.trials import BEST, Tried, read_study, read_trials
+from pipeline.study.words import metric_name, plural, result_text, score_text
 
 PAGE, TABLE, PICTURE = "study.html", "study.csv", "study.png"
 _TOP = 10

@@ -1,0 +1,1 @@
+"""Studies: which settings are good, by trials that are runs of their own; searched, remembered, and found."""
