@@ -1,7 +1,7 @@
 """A study as one config, and the runs that come of it: each trial's, and the one that starts from the best.
 
-A trial is the run made small: `tune.epochs` shortens it, and every other length in epochs with it, so that
-warm-ups keep their share. Pure functions of the config and of a trial's parameters.
+A trial is the run made short by `tune.epochs`. Warm-ups stay as long as they are, since it is the optimiser that needs
+them, up to a share of the trial. Pure functions of the config and of a trial's parameters.
 """
 
 import math
@@ -32,8 +32,10 @@ FREE = (
 )
 """What may differ when a study is continued: more trials, more seeds, another cluster."""
 
-_WHOLE_EPOCHS = (WARMUP_EPOCHS,)
-_EPOCHS = ("train.epochs", "optim.warmup_epochs", "optim.freeze_last_layer_epochs", *_WHOLE_EPOCHS)
+_WARMUPS = ("optim.warmup_epochs", "optim.freeze_last_layer_epochs", WARMUP_EPOCHS)
+_WARMUP_SHARE = 0.3
+"""Of a trial that is shorter than the run, a warm-up takes no more than this, or than its share of the run."""
+
 _LOGGED_PER_EVALUATION = 6
 """Readings of a trial's health between two evaluations, at least: a collapse must be seen to last."""
 
@@ -150,13 +152,14 @@ def trial_config(
     `init` replaces the section of this name: the trial goes on from another one.
     """
     tree = candidate(config, params).model_dump(mode="json")
-    short = 1.0 if config.tune.epochs is None else config.tune.epochs / config.train.epochs
-    for key in _EPOCHS:
+    length = config.tune.epochs or config.train.epochs
+    tree["train"]["epochs"] = length
+    for key in _WARMUPS:
         section, _, leaf = key.partition(".")
-        epochs = tree[section][leaf] * short
-        if key in _WHOLE_EPOCHS and epochs:
-            epochs = max(1, round(epochs))
-        tree[section][leaf] = epochs
+        epochs = tree[section][leaf]
+        longest = max(_WARMUP_SHARE, epochs / config.train.epochs) * length
+        if epochs > longest:
+            tree[section][leaf] = max(1, math.floor(longest)) if key == WARMUP_EPOCHS else longest
     tree["train"]["seed"] = seed
     tree |= {"name": name, "storage_path": storage_path} | ({"init": dict(init)} if init else {})
     total = schedule_of(validate_as(Config, tree), num_images=num_images).total_steps

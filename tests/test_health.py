@@ -1,6 +1,7 @@
 """Health of a run: each number against its closed form, and a verdict that neither fires early nor stays silent."""
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_batch, tiny_config
 from torch import Tensor
 
-from pipeline.health import Health, HealthConfig, Judge, Verdict, sums_of, symptom_of
+from pipeline.health import Health, HealthConfig, Judge, UnhealthyError, Verdict, sums_of, symptom_of
 from pipeline.training import build_state, train_step
 
 K, D = 8, 4
@@ -191,3 +192,8 @@ def test_a_step_keeps_the_books_and_a_reading_closes_them() -> None:
 def test_many_skipped_steps_in_a_row_are_a_verdict() -> None:
     assert health(max_skipped=3).read(1, torch.zeros(K), skipped_in_a_row=2)["verdict"] == "healthy"
     assert health(max_skipped=3).read(1, torch.zeros(K), skipped_in_a_row=3)["verdict"] == "non-finite"
+
+
+def test_the_error_of_a_run_that_died_crosses_processes_with_its_verdict() -> None:
+    error = pickle.loads(pickle.dumps(UnhealthyError("uniform at step 5", Verdict.UNIFORM)))
+    assert (str(error), error.verdict, error.exit_code) == ("uniform at step 5", Verdict.UNIFORM, 1)

@@ -28,7 +28,7 @@ class StudySettings(Settings):
     objective: Literal["auto", "knn", "rankme", "lidar", "loss"] = "auto"
     """What trials are ranked by; auto: k-NN with labels, else RankMe, or LiDAR where it would be misled."""
     epochs: float | None = Field(default=None, gt=0)
-    """Length of a trial; all other settings in epochs shrink alike. None: that of the run."""
+    """Length of a trial; warm-ups stay as they are, up to 30 % of it. None: that of the run."""
     evaluations: int = Field(default=8, ge=1)
     """Evaluations of a trial, evenly spaced; at each it may be given up."""
     scheduler: Literal["asha", "pb2", "none"] = "asha"
