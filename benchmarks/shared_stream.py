@@ -1,6 +1,6 @@
 """What sharing a stream saves: several consumers of one shared stream, against as many streams of their own.
 
-    python benchmarks/shared_stream.py [--consumers 4] [--images 2048] [--rounds 3] [--unique 200] [--batch 32]
+    python benchmarks/shared_stream.py [--consumers 4] [--images 8192] [--rounds 3] [--unique 200] [--batch 32]
                                        [--recipe R] [--json FILE] [key=value ...]
 
 All consumers take the same images in the same crops, as the trials of a study do. In turns, round by round:
@@ -50,15 +50,21 @@ Open = Callable[[], Iterator[dict[str, Any]]]
 
 
 @ray.remote(num_cpus=0)
-def consume(open_batches: Open) -> list[float]:
-    """When each batch came."""
-    times = []
-    batches = open_batches()
-    for batch in batches:
-        times.append(time.time())
-        touch(batch)
-        del batch  # a view pins its block
-    return times
+class Consumer:
+    """An actor, so that all can be up before the first of them begins."""
+
+    def is_up(self) -> bool:
+        return True
+
+    def consume(self, open_batches: Open) -> list[float]:
+        """When each batch came."""
+        times = []
+        batches = open_batches()
+        for batch in batches:
+            times.append(time.time())
+            touch(batch)
+            del batch  # a view pins its block
+        return times
 
 
 def cpu_by_role(driver: int) -> dict[str, float]:
@@ -72,16 +78,23 @@ def cpu_by_role(driver: int) -> dict[str, float]:
 
 def run(opens: Sequence[Open], *, edge: int, batch: int) -> dict[str, float]:
     """All consumers at once: images/s of each, and CPU milliseconds per image and consumer."""
-    pending = consumers = [consume.remote(open_batches) for open_batches in opens]
-    samples = []
+    consumers = [Consumer.remote() for _ in opens]
+    ray.get([consumer.is_up.remote() for consumer in consumers])
+    started = [
+        consumer.consume.remote(open_batches) for consumer, open_batches in zip(consumers, opens, strict=True)
+    ]
+    pending, samples = started, []
     while pending:
         samples.append((time.time(), cpu_by_role(os.getpid())))
         _, pending = ray.wait(pending, num_returns=len(pending), timeout=_SAMPLE_SECONDS)
-    arrivals = ray.get(consumers)
+    arrivals = ray.get(started)
     first, last = max(times[edge] for times in arrivals), min(times[-edge] for times in arrivals)
     within = [sample for sample in samples if first <= sample[0] <= last]
     if len(within) < 3:
-        raise ConfigError("too few images to leave the ends out; take more --images")
+        spans = ", ".join(f"{times[-1] - times[0]:.1f}" for times in arrivals)
+        raise ConfigError(
+            f"consumers took {spans} s and were all under way for {last - first:.1f} s; take more --images"
+        )
     (begin, before), (end, after) = within[0], within[-1]
     images = batch * sum(begin < moment <= end for times in arrivals for moment in times)
     return {
@@ -142,7 +155,7 @@ def main(argv: list[str]) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="vit_small_imagenet_vanilla", help="whose crops are made")
     parser.add_argument("--consumers", type=int, default=4)
-    parser.add_argument("--images", type=int, default=2048, help="of each consumer in each round")
+    parser.add_argument("--images", type=int, default=8192, help="of each consumer in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--unique", type=int, default=200, help="how many images are drawn")
     parser.add_argument("--batch", type=int, default=32, help="images of a step, and of a block")

@@ -53,9 +53,11 @@ class SharedStream:
     def __init__(self, plan: StreamPlan, *, num_actors: int, window_bytes: int) -> None:
         self._num_actors, self._window_bytes = num_actors, window_bytes
         self._image_bytes = crop_bytes(plan.crops)
-        # Started again it knows no blocks, which are then made again.
+        # Started again the server knows no blocks, which are then made again, nor the plan: it comes with each call.
+        self._plan = ray.put(plan)
         server = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Server)
-        self._server = server.remote(plan, num_actors, window_bytes)
+        self._server = server.remote(num_actors, plan.cpus_per_augment_actor, self._image_bytes, window_bytes)
+        self._server.open.remote([self._plan])
 
     def stats(self) -> SharedStats:
         """Figures of what sharing saved."""
@@ -63,7 +65,7 @@ class SharedStream:
 
     def ask(self, positions: NDArray[np.int64]) -> "Coming":
         """Have a block made, if it is not there yet. Does not wait."""
-        return Coming(self._server, positions)
+        return Coming(self._server, self._plan, positions)
 
     def blocks_ahead(self, layout: Layout, pulled: int) -> int:
         """Blocks that a rank asks for beyond the one in hand: `pulled`, and so many more that no actor idles.
@@ -109,9 +111,9 @@ def _received(stream: SharedStream, layout: Layout, *, rank: int, pulled: int) -
 class Coming:
     """A block that a consumer asked for. It is kept in the object store, wherever it was made, as long as this is."""
 
-    def __init__(self, server: ActorHandle, positions: NDArray[np.int64]) -> None:
-        self._server, self._positions = server, positions
-        self._answer = server.block.remote(positions)
+    def __init__(self, server: ActorHandle, plan: ray.ObjectRef, positions: NDArray[np.int64]) -> None:
+        self._server, self._question = server, ([plan], positions)
+        self._answer = server.block.remote(*self._question)
         self._is_pulled = False
 
     def pull(self) -> None:
@@ -135,7 +137,7 @@ class Coming:
             except RayError:  # it was made, and lost with the node that it was on
                 if attempt + 1 == _TRIES:
                     raise
-                self._answer = self._server.block.remote(self._positions, lost=found[0].hex())
+                self._answer = self._server.block.remote(*self._question, lost=found[0].hex())
         raise AssertionError("unreachable")
 
 
@@ -169,27 +171,33 @@ class SharedMultiCropActor:
 class _Server:
     """Knows which blocks there are, which are under way, and what each actor has to do."""
 
-    def __init__(self, plan: StreamPlan, num_actors: int, window_bytes: int) -> None:
-        self._plan, self._num_actors, self._window_bytes = plan, num_actors, window_bytes
-        self._image_bytes = crop_bytes(plan.crops)
+    def __init__(self, num_actors: int, cpus_per_actor: float, image_bytes: int, window_bytes: int) -> None:
+        self._num_actors, self._cpus_per_actor = num_actors, cpus_per_actor
+        self._image_bytes, self._window_bytes = image_bytes, window_bytes
+        self._plan: ray.ObjectRef | None = None
         self._blocks: OrderedDict[bytes, asyncio.Task[Any]] = OrderedDict()
         self._calls: dict[ActorHandle, int] = {}  # under way, of each actor that is up
         self._has_changed = asyncio.Condition()
         self._joining: set[asyncio.Task[None]] = set()
         self._made, self._given, self._cpu_seconds = 0, 0, 0.0
-        for _ in range(num_actors):
-            self._start_actor()
+
+    async def open(self, plan: "list[ray.ObjectRef]") -> None:
+        if self._plan is None:
+            (self._plan,) = plan
+            for _ in range(self._num_actors):
+                self._start_actor()
 
     async def stats(self) -> SharedStats:
         return SharedStats(self._made, self._given, self._cpu_seconds)
 
     async def block(
-        self, positions: NDArray[np.int64], lost: str | None = None
+        self, plan: "list[ray.ObjectRef]", positions: NDArray[np.int64], lost: str | None = None
     ) -> "list[ray.ObjectRef] | DinorayError":
         """A reference to the block of these positions, in a list; returns when it is made.
 
         `lost` is the reference that was given before and leads nowhere.
         """
+        await self.open(plan)
         key = positions.tobytes()
         made = self._blocks.get(key)
         if made is None or (lost is not None and made.done() and made.result().hex() == lost):
@@ -259,8 +267,8 @@ class _Server:
 
     def _start_actor(self) -> None:
         actor_class = ray.remote(SharedMultiCropActor)
-        cpus = self._plan.cpus_per_augment_actor
-        actor = actor_class.options(num_cpus=cpus, max_concurrency=_CALLS).remote(self._plan)
+        options = {"num_cpus": self._cpus_per_actor, "max_concurrency": _CALLS}
+        actor = actor_class.options(**options).remote(self._plan)
         joining = asyncio.ensure_future(self._join(actor))
         self._joining.add(joining)  # the loop itself keeps no task alive
         joining.add_done_callback(self._joining.discard)
