@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from math import ceil
+from typing import Any
 
 import ray
 
@@ -14,11 +16,16 @@ from pipeline.resources import ResourcesConfig
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a job's `main(argv)` and exit: 0 done, 2 config, 3 data or storage, 4 resources, 1 anything else."""
+    """Run a job's `main(argv)` and exit: 0 done, 2 config, 3 data or storage, 4 resources, 1 anything else.
+
+    Ctrl-C and SIGTERM (`ray job stop`, the end of a pod) raise KeyboardInterrupt in `main`, which may name the
+    place that the same command continues from: `KeyboardInterrupt("step 120")`.
+    """
+    _heed_sigterm()
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues from the last checkpoint")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"stopped; the same command continues from {str(stop) or 'the last checkpoint'}")
     except Exception as error:
         known = known_error(error)
         if known is None:
@@ -40,15 +47,19 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     # One more than the run needs: with none left over, Ray's own small tasks would wait for ever.
     needed = ceil(train_cpus + least * resources.cpus_per_augment_actor) + 1
     level = logging.INFO if verbose else logging.ERROR
-    options = {"log_to_driver": verbose, "logging_level": level}
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
     if local:
-        ray.init(
-            address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **options
-        )
-    else:
+        options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, needed)}
+        options |= {"include_dashboard": False}
+    try:
         ray.init(**options)
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:  # Ray's own way out upon it, until ours is back
+            raise
+        raise KeyboardInterrupt from stop
+    _heed_sigterm()
     have = ray.cluster_resources()
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
     use_gpu = gpus > 0 if resources.use_gpu == "auto" else resources.use_gpu
@@ -70,6 +81,11 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
         print("no GPU node is up: training on CPUs; resources.use_gpu=true waits for GPU nodes", flush=True)
     spare = int((cpus - train_cpus - 1) // resources.cpus_per_augment_actor)
     return use_gpu, _range(resources.augment_actors, default=(1, max(1, spare)))
+
+
+def _heed_sigterm() -> None:
+    """SIGTERM is taken as Ctrl-C: what is open is closed, a local Ray among it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _range(actors: "int | tuple[int, int] | str", *, default: tuple[int, int]) -> tuple[int, int]:
