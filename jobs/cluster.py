@@ -158,9 +158,19 @@ def stop(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
     """Ask an attempt to end, by SIGTERM, and wait until it has."""
     with _explained(client.get_address()):
         client.stop_job(attempt.id)
-        while not attempt.is_over:
-            time.sleep(0.5)
-            attempt = attempt._replace(info=client.get_job_info(attempt.id))
+        return _wait(client, attempt)
+
+
+def finish(client: JobSubmissionClient, attempt: Attempt) -> str:
+    """Wait until an attempt has ended; return its log."""
+    with _explained(client.get_address()):
+        return str(client.get_job_logs(_wait(client, attempt).id))
+
+
+def _wait(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
+    while not attempt.is_over:
+        time.sleep(0.5)
+        attempt = attempt._replace(info=client.get_job_info(attempt.id))
     return attempt
 
 

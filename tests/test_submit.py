@@ -363,6 +363,29 @@ def test_a_run_whose_directory_says_that_it_is_finished_is_left_alone_by_a_new_c
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_the_doctor_looks_at_the_nodes(
+    on_head: RayHead, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = job(tmp_path, "looked-at")
+    settings = [word for word in words if "=" in word]
+    importlib.import_module("jobs.doctor").main(["--address", on_head.dashboard, *settings])
+    lines = capsys.readouterr().out.splitlines()
+    for beginning in (
+        "ok    job server    http://127.0.0.1:",
+        f"ok    data          cluster: here: {tmp_path}/images: 24 listed",
+        "ok    cluster       cluster: joined, Ray 2.60",
+        "ok    nodes         cluster: 1 x head: 4 CPUs, 0 GPUs",
+        "ok    CPUs          cluster: 4 CPUs, the run needs 3",
+        "ok    dashboard     cluster: 127.0.0.1:",
+        "ok    data          cluster: head ",
+        "ok    clock         cluster: head ",
+    ):
+        assert any(line.startswith(beginning) for line in lines), (beginning, lines)
+    assert not any(line.startswith("FAIL") for line in lines)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_ray_s_own_command_submits_the_same_job(on_head: RayHead, checkout: Path) -> None:
     words = ["job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.pretrain", "optim.lrr=1"]
     failed = subprocess.run(
