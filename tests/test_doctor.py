@@ -228,7 +228,7 @@ def test_a_dashboard_that_anyone_reaches_is_warned_of(url: str, is_open: bool, v
         (
             {"device": "NVIDIA L40S", "torch": "2.10.0", "nccl": "2.27.5"},
             "ok",
-            "NVIDIA L40S, torch 2.10.0, NCCL 2.27.5",
+            "L40S, torch 2.10.0, NCCL 2.27.5",
         ),
         (LATE, "warn", "in use by others"),
         ("Torch not compiled with CUDA enabled", "FAIL", "CUDA enabled; install a torch build"),

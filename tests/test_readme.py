@@ -61,7 +61,7 @@ def takes_a_run(words: list[str]) -> bool:
     return words[2] not in ("jobs.submit", "jobs.doctor")
 
 
-@pytest.mark.parametrize("words", filter(takes_a_run, other_job_commands()), ids=" ".join)
+@pytest.mark.parametrize("words", [*filter(takes_a_run, other_job_commands())], ids=" ".join)
 def test_each_other_command_is_understood_and_wants_nothing_but_the_run_or_the_photos(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,13 +13,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from jobs_processes import ROOT, TINY, losses, start_job
+from jobs_processes import ROOT, TINY, start_job
 from ray_head import RAY, RayHead, ray_head
 
 from jobs.cluster import attempts_at, connect
 from jobs.upload import MAX_BYTES, list_files, pack, read_runtime_env
 from models.settings import ConfigError, DinorayError, ResourceError
+from pipeline.checkpoint import committed_checkpoints
 from pipeline.demo_images import PATTERNS, draw_demo_image
+from pipeline.storage import Directory
 
 SHIPPED = ROOT / "deploy" / "runtime_env.yaml"
 MARKER = "marker-of-a-secret-4711"
@@ -286,13 +288,13 @@ def job(tmp_path: Path, name: str, *more: str) -> list[str]:
 def test_a_stopped_run_is_continued_by_the_same_command_and_a_finished_one_left_alone(
     on_head: RayHead, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command, metrics = job(tmp_path, "first"), tmp_path / "runs/first/metrics.jsonl"
+    command, run = job(tmp_path, "first"), f"{tmp_path}/runs/first"
     submit("--no-wait", *command)
     assert re.search(r"first-a1: sending 0\.\d MB in \d+ files", capsys.readouterr().out)
 
     variables = {**on_head.env, "PYTHONPATH": str(checkout)}
     with start_job("jobs.submit", *command, env=variables, cwd=checkout) as follower:
-        follower.wait_until(lambda: metrics.exists() and len(losses(metrics.read_bytes())) > 4)
+        committed = follower.wait_until(lambda: committed_checkpoints(Directory(run)))
         submit("--stop", *command)
         assert "first-a1 stopped" in capsys.readouterr().out
         assert follower.wait() == 1
@@ -304,10 +306,12 @@ def test_a_stopped_run_is_continued_by_the_same_command_and_a_finished_one_left_
     submit(*command)
     continued = capsys.readouterr().out
     assert continued.startswith("first-a1 stopped")
-    assert re.search(r"resuming from step [2-9]", continued)
+    resumed = re.search(r"resuming from step (\d+)", continued)
+    assert resumed
+    assert int(committed[-1].removeprefix("step_")) <= int(resumed[1]) < 48
     assert "step 48/48" in continued
     assert continued.rstrip().splitlines()[-1].startswith("first-a2 succeeded")
-    assert json.loads((tmp_path / "runs/first/result.json").read_text())["steps"] == 48
+    assert json.loads(Path(run, "result.json").read_text())["steps"] == 48
 
     submit(*command)
     assert "first is done: first-a2 succeeded" in capsys.readouterr().out
