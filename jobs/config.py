@@ -90,7 +90,7 @@ def load(
     `backbone.name` differs from the recipe's, the recipe's `backbone.kwargs` do not apply: they are arguments
     of another network.
     """
-    tree = apply_overrides(_read_file(file) if file else {}, overrides)
+    tree = apply_overrides(read_file(file, "--config") if file else {}, overrides)
     name = tree.pop("recipe", "demo") if recipe is None else recipe
     tree.pop("recipe", None)
     if not isinstance(name, str) or name not in RECIPES:
@@ -192,6 +192,14 @@ def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
+def read_file(file: Path, option: str) -> dict[str, Any]:
+    """The mapping in the YAML file that `option` names; ConfigError when it cannot be read or is none."""
+    try:
+        return _read_mapping(file.read_bytes(), f"{option} {file}")
+    except OSError as error:
+        raise ConfigError(f"{option} {file}: {error.strerror}; check the path") from error
+
+
 def json_schema(model: type[Config] = Config) -> str:
     """JSON Schema of the config file, for editors. No key is required: a recipe has what the file leaves out."""
     schema = model.model_json_schema()
@@ -239,13 +247,6 @@ for _letter in "yYnNoO":  # YAML 1.1 takes yes, no, on and off for booleans
     ]
 
 _FIELDS = leaf_fields(Config)
-
-
-def _read_file(file: Path) -> dict[str, Any]:
-    try:
-        return _read_mapping(file.read_bytes(), f"--config {file}")
-    except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror}; check the path") from error
 
 
 def _read_mapping(data: bytes, what: str) -> dict[str, Any]:

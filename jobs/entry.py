@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from math import ceil
+from typing import Any
 
 import ray
 
@@ -14,11 +16,16 @@ from pipeline.resources import ResourcesConfig
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a job's `main(argv)` and exit: 0 done, 2 config, 3 data or storage, 4 resources, 1 anything else."""
+    """Run a job's `main(argv)` and exit: 0 done, 2 config, 3 data or storage, 4 resources, 1 anything else.
+
+    Ctrl-C and SIGTERM (`ray job stop`, the end of a pod) raise KeyboardInterrupt in `main`, which may name the
+    place that the same command continues from: `KeyboardInterrupt("step 120")`.
+    """
+    _heed_sigterm()
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues from the last checkpoint")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"stopped; the same command continues from {str(stop) or 'the last checkpoint'}")
     except Exception as error:
         known = known_error(error)
         if known is None:
@@ -71,15 +78,26 @@ def join_ray(local_cpus: int, *, verbose: bool, dashboard: bool = False) -> bool
     """Join the cluster of a submitted job, else start a Ray of `local_cpus` logical CPUs, or the machine's if those
     are more; whether it is local."""
     level = logging.INFO if verbose else logging.ERROR
-    options = {"log_to_driver": verbose, "logging_level": level}
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
-    if is_local():
-        cpus = max(os.cpu_count() or 1, local_cpus)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=dashboard, **options)
-        return True
-    ray.init(**options)
-    return False
+    local = is_local()
+    if local:
+        options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, local_cpus)}
+        options |= {"include_dashboard": dashboard}
+    try:
+        ray.init(**options)
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:  # Ray's own way out upon it, until ours is back
+            raise
+        raise KeyboardInterrupt from stop
+    _heed_sigterm()
+    return local
+
+
+def _heed_sigterm() -> None:
+    """SIGTERM is taken as Ctrl-C: what is open is closed, a local Ray among it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _range(actors: "int | tuple[int, int] | str", *, default: tuple[int, int]) -> tuple[int, int]:

@@ -76,12 +76,10 @@ def main(argv: Sequence[str]) -> None:
         soft_wrap=True,
     )
     use_gpu, augment_actors = start_ray(config.resources, verbose=arguments.verbose)
-    stopped_at = None
     try:
         with Display(console) as display:
 
             def show(event: Event, _: Board) -> None:
-                nonlocal stopped_at
                 if event.kind == "step":
                     display.step(event.facts)
                 elif event.kind == "eval":
@@ -90,8 +88,6 @@ def main(argv: Sequence[str]) -> None:
                         write_report(run)
                 elif event.kind == "note":
                     display.note(event.facts["text"])
-                elif event.kind == "stopped":
-                    stopped_at = event.facts["step"]
 
             run_training(
                 config,
@@ -105,8 +101,6 @@ def main(argv: Sequence[str]) -> None:
             )
     finally:
         ray.shutdown()
-    if stopped_at is not None:
-        raise DinorayError(f"stopped at step {stopped_at}; the same command continues from there")
     write_result(run)
     write_report(run)
     console.print(describe_result(run), highlight=False, soft_wrap=True)

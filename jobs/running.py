@@ -145,9 +145,10 @@ def run_training(
     asks: bool = False,
     draws: bool = True,
     shared: SharedStream | None = None,
-) -> None:
-    """Train to the end, or to where it is told to stop; `on_event` gets each event but fatal ones, which are raised.
+) -> int | None:
+    """Train to the end, None, or to the step where it was told to stop. Ctrl-C stops it there, with a checkpoint.
 
+    `on_event` gets each event but fatal ones, which are raised.
     `asks`: after each evaluation the workers wait for `board.answer`. `draws`: attention is drawn there too.
     `shared`: a stream of just these crops, which other runs take part in.
     """
@@ -186,17 +187,31 @@ def run_training(
     # In a thread, because an error that only a person can mend must not wait for Ray's retries.
     thread = threading.Thread(target=run_fit, daemon=True)
     thread.start()
-    while thread.is_alive() or outcome:
-        event = board.take(timeout_seconds=0.5)
-        if event is None:
-            if outcome:
-                break
-        elif event.kind == "fatal":
-            error = fatal_error(event)
-            if isinstance(error, ALIKE):
-                thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
-            raise error
-        else:
-            on_event(event, board)
-    if outcome and outcome[0] is not None:
-        raise outcome[0]
+    stopped_at = None
+
+    def follow() -> None:
+        nonlocal stopped_at
+        while thread.is_alive() or outcome:
+            event = board.take(timeout_seconds=0.5)
+            if event is None:
+                if outcome:
+                    break
+            elif event.kind == "fatal":
+                error = fatal_error(event)
+                if isinstance(error, ALIKE):
+                    thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
+                raise error
+            else:
+                if event.kind == "stopped":
+                    stopped_at = event.facts["step"]
+                on_event(event, board)
+        if outcome and outcome[0] is not None:
+            raise outcome[0]
+
+    try:
+        follow()
+    except KeyboardInterrupt:
+        board.stop()  # a second one ends it at once
+        follow()
+        raise KeyboardInterrupt(f"step {stopped_at}" if stopped_at is not None else "") from None
+    return stopped_at

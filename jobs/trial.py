@@ -155,7 +155,7 @@ class _Attempt:
             return
         run.write("config.yaml", config.to_yaml().encode())
         plan = self._runner.plan
-        run_training(
+        stopped_at = run_training(
             config,
             learnt,
             weights,
@@ -168,6 +168,7 @@ class _Attempt:
             draws=False,
             shared=self._runner.shared,
         )
+        self.stopped = stopped_at is not None
         if not self.stopped:
             write_result(run)
         with contextlib.suppress(DinorayError):
@@ -221,8 +222,6 @@ class _Attempt:
             if not self._clock["start_seconds"]:
                 self._clock["start_seconds"] = self._seconds()
             self._last = facts
-        elif event.kind == "stopped":
-            self.stopped = True
         elif event.kind == "eval":
             step, scores = facts["step"], {k: float(v) for k, v in facts.items() if k != "step"}
             scores |= {"loss": self._last["loss"]} if "loss" in self._last else {}

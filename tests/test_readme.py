@@ -11,7 +11,7 @@ from PIL import Image
 
 from jobs.config import load_config
 from jobs.recipes import RECIPES
-from models.settings import DinorayError
+from models.settings import DinorayError, ResourceError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,7 +57,11 @@ def other_job_commands() -> list[list[str]]:
     return [words for words in found if words[2] != "jobs.pretrain"]
 
 
-@pytest.mark.parametrize("words", other_job_commands(), ids=" ".join)
+def takes_a_run(words: list[str]) -> bool:
+    return words[2] not in ("jobs.submit", "jobs.doctor")
+
+
+@pytest.mark.parametrize("words", [*filter(takes_a_run, other_job_commands())], ids=" ".join)
 def test_each_other_command_is_understood_and_wants_nothing_but_the_run_or_the_photos(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +69,19 @@ def test_each_other_command_is_understood_and_wants_nothing_but_the_run_or_the_p
     with pytest.raises(DinorayError, match=r"runs/demo|PHOTOS") as error:
         importlib.import_module(words[2]).main(words[3:])
     assert "--help" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in other_job_commands() if not takes_a_run(words)], ids=" ".join
+)
+def test_each_command_for_a_cluster_is_understood_and_wants_nothing_but_the_cluster(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # where nothing is
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((ResourceError, SystemExit)) as ended:
+        importlib.import_module(words[2]).main(words[3:])
+    assert "127.0.0.1:9 does not answer" in f"{capsys.readouterr().out}{ended.value}"
 
 
 def test_the_python_in_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

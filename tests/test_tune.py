@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import ray_head
 from jobs_processes import TINY, run_job, start_job
+from ray_head import ray_head
 
 from jobs import pretrain
 from jobs.config import load_config
@@ -163,8 +163,8 @@ def test_a_finished_study_says_so_and_more_trials_extend_it(
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
-    with ray_head(num_cpus=4) as env:
-        yield env
+    with ray_head() as head:
+        yield head.env | {"RAY_ADDRESS": head.gcs}
 
 
 def test_a_study_whose_driver_is_killed_goes_on_reruns_nothing_and_leaves_nothing(

@@ -1,0 +1,195 @@
+"""A cluster's job server: the way to it, the attempts at a run, following one to its end.
+
+What can go wrong on the way is one line (ResourceError). Knows nothing of what a job does, nor of its code.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import aiohttp
+import ray
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from models.settings import ConfigError, ResourceError, one_line
+
+_VARIABLE = "RAY_API_SERVER_ADDRESS"
+_PATIENCE_SECONDS = 60.0
+"""How long a lost connection is tried again before following a job is given up."""
+
+
+class Attempt(NamedTuple):
+    """One submission of a run, as the job server tells of it."""
+
+    number: int
+    id: str
+    info: Any
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return bool(self.info.status.is_terminal())
+
+    @property
+    def exit_code(self) -> int | None:
+        """The code that its driver ended with, as a shell would say it; None before the end.
+
+        4 where the driver was never started, 1 for a stopped one, whose code Ray does not keep.
+        """
+        if not self.is_over:
+            return None
+        code = self.info.driver_exit_code
+        if code is None:
+            return {"SUCCEEDED": 0, "STOPPED": 1}.get(str(self.info.status), ResourceError.exit_code)
+        return int(code) if code >= 0 else 128 - int(code)
+
+
+def dashboard_address(given: str | None) -> str:
+    """The job server's address: the one given, else that of the environment; ConfigError for none or another kind."""
+    address = given or os.environ.get(_VARIABLE) or os.environ.get("RAY_ADDRESS") or ""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        what = f"address={address!r} is not that of a job server" if address else "no cluster is named"
+        raise ConfigError(
+            f"{what}: pass --address http://127.0.0.1:8265 (`ray dashboard cluster.yaml` leads it to the "
+            f"cluster) or set {_VARIABLE}"
+        )
+    return address.rstrip("/")
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the job server at `address`. ResourceError when it cannot be used."""
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with _explained(address):
+        # Ray's client would wait for minutes where nothing answers.
+        socket.create_connection((parts.hostname or "", port), timeout=10).close()
+        os.environ[_VARIABLE] = address  # which Ray's client prefers to what it is given
+        client = JobSubmissionClient(address)
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    check_version(address, str(client._server_ray_version))
+    return client
+
+
+def check_version(address: str, theirs: str) -> None:
+    """ResourceError unless the cluster's Ray is of the minor version of ours."""
+    if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
+        raise ResourceError(
+            f"the cluster at {address} runs Ray {theirs}, this machine {ray.__version__}; "
+            f"install one version on both, e.g. here: pip install 'ray[default]=={theirs}'"
+        )
+
+
+def attempts_at(client: JobSubmissionClient, run: str) -> list[Attempt]:
+    """All submissions of a run that the cluster knows of, the oldest first."""
+    with _explained(client.get_address()):
+        jobs = client.list_jobs()
+    found = []
+    for info in jobs:
+        number = re.fullmatch(rf"{re.escape(run)}-a(\d+)", info.submission_id or "")
+        if number and (info.metadata or {}).get("run") == run:
+            found.append(Attempt(int(number[1]), info.submission_id, info))
+    return sorted(found)
+
+
+def submit(
+    client: JobSubmissionClient,
+    run: str,
+    number: int,
+    command: str,
+    *,
+    metadata: Mapping[str, str],
+    runtime_env: Mapping[str, Any],
+) -> Attempt:
+    """Start an attempt at a run: its driver gets no CPU of its own, which a head without work could not give."""
+    with _explained(client.get_address()):
+        attempt_id = client.submit_job(
+            entrypoint=command,
+            submission_id=f"{run}-a{number}",
+            metadata={**metadata, "run": run},
+            runtime_env=dict(runtime_env),
+            entrypoint_num_cpus=0,
+        )
+        return Attempt(number, attempt_id, client.get_job_info(attempt_id))
+
+
+def follow(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
+    """Print an attempt's log as it comes, from its beginning to its end; return what became of it.
+
+    A connection that is lost meanwhile is opened again; ResourceError when that does not help.
+    """
+    with _explained(client.get_address()):
+        return attempt._replace(info=asyncio.run(_follow(client, attempt.id)))
+
+
+async def _follow(client: JobSubmissionClient, attempt_id: str) -> Any:
+    num_printed, lost_since = 0, None
+    while True:
+        try:
+            num_received = 0
+            async for text in client.tail_job_logs(attempt_id):
+                lost_since = None
+                fresh = text[max(0, num_printed - num_received) :]
+                num_received += len(text)
+                num_printed = max(num_printed, num_received)
+                print(fresh, end="", flush=True)
+            info = client.get_job_info(attempt_id)
+            if info.status.is_terminal():
+                return info
+        except AuthenticationError:
+            raise
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > _PATIENCE_SECONDS:
+                raise ConnectionError(one_line(error)) from error
+        await asyncio.sleep(0.5)
+
+
+def stop(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
+    """Ask an attempt to end, by SIGTERM, and wait until it has."""
+    with _explained(client.get_address()):
+        client.stop_job(attempt.id)
+        return _wait(client, attempt)
+
+
+def finish(client: JobSubmissionClient, attempt: Attempt) -> str:
+    """Wait until an attempt has ended; return its log."""
+    with _explained(client.get_address()):
+        return str(client.get_job_logs(_wait(client, attempt).id))
+
+
+def _wait(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
+    while not attempt.is_over:
+        time.sleep(0.5)
+        attempt = attempt._replace(info=client.get_job_info(attempt.id))
+    return attempt
+
+
+@contextlib.contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """What the job server or the way to it says becomes one line."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise ResourceError(
+            f"{address} asks for a token ({one_line(error, limit=80)}); set RAY_AUTH_MODE=token and put the "
+            "cluster's token into ~/.ray/auth_token (on the head: ray get-auth-token)"
+        ) from error
+    except (KeyError, ValueError) as error:  # what it sent is no JSON, or not Ray's
+        raise ResourceError(f"{address} is no Ray dashboard; check the port") from error
+    except OSError as error:  # those of requests are, too
+        raise ResourceError(
+            f"{address} does not answer ({one_line(error, limit=120)}); start the cluster, or open the way to "
+            "its dashboard: ray dashboard cluster.yaml"
+        ) from error
+    except RuntimeError as error:
+        raise ResourceError(f"{address}: {one_line(error, limit=300)}") from error

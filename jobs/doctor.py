@@ -1,0 +1,178 @@
+"""Is everything there that a run needs? `python -m jobs.doctor [--address ADDRESS] [--json] [key=value ...]`.
+
+One line for each thing that was looked at: ok, warn or FAIL, and what to do. Without an address it looks at this
+machine; with that of a dashboard (http://...) it sends itself to the cluster as a job and looks around there.
+"""
+
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from jobs.arguments import CommandLine
+from jobs.checks import (
+    Finding,
+    check_clock,
+    check_data,
+    check_disk,
+    check_open_files,
+    check_packages,
+    check_storage,
+    failed,
+    machine_facts,
+)
+from jobs.cluster import attempts_at, connect, finish, submit
+from jobs.config import Config, load_config
+from jobs.entry import run_main
+from jobs.node_checks import (
+    check_dashboard,
+    check_fit,
+    check_labels,
+    check_nodes,
+    check_object_store,
+    living_nodes,
+    look_at_nodes,
+)
+from jobs.upload import pack, read_runtime_env
+from models.settings import ConfigError, DinorayError, ResourceError, one_line
+from pipeline.storage import is_s3
+
+_RUNTIME_ENV = Path("deploy/runtime_env.yaml")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Look at everything, and end with the exit code of the first thing that fails."""
+    parser = CommandLine(prog="python -m jobs.doctor", description="Look at all that a run needs.")
+    parser.add_argument(
+        "--address", default=None, help="http://HOST:PORT of a dashboard, or HOST:PORT of a head"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--recipe", default=None, help="the recipe of the run (default: demo)")
+    parser.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=s3://BUCKET/images")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.recipe, arguments.config, arguments.overrides)
+    address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    findings = []
+    for finding in _findings(address, config, arguments):
+        findings.append(finding)
+        if not arguments.json:
+            print(f"{finding.verdict:4}  {finding.name:12}  {finding.text}", flush=True)
+    code = next((finding.exit_code for finding in findings if finding.verdict == "FAIL"), 0)
+    if arguments.json:
+        print(json.dumps({"exit_code": code, "findings": [finding._asdict() for finding in findings]}))
+    if code:
+        sys.exit(code)
+
+
+def _findings(address: str | None, config: Config, arguments: Namespace) -> Iterator[Finding]:
+    yield from check_packages()
+    facts: Any = machine_facts()
+    yield check_open_files(facts["open_files"], "here")
+    for folder, room in facts["disks"].items():
+        yield check_disk(folder, room, "here")
+    try:
+        if address and address.startswith(("http://", "https://")):
+            yield from _ask(address, arguments)
+            return
+        yield check_data(config.data)
+        yield _check_storage(config, is_local=not address)
+        yield from check_clock(config.data.path)
+        dashboard = _start_or_join(address)
+        try:
+            yield from _look_around(config, dashboard, is_local=not address)
+        finally:
+            ray.shutdown()
+    except DinorayError as error:
+        yield failed("cluster", error)
+
+
+def _check_storage(config: Config, *, is_local: bool) -> Finding:
+    path = config.storage_path
+    if not is_local and not is_s3(path) and not Path(path).expanduser().is_absolute():
+        text = (
+            f"storage_path={path} would lie in a temporary folder of the cluster; set storage_path=s3://..."
+        )
+        return Finding("FAIL", "storage", text, ConfigError.exit_code)
+    return check_storage(path)
+
+
+def _start_or_join(address: str | None) -> str:
+    """Start a local Ray, or join that at `address`; return where its dashboard is, if it has one."""
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address is None:
+            return str(ray.init(address="local", include_dashboard=False, **options).dashboard_url or "")
+        host, _, port = address.rpartition(":")
+        if port.isdigit():  # Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        return str(ray.init(address=address, **options).dashboard_url or "")
+    except (OSError, RuntimeError, ValueError) as error:
+        what = f"there is no Ray at {address}" if address else "a local Ray does not start"
+        raise ResourceError(
+            f"{what}: {one_line(error)}; check the address, and that the head is up"
+        ) from error
+
+
+def _look_around(config: Config, dashboard: str, *, is_local: bool) -> Iterator[Finding]:
+    nodes = living_nodes()
+    how = "a local Ray starts" if is_local else "joined"
+    yield Finding("ok", "cluster", f"{how}, Ray {ray.__version__}")
+    yield check_nodes(nodes)
+    if not is_local:
+        yield from check_labels(nodes)
+    yield from check_fit(nodes, config, is_local=is_local)
+    yield check_object_store(nodes, config)
+    if dashboard:
+        yield check_dashboard(dashboard, is_open=_is_open(dashboard))
+    yield from look_at_nodes(nodes, config, is_local=is_local)
+
+
+def _is_open(dashboard: str) -> bool:
+    """Whether the dashboard answers who has no token."""
+    try:
+        with urllib.request.urlopen(f"http://{dashboard}/api/version", timeout=10):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code not in (401, 403)
+    except OSError:
+        return False
+
+
+def _ask(address: str, arguments: Namespace) -> Iterator[Finding]:
+    """Send this job to the cluster, and pass on what it finds there."""
+    client = connect(address)
+    yield Finding("ok", "job server", f"{address} answers, Ray {ray.__version__} on both sides")
+    if not Path("jobs/doctor.py").exists():
+        raise ConfigError("the nodes are looked at by code from here: run it in the checkout")
+    command = ["python", "-m", "jobs.doctor", "--address", "auto", "--json", *arguments.overrides]
+    for option, value in (("--recipe", arguments.recipe), ("--config", arguments.config)):
+        command += [option, str(value)] if value else []
+    environment = read_runtime_env(_RUNTIME_ENV) if _RUNTIME_ENV.exists() else {}
+    excludes = environment.pop("excludes", None) or []
+    number = max((attempt.number for attempt in attempts_at(client, "doctor")), default=0) + 1
+    with tempfile.TemporaryDirectory() as folder:
+        archive = pack(Path("."), excludes, Path(folder, "working_dir.zip"))
+        environment["working_dir"] = str(archive.file)
+        sent = submit(client, "doctor", number, shlex.join(command), metadata={}, runtime_env=environment)
+    log = finish(client, sent)
+    lines = [line for line in log.splitlines() if line.startswith('{"exit_code"')]
+    if not lines:
+        raise ResourceError(f"the job {sent.id} ended with: {' '.join(log.split())[-300:]}")
+    for found in json.loads(lines[-1])["findings"]:
+        yield Finding(**{**found, "text": f"cluster: {found['text']}"})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,260 @@
+"""Run a job on a cluster: `python -m jobs.submit [options] -- JOB ARGS...`, e.g. `-- jobs.pretrain name=first`.
+
+The same command again follows the job while it runs, continues it after it failed or was stopped, and does
+nothing once it is done. It shows the job's log and ends with the job's exit code.
+"""
+
+import hashlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs.arguments import Arguments, CommandLine, positive
+from jobs.cluster import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
+from jobs.config import Config, differences, load_config, load_run_config
+from jobs.entry import run_main
+from jobs.keys import did_you_mean
+from jobs.result import RESULT
+from jobs.upload import describe, pack, read_runtime_env
+from models.settings import ConfigError, DinorayError
+from pipeline.storage import Directory, is_s3
+
+_RUNTIME_ENV = Path("deploy/runtime_env.yaml")
+
+
+class _Job(NamedTuple):
+    """What is to run: its module and arguments, the name of its run, and its config where it is a pretraining."""
+
+    run: str
+    words: list[str]
+    config: Config | None
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "-m", *self.words])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check all that can be checked here, find out what there is of the run, and do what is left."""
+    options, words = _parse(argv)
+    address = dashboard_address(options.address)
+    job = _read_job(options, words) if words else None
+    run = job.run if job else options.run
+    environment = _runtime_env(options)
+    client = connect(address)
+    attempts = attempts_at(client, run)
+    last = attempts[-1] if attempts else None
+    if options.status:
+        _show(run, attempts)
+    elif options.stop:
+        _stop(client, run, last)
+    elif job:
+        if last is None or last.is_over:
+            if _is_done(job, last):
+                return
+            last = _submit(client, job, attempts, options, environment)
+        else:
+            print(f"{_described(last)}; following it", flush=True)
+            if last.info.entrypoint != job.command:
+                print(f"warning: its command is another: {last.info.entrypoint}", flush=True)
+        if not options.no_wait:
+            _follow(client, run, last)
+
+
+def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Our options, and the words after `--` that name the job, without a leading `python -m`."""
+    parser = CommandLine(
+        prog="python -m jobs.submit",
+        description="Run a job on a Ray cluster, once, whatever happens.",
+        usage="%(prog)s [options] -- jobs.NAME ARGUMENTS...",
+    )
+    parser.add_argument("--address", default=None, help="http://HOST:PORT of the dashboard")
+    parser.add_argument(
+        "--working-dir", type=Path, default=Path("."), help="the code that is sent (default: .)"
+    )
+    parser.add_argument(
+        "--runtime-env", type=Path, default=None, help=f"YAML (default: {_RUNTIME_ENV} if it is there)"
+    )
+    parser.add_argument("--run", default=None, help="name of the run, of a job that has no name=")
+    parser.add_argument(
+        "--max-attempts", type=positive, default=20, help="submissions of one run (default: 20)"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--no-wait", action="store_true", help="submit it, and do not follow the log")
+    what.add_argument("--stop", action="store_true", help="stop the run, and wait until it is stopped")
+    what.add_argument("--status", action="store_true", help="list the attempts at the run")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    options, words = parser.parse_args(argv[:cut]), list(argv[cut + 1 :])
+    if len(words) > 1 and re.fullmatch(r"(.*/)?python[0-9.]*", words[0]) and words[1] == "-m":
+        words = words[2:]
+    if not words and not (options.run and (options.stop or options.status)):
+        raise ConfigError(
+            "no job is named: python -m jobs.submit -- jobs.pretrain name=NAME ...; --stop and --status "
+            "also take --run NAME instead"
+        )
+    return options, words
+
+
+def _read_job(options: Namespace, words: list[str]) -> _Job:
+    """Check the job and its arguments as far as that can be done here."""
+    folder = options.working_dir / "jobs"
+    jobs = {f"jobs.{file.stem}" for file in folder.glob("*.py") if "run_main(main)" in file.read_text()}
+    if words[0] not in jobs:
+        raise ConfigError(f"{words[0]} is no job in {folder}{did_you_mean(words[0], jobs)}")
+    if words[0] == "jobs.pretrain":
+        config = _pretrain_config(words[1:])
+        if options.run not in (None, config.name):
+            raise ConfigError(
+                f"--run {options.run} is for jobs without name=; this one has name={config.name}"
+            )
+        return _Job(config.name, words, config)
+    names = [word.removeprefix("name=") for word in words if word.startswith("name=")]
+    digest = hashlib.blake2b(shlex.join(words).encode(), digest_size=4).hexdigest()
+    return _Job(options.run or (names or [f"{words[0].removeprefix('jobs.')}-{digest}"])[-1], words, None)
+
+
+def _pretrain_config(words: list[str]) -> Config:
+    """The config of a pretraining. ConfigError for what would be wrong there, or lost."""
+    parser = Arguments("python -m jobs.pretrain", "")
+    parser.add_argument("--init-from", default=None)
+    parser.add_argument("--verbose", action="store_true")
+    arguments = parser.parse_args(words)
+    init = [f"init.path={arguments.init_from}"] if arguments.init_from else []
+    config = load_config(arguments.recipe, arguments.config, [*arguments.overrides, *init])
+    if not is_s3(config.storage_path) and not Path(config.storage_path).expanduser().is_absolute():
+        raise ConfigError(
+            f"storage_path={config.storage_path} would lie in a temporary folder of the cluster; set "
+            "storage_path=s3://BUCKET/runs, or an absolute path that all nodes share"
+        )
+    return config
+
+
+def _runtime_env(options: Namespace) -> dict[str, Any]:
+    default = options.working_dir / _RUNTIME_ENV
+    if options.runtime_env is None and not default.exists():
+        return {}
+    return read_runtime_env(options.runtime_env or default)
+
+
+def _is_done(job: _Job, last: Attempt | None) -> bool:
+    """Whether nothing is left to do, which is said then."""
+    if last and last.exit_code == 0 and last.info.entrypoint == job.command:
+        print(f"{job.run} is done: {last.id} succeeded; another name=... or --run NAME runs it again")
+        return True
+    if job.config is None:
+        return False
+    run = Directory(job.config.storage_path).child(job.config.name)
+    try:
+        is_done = run.exists(RESULT) and not differences(load_run_config(run), job.config)
+    except DinorayError as error:
+        print(f"warning: whether {run.uri} is finished cannot be seen from here: {error}", flush=True)
+        return False
+    if is_done:
+        print(f"{job.run} is done: {run.join(RESULT)} is there; another name=... trains again")
+    return is_done
+
+
+def _submit(
+    client: Any, job: _Job, attempts: list[Attempt], options: Namespace, environment: dict[str, Any]
+) -> Attempt:
+    """Send the code and start the next attempt."""
+    if len(attempts) >= options.max_attempts:
+        raise DinorayError(
+            f"{job.run} had {len(attempts)} attempts, {_described(attempts[-1])}; mend what fails, then pass "
+            f"--max-attempts {len(attempts) + 1}"
+        )
+    if attempts:
+        print(_described(attempts[-1]), flush=True)
+    number = attempts[-1].number + 1 if attempts else 1
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=options.working_dir,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        excludes = environment.get("excludes") or []
+        archive = pack(options.working_dir, excludes, Path(folder, "working_dir.zip"))
+        _check_config_file(job, archive.names)
+        print(
+            f"{job.run}-a{number}: sending {describe(archive)}{f', commit {commit}' if commit else ''}",
+            flush=True,
+        )
+        attempt = submit(
+            client,
+            job.run,
+            number,
+            job.command,
+            metadata={"git_commit": commit} if commit else {},
+            runtime_env={
+                **{key: value for key, value in environment.items() if key != "excludes"},
+                "working_dir": str(archive.file),
+            },
+        )
+    print(
+        f"{attempt.id} is submitted; the same command follows it, --stop --run {job.run} stops it", flush=True
+    )
+    return attempt
+
+
+def _check_config_file(job: _Job, names: frozenset[str]) -> None:
+    """ConfigError unless the file that --config names goes along."""
+    for word, after in zip(job.words, [*job.words[1:], ""], strict=True):
+        option, _, joined = word.partition("=")
+        file = joined or after
+        if option == "--config" and Path(file).as_posix() not in names:
+            raise ConfigError(
+                f"--config {file} is not among the files that are sent; move it into the checkout"
+            )
+
+
+def _follow(client: Any, run: str, attempt: Attempt) -> None:
+    """Show the log to the end, and end as the job does."""
+    try:
+        ended = follow(client, attempt)
+    except KeyboardInterrupt:
+        sys.exit(f"{attempt.id} goes on; the same command follows it, --stop --run {run} stops it")
+    print(_described(ended), flush=True)
+    if ended.info.driver_exit_code is None and str(ended.info.status) == "FAILED":
+        print(f"error: {ended.info.error_type}: {' '.join(str(ended.info.message).split())}", file=sys.stderr)
+    if ended.exit_code:
+        sys.exit(ended.exit_code)
+
+
+def _stop(client: Any, run: str, last: Attempt | None) -> None:
+    if last is None or last.is_over:
+        print(f"{run} is not running" + (f": {_described(last)}" if last else ""))
+        return
+    print(f"stopping {last.id}", flush=True)
+    print(_described(stop(client, last)))
+
+
+def _show(run: str, attempts: list[Attempt]) -> None:
+    for attempt in attempts:
+        print(_described(attempt))
+    if not attempts:
+        print(f"{run} was not submitted to this cluster")
+
+
+def _described(attempt: Attempt) -> str:
+    """`first-a2 failed with exit code 3, 0:01:15 after 2026-01-31 09:30:00`."""
+    info = attempt.info
+    text = f"{attempt.id} {'is ' if not attempt.is_over else ''}{str(info.status).lower()}"
+    if str(info.status) == "FAILED" and info.driver_exit_code is not None:
+        text += f" with exit code {attempt.exit_code}"
+    started = datetime.fromtimestamp((info.start_time or 0) / 1000).replace(microsecond=0)
+    if info.end_time:
+        return f"{text}, {timedelta(seconds=(info.end_time - info.start_time) // 1000)} after {started}"
+    return f"{text} since {started}"
+
+
+if __name__ == "__main__":
+    run_main(main)

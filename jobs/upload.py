@@ -1,0 +1,145 @@
+"""What goes to the cluster with a job: the code, as one archive, and the runtime environment. No secrets.
+
+The job server stores both and shows the runtime environment to whoever asks, so what looks like a secret is
+refused here. Knows no cluster.
+"""
+
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pathspec import GitIgnoreSpec
+from ray.runtime_env import RuntimeEnv
+
+from jobs.config import read_file
+from jobs.keys import did_you_mean
+from models.settings import ConfigError, one_line
+
+MAX_BYTES = 50_000_000
+"""Largest archive that is sent; Ray's job server refuses 100 MiB with an HTTP status alone."""
+
+_NEVER = (
+    *("/data", "/runs", "/build", "/dist", ".git", ".venv", "venv", "*.egg-info", "node_modules"),
+    *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"),
+    *(".env", ".env.*", ".envrc", ".netrc", ".pypirc", ".aws", ".ssh", "*.pem", "id_rsa*", "id_ed25519*"),
+)
+_IGNORE_FILES = (".gitignore", ".rayignore")
+_SECRET_WORDS = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "KEY", "CREDENTIALS")
+
+
+class Archive(NamedTuple):
+    """A zip file of a working directory, and what it holds."""
+
+    file: Path
+    names: frozenset[str]
+    num_bytes: int
+
+
+def read_runtime_env(file: Path) -> dict[str, Any]:
+    """The runtime environment in a YAML file; ConfigError holds one line per mistake, all of them.
+
+    Ray itself takes unknown keys without a word.
+    """
+    tree = read_file(file, "--runtime-env")
+    known = {key for key in RuntimeEnv.known_fields if not key.startswith("_")}
+    mistakes = [
+        f"{file}: {key} is no key of a runtime environment{did_you_mean(str(key), known)}"
+        for key in tree
+        if key not in known
+    ]
+    if "working_dir" in tree:
+        mistakes.append(f"{file}: working_dir is given on the command line: --working-dir FOLDER")
+    variables = tree.get("env_vars")
+    for name in variables if isinstance(variables, Mapping) else ():
+        if _is_secret(str(name)):
+            mistakes.append(
+                f"{file}: env_vars.{name} looks like a secret, and the job server shows it to whoever asks; "
+                "give the nodes a role (or set it in their own environment) and remove it here"
+            )
+    if not mistakes:
+        try:
+            RuntimeEnv(**tree)
+        except (TypeError, ValueError) as error:
+            mistakes.append(f"{file}: {one_line(error)}")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return tree
+
+
+def pack(folder: Path, excludes: Sequence[str], file: Path) -> Archive:
+    """Write the archive of `folder` to `file`; ConfigError, with the largest files, when it is over MAX_BYTES.
+
+    The same files give the same bytes, so that the cluster recognises what it already has.
+    """
+    files = list_files(folder, excludes)
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    if sum(sizes.values()) > MAX_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        raise ConfigError(
+            f"--working-dir {folder} holds {_megabytes(sum(sizes.values()))} in {len(files)} files, more than "
+            f"{_megabytes(MAX_BYTES)}; the largest: "
+            + ", ".join(f"{name} {_megabytes(sizes[name])}" for name in largest)
+            + "; list what the job does not need under excludes in the runtime environment, or in .gitignore"
+        )
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in files:
+            entry = zipfile.ZipInfo(name)  # of 1980
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = (folder / name).stat().st_mode << 16
+            with (folder / name).open("rb") as source, archive.open(entry, "w") as target:
+                shutil.copyfileobj(source, target)
+    return Archive(file, frozenset(files), file.stat().st_size)
+
+
+def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
+    """Names of the files that are sent, sorted: all but the excluded, those that .gitignore or .rayignore of any
+    folder names, caches, results and secrets. Links to folders are not followed.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--working-dir {folder}: there is no such folder")
+    specs = [("", GitIgnoreSpec.from_lines([*_NEVER, *excludes]))]
+    found: list[str] = []
+    for path, folders, files in os.walk(folder, onerror=_refuse):
+        inner = os.path.relpath(path, folder).replace(os.sep, "/")
+        prefix = "" if inner == "." else f"{inner}/"
+        for name in _IGNORE_FILES:
+            if name in files:
+                lines = Path(path, name).read_text(errors="replace").splitlines()
+                specs.append((prefix, GitIgnoreSpec.from_lines(lines)))
+        folders[:] = [name for name in folders if not _matches(f"{prefix}{name}/", specs)]
+        found += [
+            prefix + name
+            for name in files
+            if os.path.isfile(os.path.join(path, name)) and not _matches(prefix + name, specs)
+        ]
+    return sorted(found)
+
+
+def describe(archive: Archive) -> str:
+    """Its size in words."""
+    return f"{_megabytes(archive.num_bytes)} in {len(archive.names)} files"
+
+
+def _matches(name: str, specs: Sequence[tuple[str, GitIgnoreSpec]]) -> bool:
+    return any(name.startswith(prefix) and spec.match_file(name[len(prefix) :]) for prefix, spec in specs)
+
+
+def _is_secret(name: str) -> bool:
+    name = name.upper()
+    words = name.split("_")
+    return name.startswith(("AWS_SECRET", "AWS_ACCESS", "AWS_SESSION")) or any(
+        word.endswith(_SECRET_WORDS) for word in words
+    )
+
+
+def _refuse(error: OSError) -> None:
+    raise ConfigError(
+        f"{error.filename}: {error.strerror}; make the folder readable, or exclude it"
+    ) from error
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

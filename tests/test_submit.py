@@ -1,0 +1,400 @@
+"""`python -m jobs.submit`: what it refuses here, what it sends, and a run on a real head, stopped and continued."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from jobs_processes import ROOT, TINY, start_job
+from ray_head import RAY, RayHead, ray_head
+
+from jobs.cluster import attempts_at, connect
+from jobs.upload import MAX_BYTES, list_files, pack, read_runtime_env
+from models.settings import ConfigError, DinorayError, ResourceError
+from pipeline.checkpoint import committed_checkpoints
+from pipeline.demo_images import PATTERNS, draw_demo_image
+from pipeline.storage import Directory
+
+SHIPPED = ROOT / "deploy" / "runtime_env.yaml"
+MARKER = "marker-of-a-secret-4711"
+
+
+def submit(*arguments: str) -> None:
+    """The job as this process would run it, its exit codes being exceptions still."""
+    importlib.import_module("jobs.submit").main(arguments)
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"content of {name}")
+
+
+# What is sent
+
+
+def test_secrets_results_and_caches_stay_at_home(tmp_path: Path) -> None:
+    stays = [".env", ".env.local", "jobs/.env", ".git/config", ".venv/bin/python", "runs/a/metrics.jsonl"]
+    stays += [
+        "data/1.jpg",
+        "jobs/__pycache__/pretrain.pyc",
+        ".mypy_cache/x",
+        "x.egg-info/PKG-INFO",
+        "key.pem",
+    ]
+    goes = ["jobs/pretrain.py", "jobs/data/list.txt", "deploy/runtime_env.yaml", "environment.txt"]
+    write(tmp_path, *stays, *goes)
+    assert list_files(tmp_path, []) == sorted(goes)
+
+
+def test_ignore_files_of_each_folder_and_the_excludes_of_the_runtime_environment_count(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "a.py", "a.log", "notes/a.txt", "notes/b.txt", "b.txt", "big/1.bin", "big/keep.txt")
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    (tmp_path / "notes/.gitignore").write_text("b.txt\n")
+    (tmp_path / ".rayignore").write_text("/big/*\n!/big/keep.txt\n")
+    sent = [".gitignore", ".rayignore", "a.py", "b.txt", "big/keep.txt", "notes/.gitignore", "notes/a.txt"]
+    assert list_files(tmp_path, []) == sent
+    assert list_files(tmp_path, ["/notes", "*.txt"]) == [".gitignore", ".rayignore", "a.py"]
+
+
+def test_the_archive_holds_the_files_and_is_the_same_each_time(tmp_path: Path) -> None:
+    write(tmp_path / "code", "a.py", "jobs/b.py")
+    (tmp_path / "code/a.py").chmod(0o755)
+    first = pack(tmp_path / "code", [], tmp_path / "1.zip")
+    os.utime(tmp_path / "code/a.py", (1e9, 1e9))
+    pack(tmp_path / "code", [], tmp_path / "2.zip")
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+    assert first.names == {"a.py", "jobs/b.py"}
+    with zipfile.ZipFile(first.file) as archive:
+        assert archive.read("jobs/b.py") == b"content of jobs/b.py"
+        assert archive.getinfo("a.py").external_attr >> 16 & 0o777 == 0o755
+
+
+def test_too_much_is_refused_with_the_largest_files(tmp_path: Path) -> None:
+    write(tmp_path / "code", "a.py")
+    for name, size in (("weights.bin", MAX_BYTES), ("photos/1.jpg", 1_500_000)):
+        (tmp_path / "code" / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / "code" / name).open("wb") as file:
+            file.truncate(size)  # a hole: nothing is written
+    with pytest.raises(
+        ConfigError, match=r"51\.5 MB in 3 files.*: weights\.bin 50\.0 MB, photos/1\.jpg 1\.5 MB"
+    ):
+        pack(tmp_path / "code", [], tmp_path / "code.zip")
+    assert pack(tmp_path / "code", ["weights.bin"], tmp_path / "code.zip").names == {"a.py", "photos/1.jpg"}
+
+
+def test_this_repository_is_small_and_complete(tmp_path: Path) -> None:
+    archive = pack(ROOT, read_runtime_env(SHIPPED)["excludes"], tmp_path / "code.zip")
+    assert archive.num_bytes < 5_000_000
+    code = {
+        path.relative_to(ROOT).as_posix()
+        for d in ("models", "pipeline", "jobs")
+        for path in (ROOT / d).glob("*.py")
+    }
+    assert code <= archive.names
+
+
+# The runtime environment
+
+
+def test_the_shipped_runtime_environment_gives_a_stopped_run_time_for_its_last_checkpoint() -> None:
+    assert int(read_runtime_env(SHIPPED)["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("workdir: .", "workdir is no key of a runtime environment; did you mean working_dir"),
+        ("env_var: {A: b}", "did you mean env_vars"),
+        ("working_dir: .", "--working-dir FOLDER"),
+        ("env_vars: {A: 1}", "env_vars"),
+        ("excludes: runs", "excludes"),
+        ("- a", "must hold a mapping"),
+        ("env_vars: {AWS_SECRET_ACCESS_KEY: x}", "AWS_SECRET_ACCESS_KEY looks like a secret.*role"),
+        ("env_vars: {AWS_ACCESS_KEY_ID: x}", "looks like a secret"),
+        ("env_vars: {HF_TOKEN: x}", "looks like a secret"),
+        ("env_vars: {DB_PASSWORD: x}", "looks like a secret"),
+        ("env_vars: {WANDB_API_KEY: x}", "looks like a secret"),
+    ],
+)
+def test_a_mistake_in_the_runtime_environment_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "env.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_runtime_env(tmp_path / "env.yaml")
+
+
+def test_innocent_variables_are_let_through(tmp_path: Path) -> None:
+    (tmp_path / "env.yaml").write_text("env_vars: {TOKENIZERS_PARALLELISM: 'false', AWS_REGION: eu-west-1}")
+    assert read_runtime_env(tmp_path / "env.yaml")["env_vars"]["AWS_REGION"] == "eu-west-1"
+
+
+# What is refused before a cluster is asked
+
+PRETRAIN = ["--", "jobs.pretrain", "name=x", "data.path=s3://b/i", "storage_path=s3://b/r"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no job is named"),
+        (["jobs.pretrain"], "unrecognized arguments: jobs.pretrain"),
+        (["--stop"], "no job is named"),
+        (["--", "jobs.pretrian"], "did you mean jobs.pretrain"),
+        (["--", "jobs.config"], "jobs.config is no job in"),
+        ([*PRETRAIN, "optim.lrr=1"], "optim.lrr=1: unknown key"),
+        (["--", "python", "-m", "jobs.pretrain", "optim.lrr=1"], "optim.lrr=1: unknown key"),
+        (["--", "jobs.pretrain", "name=x"], "storage_path=runs would lie in a temporary folder"),
+        (["--run", "y", *PRETRAIN], "--run y is for jobs without name="),
+        (["--runtime-env", "missing.yaml", *PRETRAIN], "--runtime-env missing.yaml"),
+        (["--max-attempts", "0", *PRETRAIN], "--max-attempts"),
+    ],
+)
+def test_a_mistake_is_refused_here(
+    arguments: Sequence[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        submit(*arguments)
+
+
+@pytest.mark.parametrize("address", ["", "10.0.0.1:6379", "auto", "ray://10.0.0.1:10001"])
+def test_an_address_that_is_not_a_dashboards_is_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match="`ray dashboard cluster"):
+        submit(*PRETRAIN)
+
+
+def test_it_knows_every_option_of_pretrain(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module("jobs.pretrain").main(["--help"])
+    options = re.findall(r"^  (?:-h, )?(--[\w-]+)( [A-Z]+)?", capsys.readouterr().out, flags=re.MULTILINE)
+    assert ("--verbose", "") in options
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.chdir(ROOT)
+    values = {"--recipe": "demo", "--config": "/dev/null", "--init-from": "x.pth"}
+    words = [
+        word for name, value in options if name != "--help" for word in (name, values[name] if value else "")
+    ]
+    with pytest.raises(ResourceError, match="does not answer"):  # all the rest was understood
+        submit(*PRETRAIN, *filter(None, words))
+
+
+# Job servers that are none, or not ours
+
+
+@pytest.fixture
+def answers() -> Iterator[tuple[str, dict[str, object]]]:
+    """A server that answers every GET with `status` and `body`, and its address."""
+    answer: dict[str, object] = {"status": 200, "body": "{}"}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer["status"])  # type: ignore[arg-type]
+            self.end_headers()
+            self.wfile.write(str(answer["body"]).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", answer
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (200, '{"ray_version": "2.9.3"}', r"runs Ray 2\.9\.3, this machine 2\.60"),
+        (200, "{}", "is no Ray dashboard"),
+        (200, "<html>hello</html>", "is no Ray dashboard"),
+        (401, "Missing authentication token", "asks for a token.*RAY_AUTH_MODE=token"),
+        (403, "Invalid authentication token", "asks for a token"),
+        (502, "bad gateway", "502"),
+    ],
+)
+def test_what_is_wrong_with_a_job_server_is_one_line(
+    answers: tuple[str, dict[str, object]], status: int, body: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # connect sets it
+    address, answer = answers
+    answer |= {"status": status, "body": body}
+    with pytest.raises(ResourceError, match=says) as error:
+        connect(address)
+    assert len(str(error.value).splitlines()) == 1
+    assert address in str(error.value)
+
+
+# On a head
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_head() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this repository's code with a `.env` in it."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in list_files(ROOT, ["/tests", "/benchmarks"]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    (folder / ".env").write_text(f"AWS_SECRET_ACCESS_KEY={MARKER}\n")
+    return folder
+
+
+@pytest.fixture
+def on_head(head: RayHead, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> RayHead:
+    """This process stands in the checkout, and its Ray clients go to the head."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.dashboard)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", MARKER)
+    monkeypatch.chdir(checkout)
+    return head
+
+
+def job(tmp_path: Path, name: str, *more: str) -> list[str]:
+    """A pretraining of 48 steps on local images."""
+    for i in range(24):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / f"images/{i}.jpg").write_bytes(draw_demo_image(list(PATTERNS)[i % 2], "train", i))
+    arguments = [*TINY, f"name={name}", f"data.path={tmp_path}/images", f"storage_path={tmp_path}/runs"]
+    arguments += ["data.label_from_parent=false", "eval.val_path=null", "train.epochs=16"]
+    arguments += ["crops.kernel=torch", "checkpoint.every_steps=2", "resources.train_workers=1", *more]
+    return ["--", "python", "-m", "jobs.pretrain", *arguments]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_stopped_run_is_continued_by_the_same_command_and_a_finished_one_left_alone(
+    on_head: RayHead, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, run = job(tmp_path, "first"), f"{tmp_path}/runs/first"
+    submit("--no-wait", *command)
+    assert re.search(r"first-a1: sending 0\.\d MB in \d+ files", capsys.readouterr().out)
+
+    variables = {**on_head.env, "PYTHONPATH": str(checkout)}
+    with start_job("jobs.submit", *command, env=variables, cwd=checkout) as follower:
+        committed = follower.wait_until(lambda: committed_checkpoints(Directory(run)))
+        submit("--stop", *command)
+        assert "first-a1 stopped" in capsys.readouterr().out
+        assert follower.wait() == 1
+    assert "first-a1 is running since" in follower.output
+    assert "step 1/48" in follower.output
+    assert "stopped; the same command continues from" in follower.output
+    assert "Traceback" not in follower.output
+
+    submit(*command)
+    continued = capsys.readouterr().out
+    assert continued.startswith("first-a1 stopped")
+    resumed = re.search(r"resuming from step (\d+)", continued)
+    assert resumed
+    assert int(committed[-1].removeprefix("step_")) <= int(resumed[1]) < 48
+    assert "step 48/48" in continued
+    assert continued.rstrip().splitlines()[-1].startswith("first-a2 succeeded")
+    assert json.loads(Path(run, "result.json").read_text())["steps"] == 48
+
+    submit(*command)
+    assert "first is done: first-a2 succeeded" in capsys.readouterr().out
+    with pytest.raises(DinorayError, match=r"first had 2 attempts, first-a2 succeeded.*--max-attempts 3"):
+        submit("--max-attempts=2", *command, "train.epochs=17")
+    submit("--stop", *command)
+    assert "first is not running: first-a2 succeeded" in capsys.readouterr().out
+    submit("--status", "--run", "first")
+    assert re.findall(r"^(first-a\d) (\w+)", capsys.readouterr().out, flags=re.MULTILINE) == [
+        ("first-a1", "stopped"),
+        ("first-a2", "succeeded"),
+    ]
+
+    # Neither .env nor the environment of whoever submits is anywhere to be found.
+    (attempt, _) = attempts_at(connect(on_head.dashboard), "first")
+    assert attempt.info.metadata["run"] == "first"
+    assert MARKER not in attempt.info.model_dump_json()
+    assert MARKER not in continued
+    everywhere = [*on_head.temp_dir.rglob("*"), *(tmp_path / "runs").rglob("*")]
+    files = [file for file in everywhere if file.is_file()]
+    assert any(file.name == "pretrain.py" for file in files)
+    assert [file for file in files if MARKER.encode() in file.read_bytes()] == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_exit_code_is_the_jobs_own(
+    on_head: RayHead, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        submit(*job(tmp_path, "nothing", f"data.path={tmp_path}/none"))
+    assert ended.value.code == 3
+    output = capsys.readouterr().out
+    assert f"error: data.path={tmp_path}/none: there is no such folder" in output
+    assert output.rstrip().splitlines()[-1].startswith("nothing-a1 failed with exit code 3")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_whose_directory_says_that_it_is_finished_is_left_alone_by_a_new_cluster(
+    on_head: RayHead, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = job(tmp_path, "elsewhere")
+    words = [word for word in command if "=" in word]
+    load_config = importlib.import_module("jobs.config").load_config
+    (tmp_path / "runs/elsewhere").mkdir(parents=True)
+    (tmp_path / "runs/elsewhere/config.yaml").write_text(load_config(None, None, words).to_yaml())
+    (tmp_path / "runs/elsewhere/result.json").write_text("{}")
+    submit(*command)
+    assert "elsewhere is done" in capsys.readouterr().out
+    assert attempts_at(connect(on_head.dashboard), "elsewhere") == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_doctor_looks_at_the_nodes(
+    on_head: RayHead, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = job(tmp_path, "looked-at")
+    settings = [word for word in words if "=" in word]
+    importlib.import_module("jobs.doctor").main(["--address", on_head.dashboard, *settings])
+    lines = capsys.readouterr().out.splitlines()
+    for beginning in (
+        "ok    job server    http://127.0.0.1:",
+        f"ok    data          cluster: here: {tmp_path}/images: 24 listed",
+        "ok    cluster       cluster: joined, Ray 2.60",
+        "ok    nodes         cluster: 1 x head: 4 CPUs, 0 GPUs",
+        "ok    CPUs          cluster: 4 CPUs, the run needs 3",
+        "ok    dashboard     cluster: 127.0.0.1:",
+        "ok    data          cluster: head ",
+        "ok    clock         cluster: head ",
+    ):
+        assert any(line.startswith(beginning) for line in lines), (beginning, lines)
+    assert not any(line.startswith("FAIL") for line in lines)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_s_own_command_submits_the_same_job(on_head: RayHead, checkout: Path) -> None:
+    words = ["job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.pretrain", "optim.lrr=1"]
+    failed = subprocess.run(
+        [RAY, *words], cwd=checkout, env=on_head.env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert failed.returncode == 1
+    assert "error: optim.lrr=1" in failed.stdout
+    assert "Traceback" not in failed.stdout
