@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jobs.config import Config, load_config, load_kept
 from jobs.recipes import RECIPES
 from models.settings import ConfigError
+from pipeline.storage import Directory
+from pipeline.study.trials import BEST
 
 
 def positive(text: str) -> int:
@@ -46,3 +49,28 @@ class Arguments(CommandLine):
             "--resume", action="store_true", help="continue the run of this name even with another config"
         )
         self.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3")
+
+
+class PretrainArguments(Arguments):
+    """The command line of jobs.pretrain."""
+
+    def __init__(self) -> None:
+        super().__init__("python -m jobs.pretrain", "Pretrain a vision backbone with DINO.")
+        self.add_argument("--init-from", metavar="PATH", default=None, help="the same as init.path=PATH")
+        self.add_argument(
+            "--from-study", metavar="DIR", default=None, help="take the best config that a study has found"
+        )
+        self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
+
+
+def pretrain_config(arguments: argparse.Namespace) -> Config:
+    """The config that a parsed command line of jobs.pretrain asks for."""
+    overrides = list(arguments.overrides)
+    if arguments.init_from:
+        overrides.append(f"init.path={arguments.init_from}")
+    if arguments.from_study is None:
+        return load_config(arguments.recipe, arguments.config, overrides)
+    if arguments.recipe or arguments.config:
+        raise ConfigError("--from-study has the whole config: leave out --recipe and --config")
+    study = Directory(arguments.from_study)
+    return load_kept(Config, study, overrides, name=BEST, what="finished study")

@@ -11,8 +11,8 @@ import ray
 from rich.console import Console
 
 from jobs.about import draw_demo, write_about
-from jobs.arguments import Arguments
-from jobs.config import Config, differences, json_schema, load_config, load_kept, load_run_config
+from jobs.arguments import PretrainArguments, pretrain_config
+from jobs.config import Config, differences, json_schema, load_run_config
 from jobs.display import Display
 from jobs.entry import run_main, start_ray
 from jobs.result import RESULT, describe_result, write_result
@@ -23,32 +23,16 @@ from pipeline.crops import kernel_name
 from pipeline.crops_config import describe_crops
 from pipeline.report import write_report
 from pipeline.storage import Directory
-from pipeline.study.trials import BEST
 from pipeline.training import Schedule
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, check everything that can be checked without a cluster, run, and say where the results are."""
-    parser = Arguments("python -m jobs.pretrain", "Pretrain a vision backbone with DINO.")
-    parser.add_argument("--init-from", metavar="PATH", default=None, help="the same as init.path=PATH")
-    parser.add_argument(
-        "--from-study", metavar="DIR", default=None, help="take the best config that a study has found"
-    )
-    parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
-    arguments = parser.parse_args(argv)
+    arguments = PretrainArguments().parse_args(argv)
     if arguments.json_schema:
         print(json_schema())
         return
-    init = [f"init.path={arguments.init_from}"] if arguments.init_from else []
-    overrides = [*arguments.overrides, *init]
-    if arguments.from_study is None:
-        config = load_config(arguments.recipe, arguments.config, overrides)
-    elif arguments.recipe or arguments.config:
-        raise ConfigError("--from-study has the whole config: leave out --recipe and --config")
-    else:
-        config = load_kept(
-            Config, Directory(arguments.from_study), overrides, name=BEST, what="finished study"
-        )
+    config = pretrain_config(arguments)
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return

@@ -16,9 +16,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.arguments import Arguments, CommandLine, positive
+from jobs.arguments import CommandLine, PretrainArguments, positive, pretrain_config
 from jobs.cluster import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
-from jobs.config import Config, differences, load_config, load_run_config
+from jobs.config import Config, differences, load_run_config
 from jobs.entry import run_main
 from jobs.keys import did_you_mean
 from jobs.result import RESULT
@@ -122,12 +122,7 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
 
 def _pretrain_config(words: list[str]) -> Config:
     """The config of a pretraining. ConfigError for what would be wrong there, or lost."""
-    parser = Arguments("python -m jobs.pretrain", "")
-    parser.add_argument("--init-from", default=None)
-    parser.add_argument("--verbose", action="store_true")
-    arguments = parser.parse_args(words)
-    init = [f"init.path={arguments.init_from}"] if arguments.init_from else []
-    config = load_config(arguments.recipe, arguments.config, [*arguments.overrides, *init])
+    config = pretrain_config(PretrainArguments().parse_args(words))
     if not is_s3(config.storage_path) and not Path(config.storage_path).expanduser().is_absolute():
         raise ConfigError(
             f"storage_path={config.storage_path} would lie in a temporary folder of the cluster; set "

@@ -197,9 +197,13 @@ def test_a_study_whose_driver_is_killed_goes_on_reruns_nothing_and_leaves_nothin
 
 
 def left_on(address: str) -> list[str]:
-    """Actors and placement groups that are still there once the jobs that made them have ended."""
+    """Actors and placement groups that are still there once the jobs that made them have ended.
+
+    But for the one that Ray Data itself keeps per cluster.
+    """
     from ray.util.state import list_actors, list_placement_groups
 
     actors = list_actors(address=address, filters=[("state", "!=", "DEAD")], limit=1000)
     groups = list_placement_groups(address=address, filters=[("state", "!=", "REMOVED")], limit=1000)
-    return [a.class_name for a in actors] + [g.placement_group_id for g in groups]
+    ours = [a.class_name for a in actors if a.class_name != "_AutoscalingCoordinatorActor"]
+    return ours + [g.placement_group_id for g in groups]
