@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs.config import load_config
+from jobs.arguments import Arguments
+from jobs.config import load, load_config
 from jobs.recipes import RECIPES
+from jobs.study import StudyConfig, first_points, objective_of, space_of
 from models.settings import DinorayError, ResourceError
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +56,7 @@ def test_each_pretrain_command_is_a_valid_config(arguments: list[str]) -> None:
 def other_job_commands() -> list[list[str]]:
     """The words of each `python -m jobs.<name>` that is not pretrain."""
     found = [shlex.split(line) for line in commands() if line.startswith("python -m jobs.")]
-    return [words for words in found if words[2] != "jobs.pretrain"]
+    return [words for words in found if words[2] not in ("jobs.pretrain", "jobs.tune")]
 
 
 def takes_a_run(words: list[str]) -> bool:
@@ -94,9 +96,24 @@ def test_the_python_in_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names["crops"].local_crops.shape == (8, 96, 96, 3)
 
 
+def tune_commands() -> list[list[str]]:
+    """The arguments of each `python -m jobs.tune`."""
+    return [shlex.split(line)[3:] for line in commands() if line.startswith("python -m jobs.tune")]
+
+
+@pytest.mark.parametrize("arguments", tune_commands(), ids=" ".join)
+def test_each_study_in_it_can_be_run(arguments: list[str]) -> None:
+    parsed = Arguments("", "").parse_args(arguments)
+    config = load(StudyConfig, parsed.recipe, None, parsed.overrides, name_suffix="-study")
+    space = space_of(config)
+    assert first_points(config, space)
+    assert objective_of(config, space).metric == "knn_20"
+    assert f"runs/{config.name}" in README
+
+
 def test_every_job_has_a_command() -> None:
     jobs = {path.stem for path in (ROOT / "jobs").glob("*.py") if "run_main(main)" in path.read_text()}
-    assert jobs == {words[2].removeprefix("jobs.") for words in other_job_commands()} | {"pretrain"}
+    assert jobs == {words[2].removeprefix("jobs.") for words in other_job_commands()} | {"pretrain", "tune"}
 
 
 def test_every_recipe_has_a_row() -> None:
