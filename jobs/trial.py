@@ -60,11 +60,7 @@ class TrialRunner:
 
     def __call__(self, trial: Trial, report: Report) -> None:
         """Train, and write the outcome. Errors of data or resources, which would meet each trial, are raised."""
-
-        def tell(step: int, score: float, scores: Mapping[str, float]) -> bool:
-            return report(step, score, scores)
-
-        self._run(trial, _Attempt(self, trial, tell, placed=report.placed))
+        self._run(trial, _Attempt(self, trial, report, placed=report.placed))
 
     def member(
         self, slot: int, cube: Mapping[str, float], pointer: Pointer | None, report: MemberReport
@@ -195,19 +191,22 @@ class _Attempt:
         )
 
     def _origin(self, trial: Trial) -> dict[str, Any] | None:
-        """Where the weights come from, if from another trial; returns once that checkpoint is committed."""
+        """Where the weights come from, if from another trial; returns once that checkpoint is committed.
+
+        One that was lost on the way gives place to the newest that the other trial has.
+        """
         if trial.continues is None:
             return None
         donor = trial_directory(self._runner.study, Trial(trial.continues, {}, 0, ""))
         deadline = time.monotonic() + _COMMIT_SECONDS
         while trial.from_step not in (steps := committed_steps(donor)):
             if time.monotonic() > deadline:
-                raise DataError(
-                    f"{donor.uri} has no checkpoint of step {trial.from_step}, which trial {trial.name} goes on "
-                    f"from; it has {steps}"
-                )
+                break
             time.sleep(0.5)
-        return {"path": donor.join("checkpoints", checkpoint_name(trial.from_step)), "load": "run"}
+        step = max((step for step in steps if step <= trial.from_step), default=None)
+        if step is None:
+            raise DataError(f"{donor.uri} has no checkpoint that trial {trial.name} could go on from")
+        return {"path": donor.join("checkpoints", checkpoint_name(step)), "load": "run"}
 
     def _score(self, scores: Mapping[str, float]) -> float:
         """The worst there is for a metric that is missing or not finite."""
