@@ -28,7 +28,7 @@ def test_a_trial_whose_node_is_lost_goes_on_from_its_checkpoint(
         head_node_args={
             **node,
             "num_cpus": 0,
-            "_temp_dir": temp_dir,
+            "temp_dir": temp_dir,
             "include_dashboard": False,
         },
     )
