@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import use_aws
+from faults import FaultProxy
 from jobs_processes import run_job
 from servers import S3Server, aws_environment, free_ports
 
@@ -135,6 +136,24 @@ def test_a_missing_bucket_fails_for_data_and_for_storage(bucket: str) -> None:
         assert (finding.verdict, finding.exit_code) == ("FAIL", 3)
         assert "check the bucket's name" in finding.text
     assert check_clock("s3://no-such-bucket/x") == []
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("method", ["PUT", "HEAD"])
+def test_storage_that_may_not_be_written_fails(method: str, bucket: str, proxy: FaultProxy) -> None:
+    proxy.fail("forbid", pattern=f"^{method} ", times=99)
+    finding = check_storage(f"s3://{bucket}/runs")
+    assert (finding.verdict, finding.exit_code) == ("FAIL", 3)
+    assert "403" in finding.text
+    assert "s3:PutObject" in finding.text
+
+
+@pytest.mark.s3
+def test_data_that_may_not_be_listed_fails(bucket: str, proxy: FaultProxy) -> None:
+    proxy.fail("forbid", times=99)
+    finding = check_data(DataConfig(path=f"s3://{bucket}/train"))
+    assert (finding.verdict, finding.exit_code) == ("FAIL", 3)
+    assert "s3:ListBucket" in finding.text
 
 
 @pytest.mark.s3
