@@ -24,6 +24,7 @@ import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.settings import DinorayError, ResourceError, one_line
 from pipeline.augment import Augmenter
@@ -55,7 +56,10 @@ class SharedStream:
         self._image_bytes = crop_bytes(plan.crops)
         # Started again the server knows no blocks, which are then made again, nor the plan: it comes with each call.
         self._plan = ray.put(plan)
-        server = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Server)
+        # On this node: it owns all blocks, and lost with another node they would all have to be made again.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        server = ray.remote(**options)(_Server)
         self._server = server.remote(num_actors, plan.cpus_per_augment_actor, self._image_bytes, window_bytes)
         self._server.open.remote([self._plan])
 
