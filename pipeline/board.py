@@ -107,10 +107,10 @@ class Board:
         return ray.get(self._actor.take.remote(timeout_seconds))
 
 
-def actor_here(cls: type) -> Any:
+def actor_here(cls: type, *arguments: Any, **options: Any) -> Any:
     """An actor without CPUs on this process's own node: another one may be lost while this process lives."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(cls).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(cls).remote(*arguments)
 
 
 def fatal_error(event: Event) -> DinorayError:

@@ -24,10 +24,10 @@ import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.settings import DinorayError, ResourceError, one_line
 from pipeline.augment import Augmenter
+from pipeline.board import actor_here
 from pipeline.crops_config import crop_bytes
 from pipeline.dataset import StreamPlan, in_step, open_augmenter
 from pipeline.layout import Layout
@@ -57,10 +57,8 @@ class SharedStream:
         # Started again the server knows no blocks, which are then made again, nor the plan: it comes with each call.
         self._plan = ray.put(plan)
         # On this node: it owns all blocks, and lost with another node they would all have to be made again.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        server = ray.remote(**options)(_Server)
-        self._server = server.remote(num_actors, plan.cpus_per_augment_actor, self._image_bytes, window_bytes)
+        figures = (num_actors, plan.cpus_per_augment_actor, self._image_bytes, window_bytes)
+        self._server = actor_here(_Server, *figures, max_restarts=-1, max_task_retries=-1)
         self._server.open.remote([self._plan])
 
     def stats(self) -> SharedStats:
