@@ -74,7 +74,7 @@ class TrialRunner:
             report(Pointer(trial.number, step), score, scores)
             return True
 
-        self._run(trial, _Attempt(self, trial, tell))
+        self._run(trial, _Attempt(self, trial, tell, placed=report.placed))
 
     def _current(self, slot: int, cube: Mapping[str, float], pointer: Pointer | None) -> Trial | None:
         """None when the member's last trial has ended, and it takes over no other's."""

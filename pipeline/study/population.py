@@ -2,7 +2,8 @@
 
 A member is a sequence of trials: each time it takes over another's
 weights it becomes a new one, which begins at that one's checkpoint with parameters that PB2 chose. Tune ends the
-process of a member that takes over, so what that had started is removed through the dashboard, which must be up.
+process of a member that takes over: its workers are removed here, and what Ray Train had set to watch over them ends
+by itself where there is a dashboard.
 """
 
 import importlib.util
@@ -19,10 +20,11 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pb2 import PB2
+from ray.util.placement_group import PlacementGroup
 
 from models.settings import DinorayError, ResourceError, one_line
 from pipeline.storage import Directory
-from pipeline.study.tuner import Listener, Unsaved, run_tune, tell_error
+from pipeline.study.tuner import Listener, Placements, Unsaved, run_tune, tell_error
 
 _POINTER = "pointer.json"
 
@@ -36,6 +38,13 @@ class Pointer(NamedTuple):
 
 class MemberReport:
     """What a member tells at each evaluation: its score, and the checkpoint that others may go on from."""
+
+    def __init__(self, placements: Placements, slot: int) -> None:
+        self._placements, self._slot = placements, slot
+
+    def placed(self, group: PlacementGroup) -> None:
+        """Tell where the workers are: Tune ends the process of a member that takes over, and not what it started."""
+        self._placements.keep(_name(self._slot), group)
 
     def __call__(self, pointer: Pointer, score: float, scores: Mapping[str, float]) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -65,12 +74,14 @@ def run_population(
     ResourceError where scikit-learn or the dashboard, which PB2 needs, is missing.
     """
     np.random.seed(seed)  # the only way in which PB2 takes one
-    keys = list(starts[0])
+    keys, placements = list(starts[0]), Placements()
     run_tune(
-        _Trainable(member, keys),
-        _MemberListener(on_end),
+        _Trainable(member, keys, placements),
+        _MemberListener(on_end, placements),
         tune.TuneConfig(
-            scheduler=_Population(keys, every_steps), trial_name_creator=_name, trial_dirname_creator=_name
+            scheduler=_Population(keys, every_steps),
+            trial_name_creator=_name_of,
+            trial_dirname_creator=_name_of,
         ),
         study=study,
         max_failures=max_failures,
@@ -90,16 +101,21 @@ def check_population(num_members: int, trials_at_once: int) -> None:
             "tune.scheduler=pb2 needs scikit-learn: pip install 'dinoray[pb2]', or take tune.scheduler=asha"
         )
     try:
-        ray.util.state.list_nodes(limit=1, timeout=20)
+        # By address: there may be more than one Ray on this machine.
+        ray.util.state.list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=20)
     except Exception as error:  # of many kinds, by what of the dashboard is missing
         raise ResourceError(
-            f"tune.scheduler=pb2 needs Ray's dashboard, to remove what a replaced trial leaves ({one_line(error)}); "
+            f"tune.scheduler=pb2 needs Ray's dashboard, to end what watches over a replaced trial ({one_line(error)}); "
             "start the head with it, or take tune.scheduler=asha"
         ) from error
 
 
-def _name(trial: TuneTrial) -> str:
-    return f"member-{trial.config['member']['slot']}"
+def _name(slot: int) -> str:
+    return f"member-{slot}"
+
+
+def _name_of(trial: TuneTrial) -> str:
+    return _name(trial.config["member"]["slot"])
 
 
 class _Trainable:
@@ -107,8 +123,8 @@ class _Trainable:
 
     __name__ = "member"
 
-    def __init__(self, member: Member, keys: Sequence[str]) -> None:
-        self._member, self._keys = member, keys
+    def __init__(self, member: Member, keys: Sequence[str], placements: Placements) -> None:
+        self._member, self._keys, self._placements = member, keys, placements
 
     def __call__(self, config: dict[str, Any]) -> None:
         # By its name: a member that takes over gets the other's config, but for what PB2 chose.
@@ -119,7 +135,7 @@ class _Trainable:
             with checkpoint.as_directory() as folder:
                 pointer = Pointer(*json.loads(Path(folder, _POINTER).read_text()))
         try:
-            self._member(slot, cube, pointer, MemberReport())
+            self._member(slot, cube, pointer, MemberReport(self._placements, slot))
         except DinorayError as error:
             tell_error(error)
 
@@ -149,7 +165,8 @@ class _Population(Unsaved, PB2):
 
 
 class _MemberListener(Listener):
-    def __init__(self, on_end: Callable[[int, str | None], None]) -> None:
+    def __init__(self, on_end: Callable[[int, str | None], None], placements: Placements) -> None:
+        super().__init__(placements)
         self._on_end = on_end
 
     def ended(self, trial: TuneTrial, error: str | None) -> None:

@@ -8,10 +8,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from models.settings import DinorayError, error_of, one_line
+from pipeline.board import actor_here
 from pipeline.storage import Directory, filesystem
 
 _ON_HEAD = "node:__internal_head__"
@@ -24,10 +27,53 @@ class Unsaved:
         return {}
 
 
+class Placements:
+    """Where the workers of trials are: what the process of a trial cannot remove, because it was killed, the driver can.
+
+    Ray Train leaves it to the dashboard, which there may not be.
+    """
+
+    def __init__(self) -> None:
+        self._actor = actor_here(_Groups)
+
+    def keep(self, name: str, group: PlacementGroup) -> None:
+        """The workers of the trial of this name are there now."""
+        self._actor.keep.remote(name, group)
+
+    def clear(self, name: str) -> None:
+        """Remove the group that is known of the trial, with what is in it; one that is gone is no error."""
+        group = ray.get(self._actor.take.remote(name))
+        if group is not None:
+            remove_placement_group(group)
+
+
+class _Groups:
+    def __init__(self) -> None:
+        self._groups: dict[str, PlacementGroup] = {}
+
+    def keep(self, name: str, group: PlacementGroup) -> None:
+        self._groups[name] = group
+
+    def take(self, name: str) -> PlacementGroup | None:
+        return self._groups.pop(name, None)
+
+
 class Listener(Unsaved, tune.Callback):
-    """Hears of the ends of trials, and of an error that concerns them all: it ends the study."""
+    """Hears of the ends of trials, and of an error that concerns them all: it ends the study.
+
+    What an attempt has left that was killed is removed before the next one, and after the last.
+    """
 
     fatal: DinorayError | None = None
+
+    def __init__(self, placements: Placements) -> None:
+        self._placements = placements
+
+    def on_trial_start(
+        self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Tune's hook."""
+        self._placements.clear(str(trial))
 
     def on_trial_result(
         self,
@@ -52,6 +98,7 @@ class Listener(Unsaved, tune.Callback):
         self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
         """Tune's hook, after the last attempt."""
+        self._placements.clear(str(trial))
         self.ended(trial, one_line(trial.get_error()))
 
     def ended(self, trial: TuneTrial, error: str | None) -> None:

@@ -7,7 +7,7 @@ would kill its process, and what that had started could then only be cleaned up 
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +17,13 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from models.settings import DinorayError
 from pipeline.board import actor_here
 from pipeline.storage import Directory
 from pipeline.study.trials import Trial
-from pipeline.study.tuner import Listener, Unsaved, run_tune, tell_error
+from pipeline.study.tuner import Listener, Placements, Unsaved, run_tune, tell_error
 
 Course = Mapping[int, float]
 """Scores by step."""
@@ -41,17 +41,17 @@ class Halving:
 class Report:
     """What a trial tells, and is told, at each evaluation."""
 
-    def __init__(self, referee: Any, number: int) -> None:
-        self._referee, self._number = referee, number
+    def __init__(self, referee: Any, placements: Placements, trial: Trial) -> None:
+        self._referee, self._placements, self._trial = referee, placements, trial
 
     def __call__(self, step: int, score: float, scores: Mapping[str, float]) -> bool:
         """Tell of an evaluation; whether the trial goes on."""
         tune.report({**scores, "step": step, "score": score})
-        return ray.get(self._referee.decision.remote(self._number, step))
+        return ray.get(self._referee.decision.remote(self._trial.number, step))
 
     def placed(self, group: PlacementGroup) -> None:
         """Tell where the workers are, so that they do not outlive a trial that dies."""
-        self._referee.placed.remote(self._number, group)
+        self._placements.keep(self._trial.name, group)
 
 
 Body = Callable[[Trial, Report], None]
@@ -77,7 +77,6 @@ class _Referee:
 
     def __init__(self) -> None:
         self._decisions: defaultdict[tuple[int, int], asyncio.Future[bool]] = defaultdict(asyncio.Future)
-        self._placed: dict[int, PlacementGroup] = {}
 
     async def decide(self, number: int, step: int, goes_on: bool) -> None:
         if not self._decisions[number, step].done():
@@ -85,12 +84,6 @@ class _Referee:
 
     async def decision(self, number: int, step: int) -> bool:
         return await self._decisions[number, step]
-
-    async def placed(self, number: int, group: PlacementGroup) -> None:
-        self._placed[number] = group
-
-    async def take_placed(self, number: int) -> PlacementGroup | None:
-        return self._placed.pop(number, None)
 
 
 def run_trials(
@@ -105,10 +98,10 @@ def run_trials(
 ) -> None:
     """Run the trials that are proposed, `num_trials` at most. DinorayError where a trial's error concerns them all."""
     referee = actor_here(_Referee)
-    listener = _TrialListener(search, referee)
+    placements = Placements()
     run_tune(
-        _Trainable(body, referee),
-        listener,
+        _Trainable(body, referee, placements),
+        _TrialListener(search, placements),
         tune.TuneConfig(
             num_samples=num_trials,
             max_concurrent_trials=trials_at_once,
@@ -133,13 +126,13 @@ class _Trainable:
 
     __name__ = "trial"
 
-    def __init__(self, body: Body, referee: Any) -> None:
-        self._body, self._referee = body, referee
+    def __init__(self, body: Body, referee: Any, placements: Placements) -> None:
+        self._body, self._referee, self._placements = body, referee, placements
 
     def __call__(self, config: dict[str, Any]) -> None:
         trial = Trial(**config["trial"])
         try:
-            self._body(trial, Report(self._referee, trial.number))
+            self._body(trial, Report(self._referee, self._placements, trial))
         except DinorayError as error:
             tell_error(error)
 
@@ -206,22 +199,9 @@ class _Refereed(Unsaved, FIFOScheduler):
 
 
 class _TrialListener(Listener):
-    """Passes on what it hears; what an attempt left that died is removed before the next."""
-
-    def __init__(self, search: Search, referee: Any) -> None:
-        self._search, self._referee = search, referee
-
-    def on_trial_start(
-        self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
-        self._clear(trial)
+    def __init__(self, search: Search, placements: Placements) -> None:
+        super().__init__(placements)
+        self._search = search
 
     def ended(self, trial: TuneTrial, error: str | None) -> None:
-        if error is not None:
-            self._clear(trial)
         self._search.on_end(trial_of(trial), error)
-
-    def _clear(self, trial: TuneTrial) -> None:
-        group = ray.get(self._referee.take_placed.remote(trial_of(trial).number))
-        if group is not None:
-            remove_placement_group(group)
