@@ -5,10 +5,12 @@ them, up to a share of the trial. Pure functions of the config and of a trial's 
 """
 
 import math
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.config import Config, apply_tree, validate_as
+from jobs.arguments import Arguments
+from jobs.config import Config, apply_tree, load, validate_as
 from jobs.keys import did_you_mean, leaf_fields
 from models.settings import ConfigError
 from pipeline.automatic import resolve
@@ -44,6 +46,19 @@ class StudyConfig(Config):
     """A whole study: the run that its trials vary, and how they are searched."""
 
     tune: StudySettings = StudySettings()
+
+
+class StudyArguments(Arguments):
+    """The command line of jobs.tune."""
+
+    def __init__(self) -> None:
+        super().__init__("python -m jobs.tune", "Search settings of a pretraining run.")
+        self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
+
+
+def study_config(arguments: Namespace) -> StudyConfig:
+    """The config that a parsed command line asks for; a run and a study of one recipe stand side by side."""
+    return load(StudyConfig, arguments.recipe, arguments.config, arguments.overrides, name_suffix="-study")
 
 
 def space_of(config: StudyConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jobs.config import Config, differences, load_run_config
 from jobs.entry import run_main
 from jobs.keys import did_you_mean
 from jobs.result import RESULT
+from jobs.study import StudyArguments, study_config
 from jobs.upload import describe, pack, read_runtime_env
 from models.settings import ConfigError, DinorayError
 from pipeline.storage import Directory, is_s3
@@ -30,7 +31,7 @@ _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 
 
 class _Job(NamedTuple):
-    """What is to run: its module and arguments, the name of its run, and its config where it is a pretraining."""
+    """What is to run: its module and arguments, the name of its run, and its config if that can be read here."""
 
     run: str
     words: list[str]
@@ -108,8 +109,8 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
     jobs = {f"jobs.{file.stem}" for file in folder.glob("*.py") if "run_main(main)" in file.read_text()}
     if words[0] not in jobs:
         raise ConfigError(f"{words[0]} is no job in {folder}{did_you_mean(words[0], jobs)}")
-    if words[0] == "jobs.pretrain":
-        config = _pretrain_config(words[1:])
+    if words[0] in ("jobs.pretrain", "jobs.tune"):
+        config = _config(words)
         if options.run not in (None, config.name):
             raise ConfigError(
                 f"--run {options.run} is for jobs without name=; this one has name={config.name}"
@@ -120,9 +121,12 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
     return _Job(options.run or (names or [f"{words[0].removeprefix('jobs.')}-{digest}"])[-1], words, None)
 
 
-def _pretrain_config(words: list[str]) -> Config:
-    """The config of a pretraining. ConfigError for what would be wrong there, or lost."""
-    config = pretrain_config(PretrainArguments().parse_args(words))
+def _config(words: list[str]) -> Config:
+    """The config of a pretraining or a study. ConfigError for what would be wrong there, or lost."""
+    if words[0] == "jobs.tune":
+        config: Config = study_config(StudyArguments().parse_args(words[1:]))
+    else:
+        config = pretrain_config(PretrainArguments().parse_args(words[1:]))
     if not is_s3(config.storage_path) and not Path(config.storage_path).expanduser().is_absolute():
         raise ConfigError(
             f"storage_path={config.storage_path} would lie in a temporary folder of the cluster; set "

@@ -9,12 +9,19 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from jobs.about import draw_demo, write_about
-from jobs.arguments import Arguments
-from jobs.config import differences, json_schema, load, load_kept
+from jobs.config import differences, json_schema, load_kept
 from jobs.entry import run_main
 from jobs.running import Inputs, check_run
 from jobs.searching import StudyRun
-from jobs.study import FREE, StudyConfig, first_points, objective_of, space_of
+from jobs.study import (
+    FREE,
+    StudyArguments,
+    StudyConfig,
+    first_points,
+    objective_of,
+    space_of,
+    study_config,
+)
 from models.settings import ConfigError
 from pipeline.storage import Directory
 from pipeline.study.report import describe_study
@@ -23,13 +30,11 @@ from pipeline.study.trials import STUDY
 
 def main(argv: Sequence[str]) -> None:
     """Parse, check what can be checked without a cluster, search, confirm, and say what was found."""
-    parser = Arguments("python -m jobs.tune", "Search settings of a pretraining run.")
-    parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
-    arguments = parser.parse_args(argv)
+    arguments = StudyArguments().parse_args(argv)
     if arguments.json_schema:
         print(json_schema(StudyConfig))
         return
-    config = load(StudyConfig, arguments.recipe, arguments.config, arguments.overrides, name_suffix="-study")
+    config = study_config(arguments)
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return

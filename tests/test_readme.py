@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs.arguments import Arguments
-from jobs.config import load, load_config
+from jobs.config import load_config
 from jobs.recipes import RECIPES
-from jobs.study import StudyConfig, first_points, objective_of, space_of
+from jobs.study import StudyArguments, first_points, objective_of, space_of, study_config
 from models.settings import DinorayError, ResourceError
 
 ROOT = Path(__file__).parent.parent
@@ -103,8 +102,8 @@ def tune_commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("arguments", tune_commands(), ids=" ".join)
 def test_each_study_in_it_can_be_run(arguments: list[str]) -> None:
-    parsed = Arguments("", "").parse_args(arguments)
-    config = load(StudyConfig, parsed.recipe, None, parsed.overrides, name_suffix="-study")
+    parsed = StudyArguments().parse_args(arguments)
+    config = study_config(parsed)
     space = space_of(config)
     assert first_points(config, space)
     assert objective_of(config, space).metric == "knn_20"

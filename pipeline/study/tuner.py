@@ -28,7 +28,7 @@ class Unsaved:
 
 
 class Placements:
-    """Where the workers of trials are: what the process of a trial cannot remove, because it was killed, the driver can.
+    """Where the workers of trials are: the driver removes what the process of a trial cannot, because it was killed.
 
     Ray Train leaves it to the dashboard, which there may not be.
     """
