@@ -3,8 +3,8 @@
     python benchmarks/study.py [--studies to-the-end halved] [key=value ...]
 
 `to-the-end` spreads 16 trials evenly over teacher temperature and centre momentum, far into both collapses, and ends
-none but those that collapse; `halved` is the default search, TPE and ASHA, over the same space. Both run their best
-three again with other seeds. Each is a `jobs.tune` of its own, continued where it stands: one that is finished is
+none but those that collapse; `halved` is the default search, TPE and ASHA, with 12 over the same space. Their best
+(three, one) are run again with other seeds. Each is a `jobs.tune` of its own, continued where it stands: one that is finished is
 read, not repeated. Prints tables for RESULTS.md; study.html, study.csv and study.png lie in the directories named.
 """
 
@@ -28,7 +28,10 @@ SETTINGS = [
     *("resources.train_workers=1", f"tune.space={SPACE}"),
     *("tune.trials=16", "tune.epochs=10", "tune.evaluations=6"),
 ]
-STUDIES = {"to-the-end": ["tune.searcher=quasi", "tune.scheduler=none"], "halved": []}
+STUDIES = {
+    "to-the-end": ["tune.searcher=quasi", "tune.scheduler=none"],
+    "halved": ["tune.trials=12", "tune.confirm_top=1"],
+}
 
 
 def main(argv: Sequence[str]) -> None:
