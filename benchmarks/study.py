@@ -3,9 +3,10 @@
     python benchmarks/study.py [--studies to-the-end halved] [key=value ...]
 
 `to-the-end` spreads 16 trials evenly over teacher temperature and centre momentum, far into both collapses, and ends
-none but those that collapse; `halved` is the default search, TPE and ASHA, with 12 over the same space. Their best (three, one) are run again with other
-seeds. Each is a `jobs.tune` of its own, continued where it stands: one that is finished is read, not repeated. Prints
-tables for RESULTS.md; study.html, study.csv and study.png lie in the directories named.
+none but those that collapse; `halved` is the default search, TPE and ASHA, with 12 trials over the same space. Their
+best (three, one) are run again with other seeds. Each is a `jobs.tune` of its own, continued where it stands: one that
+is finished is read, not repeated. Prints tables for RESULTS.md; study.html, study.csv and study.png lie in the
+directories named.
 """
 
 import argparse

@@ -7,8 +7,9 @@ import pytest
 import torch
 from jobs_processes import TINY, run_job
 from safetensors.torch import load_file
+from tiny_run import write_images
 
-from pipeline.demo_images import PATTERNS, draw_demo_image
+from pipeline.demo_images import PATTERNS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -18,11 +19,7 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    for label in list(PATTERNS)[:3]:
-        (folder / label).mkdir()
-        for i in range(8):
-            (folder / label / f"{i}.jpg").write_bytes(draw_demo_image(label, "train", i))
-    return folder
+    return write_images(folder, "train", labels=tuple(PATTERNS)[:3], per_label=8)
 
 
 def arguments(images: Path, runs: Path, name: str, *more: str) -> list[str]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs_processes import TINY, run_job, start_job
+from jobs_processes import TINY, losses, run_job, start_job
 from ray_head import ray_head
+from tiny_run import write_images
 
 from jobs import pretrain
 from jobs.config import load_config
-from pipeline.demo_images import PATTERNS, draw_demo_image
+from pipeline.demo_images import PATTERNS
 from pipeline.storage import Directory
 from pipeline.study.trials import read_trials
 
@@ -26,11 +27,7 @@ FIRST = "[{loss.teacher_temp: 5.0}, {loss.teacher_temp: 0.03}]"
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    for label in list(PATTERNS)[:3]:
-        (folder / label).mkdir()
-        for i in range(8):
-            (folder / label / f"{i}.jpg").write_bytes(draw_demo_image(label, "train", i))
-    return folder
+    return write_images(folder, "train", labels=tuple(PATTERNS)[:3], per_label=8)
 
 
 def arguments(images: Path, runs: Path, name: str, *more: str) -> list[str]:
@@ -159,6 +156,27 @@ def test_a_finished_study_says_so_and_more_trials_extend_it(
     output = run_job("jobs.tune", *arguments(images, study.parent, "reference"))
     assert "is finished" in output
     assert {path: path.read_bytes() for path in study.glob("trials/*/*.json*")} == before
+
+
+def test_trials_that_share_one_stream_learn_what_they_learn_alone(
+    images: Path, reference: tuple[Path, str], tmp_path: Path
+) -> None:
+    two = [
+        "tune.trials=2",
+        "tune.first=[{loss.teacher_temp: 0.03}]",
+        "tune.confirm_top=0",
+        "tune.scheduler=none",
+    ]
+    shared = ["tune.share_stream=true", "tune.max_concurrent=2"]
+    output = run_job("jobs.tune", *arguments(images, tmp_path, "shared", *two, *shared), timeout_seconds=400)
+    assert "plan: 2 trials at once, 1 CPUs each, 1 CPUs augment for all of them" in output
+    for number, alone in (("0000", "0000"), ("0001", "0002")):
+        pair = [
+            dict(losses((folder / "metrics.jsonl").read_bytes()))
+            for folder in (tmp_path / "shared" / "trials" / number, reference[0] / "trials" / alone)
+        ]
+        assert len(pair[0]) == STEPS
+        assert pair[1].items() <= pair[0].items()  # the other may have been given up
 
 
 @pytest.fixture(scope="module")

@@ -66,9 +66,7 @@ def plan_study(
     `limit`: trials at once that were asked for; None takes as many as fit.
     """
     least, most = _actors(resources)
-    train = resources.train_workers * resources.cpus_per_train_worker
-    augment = least * resources.cpus_per_augment_actor
-    cpus_each, cpus_shared = (train, augment) if shares_stream else (train + augment, 0.0)
+    cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
     gpus_each = resources.train_workers if use_gpu else 0
     fit = floor((cpus - _FOR_RAY - cpus_shared) / cpus_each) if cpus_each else num_trials
     if gpus_each:
@@ -103,11 +101,17 @@ def local_cpus(resources: ResourcesConfig, *, cores: int, limit: int | None, sha
 
     As many trials at once as there are cores for all of each, at least one; or the `limit` asked for.
     """
-    least, _ = _actors(resources)
+    alone, _ = _cpus(resources, shares_stream=False)
+    at_once = limit or max(1, floor(cores / alone))
+    cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
+    return max(cores, ceil(at_once * cpus_each + cpus_shared) + _FOR_RAY)
+
+
+def _cpus(resources: ResourcesConfig, *, shares_stream: bool) -> tuple[float, float]:
+    """Of a trial, and of what all trials share."""
     train = resources.train_workers * resources.cpus_per_train_worker
-    augment = least * resources.cpus_per_augment_actor
-    at_once = limit or max(1, floor(cores / (train + augment)))
-    return max(cores, ceil(at_once * train + (1 if shares_stream else at_once) * augment) + _FOR_RAY)
+    augment = _actors(resources)[0] * resources.cpus_per_augment_actor
+    return (train, augment) if shares_stream else (train + augment, 0.0)
 
 
 def _actors(resources: ResourcesConfig) -> tuple[int, int | None]:
