@@ -110,7 +110,11 @@ def load(
 def apply_tree(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Put values by dotted key into a tree, in place."""
     for key, value in values.items():
-        _merge(tree, _nest(key.split("."), value))
+        *sections, leaf = key.split(".")
+        parent = tree
+        for section in sections:
+            parent = parent[section]
+        parent[leaf] = copy.deepcopy(value)  # not merged: a mapping replaces what was there
 
 
 def load_run_config(run: Directory, overrides: Sequence[str] = ()) -> Config:

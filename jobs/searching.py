@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,14 +31,13 @@ from jobs.study_lines import about_study, describe_search, trial_line
 from jobs.trial import TrialRunner
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board
-from pipeline.checkpoint import committed_steps
 from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
 from pipeline.study.findings import Findings, findings
 from pipeline.study.objective import Objective
 from pipeline.study.plan import StudyPlan, local_cpus
 from pipeline.study.population import check_population, run_population
-from pipeline.study.progress import confirmations, course, known, next_number
+from pipeline.study.progress import committed_course, confirmations, course, known, next_number
 from pipeline.study.ranking import searched
 from pipeline.study.report import write_study_report
 from pipeline.study.samplers import sampler
@@ -50,12 +49,11 @@ from pipeline.study.trials import (
     Tried,
     read_study,
     read_trials,
-    trial_directory,
     write_outcome,
     write_study,
     write_trial,
 )
-from pipeline.study.tuning import Course, Halving, Search, run_trials
+from pipeline.study.tuning import Halving, Search, run_trials
 
 _REPORT_SECONDS = 60.0
 """Least time between two reports of a study that goes on."""
@@ -93,6 +91,7 @@ class StudyRun:
         self._began = time.monotonic()
         self._reported = self._began
         self._plan: StudyPlan | None = None
+        self._ended: dict[int, Tried] = {}
         self._about = about_study(
             config,
             space,
@@ -105,7 +104,7 @@ class StudyRun:
 
     def is_done(self) -> bool:
         """Whether every trial that is asked for has ended, and the best are confirmed."""
-        tried = read_trials(self._directory)
+        tried = self._tried()
         ended = all(t.outcome for t in tried) and len(searched(tried)) >= self._num_trials
         return ended and not self._confirmations(tried)
 
@@ -130,30 +129,25 @@ class StudyRun:
                 self._directory, self._config, [ray.put(self._inputs)], self._objective, self._plan
             )
             seed = self._config.train.seed
-            if tune.scheduler == "pb2":
-                self._populate(self._sharing(runner, seed))
-            else:
-                halving = Halving(self._grace_steps, tune.reduction_factor, self._schedule.total_steps)
-                self._search(
-                    self._sharing(runner, seed),
-                    self._next_trial,
-                    {seed},
-                    halving if tune.scheduler == "asha" else None,
-                )
-            while confirming := self._confirmations(read_trials(self._directory)):
+            with self._sharing(runner, seed) as sharing:
+                if tune.scheduler == "pb2":
+                    self._populate(sharing)
+                else:
+                    halving = Halving(self._grace_steps, tune.reduction_factor, self._schedule.total_steps)
+                    asha = halving if tune.scheduler == "asha" else None
+                    self._search(sharing, self._next_trial, {seed}, asha)
+            while confirming := self._to_confirm():
                 self._console.print(
                     f"confirming the best {tune.confirm_top} with {tune.confirm_seeds} seeds each"
                 )
-                for trial in confirming:
-                    write_trial(self._directory, trial)
-                self._confirm(runner)
+                self._confirm(runner, sorted({trial.seed for trial in confirming}))
         finally:
             ray.shutdown()
 
     def write_findings(self) -> Findings:
         """study.json, best.yaml where there is a best, and the report."""
         self._write_study()
-        found = findings(read_trials(self._directory), read_study(self._directory))
+        found = findings(self._tried(), read_study(self._directory))
         if found.best is not None:
             best = candidate(self._config, found.best.params)
             best = best.model_copy(update={"name": f"{self._config.name}-best"})
@@ -161,16 +155,32 @@ class StudyRun:
         write_study_report(self._directory)
         return found
 
-    def _confirm(self, runner: TrialRunner) -> None:
-        """Run the trials that are still to confirm; where streams are shared, one seed after the other."""
-        seeds = sorted({t.trial.seed for t in read_trials(self._directory) if t.outcome is None})
+    def _confirm(self, runner: TrialRunner, seeds: Sequence[int]) -> None:
+        """Run what has begun of these seeds; where streams are shared, one seed after the other."""
         for part in [[seed] for seed in seeds] if self._config.tune.share_stream else [seeds]:
-            self._search(self._sharing(runner, part[0]), lambda: None, part)
+            with self._sharing(runner, part[0]) as sharing:
+                self._search(sharing, lambda: None, part)
 
-    def _sharing(self, runner: TrialRunner, seed: int) -> TrialRunner:
-        """The runner, with a stream that trials of this seed share, if they are to."""
+    def _to_confirm(self) -> list[Trial]:
+        """Trials that confirm and have not ended: those that had begun, and new ones, which are remembered."""
+        tried = self._tried()
+        new = self._confirmations(tried)
+        for trial in new:
+            write_trial(self._directory, trial)
+        return [t.trial for t in tried if t.outcome is None and t.trial.confirms is not None] + new
+
+    def _tried(self) -> list[Tried]:
+        """All trials; those that have ended do not change, and are read once."""
+        tried = read_trials(self._directory, ended=self._ended)
+        self._ended |= {t.trial.number: t for t in tried if t.outcome}
+        return tried
+
+    @contextlib.contextmanager
+    def _sharing(self, runner: TrialRunner, seed: int) -> Iterator[TrialRunner]:
+        """The runner, with a stream that trials of this seed share, if they are to; it ends with the block."""
         if not self._config.tune.share_stream:
-            return runner
+            yield runner
+            return
         assert self._plan is not None
         config = self._config.model_copy(
             update={"train": self._config.train.model_copy(update={"seed": seed})}
@@ -187,7 +197,10 @@ class StudyRun:
             num_actors=self._plan.augment_actors[1],
             window_bytes=self._config.tune.share_stream_bytes,
         )
-        return replace(runner, shared=shared)
+        try:
+            yield replace(runner, shared=shared)
+        finally:
+            shared.close()
 
     def _search(
         self,
@@ -198,7 +211,7 @@ class StudyRun:
     ) -> None:
         """Run the trials of these seeds that had begun, then those that `new` gives."""
         assert self._plan is not None
-        tried = read_trials(self._directory)
+        tried = self._tried()
         waiting = [t for t in tried if t.outcome is None and t.trial.seed in seeds]
         queue = [t.trial for t in waiting]
         run_trials(
@@ -206,7 +219,9 @@ class StudyRun:
                 propose=lambda: queue.pop(0) if queue else new(),
                 on_end=self._on_end,
                 ended={t.trial.number: course(t, self._objective) for t in searched(tried) if t.outcome},
-                begun={t.trial.number: self._begun(t) for t in waiting},
+                begun={
+                    t.trial.number: committed_course(self._directory, t, self._objective) for t in waiting
+                },
             ),
             runner,
             study=self._directory,
@@ -215,11 +230,6 @@ class StudyRun:
             halving=halving,
             max_failures=self._config.tune.max_failures,
         )
-
-    def _begun(self, tried: Tried) -> Course:
-        """What a trial that goes on from its last checkpoint will not evaluate again."""
-        steps = committed_steps(trial_directory(self._directory, tried.trial))
-        return course(tried, self._objective, up_to=max(steps, default=0))
 
     def _confirmations(self, tried: Sequence[Tried]) -> list[Trial]:
         tune = self._config.tune
@@ -233,14 +243,14 @@ class StudyRun:
         assert self._plan is not None
         size = self._num_trials
         check_population(size, self._plan.trials_at_once)
-        newest = {t.trial.number % size: t for t in read_trials(self._directory)}
+        newest = {t.trial.number % size: t for t in self._tried()}
         starts = [
             place(self._space, newest[slot].trial.params if slot in newest else self._propose(slot, [])[0])
             for slot in range(size)
         ]
 
         def ended(slot: int, error: str | None) -> None:
-            mine = [t for t in read_trials(self._directory) if t.trial.number % size == slot]
+            mine = [t for t in self._tried() if t.trial.number % size == slot]
             if mine:
                 self._on_end(mine[-1].trial, error)
 
@@ -257,7 +267,7 @@ class StudyRun:
     def _next_trial(self) -> Trial | None:
         """A new trial, remembered; parameters that do not go together have failed before they begin."""
         while True:
-            tried = read_trials(self._directory)
+            tried = self._tried()
             nth = len(searched(tried))
             if nth >= self._num_trials:
                 return None
@@ -276,7 +286,7 @@ class StudyRun:
     def _on_end(self, trial: Trial, error: str | None) -> None:
         if error is not None:
             write_outcome(self._directory, trial, Outcome("failed", None, 0, message=error))
-        (tried,) = (t for t in read_trials(self._directory) if t.trial.number == trial.number)
+        (tried,) = (t for t in self._tried() if t.trial.number == trial.number)
         self._console.print(trial_line(tried, self._about))
         self._write_study()
         if time.monotonic() - self._reported > _REPORT_SECONDS:

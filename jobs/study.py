@@ -18,7 +18,7 @@ from pipeline.study.config import StudySettings
 from pipeline.study.objective import Objective, choose
 from pipeline.study.plan import StudyPlan, plan_study
 from pipeline.study.samplers import grid_size
-from pipeline.study.space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Space, default_space
+from pipeline.study.space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Domain, Space, default_space
 from pipeline.training import DINOConfig, Schedule
 
 FREE = (
@@ -38,6 +38,10 @@ _WARMUPS = ("optim.warmup_epochs", "optim.freeze_last_layer_epochs", WARMUP_EPOC
 _WARMUP_SHARE = 0.3
 """Of a trial that is shorter than the run, a warm-up takes no more than this, or than its share of the run."""
 
+_NOT_SEARCHED = {
+    "train.seed": "seeds are for confirming; set tune.confirm_seeds",
+    "train.epochs": "trials are of one length; set tune.epochs",
+}
 _LOGGED_PER_EVALUATION = 6
 """Readings of a trial's health between two evaluations, at least: a collapse must be seen to last."""
 
@@ -64,16 +68,12 @@ def study_config(arguments: Namespace) -> StudyConfig:
 def space_of(config: StudyConfig) -> dict[str, Any]:
     """What is searched, each end of each domain tried as a config. ConfigError holds one line per mistake."""
     space: Space = config.tune.space or default_space(config.algorithm())
-    known = [key for key in leaf_fields(DINOConfig) if key != "train.seed"]
+    known = [key for key in leaf_fields(DINOConfig) if key not in _NOT_SEARCHED]
     mistakes = []
     for key, domain in space.items():
         if key not in known:
-            why = (
-                "seeds are for confirming: tune.confirm_seeds"
-                if key == "train.seed"
-                else "it is none of what is learnt"
-            )
-            mistakes.append(f"tune.space: {key}: {why}{did_you_mean(key, known)}")
+            why = _NOT_SEARCHED.get(key, f"it is none of what is learnt{did_you_mean(key, known)}")
+            mistakes.append(f"tune.space: {key}: {why}")
             continue
         if domain.is_continuous or domain.kind == "int":
             tried = [domain.at(0.0), domain.at(1.0)]
@@ -91,6 +91,11 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
                 f"tune.scheduler=pb2 moves settings while trials train, which {', '.join(fixed)} cannot; "
                 "leave them out of tune.space, or take tune.scheduler=asha"
             )
+    if config.tune.scheduler == "asha" and "train.global_batch_size" in space:
+        mistakes.append(
+            "tune.space: train.global_batch_size: trials of another number of steps cannot be compared on the way; "
+            "leave it out, or set tune.scheduler=none"
+        )
     if config.tune.share_stream:
         moved = [key for key in space if key.startswith("crops.") or key == "train.global_batch_size"]
         if moved:
@@ -100,12 +105,26 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
             )
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
-    return dict(space)
+    return {key: domain for key, domain in space.items() if not _is_one_in_short(config, key, domain)}
+
+
+def _is_one_in_short(config: StudyConfig, key: str, domain: Domain) -> bool:
+    """Whether a warm-up would be the same in all trials because they are short. ConfigError where it was asked for."""
+    if key not in _WARMUPS:
+        return False
+    tried = {repr(_warmups(config, {key: domain.at(u)})[key]) for u in (0.0, 1.0)}
+    if len(tried) > 1 or config.tune.space is None:
+        return len(tried) == 1
+    raise ConfigError(
+        f"tune.space: {key}: it would be {tried.pop()} in every trial of tune.epochs={config.tune.epochs:g}; "
+        "leave it out or raise tune.epochs"
+    )
 
 
 def _moves(key: str) -> bool:
     """Whether a setting may change in the middle of a run: it is read at each step and shapes no network."""
-    return key.partition(".")[0] in ("loss", "teacher", "optim") and not key.endswith("_epochs")
+    section, _, leaf = key.partition(".")
+    return section in ("loss", "teacher", "optim") and not leaf.endswith("_epochs") and leaf != "layer_decay"
 
 
 def objective_of(config: StudyConfig, space: Space) -> Objective:
@@ -119,6 +138,8 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
     plain = config.model_dump(mode="json")
     own = {key: _at(plain, key) for key in space}
     points = [own] if config.tune.try_recipe and config.tune.searcher != "grid" else []
+    if config.tune.scheduler == "pb2":  # it moves within the space alone
+        points = [point for point in points if _lies_in(space, point)]
     for point in config.tune.first:
         unknown = [key for key in point if key not in space]
         if unknown:
@@ -127,8 +148,16 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
                 f"tune.first: {', '.join(unknown)} is not in tune.space ({', '.join(space)}){near}"
             )
         candidate(config, point)
+        if config.tune.scheduler == "pb2" and not _lies_in(space, {**own, **point}):
+            raise ConfigError(
+                f"tune.first: {point} is outside of tune.space, which tune.scheduler=pb2 cannot leave"
+            )
         points.append({**own, **point})
     return points
+
+
+def _lies_in(space: Space, point: Mapping[str, Any]) -> bool:
+    return all(domain.holds(point[key]) for key, domain in space.items())
 
 
 def num_trials(config: StudyConfig, space: Space) -> int:
@@ -167,25 +196,34 @@ def trial_config(
     `init` replaces the section of this name: the trial goes on from another one.
     """
     tree = candidate(config, params).model_dump(mode="json")
-    length = config.tune.epochs or config.train.epochs
-    tree["train"]["epochs"] = length
-    for key in _WARMUPS:
-        section, _, leaf = key.partition(".")
-        epochs = tree[section][leaf]
-        longest = max(_WARMUP_SHARE, epochs / config.train.epochs) * length
-        if epochs > longest:
-            tree[section][leaf] = max(1, math.floor(longest)) if key == WARMUP_EPOCHS else longest
-    tree["train"]["seed"] = seed
+    apply_tree(tree, _warmups(config, params))
+    tree["train"] |= {"epochs": config.tune.epochs or config.train.epochs, "seed": seed}
     tree |= {"name": name, "storage_path": storage_path} | ({"init": dict(init)} if init else {})
     total = schedule_of(validate_as(Config, tree), num_images=num_images).total_steps
     every = max(1, math.ceil(total / config.tune.evaluations))
-    tree["eval"] |= {"every_steps": every, "lidar": True}
+    tree["eval"] |= {"every_steps": every, "label_free": True, "lidar": True}
     tree["checkpoint"]["every_steps"] = every
     tree["log"]["every_steps"] = max(1, min(tree["log"]["every_steps"], every // _LOGGED_PER_EVALUATION))
     tree["health"]["on_collapse"] = "stop"
     if config.tune.scheduler == "pb2":  # others go on from any of them
         tree["checkpoint"]["num_to_keep"] = config.tune.evaluations + 1
     return validate_as(Config, tree)
+
+
+def _warmups(config: StudyConfig, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Warm-ups of a trial: as they are, up to a share of it; one that is searched keeps its share of the run."""
+    plain = candidate(config, params).model_dump(mode="json")
+    found = {}
+    for key in _WARMUPS:
+        epochs = _at(plain, key)
+        share = epochs / config.train.epochs
+        longest = (share if key in params else max(_WARMUP_SHARE, share)) * (
+            config.tune.epochs or config.train.epochs
+        )
+        if epochs > longest:
+            epochs = max(1, round(longest)) if key == WARMUP_EPOCHS else longest
+        found[key] = epochs
+    return found
 
 
 def schedule_of(config: Config, *, num_images: int) -> Schedule:
@@ -195,7 +233,7 @@ def schedule_of(config: Config, *, num_images: int) -> Schedule:
 
 def grace_steps(config: StudyConfig, space: Space, *, num_images: int) -> int:
     """Steps before which no trial is given up: the longest warm-up in the space, and `tune.grace` of a trial."""
-    longest = {key: space[key].grid(2)[-1] for key in (WARMUP_EPOCHS, "optim.warmup_epochs") if key in space}
+    longest = {key: max(space[key].grid(2)) for key in (WARMUP_EPOCHS, "optim.warmup_epochs") if key in space}
     trial = trial_config(config, longest, name="0", storage_path="trials", seed=0, num_images=num_images)
     schedule = schedule_of(trial, num_images=num_images)
     return max(1, schedule.settled_step(), math.ceil(config.tune.grace * schedule.total_steps))

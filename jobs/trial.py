@@ -29,6 +29,7 @@ from pipeline.study.plan import StudyPlan
 from pipeline.study.population import MemberReport, Pointer
 from pipeline.study.space import at
 from pipeline.study.trials import (
+    OUTCOME,
     Outcome,
     Trial,
     evaluations,
@@ -43,7 +44,7 @@ _COMMIT_SECONDS = 120.0
 """Ray commits a checkpoint some seconds after it was taken."""
 
 _CLOCK = "clock.json"
-"""Seconds that a trial has taken so far, over all its attempts."""
+"""Seconds that a trial has taken so far, over all its attempts; the step at which it was told to stop, if it was."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class TrialRunner:
     shared: SharedStream | None = None
 
     def __call__(self, trial: Trial, report: Report) -> None:
-        """Train, and write the outcome. Errors of data or resources, which would meet each trial, are raised."""
+        """Train, and write the outcome. Errors of data or resources that meet the first trials are raised."""
         self._run(trial, _Attempt(self, trial, report, placed=report.placed))
 
     def member(
@@ -67,8 +68,6 @@ class TrialRunner:
     ) -> None:
         """A member of a population: the trial that it is at, or a new one that goes on from another's checkpoint."""
         trial = self._current(slot, cube, pointer)
-        if trial is None:
-            return
 
         def tell(step: int, score: float, scores: Mapping[str, float]) -> bool:
             report(Pointer(trial.number, step), score, scores)
@@ -76,39 +75,47 @@ class TrialRunner:
 
         self._run(trial, _Attempt(self, trial, tell, placed=report.placed))
 
-    def _current(self, slot: int, cube: Mapping[str, float], pointer: Pointer | None) -> Trial | None:
-        """None when the member's last trial has ended, and it takes over no other's."""
+    def _current(self, slot: int, cube: Mapping[str, float], pointer: Pointer | None) -> Trial:
+        """The member's newest trial, or a new one where it takes over another's weights, which ends those before."""
         mine = [t for t in read_trials(self.study) if t.trial.number % self.config.tune.trials == slot]
-        params = at(space_of(self.config), cube)
-        if not mine:
-            trial = Trial(slot, params, self.config.train.seed, "pb2")
-        elif pointer is None or pointer.number == mine[-1].trial.number:
-            return None if mine[-1].outcome else mine[-1].trial
+        params, seed = at(space_of(self.config), cube), self.config.train.seed
+        newest = mine[-1].trial if mine else None
+        if newest is None:
+            trial = Trial(slot, params, seed, "pb2")
+        elif pointer is None or pointer in (
+            (newest.number, pointer.step),
+            (newest.continues, newest.from_step),
+        ):
+            trial = newest
         else:
-            if mine[-1].outcome is None:
-                left = _Attempt(self, mine[-1].trial, lambda *_: True)
-                why = f"went on from trial {pointer.number:04d} at step {pointer.step}"
-                write_outcome(self.study, mine[-1].trial, left.outcome("stopped", message=why))
-            trial = Trial(
-                mine[-1].trial.number + self.config.tune.trials,
-                params,
-                self.config.train.seed,
-                "pb2",
-                continues=pointer.number,
-                from_step=pointer.step,
-            )
-        write_trial(self.study, trial)
+            number, donor = newest.number + self.config.tune.trials, pointer.number
+            trial = Trial(number, params, seed, "pb2", continues=donor, from_step=pointer.step)
+        if trial is not newest:
+            write_trial(self.study, trial)
+        for left in mine:
+            if left.outcome is None and left.trial.number != trial.number:
+                why = f"went on from trial {trial.continues:04d} at step {trial.from_step}"
+                attempt = _Attempt(self, left.trial, lambda *_: True)
+                write_outcome(self.study, left.trial, attempt.outcome("stopped", message=why))
         return trial
 
     def _run(self, trial: Trial, attempt: "_Attempt") -> None:
+        """Nothing for a trial that has ended: its process died before anybody heard."""
+        if trial_directory(self.study, trial).exists(OUTCOME):
+            return
         try:
             attempt.train()
             outcome = attempt.outcome("stopped" if attempt.stopped else "finished")
         except UnhealthyError as error:
             outcome = attempt.outcome("collapsed", verdict=error.verdict, message=str(error))
-        except ConfigError as error:
+        except DinorayError as error:
+            if not isinstance(error, ConfigError) and not self._any_has_trained():
+                raise  # of the data or the cluster, as it seems: it would meet every trial
             outcome = attempt.outcome("failed", message=str(error))
         write_outcome(self.study, trial, outcome)
+
+    def _any_has_trained(self) -> bool:
+        return any(t.outcome and t.outcome.status != "failed" for t in read_trials(self.study))
 
 
 Tell = Callable[[int, float, Mapping[str, float]], bool]
@@ -148,6 +155,9 @@ class _Attempt:
         learnt, weights, _ = what_is_learnt(config, run, num_images=self._inputs.images.num_images)
         self._out_dim = number(learnt.head.out_dim)
         if run.exists(RESULT):
+            return
+        self.stopped = self._clock.get("stopped") in committed_steps(run)
+        if self.stopped:
             return
         run.write("config.yaml", config.to_yaml().encode())
         plan = self._runner.plan
@@ -224,10 +234,17 @@ class _Attempt:
         elif event.kind == "eval":
             step, scores = facts["step"], {k: float(v) for k, v in facts.items() if k != "step"}
             scores |= {"loss": self._last["loss"]} if "loss" in self._last else {}
-            self._run.write(_CLOCK, json.dumps(self._clock | {"seconds": self._seconds()}).encode())
+            self._write_clock()
             # The last one is not told: it would end the trial before its run is complete.
             if step and step < self._last.get("total_steps", 0):
-                board.answer(step, go_on=self._tell(step, self._score(scores), scores))
+                goes_on = self._tell(step, self._score(scores), scores)
+                if not goes_on:  # remembered: a process that dies now must not be asked to decide again
+                    self._clock["stopped"] = step
+                    self._write_clock()
+                board.answer(step, go_on=goes_on)
+
+    def _write_clock(self) -> None:
+        self._run.write(_CLOCK, json.dumps(self._clock | {"seconds": self._seconds()}).encode())
 
     def _seconds(self) -> float:
         return self._clock["seconds"] + time.monotonic() - self._began

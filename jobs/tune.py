@@ -64,7 +64,9 @@ def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> N
         return
     if not directory.exists(STUDY) and directory.exists("metrics.jsonl"):
         raise ConfigError(f"name={config.name} is in use by a run: choose another name=...")
-    changed = differences(load_kept(StudyConfig, directory), config, free=FREE)
+    population = config.tune.scheduler == "pb2"  # of which each trial has its place
+    free = [key for key in FREE if key != "tune.trials" or not population]
+    changed = differences(load_kept(StudyConfig, directory), config, free=free)
     if changed and not resume:
         raise ConfigError(
             f"name={config.name} is in use by a study with other settings ({'; '.join(changed[:3])}"

@@ -61,6 +61,10 @@ class SharedStream:
         self._server = actor_here(_Server, *figures, max_restarts=-1, max_task_retries=-1)
         self._server.open.remote([self._plan])
 
+    def close(self) -> None:
+        """End the server and its actors. Whoever keeps a handle for good, as Tune does, keeps them too until then."""
+        ray.kill(self._server)
+
     def stats(self) -> SharedStats:
         """Figures of what sharing saved."""
         return ray.get(self._server.stats.remote())

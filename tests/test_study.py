@@ -51,6 +51,18 @@ def trial(config: StudyConfig, **params: object) -> object:
         ),
         (["tune.space={data.path: [a, b]}"], ["data.path", "none of what is learnt"]),
         (["tune.space={train.seed: {int: [0, 5]}}"], ["train.seed", "tune.confirm_seeds"]),
+        (["tune.space={train.epochs: {int: [10, 50]}}"], ["train.epochs", "set tune.epochs"]),
+        (
+            ["tune.space={train.global_batch_size: [64, 128]}"],
+            ["another number of steps", "tune.scheduler=none"],
+        ),
+        (
+            [
+                "tune.epochs=2",
+                "tune.space={loss.warmup_teacher_temp_epochs: {int: [2, 6]}, loss.teacher_temp: [0.03, 0.04]}",
+            ],
+            ["loss.warmup_teacher_temp_epochs: it would be 1 in every trial of tune.epochs=2"],
+        ),
         (
             ["tune.space={loss.teacher_temp: {uniform: [-1, 0.08]}}"],
             ["loss.teacher_temp=-1", "greater than 0"],
@@ -181,6 +193,43 @@ def test_a_trial_is_the_run_made_short_with_warm_ups_of_a_third_at_most() -> Non
     assert made.eval.every_steps == made.checkpoint.every_steps == 41  # type: ignore[attr-defined]
     assert made.health.on_collapse == "stop"  # type: ignore[attr-defined]
     assert made.eval.lidar  # type: ignore[attr-defined]
+
+
+def test_a_warm_up_that_is_searched_keeps_its_share_of_the_run() -> None:
+    config = study("data.path=x", "train.epochs=300", "tune.epochs=20", recipe="vit_small_imagenet_boost")
+    shares = [
+        trial(config, loss__warmup_teacher_temp_epochs=n).loss.warmup_teacher_temp_epochs
+        for n in (30, 60, 90)
+    ]  # type: ignore[attr-defined]
+    assert shares == [2, 4, 6]
+    assert trial(config).loss.warmup_teacher_temp_epochs == 6  # type: ignore[attr-defined]  # 30, up to 30 % of 20
+
+
+def test_the_default_space_has_no_warm_up_that_would_be_the_same_in_every_short_trial() -> None:
+    assert "loss.warmup_teacher_temp_epochs" in space_of(study())
+    assert "loss.warmup_teacher_temp_epochs" not in space_of(study("tune.epochs=1"))
+
+
+def test_a_choice_of_mappings_replaces_what_the_run_had() -> None:
+    made = candidate(study(), {"backbone.kwargs": {"depth": 2}})
+    assert made.backbone.kwargs == {"depth": 2}  # not the recipe's embed_dim beside it
+
+
+def test_a_population_begins_within_its_space() -> None:
+    outside = [
+        "tune.scheduler=pb2",
+        "tune.space={loss.teacher_temp: {uniform: [0.04, 0.06]}}",
+    ]  # the recipe has 0.03
+    config = study(*outside)
+    assert first_points(config, space_of(config)) == []
+    config = study(*outside, "tune.first=[{loss.teacher_temp: 0.09}]")
+    with pytest.raises(ConfigError, match=r"outside of tune\.space, which tune\.scheduler=pb2 cannot leave"):
+        first_points(config, space_of(config))
+
+
+def test_every_trial_measures_what_any_objective_asks_for() -> None:
+    made = trial(study("eval.val_path=null", "eval.label_free=false"))
+    assert (made.eval.label_free, made.eval.lidar) == (True, True)  # type: ignore[attr-defined]
 
 
 def test_a_short_warm_up_of_the_temperature_does_not_vanish() -> None:

@@ -40,6 +40,7 @@ def test_gpus_bound_them_too() -> None:
 def test_no_more_than_there_are_trials_and_no_more_than_asked_for() -> None:
     assert plan(cpus=100, num_trials=5).trials_at_once == 5
     assert plan(cpus=100, limit=2).trials_at_once == 2
+    assert plan(cpus=5, limit=4, num_trials=2).trials_at_once == 2
 
 
 def test_what_is_spare_goes_to_augmenting_up_to_the_most_that_was_set() -> None:

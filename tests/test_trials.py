@@ -42,6 +42,17 @@ def test_what_was_written_is_read_back_to_the_last_digit(tmp_path: Path) -> None
     assert len(found.records) == 0
 
 
+def test_trials_that_have_ended_are_not_read_again(tmp_path: Path) -> None:
+    study = Directory(str(tmp_path))
+    write_tried(study, tried(0))
+    write_tried(study, tried(1, status="unfinished"))
+    ended = {0: read_trials(study)[0]}
+    (tmp_path / "trials" / "0000" / "outcome.json").write_bytes(b"{")
+    found = read_trials(study, ended=ended)
+    assert found[0] is ended[0]
+    assert [t.trial.number for t in found] == [0, 1]
+
+
 def test_trials_come_in_the_order_of_their_numbers_however_many(tmp_path: Path) -> None:
     study = Directory(str(tmp_path))
     for number in (12345, 3, 9999, 10000):

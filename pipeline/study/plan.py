@@ -71,7 +71,7 @@ def plan_study(
     fit = floor((cpus - _FOR_RAY - cpus_shared) / cpus_each) if cpus_each else num_trials
     if gpus_each:
         fit = min(fit, gpus // gpus_each)
-    asked = limit or min(max(1, fit), num_trials)
+    asked = min(limit or max(1, fit), num_trials)
     if asked > fit:
         need = f"{asked} trials at once need {ceil(asked * cpus_each + cpus_shared)} CPUs"
         need += f" and {asked * gpus_each} GPUs" if gpus_each else ""

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.checkpoint import committed_steps
+from pipeline.storage import Directory
 from pipeline.study.objective import Objective
 from pipeline.study.ranking import searched
 from pipeline.study.samplers import Known
-from pipeline.study.trials import Trial, Tried, evaluations
+from pipeline.study.trials import Trial, Tried, evaluations, trial_directory
 
 
 def next_number(tried: Sequence[Tried]) -> int:
@@ -21,6 +23,12 @@ def course(tried: Tried, objective: Objective, *, up_to: int | None = None) -> M
         for step, score in scored.items()
         if score is not None and step and (up_to is None or step <= up_to)
     }
+
+
+def committed_course(study: Directory, tried: Tried, objective: Objective) -> Mapping[int, float]:
+    """Of a trial that goes on from its last checkpoint, what it will not evaluate again."""
+    steps = committed_steps(trial_directory(study, tried.trial))
+    return course(tried, objective, up_to=max(steps, default=0))
 
 
 def known(tried: Sequence[Tried], objective: Objective) -> list[Known]:

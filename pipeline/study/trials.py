@@ -114,10 +114,13 @@ def write_outcome(study: Directory, trial: Trial, outcome: Outcome) -> None:
     trial_directory(study, trial).write(OUTCOME, json.dumps(asdict(outcome), indent=1).encode())
 
 
-def read_trials(study: Directory) -> list[Tried]:
-    """All trials of the study, by number."""
+def read_trials(study: Directory, *, ended: Mapping[int, Tried] | None = None) -> list[Tried]:
+    """All trials of the study, by number; those in `ended` are taken from there, unread."""
     found = []
     for name in study.child("trials").list():
+        if ended and name.isdecimal() and int(name) in ended:
+            found.append(ended[int(name)])
+            continue
         run = study.child("trials").child(name)
         trial = _read(Trial, run, TRIAL)
         if trial is not None:  # else the folder was made and its trial lost before it was begun

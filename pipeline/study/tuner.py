@@ -6,6 +6,7 @@ Nothing of Tune's own state is ever read again: pipeline/study/trials.py is what
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,7 +14,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from models.settings import DinorayError, error_of, one_line
+from models.settings import DinorayError, error_of
 from pipeline.board import actor_here
 from pipeline.storage import Directory, filesystem
 
@@ -99,11 +100,20 @@ class Listener(Unsaved, tune.Callback):
     ) -> None:
         """Tune's hook, after the last attempt."""
         self._placements.clear(str(trial))
-        self.ended(trial, one_line(trial.get_error()))
+        self.ended(trial, _cause(trial))
 
     def ended(self, trial: TuneTrial, error: str | None) -> None:
         """A trial has ended, or failed for good with this error."""
         raise TypeError(f"{type(self).__name__} does not say what the end of {trial} means")
+
+
+def _cause(trial: TuneTrial) -> str:
+    """The last line of what Tune wrote down of the trial's error: on this machine, the storage has it later."""
+    try:
+        lines = Path(trial.error_file).read_text().strip().splitlines()
+    except (OSError, TypeError):
+        lines = []
+    return lines[-1].strip()[:300] if lines else "its process was lost"
 
 
 class _Stopper(Unsaved, tune.Stopper):
