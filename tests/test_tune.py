@@ -164,7 +164,7 @@ def test_trials_that_share_one_stream_learn_what_they_learn_alone(
     two = [
         "tune.trials=2",
         "tune.first=[{loss.teacher_temp: 0.03}]",
-        "tune.confirm_top=0",
+        "tune.confirm_seeds=3",
         "tune.scheduler=none",
     ]
     shared = ["tune.share_stream=true", "tune.max_concurrent=2"]
@@ -177,6 +177,8 @@ def test_trials_that_share_one_stream_learn_what_they_learn_alone(
         ]
         assert len(pair[0]) == STEPS
         assert pair[1].items() <= pair[0].items()  # the other may have been given up
+    # Each further seed has a stream of its own, for which the one before must have made room.
+    assert [found["status"] for found in outcomes(tmp_path / "shared").values()] == ["finished"] * 4
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +202,10 @@ def test_a_study_whose_driver_is_killed_goes_on_reruns_nothing_and_leaves_nothin
         path: path.read_bytes() for name in outcomes(study) for path in study.glob(f"trials/{name}/*.json*")
     }
     assert len(outcomes(study)) < 5
+    with start_job("jobs.tune", *again, env=head) as job:  # and once more, while the best is being confirmed
+        job.wait_until(lambda: (study / "trials" / "0004" / "config.yaml").exists(), timeout_seconds=400)
+        job.process.kill()
+        job.process.wait()
 
     output = run_job("jobs.tune", *again, env=head, timeout_seconds=400)
 

@@ -1,9 +1,11 @@
 """ASHA decides, the referee tells, the past counts: without Tune's loop, on trials that are names and numbers."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from pipeline.study.trials import Trial
+from pipeline.study.tuner import _cause
 from pipeline.study.tuning import Halving, Search, _Refereed
 
 
@@ -82,3 +84,11 @@ def test_what_is_no_evaluation_is_not_decided_on() -> None:
     scheduler.on_trial_add(None, trial)
     assert scheduler.on_trial_result(None, trial, {"error": "no such bucket", "exit_code": 3}) == "CONTINUE"
     assert told.decisions == {}
+
+
+def test_a_trial_that_failed_says_what_of_in_one_line(tmp_path: Path) -> None:
+    written = tmp_path / "error.txt"
+    written.write_text("Failure # 1 (occurred at noon)\nTraceback ...\nValueError: depth must be above 0\n\n")
+    trial: Any = SimpleNamespace(error_file=str(written))
+    assert _cause(trial) == "ValueError: depth must be above 0"
+    assert _cause(SimpleNamespace(error_file=None)) == "its process was lost"  # type: ignore[arg-type]
