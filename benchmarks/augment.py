@@ -41,7 +41,8 @@ import augment_tables as tables
 import numpy as np
 import torch
 
-from jobs.config import CommandLine, load_config
+from jobs.arguments import CommandLine
+from jobs.config import load_config
 from jobs.entry import run_main
 from models.settings import ConfigError, ResourceError
 from pipeline import compiled

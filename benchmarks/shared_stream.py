@@ -32,7 +32,8 @@ from stream import draw, edge_turns, session_cpu, touch
 from stream_alone import available_cores
 from stream_tables import markdown
 
-from jobs.config import CommandLine, load_config
+from jobs.arguments import CommandLine
+from jobs.config import load_config
 from jobs.entry import run_main, start_ray
 from models.settings import ConfigError
 from pipeline import dataset, shared_stream

@@ -46,7 +46,8 @@ import stream_tables as tables
 from augment_tables import machine
 from stream_alone import Work, available_cores, blocks_alone, kernel_alone
 
-from jobs.config import CommandLine, Config, load_config
+from jobs.arguments import CommandLine
+from jobs.config import Config, load_config
 from jobs.entry import run_main, start_ray
 from models.settings import ConfigError, ResourceError
 from pipeline import dataset
