@@ -187,10 +187,10 @@ def run_training(
     # In a thread, because an error that only a person can mend must not wait for Ray's retries.
     thread = threading.Thread(target=run_fit, daemon=True)
     thread.start()
-    stopped_at = None
+    trains, stopped_at = False, None
 
     def follow() -> None:
-        nonlocal stopped_at
+        nonlocal trains, stopped_at
         while thread.is_alive() or outcome:
             event = board.take(timeout_seconds=0.5)
             if event is None:
@@ -202,6 +202,7 @@ def run_training(
                     thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
                 raise error
             else:
+                trains |= event.kind == "step"
                 if event.kind == "stopped":
                     stopped_at = event.facts["step"]
                 on_event(event, board)
@@ -211,7 +212,10 @@ def run_training(
     try:
         follow()
     except KeyboardInterrupt:
-        board.stop()  # a second one ends it at once
+        if not trains:
+            raise
+        board.stop()
+        on_event(Event("note", {"text": "stopping with a checkpoint; once more ends it without"}), board)
         follow()
         raise KeyboardInterrupt(f"step {stopped_at}" if stopped_at is not None else "") from None
     return stopped_at
