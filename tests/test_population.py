@@ -16,7 +16,7 @@ from pipeline.study.trials import read_trials
 @pytest.mark.ray
 @pytest.mark.slow
 def test_weak_members_go_on_from_strong_ones_with_other_settings(images: Path, tmp_path: Path) -> None:  # noqa: F811
-    members = 4
+    members = 3
     shared = arguments(images, tmp_path, "population", "train.epochs=8", "tune.evaluations=4")
     output = run_job(
         "jobs.tune",
