@@ -15,6 +15,7 @@ import pytest
 import torch
 from oracles import WrittenOutRun
 from ranks import NUM_STEPS, run_steps, training_config, two_ranks
+from test_architecture import RAY_MODULES
 from tiny import NUM_IMAGES, TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 
@@ -455,9 +456,9 @@ assert not any(name.partition(".")[0] == "ray" for name in sys.modules)
 
 def test_a_step_runs_and_all_but_the_ray_modules_import_where_ray_is_missing() -> None:
     root = Path(__file__).parents[1]
-    files = [*root.glob("models/*.py"), *root.glob("pipeline/*.py")]
-    names = [f"{file.parent.name}.{file.stem}" for file in files if file.stem != "__init__"]
-    pure = sorted(set(names) - {"pipeline.dataset", "pipeline.worker", "pipeline.board"})
+    files = [path for layer in ("models", "pipeline") for path in (root / layer).rglob("*.py")]
+    names = {file.relative_to(root).as_posix() for file in files if file.stem != "__init__"}
+    pure = sorted(name.removesuffix(".py").replace("/", ".") for name in names - RAY_MODULES)
     assert "pipeline.training" in pure
     path = os.pathsep.join([str(root), str(root / "tests")])
     done = subprocess.run(
