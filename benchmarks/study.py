@@ -31,7 +31,7 @@ SETTINGS = [
 ]
 STUDIES = {
     "to-the-end": ["tune.searcher=quasi", "tune.scheduler=none"],
-    "halved": ["tune.trials=12", "tune.confirm_top=1"],
+    "halved": ["tune.trials=12", "tune.confirm_top=1", "tune.grace=0.25"],
 }
 
 

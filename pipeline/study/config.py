@@ -35,8 +35,8 @@ class StudySettings(Settings):
     """ASHA gives up all but the best at each rung; PB2 moves settings of a population while it trains."""
     reduction_factor: float = Field(default=3, gt=1)
     """One of so many goes on at each rung of ASHA."""
-    grace: float = Field(default=0.25, ge=0, le=1)
-    """Share of a trial before which none is given up; at least until all warm-ups are over."""
+    grace: float = Field(default=0.4, ge=0, le=1)
+    """Share of a trial before which none is given up: early scores say little; at least until all warm-ups are over."""
     confirm_top: int = Field(default=3, ge=0)
     """The best so many are run again with other seeds; 0: no confirmation."""
     confirm_seeds: int = Field(default=3, ge=2)
