@@ -38,13 +38,14 @@ from pipeline.study.trials import (
     write_outcome,
     write_trial,
 )
+from pipeline.study.tuner import remove_left_group
 from pipeline.study.tuning import Report
 
 _COMMIT_SECONDS = 120.0
 """Ray commits a checkpoint some seconds after it was taken."""
 
 _CLOCK = "clock.json"
-"""Seconds that a trial has taken so far, over all its attempts; the step at which it was told to stop, if it was."""
+"""Of a trial so far: seconds over all attempts, where its workers are, the step at which it was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ class _Attempt:
         if self.stopped:
             return
         run.write("config.yaml", config.to_yaml().encode())
+        if "group" in self._clock:
+            remove_left_group(self._clock["group"])
         plan = self._runner.plan
         stopped_at = run_training(
             config,
@@ -226,6 +229,8 @@ class _Attempt:
     def _on_event(self, event: Event, board: Board) -> None:
         facts = event.facts
         if event.kind == "placed":
+            self._clock["group"] = facts["group"].id.hex()
+            self._write_clock()
             self._placed(facts["group"])
         elif event.kind == "step":
             if not self._clock["start_seconds"]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.util
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -46,6 +47,12 @@ class Placements:
         group = ray.get(self._actor.take.remote(name))
         if group is not None:
             remove_placement_group(group)
+
+
+def remove_left_group(group_id: str) -> None:
+    """Remove the placement group of this hexadecimal id, if it is there: a killed driver's may outlive it."""
+    if ray.util.placement_group_table().get(group_id, {}).get("state") not in (None, "REMOVED"):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
 
 
 class _Groups:
