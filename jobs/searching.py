@@ -33,7 +33,7 @@ from models.settings import ConfigError, DinorayError
 from pipeline.board import Board
 from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
-from pipeline.study.findings import Findings, findings
+from pipeline.study.findings import findings
 from pipeline.study.objective import Objective
 from pipeline.study.plan import StudyPlan, local_cpus
 from pipeline.study.population import check_population, run_population
@@ -144,7 +144,7 @@ class StudyRun:
         finally:
             ray.shutdown()
 
-    def write_findings(self) -> Findings:
+    def write_findings(self) -> None:
         """study.json, best.yaml where there is a best, and the report."""
         self._write_study()
         found = findings(self._tried(), read_study(self._directory))
@@ -153,7 +153,6 @@ class StudyRun:
             best = best.model_copy(update={"name": f"{self._config.name}-best"})
             self._directory.write(BEST, best.to_yaml().encode())
         write_study_report(self._directory)
-        return found
 
     def _confirm(self, runner: TrialRunner, seeds: Sequence[int]) -> None:
         """Run what has begun of these seeds; where streams are shared, one seed after the other."""
@@ -233,9 +232,8 @@ class StudyRun:
 
     def _confirmations(self, tried: Sequence[Tried]) -> list[Trial]:
         tune = self._config.tune
-        top = (
-            0 if tune.scheduler == "pb2" else tune.confirm_top
-        )  # that finds a course of settings, not a point
+        # A population finds a course of settings, not a point that another seed could repeat.
+        top = 0 if tune.scheduler == "pb2" else tune.confirm_top
         return confirmations(tried, top=top, num_seeds=tune.confirm_seeds)
 
     def _populate(self, runner: TrialRunner) -> None:
