@@ -18,6 +18,7 @@ from jobs.keys import did_you_mean, explain, flatten, leaf_fields
 from jobs.recipes import RECIPES
 from models.settings import ConfigError
 from pipeline.checkpoint import CheckpointConfig
+from pipeline.cost import CostConfig
 from pipeline.features import EvalConfig
 from pipeline.health import HealthConfig
 from pipeline.manifest import DataConfig
@@ -29,7 +30,7 @@ from pipeline.storage import Directory, MissingObject, is_s3, split_s3_uri
 from pipeline.training import DINOConfig
 
 FREE_SECTIONS = frozenset(
-    {"resources", "log", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
+    {"resources", "cost", "log", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
 )
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
@@ -51,6 +52,7 @@ class Config(DINOConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    cost: CostConfig = CostConfig()
 
     @field_validator("storage_path")
     @classmethod

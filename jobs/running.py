@@ -30,7 +30,8 @@ from pipeline.source import Source
 from pipeline.start import read_weights, start_from
 from pipeline.storage import Directory
 from pipeline.training import DINOConfig, build_state
-from pipeline.worker import WorkerSpec, fit
+from pipeline.worker import fit
+from pipeline.worker_spec import WorkerSpec
 
 _NUM_PICTURES = 4
 """Images whose attention is drawn at each evaluation."""

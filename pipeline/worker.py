@@ -4,66 +4,33 @@ The only user of ray.train. `fit` starts the workers from the driver; `work` is 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
 
-from models.interop import Weights
 from models.settings import DinorayError
 from pipeline import dataset, shared_stream
-from pipeline.board import ALIKE, Board, known_error
-from pipeline.checkpoint import CheckpointConfig, checkpoint_name, load_checkpoint, temporary_checkpoint
+from pipeline.board import ALIKE, known_error
+from pipeline.checkpoint import checkpoint_name, load_checkpoint, temporary_checkpoint
 from pipeline.crops_config import crop_bytes
 from pipeline.evaluation import evaluate
-from pipeline.features import EvalConfig
-from pipeline.health import HealthConfig, UnhealthyError, Verdict
+from pipeline.health import UnhealthyError, Verdict
 from pipeline.layout import lay_out
-from pipeline.metrics import LogConfig, Meter, MetricsLog
-from pipeline.probes import ProbeConfig
+from pipeline.metrics import Meter, MetricsLog
 from pipeline.processes import all_reduce_max, distribute, set_up_device
 from pipeline.quarantine import Quarantine
 from pipeline.resources import ResourcesConfig
-from pipeline.source import Source
-from pipeline.start import InitConfig, start_from
-from pipeline.storage import Directory, filesystem
-from pipeline.training import DINOConfig, build_state, train
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """All that a worker needs to know; sent to each."""
-
-    run: Directory
-    board: Board
-    config: DINOConfig
-    stream: dataset.StreamPlan
-    checkpoint: CheckpointConfig
-    log: LogConfig
-    eval: EvalConfig
-    probe: ProbeConfig
-    health: HealthConfig
-    init: InitConfig
-    init_weights: "ray.ObjectRef[Weights] | None"
-    pictures: "ray.ObjectRef[list[tuple[str, NDArray[np.uint8]]]]"
-    eval_sources: "tuple[ray.ObjectRef[Source], ray.ObjectRef[Source]] | None"
-    num_images: int
-    max_bad_fraction: float
-    prefetch_batches: int
-    can_restart: bool
-    shared: "shared_stream.SharedStream | None" = None
-    """The stream to take part in; None: one of its own."""
-    asks: bool = False
-    """Whether, after each evaluation, the workers wait on the board to be told if they go on."""
+from pipeline.start import start_from
+from pipeline.storage import filesystem
+from pipeline.training import build_state, train
+from pipeline.worker_spec import WorkerSpec
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:

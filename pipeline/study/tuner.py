@@ -156,6 +156,9 @@ def run_tune(
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may collapse before it is first evaluated
+        # Written at the start and at the end only: Tune uploads its state beside writing it, and complains with a
+        # traceback when a file has been renamed meanwhile.
+        "TUNE_GLOBAL_CHECKPOINT_S": "inf",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
     storage, path = filesystem(study.uri)
