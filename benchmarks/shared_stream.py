@@ -197,6 +197,7 @@ def main(argv: list[str]) -> None:
             seed=0,
             augment_actors=(1, 1),
             cpus_per_augment_actor=1,
+            cool_down_seconds=60,
         )
         measured: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for i, layout in enumerate(layouts):

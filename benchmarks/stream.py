@@ -196,6 +196,7 @@ def measure(
         seed=0,
         augment_actors=(actors, actors),
         cpus_per_augment_actor=threads,
+        cool_down_seconds=60,
     )
     cores = available_cores()
     measured: dict[str, list[dict[str, Any]]] = {"kernel": [], "block": [], "stream": []}

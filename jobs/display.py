@@ -1,56 +1,59 @@
-"""What a person sees of a run: one live line on a terminal, plain lines elsewhere."""
+"""What a person sees of a run: a view that stays in place on a terminal, plain lines elsewhere."""
 
 import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 _PLAIN_SECONDS = 5.0
 """Least time between plain lines, so that a log of a long run stays readable."""
+_COLUMNS = 3
+_KINDS = ("head", "cpu", "gpu")
 
 
 class Display:
     """Shows events of the board as they come; use as a context manager."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, *, title: str = "") -> None:
+        """`title`: what the view is headed with."""
+        self._console, self._title = console, title
         self._knn = ""
         self._last_plain = 0.0
         self._first: tuple[int, float] | None = None
-        self._progress: Progress | None = None
-        if console.is_terminal:
-            self._progress = Progress(
-                SpinnerColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"), console=console
-            )
-            self._task = self._progress.add_task("starting the workers", total=None)
+        self._live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
 
     def __enter__(self) -> "Display":
-        if self._progress:
-            self._progress.start()
+        if self._live:
+            self._live.start()
+            self._live.update(Text("starting the workers"))
         else:
             self._console.print("starting the workers")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
+        if self._live:
+            self._live.stop()
 
     def step(self, facts: dict[str, Any]) -> None:
         """Metrics of a logged step."""
         step, total = int(facts["step"]), int(facts["total_steps"])
-        line = status_line(facts, knn=self._knn, eta_seconds=self._eta(step, total))
-        if self._progress:
-            self._progress.update(self._task, completed=step, total=total, description=line)
+        shown = describe_step(facts, knn=self._knn, eta_seconds=self._eta(step, total))
+        if self._live:
+            self._live.update(_view(self._title, shown, step=step, total=total))
         elif step == total or time.monotonic() - self._last_plain >= _PLAIN_SECONDS:
             self._last_plain = time.monotonic()
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(status_line(shown), highlight=False, soft_wrap=True)
 
     def eval(self, facts: dict[str, Any]) -> None:
         """Scores of an evaluation."""
         for name, score in facts.items():
             if name.startswith("knn_"):
-                self._knn = f"{name} {score:.1%}"
+                self._knn = f"{score:.1%} k={name.removeprefix('knn_')}"
                 break
         if scores := describe_scores(facts):  # without labelled images there are none
             self.note(f"evaluation after step {facts['step']}: {scores}")
@@ -68,23 +71,49 @@ class Display:
         return (now - since) / (step - first_step) * (total - step) if step > first_step else None
 
 
-def status_line(facts: dict[str, Any], *, knn: str, eta_seconds: float | None) -> str:
-    """One line about one step."""
-    parts = [
-        f"step {facts['step']}/{facts['total_steps']}",
-        f"loss {facts['loss']:.3f}",
-        f"entropy {facts['teacher_entropy']:.2f}",
-        f"{facts['images_per_second']:.0f} images/s",
-        f"data wait {facts['data_wait']:.0%}",
-    ]
+def describe_step(facts: dict[str, Any], *, knn: str, eta_seconds: float | None) -> dict[str, str]:
+    """What is worth a look of one step, by name; what is not there is left out."""
+    shown = {
+        "step": f"{facts['step']}/{facts['total_steps']}",
+        "loss": f"{facts['loss']:.3f}",
+        "entropy": f"{facts['teacher_entropy']:.2f}",
+        "images/s": f"{facts['images_per_second']:.0f}",
+        "data wait": f"{facts['data_wait']:.0%}",
+    }
+    if sum(facts.get(f"nodes_{kind}", 0) for kind in _KINDS) > 1:
+        shown["nodes"] = " + ".join(
+            f"{facts[f'nodes_{kind}']:.0f} {kind}" for kind in _KINDS if facts[f"nodes_{kind}"]
+        )
+    if (target := facts.get("augment_target", 1)) > 1:
+        shown["augment actors"] = f"{facts['augment_actors']:.0f} of {target:.0f}"
     if facts.get("bad_images"):
-        parts.append(f"bad images {facts['bad_images']}")
+        shown["bad images"] = f"{facts['bad_images']}"
     if knn:
-        parts.append(knn)
+        shown["k-NN"] = knn
+    if "dollars" in facts:
+        shown["cost"] = f"${facts['dollars']:.2f}"
     if eta_seconds is not None:
         minutes, seconds = divmod(int(eta_seconds), 60)
-        parts.append(f"ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}")
-    return "  ".join(parts)
+        shown["ETA"] = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    return shown
+
+
+def status_line(shown: dict[str, str]) -> str:
+    """One line about one step."""
+    return "  ".join(
+        f"{value} {name}" if name == "images/s" else f"{name} {value}" for name, value in shown.items()
+    )
+
+
+def _view(title: str, shown: dict[str, str], *, step: int, total: int) -> RenderableType:
+    """The same for a terminal: a bar and a few columns."""
+    table = Table.grid(padding=(0, 2))
+    items = [Text.assemble((f"{name} ", "dim"), value) for name, value in shown.items()]
+    for first in range(0, len(items), _COLUMNS):
+        table.add_row(*items[first : first + _COLUMNS])
+    return Panel(
+        Group(ProgressBar(total=total, completed=step), table), title=title or None, title_align="left"
+    )
 
 
 def describe_scores(scores: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     )
     use_gpu, augment_actors = start_ray(config.resources, verbose=arguments.verbose)
     try:
-        with Display(console) as display:
+        with Display(console, title=run.uri) as display:
 
             def show(event: Event, _: Board) -> None:
                 if event.kind == "step":

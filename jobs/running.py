@@ -130,6 +130,7 @@ def stream_plan(
         seed=config.train.seed,
         augment_actors=augment_actors,
         cpus_per_augment_actor=config.resources.cpus_per_augment_actor,
+        cool_down_seconds=config.resources.cool_down_seconds,
     )
 
 
@@ -166,6 +167,7 @@ def run_training(
         eval=config.eval,
         probe=config.probe,
         health=config.health,
+        cost=config.cost,
         init=config.init,
         init_weights=None if weights is None else ray.put(weights),
         pictures=ray.put(inputs.pictures() if draws else []),

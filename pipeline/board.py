@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.settings import ConfigError, DinorayError, error_of
 from pipeline.health import UnhealthyError, Verdict
+from pipeline.pool_size import Reading
 
 ALIKE = (UnhealthyError, ConfigError)
 """Errors that all workers come to at the same step, so that each of them can end by itself."""
@@ -37,9 +38,22 @@ class _Events:
         self._claims: Counter[str] = Counter()
         self._answers: defaultdict[int, asyncio.Future[bool]] = defaultdict(asyncio.Future)
         self._stop = False
+        self._pool: dict[str, int] = {}
+        self._reading: Reading | None = None
+        self._num_readings = 0
 
     async def post(self, event: Event) -> None:
         self._queue.put_nowait(event)
+        if event.kind == "step":
+            self._num_readings += 1
+            self._reading = Reading(event.facts["data_wait"], event.facts["images_per_second"])
+
+    async def tell_pool(self, pool: dict[str, int]) -> tuple[int, Reading | None]:
+        self._pool = pool
+        return self._num_readings, self._reading
+
+    async def pool(self) -> dict[str, int]:
+        return self._pool
 
     async def claim(self, what: str) -> int:
         self._claims[what] += 1
@@ -101,6 +115,14 @@ class Board:
     def claim(self, what: str) -> int:
         """How many times, with this one, `what` was asked for since the driver started: 1 for the first."""
         return ray.get(self._actor.claim.remote(what))
+
+    def tell_pool(self, pool: dict[str, int]) -> "ray.ObjectRef[tuple[int, Reading | None]]":
+        """Say how the pool of augment actors stands; the answer is how many readings the trainer took, and the last."""
+        return self._actor.tell_pool.remote(pool)
+
+    def pool(self) -> dict[str, int]:
+        """`running`, `pending`, `active` and `target` of the augment actors, as told last; empty before that."""
+        return ray.get(self._actor.pool.remote())
 
     def take(self, *, timeout_seconds: float) -> Event | None:
         """The next event, or None after `timeout_seconds`."""

@@ -8,6 +8,7 @@ alternate over ranks and every batch a rank receives is the one its step calls f
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipeline.crops import limit_threads, prepare_kernel
 from pipeline.crops_config import CropsConfig, crop_bytes
 from pipeline.layout import Layout
 from pipeline.order import Order
+from pipeline.pool import PoolControl
 from pipeline.source import Source
 
 _LEG_BLOCKS = 4096
@@ -40,7 +42,9 @@ class StreamPlan:
     crops: CropsConfig
     seed: int
     augment_actors: tuple[int, int]
+    """Least and most; in between, pool_size.py decides."""
     cpus_per_augment_actor: float
+    cool_down_seconds: float
 
 
 def open_augmenter(plan: StreamPlan) -> Augmenter:
@@ -76,26 +80,35 @@ def open_splits(
     plan: StreamPlan, layout: Layout, *, locality_hints: list[str] | None = None
 ) -> list[DataIterator]:
     """Start the plan for `layout` and return one iterator per rank, picklable. Call on one rank."""
-    context = ray.data.DataContext.get_current()
+    low, high = plan.augment_actors
+    # A pool that was opened before goes on at the size it had come to.
+    start = min(high, max(low, plan.board.pool().get("target", low)))
+    context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # splits alternate over ranks only in this order
     context.enable_progress_bars = False
     # A block of the plan must stay one block: twice its bytes never reaches the limit at which Ray cuts.
     rows = layout.steps_per_block * layout.batch_size_per_worker
     context.target_max_block_size = max(128 << 20, 2 * rows * crop_bytes(plan.crops))
+    context.custom_execution_callback_classes = [
+        partial(PoolControl, plan.board, low, high, start, plan.cool_down_seconds)
+    ]
     # Not range(): it would run a task per block just to make a number, at a fifth of what Ray takes for a block.
     numbers = [{"id": i} for i in range(layout.num_blocks)]
-    blocks = ray.data.from_items(numbers, override_num_blocks=len(numbers))
-    low, high = plan.augment_actors
-    crops = blocks.map_batches(
-        MultiCropActor,
-        batch_size=1,
-        fn_constructor_args=(plan, layout),
-        compute=ActorPoolStrategy(
-            min_size=low, max_size=high, enable_true_multi_threading=True, max_concurrent_calls_per_actor=2
-        ),
-        num_cpus=plan.cpus_per_augment_actor,
-    )
-    return crops.streaming_split(layout.world_size, equal=True, locality_hints=locality_hints)
+    with ray.data.DataContext.current(context):
+        blocks = ray.data.from_items(numbers, override_num_blocks=len(numbers))
+        crops = blocks.map_batches(
+            MultiCropActor,
+            batch_size=1,
+            fn_constructor_args=(plan, layout),
+            compute=ActorPoolStrategy(
+                min_size=start,
+                max_size=start,
+                enable_true_multi_threading=True,
+                max_concurrent_calls_per_actor=2,
+            ),
+            num_cpus=plan.cpus_per_augment_actor,
+        )
+        return crops.streaming_split(layout.world_size, equal=True, locality_hints=locality_hints)
 
 
 def legs(layout: Layout) -> Iterator[Layout]:

@@ -20,6 +20,8 @@ class ResourcesConfig(Settings):
     """CPU actors that fetch and crop: a number, a range [least, most] that follows demand, or all CPUs left over."""
     cpus_per_augment_actor: float = Field(default=1, gt=0)
     """CPUs reserved for each augment actor."""
+    cool_down_seconds: float = Field(default=60, gt=0)
+    """A range of augment actors shrinks after as long in which the train workers never waited for data."""
     prefetch_batches: int = Field(default=2, ge=0)
     """Batches that each train worker holds ready."""
     max_failures: int = Field(default=3, ge=-1)

@@ -3,6 +3,7 @@
 The only user of ray.train. `fit` starts the workers from the driver; `work` is what each of them runs.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from pipeline.evaluation import evaluate
 from pipeline.health import UnhealthyError, Verdict
 from pipeline.layout import lay_out
 from pipeline.metrics import Meter, MetricsLog
+from pipeline.nodes import NodeWatch, spent
+from pipeline.pool import pool_metrics
 from pipeline.processes import all_reduce_max, distribute, set_up_device
 from pipeline.quarantine import Quarantine
 from pipeline.resources import ResourcesConfig
@@ -91,6 +94,7 @@ class _Worker:
         )
         self.quarantine = Quarantine(self._initialise() if self.is_new else self._restore())
         self.state.student = distribute(self.state.dino, device)
+        self.nodes = NodeWatch(spec.cost, dollars=spent(spec.run)) if self.rank == 0 else None
         self.log = (
             MetricsLog(
                 spec.run,
@@ -190,9 +194,10 @@ class _Worker:
             file=self.spec.run.join("quarantine.jsonl"),
         )
         metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=state.skipped_in_a_row)
-        if self.log:
-            metrics |= {"epoch": seen / self.spec.num_images, **self.meter.read()}
+        if self.log and self.nodes:
+            metrics |= {"epoch": seen / self.spec.num_images, "time": time.time(), **self.meter.read()}
             metrics |= {"bad_images": self.quarantine.counts.total(), "skipped_steps": state.skipped}
+            metrics |= {**self.nodes.read(), **pool_metrics(self.spec.board.pool())}
             self.log.log(state.step, metrics)
             self.spec.board.post("step", step=state.step, total_steps=state.schedule.total_steps, **metrics)
         self._heed(Verdict(metrics["verdict"]))

@@ -9,6 +9,7 @@ from ray import ObjectRef
 from models.interop import Weights
 from pipeline.board import Board
 from pipeline.checkpoint import CheckpointConfig
+from pipeline.cost import CostConfig
 from pipeline.dataset import StreamPlan
 from pipeline.features import EvalConfig
 from pipeline.health import HealthConfig
@@ -34,6 +35,7 @@ class WorkerSpec:
     eval: EvalConfig
     probe: ProbeConfig
     health: HealthConfig
+    cost: CostConfig
     init: InitConfig
     init_weights: "ObjectRef[Weights] | None"
     pictures: "ObjectRef[list[tuple[str, NDArray[np.uint8]]]]"

@@ -33,6 +33,8 @@ class FaultProxy:
     max_in_flight: int = 0
     gate: int = 0
     """Hold GET answers back until this many requests wait at once; proves that so many really do."""
+    delay_seconds: float = 0.0
+    """How long each GET answer takes at least, as if the store were far away."""
     bytes_answered: int = 0
     """Bytes of answers passed on, without their heads."""
     _faults: list[Fault] = field(default_factory=list)
@@ -132,6 +134,8 @@ class _Connection:
                 while proxy.in_flight < proxy.gate:
                     await asyncio.sleep(0.005)
                 proxy.gate = 0
+            if method == b"GET" and proxy.delay_seconds:
+                await asyncio.sleep(proxy.delay_seconds)
             if fault == "hang":
                 await self.reader.read()  # until the client gives up
                 return False

@@ -52,15 +52,7 @@ def ray_head(env: Mapping[str, str] | None = None) -> Iterator[RayHead]:
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{address}/api/version", timeout=5):
-                    break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, "ray start ended"
-                assert time.monotonic() < deadline, "the dashboard did not come up"
-                time.sleep(0.2)
+        wait_for_dashboard(address, process)
         environment = variables | {"RAY_API_SERVER_ADDRESS": address}
         yield RayHead(address, f"127.0.0.1:{port}", Path(temp_dir), environment)
     finally:
@@ -68,3 +60,16 @@ def ray_head(env: Mapping[str, str] | None = None) -> Iterator[RayHead]:
         process.wait()
         end_processes([*processes_with(temp_dir), *processes_with(f"127.0.0.1:{port}")])
         shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def wait_for_dashboard(address: str, process: "subprocess.Popen[bytes]") -> None:
+    """Return once the dashboard of a head, `process`, answers at `address`."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/api/version", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            assert process.poll() is None, "ray start ended"
+            assert time.monotonic() < deadline, "the dashboard did not come up"
+            time.sleep(0.2)

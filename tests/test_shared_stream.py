@@ -93,6 +93,7 @@ def plan_of(
         seed=1,
         augment_actors=(1, 1),
         cpus_per_augment_actor=cpus,
+        cool_down_seconds=60,
     )
 
 

@@ -1,0 +1,64 @@
+"""The nodes that are up, by kind, and what they have cost so far."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import ray
+
+from pipeline.cost import CostConfig
+from pipeline.report_records import read_records
+from pipeline.storage import Directory
+
+Kind = Literal["head", "cpu", "gpu"]
+"""The head, whatever it has; of the other nodes those without GPUs, and those with."""
+
+_EVERY_SECONDS = 5.0
+_HEAD = "node:__internal_head__"
+
+
+def count_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[Kind, int]:
+    """How many of `ray.nodes()` are alive, of each kind."""
+    kinds: Counter[Kind] = Counter()
+    for node in nodes:
+        if node["Alive"]:
+            has = node["Resources"]
+            kinds["head" if _HEAD in has else "gpu" if has.get("GPU") else "cpu"] += 1
+    return {kind: kinds[kind] for kind in ("head", "cpu", "gpu")}
+
+
+def dollars_per_hour(cost: CostConfig, nodes: Mapping[Kind, int]) -> float:
+    """What so many nodes of each kind cost an hour."""
+    hourly = {"head": cost.head_hourly, "cpu": cost.cpu_hourly, "gpu": cost.gpu_hourly}
+    return sum(hourly[kind] * count for kind, count in nodes.items())
+
+
+def spent(run: Directory) -> float:
+    """Dollars that earlier lives of the run have come to, those of steps that are repeated included."""
+    values = read_records(run).series("dollars").values
+    return float(values.max()) if len(values) else 0.0
+
+
+class NodeWatch:
+    """Counts nodes, and adds up their cost while a run runs. What they cost while it does not is not seen."""
+
+    def __init__(self, cost: CostConfig, *, dollars: float) -> None:
+        """`dollars`: what the run has come to before; see `spent`."""
+        self._cost, self._dollars, self._since = cost, dollars, time.monotonic()
+        self._nodes = count_nodes(ray.nodes())
+
+    def read(self) -> dict[str, float]:
+        """`nodes_head`, `nodes_cpu`, `nodes_gpu`, and where prices are known `dollars` so far.
+
+        Counted every few seconds at most: it asks Ray's head.
+        """
+        now = time.monotonic()
+        if now - self._since >= _EVERY_SECONDS:
+            # A node is paid for from when it was seen: one that came and went between readings is not.
+            self._dollars += dollars_per_hour(self._cost, self._nodes) * (now - self._since) / 3600
+            self._nodes, self._since = count_nodes(ray.nodes()), now
+        found: dict[str, float] = {f"nodes_{kind}": count for kind, count in self._nodes.items()}
+        if any(self._cost.model_dump().values()):
+            found["dollars"] = round(self._dollars, 4)
+        return found

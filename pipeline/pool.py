@@ -1,0 +1,70 @@
+"""Brings Ray Data's pool of augment actors to the size that pool_size.py decides on. See dataset.py, which asks for it.
+
+Ray calls the hooks of an execution callback on its executor's thread, beside the train worker of rank 0. The pool's
+least and most are set to the size, and Ray does the rest: actors that find no place are what its autoscaler starts
+nodes for.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import ray
+
+from pipeline.board import Board
+from pipeline.pool_size import Actors, PoolSize, Reading
+
+_EVERY_SECONDS = 1.0
+
+
+def pool_metrics(pool: Mapping[str, int]) -> dict[str, float]:
+    """`augment_actors` that run, and `augment_target`: how many should; nothing before the pool is told of."""
+    return {"augment_actors": pool["running"], "augment_target": pool["target"]} if pool else {}
+
+
+class PoolControl:
+    """An execution callback of Ray Data, by its hooks' names."""
+
+    def __init__(self, board: Board, low: int, high: int, start: int, cool_down_seconds: float) -> None:
+        self._board = board
+        self._size = PoolSize(low, high, target=start, cool_down_seconds=cool_down_seconds)
+        self._next = 0.0
+        self._heard = 0
+        self._answer: ray.ObjectRef[tuple[int, Reading | None]] | None = None
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Nothing is there yet."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Every second: tell the board of the pool, take what it has of the trainer, set the pool's size."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _EVERY_SECONDS
+        for pool in (
+            pool for operator in executor._topology for pool in operator.get_autoscaling_actor_pools()
+        ):
+            actors = Actors(pool.num_running_actors(), pool.num_pending_actors(), pool.num_active_actors())
+            self._size.see(actors, now)
+            self._listen(now)
+            pool._config = replace(pool._config, min_size=self._size.target, max_size=self._size.target)
+            if self._answer is None:
+                self._answer = self._board.tell_pool({**asdict(actors), "target": self._size.target})
+
+    def _listen(self, now: float) -> None:
+        if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:
+            return
+        (heard, reading), self._answer = ray.get(self._answer), None
+        if heard == self._heard or reading is None:
+            return
+        self._heard = heard
+        self._size.heed(reading, now)
+        if self._size.note:
+            self._board.post("note", text=self._size.note)
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        """Nothing is left to do."""
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        """Nothing is left to do."""

@@ -1,0 +1,125 @@
+"""The size of the augment pool against a trainer and actors of known speed, by the second."""
+
+import math
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.pool_size import FED, STARVED, Actors, PoolSize, Reading
+
+
+@dataclass
+class Cluster:
+    """A trainer that takes `demand` images/s, actors that make `rate` each and take `boot` seconds to come up."""
+
+    demand: float
+    rate: float
+    boot: int
+    most: int = 10_000
+    """Actors that find a place."""
+    link: float = math.inf
+    """Images/s that reach the trainer at most."""
+    pool: PoolSize = field(default_factory=lambda: PoolSize(1, 64, target=1, cool_down_seconds=30))
+    sizes: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    _ages: list[int] = field(default_factory=list)
+
+    @property
+    def running(self) -> int:
+        return sum(age >= self.boot for age in self._ages[: self.most])
+
+    @property
+    def images_per_second(self) -> float:
+        return min(self.demand, self.link, self.rate * self.running)
+
+    @property
+    def data_wait(self) -> float:
+        return 1 - self.images_per_second / self.demand
+
+    def run(self, seconds: int) -> "Cluster":
+        for now in range(len(self.sizes), len(self.sizes) + seconds):
+            target = self.pool.target
+            self._ages = [age + 1 for age in self._ages[:target]] + [0] * (target - len(self._ages))
+            busy = self.images_per_second / (self.rate * self.running) if self.running else 1
+            self.pool.see(Actors(self.running, target - self.running, round(busy * self.running)), now)
+            if self.running and now % 5 == 4:
+                self.pool.heed(Reading(self.data_wait, self.images_per_second), now)
+                self.notes += [self.pool.note] if self.pool.note else []
+            self.sizes.append(self.pool.target)
+        return self
+
+    @property
+    def changes(self) -> list[int]:
+        return [b for a, b in zip(self.sizes, self.sizes[1:], strict=False) if a != b]
+
+
+def test_a_starving_trainer_gets_the_actors_it_takes_and_no_more() -> None:
+    cluster = Cluster(demand=100, rate=10, boot=20).run(300)
+    assert cluster.running == 10
+    assert cluster.data_wait == 0
+    assert cluster.changes == [4, 10]  # fourfold at most, then 4 / (1 - 60 %)
+
+
+def test_nothing_is_decided_before_the_actors_asked_for_are_up() -> None:
+    cluster = Cluster(demand=100, rate=10, boot=40).run(60)
+    assert cluster.changes == [4]
+    cluster.run(60)
+    assert cluster.changes == [4, 10]
+
+
+def test_idle_actors_go_after_the_cool_down_and_the_busy_ones_stay_with_headroom() -> None:
+    cluster = Cluster(demand=100, rate=10, boot=1).run(100)
+    cluster.demand = 40
+    cluster.run(20)
+    assert cluster.running >= 9  # the time before counts too
+    cluster.run(100)
+    assert cluster.running == 5  # 4 that are busy, and a quarter
+    assert cluster.data_wait == 0
+
+
+def test_a_trainer_that_waits_at_times_keeps_its_actors() -> None:
+    pool = PoolSize(1, 8, target=8, cool_down_seconds=30)
+    for now in range(0, 600, 5):
+        pool.see(Actors(8, 0, 1), now)
+        pool.heed(Reading(0.03 if now % 25 == 0 else 0.0, 10.0), now)
+    assert pool.target == 8
+
+
+def test_what_more_actors_cannot_mend_is_told_and_ends_the_growth() -> None:
+    cluster = Cluster(demand=100, rate=10, boot=1, link=35).run(600)
+    assert cluster.sizes[-1] < 30
+    assert [note.partition(":")[0] for note in cluster.notes] == [
+        "12 augment actors instead of 4 brought +0% images/s"
+    ]
+
+
+def test_places_that_the_cluster_does_not_have_are_not_asked_for_again_and_again() -> None:
+    cluster = Cluster(demand=100, rate=10, boot=1, most=3).run(600)
+    assert cluster.running == 3
+    assert cluster.changes == [4]
+
+
+def test_the_range_is_kept() -> None:
+    pool = PoolSize(2, 6, target=2, cool_down_seconds=10)
+    few = Cluster(demand=1000, rate=10, boot=1, pool=pool).run(200)
+    assert few.running == 6
+    few.demand = 1
+    few.run(200)
+    assert few.running == 2
+
+
+@given(demand=st.floats(1, 2000), rate=st.floats(1, 100), boot=st.integers(1, 90), start=st.integers(1, 64))
+def test_any_steady_load_is_met_in_a_few_changes_that_never_come_back(
+    demand: float, rate: float, boot: int, start: int
+) -> None:
+    pool = PoolSize(1, 64, target=start, cool_down_seconds=30)
+    cluster = Cluster(demand=demand, rate=rate, boot=boot, pool=pool).run(2000)
+    needed = min(64, math.ceil(demand / rate * (1 - STARVED)))
+    assert needed <= cluster.running
+    assert cluster.running <= max(
+        start if cluster.data_wait > FED else 1, math.ceil(demand / rate * 1.25) + 2
+    )
+    assert len(cluster.changes) <= 8
+    settled = len(cluster.changes)
+    assert len(cluster.run(1000).changes) == settled
