@@ -64,6 +64,31 @@ class Croppers:
             done.result()
 
 
+class BusyClock:
+    """Seconds in which an actor had at least one call to work on: what it could do more of is told by the rest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls, self._since, self._seconds = 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        """A call comes in."""
+        self._count(+1)
+
+    def end(self) -> float:
+        """A call is done; the busy seconds since one was done before."""
+        self._count(-1)
+        with self._lock:
+            seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _count(self, calls: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            self._seconds += (now - self._since) * bool(self._calls)
+            self._calls, self._since = self._calls + calls, now
+
+
 class CropMemory:
     """Memory of blocks that are gone, for the next ones: fresh memory costs a page fault for each of its pages.
 
@@ -98,16 +123,25 @@ class Augmenter:
         self, source: Source, order: Order, crops: CropsConfig, *, seed: int, num_threads: int
     ) -> None:
         self._source, self._order, self._crops, self._seed = source, order, crops, seed
-        self._croppers, self._memory = Croppers(num_threads), CropMemory()
+        self._croppers, self._memory, self._busy = Croppers(num_threads), CropMemory(), BusyClock()
 
     def block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Positions [n] -> columns `global_crops` [n, G, H, W, 3], `local_crops` [n, L, h, w, 3] uint8,
-        `position` int64, `status` int8, `note` (JSON of key and reason where status is not OK, else empty) and
-        `cpu_ms` float32 [n, 3], see STAGES.
+        `position` int64, `status` int8, `note` (JSON of key and reason where status is not OK, else empty),
+        `cpu_ms` float32 [n, 3], see STAGES, and `busy_ms` float32, see BusyClock; their means are those of the block.
 
         A bad image is replaced by the next readable one in the epoch's order and its row says so. Raises
         DataError when none of the next 16 is readable either. Several calls may run at once.
         """
+        self._busy.begin()
+        try:
+            columns = self._block(positions)
+        finally:
+            busy_seconds = self._busy.end()
+        columns["busy_ms"] = np.full(len(positions), 1000 * busy_seconds / max(1, len(positions)), np.float32)
+        return columns
+
+    def _block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         c, n = self._crops, len(positions)
         epochs, images = self._order.locate(positions)
         memory = self._memory.take(n * crop_bytes(c))

@@ -39,18 +39,16 @@ class _Events:
         self._answers: defaultdict[int, asyncio.Future[bool]] = defaultdict(asyncio.Future)
         self._stop = False
         self._pool: dict[str, int] = {}
-        self._reading: Reading | None = None
-        self._num_readings = 0
+        self._unheard = Reading()
 
     async def post(self, event: Event) -> None:
         self._queue.put_nowait(event)
         if event.kind == "step":
-            self._num_readings += 1
-            self._reading = Reading(event.facts["data_wait"], event.facts["images_per_second"])
+            self._unheard += event.facts["reading"]
 
-    async def tell_pool(self, pool: dict[str, int]) -> tuple[int, Reading | None]:
-        self._pool = pool
-        return self._num_readings, self._reading
+    async def tell_pool(self, pool: dict[str, int]) -> Reading:
+        self._pool, unheard, self._unheard = pool, self._unheard, Reading()
+        return unheard
 
     async def pool(self) -> dict[str, int]:
         return self._pool
@@ -116,12 +114,12 @@ class Board:
         """How many times, with this one, `what` was asked for since the driver started: 1 for the first."""
         return ray.get(self._actor.claim.remote(what))
 
-    def tell_pool(self, pool: dict[str, int]) -> "ray.ObjectRef[tuple[int, Reading | None]]":
-        """Say how the pool of augment actors stands; the answer is how many readings the trainer took, and the last."""
+    def tell_pool(self, pool: dict[str, int]) -> "ray.ObjectRef[Reading]":
+        """Say how the pool of augment actors stands; the answer is what the trainer read since this was last called."""
         return self._actor.tell_pool.remote(pool)
 
     def pool(self) -> dict[str, int]:
-        """`running`, `pending`, `active` and `target` of the augment actors, as told last; empty before that."""
+        """`running`, `pending` and `target` of the augment actors, as told last; empty before that."""
         return ray.get(self._actor.pool.remote())
 
     def take(self, *, timeout_seconds: float) -> Event | None:

@@ -107,6 +107,8 @@ def open_splits(
                 max_concurrent_calls_per_actor=2,
             ),
             num_cpus=plan.cpus_per_augment_actor,
+            # Else Ray asks for the bytes of a block too, and starts no node of a type that states no memory.
+            memory=0,
         )
         return crops.streaming_split(layout.world_size, equal=True, locality_hints=locality_hints)
 

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.settings import Settings
 from pipeline.augment import STAGES
+from pipeline.pool_size import Reading
 from pipeline.storage import Directory, MissingObject, is_s3
 
 
@@ -119,6 +120,7 @@ class Meter:
     reading."""
 
     def __init__(self) -> None:
+        self.reading = Reading()
         self.restart()
 
     def restart(self) -> None:
@@ -127,24 +129,38 @@ class Meter:
         self._images = 0
         self._wait_seconds = 0.0
         self._cpu_ms: NDArray[np.float64] = np.zeros(len(STAGES))
+        self._busy_ms = 0.0
         self._cropped = 0
 
-    def add(self, num_images: int, wait_seconds: float, cpu_ms: NDArray[np.float32]) -> None:
+    def add(
+        self,
+        num_images: int,
+        wait_seconds: float,
+        cpu_ms: NDArray[np.float32],
+        busy_ms: NDArray[np.float32],
+    ) -> None:
         """One step of `num_images` images over all workers, which waited `wait_seconds` for its batch.
 
-        `cpu_ms` [n, 3] is what this worker's part of it took in each of STAGES on the augment actors.
+        `cpu_ms` [n, 3] is what this worker's part of it took in each of STAGES on the augment actors, `busy_ms` [n]
+        how long it kept one busy.
         """
         self._images += num_images
         self._wait_seconds += wait_seconds
         self._cpu_ms += cpu_ms.sum(axis=0)
+        self._busy_ms += float(busy_ms.sum())
         self._cropped += len(cpu_ms)
 
     def read(self) -> dict[str, float]:
-        """`images_per_second`, `data_wait` (share of wall time, 0 to 1), `fetch_cpu_ms` and so on (per image)."""
+        """`images_per_second`, `data_wait` (share of wall time, 0 to 1), `fetch_cpu_ms` and so on (per image).
+
+        What the first two are made of stays in `reading`.
+        """
         seconds = max(time.perf_counter() - self._since, 1e-9)
+        busy_seconds = self._busy_ms / max(1, self._cropped) / 1000 * self._images
+        self.reading = Reading(seconds, min(seconds, self._wait_seconds), self._images, busy_seconds)
         rates = {
-            "images_per_second": self._images / seconds,
-            "data_wait": min(1.0, self._wait_seconds / seconds),
+            "images_per_second": self.reading.images_per_second,
+            "data_wait": self.reading.data_wait,
         }
         if self._cropped:
             rates |= {

@@ -16,6 +16,7 @@ from pipeline.board import Board
 from pipeline.pool_size import Actors, PoolSize, Reading
 
 _EVERY_SECONDS = 1.0
+_NEVER_USED = 1e9
 
 
 def pool_metrics(pool: Mapping[str, int]) -> dict[str, float]:
@@ -30,11 +31,18 @@ class PoolControl:
         self._board = board
         self._size = PoolSize(low, high, target=start, cool_down_seconds=cool_down_seconds)
         self._next = 0.0
-        self._heard = 0
-        self._answer: ray.ObjectRef[tuple[int, Reading | None]] | None = None
+        self._answer: ray.ObjectRef[Reading] | None = None
 
     def before_execution_starts(self, executor: Any) -> None:
-        """Nothing is there yet."""
+        """Ray's own requests for nodes are left empty: they are repeated while a stream lasts and never taken back.
+
+        It renews the last one, at first none, as long as the cluster is used less than this.
+        """
+        autoscaler = executor._cluster_autoscaler
+        used = autoscaler._cluster_scaling_up_util_threshold
+        autoscaler._cluster_scaling_up_util_threshold = replace(
+            used, **dict.fromkeys(asdict(used), _NEVER_USED)
+        )
 
     def on_execution_step(self, executor: Any) -> None:
         """Every second: tell the board of the pool, take what it has of the trainer, set the pool's size."""
@@ -45,20 +53,20 @@ class PoolControl:
         for pool in (
             pool for operator in executor._topology for pool in operator.get_autoscaling_actor_pools()
         ):
-            actors = Actors(pool.num_running_actors(), pool.num_pending_actors(), pool.num_active_actors())
+            actors = Actors(pool.num_running_actors(), pool.num_pending_actors())
             self._size.see(actors, now)
             self._listen(now)
-            pool._config = replace(pool._config, min_size=self._size.target, max_size=self._size.target)
+            size = self._size.target
+            pool._config = replace(pool._config, min_size=size, initial_size=size, max_size=size)
             if self._answer is None:
                 self._answer = self._board.tell_pool({**asdict(actors), "target": self._size.target})
 
     def _listen(self, now: float) -> None:
         if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:
             return
-        (heard, reading), self._answer = ray.get(self._answer), None
-        if heard == self._heard or reading is None:
+        reading, self._answer = ray.get(self._answer), None
+        if not reading.seconds:
             return
-        self._heard = heard
         self._size.heed(reading, now)
         if self._size.note:
             self._board.post("note", text=self._size.note)

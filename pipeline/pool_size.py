@@ -12,6 +12,10 @@ STARVED = 0.05
 """Share of time spent waiting for data from which on there are too few actors."""
 FED = 0.02
 """Share below which there may be too many."""
+_LOOK_SECONDS = 10.0
+"""Time to look at before a decision: crops come in blocks, and between two blocks a trainer waits or has plenty."""
+_JUDGE_SECONDS = 30.0
+"""The same after growth, which is judged by what it brought."""
 _HEADROOM = 1.25
 """Actors that are kept for each one that is busy."""
 _MOST_GROWTH = 4
@@ -26,17 +30,42 @@ class Actors:
 
     running: int
     pending: int
-    active: int
-    """Those of the running ones that have something to do."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the trainer measured since the reading before."""
+    """What the trainer did in some time; readings add up to that of a longer time."""
 
-    data_wait: float
-    """Share of time, 0 to 1, that it waited for data."""
-    images_per_second: float
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """Of those, how long it waited for data."""
+    images: float = 0.0
+    """Over all workers."""
+    busy_seconds: float = 0.0
+    """How long those images kept actors busy, one actor a second each."""
+
+    def __add__(self, other: "Reading") -> "Reading":
+        return Reading(
+            self.seconds + other.seconds,
+            self.wait_seconds + other.wait_seconds,
+            self.images + other.images,
+            self.busy_seconds + other.busy_seconds,
+        )
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time, 0 to 1."""
+        return self.wait_seconds / self.seconds
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all workers."""
+        return self.images / self.seconds
+
+    @property
+    def busy_actors(self) -> float:
+        """As many actors as are kept busy all the time by what the trainer takes."""
+        return self.busy_seconds / self.seconds
 
 
 @dataclass
@@ -45,7 +74,7 @@ class PoolSize:
 
     Up: with R actors the trainer works 1 - w of the time, so it takes R / (1 - w) for it to work all the time.
     Decided on readings alone that began when all actors asked for were up. Down: after `cool_down_seconds` in which
-    the trainer never waited, to what was busy then and some headroom. So sizes come in steps and do not swing.
+    the trainer never waited, to as many as it kept busy and some headroom. So sizes come in steps and do not swing.
     """
 
     low: int
@@ -54,12 +83,12 @@ class PoolSize:
     cool_down_seconds: float
     note: str | None = field(default=None, init=False)
     """What a person should hear of the latest decision."""
-    _seen: Actors = field(default=Actors(0, 0, 0), init=False)
+    _seen: Actors = field(default=Actors(0, 0), init=False)
     _settled_at: float | None = field(default=None, init=False)
     _changed_at: float = field(default=-math.inf, init=False)
-    _read_at: float | None = field(default=None, init=False)
-    _fed_since: float | None = field(default=None, init=False)
-    _busy: list[float] = field(default_factory=list, init=False)
+    _reading: Reading = field(default=Reading(), init=False)
+    _began: float | None = field(default=None, init=False)
+    _fed: Reading = field(default=Reading(), init=False)
     _grown_from: tuple[int, float] | None = field(default=None, init=False)
     _is_stuck: bool = field(default=False, init=False)
 
@@ -70,26 +99,27 @@ class PoolSize:
             self._settled_at = None
         elif self._settled_at is None:
             self._settled_at = now
-        if actors.running:
-            self._busy.append(actors.active / actors.running)
 
     def heed(self, reading: Reading, now: float) -> None:
-        """Decide on a reading, which covers the time since the last one."""
+        """Decide on what was read since the last decision, `reading` being the latest of it."""
         self.note = None
-        began, self._read_at = self._read_at, now
-        if began is None or began < self._changed_at:
+        if self._began is None or self._began < max(self._changed_at, self._settled_at or -math.inf):
+            self._began, self._reading = now, Reading()  # it was of another size
             return
+        self._reading += reading
+        if self._reading.seconds < (_LOOK_SECONDS if self._grown_from is None else _JUDGE_SECONDS):
+            return
+        self._began, reading, self._reading = now, self._reading, Reading()
         if reading.data_wait >= STARVED:
-            self._fed_since = None
-            if self._settled_at is not None and began >= self._settled_at:
+            self._fed = Reading()
+            if self._settled_at is not None:
                 self._grow(reading, now)
         elif reading.data_wait > FED:
-            self._fed_since = None
+            self._fed = Reading()
         else:
             self._is_stuck, self._grown_from = False, None
-            if self._fed_since is None:
-                self._fed_since, self._busy = now, []
-            elif now - self._fed_since >= self.cool_down_seconds and self._busy:
+            self._fed += reading
+            if self._fed.seconds >= self.cool_down_seconds:
                 self._shrink(now)
 
     def _grow(self, reading: Reading, now: float) -> None:
@@ -111,10 +141,9 @@ class PoolSize:
         self._grown_from = (running, reading.images_per_second)
 
     def _shrink(self, now: float) -> None:
-        busy = sum(self._busy) / len(self._busy)
-        needed = max(self.low, math.ceil(self._seen.running * busy * _HEADROOM))
+        needed = max(self.low, math.ceil(self._fed.busy_actors * _HEADROOM))
         self._change(min(self.target, needed), now)
-        self._fed_since, self._busy = now, []
+        self._fed = Reading()
 
     def _change(self, target: int, now: float) -> None:
         if target != self.target:

@@ -158,7 +158,8 @@ class _Worker:
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> bool:
         spec, state = self.spec, self.state
         step, ends = state.step, state.step == state.schedule.total_steps
-        self.meter.add(spec.config.train.global_batch_size, wait_seconds, batch["cpu_ms"])
+        num_images = spec.config.train.global_batch_size
+        self.meter.add(num_images, wait_seconds, batch["cpu_ms"], batch["busy_ms"])
         self.quarantine.note(batch)
         gives_up = state.skipped_in_a_row >= spec.health.max_skipped
         evaluates = ends or step % spec.eval.every_steps == 0
@@ -199,7 +200,8 @@ class _Worker:
             metrics |= {"bad_images": self.quarantine.counts.total(), "skipped_steps": state.skipped}
             metrics |= {**self.nodes.read(), **pool_metrics(self.spec.board.pool())}
             self.log.log(state.step, metrics)
-            self.spec.board.post("step", step=state.step, total_steps=state.schedule.total_steps, **metrics)
+            facts = {"step": state.step, "total_steps": state.schedule.total_steps}
+            self.spec.board.post("step", **facts, **metrics, reading=self.meter.reading)
         self._heed(Verdict(metrics["verdict"]))
 
     def _heed(self, verdict: Verdict) -> None:

@@ -20,6 +20,7 @@ from ray_head import RAY, RayHead, wait_for_dashboard
 from servers import free_ports
 
 HEAD_ID = "f" * 51 + "00000"
+HEAD_TYPE = "ray.head.default"  # the provider knows no other
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 _LISTS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
@@ -37,7 +38,7 @@ def cluster_config(
         "max_workers": max_workers,
         "idle_timeout_minutes": idle_seconds / 60,
         "upscaling_speed": 1.0,
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "provider": {
             "type": "external",
             "module": PROVIDER,
@@ -49,7 +50,7 @@ def cluster_config(
             "gcs_address": gcs,
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             **{
                 name: {"node_config": {}, "min_workers": 0, **node_type}
                 for name, node_type in node_types.items()

@@ -172,8 +172,8 @@ def test_rates_are_per_second_of_wall_time() -> None:
     meter = Meter()
     started = time.perf_counter()
     spent = busy(0.02)
-    meter.add(30, spent, np.array([[1, 2, 3]] * 15, np.float32))
-    meter.add(10, 0.0, np.array([[3, 2, 1]] * 5, np.float32))
+    meter.add(30, spent, np.array([[1, 2, 3]] * 15, np.float32), np.full(15, 40, np.float32))
+    meter.add(10, 0.0, np.array([[3, 2, 1]] * 5, np.float32), np.full(5, 80, np.float32))
     asked = time.perf_counter()
     rates = meter.read()
     done = time.perf_counter()
@@ -183,7 +183,7 @@ def test_rates_are_per_second_of_wall_time() -> None:
 
 def test_reading_starts_over() -> None:
     meter = Meter()
-    meter.add(1000, 1000.0, np.ones((1000, 3), np.float32))
+    meter.add(1000, 1000.0, np.ones((1000, 3), np.float32), np.ones(1000, np.float32))
     assert meter.read()["data_wait"] == 1.0  # a share, whatever was told
     busy(0.001)
     assert meter.read() == {"images_per_second": 0.0, "data_wait": 0.0}
@@ -191,11 +191,11 @@ def test_reading_starts_over() -> None:
 
 def test_a_pause_that_is_not_training_does_not_count() -> None:
     meter = Meter()
-    meter.add(1000, 0.0, np.ones((1000, 3), np.float32))
+    meter.add(1000, 0.0, np.ones((1000, 3), np.float32), np.ones(1000, np.float32))
     pause = busy(0.05)
     meter.restart()
     started = time.perf_counter()
-    meter.add(10, busy(0.001), np.ones((10, 3), np.float32))
+    meter.add(10, busy(0.001), np.ones((10, 3), np.float32), np.ones(10, np.float32))
     rates = meter.read()
     assert time.perf_counter() - started < pause
     assert rates["images_per_second"] > 10 / pause

@@ -41,10 +41,10 @@ class Cluster:
         for now in range(len(self.sizes), len(self.sizes) + seconds):
             target = self.pool.target
             self._ages = [age + 1 for age in self._ages[:target]] + [0] * (target - len(self._ages))
-            busy = self.images_per_second / (self.rate * self.running) if self.running else 1
-            self.pool.see(Actors(self.running, target - self.running, round(busy * self.running)), now)
+            self.pool.see(Actors(self.running, target - self.running), now)
             if self.running and now % 5 == 4:
-                self.pool.heed(Reading(self.data_wait, self.images_per_second), now)
+                images = 5 * self.images_per_second
+                self.pool.heed(Reading(5, 5 * self.data_wait, images, images / self.rate), now)
                 self.notes += [self.pool.note] if self.pool.note else []
             self.sizes.append(self.pool.target)
         return self
@@ -64,7 +64,7 @@ def test_a_starving_trainer_gets_the_actors_it_takes_and_no_more() -> None:
 def test_nothing_is_decided_before_the_actors_asked_for_are_up() -> None:
     cluster = Cluster(demand=100, rate=10, boot=40).run(60)
     assert cluster.changes == [4]
-    cluster.run(60)
+    cluster.run(100)
     assert cluster.changes == [4, 10]
 
 
@@ -81,8 +81,8 @@ def test_idle_actors_go_after_the_cool_down_and_the_busy_ones_stay_with_headroom
 def test_a_trainer_that_waits_at_times_keeps_its_actors() -> None:
     pool = PoolSize(1, 8, target=8, cool_down_seconds=30)
     for now in range(0, 600, 5):
-        pool.see(Actors(8, 0, 1), now)
-        pool.heed(Reading(0.03 if now % 25 == 0 else 0.0, 10.0), now)
+        pool.see(Actors(8, 0), now)
+        pool.heed(Reading(5, 0.3 if now % 25 == 0 else 0, 50, 5), now)
     assert pool.target == 8
 
 

@@ -1,0 +1,119 @@
+"""A run on a cluster that grows and shrinks under it: Ray's autoscaler, nodes that are processes, a real S3 store.
+
+The store is far away at first, so that an actor fetches slowly while its CPU idles: one machine can then show what
+more nodes are good for. Then it is near.
+"""
+
+import json
+import time
+import urllib.request
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from autoscaling_head import autoscaling_head
+from faults import fault_proxy
+from jobs_processes import TINY, start_job
+from ray_head import RayHead
+from servers import aws_environment, s3_server
+
+from pipeline.demo_images import draw_demo_image
+
+MOST_ACTORS = 3
+NODES = {
+    "augment": {"resources": {"CPU": 1, "object_store_memory": 100_000_000}, "max_workers": MOST_ACTORS},
+    "train": {"resources": {"CPU": 4, "GPU": 1, "object_store_memory": 100_000_000}, "max_workers": 2},
+}
+_BATCH = 8
+_SETTINGS = [
+    *TINY,
+    *("crops.global_crop_size=160", "crops.local_crop_size=64"),  # so that few images fill the buffers
+    "backbone.kwargs={patch_size: 32, embed_dim: 64, depth: 2, num_heads: 2}",
+    *("data.path=s3://photos", "data.label_from_parent=false", "eval.val_path=null"),
+    *(
+        "train.epochs=500",
+        f"train.global_batch_size={_BATCH}",
+        "log.every_steps=2",
+        "checkpoint.every_steps=1000000",
+        "eval.every_steps=1000000",
+    ),
+    *("resources.train_workers=1", "resources.use_gpu=false", "data.fetch_concurrency=16"),
+    *(f"resources.augment_actors=[1, {MOST_ACTORS}]", "resources.cool_down_seconds=8"),
+    *("cost.head_hourly=1", "cost.cpu_hourly=2"),
+]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What was seen: nodes beside the head before the run and after it, and the run's metrics."""
+
+    before: list[str]
+    after: list[str]
+    records: list[dict[str, Any]]
+    """Lines that tell of nodes. The first of `far` are of the time when the store was far away."""
+    far: int
+    grown_at: float
+    """When all actors were up."""
+    output: str
+
+
+def watch_growth(folder: Path) -> Growth:
+    """Start the run on a head without nodes, wait until it has grown and shrunk, and stop it."""
+    run = folder / "grows"
+    with s3_server() as server, fault_proxy(server.endpoint) as store:
+        client = server.client()
+        client.create_bucket(Bucket="photos")
+        for i in range(160):
+            picture = draw_demo_image("dots", "train", i)
+            client.put_object(Bucket="photos", Key=f"{i:03d}.jpg", Body=picture)
+        store.delay_seconds = 0.5
+        env = aws_environment(store.endpoint)
+        with autoscaling_head(NODES, idle_seconds=6, max_workers=5, env=env) as head:
+            before = _workers(head)
+            settings = [*_SETTINGS, "name=grows", f"storage_path={folder}"]
+            with start_job("jobs.pretrain", *settings, env=env | {"RAY_ADDRESS": head.gcs}) as job:
+                job.wait_until(
+                    lambda: any(r["augment_actors"] == MOST_ACTORS for r in logged(run)), timeout_seconds=300
+                )
+                grown_at = time.time()
+                # Until the new actors' first blocks have come, and then for a few blocks of each.
+                job.wait_until(lambda: logged(run)[-1]["time"] > grown_at + 40)
+                far = len(logged(run))
+                store.delay_seconds = 0.0
+                job.wait_until(lambda: logged(run)[-1]["nodes_cpu"] < MOST_ACTORS, timeout_seconds=300)
+                job.process.terminate()
+                job.wait()
+            deadline = time.monotonic() + 120
+            while (after := _workers(head)) and time.monotonic() < deadline:
+                time.sleep(0.5)
+        return Growth(before, after, logged(run), far, grown_at, job.output)
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl that tell of nodes; the last may be half written."""
+    try:
+        whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0]
+    except OSError:
+        return []
+    return [record for line in whole.splitlines() if "nodes_cpu" in (record := json.loads(line))]
+
+
+def images_per_second(records: list[dict[str, Any]]) -> float:
+    """From the first of these lines to the last, by the clock."""
+    images = (records[-1]["step"] - records[0]["step"]) * _BATCH
+    return images / (records[-1]["time"] - records[0]["time"])
+
+
+def waits(records: list[dict[str, Any]]) -> float:
+    """The share of time that was spent waiting for data, from the first of these lines to the last."""
+    spans = [b["time"] - a["time"] for a, b in pairwise(records)]
+    waited = sum(span * r["data_wait"] for span, r in zip(spans, records[1:], strict=True))
+    return waited / sum(spans)
+
+
+def _workers(head: RayHead) -> list[str]:
+    """Nodes that are alive beside the head, as Ray's own state API has them."""
+    with urllib.request.urlopen(f"{head.dashboard}/api/v0/nodes?detail=true", timeout=30) as answer:
+        nodes = json.load(answer)["data"]["result"]["result"]
+    return [n["node_id"] for n in nodes if n["state"] == "ALIVE" and not n["is_head_node"]]
