@@ -105,12 +105,14 @@ def measure_latency(source: Source) -> float:
     return 1000 * statistics.median(took[1:] or took)  # the first one also connects
 
 
-def measure_step(config: DINOConfig, *, num_images: int, batch_size: int, seconds: float) -> Trained:
-    """Train for some seconds on noise in the shape of crops, `batch_size` images a step, on a GPU if there is one.
+def measure_step(
+    config: DINOConfig, *, num_images: int, batch_size: int, seconds: float, on_gpu: bool
+) -> Trained:
+    """Train for some seconds on noise in the shape of crops, `batch_size` images a step.
 
     Gradients that GPUs exchange are not in it. ResourceError when the batch does not fit the device.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu else "cpu")
     set_up_device(device)
     torch.set_num_threads(1)  # on CPUs what one of them trains is asked for; of a GPU's work they do none
     rng = np.random.default_rng(0)
@@ -147,3 +149,9 @@ def _step_times(state: TrainState, batch: dict[str, NDArray[np.uint8]], seconds:
     while len(times) < _LEAST_STEPS or time.monotonic() < end:
         times.append(step())
     return times
+
+
+def gradient_bytes(config: DINOConfig, *, num_images: int) -> int:
+    """What each step's gradients take, which GPUs on several nodes send to one another."""
+    student = build_state(config, num_images=num_images, resumed=True).dino.student
+    return sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)

@@ -221,7 +221,7 @@ def _remedy(bottleneck: Limit, plan: PlanSettings) -> str:
     return {
         "training step": "the devices that train are busy: more train workers, or faster ones",
         "augmentation": "raise resources.augment_actors, or make images smaller once with jobs.pack --shrink",
-        "network": f"take a plan.gpu_node with a faster link than {plan.gpu.gbit:g} Gbit/s, or fewer GPUs on a node",
+        "network": f"take a plan.gpu_node whose link carries more than {plan.gpu.gbit:g} Gbit/s",
         "S3 latency": "raise data.fetch_concurrency, or pack images into Parquet with jobs.pack",
         "object store": "raise resources.cpus_per_augment_actor: fewer actors hold fewer blocks",
     }[bottleneck]
