@@ -102,8 +102,9 @@ def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
 
     demand = workers * figures.images_per_second_per_gpu
     cpu_nodes = cpu_nodes_for(demand)
+    made = min(max(home_rate, HEADROOM * demand), made_by(cpu_nodes))
     into_node = bytes_into_a_gpu_node(
-        run, figures, share=workers_per_node / workers, made=made_by(cpu_nodes), home=home_rate / gpu_nodes
+        run, figures, share=workers_per_node / workers, made=made, home=home_rate / gpu_nodes
     )
     link = LINK_SHARE * gpu.gbit * 1e9 / 8
     by_link = link / into_node if into_node else math.inf

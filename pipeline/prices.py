@@ -53,8 +53,8 @@ NODE_TYPES = {
     "g6e.4xlarge": _of(3.00424, 16, 1, 20, 128),
     "g6e.12xlarge": _of(10.49264, 48, 4, 100, 384),
     "g6e.48xlarge": _of(30.13118, 192, 8, 400, 1536),
-    "p4d.24xlarge": _of(21.9576, 96, 8, 400, 1152),
-    "p5.48xlarge": _of(55.04, 192, 8, 3200, 2048),
+    "p4d.24xlarge": _of(21.9576, 96, 8, 100, 1152),
+    "p5.48xlarge": _of(55.04, 192, 8, 100, 2048),
 }
 """Those of cluster.yaml and their neighbours."""
 
