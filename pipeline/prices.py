@@ -105,6 +105,11 @@ class PlanSettings(Settings):
             name: {**known.get(name, {}), **node} if isinstance(node, dict) else node
             for name, node in given.items()
         }
+        needed = [name for name, field in NodeType.model_fields.items() if field.is_required()]
+        for name, node in changed.items():
+            missing = [key for key in needed if isinstance(node, dict) and key not in node]
+            if missing:
+                raise ValueError(f"plan.prices: {name} is new and lacks {', '.join(missing)}; add them")
         return known | changed
 
     @field_validator("availability_zone")
