@@ -66,8 +66,13 @@ def main(argv: Sequence[str]) -> None:
         cluster_rows(config, run, measured, found) if measured.on_gpus else machine_rows(run, found, cores)
     )
     show(rows, console.print)
-    for line in size_table(others) if others else []:
-        console.print(line)
+    if others:
+        rate = measured.figures.images_per_second_per_gpu
+        console.print(
+            f"other numbers of GPUs, were each to train on {rate:,.0f} images/s at its share of the batch too:"
+        )
+        for line in size_table(others):
+            console.print(line)
     if made_from:
         console.print(f"{arguments.out} is {made_from}, filled in; lines marked EDIT are still yours")
     console.print(start)

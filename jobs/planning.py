@@ -29,6 +29,8 @@ from pipeline.source import Source
 BUCKET = "s3://BUCKET/images"
 """Stands for `data.path` where a plan needs no images."""
 
+Say = Callable[[str], None]
+
 _OF_IMAGES = ("num_images", "bytes_per_image", "latency_ms", "images_per_second_per_cpu")
 _TASK_CPUS = 8
 """CPUs of the task that measures crops on a cluster."""
@@ -76,6 +78,10 @@ def plan_config(arguments: Namespace) -> PlanConfig:
             f"plan.images_per_second_per_gpu={given:g} is for GPUs, but resources.use_gpu=false trains on CPUs; "
             "leave out either"
         )
+    if not is_local() and config.resources.use_gpu is False:
+        raise ConfigError(
+            "resources.use_gpu=false plans a run on one machine's CPUs, but this is a job on a cluster; plan it there"
+        )
     if arguments.out is not None and not trains_on_gpus(config):
         raise ConfigError(
             f"--out {arguments.out} is for a cluster, but without a GPU here and without "
@@ -91,7 +97,7 @@ def trains_on_gpus(config: PlanConfig) -> bool:
     return config.plan.images_per_second_per_gpu is not None or torch.cuda.is_available() or not is_local()
 
 
-def measure(config: PlanConfig, say: Callable[[str], None]) -> Measured:
+def measure(config: PlanConfig, say: Say) -> Measured:
     """The figures of a plan; `say` tells what is being measured. ResourceError where that takes a GPU."""
     plan, on_gpus = config.plan, trains_on_gpus(config)
     trained_on = plan.images_per_second_per_gpu
@@ -115,7 +121,7 @@ def measure(config: PlanConfig, say: Callable[[str], None]) -> Measured:
         if trained_on is None:
             say(f"measuring the training step for {plan.seconds:g} s")
             known["images_per_second_per_gpu"], sources["images_per_second_per_gpu"] = _train(
-                config, known["num_images"], on_gpus=on_gpus
+                config, known["num_images"], on_gpus=on_gpus, say=say
             )
     finally:
         if joined:
@@ -124,9 +130,7 @@ def measure(config: PlanConfig, say: Callable[[str], None]) -> Measured:
     return Measured(Figures(**known), num_images, on_gpus, sources)
 
 
-def _look_at_images(
-    config: PlanConfig, known: dict[str, Any], sources: dict[str, str], say: Callable[[str], None]
-) -> None:
+def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str, str], say: Say) -> None:
     """Put what is not given of the images into `known`."""
     plan = config.plan
 
@@ -148,7 +152,9 @@ def _look_at_images(
         if is_local():
             cropped = measure_crops(source, order, config.crops, **options)
         else:
-            cpus = min(_TASK_CPUS, plan.cpu.cpus)
+            # No more than a node has, if any node is up; else one comes for it.
+            up = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+            cpus = min(_TASK_CPUS, up or plan.cpu.cpus)
             task = ray.remote(num_cpus=cpus)(measure_crops)
             cropped = ray.get(task.remote(source, order, config.crops, **options, threads=cpus))
         stages = " + ".join(f"{stage} {ms:.2f}" for stage, ms in cropped.cpu_ms.items())
@@ -156,14 +162,16 @@ def _look_at_images(
         note("images_per_second_per_cpu", cropped.images_per_second_per_cpu, where)
 
 
-def _train(config: PlanConfig, num_images: int, *, on_gpus: bool) -> tuple[float, str]:
+def _train(config: PlanConfig, num_images: int, *, on_gpus: bool, say: Say) -> tuple[float, str]:
     batch = batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
     options: dict[str, Any] = {"num_images": num_images, "batch_size": batch, "seconds": config.plan.seconds}
     if is_local():
         trained = measure_step(config.algorithm(), **options, on_gpu=on_gpus)
     else:
-        task = ray.remote(num_cpus=1, num_gpus=1 if on_gpus else 0)(measure_step)
-        trained = ray.get(task.remote(config.algorithm(), **options, on_gpu=on_gpus))
+        if not ray.cluster_resources().get("GPU"):
+            say("no GPU node is up: waiting for one to join")
+        task = ray.remote(num_cpus=1, num_gpus=1)(measure_step)
+        trained = ray.get(task.remote(config.algorithm(), **options, on_gpu=True))
     where = f"measured on one {trained.device}: median of {trained.steps} steps of {batch} images"
     return trained.images_per_second, where
 

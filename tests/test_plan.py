@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from jobs_processes import ROOT, TINY, run_job
+from ray_head import ray_head
 from test_cluster import LINTS, ec2_complaints, ray_checks, uses_private_ray
 from test_forecast import FIGURES, RUN
 from tiny_run import write_images
@@ -209,6 +210,12 @@ def test_what_a_gpu_trains_on_is_not_guessed_from_a_cpu(tmp_path: Path) -> None:
         plan(*VIT_S, *GIVEN[:4], "--out", str(tmp_path / "mine.yaml"))
 
 
+def test_a_job_on_a_cluster_plans_no_run_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # where nothing is
+    with pytest.raises(ConfigError, match="this is a job on a cluster"):
+        plan(*VIT_S, *GIVEN[:4], "resources.use_gpu=false")
+
+
 # Figures that are measured
 
 
@@ -239,3 +246,16 @@ def test_what_is_measured_here_makes_a_plan_whose_numbers_fit_one_another(tmp_pa
 def test_a_planned_price_is_what_the_run_counts() -> None:
     config = plan_config(PlanArguments().parse_args([*VIT_S, *GIVEN, "plan.spot_share=1"]))
     assert settings_of(config, forecast_of(config))["cost.cpu_hourly"] == "1.6128"
+
+
+@pytest.mark.ray
+def test_on_a_cluster_its_nodes_are_measured(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", "train", labels=("rings", "dots"), per_label=8)
+    given = [*TINY, f"data.path={images}", "plan.seconds=0.2", GIVEN[4], "resources.train_workers=4"]
+    with ray_head() as head:
+        said = run_job("jobs.plan", *given, env={"RAY_ADDRESS": head.gcs})
+    assert re.search(
+        r"^crops +[\d,]+ images/s a CPU \(measured on 4 CPUs with [\d,]+ images", said, re.MULTILINE
+    )
+    assert "1 x g6e.12xlarge" in said
+    assert f"data.path={images}" in said.splitlines()[-1]
