@@ -1,10 +1,14 @@
 """What a person reads of a plan: the figures, the nodes, time and dollars, other numbers of GPUs, the command."""
 
+import json
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from jobs.config import read_file
+from jobs.keys import flatten
 from jobs.planning import Measured, PlanConfig
 from pipeline.cost import CostConfig
 from pipeline.forecast import HEADROOM, Forecast, forecast, with_workers
@@ -213,7 +217,7 @@ def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) 
     kept = [word for word in arguments.overrides if word.partition("=")[0] not in settings]
     kept = [word for word in kept if not word.startswith("plan.")]
     words = ["python", "-m", "jobs.pretrain", "--recipe", config.recipe]
-    words += ["--config", str(arguments.config)] if arguments.config else []
+    words += _from_file(arguments.config) if arguments.config else []
     words += [*kept, *(f"{key}={value}" for key, value in settings.items())]
     named = {word.partition("=")[0] for word in kept}
     if settings:
@@ -221,6 +225,15 @@ def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) 
         words += [f"{key}={value}" for key, value in asked.items() if key not in named]
         words = ["python", "-m", "jobs.submit", "--", *words]
     return shlex.join(words)
+
+
+def _from_file(file: Path) -> list[str]:
+    """The file, if it has no settings of the plan, which jobs.pretrain does not know; else its other ones."""
+    tree = read_file(file, "--config")
+    if "plan" not in tree:
+        return ["--config", str(file)]
+    others = flatten({key: value for key, value in tree.items() if key not in ("plan", "recipe")})
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in others]
 
 
 def show(rows: Sequence[Row], say: Callable[[str], None]) -> None:

@@ -1,7 +1,7 @@
 """Short measurements that a plan is made from: what a CPU crops, what a request takes, what a device trains. No Ray.
 
-CPUs are measured by the CPU time of this process, with all of the machine's CPUs at work: a virtual CPU is worth less
-beside a busy one, and neither a slow line to storage nor other programs count. A GPU is measured by the clock.
+CPUs are measured by the CPU time of this process: neither a slow line to storage nor other programs count. Crops are
+made on all of them at once, since a virtual CPU is worth less beside a busy one. A GPU is measured by the clock.
 """
 
 import os

@@ -77,6 +77,21 @@ def test_the_command_it_prints_is_a_config_with_the_plan_in_it(capsys: pytest.Ca
     assert (config.data.path, config.storage_path) == ("s3://BUCKET/images", "s3://BUCKET/runs")
 
 
+def test_prices_in_a_file_are_for_the_plan_and_its_other_settings_for_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    settings = {"train": {"epochs": 50}, "data": {"path": "s3://mine/images"}, "eval": {"k": [5, 10]}}
+    file.write_text(yaml.dump(settings))
+    assert f"--config {file}" in planned(capsys, *VIT_S, *GIVEN, "--config", str(file))["command"]
+    file.write_text(yaml.dump({**settings, "plan": {"prices": {"g6e.12xlarge": {"hourly": 9}}}}))
+    facts = planned(capsys, *VIT_S, *GIVEN, "--config", str(file))
+    config = load_config(None, None, shlex.split(facts["command"])[9:])
+    assert (config.train.epochs, config.eval.k, config.data.path) == (50, (5, 10), "s3://mine/images")
+    assert config.cost.gpu_hourly == 9
+    assert facts["plan"]["dollars"]["gpu"] == pytest.approx(facts["plan"]["hours"] * 2 * 9)
+
+
 def test_a_person_reads_nodes_network_time_dollars_bottleneck_and_other_sizes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
