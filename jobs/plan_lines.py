@@ -19,6 +19,8 @@ Row = tuple[str, str]
 
 _SMALL_GBIT = 10.0
 """The link that many nodes have, for comparison."""
+_S3_REQUESTS = 5500
+"""Reads a second of one prefix that S3 is documented to serve; it grows by itself, with refusals until then."""
 _CHEAPER = 0.95
 """Another type of CPU node is named when the run costs less than this share with it."""
 
@@ -71,7 +73,7 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
                 "",
                 f"each makes up to {away.images_per_second:,.0f} images/s, held by {away.limit}: "
                 f"{away.busy_cpus:.0f} of {plan.cpu.cpus} CPUs busy, {found.cpu_node_gbit:.1f} of "
-                f"{plan.cpu.gbit:g} Gbit/s sent",
+                f"{plan.cpu.gbit:g} Gbit/s sent, {_read_gbit(run, measured, found):.1f} read from storage",
             )
         )
         rows += _cheaper(config, run, measured, found)
@@ -87,6 +89,7 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
             f"a GPU node takes in {found.gpu_node_gbit:.1f} of {plan.gpu.gbit:g} Gbit/s; {_SMALL_GBIT:g} Gbit/s, which "
             f"carries {small:,.0f} images/s of {run.crop_bytes / 1000:,.0f} kB, would be {is_limit}",
         ),
+        ("storage", _storage(measured, found)),
         ("object store", _store(config, found)),
         ("time", _time(run, found)),
         ("cost", _cost(found)),
@@ -137,6 +140,20 @@ def _cheaper(config: PlanConfig, run: Run, measured: Measured, found: Forecast) 
     other = found_by[best]
     saved = found.total_dollars - other.total_dollars
     return [("", f"plan.cpu_node={best} would take {other.cpu_nodes} nodes and ${saved:,.0f} less")]
+
+
+def _read_gbit(run: Run, measured: Measured, found: Forecast) -> float:
+    """Gbit/s of encoded images into a CPU node, as many as it sends crops of."""
+    return found.cpu_node_gbit * measured.figures.bytes_per_image / run.crop_bytes
+
+
+def _storage(measured: Measured, found: Forecast) -> str:
+    f = measured.figures
+    requests = found.images_per_second / f.images_per_request
+    text = f"{requests:,.0f} requests/s, {found.images_per_second * f.bytes_per_image / 1e6:,.0f} MB/s"
+    if requests <= _S3_REQUESTS:
+        return text
+    return f"{text}; S3 promises {_S3_REQUESTS:,} a second for a prefix: spread images over several, or use jobs.pack"
 
 
 def _store(config: PlanConfig, found: Forecast) -> str:

@@ -102,7 +102,15 @@ def test_a_person_reads_nodes_network_time_dollars_bottleneck_and_other_sizes(
     assert re.search(r"^bottleneck +network: take a plan.gpu_node whose link", said, flags=re.MULTILINE)
     assert re.search(r"^cost +\$[\d,]+: GPU nodes \$", said, flags=re.MULTILINE)
     assert "list prices of us-east-1" in said
+    assert re.search(r"^storage +[\d,]+ requests/s, \d+ MB/s", said, flags=re.MULTILINE)
     assert re.search(r"^ +16 +16 .* network$", said, flags=re.MULTILINE)
+
+
+def test_more_requests_than_a_prefix_serves_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    plan(*VIT_S, *GIVEN)
+    assert "storage       6,400 requests/s, 704 MB/s; S3 promises 5,500 a second" in capsys.readouterr().out
+    plan(*VIT_S, *GIVEN, "plan.images_per_request=100")
+    assert "storage       64 requests/s, 704 MB/s\n" in capsys.readouterr().out
 
 
 def test_a_better_type_of_cpu_node_is_named(capsys: pytest.CaptureFixture[str]) -> None:
