@@ -24,8 +24,8 @@ from pipeline.prices import PlanSettings
 
 HEADROOM = 1.2
 """CPUs beyond the demand, for what varies: image sizes, lost spot nodes, evaluation beside them."""
-LOCAL_SHARE = 0.8
-"""The same on one machine, whose cores also do all else that Ray does (by CPU)."""
+LOCAL_SHARE = 0.75
+"""Of one machine's cores, what crops and steps get: Ray takes a fifth, and workers wait for one another each step."""
 LOCAL_STARTUP_SECONDS = 30.0
 """Until a run on one machine trains: Ray, the workers, the first block."""
 _DISK_BYTES_PER_SECOND = 500e6
@@ -181,7 +181,7 @@ def forecast_here(run: Run, figures: Figures, plan: PlanSettings, *, cores: int)
     rate = LOCAL_SHARE * cores / (crop + step)
     limits: dict[Limit, float] = {"training step": rate}
     actors = run.most_actors or max(1, cores - run.train_workers)
-    limits["augmentation"] = LOCAL_SHARE * actors * run.cpus_per_augment_actor / crop
+    limits["augmentation"] = STREAM_SHARE * actors * run.cpus_per_augment_actor / crop
     limits["S3 latency"] = actors * fetched_per_actor(run, figures)
     bottleneck = min(limits, key=lambda name: limits[name])
     rate = limits[bottleneck]
