@@ -3,7 +3,6 @@
 They are taken in this process, or, in a job on a cluster, by tasks on its nodes: the head has no CPUs to measure.
 """
 
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -167,8 +166,7 @@ def _train(config: PlanConfig, num_images: int, *, on_gpus: bool, say: Say) -> t
     batch = batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
     options: dict[str, Any] = {"num_images": num_images, "batch_size": batch, "seconds": config.plan.seconds}
     if is_local():
-        threads = max(1, (os.cpu_count() or 1) // config.resources.train_workers)  # as each worker has
-        trained = measure_step(config.algorithm(), **options, on_gpu=on_gpus, threads=threads)
+        trained = measure_step(config.algorithm(), **options, on_gpu=on_gpus)
     else:
         if not ray.cluster_resources().get("GPU"):
             say("no GPU node is up: waiting for one to join")

@@ -106,15 +106,17 @@ def measure_latency(source: Source) -> float:
 
 
 def measure_step(
-    config: DINOConfig, *, num_images: int, batch_size: int, seconds: float, on_gpu: bool, threads: int = 1
+    config: DINOConfig, *, num_images: int, batch_size: int, seconds: float, on_gpu: bool
 ) -> Trained:
-    """Train for some seconds on noise in the shape of crops, `batch_size` images a step, on CPUs with `threads`.
+    """Train for some seconds on noise in the shape of crops, `batch_size` images a step, on one GPU or one CPU.
 
     Gradients that GPUs exchange are not in it. ResourceError when the batch does not fit the device.
     """
     device = torch.device("cuda" if on_gpu else "cpu")
     set_up_device(device)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(
+        1
+    )  # threads of one step wait for one another by spinning: CPU time would count that
     rng = np.random.default_rng(0)
     shapes = zip(("global_crops", "local_crops"), crop_shapes(config.crops), strict=True)
     batch = {name: rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8) for name, shape in shapes}
@@ -126,7 +128,7 @@ def measure_step(
             f"{batch_size} images a step do not fit {torch.cuda.get_device_name(device)}; raise "
             "resources.train_workers or train.accumulate_steps, or lower train.global_batch_size"
         ) from error
-    name = f"one {torch.cuda.get_device_name(device)}" if on_gpu else f"{threads} CPU{'s' * (threads > 1)}"
+    name = f"one {torch.cuda.get_device_name(device)}" if on_gpu else "one CPU"
     return Trained(batch_size / statistics.median(times), name, len(times))
 
 
