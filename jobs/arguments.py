@@ -37,7 +37,7 @@ class CommandLine(argparse.ArgumentParser):
 class Arguments(CommandLine):
     """The command line that jobs with a config share."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str, *, resumes: bool = True) -> None:
         super().__init__(prog=prog, description=description, epilog="recipes: " + ", ".join(RECIPES))
         self.add_argument("--recipe", default=None, help="named starting point (default: demo)")
         self.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
@@ -45,9 +45,10 @@ class Arguments(CommandLine):
         self.add_argument(
             "--json-schema", action="store_true", help="print the JSON Schema of the config and exit"
         )
-        self.add_argument(
-            "--resume", action="store_true", help="continue the run of this name even with another config"
-        )
+        if resumes:
+            self.add_argument(
+                "--resume", action="store_true", help="continue the run of this name even with another config"
+            )
         self.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3")
 
 

@@ -115,7 +115,9 @@ def _line(head: str, rules: list[str], fields: Mapping[str, FieldInfo]) -> str:
     line = f"{head}: {' or '.join(rules).replace(' or must be ', ' or ')}"
     if field is None or field.is_required():
         return line
-    return f"{line} (default {json.dumps(field.get_default(call_default_factory=True))})"
+    default = field.get_default(call_default_factory=True)
+    # A table is too long to be told.
+    return line if isinstance(default, Mapping) else f"{line} (default {json.dumps(default)})"
 
 
 def _at(tree: Any, key: str) -> Any:

@@ -175,19 +175,21 @@ def sections_of_a_run(section: str = "StudyConfig") -> set[str]:
     return {section}.union(*(sections_of_a_run(name) for name in named & classes.keys()))
 
 
-ALL_FIELDS = [(section, field) for section in sorted(sections_of_a_run()) for field in fields_of(section)]
+ALL_SECTIONS = sorted(sections_of_a_run() | sections_of_a_run("PlanConfig"))
+ALL_FIELDS = [(section, field) for section in ALL_SECTIONS for field in fields_of(section)]
 
 
 def test_the_tree_of_configs_is_found() -> None:
     assert {
         "Config",
         "StudySettings",
+        "PlanSettings",
         "DINOConfig",
         "OptimConfig",
         "CropsConfig",
         "DataConfig",
         "ResourcesConfig",
-    } <= (sections_of_a_run())
+    } <= set(ALL_SECTIONS)
     assert ("OptimConfig", "clip_grad") in ALL_FIELDS
     assert len(ALL_FIELDS) > 80
 
@@ -215,7 +217,7 @@ def test_every_setting_is_read_by_something_else_than_its_declaration(section: s
     assert reads().get(field, set()) - {section}
 
 
-@pytest.mark.parametrize("section", sorted(sections_of_a_run()))
+@pytest.mark.parametrize("section", ALL_SECTIONS)
 def test_every_setting_explains_itself(section: str) -> None:
     body = settings_classes()[section].body
     for node, after in zip(body, [*body[1:], None], strict=True):

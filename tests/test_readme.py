@@ -55,7 +55,7 @@ def test_each_pretrain_command_is_a_valid_config(arguments: list[str]) -> None:
 def other_job_commands() -> list[list[str]]:
     """The words of each `python -m jobs.<name>` that is not pretrain."""
     found = [shlex.split(line) for line in commands() if line.startswith("python -m jobs.")]
-    return [words for words in found if words[2] not in ("jobs.pretrain", "jobs.tune")]
+    return [words for words in found if words[2] not in ("jobs.pretrain", "jobs.tune", "jobs.plan")]
 
 
 def takes_a_run(words: list[str]) -> bool:
@@ -110,9 +110,25 @@ def test_each_study_in_it_can_be_run(arguments: list[str]) -> None:
     assert f"runs/{config.name}" in README
 
 
+def test_the_plan_in_it_is_what_its_command_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where it writes a file
+    (command,) = [line for line in commands() if line.startswith("python -m jobs.plan")]
+    importlib.import_module("jobs.plan").main(shlex.split(command)[3:])
+    shown = README.split(command)[1].split("```")[2].strip().splitlines()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line != "..." and line not in printed] == []
+    assert (tmp_path / "cluster.filled.yaml").exists()
+
+
 def test_every_job_has_a_command() -> None:
     jobs = {path.stem for path in (ROOT / "jobs").glob("*.py") if "run_main(main)" in path.read_text()}
-    assert jobs == {words[2].removeprefix("jobs.") for words in other_job_commands()} | {"pretrain", "tune"}
+    assert jobs == {words[2].removeprefix("jobs.") for words in other_job_commands()} | {
+        "pretrain",
+        "tune",
+        "plan",
+    }
 
 
 def test_every_recipe_has_a_row() -> None:
