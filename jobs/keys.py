@@ -59,7 +59,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
     rules: dict[str, list[str]] = {}
     for found in error.errors():
         path = [str(part) for part in found["loc"]]
-        key = next((k for k in (path[0], ".".join(path[:2])) if k in fields), ".".join(path))
+        key = next((k for k in (".".join(path[:1]), ".".join(path[:2])) if k in fields), ".".join(path))
         if found["type"] == "extra_forbidden":
             unknown = found["input"] if isinstance(found["input"], Mapping) else {}
             for name, value in flatten(unknown, f"{key}.") if unknown else [(key, found["input"])]:
@@ -112,7 +112,8 @@ def _rule(kind: str, message: str) -> str:
 
 def _line(head: str, rules: list[str], fields: Mapping[str, FieldInfo]) -> str:
     field = fields.get(head.partition("=")[0])
-    line = f"{head}: {' or '.join(rules).replace(' or must be ', ' or ')}"
+    text = " or ".join(rules).replace(" or must be ", " or ")
+    line = f"{head}: {text}" if head else text  # what is wrong with the whole names its keys itself
     if field is None or field.is_required():
         return line
     default = field.get_default(call_default_factory=True)

@@ -47,8 +47,10 @@ class PlanConfig(Config):
         data, plan = tree.get("data"), tree.get("plan")
         if not isinstance(data, dict) or not isinstance(plan, dict) or "path" in data:
             return tree
-        given = all(plan.get(name) is not None for name in _OF_IMAGES)
-        return {**tree, "data": {**data, "path": BUCKET}} if given else tree
+        missing = [f"plan.{name}" for name in _OF_IMAGES if plan.get(name) is None]
+        if missing and len(missing) < len(_OF_IMAGES):
+            raise ValueError(f"data.path: must be set, or in its place {', '.join(missing)} as well")
+        return tree if missing else {**tree, "data": {**data, "path": BUCKET}}
 
 
 class PlanArguments(Arguments):

@@ -114,9 +114,8 @@ def measure_step(
     """
     device = torch.device("cuda" if on_gpu else "cpu")
     set_up_device(device)
-    torch.set_num_threads(
-        1
-    )  # threads of one step wait for one another by spinning: CPU time would count that
+    # Threads of one step wait for one another by spinning, and CPU time would count that.
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     shapes = zip(("global_crops", "local_crops"), crop_shapes(config.crops), strict=True)
     batch = {name: rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8) for name, shape in shapes}

@@ -111,6 +111,9 @@ def test_a_cpu_node_is_held_by_the_link_that_its_crops_leave_by() -> None:
     away = augmenting(node, 16, RUN, FIGURES, sends=True)
     assert away == (pytest.approx(500), "network", 16, pytest.approx(5))  # 5 of 16 CPUs busy
     assert augmenting(node, 16, RUN, FIGURES, sends=False).limit == "augmentation"
+    # Photos larger than their crops fill it on their way in.
+    photos = FIGURES._replace(bytes_per_image=1_000_000)
+    assert augmenting(node, 16, RUN, photos, sends=True)[:2] == (pytest.approx(250), "network")
 
 
 def test_requests_in_flight_bound_what_an_actor_fetches() -> None:
@@ -178,6 +181,9 @@ def test_on_one_machine_crops_and_steps_share_its_cores() -> None:
         pytest.approx(125 * STREAM_SHARE),
         "augmentation",
     )  # one actor
+    # Of the time on shared cores crops take four fifths: they are what would have to be faster, if actors are enough.
+    many = forecast_here(replace(run, most_actors=8), slow, plan(), cores=8)
+    assert (many.images_per_second, many.bottleneck) == (pytest.approx(600), "augmentation")
 
 
 def test_nodes_too_small_for_what_stands_on_them_are_refused() -> None:

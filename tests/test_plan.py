@@ -221,8 +221,11 @@ def test_what_cannot_be_is_one_line_with_name_value_rule_and_remedy(settings: li
 
 def test_a_figure_of_the_images_that_is_missing_asks_for_the_images() -> None:
     for missing in range(4):
-        with pytest.raises(ConfigError, match=r"data.path: must be set"):
+        name = GIVEN[missing].partition("=")[0]
+        with pytest.raises(ConfigError, match=f"data.path: must be set, or in its place {name} as well"):
             plan(*VIT_S, *[figure for i, figure in enumerate(GIVEN) if i != missing])
+    with pytest.raises(ConfigError, match=r"data.path: must be set, e.g."):
+        plan(*VIT_S)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here to measure on")
