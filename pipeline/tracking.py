@@ -197,6 +197,8 @@ class _Line:
                 return True
             except (Exception, SystemExit) as error:
                 self._warn(one_line(error))
+            if self._ending.is_set():
+                break
         return False
 
     def _lose(self) -> None:
