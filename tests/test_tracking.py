@@ -134,7 +134,10 @@ def test_wandb_has_one_run_of_all_lives(tmp_path: Path, monkeypatch: pytest.Monk
         begun = next(record.run for record in records if record.HasField("run"))
         assert (begun.run_id, begun.project, begun.display_name) == (number, "plants", "first")
         rows = [
-            {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
             for record in records
             if record.HasField("history")
         ]
