@@ -69,7 +69,11 @@ class MLflow:
 
         self._client, self._metric = MlflowClient(), Metric
         experiment = self._client.get_experiment_by_name(run.project)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(run.project)
+        number = (
+            experiment.experiment_id
+            if experiment
+            else self._client.create_experiment(run.project, artifact_location=_artifact_location(run))
+        )
         for found in self._client.search_runs([number], f"tags.`{_TAG}` = '{run.id}'", max_results=1):
             self._client.update_run(found.info.run_id, status="RUNNING")
             break
@@ -114,6 +118,16 @@ class MLflow:
             history = self._client.get_metric_history(self._id, name)
             self._last_steps[name] = max((point.step for point in history), default=-1)
         return self._last_steps[name]
+
+
+def _artifact_location(run: TrackedRun) -> str | None:
+    """Beside run directories where there is a database and no server, which knows by itself: None.
+
+    MLflow would take the folder that a worker happens to run in, which Ray removes.
+    """
+    kind = os.environ["MLFLOW_TRACKING_URI"].partition(":")[0].partition("+")[0]
+    is_database = kind in ("sqlite", "postgresql", "mysql", "mssql")
+    return f"{os.path.dirname(run.directory.uri)}/mlartifacts" if is_database else None
 
 
 class WandB:

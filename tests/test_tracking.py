@@ -65,7 +65,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mlflow(store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of that store, to which runs are led too."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
-    monkeypatch.chdir(store)  # where it puts artifacts
     return MLFLOW.MlflowClient()
 
 
@@ -88,6 +87,7 @@ def test_mlflow_has_one_run_of_all_lives_and_each_step_once(tmp_path: Path, mlfl
     ]
     assert [p.step for p in mlflow.get_metric_history(run.info.run_id, "knn_20")] == [5, 8]
     assert set(run.data.metrics) == {"loss", "knn_20"}
+    assert Path(run.info.artifact_uri).is_relative_to(tmp_path.parent / "mlartifacts")
     pictures = [file.path for file in mlflow.list_artifacts(run.info.run_id, "attention")]
     assert pictures == ["attention/step_00000005.png", "attention/step_00000008.png"]
     page = Path(mlflow.download_artifacts(run.info.run_id, "report.html", str(tmp_path)))
