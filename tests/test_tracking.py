@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,8 @@ def wandb_records(file: Path) -> list[Any]:
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):
+            break
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole one, or the last part of one
@@ -130,7 +133,10 @@ def test_wandb_has_one_run_of_all_lives(tmp_path: Path, monkeypatch: pytest.Monk
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
     assert [file.name for file in files] == [f"run-{number}.wandb"] * 2
     for file, steps in zip(files, (range(6), range(4, 9)), strict=True):
-        records = wandb_records(file)
+        deadline = time.monotonic() + 60
+        while not any(record.HasField("exit") for record in (records := wandb_records(file))):
+            assert time.monotonic() < deadline, "W&B's own process has not written the end"
+            time.sleep(0.05)
         begun = next(record.run for record in records if record.HasField("run"))
         assert (begun.run_id, begun.project, begun.display_name) == (number, "plants", "first")
         rows = [
