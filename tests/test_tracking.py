@@ -133,10 +133,11 @@ def test_wandb_has_one_run_of_all_lives(tmp_path: Path, monkeypatch: pytest.Monk
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
     assert [file.name for file in files] == [f"run-{number}.wandb"] * 2
     for file, steps in zip(files, (range(6), range(4, 9)), strict=True):
-        deadline = time.monotonic() + 60
-        while not any(record.HasField("exit") for record in (records := wandb_records(file))):
+        records, deadline = wandb_records(file), time.monotonic() + 60
+        while not any(record.HasField("exit") for record in records):
             assert time.monotonic() < deadline, "W&B's own process has not written the end"
             time.sleep(0.05)
+            records = wandb_records(file)
         begun = next(record.run for record in records if record.HasField("run"))
         assert (begun.run_id, begun.project, begun.display_name) == (number, "plants", "first")
         rows = [
