@@ -24,9 +24,8 @@ _TITLE = "teacher, step "
 
 def write_projector(folder: Directory, step: int, embedding: Embedding) -> None:
     """Add a set to those in the folder of the event files; it takes the place of those of its step and later."""
-    kept = [info for info in _read(folder).embeddings if int(info.tensor_name.removeprefix(_TITLE)) < step][
-        :1
-    ]
+    earlier = [info for info in _read(folder).embeddings if _step(info) < step]
+    kept = earlier[:1]
     place = "projector_newest" if kept else "projector_first"
     info = EmbeddingInfo(tensor_name=f"{_TITLE}{step}", tensor_path=f"{place}/tensors.tsv")
     text = io.StringIO()
@@ -42,6 +41,10 @@ def write_projector(folder: Directory, step: int, embedding: Embedding) -> None:
     # Last, so that what it names is there.
     config = ProjectorConfig(embeddings=[*kept, info])
     folder.write(CONFIG, text_format.MessageToString(config).encode())
+
+
+def _step(info: EmbeddingInfo) -> int:
+    return int(info.tensor_name.removeprefix(_TITLE))
 
 
 def _read(folder: Directory) -> ProjectorConfig:
