@@ -88,7 +88,8 @@ class _Shown:
 
     def __init__(self, num_images: int) -> None:
         # Each rank takes its share of these, and counts by itself.
-        mine, kept = -(-num_images // processes.world_size()), _NUM_EMBEDDED // processes.world_size()
+        mine = -(-num_images // processes.world_size())
+        kept = max(1, _NUM_EMBEDDED // processes.world_size())
         self._apart, self._num_seen = -(-mine // kept), 0
         self._rows: list[tuple[NDArray[np.float32], str, NDArray[np.uint8]]] = []
 
@@ -101,7 +102,7 @@ class _Shown:
 
     def share(self) -> Embedding | None:
         """What all ranks have kept; None where that is nothing."""
-        rows = [row for rows in processes.gather(self._rows) for row in rows]
+        rows = [row for rows in processes.gather(self._rows) for row in rows][:_NUM_EMBEDDED]
         if not rows:
             return None
         features, labels, thumbnails = zip(*rows, strict=True)

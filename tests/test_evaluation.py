@@ -93,3 +93,15 @@ def test_with_pictures_some_images_are_embedded_with_labels_and_thumbnails(
     assert embedding.labels == side.labels[::apart]
     crops = np.concatenate([images for images, _, _ in eval_batches(source, range(9), size=32, batch_size=2)])
     np.testing.assert_array_equal(embedding.thumbnails, crops[::apart])  # 32 px as they are
+
+
+def test_more_ranks_than_images_to_show_still_show_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_NUM_EMBEDDED", 2)
+    monkeypatch.setattr(evaluation.processes, "world_size", lambda: 3)
+    monkeypatch.setattr(evaluation.processes, "gather", lambda mine: [mine] * 3)
+    shown = evaluation._Shown(9)
+    batch = Features(np.arange(12, dtype=np.float32).reshape(3, 4), ["a", "b", "c"], 0)
+    shown.see(np.zeros((3, 32, 32, 3), np.uint8), batch)
+    embedding = shown.share()
+    assert embedding is not None
+    assert embedding.labels == ["a", "a"]  # each rank has kept one of its three
