@@ -27,10 +27,11 @@ from pipeline.probes import ProbeConfig
 from pipeline.resources import ResourcesConfig
 from pipeline.start import InitConfig
 from pipeline.storage import Directory, MissingObject, is_s3, split_s3_uri
+from pipeline.tracking import TrackConfig
 from pipeline.training import DINOConfig
 
 FREE_SECTIONS = frozenset(
-    {"resources", "cost", "log", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
+    {"resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
 )
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
@@ -51,6 +52,7 @@ class Config(DINOConfig):
     health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    track: TrackConfig = TrackConfig()
     resources: ResourcesConfig = ResourcesConfig()
     cost: CostConfig = CostConfig()
 

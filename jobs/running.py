@@ -14,6 +14,7 @@ import ray
 from numpy.typing import NDArray
 
 from jobs.config import Config
+from jobs.keys import flatten
 from models.backbone import build_backbone
 from models.interop import Weights
 from pipeline.automatic import adapt, resolve
@@ -29,6 +30,7 @@ from pipeline.shared_stream import SharedStream
 from pipeline.source import Source
 from pipeline.start import read_weights, start_from
 from pipeline.storage import Directory
+from pipeline.tracking import check_trackers
 from pipeline.training import DINOConfig, build_state
 from pipeline.worker import fit
 from pipeline.worker_spec import WorkerSpec
@@ -80,7 +82,9 @@ class Inputs:
 
 
 def check_run(config: Config) -> None:
-    """ConfigError when the batch cannot be divided, or the network cannot be built or take the crops."""
+    """ConfigError when the batch cannot be divided, the network cannot be built or take the crops, or a tracker is not
+    there."""
+    check_trackers(config.track)
     per_worker = batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
     check_parts(per_worker, config.train.accumulate_steps)
     eval_sizes = [config.eval.image_size] if config.eval.image_size else []
@@ -146,17 +150,22 @@ def run_training(
     on_event: Callable[[Event, Board], None],
     asks: bool = False,
     draws: bool = True,
+    name: str | None = None,
     shared: SharedStream | None = None,
 ) -> int | None:
     """Train to the end, None, or to the step where it was told to stop. Ctrl-C stops it there, with a checkpoint.
 
     `on_event` gets each event but fatal ones, which are raised.
-    `asks`: after each evaluation the workers wait for `board.answer`. `draws`: attention is drawn there too.
+    `asks`: after each evaluation the workers wait for `board.answer`. `draws`: attention and
+    embeddings are shown there too.
+    `name`: what gauges and trackers call the run, if it is not the config's.
     `shared`: a stream of just these crops, which other runs take part in.
     """
     board = Board()
     images = ray.put(inputs.images)
+    settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
     spec = WorkerSpec(
+        name=name or config.name,
         run=run,
         board=board,
         config=algorithm,
@@ -164,6 +173,8 @@ def run_training(
         shared=shared,
         checkpoint=config.checkpoint,
         log=config.log,
+        track=config.track,
+        params=dict(flatten(settings)),
         eval=config.eval,
         probe=config.probe,
         health=config.health,

@@ -175,6 +175,7 @@ class _Attempt:
             on_event=self._on_event,
             asks=self._runner.config.tune.scheduler != "pb2",
             draws=False,
+            name=f"{self._runner.config.name}/{config.name}",
             shared=self._runner.shared,
         )
         self.stopped = stopped_at is not None

@@ -7,10 +7,11 @@ A run directory (local or S3):
     manifest.parquet            the images, listed once
     metrics.jsonl               one line per logged step and per evaluation
     quarantine.jsonl            one line per image that could not be used
-    tensorboard/                the same metrics as event files
+    tensorboard/                the same metrics as event files; crops, attention, features for the projector
     crops.png                   contact sheet of the crops
     attention/                  step_00001000.png: the class token's attention at each evaluation
     report.html                 all of that on one page
+    tracking.json               by what id MLflow and W&B know the run, if they follow it
     result.json                 written last: the run is finished
     checkpoints/
       checkpoint_manager_snapshot.json    which checkpoints are committed (Ray Train's)

@@ -11,17 +11,24 @@ from torch import nn
 from pipeline import processes
 from pipeline.attention_figure import attention_figure
 from pipeline.crops_config import CropsConfig
-from pipeline.features import EvalConfig, embed_sharded, knn_accuracy, subset
+from pipeline.drawing import thumbnail
+from pipeline.features import EvalConfig, Features, embed_sharded, knn_accuracy, subset
 from pipeline.frozen import embed_views
 from pipeline.probes import ProbeConfig, lidar, rankme
+from pipeline.sink import Embedding
 from pipeline.source import Source
+
+_NUM_EMBEDDED = 500
+"""Images in an `Embedding`."""
+_THUMBNAIL_SIZE = 32
 
 
 class Evaluation(NamedTuple):
-    """`scores` by name; `attention` as PNG, None for networks without, or without pictures."""
+    """`scores` by name; `attention` as PNG, None for networks without; both pictures None where none are asked for."""
 
     scores: dict[str, float]
     attention: bytes | None
+    embedding: Embedding | None
 
 
 def evaluate(
@@ -40,19 +47,28 @@ def evaluate(
 
     `labelled` are the two of `labelled_sources`; without them RankMe is that of `images`, of which LiDAR takes
     augmented views in any case. `pictures` are a handful of (key, image) of any
-    size, drawn under `title`. None on other ranks.
+    size, drawn under `title`; without them nothing is drawn at all. None on other ranks.
     """
     was_training = backbone.training
     backbone.eval()
     limited = [(images, config.max_val_images)] if config.label_free else []
     if labelled is not None:
         limited = [(labelled[0], config.max_train_images), (labelled[1], config.max_val_images)]
+    shown = _Shown(min(limited[-1][0].num_images, limited[-1][1])) if limited and pictures else None
     sides = [
         embed_sharded(
-            backbone, source, crops, config, limit=limit, precision=precision, labelled=labelled is not None
+            backbone,
+            source,
+            crops,
+            config,
+            limit=limit,
+            precision=precision,
+            labelled=labelled is not None,
+            see=shown.see if shown and number == len(limited) else None,
         )
-        for source, limit in limited
+        for number, (source, limit) in enumerate(limited, start=1)
     ]
+    embedding = shown.share() if shown else None
     views = _views(backbone, images, crops, config, probe, precision=precision) if config.lidar else None
     result = None
     if processes.rank() == 0:
@@ -61,9 +77,36 @@ def evaluate(
             scores["rankme"] = rankme(sides[0].features)
         if views is not None and len(views) > 1:
             scores["lidar"] = lidar(views)
-        result = Evaluation(scores, attention_figure(backbone, pictures, crops, title=title))
+        figure = attention_figure(backbone, pictures, crops, title=title)
+        result = Evaluation(scores, figure, embedding)
     backbone.train(was_training)
     return result
+
+
+class _Shown:
+    """Evenly spaced ones, at most `_NUM_EMBEDDED`, of the `num_images` images that the ranks embed together."""
+
+    def __init__(self, num_images: int) -> None:
+        # Each rank takes its share of these, and counts by itself.
+        mine = -(-num_images // processes.world_size())
+        kept = max(1, _NUM_EMBEDDED // processes.world_size())
+        self._apart, self._num_seen = -(-mine // kept), 0
+        self._rows: list[tuple[NDArray[np.float32], str, NDArray[np.uint8]]] = []
+
+    def see(self, images: NDArray[np.uint8], features: Features) -> None:
+        """Keep some of a batch."""
+        for row in range(-self._num_seen % self._apart, len(images), self._apart):
+            small = thumbnail(images[row], width=_THUMBNAIL_SIZE, height=_THUMBNAIL_SIZE)
+            self._rows.append((features.features[row], features.labels[row], np.asarray(small)))
+        self._num_seen += len(images)
+
+    def share(self) -> Embedding | None:
+        """What all ranks have kept; None where that is nothing."""
+        rows = [row for rows in processes.gather(self._rows) for row in rows][:_NUM_EMBEDDED]
+        if not rows:
+            return None
+        features, labels, thumbnails = zip(*rows, strict=True)
+        return Embedding(np.stack(features), list(labels), np.stack(thumbnails))
 
 
 def _views(

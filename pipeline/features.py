@@ -71,6 +71,10 @@ class Features(NamedTuple):
     num_bad: int
 
 
+See = Callable[[NDArray[np.uint8], Features], None]
+"""(uint8 [n, S, S, 3], their features) -> nothing: is shown each batch as it is embedded."""
+
+
 def labelled_sources(
     data: DataConfig, config: EvalConfig, run: Directory | None = None
 ) -> tuple[Source, Source] | None:
@@ -167,6 +171,7 @@ def embed_source(
     precision: str,
     forward: Forward | None = None,
     labelled: bool = True,
+    see: See | None = None,
 ) -> Features:
     """Features and labels of the readable images at `indices`, by `embed`; all of them must be `labelled`, if so."""
     size = config.image_size or crops.global_crop_size
@@ -176,6 +181,8 @@ def embed_source(
     ):
         rows = embed(backbone, images, crops, precision=precision, forward=forward)
         parts.append(Features(rows, labels, num_bad))
+        if see:
+            see(images, parts[-1])
     return merge(parts)
 
 
@@ -195,11 +202,14 @@ def embed_sharded(
     limit: int,
     precision: str,
     labelled: bool = True,
+    see: See | None = None,
 ) -> Features:
     """Like `embed_source` on a `subset`, each rank of the process group embedding its share; all get the whole."""
     indices = subset(source.num_images, limit)
     mine = indices[processes.rank() :: processes.world_size()]
-    part = embed_source(backbone, source, mine, crops, config, precision=precision, labelled=labelled)
+    part = embed_source(
+        backbone, source, mine, crops, config, precision=precision, labelled=labelled, see=see
+    )
     return merge(processes.gather(part))
 
 

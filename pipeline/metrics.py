@@ -1,27 +1,30 @@
-"""Metrics sinks of a run: JSON lines, TensorBoard, and the throughput meter.
+"""What a run writes of itself, by one way to every sink: JSON lines, pictures, TensorBoard, gauges, trackers.
 
-Written by rank 0 only. For a local run directory the files are appended to in place; for S3, which cannot
-append, they are staged in a temporary folder and uploaded by `sync`. A resumed run first drops the lines that
-lie after its checkpoint, because it is about to repeat those steps.
+And the throughput meter. Written by rank 0 only. For a local run directory the files are appended to in place; for
+S3, which cannot append, they are staged in a temporary folder and uploaded by `sync`. A resumed run first drops the
+lines that lie after its checkpoint, because it is about to repeat those steps.
 """
 
+import contextlib
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from torch.utils.tensorboard import SummaryWriter
 
 from models.settings import Settings
 from pipeline.augment import STAGES
+from pipeline.checkpoint import checkpoint_name
 from pipeline.pool_size import Reading
+from pipeline.sink import Embedding, Sink
 from pipeline.storage import Directory, MissingObject, is_s3
+from pipeline.tensorboard import TensorBoard
 
 
 class LogConfig(Settings):
@@ -68,30 +71,70 @@ def _if_whole(line: str) -> list[str]:
         return []
 
 
-class MetricsLog:
-    """metrics.jsonl, quarantine.jsonl and tensorboard/ of a run that continues at `first_step`."""
+class RunFiles(Sink):
+    """metrics.jsonl of a run that continues at `first_step`, and its pictures as files."""
 
-    def __init__(self, run: Directory, *, first_step: int, first_position: int) -> None:
+    def __init__(self, run: Directory, *, first_step: int, staging: Path) -> None:
         self._run = run
-        self._temporary = tempfile.TemporaryDirectory(prefix="dinoray-log-") if is_s3(run.uri) else None
-        self._staging = Path(self._temporary.name if self._temporary else run.uri)
-        self._staging.mkdir(parents=True, exist_ok=True)
         self._metrics = JsonLines(
-            run, "metrics.jsonl", keep=lambda r: 0 < first_step >= r["step"], staging=self._staging
-        )
-        self._quarantine = JsonLines(
-            run, "quarantine.jsonl", keep=lambda r: r["position"] < first_position, staging=self._staging
-        )
-        self._events = SummaryWriter(
-            str(self._staging / "tensorboard"), purge_step=first_step + 1 if first_step else 0
+            run, "metrics.jsonl", keep=lambda r: 0 < first_step >= r["step"], staging=staging
         )
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write `values` as of `step` steps done; TensorBoard gets the numbers among them."""
+        """A line."""
         self._metrics.append({"step": step, **values})
-        for name, value in values.items():
-            if not isinstance(value, str):
-                self._events.add_scalar(name, value, step)
+
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        """A file in the folder of this name."""
+        self._run.write(f"{name}/{checkpoint_name(step)}.png", png)
+
+    def sync(self) -> None:
+        """Upload the lines; pictures are written at once."""
+        self._metrics.sync()
+
+    def close(self, *, failed: bool) -> None:
+        """Sync."""
+        self.sync()
+
+
+class MetricsLog(Sink):
+    """All that a run which continues at `first_step` writes of itself: quarantine.jsonl, and the rest by its sinks.
+
+    These are its files, TensorBoard and, after them, `others`.
+    """
+
+    def __init__(
+        self, run: Directory, *, first_step: int, first_position: int, others: Sequence[Sink] = ()
+    ) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="dinoray-log-") if is_s3(run.uri) else None
+        staging = Path(self._temporary.name if self._temporary else run.uri)
+        staging.mkdir(parents=True, exist_ok=True)
+        self._quarantine = JsonLines(
+            run, "quarantine.jsonl", keep=lambda r: r["position"] < first_position, staging=staging
+        )
+        files = RunFiles(run, first_step=first_step, staging=staging)
+        events = TensorBoard(run, staging=staging, purge_step=first_step + 1 if first_step else 0)
+        self._sinks = [files, events, *others]
+        if not first_step:
+            with contextlib.suppress(MissingObject):  # trials of a study have none
+                crops = run.read("crops.png")
+                for sink in self._sinks[1:]:
+                    sink.picture("crops", 0, crops)
+
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Write `values` as of `step` steps done."""
+        for sink in self._sinks:
+            sink.log(step, values)
+
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        """Show a picture as of `step` steps done."""
+        for sink in self._sinks:
+            sink.picture(name, step, png)
+
+    def embedding(self, step: int, embedding: Embedding) -> None:
+        """Show features as of `step` steps done."""
+        for sink in self._sinks:
+            sink.embedding(step, embedding)
 
     def quarantine(self, records: list[dict[str, Any]]) -> None:
         """Name images that could not be used."""
@@ -100,17 +143,15 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Make everything written so far safe in the run directory."""
-        self._events.flush()
-        self._metrics.sync()
         self._quarantine.sync()
-        if is_s3(self._run.uri):
-            for path in (self._staging / "tensorboard").iterdir():
-                self._run.write(f"tensorboard/{path.name}", path.read_bytes())
+        for sink in self._sinks:
+            sink.sync()
 
-    def close(self) -> None:
-        """Sync and let go."""
-        self.sync()
-        self._events.close()
+    def close(self, *, failed: bool = False) -> None:
+        """Sync and let go; `failed`: the run did not come to where it wanted to."""
+        self._quarantine.sync()
+        for sink in self._sinks:
+            sink.close(failed=failed)
         if self._temporary:
             self._temporary.cleanup()
 

@@ -22,6 +22,7 @@ from pipeline.board import ALIKE, known_error
 from pipeline.checkpoint import checkpoint_name, load_checkpoint, temporary_checkpoint
 from pipeline.crops_config import crop_bytes
 from pipeline.evaluation import evaluate
+from pipeline.gauges import Gauges
 from pipeline.health import UnhealthyError, Verdict
 from pipeline.layout import lay_out
 from pipeline.metrics import Meter, MetricsLog
@@ -30,8 +31,10 @@ from pipeline.pool import pool_metrics
 from pipeline.processes import all_reduce_max, distribute, set_up_device
 from pipeline.quarantine import Quarantine
 from pipeline.resources import ResourcesConfig
+from pipeline.sink import Sink
 from pipeline.start import start_from
 from pipeline.storage import filesystem
+from pipeline.tracking import open_trackers
 from pipeline.training import build_state, train
 from pipeline.worker_spec import WorkerSpec
 
@@ -100,6 +103,7 @@ class _Worker:
                 spec.run,
                 first_step=self.state.step,
                 first_position=self.state.step * spec.config.train.global_batch_size,
+                others=self._other_sinks(),
             )
             if self.rank == 0
             else None
@@ -109,6 +113,15 @@ class _Worker:
         self.meter = Meter()
         self.verdict = Verdict.HEALTHY
         self.stopped = False
+
+    def _other_sinks(self) -> list[Sink]:
+        spec = self.spec
+
+        def tell(text: str) -> None:
+            spec.board.post_last("note", text=text)
+
+        gauges = Gauges(spec.name, total_steps=self.state.schedule.total_steps)
+        return [gauges, *open_trackers(spec.track, spec.run, name=spec.name, params=spec.params, tell=tell)]
 
     def run(self) -> None:
         """Train from the restored step to the last."""
@@ -212,7 +225,7 @@ class _Worker:
         message = f"{verdict.value} at step {self.state.step}: {verdict.remedy}"
         if verdict is not Verdict.NON_FINITE and self.spec.health.on_collapse == "stop":
             if self.log:
-                self.log.sync()
+                self.log.close(failed=True)
             raise UnhealthyError(f"{message}; health.on_collapse=warn would go on", verdict)
         if self.log:
             self.spec.board.post("note", text=f"warning: {message}")
@@ -223,7 +236,7 @@ class _Worker:
         number = ray.train.collective.broadcast_from_rank_zero(number)
         steps = f"{self.state.skipped_in_a_row} steps in a row, up to step {self.state.step}, were not finite"
         if self.log:
-            self.log.sync()
+            self.log.close(failed=True)
         if number > 1 or not self.spec.can_restart:
             raise UnhealthyError(f"{steps}: {Verdict.NON_FINITE.remedy}", Verdict.NON_FINITE)
         if self.log:
@@ -246,7 +259,9 @@ class _Worker:
         )
         if self.log and found:
             if found.attention is not None:
-                spec.run.write(f"attention/{checkpoint_name(step)}.png", found.attention)
+                self.log.picture("attention", step, found.attention)
+            if found.embedding is not None:
+                self.log.embedding(step, found.embedding)
             if found.scores:
                 self.log.log(step, found.scores)
             spec.board.post("eval", step=step, **found.scores)

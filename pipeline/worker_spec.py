@@ -1,5 +1,6 @@
 """What a train worker is told: one value, from the driver to each of them. See pipeline/worker.py."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.shared_stream import SharedStream
 from pipeline.source import Source
 from pipeline.start import InitConfig
 from pipeline.storage import Directory
+from pipeline.tracking import TrackConfig
 from pipeline.training import DINOConfig
 
 
@@ -26,12 +28,17 @@ from pipeline.training import DINOConfig
 class WorkerSpec:
     """All that a worker needs to know; sent to each."""
 
+    name: str
+    """What gauges and trackers call the run."""
     run: Directory
     board: Board
     config: DINOConfig
     stream: StreamPlan
     checkpoint: CheckpointConfig
     log: LogConfig
+    track: TrackConfig
+    params: Mapping[str, object]
+    """Settings by dotted key, for trackers."""
     eval: EvalConfig
     probe: ProbeConfig
     health: HealthConfig

@@ -15,9 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.backbone import BackboneConfig, build_backbone
 from pipeline.demo_images import draw_demo_image
+from pipeline.evaluation import evaluate
 from pipeline.features import EvalConfig, Features, embed_sharded
 from pipeline.manifest import DataConfig, load_or_build
+from pipeline.probes import ProbeConfig
 from pipeline.quarantine import Quarantine
+from pipeline.sink import Embedding
 from pipeline.source import Source
 from pipeline.storage import Directory
 from pipeline.training import DINOConfig, TrainState, build_state, train_step
@@ -39,6 +42,7 @@ class Rank(NamedTuple):
     found: list[dict[str, Any]]
     counts: dict[str, int]
     features: Features
+    embedding: Embedding | None
 
 
 def training_config() -> DINOConfig:
@@ -137,6 +141,17 @@ def _work(rank: int, source: Source) -> Rank:
     features = embed_sharded(
         seeded_backbone(), source, state.config.crops, eval_config(), limit=1000, precision="fp32"
     )
+    evaluation = evaluate(
+        seeded_backbone(),
+        (source, source),
+        source,
+        [("grey", np.full((32, 32, 3), 128, np.uint8))],
+        title="",
+        crops=state.config.crops,
+        config=eval_config(),
+        probe=ProbeConfig(),
+        precision="fp32",
+    )
     return Rank(
         metrics=metrics,
         centers=centers,
@@ -146,6 +161,7 @@ def _work(rank: int, source: Source) -> Rank:
         found=found,
         counts=dict(quarantine.counts),
         features=features,
+        embedding=evaluation.embedding if evaluation else None,
     )
 
 

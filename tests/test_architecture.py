@@ -15,7 +15,7 @@ OTHER_FILES = [path for folder in ("tests", "benchmarks") for path in sorted((RO
 RAY_MODULES = {
     f"pipeline/{name}.py"
     for name in (
-        *("dataset", "shared_stream", "worker", "worker_spec", "board", "pool", "nodes"),
+        *("dataset", "shared_stream", "worker", "worker_spec", "board", "pool", "nodes", "gauges"),
         *("study/tuner", "study/tuning", "study/population"),
     )
 }

@@ -7,8 +7,9 @@ import pytest
 from ranks import eval_config, labelled_source, seeded_backbone
 from tiny import tiny_config
 
+from pipeline import evaluation
 from pipeline.evaluation import Evaluation, evaluate
-from pipeline.features import Features, embed_source, knn_accuracy, subset
+from pipeline.features import Features, embed_source, eval_batches, knn_accuracy, subset
 from pipeline.frozen import embed_views
 from pipeline.probes import ProbeConfig, lidar, rankme
 from pipeline.source import Source
@@ -22,12 +23,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return labelled_source(Path(tmp_path_factory.mktemp("images")) / "train")
 
 
-def found(source: Source, *, labelled: bool, **changes: bool) -> Evaluation:
+PICTURES = [("a.jpg", np.zeros((40, 40, 3), np.uint8))]
+
+
+def found(source: Source, *, labelled: bool, draws: bool = False, **changes: bool) -> Evaluation:
     result = evaluate(
         seeded_backbone(),
         (source, source) if labelled else None,
         source,
-        [],
+        PICTURES if draws else [],
         title="step 0",
         crops=CROPS,
         config=eval_config().model_copy(update=changes),
@@ -71,4 +75,33 @@ def test_lidar_takes_augmented_views_of_a_fixed_subset(source: Source) -> None:
 
 
 def test_nothing_is_drawn_without_pictures(source: Source) -> None:
-    assert found(source, labelled=False).attention is None
+    result = found(source, labelled=False)
+    assert (result.attention, result.embedding) == (None, None)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("number", [3, 500])
+def test_with_pictures_some_images_are_embedded_with_labels_and_thumbnails(
+    source: Source, labelled: bool, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_NUM_EMBEDDED", number)
+    embedding = found(source, labelled=labelled, draws=True).embedding
+    assert embedding is not None
+    side = features(source)
+    apart = {3: 3, 500: 1}[number]  # of nine
+    np.testing.assert_array_equal(embedding.features, side.features[::apart])
+    assert embedding.labels == side.labels[::apart]
+    crops = np.concatenate([images for images, _, _ in eval_batches(source, range(9), size=32, batch_size=2)])
+    np.testing.assert_array_equal(embedding.thumbnails, crops[::apart])  # 32 px as they are
+
+
+def test_more_ranks_than_images_to_show_still_show_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_NUM_EMBEDDED", 2)
+    monkeypatch.setattr(evaluation.processes, "world_size", lambda: 3)
+    monkeypatch.setattr(evaluation.processes, "gather", lambda mine: [mine] * 3)
+    shown = evaluation._Shown(9)
+    batch = Features(np.arange(12, dtype=np.float32).reshape(3, 4), ["a", "b", "c"], 0)
+    shown.see(np.zeros((3, 32, 32, 3), np.uint8), batch)
+    embedding = shown.share()
+    assert embedding is not None
+    assert embedding.labels == ["a", "a"]  # each rank has kept one of its three

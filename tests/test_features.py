@@ -274,6 +274,17 @@ def test_two_processes_embed_each_image_once_and_both_get_all(source: Source) ->
         )
 
 
+def test_two_processes_show_each_image_once_with_its_own_label(source: Source) -> None:
+    whole = all_of(source)
+    first, second = (rank.embedding for rank in two_ranks())
+    assert second is None
+    assert first is not None
+    rows = [*range(0, len(whole.labels), 2), *range(1, len(whole.labels), 2)]  # one rank's, then the other's
+    assert first.labels == [whole.labels[row] for row in rows]
+    np.testing.assert_allclose(first.features, whole.features[rows], rtol=1e-3, atol=1e-4)
+    assert first.thumbnails.shape == (len(rows), 32, 32, 3)
+
+
 # Where labels come from
 
 

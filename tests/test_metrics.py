@@ -1,18 +1,27 @@
 """What a run writes about itself: lines that survive a kill and a resume, events that TensorBoard reads back."""
 
+import io
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from servers import S3Server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
+from pipeline import tensorboard
 from pipeline.metrics import JsonLines, Meter, MetricsLog
+from pipeline.projector import CONFIG
+from pipeline.sink import Embedding, Sink
 from pipeline.storage import Directory
 
 
@@ -26,7 +35,7 @@ def log_of(folder: Path, *, first_step: int = 0, first_position: int = 0) -> Met
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
     """What TensorBoard shows of a run."""
-    events = EventAccumulator(str(folder / "tensorboard"))
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
 
@@ -154,6 +163,190 @@ def test_a_local_run_directory_is_made_and_nothing_else_is_left(tmp_path: Path) 
         "quarantine.jsonl",
         "tensorboard",
     ]
+
+
+# Pictures
+
+
+def png_of(colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def images(folder: Path, name: str) -> list[tuple[int, tuple[int, ...]]]:
+    """(step, the colour of its first pixel) of the pictures that TensorBoard shows."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    shown = [
+        (event.step, Image.open(io.BytesIO(event.encoded_image_string))) for event in events.Images(name)
+    ]
+    assert {image.size for _, image in shown} <= {(6, 4)}
+    return [(step, image.getpixel((0, 0))) for step, image in shown]
+
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def test_pictures_are_files_and_images_in_tensorboard(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log.picture("attention", 0, png_of(RED))
+    log.picture("attention", 540, png_of(BLUE))
+    log.close()
+    assert images(tmp_path, "attention") == [(0, RED), (540, BLUE)]
+    assert (tmp_path / "attention" / "step_00000540.png").read_bytes() == png_of(BLUE)
+
+
+def test_the_contact_sheet_is_shown_once_however_often_a_run_is_continued(tmp_path: Path) -> None:
+    (tmp_path / "crops.png").write_bytes(png_of(RED))
+    log_of(tmp_path).close()
+    log_of(tmp_path, first_step=5).close()
+    log_of(tmp_path).close()  # killed before its first checkpoint
+    assert images(tmp_path, "crops") == [(0, RED)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("crops.png", "metrics.jsonl", "quarantine.jsonl", "tensorboard")
+    ]
+
+
+class Told(Sink):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+        self.told.append(("log", step, dict(values)))
+
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        self.told.append(("picture", name, step, png))
+
+    def sync(self) -> None:
+        self.told.append(("sync",))
+
+    def close(self, *, failed: bool) -> None:
+        self.told.append(("close", failed))
+
+
+def test_other_sinks_are_given_all_of_it(tmp_path: Path) -> None:
+    (tmp_path / "crops.png").write_bytes(png_of(RED))
+    sink = Told()
+    log = MetricsLog(Directory(str(tmp_path)), first_step=0, first_position=0, others=[sink])
+    log.log(1, {"loss": 2.5, "verdict": "healthy"})
+    log.picture("attention", 1, png_of(BLUE))
+    log.embedding(1, embedding(1.0))
+    log.sync()
+    log.close(failed=True)
+    assert sink.told == [
+        ("picture", "crops", 0, png_of(RED)),
+        ("log", 1, {"loss": 2.5, "verdict": "healthy"}),
+        ("picture", "attention", 1, png_of(BLUE)),
+        ("sync",),
+        ("close", True),
+    ]
+
+
+# Embeddings
+
+
+def embedding(value: float, labels: tuple[str, ...] = ("cat", "a\tb\nc", "")) -> Embedding:
+    """Three images of two features; thumbnails of 2 px in one shade each."""
+    thumbnails = np.stack([np.full((2, 2, 3), shade, np.uint8) for shade in (10, 20, 30)])
+    return Embedding(np.array([[value, 2], [3, 4], [5, 6]], np.float32), list(labels), thumbnails)
+
+
+def projected(folder: Path) -> dict[str, tuple[list[list[float]], list[str]]]:
+    """Title -> (rows, labels) of what TensorBoard's projector is told to show."""
+    config = text_format.Parse((folder / "tensorboard" / CONFIG).read_text(), ProjectorConfig())
+    shown = {}
+    for info in config.embeddings:
+        table = (folder / "tensorboard" / info.tensor_path).read_text()
+        labels = (folder / "tensorboard" / info.metadata_path).read_text().split("\n")
+        rows = [[float(number) for number in line.split("\t")] for line in table.splitlines()]
+        assert labels.pop() == ""
+        shown[info.tensor_name] = (rows, labels)
+    return shown
+
+
+def test_the_projector_shows_the_first_features_and_the_newest(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    for step in (0, 540, 810):
+        log.embedding(step, embedding(step))
+    log.close()
+    labels = ["cat", "a b c", "-"]
+    assert projected(tmp_path) == {
+        "teacher, step 0": ([[0, 2], [3, 4], [5, 6]], labels),
+        "teacher, step 810": ([[810, 2], [3, 4], [5, 6]], labels),
+    }
+    folders = [path.name for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()]
+    assert sorted(folders) == ["projector_first", "projector_newest"]
+    sprite = np.asarray(Image.open(tmp_path / "tensorboard" / "projector_newest" / "sprite.png"))
+    assert sprite[::2, ::2, 0].tolist() == [[10, 20], [30, 0]]
+
+
+def test_a_continued_run_keeps_its_first_features_and_one_that_starts_over_does_not(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    for step in (0, 540):
+        log.embedding(step, embedding(step))
+    log.close()
+    log = log_of(tmp_path, first_step=400)
+    log.embedding(540, embedding(-1.0))
+    log.close()
+    assert {title: rows[0][0] for title, (rows, _) in projected(tmp_path).items()} == {
+        "teacher, step 0": 0.0,
+        "teacher, step 540": -1.0,
+    }
+    log = log_of(tmp_path)
+    log.embedding(0, embedding(7.0))
+    log.close()
+    assert {title: rows[0][0] for title, (rows, _) in projected(tmp_path).items()} == {"teacher, step 0": 7.0}
+
+
+def test_images_without_labels_are_projected_without_a_table_of_them(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log.embedding(0, embedding(1.0, labels=("", "", "")))
+    log.close()
+    config = (tmp_path / "tensorboard" / CONFIG).read_text()
+    assert "metadata_path" not in config
+    assert not (tmp_path / "tensorboard" / "projector_first" / "metadata.tsv").exists()
+
+
+# On S3, which cannot append
+
+
+@pytest.mark.s3
+def test_a_run_on_s3_leaves_what_a_local_one_leaves(
+    tmp_path: Path, s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard, "_FULL_BYTES", 600)
+    run = Directory(f"s3://{bucket}/run")
+    run.write("crops.png", png_of(RED))
+
+    def live(first_step: int, last: int, *, loss: float) -> None:
+        log = MetricsLog(run, first_step=first_step, first_position=0)
+        for step in range(first_step + 1 if first_step else 0, last + 1):
+            log.log(step, {"loss": loss})
+            if step % 10 == 0:
+                log.picture("attention", step, png_of(BLUE))
+                log.embedding(step, embedding(step))
+                log.sync()
+        log.close()
+
+    live(0, 39, loss=1.0)
+    live(30, 60, loss=2.0)
+    client = s3.client()
+    listed = client.list_objects_v2(Bucket=bucket, Prefix="run/")["Contents"]
+    for key in (entry["Key"] for entry in listed):
+        path = tmp_path / key.removeprefix("run/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+    assert scalars(tmp_path, "loss") == [(s, 1.0) for s in range(31)] + [(s, 2.0) for s in range(31, 61)]
+    assert images(tmp_path, "attention") == [(step, BLUE) for step in range(0, 61, 10)]
+    assert images(tmp_path, "crops") == [(0, RED)]
+    assert [line["step"] for line in lines(tmp_path)] == list(range(61))
+    assert list(projected(tmp_path)) == ["teacher, step 0", "teacher, step 60"]
+    sizes = [path.stat().st_size for path in (tmp_path / "tensorboard").glob("events.*")]
+    assert len(sizes) > 5  # a file that is full is not uploaded again and again
+    assert max(sizes) < 2000
 
 
 # Rates. The clock is the real one, so only relations are certain.

@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -77,9 +78,20 @@ def images(s3: S3Server) -> Bucket:
 
 
 @pytest.fixture(scope="module")
-def reference(images: Bucket) -> str:
-    """Name of a run that nothing interrupted."""
-    output = run_job("jobs.pretrain", *images.pretrain_arguments("reference"), env=images.server.env)
+def services(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that stands for MLflow and W&B."""
+    return tmp_path_factory.mktemp("services")
+
+
+@pytest.fixture(scope="module")
+def reference(images: Bucket, services: Path) -> str:
+    """Name of a run that nothing interrupted, and that MLflow and W&B follow."""
+    where = {"MLFLOW_TRACKING_URI": f"sqlite:///{services}/mlflow.db"}
+    where |= {"WANDB_MODE": "offline", "WANDB_DIR": str(services)}
+    arguments = images.pretrain_arguments("reference", "track.mlflow=true", "track.wandb=true")
+    output = run_job("jobs.pretrain", *arguments, env=images.server.env | where, cwd=services)
+    assert "warning: mlflow" not in output
+    assert "warning: wandb" not in output
     assert "before training" in output
     assert f"after {STEPS} steps" in output
     assert "majority guess" in output
@@ -99,8 +111,15 @@ def test_a_run_writes_all_that_its_directory_promises(images: Bucket, reference:
     sheet = cv2.imdecode(np.frombuffer(images.get(f"{run}/crops.png"), np.uint8), cv2.IMREAD_COLOR)
     assert sheet.shape[0] > 100
     assert [step for step, _ in images.losses(reference)] == list(range(1, STEPS + 1))
-    keys = images.server.client().list_objects_v2(Bucket=images.name, Prefix=f"{run}/tensorboard/")
-    assert keys["KeyCount"] >= 1
+    events = images.server.client().list_objects_v2(Bucket=images.name, Prefix=f"{run}/tensorboard/events.")
+    assert events["KeyCount"] >= 1
+    for file in ("attention/step_00000000.png", f"attention/step_{STEPS:08d}.png"):
+        assert images.get(f"{run}/{file}")
+    projector = images.get(f"{run}/tensorboard/projector_config.pbtxt").decode()
+    assert "teacher, step 0" in projector
+    assert f"teacher, step {STEPS}" in projector
+    labels = images.get(f"{run}/tensorboard/projector_newest/metadata.tsv").decode().split()
+    assert sorted(labels) == sorted([*PATTERNS][:4] * 6)
     assert images.committed(reference) == ["step_00000024", "step_00000032", "step_00000040"]
 
 
@@ -113,6 +132,23 @@ def test_every_step_logs_the_metrics_that_people_watch(images: Bucket, reference
         assert isinstance(step[name], float), name
     assert step["loss"] == pytest.approx(step["teacher_entropy"] + step["kl"], abs=1e-5)
     assert [x["step"] for x in lines if "knn_10" in x] == [0, STEPS]
+
+
+def test_mlflow_and_wandb_have_followed_the_run(images: Bucket, reference: str, services: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    client = mlflow.MlflowClient(f"sqlite:///{services}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("dinoray").experiment_id])
+    assert (run.info.run_name, run.info.status) == (reference, "FINISHED")
+    points = client.get_metric_history(run.info.run_id, "loss")
+    logged = [loss for _, loss in images.losses(reference)]
+    assert [(p.step, p.value) for p in points] == list(enumerate(logged, start=1))
+    assert [p.step for p in client.get_metric_history(run.info.run_id, "knn_20")] == [0, STEPS]
+    assert run.data.params["train.global_batch_size"] == "8"
+    artifacts = f"runs/mlartifacts/{run.info.run_id}/artifacts"
+    for file in ("crops/step_00000000.png", f"attention/step_{STEPS:08d}.png", "report.html"):
+        assert images.get(f"{artifacts}/{file}")
+    number = json.loads(images.get(f"runs/{reference}/tracking.json"))["id"]
+    assert [*services.glob(f"wandb/offline-run-*-{number}/run-{number}.wandb")]
 
 
 def test_a_run_whose_driver_is_killed_ends_with_the_same_weights(images: Bucket, reference: str) -> None:

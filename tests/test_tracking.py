@@ -1,0 +1,409 @@
+"""MLflow and W&B beside a run: real stores, servers that hang and die, and what becomes of the run: nothing."""
+
+import io
+import json
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socket import create_server, socket
+from typing import Any
+
+import pytest
+from jobs_processes import TINY
+from PIL import Image
+
+from jobs.config import load_config
+from jobs.running import check_run
+from models.settings import ConfigError
+from pipeline import tracking
+from pipeline.sink import Sink
+from pipeline.storage import Directory
+from pipeline.trackers import OPEN, TrackedRun, Tracker
+from pipeline.tracking import FILE, TrackConfig, Trackers, open_trackers
+
+MLFLOW = pytest.importorskip("mlflow")
+WANDB = pytest.importorskip("wandb")
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def run_in(folder: Path) -> TrackedRun:
+    """A run directory that a page can be made of."""
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    return TrackedRun("first", "0123456789ab", "plants", {"optim.base_lr": 0.1}, Directory(str(folder)))
+
+
+def follow(sink: Sink, first: int, last: int, *, loss: float) -> None:
+    """One life of a run, which logs every step and draws at its last."""
+    for step in range(first, last + 1):
+        sink.log(step, {"loss": loss, "verdict": "healthy"})
+    sink.log(last, {"knn_20": 0.5})
+    sink.picture("attention", last, png())
+    sink.close(failed=False)
+
+
+def sinks(folder: Path, config: TrackConfig, told: list[str], **params: object) -> list[Sink]:
+    run_in(folder)
+    return open_trackers(config, Directory(str(folder)), name="first", params=params, tell=told.append)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for one MLflow store, whose tables take seconds to make."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture
+def mlflow(store: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of that store, to which runs are led too."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+    return MLFLOW.MlflowClient()
+
+
+def test_mlflow_has_one_run_of_all_lives_and_each_step_once(tmp_path: Path, mlflow: Any) -> None:
+    told: list[str] = []
+    config = TrackConfig(mlflow=True, project="plants")
+    (first,) = sinks(tmp_path, config, told, **{"optim.base_lr": 0.1, "log.every_steps": 1})
+    follow(first, 0, 5, loss=2.0)
+    (second,) = sinks(tmp_path, config, told, **{"optim.base_lr": 0.1, "log.every_steps": 2, "new": None})
+    follow(second, 4, 8, loss=1.0)
+    assert told == []
+
+    (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("plants").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
+    assert run.data.params == {"optim.base_lr": "0.1", "log.every_steps": "1", "new": "None"}
+    history = mlflow.get_metric_history(run.info.run_id, "loss")
+    assert sorted((point.step, point.value) for point in history) == [
+        *((step, 2.0) for step in range(6)),
+        *((step, 1.0) for step in range(6, 9)),
+    ]
+    assert [p.step for p in mlflow.get_metric_history(run.info.run_id, "knn_20")] == [5, 8]
+    assert set(run.data.metrics) == {"loss", "knn_20"}
+    assert Path(run.info.artifact_uri).is_relative_to(tmp_path.parent / "mlartifacts")
+    pictures = [file.path for file in mlflow.list_artifacts(run.info.run_id, "attention")]
+    assert pictures == ["attention/step_00000005.png", "attention/step_00000008.png"]
+    page = Path(mlflow.download_artifacts(run.info.run_id, "report.html", str(tmp_path)))
+    assert "<html" in page.read_text()
+
+
+def test_a_run_that_ends_otherwise_has_failed(tmp_path: Path, mlflow: Any) -> None:
+    (sink,) = sinks(tmp_path, TrackConfig(mlflow=True), [])
+    sink.close(failed=True)
+    (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("dinoray").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """What an offline run has kept: protocol buffers in LevelDB's log format, after a head of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole, records = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too little left of a block for another head
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):
+            break
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole one, or the last part of one
+            records.append(Record.FromString(whole))
+            whole = b""
+    return records
+
+
+def test_wandb_has_one_run_of_all_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told: list[str] = []
+    for first, last in ((0, 5), (4, 8)):
+        (sink,) = sinks(tmp_path, TrackConfig(wandb=True, project="plants"), told, lr=0.1)
+        follow(sink, first, last, loss=2.0)
+    assert told == []
+    number = json.loads((tmp_path / FILE).read_text())["id"]
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+    assert [file.name for file in files] == [f"run-{number}.wandb"] * 2
+    for file, steps in zip(files, (range(6), range(4, 9)), strict=True):
+        records, deadline = wandb_records(file), time.monotonic() + 60
+        while not any(record.HasField("exit") for record in records):
+            assert time.monotonic() < deadline, "W&B's own process has not written the end"
+            time.sleep(0.05)
+            records = wandb_records(file)
+        begun = next(record.run for record in records if record.HasField("run"))
+        assert (begun.run_id, begun.project, begun.display_name) == (number, "plants", "first")
+        rows = [
+            {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            for record in records
+            if record.HasField("history")
+        ]
+        assert [row["_step"] for row in rows] == list(steps)
+        assert all(row["loss"] == 2.0 for row in rows)
+        assert rows[-1]["knn_20"] == 0.5
+        assert rows[-1]["attention.width"] == 4
+        assert rows[-1]["report._type"] == "html-file"
+        assert not {"knn_20", "attention.width"} & rows[0].keys()
+
+
+# Services that fail
+
+
+class Memory:
+    """A service that keeps what it is told, and fails or waits where the test says so."""
+
+    def __init__(self, before: Callable[[int], None] = lambda step: None) -> None:
+        self.steps: list[int] = []
+        self.before = before
+        self.told = threading.Condition()
+
+    def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        self.before(step)
+        with self.told:
+            self.steps.append(step)
+            self.told.notify_all()
+
+    def wait_for(self, step: int) -> None:
+        with self.told:
+            self.told.wait_for(lambda: step in self.steps)
+
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        self.before(step)
+
+    def page(self, html: str) -> None: ...
+
+    def close(self, failed: bool) -> None: ...
+
+
+def trackers(tmp_path: Path, opener: Callable[[TrackedRun], Tracker], told: list[str], **times: Any) -> Sink:
+    settings = {"pauses": (0.0, 0.0, 0.0), "end_seconds": 60.0} | times
+    return Trackers(run_in(tmp_path), {"memory": opener}, told.append, **settings)
+
+
+def test_what_fails_is_tried_again_in_its_order_and_told_once(tmp_path: Path) -> None:
+    left = Counter({2: 2, 5: 1})
+
+    def before(step: int) -> None:
+        if left[step]:
+            left[step] -= 1
+            raise OSError("http://me:secret@host is\nbusy")
+
+    told: list[str] = []
+    memory = Memory(before)
+    sink = trackers(tmp_path, lambda run: memory, told)
+    for step in range(8):
+        sink.log(step, {"loss": 1.0})
+    memory.wait_for(7)
+    sink.close(failed=False)
+    assert memory.steps == list(range(8))
+    assert told == ["warning: memory: http://...@host is busy; the run goes on without it for now"]
+
+
+def test_what_fails_for_good_is_left_out_and_counted(tmp_path: Path) -> None:
+    def before(step: int) -> None:
+        if step in (2, 3):
+            raise ValueError("no")
+
+    told: list[str] = []
+    memory = Memory(before)
+    sink = trackers(tmp_path, lambda run: memory, told)
+    for step in range(8):
+        sink.log(step, {"loss": 1.0})
+    memory.wait_for(7)  # all were tried, before the end makes it give up sooner
+    sink.close(failed=False)
+    assert memory.steps == [0, 1, 4, 5, 6, 7]
+    assert told[1:] == ["warning: memory: 2 messages are lost"]
+
+
+def test_a_service_that_cannot_be_begun_with_costs_the_run_nothing(tmp_path: Path) -> None:
+    def opener(run: TrackedRun) -> Tracker:
+        raise SystemExit("log in first")
+
+    told: list[str] = []
+    sink = trackers(tmp_path, opener, told)
+    sink.log(1, {"loss": 1.0})
+    sink.close(failed=False)
+    assert told == [
+        "warning: memory: log in first; the run goes on without it for now",
+        "warning: memory: 3 messages are lost",
+    ]
+
+
+def test_a_service_that_does_not_keep_up_loses_the_oldest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_QUEUE_LENGTH", 10)
+    comes, goes = threading.Event(), threading.Event()
+
+    def before(step: int) -> None:
+        comes.set()
+        goes.wait()
+
+    told: list[str] = []
+    memory = Memory(before)
+    sink = trackers(tmp_path, lambda run: memory, told)
+    sink.log(0, {"loss": 1.0})
+    comes.wait()
+    for step in range(1, 16):
+        sink.log(step, {"loss": 1.0})  # returns, though nothing is taken
+    goes.set()
+    memory.wait_for(15)
+    sink.close(failed=False)
+    assert memory.steps == [0, *range(6, 16)]
+    assert told == [
+        "warning: memory: it does not keep up; the run goes on without it for now",
+        "warning: memory: 5 messages are lost",
+    ]
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """Accepts whoever comes and never says a word."""
+    taken: list[socket] = []
+    with create_server(("127.0.0.1", 0)) as listening:
+
+        def accept() -> None:
+            try:
+                while True:
+                    taken.append(listening.accept()[0])
+            except OSError:
+                pass
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    for connection in taken:
+        connection.close()
+
+
+def test_a_server_that_never_answers_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with silent_server() as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        sink = Trackers(run_in(tmp_path), {"mlflow": OPEN["mlflow"]}, told.append, end_seconds=0.2)
+        for step in range(50):
+            sink.log(step, {"loss": 1.0})
+        sink.close(failed=False)  # while the thread still waits for its first answer
+        (line,) = told
+    assert line.startswith("warning: mlflow: it has not answered in time at the end of the run")
+
+
+class MLflowServer(ThreadingHTTPServer):
+    """As much of MLflow's API as a run of scalars needs; keeps the steps of what it is sent."""
+
+    def __init__(self, port: int, steps: list[int]) -> None:
+        self.steps = steps
+        super().__init__(("127.0.0.1", port), _Answers)
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def die(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self._answer({"experiment": {"experiment_id": "1", "name": "plants", "lifecycle_stage": "active"}})
+
+    def do_POST(self) -> None:
+        assert isinstance(self.server, MLflowServer)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.endswith("log-batch"):
+            self.server.steps += [metric["step"] for metric in body.get("metrics", [])]
+        self._answer({"run": {"info": {"run_id": "r", "experiment_id": "1"}, "data": {}}})
+
+    def do_PATCH(self) -> None:
+        self.do_POST()
+
+    def _answer(self, tree: object) -> None:
+        data = json.dumps(tree).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_server_that_dies_and_comes_back_has_missed_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    steps: list[int] = []
+    server = MLflowServer(0, steps)
+    port = server.server_address[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    told: list[str] = []
+    dead = threading.Event()
+
+    def tell(text: str) -> None:
+        told.append(text)
+        dead.set()
+
+    run, openers = run_in(tmp_path), {"mlflow": OPEN["mlflow"]}
+    sink = Trackers(run, openers, tell, pauses=(0.0, *[0.1] * 100), end_seconds=60)
+    sink.log(1, {"loss": 1.0})
+    while not steps:
+        dead.wait(0.01)
+    server.die()
+    for step in (2, 3, 4):
+        sink.log(step, {"loss": 1.0})
+    dead.wait()
+    server = MLflowServer(port, steps)
+    sink.log(5, {"loss": 1.0})
+    while 5 not in steps:
+        threading.Event().wait(0.01)
+    server.die()
+    sink.close(failed=False)  # without a server once more
+    assert steps == [1, 2, 3, 4, 5]
+    assert "failed with exception" in told[0]
+    assert told[1:] == ["warning: mlflow: 2 messages are lost"]  # the page and the end
+
+
+# What is asked for
+
+
+def test_without_trackers_nothing_is_made(tmp_path: Path) -> None:
+    assert sinks(tmp_path, TrackConfig(), []) == []
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder_left_by_runs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not tracking._is_installed("folder_left_by_runs")
+    assert tracking._is_installed("wandb")
+
+
+def test_trackers_that_are_not_there_are_named_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = load_config("demo", None, [*TINY, "track.mlflow=true", "track.wandb=true"])
+    with pytest.raises(ConfigError) as error:
+        check_run(config)
+    missing_mlflow, missing_wandb, address = str(error.value).splitlines()
+    assert "pip install 'dinoray[mlflow]'" in missing_mlflow
+    assert "pip install 'dinoray[wandb]'" in missing_wandb
+    assert "MLFLOW_TRACKING_URI" in address
+
+
+def test_offline_files_that_would_be_lost_with_a_node_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    with pytest.raises(ConfigError, match="set WANDB_DIR"):
+        OPEN["wandb"](TrackedRun("first", "0123456789ab", "plants", {}, Directory("s3://bucket/runs/first")))
