@@ -114,9 +114,10 @@ def facts(values: Mapping[str, Any]) -> Html:
     return Html(f"<dl>{lines}</dl>") if lines else Html("")
 
 
-def details(title: str, text: str) -> Html:
-    """Text as it is, folded away."""
-    return Html(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
+def details(title: str, content: str) -> Html:
+    """Text as it is, or what is HTML already, folded away."""
+    inner = content if isinstance(content, Html) else f"<pre>{escape(content)}</pre>"
+    return Html(f"<details><summary>{escape(title)}</summary>{inner}</details>")
 
 
 def picture(data: bytes | None, caption: str) -> Html:

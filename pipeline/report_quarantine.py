@@ -1,0 +1,115 @@
+"""Images that could not be used: how many, of what kinds, and how near they bring the run to its limit. No Ray here."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pipeline.report_page import Html, details, escape, section, table
+from pipeline.report_records import Records, read_head
+from pipeline.source import Status
+from pipeline.storage import Directory
+
+_MAX_ROWS = 50_000
+"""Rows that are looked into: some tenths of a second. What lies behind them is only counted."""
+_SHOWN = 20
+_MAX_KINDS = 12
+_NEAR = 0.5
+"""Share of what is allowed from which on a person should know."""
+_FIRST_IMAGES = 1000
+"""Before so many were seen, a share says little; the run does not heed it either (quarantine.py)."""
+
+_KINDS = {
+    Status.MISSING: "missing: not there when it was to be read",
+    Status.UNREACHABLE: "unreachable: not read after all attempts",
+    Status.TOO_LARGE: "too many bytes: more than data.max_object_bytes",
+    Status.CORRUPT: "changed after it was listed, or its shard is damaged",
+}
+
+
+class Share(NamedTuple):
+    """Bad images against all that the run has seen."""
+
+    bad: float
+    seen: int
+    limit: float
+    """data.max_bad_fraction."""
+
+    @property
+    def of_limit(self) -> float:
+        """1 is where the run ends."""
+        return self.bad / (self.limit * self.seen) if self.limit else float("inf") * bool(self.bad)
+
+
+def share(records: Records, values: Mapping[str, Any]) -> Share | None:
+    """As the run counts them; None where batch or limit are not known, or nothing was seen."""
+    batch, limit = values.get("train.global_batch_size"), values.get("data.max_bad_fraction")
+    bad, step = records.series("bad_images").last, records.last_step
+    if not (isinstance(batch, int) and isinstance(limit, int | float) and bad >= 0 and step):
+        return None
+    return Share(bad, step * batch, float(limit))
+
+
+def nearness(found: Share | None) -> str | None:
+    """A line where the run is near the limit."""
+    if found is None or found.seen < _FIRST_IMAGES or found.of_limit < _NEAR:
+        return None
+    return (
+        f"Bad images: {_percent(found.bad / found.seen)} of those seen. The run ends beyond "
+        f"data.max_bad_fraction={found.limit:g}."
+    )
+
+
+def bad_images(run: Directory, found: Share | None) -> Html:
+    """The section: kinds with an example each, and the first rows of quarantine.jsonl folded away."""
+    rows, total = read_head(run, "quarantine.jsonl", _MAX_ROWS)
+    shown = f"The first {_SHOWN} of {total:,}" if total > _SHOWN else f"{total}"
+    part = f" Kinds are those of the first {len(rows):,}." if len(rows) < total else ""
+    near = ""
+    if found and found.seen:
+        allowed = f", {found.of_limit:.0%} of what data.max_bad_fraction={found.limit:g} allows"
+        near = f" {_percent(total / found.seen)} of {found.seen:,} images seen{allowed if found.limit else ''}."
+    return section(
+        "Bad images",
+        table(_kinds(rows, found)),
+        details(f"{shown} in quarantine.jsonl", table(rows[:_SHOWN])) if rows else Html(""),
+        note=f"{total:,} could not be used and were replaced by others.{near}{part}",
+    )
+
+
+def kind_of(status: Any, reason: Any) -> str:
+    """What is the same in the reasons of all images with one trouble: not their names, sizes or bytes."""
+    known = Status.__members__.get(str(status).upper())
+    if known is None:
+        return str(status)
+    if known is not Status.CORRUPT:
+        return _KINDS[known]
+    if str(reason) in ("null", "0 bytes"):
+        return "empty"
+    # Those of decode.py begin with words and a colon; those of storage with an address.
+    words = re.match(r"[A-Za-z][A-Za-z0-9 ]*(?=:)", str(reason))
+    return words[0] if words else _KINDS[known]
+
+
+def _kinds(rows: list[dict[str, Any]], found: Share | None) -> list[dict[str, Any]]:
+    """A row a kind, the commonest first; the rarest together where there are many."""
+    counts: dict[str, int] = {}
+    examples: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kind = kind_of(row.get("status"), row.get("reason"))
+        counts[kind] = counts.get(kind, 0) + 1
+        examples.setdefault(kind, row)
+    names = sorted(counts, key=lambda kind: -counts[kind])
+    kept, rest = names[:_MAX_KINDS], names[_MAX_KINDS:]
+    table_rows: list[dict[str, Any]] = []
+    for kind, count in [*((k, counts[k]) for k in kept), *([("others", sum(map(counts.get, rest)))] if rest else [])]:
+        row = {"kind": kind, "images": count}
+        if found and found.seen:
+            row["of those seen"] = _percent(count / found.seen)
+        example = examples[rest[0] if kind == "others" else kind]
+        table_rows.append(row | {"for example": example.get("key", ""), "which": example.get("reason", "")})
+    return table_rows
+
+
+def _percent(part: float) -> Html:
+    """Enough digits that rare is not never."""
+    return escape(f"{100 * part:.2g} %")
