@@ -48,6 +48,7 @@ def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequenc
         "platform": platform.platform(),
         "git_commit": commit.stdout.strip() or None,
         "packages": {name: _version(name) for name in names},
+        "processor": processor(),
         "cuda": torch.version.cuda,
         "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
         "automatic": list(reasons),
@@ -82,6 +83,15 @@ def recipe_changes(config: Config) -> dict[str, dict[str, Any]]:
         for key in dict.fromkeys([*recipe, *run])
         if recipe.get(key) != run.get(key)
     }
+
+
+def processor() -> str:
+    """The model of this machine's processor."""
+    names = []
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
 
 
 def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:

@@ -33,8 +33,14 @@ def node_sorts(nodes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             models = sorted(name.removeprefix(_MODEL) for name in has if name.startswith(_MODEL))
             # What tasks may have, and what objects may.
             memory = (has.get("memory", 0) + has.get("object_store_memory", 0)) / 2**30
-            row = {"kind": _kind(has), "CPUs": has.get("CPU", 0), "GPUs": has.get("GPU", 0)}
-            sorts[(*row.items(), ("model", ", ".join(models)), ("memory_gib", round(memory)))] += 1
+            row = {
+                "kind": _kind(has),
+                "CPUs": has.get("CPU", 0),
+                "GPUs": has.get("GPU", 0),
+                "model": ", ".join(models),
+                "memory_gib": round(memory),
+            }
+            sorts[tuple(row.items())] += 1
     return [{"nodes": count, **dict(sort)} for sort, count in sorts.items()]
 
 

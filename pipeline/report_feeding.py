@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.augment import STAGES
 from pipeline.report_page import Html, charts, section
@@ -58,7 +59,7 @@ class _Time(NamedTuple):
         return float(self.times[-1] - self.times[0])
 
     @property
-    def breaks(self) -> Floats:
+    def breaks(self) -> npt.NDArray[np.intp]:
         """Lines after which there was none for long, as places in `times`."""
         apart = np.diff(self.times)
         return np.flatnonzero(apart > max(_BREAK * float(np.median(apart)), _LEAST_BREAK_SECONDS))

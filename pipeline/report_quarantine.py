@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.report_page import Html, details, escape, section, table
+from pipeline.report_page import Html, details, section, table
 from pipeline.report_records import Records, read_head
 from pipeline.source import Status
 from pipeline.storage import Directory
@@ -65,9 +65,11 @@ def bad_images(run: Directory, found: Share | None) -> Html:
     shown = f"The first {_SHOWN} of {total:,}" if total > _SHOWN else f"{total}"
     part = f" Kinds are those of the first {len(rows):,}." if len(rows) < total else ""
     near = ""
-    if found and found.seen:
+    if found:
         allowed = f", {found.of_limit:.0%} of what data.max_bad_fraction={found.limit:g} allows"
-        near = f" {_percent(total / found.seen)} of {found.seen:,} images seen{allowed if found.limit else ''}."
+        near = (
+            f" {_percent(total / found.seen)} of {found.seen:,} images seen{allowed if found.limit else ''}."
+        )
     return section(
         "Bad images",
         table(_kinds(rows, found)),
@@ -92,24 +94,24 @@ def kind_of(status: Any, reason: Any) -> str:
 
 def _kinds(rows: list[dict[str, Any]], found: Share | None) -> list[dict[str, Any]]:
     """A row a kind, the commonest first; the rarest together where there are many."""
-    counts: dict[str, int] = {}
-    examples: dict[str, dict[str, Any]] = {}
+    by_kind: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        kind = kind_of(row.get("status"), row.get("reason"))
-        counts[kind] = counts.get(kind, 0) + 1
-        examples.setdefault(kind, row)
-    names = sorted(counts, key=lambda kind: -counts[kind])
-    kept, rest = names[:_MAX_KINDS], names[_MAX_KINDS:]
-    table_rows: list[dict[str, Any]] = []
-    for kind, count in [*((k, counts[k]) for k in kept), *([("others", sum(map(counts.get, rest)))] if rest else [])]:
-        row = {"kind": kind, "images": count}
-        if found and found.seen:
-            row["of those seen"] = _percent(count / found.seen)
-        example = examples[rest[0] if kind == "others" else kind]
-        table_rows.append(row | {"for example": example.get("key", ""), "which": example.get("reason", "")})
-    return table_rows
+        by_kind.setdefault(kind_of(row.get("status"), row.get("reason")), []).append(row)
+    kinds = sorted(by_kind, key=lambda kind: -len(by_kind[kind]))
+    shown = {kind: by_kind[kind] for kind in kinds[:_MAX_KINDS]}
+    rest = [row for kind in kinds[_MAX_KINDS:] for row in by_kind[kind]]
+    return [
+        {
+            "kind": kind,
+            "images": len(alike),
+            **({"of those seen": _percent(len(alike) / found.seen)} if found else {}),
+            "for example": alike[0].get("key", ""),
+            "its reason": alike[0].get("reason", ""),
+        }
+        for kind, alike in [*shown.items(), *([("others", rest)] if rest else [])]
+    ]
 
 
-def _percent(part: float) -> Html:
+def _percent(part: float) -> str:
     """Enough digits that rare is not never."""
-    return escape(f"{100 * part:.2g} %")
+    return f"{100 * part:.0f} %" if part >= 0.1 else f"{100 * part:.2g} %"
