@@ -37,8 +37,8 @@ def node_sorts(nodes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "kind": _kind(has),
                 "CPUs": has.get("CPU", 0),
                 "GPUs": has.get("GPU", 0),
-                "model": ", ".join(models),
-                "memory_gib": round(memory),
+                "GPU model": ", ".join(models),
+                "GiB": round(memory),
             }
             sorts[tuple(row.items())] += 1
     return [{"nodes": count, **dict(sort)} for sort, count in sorts.items()]

@@ -15,7 +15,7 @@ from pipeline.report_plots import Curve, Span, chart
 from pipeline.report_records import Floats, Records, Series
 
 _MINUTE, _HOUR = 60.0, 3600.0
-_LONG_HOURS = 5
+_LONG_HOURS = 3
 """From so many on, hours are better read than minutes."""
 _BREAK, _LEAST_BREAK_SECONDS = 10, 60.0
 """A break is so many times as long as lines usually are apart, and so long at least."""
@@ -101,7 +101,8 @@ def cost_tiles(records: Records) -> Iterator[tuple[str, str, str]]:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / _MINUTE:.0f} min" if seconds < 2 * _HOUR else f"{seconds / _HOUR:.1f} h"
+    long = seconds >= _LONG_HOURS * _HOUR
+    return f"{seconds / _HOUR:.1f} h" if long else f"{seconds / _MINUTE:.0f} min"
 
 
 def _is_long(time: _Time) -> bool:
@@ -118,7 +119,7 @@ def _charts(records: Records, time: _Time | None) -> Iterator[tuple[str, str]]:
     span = None
     if time is not None:
         unit = _HOUR if _is_long(time) else _MINUTE
-        span = Span(0.0, time.seconds / unit, "h" if _is_long(time) else "min")
+        span = Span(0.0, time.seconds / unit, "hours" if _is_long(time) else "minutes")
     for one in _CHARTS:
         found = [(label, _series(records, name, time)) for name, label in one.names.items()]
         curves = [

@@ -74,7 +74,7 @@ def drawing(svg: str, *, width: int) -> Html:
     """One SVG at `width` pixels at most, scrolled where it would become too small to read."""
     if not svg:
         return Html("")
-    inner = f'<div style="min-width: {min(420, width * 7 // 10)}px">{svg}</div>'
+    inner = f'<div style="min-width: {width * 4 // 5}px">{svg}</div>'
     return Html(f'<div class="scroll card" style="max-width: {width + 24}px">{inner}</div>')
 
 
@@ -166,11 +166,12 @@ h2 { margin: 44px 0 10px; font-size: 18px; }
 .sentence { margin: 6px 0; max-width: 90ch; overflow-wrap: anywhere; }
 h2 + .sentence { font-weight: 600; }
 .card { padding: 12px; border-radius: 8px; background: var(--card); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 18px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; margin: 18px 0; }
 .tile { padding: 12px 14px; border-radius: 8px; background: var(--card); }
 .tile span, .tile small { display: block; color: var(--faint); font-size: 12.5px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 12px; }
+.charts + .scroll { margin-top: 12px; }
 figure { margin: 0; }
 .charts figure { padding: 10px 12px 6px; border-radius: 8px; background: var(--card); }
 figcaption { font-size: 13px; font-weight: 600; margin-bottom: 4px; }
@@ -187,11 +188,12 @@ th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--rule); text-ali
 th { color: var(--faint); font-weight: 600; white-space: nowrap; }
 .short { white-space: nowrap; }
 .long { min-width: 16ch; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 20px; margin: 0 0 14px; font-size: 13.5px; }
-dt { color: var(--faint); }
+dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: 3px 20px; margin: 0 0 14px; font-size: 13.5px; }
+dt { color: var(--faint); overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 details { margin: 8px 0; }
 summary { cursor: pointer; color: var(--faint); font-size: 13.5px; }
+@media (max-width: 600px) { main { padding: 24px 16px 48px; } }
 pre { padding: 12px 14px; border-radius: 8px; background: var(--card); font-size: 12.5px; line-height: 1.45;
   overflow-x: auto; }
 """

@@ -17,7 +17,7 @@ from pipeline.report_records import Series
 _MAX_POINTS = 300
 STEPS = [1, 2, 5, 10]
 """Multiples of them make good ticks."""
-_WIDTH, _HEIGHT = 4.6, 2.35  # inches of 100 px
+_WIDTH, _HEIGHT = 3.6, 2.1  # inches of 100 px: about what a phone shows, so that text keeps its size there
 _SERIES = [TOKENS[f"series-{i}"] for i in (1, 2, 3, 4)]
 
 
@@ -95,7 +95,7 @@ def chart(
                 series.steps,
                 series.values,
                 color=colour,
-                linewidth=1.5 + 1.5 * (len(curves) - 1 - i) * counts,
+                linewidth=1.5 + 1.2 * (len(curves) - 1 - i) * counts,
                 drawstyle="steps-post" if counts else None,
                 marker="o" if few else None,
                 markersize=3,
@@ -113,7 +113,8 @@ def chart(
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         axes.margins(x=0.01, y=0.08)
         if span:
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g} {span.unit}"))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
+            axes.set_xlabel(span.unit, loc="right", color=TOKENS["faint"], labelpad=0)
             axes.set_xlim(span.begin, span.end)
         if counts:
             axes.set_ylim(bottom=0)

@@ -19,10 +19,10 @@ _FIRST_IMAGES = 1000
 """Before so many were seen, a share says little; the run does not heed it either (quarantine.py)."""
 
 _KINDS = {
-    Status.MISSING: "missing: not there when it was to be read",
-    Status.UNREACHABLE: "unreachable: not read after all attempts",
-    Status.TOO_LARGE: "too many bytes: more than data.max_object_bytes",
-    Status.CORRUPT: "changed after it was listed, or its shard is damaged",
+    Status.MISSING: "missing",
+    Status.UNREACHABLE: "unreachable",
+    Status.TOO_LARGE: "too many bytes",
+    Status.CORRUPT: "changed, or a damaged shard",
 }
 
 

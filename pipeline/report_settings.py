@@ -3,7 +3,6 @@
 Of a run of any version: what its files do not say is left out. No Ray here.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,7 +60,7 @@ _ABOUT = {
     "python": "Python",
     "platform": "driver's system",
     "processor": "driver's processor",
-    "cuda": "CUDA that torch was built with",
+    "cuda": "CUDA of torch",
 }
 
 
@@ -76,18 +75,15 @@ def _changed(run: Directory) -> Iterator[Html]:
     if not isinstance(recipe, dict) or not isinstance(changed, dict):
         return
     name = recipe.get("name")
+    columns = {f"recipe {name}": "recipe", "this run": "run"}
     if not changed:
-        yield sentences([f"All other settings are those of the recipe {name}."])
+        yield sentences([f"All settings are those of the recipe {name}."])
     rows = [
-        {"setting": key, "recipe": _value(two.get("recipe")), "this run": _value(two.get("run"))}
+        {"setting": key} | {of: "not set" if two.get(k) is None else two[k] for of, k in columns.items()}
         for key, two in changed.items()
         if isinstance(two, dict)
     ]
     yield table(rows)
-
-
-def _value(value: Any) -> str:
-    return value if isinstance(value, str) else "not set" if value is None else json.dumps(value)
 
 
 def _folded(run: Directory, name: str) -> Html:
