@@ -74,7 +74,7 @@ def drawing(svg: str, *, width: int) -> Html:
     """One SVG at `width` pixels at most, scrolled where it would become too small to read."""
     if not svg:
         return Html("")
-    inner = f'<div style="min-width: {width * 4 // 5}px">{svg}</div>'
+    inner = f'<div style="min-width: {width * 5 // 6}px">{svg}</div>'
     return Html(f'<div class="scroll card" style="max-width: {width + 24}px">{inner}</div>')
 
 

@@ -1,5 +1,6 @@
 """Images that could not be used: how many, of what kinds, and how near they bring the run to its limit. No Ray here."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ class Share(NamedTuple):
     @property
     def of_limit(self) -> float:
         """1 is where the run ends."""
-        return self.bad / (self.limit * self.seen) if self.limit else float("inf") * bool(self.bad)
+        allowed = self.limit * self.seen
+        return self.bad / allowed if allowed else math.inf if self.bad else 0.0
 
 
 def share(records: Records, values: Mapping[str, Any]) -> Share | None:
@@ -88,7 +90,7 @@ def kind_of(status: Any, reason: Any) -> str:
     if str(reason) in ("null", "0 bytes"):
         return "empty"
     # Those of decode.py begin with words and a colon; those of storage with an address.
-    words = re.match(r"[A-Za-z][A-Za-z0-9 ]*(?=:)", str(reason))
+    words = re.match(r"[A-Za-z][A-Za-z0-9 ]*(?=: )", str(reason))
     return words[0] if words else _KINDS[known]
 
 

@@ -21,13 +21,14 @@ _MEASURES = """(() => {
   const clear = "rgba(0, 0, 0, 0)";
   const ground = (e) => { while (e && getComputedStyle(e).backgroundColor === clear) e = e.parentElement;
     return e ? getComputedStyle(e).backgroundColor : null; };
+  const size = (e) => parseFloat(getComputedStyle(e).fontSize);
+  const enlarged = (e) => { const m = e.getScreenCTM(); return size(e) * Math.hypot(m.a, m.b); };
   const own = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
   const texts = [...document.body.querySelectorAll("*")]
     .filter((e) => own(e) && e.tagName !== "STYLE" && e.getClientRects().length)
     .map((e) => ({ words: e.textContent.trim().slice(0, 40), ground: ground(e),
       colour: e.closest("svg") ? getComputedStyle(e).fill : getComputedStyle(e).color,
-      pixels: e.closest("svg") ? parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a
-        : parseFloat(getComputedStyle(e).fontSize) }));
+      pixels: e.closest("svg") ? enlarged(e) : size(e) }));
   const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
   const drawings = [...document.querySelectorAll("svg")].filter((e) => e.getClientRects().length)
     .map((e) => ({ box: box(e), marks: e.querySelectorAll("path, use").length,

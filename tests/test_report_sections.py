@@ -1,5 +1,6 @@
 """The report's sections on what feeds a run, on what it could not use, on its recipe, and on what it ran on."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -190,7 +191,7 @@ def test_counts_change_at_once() -> None:
         tuple(map(float, p.split()[1:])) for p in line.split('d="')[1].split('"')[0].strip().splitlines()
     ]
     assert len(points) <= 7  # two levels and the step between them
-    assert all(a[0] == b[0] or a[1] == b[1] for a, b in zip(points, points[1:], strict=False))
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in itertools.pairwise(points))
     assert ">min</text>" in svg
 
 
