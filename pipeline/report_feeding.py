@@ -14,9 +14,9 @@ from pipeline.report_page import Html, charts, section
 from pipeline.report_plots import Curve, Span, chart
 from pipeline.report_records import Floats, Records, Series
 
-_MINUTE, _HOUR = 60.0, 3600.0
-_LONG_HOURS = 3
-"""From so many on, hours are better read than minutes."""
+_UNITS = ((3600.0, "hours", "h"), (60.0, "minutes", "min"), (1.0, "seconds", "s"))
+_LEAST = 3
+"""So much of a unit at least, else a smaller one is better read."""
 _BREAK, _LEAST_BREAK_SECONDS = 10, 60.0
 """A break is so many times as long as lines usually are apart, and so long at least."""
 
@@ -59,6 +59,11 @@ class _Time(NamedTuple):
         return float(self.times[-1] - self.times[0])
 
     @property
+    def unit(self) -> tuple[float, str]:
+        """What it is read in: so many seconds, and their name."""
+        return _unit(self.seconds)[:2]
+
+    @property
     def breaks(self) -> npt.NDArray[np.intp]:
         """Lines after which there was none for long, as places in `times`."""
         apart = np.diff(self.times)
@@ -74,39 +79,33 @@ def feeding(records: Records) -> Html:
     """The section; nothing when none of it was logged."""
     time = _time(records)
     if time is None:
-        return section(
-            "Feeding the train workers",
-            charts(_charts(records, None)),
-            note="Against steps: the lines of this run do not say when they were written.",
-        )
-    silence = " Lines break where nothing was logged for long: the run was down, or evaluated." * bool(
-        len(time.breaks)
-    )
-    return section(
-        "Feeding the train workers",
-        charts(_charts(records, time)),
-        note=f"Against {'hours' if _is_long(time) else 'minutes'} since the first line.{silence}",
-    )
+        note = "Against steps: the lines of this run do not say when they were written."
+    else:
+        note = f"Against {time.unit[1]} since the first line."
+        if len(time.breaks):
+            note += " Lines break where nothing was logged for long: the run was down, or evaluated."
+    return section("Feeding the train workers", charts(_charts(records, time)), note=note)
 
 
 def cost_tiles(records: Records) -> Iterator[tuple[str, str, str]]:
     """How long the run has taken, and what it has cost, as far as that was logged."""
     time = _time(records)
     if time is not None:
-        silent = f", {_hours(time.silent_seconds)} of it silent" if len(time.breaks) else ""
-        yield "wall time", _hours(time.seconds), f"since the first line{silent}"
+        silent = f", {_long(time.silent_seconds)} of it silent" if len(time.breaks) else ""
+        yield "wall time", _long(time.seconds), f"since the first line{silent}"
     dollars = records.series("dollars").values
     if np.isfinite(dollars).any():
-        yield "cost", f"${np.nanmax(dollars):.2f}", "nodes, while it ran"
+        most = float(np.nanmax(dollars))
+        yield "cost", f"${most:.2f}" if most >= 0.01 else "under 1 cent", "nodes, while it ran"
 
 
-def _hours(seconds: float) -> str:
-    long = seconds >= _LONG_HOURS * _HOUR
-    return f"{seconds / _HOUR:.1f} h" if long else f"{seconds / _MINUTE:.0f} min"
+def _unit(seconds: float) -> tuple[float, str, str]:
+    return next((unit for unit in _UNITS if seconds >= _LEAST * unit[0]), _UNITS[-1])
 
 
-def _is_long(time: _Time) -> bool:
-    return time.seconds >= _LONG_HOURS * _HOUR
+def _long(seconds: float) -> str:
+    of, _, name = _unit(seconds)
+    return f"{seconds / of:.{1 if name == 'h' else 0}f} {name}"
 
 
 def _time(records: Records) -> _Time | None:
@@ -116,10 +115,7 @@ def _time(records: Records) -> _Time | None:
 
 
 def _charts(records: Records, time: _Time | None) -> Iterator[tuple[str, str]]:
-    span = None
-    if time is not None:
-        unit = _HOUR if _is_long(time) else _MINUTE
-        span = Span(0.0, time.seconds / unit, "hours" if _is_long(time) else "minutes")
+    span = Span(0.0, time.seconds / time.unit[0], time.unit[1]) if time is not None else None
     for one in _CHARTS:
         found = [(label, _series(records, name, time)) for name, label in one.names.items()]
         curves = [
@@ -138,5 +134,5 @@ def _series(records: Records, name: str, time: _Time | None) -> Series:
         return records.series(name)
     found = records.series(name, over="time")
     after = np.searchsorted(found.steps, time.times[time.breaks], side="right")
-    places = (found.steps - time.times[0]) / (_HOUR if _is_long(time) else _MINUTE)
+    places = (found.steps - time.times[0]) / time.unit[0]
     return Series(np.insert(places, after, np.nan), np.insert(found.values, after, np.nan))

@@ -15,7 +15,7 @@ from PIL import Image, features
 from pipeline.palette import css_variables
 
 _LARGE_BYTES = 300_000
-_WIDE = 1600
+_LARGE, _WIDE = 720, 1600
 _MAX_TEXT = 300
 _MAX_WHOLE = 20
 
@@ -121,13 +121,13 @@ def details(title: str, content: str) -> Html:
 
 
 def picture(data: bytes | None, caption: str) -> Html:
-    """An image file within the page, scrolled where it is very wide; nothing when it is missing or damaged."""
+    """An image file within the page, scrolled where it would be too small to read; nothing where there is none."""
     try:
         image = Image.open(io.BytesIO(data or b""), formats=["PNG"])
         image.load()
     except Exception:  # a damaged file may raise anything
         return Html("")
-    kind = ' class="wide"' if image.width > _WIDE else ""
+    kind = ' class="wide"' if image.width > _WIDE else ' class="large"' if image.width > _LARGE else ""
     return Html(
         f'<figure class="picture"><figcaption>{escape(caption)}</figcaption>'
         f'<div class="scroll"><img{kind} src="{_data_uri(image, data or b"")}" alt="{escape(caption)}"></div></figure>'
@@ -193,7 +193,8 @@ dt { color: var(--faint); overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 details { margin: 8px 0; }
 summary { cursor: pointer; color: var(--faint); font-size: 13.5px; }
-@media (max-width: 600px) { main { padding: 24px 16px 48px; } }
+@media (max-width: 600px) { main { padding: 24px 16px 48px; }
+  .large { max-width: none; width: 720px; } }
 pre { padding: 12px 14px; border-radius: 8px; background: var(--card); font-size: 12.5px; line-height: 1.45;
   overflow-x: auto; }
 """

@@ -118,7 +118,7 @@ def chart(
             axes.set_xlim(span.begin, span.end)
         if counts:
             axes.set_ylim(bottom=0)
-        if len(curves) + len(levels) > 1:
+        if counts or len(curves) + len(levels) > 1:
             axes.legend(frameon=False, fontsize=8, labelcolor=TOKENS["ink"], handlelength=1.4, loc="best")
         return as_svg(figure)
 

@@ -135,6 +135,18 @@ def test_the_page_shows_what_feeds_the_train_workers(fed: Page) -> None:
     assert "cost$18.20nodes, while it ran" in fed.text
 
 
+def test_curves_over_time_are_broken_where_the_run_was_down(tmp_path: Path) -> None:
+    def parts(pause: float) -> int:
+        """Of which the curve of images/s is made."""
+        records = [fed_record(s, s * 30.0 + pause * (s > 100)) for s in range(1, 201)]
+        text = build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))
+        svg = text.split("Images per second")[1].split("</svg>")[0]
+        (curve,) = [p for p in svg.split("<path")[1:] if "var(--series-1)" in p and "clip-path" in p]
+        return curve.split('d="')[1].split('"')[0].count("M ")
+
+    assert (parts(0), parts(250), parts(3600)) == (1, 1, 2)
+
+
 def test_lines_without_times_are_drawn_over_steps(tmp_path: Path) -> None:
     records = [step_record(step) for step in range(1, 9)]
     text = Page(build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))).text
