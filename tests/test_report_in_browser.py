@@ -13,6 +13,7 @@ from PIL import Image
 from studies import write_whole_study
 from test_report_sections import fed_run
 
+from pipeline.palette import DARK, LIGHT, Palette
 from pipeline.report import write_report
 from pipeline.study.report import write_study_report
 
@@ -68,6 +69,16 @@ def contrast(one: str, other: str) -> float:
 def test_contrast_is_what_the_standard_says() -> None:
     assert contrast("rgb(0, 0, 0)", "rgb(255, 255, 255)") == pytest.approx(21)
     assert contrast("rgb(119, 119, 119)", "rgb(255, 255, 255)") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    ("text", "ground"),
+    [(t, g) for t in ("ink", "faint", "warn") for g in ("paper", "card")] + [("warn", "warn-paper")],
+)
+def test_text_stands_out(palette: Palette, text: str, ground: str) -> None:
+    colours = ("rgb({}, {}, {})".format(*bytes.fromhex(palette[name][1:])) for name in (text, ground))
+    assert contrast(*colours) >= 4.5
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -210,6 +210,14 @@ def test_counts_change_at_once() -> None:
 # Bad images
 
 
+def test_the_commonest_kind_comes_first(tmp_path: Path) -> None:
+    bad = [
+        {"position": i, "status": s, "key": f"{i}.jpg"} for i, s in enumerate(["missing", *["too_large"] * 2])
+    ]
+    text = Page(build_report(make_run(tmp_path, quarantine_dot_jsonl=jsonl(*bad)))).text
+    assert text.index("too many bytes2") < text.index("missing1")
+
+
 def test_bad_images_are_summed_up_by_kind(fed: Page) -> None:
     section = fed.text.split("Bad images")[1].split("Scores")[0]
     assert "100 could not be used and were replaced by others." in section
