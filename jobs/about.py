@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -33,27 +34,9 @@ def draw_demo(config: Config, console: Console) -> None:
 
 
 def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequence[str]) -> None:
-    """config.yaml, environment.json (with `reasons` of numbers that stand for auto) and crops.png.
-
-    What the recipe has otherwise is written down here, because recipes change and a run does not.
-    """
+    """config.yaml, environment.json and crops.png."""
     run.write("config.yaml", config.to_yaml().encode())
-    names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
-    names += ["numba", "simplejpeg", "opencv-python-headless"]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    about = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "git_commit": commit.stdout.strip() or None,
-        "packages": {name: _version(name) for name in names},
-        "processor": processor(),
-        "cuda": torch.version.cuda,
-        "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
-        "automatic": list(reasons),
-    }
-    run.write(ENVIRONMENT, json.dumps(about, indent=1).encode())
+    write_environment(run, config, reasons)
     images, samples = inputs.images, []
     _, first = inputs.order(config.train.seed).locate(range(min(6, images.num_images)))
     for fetched in images.fetch(first.tolist()):
@@ -66,6 +49,26 @@ def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequenc
             continue  # counted and named when the run comes to it
     if samples:
         run.write("crops.png", contact_sheet(samples, config.crops))
+
+
+def write_environment(run: Directory, config: Config, reasons: Sequence[str]) -> None:
+    """environment.json, with `reasons` of numbers that stand for auto.
+
+    What the recipe has otherwise is written down here, because recipes change and a run does not.
+    """
+    names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
+    names += ["numba", "simplejpeg", "opencv-python-headless"]
+    about = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _commit(),
+        "packages": {name: _version(name) for name in names},
+        "processor": processor(),
+        "cuda": torch.version.cuda,
+        "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
+        "automatic": list(reasons),
+    }
+    run.write(ENVIRONMENT, json.dumps(about, indent=1).encode())
 
 
 def recipe_changes(config: Config) -> dict[str, dict[str, Any]]:
@@ -102,6 +105,16 @@ def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:
         sort = json.dumps({key: value for key, value in row.items() if key != "nodes"}, sort_keys=True)
         known[sort] = row | {"nodes": max(row["nodes"], known[sort]["nodes"] if sort in known else 0)}
     run.write(ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())
+
+
+def _commit() -> str | None:
+    """What is checked out here; None where the code came without its history, or git is not there."""
+    if shutil.which("git") is None:
+        return None
+    asked = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return asked.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:
