@@ -9,6 +9,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.about import processor
+
 REFERENCE, OURS, FLOOR = "published", "ours", "decode only"
 
 
@@ -85,13 +87,8 @@ def machine() -> dict[str, Any]:
     libraries = {"torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "numba", "numpy"}
     libraries |= {"albumentations", "lightly", "kornia", "dinoray"}
     versions = {d.metadata["Name"].lower(): d.version for d in distributions()}
-    processor = "unknown"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
     kept = {n: v for n, v in sorted(versions.items()) if n in libraries or n.startswith("nvidia-dali")}
-    return {"processor": processor, "versions": kept}
+    return {"processor": processor(), "versions": kept}
 
 
 _INK, _FAINT, _RULE = "#18181b", "#71717a", "#d4d4d8"

@@ -2,20 +2,29 @@
 
 import json
 import platform
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
-from jobs.config import Config
+from jobs.config import Config, load
+from jobs.keys import flatten
+from jobs.recipes import RECIPES
 from jobs.running import Inputs
 from pipeline.contact_sheet import contact_sheet
 from pipeline.crops import crop_rng, multi_crop
 from pipeline.decode import BadImage, decode
 from pipeline.demo_images import demo_folder, write_demo_images
+from pipeline.nodes import node_sorts
+from pipeline.report_records import read_mapping
 from pipeline.storage import Directory
+
+ENVIRONMENT = "environment.json"
 
 
 def draw_demo(config: Config, console: Console) -> None:
@@ -25,21 +34,9 @@ def draw_demo(config: Config, console: Console) -> None:
 
 
 def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequence[str]) -> None:
-    """config.yaml, environment.json (with `reasons` of numbers that stand for auto) and crops.png."""
+    """config.yaml, environment.json and crops.png."""
     run.write("config.yaml", config.to_yaml().encode())
-    names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
-    names += ["numba", "simplejpeg", "opencv-python-headless"]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    about = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "git_commit": commit.stdout.strip() or None,
-        "packages": {name: _version(name) for name in names},
-        "automatic": list(reasons),
-    }
-    run.write("environment.json", json.dumps(about, indent=1).encode())
+    write_environment(run, config, reasons)
     images, samples = inputs.images, []
     _, first = inputs.order(config.train.seed).locate(range(min(6, images.num_images)))
     for fetched in images.fetch(first.tolist()):
@@ -52,6 +49,72 @@ def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequenc
             continue  # counted and named when the run comes to it
     if samples:
         run.write("crops.png", contact_sheet(samples, config.crops))
+
+
+def write_environment(run: Directory, config: Config, reasons: Sequence[str]) -> None:
+    """environment.json, with `reasons` of numbers that stand for auto.
+
+    What the recipe has otherwise is written down here, because recipes change and a run does not.
+    """
+    names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
+    names += ["numba", "simplejpeg", "opencv-python-headless"]
+    about = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _commit(),
+        "packages": {name: _version(name) for name in names},
+        "processor": processor(),
+        "cuda": torch.version.cuda,
+        "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
+        "automatic": list(reasons),
+    }
+    run.write(ENVIRONMENT, json.dumps(about, indent=1).encode())
+
+
+def recipe_changes(config: Config) -> dict[str, dict[str, Any]]:
+    """Settings that are not as the recipe of that name has them: dotted key -> `recipe`'s value and the `run`'s."""
+    # What recipes leave open has no value there; the path stands in for it, so that the rest has.
+    is_open = "path" not in RECIPES[config.recipe]().get("data", {})
+    given = load(type(config), config.recipe, None, [f"data.path={config.data.path}"] if is_open else [])
+    recipe, run = (
+        dict(flatten(one.model_dump(mode="json", exclude={"name", "recipe"}))) for one in (given, config)
+    )
+    if is_open:
+        del recipe["data.path"]
+    return {
+        key: {"recipe": recipe.get(key), "run": run.get(key)}
+        for key in dict.fromkeys([*recipe, *run])
+        if recipe.get(key) != run.get(key)
+    }
+
+
+def processor() -> str:
+    """The model of this machine's processor."""
+    names = []
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
+
+
+def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:
+    """Add what `ray.nodes()` are there now to environment.json: of each sort the most that were up at once."""
+    about = read_mapping(run, ENVIRONMENT)
+    known: dict[str, dict[str, Any]] = {}
+    for row in [*about.get("hardware", []), *node_sorts(nodes)]:
+        sort = json.dumps({key: value for key, value in row.items() if key != "nodes"}, sort_keys=True)
+        known[sort] = row | {"nodes": max(row["nodes"], known[sort]["nodes"] if sort in known else 0)}
+    run.write(ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())
+
+
+def _commit() -> str | None:
+    """What is checked out here; None where the code came without its history, or git is not there."""
+    if shutil.which("git") is None:
+        return None
+    asked = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return asked.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import ray
 from rich.console import Console
 
-from jobs.about import draw_demo, write_about
+from jobs.about import draw_demo, note_hardware, write_about
 from jobs.arguments import PretrainArguments, pretrain_config
 from jobs.config import Config, differences, json_schema, load_run_config
 from jobs.display import Display
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
                 elif event.kind == "eval":
                     display.eval(event.facts)
                     with contextlib.suppress(DinorayError):  # at the end it is written in earnest
+                        note_hardware(run, ray.nodes())
                         write_report(run)
                 elif event.kind == "note":
                     display.note(event.facts["text"])

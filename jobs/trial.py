@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from jobs.about import write_environment
 from jobs.result import RESULT, write_result
 from jobs.running import Inputs, run_training, what_is_learnt
 from jobs.study import StudyConfig, space_of, trial_config
@@ -153,7 +154,7 @@ class _Attempt:
     def train(self) -> None:
         """From the last checkpoint to the end, or to where it is told to stop."""
         run, config = self._run, self._config
-        learnt, weights, _ = what_is_learnt(config, run, num_images=self._inputs.images.num_images)
+        learnt, weights, reasons = what_is_learnt(config, run, num_images=self._inputs.images.num_images)
         self._out_dim = number(learnt.head.out_dim)
         if run.exists(RESULT):
             return
@@ -161,6 +162,7 @@ class _Attempt:
         if self.stopped:
             return
         run.write("config.yaml", config.to_yaml().encode())
+        write_environment(run, config, reasons)
         if "group" in self._clock:
             remove_left_group(self._clock["group"])
         plan = self._runner.plan

@@ -15,17 +15,37 @@ Kind = Literal["head", "cpu", "gpu"]
 """The head, whatever it has; of the other nodes those without GPUs, and those with."""
 
 _EVERY_SECONDS = 5.0
-_HEAD = "node:__internal_head__"
+_HEAD, _MODEL = "node:__internal_head__", "accelerator_type:"
 
 
 def count_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[Kind, int]:
     """How many of `ray.nodes()` are alive, of each kind."""
-    kinds: Counter[Kind] = Counter()
+    kinds = Counter(_kind(node["Resources"]) for node in nodes if node["Alive"])
+    return {kind: kinds[kind] for kind in ("head", "cpu", "gpu")}
+
+
+def node_sorts(nodes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same nodes by what they have: a row for each sort, with the model of its GPUs where Ray knows it."""
+    sorts: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for node in nodes:
         if node["Alive"]:
             has = node["Resources"]
-            kinds["head" if _HEAD in has else "gpu" if has.get("GPU") else "cpu"] += 1
-    return {kind: kinds[kind] for kind in ("head", "cpu", "gpu")}
+            models = sorted(name.removeprefix(_MODEL) for name in has if name.startswith(_MODEL))
+            # What tasks may have, and what objects may.
+            memory = (has.get("memory", 0) + has.get("object_store_memory", 0)) / 2**30
+            row = {
+                "kind": _kind(has),
+                "CPUs": has.get("CPU", 0),
+                "GPUs": has.get("GPU", 0),
+                "GPU model": ", ".join(models),
+                "GiB": round(memory),
+            }
+            sorts[tuple(row.items())] += 1
+    return [{"nodes": count, **dict(sort)} for sort, count in sorts.items()]
+
+
+def _kind(resources: Mapping[str, Any]) -> Kind:
+    return "head" if _HEAD in resources else "gpu" if resources.get("GPU") else "cpu"
 
 
 def dollars_per_hour(cost: CostConfig, nodes: Mapping[Kind, int]) -> float:

@@ -12,12 +12,12 @@ import numpy as np
 
 from models.settings import ConfigError
 from pipeline.health import Verdict
+from pipeline.report_feeding import cost_tiles, feeding
 from pipeline.report_page import (
     Html,
     charts,
     details,
     escape,
-    facts,
     page,
     picture,
     section,
@@ -26,39 +26,13 @@ from pipeline.report_page import (
     warnings,
 )
 from pipeline.report_plots import Curve, Level, chart
-from pipeline.report_records import (
-    Records,
-    attention_figures,
-    flat,
-    read,
-    read_head,
-    read_mapping,
-    read_records,
-)
+from pipeline.report_quarantine import bad_images, nearness, share
+from pipeline.report_records import Records, attention_figures, flat, read, read_mapping, read_records
+from pipeline.report_settings import settings, versions
 from pipeline.storage import Directory
 
 NAME = "report.html"
-_QUARANTINE_ROWS = 20
-_HIGHLIGHTS = (
-    "recipe",
-    "data.path",
-    "backbone.name",
-    "backbone.kwargs",
-    "crops.global_crop_size",
-    "crops.num_local_crops",
-    "crops.local_crop_size",
-    "head.out_dim",
-    "loss.centering",
-    "loss.teacher_temp",
-    "teacher.teacher_momentum",
-    "optim.name",
-    "optim.base_lr",
-    "optim.weight_decay",
-    "train.epochs",
-    "train.global_batch_size",
-    "train.precision",
-    "train.seed",
-)
+_MAX_VERDICTS = 20
 _HEALTH_CHARTS = {
     "Mutual information of image and prototype (nats)": ("mutual_information",),
     "Share of prototypes in use, of the commonest one": ("prototypes_used", "commonest_prototype"),
@@ -83,28 +57,30 @@ def build_report(run: Directory) -> str:
         raise ConfigError(f"{run.uri} is no run directory: it has neither config.yaml nor metrics.jsonl")
     values = flat(config)
     name = str(config.get("name") or run.uri.rpartition("/")[2])
-    result = read_mapping(run, "result.json")
+    result, bad = read_mapping(run, "result.json"), share(records, values)
     return page(
         name,
         [
             _header(run, name, records, values, finished=bool(result)),
-            warnings(list(_troubles(records))),
-            tiles(list(_tiles(records, values))),
+            warnings([*_troubles(records), *filter(None, [nearness(bad)])]),
+            tiles([*_tiles(records, values), *cost_tiles(records)]),
             section(
                 "Curves",
                 charts(_curves(records, values)),
                 note="Against steps; bands where points are merged.",
             ),
             section("Health", charts(_health(records)), _verdicts(records)),
+            feeding(records),
             _attention(run),
             section(
                 "Crops",
                 picture(read(run, "crops.png"), "images and what is cut from them"),
                 note="What the student and the teacher are fed.",
             ),
-            _bad_images(run),
+            bad_images(run, bad),
             section("Scores", *_scores(run, result)),
-            _settings(run, values),
+            settings(run, values),
+            versions(run),
         ],
     )
 
@@ -193,8 +169,6 @@ def _curves(records: Records, values: dict[str, Any]) -> Iterator[tuple[str, str
     yield from _drawn(records, "Learning rate", ("lr",))
     yield from _drawn(records, "Teacher temperature", ("teacher_temp",))
     yield from _drawn(records, "Teacher momentum", ("teacher_momentum",))
-    yield from _drawn(records, "Images per second", ("images_per_second",))
-    yield from _drawn(records, "Time spent waiting for data", ("data_wait",), percent=True)
 
 
 def _health(records: Records) -> Iterator[tuple[str, str]]:
@@ -234,7 +208,7 @@ def _uniform_entropy(records: Records, values: dict[str, Any]) -> float | None:
 
 def _verdicts(records: Records) -> Html:
     changes = records.verdicts()
-    return table([{"from step": step, "verdict": verdict} for step, verdict in changes[-_QUARANTINE_ROWS:]])
+    return table([{"from step": step, "verdict": verdict} for step, verdict in changes[-_MAX_VERDICTS:]])
 
 
 def _attention(run: Directory) -> Html:
@@ -248,16 +222,6 @@ def _attention(run: Directory) -> Html:
     )
 
 
-def _bad_images(run: Directory) -> Html:
-    rows, total = read_head(run, "quarantine.jsonl", _QUARANTINE_ROWS)
-    shown = f"The first {len(rows)} of {total}" if total > len(rows) else f"{total}"
-    return section(
-        "Bad images",
-        table(rows),
-        note=f"{shown} in quarantine.jsonl: could not be used and were replaced by others.",
-    )
-
-
 def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:
     if result:
         yield table(
@@ -267,12 +231,3 @@ def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:
     yield table([{"file": name, **read_mapping(run, name)} for name in evaluations])
     if result:
         yield details("result.json", json.dumps(result, indent=1, ensure_ascii=False))
-
-
-def _settings(run: Directory, values: dict[str, Any]) -> Html:
-    folded = []
-    for name in ("config.yaml", "environment.json"):
-        data = read(run, name)
-        if data:
-            folded.append(details(name, data.decode(errors="replace")))
-    return section("Settings", facts({k: values[k] for k in _HIGHLIGHTS if k in values}), *folded)

@@ -15,7 +15,7 @@ from PIL import Image, features
 from pipeline.palette import css_variables
 
 _LARGE_BYTES = 300_000
-_WIDE = 1600
+_LARGE, _WIDE = 720, 1600
 _MAX_TEXT = 300
 _MAX_WHOLE = 20
 
@@ -74,7 +74,7 @@ def drawing(svg: str, *, width: int) -> Html:
     """One SVG at `width` pixels at most, scrolled where it would become too small to read."""
     if not svg:
         return Html("")
-    inner = f'<div style="min-width: {min(420, width * 7 // 10)}px">{svg}</div>'
+    inner = f'<div style="min-width: {width * 5 // 6}px">{svg}</div>'
     return Html(f'<div class="scroll card" style="max-width: {width + 24}px">{inner}</div>')
 
 
@@ -114,19 +114,20 @@ def facts(values: Mapping[str, Any]) -> Html:
     return Html(f"<dl>{lines}</dl>") if lines else Html("")
 
 
-def details(title: str, text: str) -> Html:
-    """Text as it is, folded away."""
-    return Html(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
+def details(title: str, content: str) -> Html:
+    """Text as it is, or what is HTML already, folded away."""
+    inner = content if isinstance(content, Html) else f"<pre>{escape(content)}</pre>"
+    return Html(f"<details><summary>{escape(title)}</summary>{inner}</details>")
 
 
 def picture(data: bytes | None, caption: str) -> Html:
-    """An image file within the page, scrolled where it is very wide; nothing when it is missing or damaged."""
+    """An image file within the page, scrolled where it would be too small to read; nothing where there is none."""
     try:
         image = Image.open(io.BytesIO(data or b""), formats=["PNG"])
         image.load()
     except Exception:  # a damaged file may raise anything
         return Html("")
-    kind = ' class="wide"' if image.width > _WIDE else ""
+    kind = ' class="wide"' if image.width > _WIDE else ' class="large"' if image.width > _LARGE else ""
     return Html(
         f'<figure class="picture"><figcaption>{escape(caption)}</figcaption>'
         f'<div class="scroll"><img{kind} src="{_data_uri(image, data or b"")}" alt="{escape(caption)}"></div></figure>'
@@ -165,11 +166,12 @@ h2 { margin: 44px 0 10px; font-size: 18px; }
 .sentence { margin: 6px 0; max-width: 90ch; overflow-wrap: anywhere; }
 h2 + .sentence { font-weight: 600; }
 .card { padding: 12px; border-radius: 8px; background: var(--card); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 18px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; margin: 18px 0; }
 .tile { padding: 12px 14px; border-radius: 8px; background: var(--card); }
 .tile span, .tile small { display: block; color: var(--faint); font-size: 12.5px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 12px; }
+.charts + .scroll { margin-top: 12px; }
 figure { margin: 0; }
 .charts figure { padding: 10px 12px 6px; border-radius: 8px; background: var(--card); }
 figcaption { font-size: 13px; font-weight: 600; margin-bottom: 4px; }
@@ -186,11 +188,13 @@ th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--rule); text-ali
 th { color: var(--faint); font-weight: 600; white-space: nowrap; }
 .short { white-space: nowrap; }
 .long { min-width: 16ch; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 20px; margin: 0 0 14px; font-size: 13.5px; }
-dt { color: var(--faint); }
+dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: 3px 20px; margin: 0 0 14px; font-size: 13.5px; }
+dt { color: var(--faint); overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 details { margin: 8px 0; }
 summary { cursor: pointer; color: var(--faint); font-size: 13.5px; }
+@media (max-width: 600px) { main { padding: 24px 16px 48px; }
+  .large { max-width: none; width: 720px; } }
 pre { padding: 12px 14px; border-radius: 8px; background: var(--card); font-size: 12.5px; line-height: 1.45;
   overflow-x: auto; }
 """

@@ -17,7 +17,7 @@ from pipeline.report_records import Series
 _MAX_POINTS = 300
 STEPS = [1, 2, 5, 10]
 """Multiples of them make good ticks."""
-_WIDTH, _HEIGHT = 4.6, 2.35  # inches of 100 px
+_WIDTH, _HEIGHT = 3.6, 2.1  # inches of 100 px: about what a phone shows, so that text keeps its size there
 _SERIES = [TOKENS[f"series-{i}"] for i in (1, 2, 3, 4)]
 
 
@@ -35,14 +35,30 @@ class Level(NamedTuple):
     value: float
 
 
+class Span(NamedTuple):
+    """What charts stand over that is not steps: the same for each, so that they can be read one below the other."""
+
+    begin: float
+    end: float
+    unit: str
+
+
 def downsample(series: Series, limit: int = _MAX_POINTS) -> tuple[Series, npt.NDArray, npt.NDArray]:
     """At most `limit` points: means of equal runs of points, with the least and largest value of each.
 
-    Values that are not finite are left out of their run; a run of nothing else is a gap.
+    Values that are not finite are left out of their run; a run of nothing else is a gap. Breaks stay, and come on top.
     """
-    if len(series.steps) <= limit:
+    number = len(series.steps)
+    if number <= limit:
         return series, series.values, series.values
-    parts = np.array_split(np.arange(len(series.steps)), limit)
+    breaks = np.flatnonzero(np.isnan(series.steps))
+    pieces = np.split(np.arange(number), np.union1d(breaks, breaks + 1))
+    parts = [
+        part
+        for piece in pieces
+        for part in np.array_split(piece, max(1, limit * len(piece) // number))
+        if len(part)
+    ]
     columns = []
     for part in parts:
         values = series.values[part]
@@ -53,22 +69,34 @@ def downsample(series: Series, limit: int = _MAX_POINTS) -> tuple[Series, npt.ND
     return Series(steps, means), lows, highs
 
 
-def chart(curves: Sequence[Curve], *, levels: Sequence[Level] = (), percent: bool = False) -> str:
-    """An SVG of curves over steps, with a band from least to largest where points were merged."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+def chart(
+    curves: Sequence[Curve],
+    *,
+    levels: Sequence[Level] = (),
+    percent: bool = False,
+    counts: bool = False,
+    span: Span | None = None,
+) -> str:
+    """An SVG of curves over steps, or over `span`, with a band from least to largest where points were merged.
+
+    `counts`: of whole things, which change at once and stay; curves that lie on one another are both seen.
+    """
+    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 
     with sheet(_WIDTH, _HEIGHT) as figure:
         axes = figure.add_subplot()
-        for curve, colour in zip(curves, _SERIES, strict=False):
-            series, lows, highs = downsample(curve.series)
-            if len(curve.series.steps) > len(series.steps):
+        for i, (curve, colour) in enumerate(zip(curves, _SERIES, strict=False)):
+            given = _changes(curve.series) if counts else curve.series
+            series, lows, highs = downsample(given)
+            if len(given.steps) > len(series.steps):
                 axes.fill_between(series.steps, lows, highs, color=colour, alpha=0.22, linewidth=0)
-            few = len(series.steps) <= 40
+            few = len(series.steps) <= 40 and not counts
             axes.plot(
                 series.steps,
                 series.values,
                 color=colour,
-                linewidth=1.5,
+                linewidth=1.5 + 1.2 * (len(curves) - 1 - i) * counts,
+                drawstyle="steps-post" if counts else None,
                 marker="o" if few else None,
                 markersize=3,
                 label=curve.label,
@@ -78,15 +106,28 @@ def chart(curves: Sequence[Curve], *, levels: Sequence[Level] = (), percent: boo
                 level.value, color=TOKENS["faint"], linewidth=1, linestyle=(0, (4, 3)), label=level.label
             )
         dress(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=span is None, steps=STEPS))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=counts, steps=STEPS))
         if percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         axes.margins(x=0.01, y=0.08)
-        if len(curves) + len(levels) > 1:
+        if span:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
+            axes.set_xlabel(span.unit, loc="right", color=TOKENS["faint"], labelpad=0)
+            axes.set_xlim(span.begin, span.end)
+        if counts:
+            axes.set_ylim(bottom=0)
+        if counts or len(curves) + len(levels) > 1:
             axes.legend(frameon=False, fontsize=8, labelcolor=TOKENS["ink"], handlelength=1.4, loc="best")
         return as_svg(figure)
+
+
+def _changes(series: Series) -> Series:
+    """The first and the last point of each run of equal values."""
+    changes = series.values[1:] != series.values[:-1]
+    kept = np.append(True, changes) | np.append(changes, True)
+    return Series(series.steps[kept], series.values[kept])
 
 
 @contextmanager

@@ -22,7 +22,10 @@ _MAX_FIGURES = 6
 
 
 class Series(NamedTuple):
-    """One metric over the run: `steps` ascending, `values` with NaN where it was not finite."""
+    """One metric over the run: `steps` ascending, `values` with NaN where it was not finite.
+
+    A point whose step is NaN as well is a break: what lies before is not joined to what follows.
+    """
 
     steps: Floats
     values: Floats
@@ -50,6 +53,8 @@ class Records:
             ):  # the last one is being written, or was when the run was killed
                 self.num_damaged += 1
         self._lines.sort(key=lambda record: record["step"])
+        self._names = {name for record in self._lines for name in record}
+        self._series: dict[tuple[str, str], Series] = {}
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -61,17 +66,29 @@ class Records:
 
     def names(self, pattern: str) -> list[str]:
         """Metrics whose whole name matches, sorted, numbers by their size."""
-        found = {name for record in self._lines for name in record if re.fullmatch(pattern, name)}
+        found = {name for name in self._names if re.fullmatch(pattern, name)}
         return sorted(found, key=lambda name: (len(name), name))
 
-    def series(self, name: str) -> Series:
-        """A metric wherever it was logged; of two values at one step the later counts."""
+    def series(self, name: str, *, over: str = "step") -> Series:
+        """A metric wherever it was logged, over steps or another number that its lines have.
+
+        Of two values at one place the later counts.
+        """
+        if (name, over) not in self._series:
+            self._series[name, over] = self._collect(name, over)
+        return self._series[name, over]
+
+    def _collect(self, name: str, over: str) -> Series:
         points = {
-            record["step"]: _number(record[name]) for record in self._lines if _is_number(record.get(name))
+            _number(record[over]): _number(record[name])
+            for record in self._lines
+            if _is_number(record.get(name)) and _is_number(record.get(over))
         }
-        values = np.array(list(points.values()), np.float64)
+        places, values = (np.array(list(numbers), np.float64) for numbers in (points, points.values()))
         values[~np.isfinite(values)] = np.nan
-        return Series(np.array(list(points), np.float64), values)
+        order = np.argsort(places)
+        order = order[np.isfinite(places[order])]
+        return Series(places[order], values[order])
 
     def verdicts(self) -> list[tuple[int, str]]:
         """(step from which it holds, verdict), one per change."""
@@ -106,9 +123,15 @@ def read_mapping(run: Directory, name: str) -> dict[str, Any]:
 
 
 def read_head(run: Directory, name: str, limit: int) -> tuple[list[dict[str, Any]], int]:
-    """The first `limit` objects of a JSON Lines file, and how many there are in all."""
-    rows = [row for line in (read(run, name) or b"").splitlines() if isinstance(row := _json(line), dict)]
-    return rows[:limit], len(rows)
+    """The objects in the first `limit` lines of a JSON Lines file, and how many there are in all.
+
+    What lies behind them is counted by its line ends: the file of a long run may have millions.
+    """
+    *lines, rest = (read(run, name) or b"").split(b"\n", limit)
+    if b"\n" not in rest:  # the last line, which may be whole
+        lines.append(rest)
+    rows = [row for line in lines if isinstance(row := _json(line), dict)]
+    return rows, len(rows) + rest.count(b"\n")
 
 
 def attention_figures(run: Directory) -> list[tuple[int, str]]:
@@ -137,9 +160,7 @@ def _json(line: bytes) -> Any:
 
 def _is_number(value: Any) -> bool:
     """Numbers, and the strings that stand for numbers that JSON has not."""
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, int | float) or value in ("nan", "inf", "-inf")
+    return type(value) in (float, int) or value in ("nan", "inf", "-inf")  # True is neither
 
 
 def _number(value: Any) -> float:

@@ -427,8 +427,9 @@ def test_large_pictures_are_made_smaller() -> None:
     assert picture(None, "none") == picture(b"damaged", "none") == ""
 
 
-def test_only_a_very_wide_picture_is_scrolled() -> None:
+def test_only_a_very_wide_picture_is_scrolled_and_on_a_phone_a_large_one() -> None:
     assert ['class="wide"' in picture(png(width), "a") for width in (1600, 1601)] == [False, True]
+    assert ['class="large"' in picture(png(width), "a") for width in (720, 721, 1601)] == [False, True, False]
 
 
 def test_names_are_dotted_and_values_are_text() -> None:

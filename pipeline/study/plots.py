@@ -26,7 +26,7 @@ _MAX_AXES = 9
 def curve_charts(tried: Sequence[Tried], found: Findings) -> Iterator[tuple[str, str]]:
     """(title, SVG) of each metric over steps."""
     for metric in curve_metrics(tried, found.objective):
-        with sheet(4.6, 2.6) as figure:
+        with sheet(3.6, 2.2) as figure:
             draw_curves(figure.add_subplot(), tried, found, metric, TOKENS)
             yield curve_title(metric), as_svg(figure)
 
@@ -171,7 +171,7 @@ def importance_bars(found: Findings) -> str:
     if not found.importance:
         return ""
     shares = list(found.importance.items())[:12]
-    with sheet(4.6, 0.25 + 0.28 * len(shares)) as figure:
+    with sheet(3.7, 0.25 + 0.28 * len(shares)) as figure:
         axes = figure.add_subplot()
         heights = range(len(shares))
         axes.barh(heights, [share for _, share in shares], height=0.6, color=TOKENS["series-1"])

@@ -20,6 +20,7 @@ from pipeline.report_page import (
     tiles,
 )
 from pipeline.report_records import flat, read
+from pipeline.report_settings import versions
 from pipeline.storage import Directory
 from pipeline.study.findings import Findings, findings
 from pipeline.study.map import map_keys, score_map
@@ -89,7 +90,7 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
             Html(f'<h1>{escape(name)}</h1>\n<p class="address">{escape(study.uri)}</p>'),
             section("What was found", sentences(found.words)),
             tiles(list(_tiles(found))),
-            section("Map", drawing(score_map(tried, found), width=760), note=_about_map(found)),
+            section("Map", drawing(score_map(tried, found), width=640), note=_about_map(found)),
             section(
                 "Curves",
                 charts(curve_charts(tried, found)),
@@ -103,7 +104,7 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
             ),
             section(
                 "What matters",
-                drawing(importance_bars(found), width=460),
+                drawing(importance_bars(found), width=400),
                 note="Share of the differences in rank that lies between values of one setting, by itself; collapsed "
                 "trials count as the worst, those given up by the score they had.",
             ),
@@ -132,6 +133,7 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
                 note=f"python -m jobs.pretrain --config {study.join(BEST)}",
             ),
             section("Settings", facts(_settings(about)), _space(found)),
+            versions(study),
         ],
     )
 
