@@ -16,6 +16,10 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
 
 from models.settings import DinorayError
 from pipeline.augment import Augmenter, crop_threads
@@ -25,7 +29,7 @@ from pipeline.crops import limit_threads, prepare_kernel
 from pipeline.crops_config import CropsConfig, crop_bytes
 from pipeline.layout import Layout
 from pipeline.order import Order
-from pipeline.pool import PoolControl
+from pipeline.pool import DrainPolicy, PoolControl
 from pipeline.source import Source
 
 _LEG_BLOCKS = 4096
@@ -92,6 +96,9 @@ def open_splits(
     context.custom_execution_callback_classes = [
         partial(PoolControl, plan.board, low, high, start, plan.cool_down_seconds)
     ]
+    context.set_config(
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, DrainPolicy]
+    )
     # Not range(): it would run a task per block just to make a number, at a fifth of what Ray takes for a block.
     numbers = [{"id": i} for i in range(layout.num_blocks)]
     with ray.data.DataContext.current(context):

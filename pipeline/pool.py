@@ -24,6 +24,29 @@ def pool_metrics(pool: Mapping[str, int]) -> dict[str, float]:
     return {"augment_actors": pool["running"], "augment_target": pool["target"]} if pool else {}
 
 
+class DrainPolicy:
+    """A backpressure policy of Ray Data, by its methods' names: a pool that is too large gets less to do.
+
+    Ray lets only idle actors go, and there are none as long as it gives each of them blocks that nobody takes.
+    """
+
+    name = "Drain"
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def can_add_input(self, operator: Any) -> bool:
+        """Whether the operator may begin with one more block."""
+        return all(
+            pool.num_running_actors() <= pool.max_size() or pool.num_tasks_in_flight() < pool.max_size()
+            for pool in operator.get_autoscaling_actor_pools()
+        )
+
+    def max_task_output_bytes_to_read(self, operator: Any) -> int | None:
+        """No limit of its own."""
+        return None
+
+
 class PoolControl:
     """An execution callback of Ray Data, by its hooks' names."""
 

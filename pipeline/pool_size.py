@@ -16,6 +16,7 @@ _LOOK_SECONDS = 10.0
 """Time to look at before a decision: crops come in blocks, and between two blocks a trainer waits or has plenty."""
 _JUDGE_SECONDS = 30.0
 """The same after growth, which is judged by what it brought."""
+_LOOKS = 2
 _HEADROOM = 1.25
 """Actors that are kept for each one that is busy."""
 _MOST_GROWTH = 4
@@ -90,7 +91,8 @@ class PoolSize:
     _began: float | None = field(default=None, init=False)
     _fed: Reading = field(default=Reading(), init=False)
     _grown_from: tuple[int, float] | None = field(default=None, init=False)
-    _is_stuck: bool = field(default=False, init=False)
+    _in_vain: int = field(default=0, init=False)
+    """Looks in a row at what the last growth brought that found too little."""
 
     def see(self, actors: Actors, now: float) -> None:
         """The pool as it is; called every second or so."""
@@ -117,25 +119,24 @@ class PoolSize:
         elif reading.data_wait > FED:
             self._fed = Reading()
         else:
-            self._is_stuck, self._grown_from = False, None
+            self._in_vain, self._grown_from = 0, None
             self._fed += reading
             if self._fed.seconds >= self.cool_down_seconds:
                 self._shrink(now)
 
     def _grow(self, reading: Reading, now: float) -> None:
         running = self._seen.running
-        if self._grown_from is not None and not self._is_stuck:
+        if self._grown_from is not None and running > self._grown_from[0]:
             before, images_per_second = self._grown_from
-            hoped = running / before - 1
-            gain = reading.images_per_second / max(images_per_second, 1e-9) - 1
-            if hoped > 0 and gain < _LEAST_GAIN * hoped:
-                self._is_stuck = True
+            hoped, gain = running / before - 1, reading.images_per_second / max(images_per_second, 1e-9) - 1
+            self._in_vain = self._in_vain + 1 if gain < _LEAST_GAIN * hoped else 0
+            if self._in_vain == _LOOKS:
                 self.note = (
                     f"{running} augment actors instead of {before} brought {gain:+.0%} images/s: it is not "
                     "CPUs that are short; look at the network of the train nodes and at the storage"
                 )
-        if self._is_stuck:
-            return
+            if self._in_vain:  # new actors may have been starting, the first time
+                return
         share = max(1 - reading.data_wait, 1 / _MOST_GROWTH)
         self._change(min(self.high, math.ceil(running / share)), now)
         self._grown_from = (running, reading.images_per_second)

@@ -88,7 +88,7 @@ def autoscaling_head(
             *(f"--autoscaling-config={file}", f"--port={port}", f"--dashboard-port={dashboard}"),
             *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),
             *(f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"),
-            *("--object-store-memory=300000000", "--min-worker-port=0", "--max-worker-port=0"),
+            *("--object-store-memory=400000000", "--min-worker-port=0", "--max-worker-port=0"),
         ],
         env=variables
         | {

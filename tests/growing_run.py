@@ -22,9 +22,11 @@ from pipeline.demo_images import draw_demo_image
 
 MOST_ACTORS = 3
 NODES = {
-    "augment": {"resources": {"CPU": 1, "object_store_memory": 100_000_000}, "max_workers": MOST_ACTORS},
-    "train": {"resources": {"CPU": 4, "GPU": 1, "object_store_memory": 100_000_000}, "max_workers": 2},
+    "augment": {"resources": {"CPU": 1, "object_store_memory": 400_000_000}, "max_workers": MOST_ACTORS},
+    "train": {"resources": {"CPU": 4, "GPU": 1, "object_store_memory": 400_000_000}, "max_workers": 2},
 }
+FASTER = 1.5
+_LATEST_SECONDS = 16
 _BATCH = 8
 _SETTINGS = [
     *TINY,
@@ -50,11 +52,13 @@ class Growth:
 
     before: list[str]
     after: list[str]
+    few: list[dict[str, Any]]
+    """Lines of metrics.jsonl with one actor, the store far away."""
+    many: list[dict[str, Any]]
+    """And the latest with all of them, when they had begun to tell."""
     records: list[dict[str, Any]]
-    """Lines that tell of nodes. The first of `far` are of the time when the store was far away."""
+    """All lines. The first of `far` are of the time when the store was far away."""
     far: int
-    grown_at: float
-    """When all actors were up."""
     output: str
 
 
@@ -76,9 +80,8 @@ def watch_growth(folder: Path) -> Growth:
                 job.wait_until(
                     lambda: any(r["augment_actors"] == MOST_ACTORS for r in logged(run)), timeout_seconds=300
                 )
-                grown_at = time.time()
-                # Until the new actors' first blocks have come, and then for a few blocks of each.
-                job.wait_until(lambda: logged(run)[-1]["time"] > grown_at + 40)
+                few = [r for r in logged(run) if r["augment_actors"] == 1]
+                many = job.wait_until(lambda: _faster(run, few), timeout_seconds=300)
                 far = len(logged(run))
                 store.delay_seconds = 0.0
                 job.wait_until(lambda: logged(run)[-1]["nodes_cpu"] < MOST_ACTORS, timeout_seconds=300)
@@ -87,7 +90,7 @@ def watch_growth(folder: Path) -> Growth:
             deadline = time.monotonic() + 120
             while (after := _workers(head)) and time.monotonic() < deadline:
                 time.sleep(0.5)
-        return Growth(before, after, logged(run), far, grown_at, job.output)
+        return Growth(before, after, few, many, logged(run), far, job.output)
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
@@ -110,6 +113,14 @@ def waits(records: list[dict[str, Any]]) -> float:
     spans = [b["time"] - a["time"] for a, b in pairwise(records)]
     waited = sum(span * r["data_wait"] for span, r in zip(spans, records[1:], strict=True))
     return waited / sum(spans)
+
+
+def _faster(run: Path, few: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the latest seconds, several blocks of each actor, if images come clearly faster than with few."""
+    records = [r for r in logged(run) if r["augment_actors"] == MOST_ACTORS]
+    latest = [r for r in records if r["time"] > records[-1]["time"] - _LATEST_SECONDS]
+    settled = records and records[-1]["time"] - records[0]["time"] > _LATEST_SECONDS
+    return latest if settled and images_per_second(latest) > FASTER * images_per_second(few) else []
 
 
 def _workers(head: RayHead) -> list[str]:

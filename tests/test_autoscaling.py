@@ -3,21 +3,18 @@
 from pathlib import Path
 
 import pytest
-from growing_run import MOST_ACTORS, images_per_second, waits, watch_growth
+from growing_run import MOST_ACTORS, waits, watch_growth
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 
 
 def test_cpu_nodes_follow_the_trainers_wait_for_data_and_no_gpu_node_is_started(tmp_path: Path) -> None:
     seen = watch_growth(tmp_path)
-    records, far = seen.records, seen.records[: seen.far]
-    few = [r for r in far if r["augment_actors"] == 1]
-    many = [r for r in far if r["time"] > seen.grown_at + 12]
+    records, few, many = seen.records, seen.few, seen.many
 
     assert seen.before == []
     assert (few[0]["nodes_cpu"], many[-1]["nodes_cpu"]) == (1, MOST_ACTORS)
     assert waits(many) < waits(few)
-    assert images_per_second(many) > 1.3 * images_per_second(few)
     assert records[-1]["augment_target"] < MOST_ACTORS
     assert records[-1]["nodes_cpu"] < MOST_ACTORS
     assert waits(records[seen.far :]) < 0.1
@@ -26,6 +23,6 @@ def test_cpu_nodes_follow_the_trainers_wait_for_data_and_no_gpu_node_is_started(
     sizes = [r["augment_target"] for r in records]
     assert sorted(sizes[: seen.far]) == sizes[: seen.far], "it only grows while it starves"
     assert sorted(sizes[seen.far :], reverse=True) == sizes[seen.far :], "and only shrinks while it is fed"
-    assert records[-1]["dollars"] > far[0]["dollars"] > 0
+    assert records[-1]["dollars"] > records[0]["dollars"] > 0
     assert "the same command continues from step" in seen.output
     assert "nodes 1 head + 3 cpu  augment actors 3 of 3" in seen.output

@@ -1,5 +1,6 @@
-"""The README tells the truth: its commands run, its tree is the tree."""
+"""The README and the guides tell the truth: their commands run, their tree is the tree, their errors are the code's."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -16,11 +17,13 @@ from models.settings import DinorayError, ResourceError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "jobs" / "README.md").read_text()
+CODE = (ROOT / "pipeline" / "README.md").read_text()
 
 
 def commands() -> list[str]:
-    """Every line of every bash block."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    """Every line of every bash block, of the README and of the guide to the jobs."""
+    blocks = re.findall(r"```bash\n(.*?)```", README + GUIDE, flags=re.DOTALL)
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
@@ -86,7 +89,7 @@ def test_each_command_for_a_cluster_is_understood_and_wants_nothing_but_the_clus
 
 
 def test_the_python_in_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (300, 200), (200, 90, 30)).save("cat.jpg")
     names: dict[str, Any] = {}
@@ -107,7 +110,7 @@ def test_each_study_in_it_can_be_run(arguments: list[str]) -> None:
     space = space_of(config)
     assert first_points(config, space)
     assert objective_of(config, space).metric == "knn_20"
-    assert f"runs/{config.name}" in README
+    assert f"runs/{config.name}" in GUIDE
 
 
 def test_the_plan_in_it_is_what_its_command_prints(
@@ -136,7 +139,7 @@ def test_every_recipe_has_a_row() -> None:
 
 
 def test_the_tree_names_every_module_and_nothing_else() -> None:
-    tree = README.split("## Where things are")[1]
+    tree = CODE.rpartition("```\nmodels/")[2]
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
     there = {p.name for d in ("models", "pipeline", "jobs") for p in (ROOT / d).rglob("*.py")} - {
         "__init__.py"
@@ -147,7 +150,49 @@ def test_the_tree_names_every_module_and_nothing_else() -> None:
 def test_the_run_directory_is_drawn_as_it_is() -> None:
     from pipeline import checkpoint
 
-    drawn = README.split("## What a run leaves behind")[1].split("## Measured")[0]
+    drawn = GUIDE.split("## What a run leaves behind")[1].split("## Crops from Python")[0]
     for name in re.findall(r"[\w.]+\.(?:json|jsonl|yaml|png|parquet|pt)\b", checkpoint.__doc__ or ""):
         if name != checkpoint.SNAPSHOT:
             assert name in drawn, name
+
+
+def test_the_readme_is_read_in_one_go() -> None:
+    assert len(README.splitlines()) < 200
+
+
+def test_what_is_linked_and_shown_is_there() -> None:
+    for page, text in ((ROOT, README), (ROOT / "jobs", GUIDE), (ROOT / "pipeline", CODE)):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (page / target).exists(), target
+
+
+def sentences() -> list[str]:
+    """All text in the code, with … for what is filled in."""
+    found = []
+    for path in (p for d in ("models", "pipeline", "jobs") for p in (ROOT / d).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
+                found.append("".join(parts))
+    return found
+
+
+def messages() -> list[str]:
+    """What the README explains: the first column of its table of messages."""
+    return re.findall(r"^\| `([^`]+)` \|", README.split("## When it says")[1], flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_each_message_that_is_explained_is_one_that_the_code_has(message: str) -> None:
+    pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
+    if "collapse" in message:  # a verdict's name, and what is said of each
+        name, _, rest = message.partition(" at ")
+        assert name in sentences()
+        pattern = f"… at {rest.replace(' …', '')}"
+    assert any(re.search(pattern, text, flags=re.DOTALL) for text in sentences())
+
+
+def test_there_are_messages_to_explain() -> None:
+    assert len(messages()) >= 8
