@@ -47,7 +47,7 @@ class Display:
             self._live.update(_view(self._title, shown, step=step, total=total))
         elif step == total or time.monotonic() - self._last_plain >= _PLAIN_SECONDS:
             self._last_plain = time.monotonic()
-            self._console.print(status_line(shown), highlight=False, soft_wrap=True)
+            self._console.print(status_line(shown), highlight=False, soft_wrap=True, markup=False)
 
     def eval(self, facts: dict[str, Any]) -> None:
         """Scores of an evaluation."""
@@ -61,7 +61,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _eta(self, step: int, total: int) -> float | None:
         now = time.monotonic()
@@ -112,7 +112,9 @@ def _view(title: str, shown: dict[str, str], *, step: int, total: int) -> Render
     for first in range(0, len(items), _COLUMNS):
         table.add_row(*items[first : first + _COLUMNS])
     return Panel(
-        Group(ProgressBar(total=total, completed=step), table), title=title or None, title_align="left"
+        Group(ProgressBar(total=total, completed=step), table),
+        title=Text(title) if title else None,
+        title_align="left",
     )
 
 

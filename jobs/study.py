@@ -205,6 +205,7 @@ def trial_config(
     tree["checkpoint"]["every_steps"] = every
     tree["log"]["every_steps"] = max(1, min(tree["log"]["every_steps"], every // _LOGGED_PER_EVALUATION))
     tree["health"]["on_collapse"] = "stop"
+    tree.pop("cost")  # the cluster's, not one trial's
     if config.tune.scheduler == "pb2":  # others go on from any of them
         tree["checkpoint"]["num_to_keep"] = config.tune.evaluations + 1
     return validate_as(Config, tree)

@@ -43,8 +43,9 @@ class _Events:
 
     async def post(self, event: Event) -> None:
         self._queue.put_nowait(event)
-        if event.kind == "step":
-            self._unheard += event.facts["reading"]
+
+    async def tell_pace(self, reading: Reading) -> None:
+        self._unheard += reading
 
     async def tell_pool(self, pool: dict[str, int]) -> Reading:
         self._pool, unheard, self._unheard = pool, self._unheard, Reading()
@@ -113,6 +114,10 @@ class Board:
     def claim(self, what: str) -> int:
         """How many times, with this one, `what` was asked for since the driver started: 1 for the first."""
         return ray.get(self._actor.claim.remote(what))
+
+    def tell_pace(self, reading: Reading) -> None:
+        """Say what the trainer did since this was last called; the pool asks for it."""
+        self._actor.tell_pace.remote(reading)
 
     def tell_pool(self, pool: dict[str, int]) -> "ray.ObjectRef[Reading]":
         """Say how the pool of augment actors stands; the answer is what the trainer read since this was last called."""

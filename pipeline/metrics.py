@@ -26,6 +26,8 @@ from pipeline.sink import Embedding, Sink
 from pipeline.storage import Directory, MissingObject, is_s3
 from pipeline.tensorboard import TensorBoard
 
+_PACE_SECONDS = 2.0
+
 
 class LogConfig(Settings):
     """How often metrics are written."""
@@ -173,6 +175,11 @@ class Meter:
         self._busy_ms = 0.0
         self._cropped = 0
 
+    @property
+    def seconds(self) -> float:
+        """Since the last reading."""
+        return time.perf_counter() - self._since
+
     def add(
         self,
         num_images: int,
@@ -196,7 +203,7 @@ class Meter:
 
         What the first two are made of stays in `reading`.
         """
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        seconds = max(self.seconds, 1e-9)
         busy_seconds = self._busy_ms / max(1, self._cropped) / 1000 * self._images
         self.reading = Reading(seconds, min(seconds, self._wait_seconds), self._images, busy_seconds)
         rates = {
@@ -210,6 +217,21 @@ class Meter:
             }
         self.restart()
         return rates
+
+
+class Pace(Meter):
+    """A meter that tells what it read, every few seconds, however seldom steps are logged."""
+
+    def __init__(self, tell: Callable[[Reading], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def add(self, *step: Any) -> None:
+        """See Meter."""
+        super().add(*step)
+        if self.seconds >= _PACE_SECONDS:
+            self.read()
+            self._tell(self.reading)
 
 
 def _json_number(value: Any) -> Any:

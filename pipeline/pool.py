@@ -7,7 +7,7 @@ nodes for.
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import ray
@@ -62,10 +62,12 @@ class PoolControl:
         It renews the last one, at first none, as long as the cluster is used less than this.
         """
         autoscaler = executor._cluster_autoscaler
-        used = autoscaler._cluster_scaling_up_util_threshold
-        autoscaler._cluster_scaling_up_util_threshold = replace(
-            used, **dict.fromkeys(asdict(used), _NEVER_USED)
-        )
+        used = getattr(autoscaler, "_cluster_scaling_up_util_threshold", None)
+        if is_dataclass(used) and not isinstance(
+            used, type
+        ):  # RAY_DATA_CLUSTER_AUTOSCALER may name another one
+            never = dict.fromkeys(asdict(used), _NEVER_USED)
+            autoscaler._cluster_scaling_up_util_threshold = replace(used, **never)
 
     def on_execution_step(self, executor: Any) -> None:
         """Every second: tell the board of the pool, take what it has of the trainer, set the pool's size."""
@@ -76,7 +78,8 @@ class PoolControl:
         for pool in (
             pool for operator in executor._topology for pool in operator.get_autoscaling_actor_pools()
         ):
-            actors = Actors(pool.num_running_actors(), pool.num_pending_actors())
+            lost = pool.num_restarting_actors()  # with their node; Ray counts them among the running
+            actors = Actors(pool.num_running_actors() - lost, pool.num_pending_actors() + lost)
             self._size.see(actors, now)
             self._listen(now)
             size = self._size.target

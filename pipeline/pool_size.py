@@ -17,6 +17,8 @@ _LOOK_SECONDS = 10.0
 _JUDGE_SECONDS = 30.0
 """The same after growth, which is judged by what it brought."""
 _LOOKS = 2
+_LONG_AGO = 10
+"""Cool-downs in a row without waiting after which a size that starved may be tried again."""
 _HEADROOM = 1.25
 """Actors that are kept for each one that is busy."""
 _MOST_GROWTH = 4
@@ -93,6 +95,9 @@ class PoolSize:
     _grown_from: tuple[int, float] | None = field(default=None, init=False)
     _in_vain: int = field(default=0, init=False)
     """Looks in a row at what the last growth brought that found too little."""
+    _too_few: int = field(default=0, init=False)
+    """A size that starved, not long ago: shrinking to it would only bring growth again."""
+    _calm: int = field(default=0, init=False)
 
     def see(self, actors: Actors, now: float) -> None:
         """The pool as it is; called every second or so."""
@@ -118,6 +123,8 @@ class PoolSize:
                 self._grow(reading, now)
         elif reading.data_wait > FED:
             self._fed = Reading()
+            if not self._in_vain:
+                self._grown_from = None  # it brought what it should
         else:
             self._in_vain, self._grown_from = 0, None
             self._fed += reading
@@ -126,6 +133,7 @@ class PoolSize:
 
     def _grow(self, reading: Reading, now: float) -> None:
         running = self._seen.running
+        self._too_few, self._calm = max(self._too_few, running), 0
         if self._grown_from is not None and running > self._grown_from[0]:
             before, images_per_second = self._grown_from
             hoped, gain = running / before - 1, reading.images_per_second / max(images_per_second, 1e-9) - 1
@@ -133,7 +141,8 @@ class PoolSize:
             if self._in_vain == _LOOKS:
                 self.note = (
                     f"{running} augment actors instead of {before} brought {gain:+.0%} images/s: it is not "
-                    "CPUs that are short; look at the network of the train nodes and at the storage"
+                    "CPUs that are short; look at the network of the train nodes and at the storage, and lower "
+                    "resources.augment_actors to save what they cost"
                 )
             if self._in_vain:  # new actors may have been starting, the first time
                 return
@@ -142,7 +151,10 @@ class PoolSize:
         self._grown_from = (running, reading.images_per_second)
 
     def _shrink(self, now: float) -> None:
-        needed = max(self.low, math.ceil(self._fed.busy_actors * _HEADROOM))
+        self._calm += 1
+        if self._calm > _LONG_AGO:
+            self._too_few = 0
+        needed = max(self.low, math.ceil(self._fed.busy_actors * _HEADROOM), self._too_few + 1)
         self._change(min(self.target, needed), now)
         self._fed = Reading()
 

@@ -116,8 +116,10 @@ def read(run: Directory, name: str) -> bytes | None:
 def read_mapping(run: Directory, name: str) -> dict[str, Any]:
     """A YAML or JSON file that holds a mapping; empty when it is missing, damaged or something else."""
     try:
-        tree = yaml.safe_load((read(run, name) or b"").decode())
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        text = (read(run, name) or b"{}").decode()
+        # YAML takes 1e-05, which JSON writes, for text.
+        tree = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError):
         return {}
     return {str(key): value for key, value in tree.items()} if isinstance(tree, dict) else {}
 

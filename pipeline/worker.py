@@ -16,7 +16,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
 
-from models.settings import DinorayError
+from models.settings import DataError, DinorayError
 from pipeline import dataset, shared_stream
 from pipeline.board import ALIKE, known_error
 from pipeline.checkpoint import checkpoint_name, load_checkpoint, temporary_checkpoint
@@ -25,7 +25,7 @@ from pipeline.evaluation import evaluate
 from pipeline.gauges import Gauges
 from pipeline.health import UnhealthyError, Verdict
 from pipeline.layout import lay_out
-from pipeline.metrics import Meter, MetricsLog
+from pipeline.metrics import Meter, MetricsLog, Pace
 from pipeline.nodes import NodeWatch, spent
 from pipeline.pool import pool_metrics
 from pipeline.processes import all_reduce_max, distribute, set_up_device
@@ -110,7 +110,7 @@ class _Worker:
         )
         if self.log:
             spec.board.post("placed", group=ray.util.get_current_placement_group())
-        self.meter = Meter()
+        self.meter, self.pace = Meter(), Pace(spec.board.tell_pace)
         self.verdict = Verdict.HEALTHY
         self.stopped = False
 
@@ -172,7 +172,8 @@ class _Worker:
         spec, state = self.spec, self.state
         step, ends = state.step, state.step == state.schedule.total_steps
         num_images = spec.config.train.global_batch_size
-        self.meter.add(num_images, wait_seconds, batch["cpu_ms"], batch["busy_ms"])
+        for meter in (self.meter, self.pace) if self.log else ():
+            meter.add(num_images, wait_seconds, batch["cpu_ms"], batch["busy_ms"])
         self.quarantine.note(batch)
         gives_up = state.skipped_in_a_row >= spec.health.max_skipped
         evaluates = ends or step % spec.eval.every_steps == 0
@@ -201,20 +202,24 @@ class _Worker:
         bad = self.quarantine.share()
         if self.log:
             self.log.quarantine(bad)
-        self.quarantine.check(
-            num_seen=seen,
-            num_images=self.spec.num_images,
-            limit=self.spec.max_bad_fraction,
-            file=self.spec.run.join("quarantine.jsonl"),
-        )
+        try:
+            self.quarantine.check(
+                num_seen=seen,
+                num_images=self.spec.num_images,
+                limit=self.spec.max_bad_fraction,
+                file=self.spec.run.join("quarantine.jsonl"),
+            )
+        except DataError:
+            if self.log:
+                self.log.close(failed=True)  # the file that the error names is to have them all
+            raise
         metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=state.skipped_in_a_row)
         if self.log and self.nodes:
             metrics |= {"epoch": seen / self.spec.num_images, "time": time.time(), **self.meter.read()}
             metrics |= {"bad_images": self.quarantine.counts.total(), "skipped_steps": state.skipped}
             metrics |= {**self.nodes.read(), **pool_metrics(self.spec.board.pool())}
             self.log.log(state.step, metrics)
-            facts = {"step": state.step, "total_steps": state.schedule.total_steps}
-            self.spec.board.post("step", **facts, **metrics, reading=self.meter.reading)
+            self.spec.board.post("step", step=state.step, total_steps=state.schedule.total_steps, **metrics)
         self._heed(Verdict(metrics["verdict"]))
 
     def _heed(self, verdict: Verdict) -> None:
@@ -266,6 +271,7 @@ class _Worker:
                 self.log.log(step, found.scores)
             spec.board.post("eval", step=step, **found.scores)
         self.meter.restart()
+        self.pace.restart()
 
     def _save(self) -> None:
         checkpoint, name = None, checkpoint_name(self.state.step)
@@ -283,6 +289,7 @@ class _Worker:
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
         self.meter.restart()
+        self.pace.restart()
 
 
 class _GoingBackError(RuntimeError):
