@@ -57,17 +57,16 @@ class PoolControl:
         self._answer: ray.ObjectRef[Reading] | None = None
 
     def before_execution_starts(self, executor: Any) -> None:
-        """Ray's own requests for nodes are left empty: they are repeated while a stream lasts and never taken back.
+        """Ray's own requests for nodes grow with a stream and are never taken back: from here on they are the pool's.
 
-        It renews the last one, at first none, as long as the cluster is used less than this.
+        Ray repeats the last one as long as the cluster is used less than this.
         """
-        autoscaler = executor._cluster_autoscaler
-        used = getattr(autoscaler, "_cluster_scaling_up_util_threshold", None)
+        used = getattr(executor._cluster_autoscaler, "_cluster_scaling_up_util_threshold", None)
         if is_dataclass(used) and not isinstance(
             used, type
         ):  # RAY_DATA_CLUSTER_AUTOSCALER may name another one
             never = dict.fromkeys(asdict(used), _NEVER_USED)
-            autoscaler._cluster_scaling_up_util_threshold = replace(used, **never)
+            executor._cluster_autoscaler._cluster_scaling_up_util_threshold = replace(used, **never)
 
     def on_execution_step(self, executor: Any) -> None:
         """Every second: tell the board of the pool, take what it has of the trainer, set the pool's size."""
@@ -84,6 +83,9 @@ class PoolControl:
             self._listen(now)
             size = self._size.target
             pool._config = replace(pool._config, min_size=size, initial_size=size, max_size=size)
+            # What is reserved for this stream beside others on the cluster.
+            bundle = {"CPU": pool.per_actor_resource_usage().cpu}
+            executor._cluster_autoscaler._last_resource_request = [bundle] * size
             if self._answer is None:
                 self._answer = self._board.tell_pool({**asdict(actors), "target": self._size.target})
 
