@@ -17,8 +17,7 @@ class ResourcesConfig(Settings):
     cpus_per_train_worker: float = Field(default=1, ge=0)
     """CPUs reserved for each train worker."""
     augment_actors: PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] = "auto"
-    """CPU actors that fetch and crop: a number, a range [least, most] that follows the train workers' wait for data, or
-    auto, which is one up to the CPUs left over."""
+    """CPU actors that fetch and crop: a number, a range [least, most] by the wait for data, or auto: all CPUs left."""
     cpus_per_augment_actor: float = Field(default=1, gt=0)
     """CPUs reserved for each augment actor."""
     cool_down_seconds: float = Field(default=60, gt=0)
