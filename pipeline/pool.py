@@ -62,9 +62,8 @@ class PoolControl:
         Ray repeats the last one as long as the cluster is used less than this.
         """
         used = getattr(executor._cluster_autoscaler, "_cluster_scaling_up_util_threshold", None)
-        if is_dataclass(used) and not isinstance(
-            used, type
-        ):  # RAY_DATA_CLUSTER_AUTOSCALER may name another one
+        # RAY_DATA_CLUSTER_AUTOSCALER may name another autoscaler, where this is no such thing.
+        if is_dataclass(used) and not isinstance(used, type):
             never = dict.fromkeys(asdict(used), _NEVER_USED)
             executor._cluster_autoscaler._cluster_scaling_up_util_threshold = replace(used, **never)
 
@@ -87,7 +86,7 @@ class PoolControl:
             bundle = {"CPU": pool.per_actor_resource_usage().cpu}
             executor._cluster_autoscaler._last_resource_request = [bundle] * size
             if self._answer is None:
-                self._answer = self._board.tell_pool({**asdict(actors), "target": self._size.target})
+                self._answer = self._board.tell_pool({**asdict(actors), "target": size})
 
     def _listen(self, now: float) -> None:
         if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:

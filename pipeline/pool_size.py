@@ -17,6 +17,7 @@ _LOOK_SECONDS = 10.0
 _JUDGE_SECONDS = 30.0
 """The same after growth, which is judged by what it brought."""
 _LOOKS = 2
+"""As many in a row must find that growth brought too little: at the first, new actors may have been starting."""
 _LONG_AGO = 10
 """Cool-downs in a row without waiting after which a size that starved may be tried again."""
 _HEADROOM = 1.25
@@ -144,7 +145,7 @@ class PoolSize:
                     "CPUs that are short; look at the network of the train nodes and at the storage, and lower "
                     "resources.augment_actors to save what they cost"
                 )
-            if self._in_vain:  # new actors may have been starting, the first time
+            if self._in_vain:
                 return
         share = max(1 - reading.data_wait, 1 / _MOST_GROWTH)
         self._change(min(self.high, math.ceil(running / share)), now)
