@@ -5,10 +5,11 @@ least and most are set to the size, and Ray does the rest: actors that find no p
 nodes for.
 """
 
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass, replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import ray
 
@@ -16,7 +17,11 @@ from pipeline.board import Board
 from pipeline.pool_size import Actors, PoolSize, Reading
 
 _EVERY_SECONDS = 1.0
-_NEVER_USED = 1e9
+_RESERVED_SECONDS = 180.0
+_RENEWED_SECONDS = 60.0
+_NODE_LABEL = "ray.io/node-id"
+_SHARED = ["CPU", "GPU", "memory", "object_store_memory"]
+"""Of what is left over, what a stream takes its share of. As Ray's own requests have it, which may not be changed."""
 
 
 def pool_metrics(pool: Mapping[str, int]) -> dict[str, float]:
@@ -47,6 +52,25 @@ class DrainPolicy:
         return None
 
 
+class Reservation(NamedTuple):
+    """What is asked for of the cluster for a pool, a bundle and its node's label for each actor."""
+
+    resources: list[dict[str, float]]
+    label_selectors: list[dict[str, str]]
+
+
+def reservation(pool: Any, target: int) -> Reservation:
+    """Of actors that run, each on its own node; of those that are still to come, anywhere.
+
+    Ray's autoscaler keeps what is asked for on whichever nodes it fits, be they idle, and the nodes at work beside
+    them: asked for without a node, it would keep idle ones for ever.
+    """
+    there = [{_NODE_LABEL: s.actor_location} for s in pool._running_actors.values() if not s.is_restarting]
+    to_come = max(0, target - len(there))
+    bundle = {"CPU": pool.per_actor_resource_usage().cpu}
+    return Reservation([bundle] * (len(there) + to_come), there + [{}] * to_come)
+
+
 class PoolControl:
     """An execution callback of Ray Data, by its hooks' names."""
 
@@ -55,17 +79,11 @@ class PoolControl:
         self._size = PoolSize(low, high, target=start, cool_down_seconds=cool_down_seconds)
         self._next = 0.0
         self._answer: ray.ObjectRef[Reading] | None = None
+        self._reserved, self._reserved_at = Reservation([], []), -math.inf
 
     def before_execution_starts(self, executor: Any) -> None:
-        """Ray's own requests for nodes grow with a stream and are never taken back: from here on they are the pool's.
-
-        Ray repeats the last one as long as the cluster is used less than this.
-        """
-        used = getattr(executor._cluster_autoscaler, "_cluster_scaling_up_util_threshold", None)
-        # RAY_DATA_CLUSTER_AUTOSCALER may name another autoscaler, where this is no such thing.
-        if is_dataclass(used) and not isinstance(used, type):
-            never = dict.fromkeys(asdict(used), _NEVER_USED)
-            executor._cluster_autoscaler._cluster_scaling_up_util_threshold = replace(used, **never)
+        """Ray's own requests for nodes grow with a stream and are never taken back: ours stand in for them."""
+        executor._cluster_autoscaler.try_trigger_scaling = lambda: None
 
     def on_execution_step(self, executor: Any) -> None:
         """Every second: tell the board of the pool, take what it has of the trainer, set the pool's size."""
@@ -82,11 +100,18 @@ class PoolControl:
             self._listen(now)
             size = self._size.target
             pool._config = replace(pool._config, min_size=size, initial_size=size, max_size=size)
-            # What is reserved for this stream beside others on the cluster.
-            bundle = {"CPU": pool.per_actor_resource_usage().cpu}
-            executor._cluster_autoscaler._last_resource_request = [bundle] * size
+            self._reserve(executor, reservation(pool, size), now)
             if self._answer is None:
                 self._answer = self._board.tell_pool({**asdict(actors), "target": size})
+
+    def _reserve(self, executor: Any, wanted: Reservation, now: float) -> None:
+        """Keep what the pool takes for this stream, beside others on the cluster; told again before it expires."""
+        if wanted == self._reserved and now < self._reserved_at + _RENEWED_SECONDS:
+            return
+        self._reserved, self._reserved_at = wanted, now
+        executor._cluster_autoscaler._autoscaling_coordinator.request_resources(
+            **wanted._asdict(), expire_after_s=_RESERVED_SECONDS, request_remaining=_SHARED
+        )
 
     def _listen(self, now: float) -> None:
         if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:

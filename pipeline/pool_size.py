@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 STARVED = 0.05
 """Share of time spent waiting for data from which on there are too few actors."""
-FED = 0.02
+FED = 0.03
 """Share below which there may be too many."""
 _LOOK_SECONDS = 10.0
 """Time to look at before a decision: crops come in blocks, and between two blocks a trainer waits or has plenty."""
@@ -26,6 +26,10 @@ _MOST_GROWTH = 4
 """Times that the pool may grow at once: from one reading, far away, the way is only guessed."""
 _LEAST_GAIN = 0.25
 """Share of what more actors should have brought, below which they are no remedy: the network or the disk is full."""
+_NO_GAIN = 0.05
+"""Of images/s, the gain below which more actors are taken back: they cost and bring nothing."""
+_AGAIN_SECONDS = 600.0
+"""Time until that growth is tried again, for the storage may be faster then; twice as long after each try in vain."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ class PoolSize:
     _grown_from: tuple[int, float] | None = field(default=None, init=False)
     _in_vain: int = field(default=0, init=False)
     """Looks in a row at what the last growth brought that found too little."""
+    _again_at: float = field(default=-math.inf, init=False)
+    """Until then there is no growth: the last one was taken back."""
+    _again_after: float = field(default=_AGAIN_SECONDS, init=False)
+    _at_most: int = field(default=0, init=False)
+    """Looks that found the trainer starved by all the actors there may be."""
     _too_few: int = field(default=0, init=False)
     """A size that starved, not long ago: shrinking to it would only bring growth again."""
     _calm: int = field(default=0, init=False)
@@ -140,16 +149,37 @@ class PoolSize:
             hoped, gain = running / before - 1, reading.images_per_second / max(images_per_second, 1e-9) - 1
             self._in_vain = self._in_vain + 1 if gain < _LEAST_GAIN * hoped else 0
             if self._in_vain == _LOOKS:
-                self.note = (
-                    f"{running} augment actors instead of {before} brought {gain:+.0%} images/s: it is not "
-                    "CPUs that are short; look at the network of the train nodes and at the storage, and lower "
-                    "resources.augment_actors to save what they cost"
-                )
+                self._tell_vain(before, gain, now)
             if self._in_vain:
                 return
+        if running >= self.high:
+            self._at_most += 1
+            if self._at_most == _LOOKS:
+                self.note = (
+                    f"training waits for data {reading.data_wait:.0%} of the time with all {running} augment actors "
+                    "there may be: raise resources.augment_actors, with CPUs for them, or make images smaller once "
+                    "with jobs.pack --shrink"
+                )
+        if now < self._again_at:
+            return
         share = max(1 - reading.data_wait, 1 / _MOST_GROWTH)
         self._change(min(self.high, math.ceil(running / share)), now)
         self._grown_from = (running, reading.images_per_second)
+
+    def _tell_vain(self, before: int, gain: float, now: float) -> None:
+        """What there is to say of a growth in vain; it is taken back if it brought nothing at all."""
+        running = self._seen.running
+        self.note = (
+            f"{running} augment actors instead of {before} brought {gain:+.0%} images/s: it is not CPUs that are "
+            "short; look at the network of the train nodes and at the storage"
+        )
+        if gain >= _NO_GAIN:
+            self.note += ", and lower resources.augment_actors to save what they cost"
+            return
+        self.note += f"; back to {before}, and tried again in {self._again_after / 60:.0f} min"
+        self._again_at, self._again_after = now + self._again_after, 2 * self._again_after
+        self._change(before, now)
+        self._grown_from, self._in_vain = None, 0
 
     def _shrink(self, now: float) -> None:
         self._calm += 1

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from pipeline.pool import DrainPolicy, pool_metrics
+from pipeline.pool import DrainPolicy, pool_metrics, reservation
 
 
 def operator(*, running: int, most: int, in_flight: int) -> SimpleNamespace:
@@ -24,6 +24,19 @@ def test_a_pool_that_is_too_large_takes_less_than_would_keep_all_its_actors_at_w
 
 def test_what_is_no_pool_is_not_held_back() -> None:
     assert DrainPolicy().can_add_input(SimpleNamespace(get_autoscaling_actor_pools=list))
+
+
+def test_actors_that_run_are_reserved_where_they_are_and_those_to_come_anywhere() -> None:
+    actors = [
+        SimpleNamespace(actor_location=node, is_restarting=lost)
+        for node, lost in (("a", False), ("b", True), ("c", False))
+    ]
+    pool = SimpleNamespace(
+        _running_actors=dict(enumerate(actors)), per_actor_resource_usage=lambda: SimpleNamespace(cpu=2)
+    )
+    there = [{"ray.io/node-id": "a"}, {"ray.io/node-id": "c"}]
+    assert reservation(pool, 3) == ([{"CPU": 2}] * 3, [*there, {}])
+    assert reservation(pool, 1) == ([{"CPU": 2}] * 2, there)  # until the other one has gone
 
 
 def test_nothing_is_logged_of_a_pool_before_it_is_known() -> None:

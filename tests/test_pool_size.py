@@ -82,16 +82,37 @@ def test_a_trainer_that_waits_at_times_keeps_its_actors() -> None:
     pool = PoolSize(1, 8, target=8, cool_down_seconds=30)
     for now in range(0, 600, 5):
         pool.see(Actors(8, 0), now)
-        pool.heed(Reading(5, 0.3 if now % 25 == 0 else 0, 50, 5), now)
+        pool.heed(Reading(5, 0.4 if now % 25 == 0 else 0, 50, 5), now)
     assert pool.target == 8
 
 
 def test_what_more_actors_cannot_mend_is_told_and_ends_the_growth() -> None:
-    cluster = Cluster(demand=100, rate=10, boot=1, link=35).run(600)
-    assert cluster.sizes[-1] < 30
-    assert [note.partition(":")[0] for note in cluster.notes] == [
-        "12 augment actors instead of 4 brought +0% images/s"
+    cluster = Cluster(demand=100, rate=10, boot=1, link=44).run(600)
+    assert cluster.changes == [4, 10]
+    (note,) = cluster.notes
+    assert note.startswith(
+        "10 augment actors instead of 4 brought +10% images/s: it is not CPUs that are short;"
+    )
+    assert note.endswith("lower resources.augment_actors to save what they cost")
+
+
+def test_growth_that_brings_nothing_is_taken_back_and_tried_again_ever_more_rarely() -> None:
+    cluster = Cluster(demand=100, rate=10, boot=1, link=35).run(3600)
+    assert cluster.changes == [4, 12, 4, 12, 4, 12, 4]
+    assert cluster.sizes.count(12) < 500
+    assert [note.rpartition("; ")[2] for note in cluster.notes] == [
+        f"back to 4, and tried again in {minutes} min" for minutes in (10, 20, 40)
     ]
+    cluster.link = math.inf  # the storage has become faster
+    cluster.run(3600)
+    assert cluster.running >= 10
+    assert cluster.data_wait == 0
+
+
+def test_a_trainer_that_starves_with_all_actors_there_may_be_is_told_of_once() -> None:
+    pool = PoolSize(1, 6, target=1, cool_down_seconds=30)
+    (note,) = Cluster(demand=100, rate=10, boot=1, pool=pool).run(600).notes
+    assert note.startswith("training waits for data 40% of the time with all 6 augment actors there may be:")
 
 
 def test_places_that_the_cluster_does_not_have_are_not_asked_for_again_and_again() -> None:
