@@ -1,6 +1,7 @@
 """What a run or study says of itself before it starts: config, versions, and what the networks will see."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ from pipeline.report_records import read_mapping
 from pipeline.storage import Directory
 
 ENVIRONMENT = "environment.json"
+COMMIT = "DINORAY_COMMIT"
+"""The environment variable by which jobs.submit names the commit of code that travels without its history."""
 
 
 def draw_demo(config: Config, console: Console) -> None:
@@ -61,7 +64,7 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
     about = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git_commit": _commit(),
+        "git_commit": os.environ.get(COMMIT) or commit_of(Path(__file__).parent),
         "packages": {name: _version(name) for name in names},
         "processor": processor(),
         "cuda": torch.version.cuda,
@@ -107,13 +110,12 @@ def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:
     run.write(ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())
 
 
-def _commit() -> str | None:
-    """What is checked out here; None where the code came without its history, or git is not there."""
+def commit_of(folder: Path) -> str | None:
+    """What is checked out there, `-dirty` if it was changed since; None without a history, or without git."""
     if shutil.which("git") is None:
         return None
-    asked = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    asked = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
 
 

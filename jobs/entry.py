@@ -2,6 +2,7 @@
 
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -24,15 +25,31 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     _heed_sigterm()
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        sys.exit(f"stopped; the same command continues from {str(stop) or 'the last checkpoint'}")
+        place = str(stop)
+        sys.exit(
+            f"stopped; {f'the same command continues from {place}' if place else 'run it again to go on'}"
+        )
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_cut_off():
+            sys.exit(1)
         known = known_error(error)
         if known is None:
             raise
         for line in str(known).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(known.exit_code)
+
+
+def _is_cut_off() -> bool:
+    """Whether whoever read our output, `head` say, has had enough; nothing more is then written to it."""
+    output = select.poll()
+    output.register(sys.stdout)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple[int, int]]:

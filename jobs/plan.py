@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     if others:
         rate = measured.figures.images_per_second_per_gpu
         console.print(
-            f"other numbers of GPUs, were each to train on {rate:,.0f} images/s at its share of the batch too:"
+            f"other numbers of GPUs, were each to train on {rate:,.0f} images/s and hold its share of the batch too:"
         )
         for line in size_table(others):
             console.print(line)

@@ -12,7 +12,7 @@ from jobs.keys import flatten
 from jobs.planning import Measured, PlanConfig
 from pipeline.cost import CostConfig
 from pipeline.forecast import HEADROOM, Forecast, forecast, with_workers
-from pipeline.node_rates import LINK_SHARE, STORE_SHARE, Run, carried
+from pipeline.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried
 from pipeline.prices import PRICED
 
 Row = tuple[str, str]
@@ -64,7 +64,7 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
         (
             "CPU nodes",
             f"{found.cpu_nodes} x {plan.cpu_node}, {found.cpu_nodes / workers:.2g} a GPU; crops take {taken}, "
-            f"{HEADROOM - 1:.0%} to spare",
+            f"with {HEADROOM - 1:.0%} to spare and {1 - STREAM_SHARE:.0%} for Ray",
         ),
     ]
     if found.cpu_nodes:
@@ -86,8 +86,9 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
         ),
         (
             "network",
-            f"a GPU node takes in {found.gpu_node_gbit:.1f} of {plan.gpu.gbit:g} Gbit/s; {_SMALL_GBIT:g} Gbit/s, which "
-            f"carries {small:,.0f} images/s of {run.crop_bytes / 1000:,.0f} kB, would be {is_limit}",
+            f"a GPU node takes in {found.gpu_node_gbit:.1f} of {plan.gpu.gbit:g} Gbit/s, crops, images and gradients; "
+            f"{_SMALL_GBIT:g} Gbit/s, which at {LINK_SHARE:.0%} use carries {small:,.0f} images/s of "
+            f"{run.crop_bytes / 1000:,.0f} kB, would be {is_limit}",
         ),
         ("storage", _storage(measured, found)),
         ("object store", _store(config, found)),
@@ -139,7 +140,7 @@ def _cheaper(config: PlanConfig, run: Run, measured: Measured, found: Forecast) 
         return []
     other = found_by[best]
     saved = found.total_dollars - other.total_dollars
-    return [("", f"plan.cpu_node={best} would take {other.cpu_nodes} nodes and ${saved:,.0f} less")]
+    return [("", f"plan.cpu_node={best} would take {other.cpu_nodes} of them and ${saved:,.0f} less")]
 
 
 def _read_gbit(run: Run, measured: Measured, found: Forecast) -> float:

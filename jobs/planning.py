@@ -17,7 +17,7 @@ from jobs.config import Config, load
 from jobs.entry import is_local, join_ray
 from jobs.running import Inputs
 from jobs.study import schedule_of
-from models.settings import ConfigError, ResourceError
+from models.settings import ConfigError, DataError, ResourceError
 from pipeline.calibration import gradient_bytes, listed, measure_crops, measure_latency, measure_step
 from pipeline.crops_config import CropsConfig, crop_bytes
 from pipeline.layout import batch_size_per_worker
@@ -119,7 +119,15 @@ def measure(config: PlanConfig, say: Say) -> Measured:
         join_ray(1, verbose=False)
     try:
         if needs_images:
-            _look_at_images(config, known, sources, say)
+            try:
+                _look_at_images(config, known, sources, say)
+            except DataError as error:
+                missing = [f"plan.{name}" for name in _OF_IMAGES if known[name] is None]
+                if len(missing) == len(_OF_IMAGES):
+                    raise
+                raise DataError(
+                    f"{error}; or give {', '.join(missing)} too: no image is looked at then"
+                ) from error
         if trained_on is None:
             say(f"measuring the training step for {plan.seconds:g} s")
             known["images_per_second_per_gpu"], sources["images_per_second_per_gpu"] = _train(

@@ -231,5 +231,7 @@ def run_training(
         board.stop()
         on_event(Event("note", {"text": "stopping with a checkpoint; once more ends it without"}), board)
         follow()
-        raise KeyboardInterrupt(f"step {stopped_at}" if stopped_at is not None else "") from None
+        raise KeyboardInterrupt(
+            "the last checkpoint" if stopped_at is None else f"step {stopped_at}"
+        ) from None
     return stopped_at

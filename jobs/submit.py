@@ -7,7 +7,6 @@ nothing once it is done. It shows the job's log and ends with the job's exit cod
 import hashlib
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from argparse import Namespace
@@ -16,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.about import COMMIT, commit_of
 from jobs.arguments import CommandLine, PretrainArguments, positive, pretrain_config
 from jobs.cluster import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
 from jobs.config import Config, differences, load_run_config
@@ -45,11 +45,10 @@ class _Job(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     """Check all that can be checked here, find out what there is of the run, and do what is left."""
     options, words = _parse(argv)
-    address = dashboard_address(options.address)
     job = _read_job(options, words) if words else None
     run = job.run if job else options.run
     environment = _runtime_env(options)
-    client = connect(address)
+    client = connect(dashboard_address(options.address))
     attempts = attempts_at(client, run)
     last = attempts[-1] if attempts else None
     if options.status:
@@ -172,13 +171,7 @@ def _submit(
     if attempts:
         print(_described(attempts[-1]), flush=True)
     number = attempts[-1].number + 1 if attempts else 1
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=options.working_dir,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = commit_of(options.working_dir)
     with tempfile.TemporaryDirectory() as folder:
         excludes = environment.get("excludes") or []
         archive = pack(options.working_dir, excludes, Path(folder, "working_dir.zip"))
@@ -195,6 +188,7 @@ def _submit(
             metadata={"git_commit": commit} if commit else {},
             runtime_env={
                 **{key: value for key, value in environment.items() if key != "excludes"},
+                "env_vars": {**environment.get("env_vars", {}), **({COMMIT: commit} if commit else {})},
                 "working_dir": str(archive.file),
             },
         )

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.settings import ResourceError
 from pipeline.augment import STAGES, Augmenter
 from pipeline.crops import limit_threads, prepare_kernel
 from pipeline.crops_config import CropsConfig, crop_shapes
@@ -110,7 +109,7 @@ def measure_step(
 ) -> Trained:
     """Train for some seconds on noise in the shape of crops, `batch_size` images a step, on one GPU or one CPU.
 
-    Gradients that GPUs exchange are not in it. ResourceError when the batch does not fit the device.
+    Gradients that GPUs exchange are not in it. Raises as `train_step`.
     """
     device = torch.device("cuda" if on_gpu else "cpu")
     set_up_device(device)
@@ -119,14 +118,8 @@ def measure_step(
     rng = np.random.default_rng(0)
     shapes = zip(("global_crops", "local_crops"), crop_shapes(config.crops), strict=True)
     batch = {name: rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8) for name, shape in shapes}
-    try:
-        state = build_state(config, num_images=num_images, device=device, resumed=True)
-        times = _step_times(state, batch, seconds)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{batch_size} images a step do not fit {torch.cuda.get_device_name(device)}; raise "
-            "resources.train_workers or train.accumulate_steps, or lower train.global_batch_size"
-        ) from error
+    state = build_state(config, num_images=num_images, device=device, resumed=True)
+    times = _step_times(state, batch, seconds)
     name = f"one {torch.cuda.get_device_name(device)}" if on_gpu else "one CPU"
     return Trained(batch_size / statistics.median(times), name, len(times))
 

@@ -108,10 +108,12 @@ def fetched_per_actor(run: Run, figures: Figures) -> float:
 def bytes_into_a_gpu_node(run: Run, figures: Figures, *, share: float, made: float, home: float) -> float:
     """Bytes into one GPU node for each image that the run trains on.
 
-    `share` of the workers are on it, and `home` of the `made` crops; gradients go round in a ring.
+    `share` of the workers are on it, and `home` of the `made` crops; gradients go round in a ring of all workers, which
+    enters each node once.
     """
     local = home / made if made else 0.0
     crops = share * (1 - local) * run.crop_bytes
     images = local * figures.bytes_per_image
-    gradients = 2 * (1 - share) * run.gradient_bytes / run.global_batch_size
+    passes = 2 * (1 - 1 / run.train_workers) if share < 1 else 0.0
+    gradients = passes * run.gradient_bytes / run.global_batch_size
     return crops + images + gradients

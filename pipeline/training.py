@@ -20,7 +20,7 @@ from models import interop
 from models.dino import DINO, crop_major
 from models.loss import batch_center, cross_entropy, koleo, sinkhorn_probs, teacher_probs, update_center
 from models.optim import build_optimizer, clip_per_parameter, drop_last_layer_grads, set_hyperparameters
-from models.settings import ConfigError
+from models.settings import ConfigError, ResourceError
 from pipeline.algorithm import DINOConfig, Schedule, StepSettings, TrainConfig
 from pipeline.automatic import adapt, resolve
 from pipeline.crops_config import CropsConfig
@@ -115,9 +115,21 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
     written to. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
     `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
     A loss or gradient that is not finite on any process changes nothing but `state.step` and the skip counts.
-    Raises ConfigError for crops that are not those of the config.
+    Raises ConfigError for crops that are not those of the config, ResourceError when the GPU's memory is too small.
     """
     _check(batch, state.config.crops)
+    try:
+        return _step(state, batch)
+    except torch.OutOfMemoryError as error:
+        parts = state.config.train.accumulate_steps
+        raise ResourceError(
+            f"{len(batch['global_crops'])} images a step, train.accumulate_steps={parts}, do not fit "
+            f"{torch.cuda.get_device_name(state.device)}; raise train.accumulate_steps or resources.train_workers, or "
+            "lower train.global_batch_size"
+        ) from error
+
+
+def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
     config, dino, now = state.config, state.dino, state.schedule.at(state.step - state.skipped)
     set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)

@@ -91,9 +91,9 @@ def test_crops_from_other_nodes_and_images_of_its_own_actors_come_into_a_gpu_nod
 
 def test_nodes_exchange_gradients_and_one_node_does_not() -> None:
     one, two = found(gpu={"cpus": 96}), found({"train_workers": 8}, gpu={"cpus": 96})
-    # In a ring of two, each sends and receives as much as there is, once a step: 8 steps a second. And of the 4000
-    # images/s that each node trains on, the other has cropped half.
-    gradients, crops = 8 * 100_000_000, 2000 * 500_000
+    # In a ring of eight each sends and receives 2 x 7/8 of what there is, and so do the two that stand between the
+    # nodes: 8 steps a second. And of the 4000 images/s that each node trains on, the other has cropped half.
+    gradients, crops = 8 * 1.75 * 100_000_000, 2000 * 500_000
     assert two.gpu_node_gbit == pytest.approx(one.gpu_node_gbit + (gradients + crops) * 8 / 1e9)
 
 

@@ -21,7 +21,7 @@ from jobs.cluster_file import fill_in
 from jobs.config import load_config
 from jobs.plan_lines import settings_of
 from jobs.planning import PlanArguments, PlanConfig, forwards_per_image, plan_config
-from models.settings import ConfigError, ResourceError
+from models.settings import ConfigError, DataError, ResourceError
 from pipeline.crops_config import CropsConfig
 from pipeline.forecast import Forecast, forecast
 
@@ -119,7 +119,7 @@ def test_a_better_type_of_cpu_node_is_named(capsys: pytest.CaptureFixture[str]) 
     plan(*VIT_S, *GIVEN[:4], *figures, "resources.train_workers=4")
     said = capsys.readouterr().out
     assert "held by network" in said
-    assert re.search(r"plan\.cpu_node=c6in\.\w+ would take \d+ nodes and \$[\d,]+ less", said)
+    assert re.search(r"plan\.cpu_node=c6in\.\w+ would take \d+ of them and \$[\d,]+ less", said)
 
 
 # cluster.yaml
@@ -217,6 +217,19 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
 def test_what_cannot_be_is_one_line_with_name_value_rule_and_remedy(settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         plan(*VIT_S, *GIVEN, *settings)
+
+
+def test_images_that_cannot_be_read_are_asked_for_with_the_figures_that_stand_for_them(
+    tmp_path: Path,
+) -> None:
+    given = [figure for figure in GIVEN if "latency_ms" not in figure]
+    with pytest.raises(
+        DataError, match=r"nowhere.*; or give plan\.latency_ms too: no image is looked at then$"
+    ):
+        plan(*VIT_S, *given, f"data.path={tmp_path / 'nowhere'}")
+    with pytest.raises(DataError) as none_given:
+        plan(*VIT_S, GIVEN[-1], f"data.path={tmp_path / 'nowhere'}")
+    assert "plan." not in str(none_given.value)
 
 
 def test_a_figure_of_the_images_that_is_missing_asks_for_the_images() -> None:

@@ -16,11 +16,13 @@ import pytest
 from jobs_processes import ROOT, TINY, start_job
 from ray_head import RAY, RayHead, ray_head
 
+from jobs.about import commit_of
 from jobs.cluster import attempts_at, connect
 from jobs.upload import MAX_BYTES, list_files, pack, read_runtime_env
 from models.settings import ConfigError, DinorayError, ResourceError
 from pipeline.checkpoint import committed_checkpoints
 from pipeline.demo_images import PATTERNS, draw_demo_image
+from pipeline.report_records import read_mapping
 from pipeline.storage import Directory
 
 SHIPPED = ROOT / "deploy" / "runtime_env.yaml"
@@ -162,7 +164,8 @@ PRETRAIN = ["--", "jobs.pretrain", "name=x", "data.path=s3://b/i", "storage_path
 def test_a_mistake_is_refused_here(
     arguments: Sequence[str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # it is refused before a cluster is looked for
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=re.escape(says)):
         submit(*arguments)
@@ -254,12 +257,15 @@ def head() -> Iterator[RayHead]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of this repository's code with a `.env` in it."""
+    """A copy of this repository's code with a `.env` in it, committed."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in list_files(ROOT, ["/tests", "/benchmarks"]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     (folder / ".env").write_text(f"AWS_SECRET_ACCESS_KEY={MARKER}\n")
+    for words in (["init"], ["add", "README.md"], ["commit", "-m", "first"]):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *who, *words, "--quiet"], cwd=folder, check=True)
     return folder
 
 
@@ -299,6 +305,7 @@ def test_a_stopped_run_is_continued_by_the_same_command_and_a_finished_one_left_
         submit("--stop", *command)
         assert "first-a1 stopped" in capsys.readouterr().out
         assert follower.wait() == 1
+    assert read_mapping(Directory(run), "environment.json")["git_commit"] == commit_of(checkout) is not None
     assert "first-a1 is running since" in follower.output
     assert "step 1/48" in follower.output
     assert "stopped; the same command continues from" in follower.output

@@ -20,7 +20,7 @@ from tiny import NUM_IMAGES, TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 
 from models.loss import koleo
-from models.settings import ConfigError
+from models.settings import ConfigError, ResourceError
 from pipeline.training import (
     DINOConfig,
     Schedule,
@@ -560,6 +560,21 @@ def test_crops_that_are_not_those_of_the_config_are_refused(wrong: dict[str, Any
     with pytest.raises(ConfigError, match=message):
         train_step(state, tiny_batch(state.config) | wrong)
     assert state.step == 0
+
+
+def test_a_batch_that_does_not_fit_the_gpu_is_one_line_that_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    state = tiny_state()
+    monkeypatch.setattr(state.student, "forward", forward)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    with pytest.raises(
+        ResourceError, match=r"^4 images a step, train\.accumulate_steps=1, do not fit NVIDIA L4; raise .+$"
+    ):
+        train_step(state, tiny_batch(state.config))
 
 
 # Steps that are not finite
