@@ -217,6 +217,7 @@ class StudyRun:
             Search(
                 propose=lambda: queue.pop(0) if queue else new(),
                 on_end=self._on_end,
+                tell=self._console.print,
                 ended={t.trial.number: course(t, self._objective) for t in searched(tried) if t.outcome},
                 begun={
                     t.trial.number: committed_course(self._directory, t, self._objective) for t in waiting
@@ -260,6 +261,7 @@ class StudyRun:
             max_failures=self._config.tune.max_failures,
             seed=self._config.tune.seed,
             on_end=ended,
+            tell=self._console.print,
         )
 
     def _next_trial(self) -> Trial | None:

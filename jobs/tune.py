@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     directory = Directory(config.storage_path).child(config.name)
     _check_name(directory, config, resume=arguments.resume)
     space = space_of(config)

@@ -3,6 +3,7 @@
 The only user of ray.train. `fit` starts the workers from the driver; `work` is what each of them runs.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
 
-from models.settings import DataError, DinorayError
+from models.settings import DinorayError
 from pipeline import dataset, shared_stream
 from pipeline.board import ALIKE, known_error
 from pipeline.checkpoint import checkpoint_name, load_checkpoint, temporary_checkpoint
@@ -67,9 +68,16 @@ def work(loop_config: dict[str, Any]) -> None:
     One that all workers come to alike is told and no more: Ray would start them again if it were raised.
     """
     spec: WorkerSpec = loop_config["spec"]
+    log = None
     try:
-        _Worker(spec).run()
+        worker = _Worker(spec)
+        log = worker.log
+        worker.run()
     except Exception as error:
+        # Before it is told, which ends the run: the files that an error names are to have it all.
+        with contextlib.suppress(DinorayError):
+            if log:
+                log.close(failed=True)
         known = known_error(error)
         if known is None:
             raise
@@ -202,17 +210,12 @@ class _Worker:
         bad = self.quarantine.share()
         if self.log:
             self.log.quarantine(bad)
-        try:
-            self.quarantine.check(
-                num_seen=seen,
-                num_images=self.spec.num_images,
-                limit=self.spec.max_bad_fraction,
-                file=self.spec.run.join("quarantine.jsonl"),
-            )
-        except DataError:
-            if self.log:
-                self.log.close(failed=True)  # the file that the error names is to have them all
-            raise
+        self.quarantine.check(
+            num_seen=seen,
+            num_images=self.spec.num_images,
+            limit=self.spec.max_bad_fraction,
+            file=self.spec.run.join("quarantine.jsonl"),
+        )
         metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=state.skipped_in_a_row)
         if self.log and self.nodes:
             metrics |= {"epoch": seen / self.spec.num_images, "time": time.time(), **self.meter.read()}
@@ -229,8 +232,6 @@ class _Worker:
             return
         message = f"{verdict.value} at step {self.state.step}: {verdict.remedy}"
         if verdict is not Verdict.NON_FINITE and self.spec.health.on_collapse == "stop":
-            if self.log:
-                self.log.close(failed=True)
             raise UnhealthyError(f"{message}; health.on_collapse=warn would go on", verdict)
         if self.log:
             self.spec.board.post("note", text=f"warning: {message}")
@@ -240,8 +241,6 @@ class _Worker:
         number = self.spec.board.claim("go back") if self.rank == 0 else None
         number = ray.train.collective.broadcast_from_rank_zero(number)
         steps = f"{self.state.skipped_in_a_row} steps in a row, up to step {self.state.step}, were not finite"
-        if self.log:
-            self.log.close(failed=True)
         if number > 1 or not self.spec.can_restart:
             raise UnhealthyError(f"{steps}: {Verdict.NON_FINITE.remedy}", Verdict.NON_FINITE)
         if self.log:

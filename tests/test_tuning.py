@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.study.trials import Trial
-from pipeline.study.tuner import _cause
+from pipeline.study.tuner import Listener, _cause
 from pipeline.study.tuning import Halving, Search, _Refereed
 
 
@@ -27,7 +27,7 @@ def tune_trial(number: int) -> Any:
 
 def refereed(halving: Halving | None, **past: Any) -> tuple[_Refereed, Told]:
     told = Told()
-    search = Search(propose=lambda: None, on_end=lambda *_: None, **past)
+    search = Search(propose=lambda: None, on_end=lambda *_: None, tell=print, **past)
     return _Refereed(told, halving, search), told
 
 
@@ -92,3 +92,23 @@ def test_a_trial_that_failed_says_what_of_in_one_line(tmp_path: Path) -> None:
     trial: Any = SimpleNamespace(error_file=str(written))
     assert _cause(trial) == "ValueError: depth must be above 0"
     assert _cause(SimpleNamespace(error_file=None)) == "its process was lost"  # type: ignore[arg-type]
+
+
+def test_a_trial_that_is_started_again_is_told_of_with_the_cause(tmp_path: Path) -> None:
+    class Attempt:
+        num_failures = 0
+        error_file = str(tmp_path / "error.txt")
+
+        def __str__(self) -> str:
+            return "0003"
+
+    told: list[str] = []
+    cleared: list[str] = []
+    attempt: Any = Attempt()
+    listener = Listener(SimpleNamespace(clear=cleared.append), told.append)  # type: ignore[arg-type]
+    listener.on_trial_start(0, [attempt], attempt)
+    assert told == []
+    attempt.num_failures = 1
+    listener.on_trial_start(0, [attempt], attempt)
+    assert told == ["trial 0003  failed (its process was lost), is started again"]
+    assert cleared == ["0003", "0003"]

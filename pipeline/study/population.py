@@ -68,6 +68,7 @@ def run_population(
     max_failures: int,
     seed: int,
     on_end: Callable[[int, str | None], None],
+    tell: Callable[[str], None],
 ) -> None:
     """Train a member from each point of `starts`; every `every_steps` the worst quarter takes over from the best.
 
@@ -77,7 +78,7 @@ def run_population(
     keys, placements = list(starts[0]), Placements()
     run_tune(
         _Trainable(member, keys, placements),
-        _MemberListener(on_end, placements),
+        _MemberListener(on_end, placements, tell),
         tune.TuneConfig(
             scheduler=_Population(keys, every_steps),
             trial_name_creator=_name_of,
@@ -165,8 +166,10 @@ class _Population(Unsaved, PB2):
 
 
 class _MemberListener(Listener):
-    def __init__(self, on_end: Callable[[int, str | None], None], placements: Placements) -> None:
-        super().__init__(placements)
+    def __init__(
+        self, on_end: Callable[[int, str | None], None], placements: Placements, tell: Callable[[str], None]
+    ) -> None:
+        super().__init__(placements, tell)
         self._on_end = on_end
 
     def ended(self, trial: TuneTrial, error: str | None) -> None:

@@ -69,19 +69,21 @@ class _Groups:
 class Listener(Unsaved, tune.Callback):
     """Hears of the ends of trials, and of an error that concerns them all: it ends the study.
 
-    What an attempt has left that was killed is removed before the next one, and after the last.
+    What an attempt has left that was killed is removed before the next one, which is told of, and after the last.
     """
 
     fatal: DinorayError | None = None
 
-    def __init__(self, placements: Placements) -> None:
-        self._placements = placements
+    def __init__(self, placements: Placements, tell: Callable[[str], None]) -> None:
+        self._placements, self._tell = placements, tell
 
     def on_trial_start(
         self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        """Tune's hook."""
+        """Tune's hook, before each attempt."""
         self._placements.clear(str(trial))
+        if trial.num_failures:
+            self._tell(f"trial {trial}  failed ({_cause(trial)}), is started again")
 
     def on_trial_result(
         self,
@@ -155,6 +157,7 @@ def run_tune(
     os.environ |= {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the listener tells of them, in a line each
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may collapse before it is first evaluated
         # Written at the start and at the end only: Tune uploads its state beside writing it, and complains with a
         # traceback when a file has been renamed meanwhile.

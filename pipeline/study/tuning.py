@@ -66,6 +66,8 @@ class Search:
     """The next trial; None when there is none left."""
     on_end: Callable[[Trial, str | None], None]
     """A trial has ended, or failed for good with this error."""
+    tell: Callable[[str], None]
+    """A person should hear this."""
     ended: Mapping[int, Course] = field(default_factory=dict)
     """Evaluations of trials that have ended in an earlier life of the study."""
     begun: Mapping[int, Course] = field(default_factory=dict)
@@ -200,7 +202,7 @@ class _Refereed(Unsaved, FIFOScheduler):
 
 class _TrialListener(Listener):
     def __init__(self, search: Search, placements: Placements) -> None:
-        super().__init__(placements)
+        super().__init__(placements, search.tell)
         self._search = search
 
     def ended(self, trial: TuneTrial, error: str | None) -> None:
