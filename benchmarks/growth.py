@@ -41,14 +41,14 @@ def main() -> None:
     """Watch once, print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        seen = watch_growth(Path(folder))
+        seen = watch_growth(Path(folder), settle_seconds=90, latest_seconds=45)
     last = [r for r in seen.records if r["time"] > seen.records[-1]["time"] - 20]
     print("| | images/s | data wait |")
     print("|---|---|---|")
     for what, records in (
         ("far, 1 actor", seen.few),
-        ("far, 3 actors", seen.many),
-        ("near, at the end", last),
+        ("far, 3 actors, the last 45 s", seen.many),
+        ("near, the last 20 s", last),
     ):
         print(f"| {what} | {images_per_second(records):.0f} | {waits(records):.0%} |")
     print()

@@ -29,7 +29,6 @@ NODES = {
     "train": {"resources": {"CPU": 4, "GPU": 1, "object_store_memory": 400_000_000}, "max_workers": 2},
 }
 FASTER = 1.5
-_LATEST_SECONDS = 16
 _BATCH = 8
 _SETTINGS = [
     *TINY,
@@ -66,8 +65,12 @@ class Growth:
     output: str
 
 
-def watch_growth(folder: Path) -> Growth:
-    """Start the run on a head without nodes, wait until it has grown and shrunk, and stop it."""
+def watch_growth(folder: Path, *, settle_seconds: float = 16, latest_seconds: float = 16) -> Growth:
+    """Start the run on a head without nodes, wait until it has grown and shrunk, and stop it.
+
+    The latest seconds with all actors are looked at once they have been there for `settle_seconds`: what had been given
+    to the first actor before they came, it still does alone.
+    """
     run = folder / "grows"
     with s3_server() as server, fault_proxy(server.endpoint) as store:
         client = server.client()
@@ -85,7 +88,9 @@ def watch_growth(folder: Path) -> Growth:
                     lambda: any(r["augment_actors"] == MOST_ACTORS for r in logged(run)), timeout_seconds=300
                 )
                 few = [r for r in logged(run) if r["augment_actors"] == 1]
-                many = job.wait_until(lambda: _faster(run, few), timeout_seconds=300)
+                many = job.wait_until(
+                    lambda: _faster(run, few, settle_seconds, latest_seconds), timeout_seconds=300
+                )
                 far = len(logged(run))
                 store.delay_seconds = 0.0
                 job.wait_until(lambda: logged(run)[-1]["nodes_cpu"] < MOST_ACTORS, timeout_seconds=450)
@@ -119,11 +124,13 @@ def waits(records: list[dict[str, Any]]) -> float:
     return waited / sum(spans)
 
 
-def _faster(run: Path, few: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of the latest seconds, several blocks of each actor, if images come clearly faster than with few."""
+def _faster(
+    run: Path, few: list[dict[str, Any]], settle_seconds: float, latest_seconds: float
+) -> list[dict[str, Any]]:
+    """The lines of the latest seconds with all actors, if images then come clearly faster than with few."""
     records = [r for r in logged(run) if r["augment_actors"] == MOST_ACTORS]
-    latest = [r for r in records if r["time"] > records[-1]["time"] - _LATEST_SECONDS]
-    settled = records and records[-1]["time"] - records[0]["time"] > _LATEST_SECONDS
+    latest = [r for r in records if r["time"] > records[-1]["time"] - latest_seconds]
+    settled = records and records[-1]["time"] - records[0]["time"] > settle_seconds
     return latest if settled and images_per_second(latest) > FASTER * images_per_second(few) else []
 
 

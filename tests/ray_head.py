@@ -1,6 +1,7 @@
 """A Ray head of the tests' own, with a dashboard: the smallest cluster that jobs can be submitted to."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -9,9 +10,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs_processes import end_processes, processes_with
 from servers import free_ports
@@ -30,39 +32,58 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_head(env: Mapping[str, str] | None = None) -> Iterator[RayHead]:
-    """A head with 4 CPUs on free ports for as long as the block lasts; `env` is what its nodes have beside ours."""
+def ray_head(
+    env: Mapping[str, str] | None = None,
+    *,
+    num_cpus: int = 4,
+    autoscaling: Callable[[str], Mapping[str, Any]] | None = None,
+    head_env: Mapping[str, str] | None = None,
+) -> Iterator[RayHead]:
+    """A head on free ports for as long as the block lasts.
+
+    `env` is what its nodes have beside ours, `head_env` what it has alone; `autoscaling` gives the config of Ray's
+    autoscaler for the address of the head.
+    """
     port, dashboard, agent, grpc, metrics, client = free_ports(6)
     temp_dir = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
+    gcs = f"127.0.0.1:{port}"
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     variables |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"  # the job's `python`
+    more = []
+    if autoscaling is not None:
+        config = Path(temp_dir, "cluster.json")
+        config.write_text(json.dumps(autoscaling(gcs)))
+        more = [f"--autoscaling-config={config}"]
     process = subprocess.Popen(
         [
-            *(RAY, "start", "--head", "--block", "--num-cpus=4", "--num-gpus=0", f"--temp-dir={temp_dir}"),
-            *(f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
-            *(f"--dashboard-agent-grpc-port={grpc}", f"--metrics-export-port={metrics}"),
-            *(f"--ray-client-server-port={client}", "--object-store-memory=300000000"),
+            *(RAY, "start", "--head", "--block", f"--num-cpus={num_cpus}", "--num-gpus=0", *more),
+            *(f"--temp-dir={temp_dir}", f"--port={port}", f"--dashboard-port={dashboard}"),
+            *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),
+            *(f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"),
+            "--object-store-memory=400000000",
             *("--min-worker-port=0", "--max-worker-port=0"),  # else a fixed range that may hold our ports
         ],
-        env=variables | dict(env or {}),
+        env={**variables, **(env or {}), **(head_env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_for_dashboard(address, process)
-        environment = variables | {"RAY_API_SERVER_ADDRESS": address}
-        yield RayHead(address, f"127.0.0.1:{port}", Path(temp_dir), environment)
+        _wait_for_dashboard(address, process)
+        yield RayHead(address, gcs, Path(temp_dir), variables | {"RAY_API_SERVER_ADDRESS": address})
     finally:
         process.kill()  # a polite stop takes many seconds, and nothing here is kept
         process.wait()
-        end_processes([*processes_with(temp_dir), *processes_with(f"127.0.0.1:{port}")])
+        # Nodes belong to the autoscaler, which leaves them when it ends, and may be starting one.
+        for _ in range(2 if autoscaling else 1):
+            end_processes([*processes_with(temp_dir), *processes_with(gcs)])
+            time.sleep(0.5 if autoscaling else 0)
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def wait_for_dashboard(address: str, process: "subprocess.Popen[bytes]") -> None:
+def _wait_for_dashboard(address: str, process: "subprocess.Popen[bytes]") -> None:
     """Return once the dashboard of a head, `process`, answers at `address`."""
     deadline = time.monotonic() + 120
     while True:

@@ -4,6 +4,7 @@ Trials run as Tune's functions in processes on the head, where no work is done a
 Nothing of Tune's own state is ever read again: pipeline/study/trials.py is what a study continues from.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -164,6 +165,9 @@ def run_tune(
         "TUNE_GLOBAL_CHECKPOINT_S": "inf",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(
+        logging.CRITICAL
+    )  # nobody reads that state
     storage, path = filesystem(study.uri)
     tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([{_ON_HEAD: 0.001}])),
