@@ -25,7 +25,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     _heed_sigterm()
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt as stop:
         place = str(stop)
         sys.exit(
@@ -45,10 +45,10 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
 def _is_cut_off() -> bool:
     """Whether whoever read our output, `head` say, has had enough; nothing more is then written to it."""
     output = select.poll()
-    output.register(sys.stdout)
+    output.register(1)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return True
 
 

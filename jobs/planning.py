@@ -18,6 +18,7 @@ from jobs.entry import is_local, join_ray
 from jobs.running import Inputs
 from jobs.study import schedule_of
 from models.settings import ConfigError, DataError, ResourceError
+from pipeline.board import known_error
 from pipeline.calibration import gradient_bytes, listed, measure_crops, measure_latency, measure_step
 from pipeline.crops_config import CropsConfig, crop_bytes
 from pipeline.layout import batch_size_per_worker
@@ -111,23 +112,22 @@ def measure(config: PlanConfig, say: Say) -> Measured:
     known = {name: getattr(plan, name) for name in PlanSettings.model_fields if name in Figures._fields}
     known["num_images"] = plan.num_images
     sources = {name: "given" for name, value in known.items() if value is not None}
-    needs_images = any(known[name] is None for name in _OF_IMAGES)
-    if not needs_images and known["images_per_request"] is None:
+    if all(known[name] is not None for name in _OF_IMAGES) and known["images_per_request"] is None:
         known["images_per_request"], sources["images_per_request"] = 1.0, "as for objects"
     joined = not is_local() and (known["images_per_second_per_cpu"] is None or trained_on is None)
     if joined:
         join_ray(1, verbose=False)
     try:
-        if needs_images:
+        missing = [f"plan.{name}" for name in _OF_IMAGES if known[name] is None]
+        if missing:
             try:
                 _look_at_images(config, known, sources, say)
             except DataError as error:
-                missing = [f"plan.{name}" for name in _OF_IMAGES if known[name] is None]
                 if len(missing) == len(_OF_IMAGES):
                     raise
-                raise DataError(
-                    f"{error}; or give {', '.join(missing)} too: no image is looked at then"
-                ) from error
+                why = known_error(error)  # which another node may have told of
+                instead = f"or give {', '.join(missing)} too: no image is looked at then"
+                raise DataError(f"{why}; {instead}") from error
         if trained_on is None:
             say(f"measuring the training step for {plan.seconds:g} s")
             known["images_per_second_per_gpu"], sources["images_per_second_per_gpu"] = _train(

@@ -18,7 +18,7 @@ from jobs.keys import flatten
 from models.backbone import build_backbone
 from models.interop import Weights
 from pipeline.automatic import adapt, resolve
-from pipeline.board import ALIKE, Board, Event, fatal_error
+from pipeline.board import Board, Event, fatal_error
 from pipeline.checkpoint import committed_checkpoints
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
@@ -212,7 +212,7 @@ def run_training(
                     break
             elif event.kind == "fatal":
                 error = fatal_error(event)
-                if isinstance(error, ALIKE):
+                if event.facts["alike"]:
                     thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
                 raise error
             else:

@@ -188,7 +188,7 @@ def _submit(
             metadata={"git_commit": commit} if commit else {},
             runtime_env={
                 **{key: value for key, value in environment.items() if key != "excludes"},
-                "env_vars": {**environment.get("env_vars", {}), **({COMMIT: commit} if commit else {})},
+                "env_vars": {**(environment.get("env_vars") or {}), **({COMMIT: commit} if commit else {})},
                 "working_dir": str(archive.file),
             },
         )

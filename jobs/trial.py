@@ -17,7 +17,7 @@ from jobs.about import write_environment
 from jobs.result import RESULT, write_result
 from jobs.running import Inputs, run_training, what_is_learnt
 from jobs.study import StudyConfig, space_of, trial_config
-from models.settings import ConfigError, DataError, DinorayError, number
+from models.settings import ConfigError, DataError, DinorayError, ResourceError, number
 from pipeline.board import Board, Event
 from pipeline.checkpoint import checkpoint_name, committed_steps
 from pipeline.health import UnhealthyError, Verdict
@@ -111,8 +111,8 @@ class TrialRunner:
         except UnhealthyError as error:
             outcome = attempt.outcome("collapsed", verdict=error.verdict, message=str(error))
         except DinorayError as error:
-            if not isinstance(error, ConfigError) and not self._any_has_trained():
-                raise  # of the data or the cluster, as it seems: it would meet every trial
+            if not isinstance(error, ConfigError | ResourceError) and not self._any_has_trained():
+                raise  # of the data, as it seems: it would meet every trial
             outcome = attempt.outcome("failed", message=str(error))
         write_outcome(self.study, trial, outcome)
 

@@ -16,9 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.settings import ConfigError, DinorayError, error_of
 from pipeline.health import UnhealthyError, Verdict
-from pipeline.pool_size import Reading
+from pipeline.pool_size import PoolSize, Reading
+from pipeline.quarantine import TooManyBadImagesError
 
-ALIKE = (UnhealthyError, ConfigError)
+ALIKE = (UnhealthyError, ConfigError, TooManyBadImagesError)
 """Errors that all workers come to at the same step, so that each of them can end by itself."""
 
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
@@ -39,6 +40,7 @@ class _Events:
         self._answers: defaultdict[int, asyncio.Future[bool]] = defaultdict(asyncio.Future)
         self._stop = False
         self._pool: dict[str, int] = {}
+        self._pool_size: PoolSize | None = None
         self._unheard = Reading()
 
     async def post(self, event: Event) -> None:
@@ -47,12 +49,16 @@ class _Events:
     async def tell_pace(self, reading: Reading) -> None:
         self._unheard += reading
 
-    async def tell_pool(self, pool: dict[str, int]) -> Reading:
-        self._pool, unheard, self._unheard = pool, self._unheard, Reading()
+    async def tell_pool(self, pool: dict[str, int], size: PoolSize) -> Reading:
+        self._pool, self._pool_size = pool, size
+        unheard, self._unheard = self._unheard, Reading()
         return unheard
 
     async def pool(self) -> dict[str, int]:
         return self._pool
+
+    async def pool_size(self) -> PoolSize | None:
+        return self._pool_size
 
     async def claim(self, what: str) -> int:
         self._claims[what] += 1
@@ -91,7 +97,11 @@ class Board:
 
     def post_fatal(self, error: DinorayError) -> None:
         """Send an error that ends the run; returns when it has arrived."""
-        facts = {"message": str(error), "exit_code": error.exit_code}
+        facts = {
+            "message": str(error),
+            "exit_code": error.exit_code,
+            "alike": isinstance(error, ALIKE),
+        }
         if isinstance(error, UnhealthyError):
             facts["verdict"] = error.verdict.value
         ray.get(self._actor.post.remote(Event("fatal", facts)))
@@ -119,13 +129,17 @@ class Board:
         """Say what the trainer did since this was last called; the pool asks for it."""
         self._actor.tell_pace.remote(reading)
 
-    def tell_pool(self, pool: dict[str, int]) -> "ray.ObjectRef[Reading]":
+    def tell_pool(self, pool: dict[str, int], size: PoolSize) -> "ray.ObjectRef[Reading]":
         """Say how the pool of augment actors stands; the answer is what the trainer read since this was last called."""
-        return self._actor.tell_pool.remote(pool)
+        return self._actor.tell_pool.remote(pool, size)
 
     def pool(self) -> dict[str, int]:
         """`running`, `pending` and `target` of the augment actors, as told last; empty before that."""
         return ray.get(self._actor.pool.remote())
+
+    def pool_size(self) -> PoolSize | None:
+        """What decides on the pool's size, as told last: the next leg's pool goes on with it."""
+        return ray.get(self._actor.pool_size.remote())
 
     def take(self, *, timeout_seconds: float) -> Event | None:
         """The next event, or None after `timeout_seconds`."""

@@ -16,6 +16,7 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import STANDARD_RESOURCE_TYPES
 from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
@@ -30,6 +31,7 @@ from pipeline.crops_config import CropsConfig, crop_bytes
 from pipeline.layout import Layout
 from pipeline.order import Order
 from pipeline.pool import DrainPolicy, PoolControl
+from pipeline.pool_size import PoolSize
 from pipeline.source import Source
 
 _LEG_BLOCKS = 4096
@@ -84,9 +86,9 @@ def open_splits(
     plan: StreamPlan, layout: Layout, *, locality_hints: list[str] | None = None
 ) -> list[DataIterator]:
     """Start the plan for `layout` and return one iterator per rank, picklable. Call on one rank."""
+    # A pool that was opened before goes on with what it had come to know.
     low, high = plan.augment_actors
-    # A pool that was opened before goes on at the size it had come to.
-    start = min(high, max(low, plan.board.pool().get("target", low)))
+    size = plan.board.pool_size() or PoolSize(low, high, target=low, cool_down_seconds=plan.cool_down_seconds)
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # splits alternate over ranks only in this order
     context.enable_progress_bars = False
@@ -94,7 +96,7 @@ def open_splits(
     rows = layout.steps_per_block * layout.batch_size_per_worker
     context.target_max_block_size = max(128 << 20, 2 * rows * crop_bytes(plan.crops))
     context.custom_execution_callback_classes = [
-        partial(PoolControl, plan.board, low, high, start, plan.cool_down_seconds)
+        partial(PoolControl, plan.board, size, STANDARD_RESOURCE_TYPES)
     ]
     context.set_config(
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, DrainPolicy]
@@ -108,8 +110,8 @@ def open_splits(
             batch_size=1,
             fn_constructor_args=(plan, layout),
             compute=ActorPoolStrategy(
-                min_size=start,
-                max_size=start,
+                min_size=size.target,
+                max_size=size.target,
                 enable_true_multi_threading=True,
                 max_concurrent_calls_per_actor=2,
             ),

@@ -116,7 +116,7 @@ class MetricsLog(Sink):
         )
         files = RunFiles(run, first_step=first_step, staging=staging)
         events = TensorBoard(run, staging=staging, purge_step=first_step + 1 if first_step else 0)
-        self._sinks = [files, events, *others]
+        self._sinks, self._closed = [files, events, *others], False
         if not first_step:
             with contextlib.suppress(MissingObject):  # trials of a study have none
                 crops = run.read("crops.png")
@@ -150,12 +150,16 @@ class MetricsLog(Sink):
             sink.sync()
 
     def close(self, *, failed: bool = False) -> None:
-        """Sync and let go; `failed`: the run did not come to where it wanted to."""
-        self._quarantine.sync()
-        for sink in self._sinks:
-            sink.close(failed=failed)
-        if self._temporary:
-            self._temporary.cleanup()
+        """Sync and let go, once; `failed`: the run did not come to where it wanted to."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.ExitStack() as last:  # each is closed whatever another one raises
+            if self._temporary:
+                last.callback(self._temporary.cleanup)
+            for sink in reversed(self._sinks):
+                last.callback(sink.close, failed=failed)
+            self._quarantine.sync()
 
 
 class Meter:

@@ -7,7 +7,7 @@ nodes for.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -20,8 +20,6 @@ _EVERY_SECONDS = 1.0
 _RESERVED_SECONDS = 180.0
 _RENEWED_SECONDS = 60.0
 _NODE_LABEL = "ray.io/node-id"
-_SHARED = ["CPU", "GPU", "memory", "object_store_memory"]
-"""Of what is left over, what a stream takes its share of. As Ray's own requests have it, which may not be changed."""
 
 
 def pool_metrics(pool: Mapping[str, int]) -> dict[str, float]:
@@ -72,11 +70,14 @@ def reservation(pool: Any, target: int) -> Reservation:
 
 
 class PoolControl:
-    """An execution callback of Ray Data, by its hooks' names."""
+    """An execution callback of Ray Data, by its hooks' names.
 
-    def __init__(self, board: Board, low: int, high: int, start: int, cool_down_seconds: float) -> None:
-        self._board = board
-        self._size = PoolSize(low, high, target=start, cool_down_seconds=cool_down_seconds)
+    `shared`: kinds of resources of which a stream takes its share of what is left over, as Ray's own requests say it,
+    which may not be changed.
+    """
+
+    def __init__(self, board: Board, size: PoolSize, shared: Sequence[str]) -> None:
+        self._board, self._size, self._shared = board, size, shared
         self._next = 0.0
         self._answer: ray.ObjectRef[Reading] | None = None
         self._reserved, self._reserved_at = Reservation([], []), -math.inf
@@ -87,7 +88,7 @@ class PoolControl:
 
     def on_execution_step(self, executor: Any) -> None:
         """Every second: tell the board of the pool, take what it has of the trainer, set the pool's size."""
-        now = time.monotonic()
+        now = time.time()  # which the next leg's process has too, on whichever node
         if now < self._next:
             return
         self._next = now + _EVERY_SECONDS
@@ -102,7 +103,7 @@ class PoolControl:
             pool._config = replace(pool._config, min_size=size, initial_size=size, max_size=size)
             self._reserve(executor, reservation(pool, size), now)
             if self._answer is None:
-                self._answer = self._board.tell_pool({**asdict(actors), "target": size})
+                self._answer = self._board.tell_pool({**asdict(actors), "target": size}, self._size)
 
     def _reserve(self, executor: Any, wanted: Reservation, now: float) -> None:
         """Keep what the pool takes for this stream, beside others on the cluster; told again before it expires."""
@@ -110,7 +111,7 @@ class PoolControl:
             return
         self._reserved, self._reserved_at = wanted, now
         executor._cluster_autoscaler._autoscaling_coordinator.request_resources(
-            **wanted._asdict(), expire_after_s=_RESERVED_SECONDS, request_remaining=_SHARED
+            **wanted._asdict(), expire_after_s=_RESERVED_SECONDS, request_remaining=self._shared
         )
 
     def _listen(self, now: float) -> None:

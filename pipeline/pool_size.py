@@ -17,7 +17,7 @@ _LOOK_SECONDS = 10.0
 _JUDGE_SECONDS = 30.0
 """The same after growth, which is judged by what it brought."""
 _LOOKS = 2
-"""As many in a row must find that growth brought too little: at the first, new actors may have been starting."""
+"""As many must find that growth brought too little, or that all actors are too few: the first may be of a start."""
 _LONG_AGO = 10
 """Cool-downs in a row without waiting after which a size that starved may be tried again."""
 _HEADROOM = 1.25
@@ -82,7 +82,8 @@ class PoolSize:
 
     Up: with R actors the trainer works 1 - w of the time, so it takes R / (1 - w) for it to work all the time.
     Decided on readings alone that began when all actors asked for were up. Down: after `cool_down_seconds` in which
-    the trainer never waited, to as many as it kept busy and some headroom. So sizes come in steps and do not swing.
+    the trainer never waited, to as many as it kept busy and some headroom. So sizes come in steps and do not swing,
+    but for growth that brought nothing, which is taken back and tried again ever more rarely.
     """
 
     low: int
@@ -134,9 +135,12 @@ class PoolSize:
         elif reading.data_wait > FED:
             self._fed = Reading()
             if not self._in_vain:
-                self._grown_from = None  # it brought what it should
+                self._grown_from, self._again_after = None, _AGAIN_SECONDS  # it brought what it should
         else:
+            if self._grown_from is not None:
+                self._again_after = _AGAIN_SECONDS
             self._in_vain, self._grown_from = 0, None
+            self._at_most = 0 if self._at_most < _LOOKS else _LOOKS  # told once
             self._fed += reading
             if self._fed.seconds >= self.cool_down_seconds:
                 self._shrink(now)
@@ -150,6 +154,7 @@ class PoolSize:
             self._in_vain = self._in_vain + 1 if gain < _LEAST_GAIN * hoped else 0
             if self._in_vain == _LOOKS:
                 self._tell_vain(before, gain, now)
+                return
             if self._in_vain:
                 return
         if running >= self.high:

@@ -15,6 +15,10 @@ from pipeline.processes import gather
 from pipeline.source import Status
 
 
+class TooManyBadImagesError(DataError):
+    """The run cannot go on with so many; all ranks count alike, so all raise it at the same step."""
+
+
 class Quarantine:
     """Counts of bad images by status over the whole run, and what was found since the last `share`."""
 
@@ -42,10 +46,10 @@ class Quarantine:
         return records
 
     def check(self, *, num_seen: int, num_images: int, limit: float, file: str) -> None:
-        """DataError when the share of bad images exceeds `limit`, once a first thousand (or epoch) was seen."""
+        """TooManyBadImagesError when more than `limit` of them are bad, of a first thousand (or epoch) or more."""
         bad = self.counts.total()
         if num_seen >= min(1000, num_images) and bad > limit * num_seen:
-            raise DataError(
+            raise TooManyBadImagesError(
                 f"{bad} of {num_seen} images could not be used ({dict(self.counts)}), more than "
                 f"data.max_bad_fraction={limit}; they are named in {file}"
             )

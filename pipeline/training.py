@@ -61,6 +61,8 @@ class TrainState:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    has_stepped: bool = field(default=False, init=False)
+    """In this process."""
 
     def __post_init__(self) -> None:
         self.student = self.dino.student
@@ -115,18 +117,23 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
     written to. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
     `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
     A loss or gradient that is not finite on any process changes nothing but `state.step` and the skip counts.
-    Raises ConfigError for crops that are not those of the config, ResourceError when the GPU's memory is too small.
+    Raises ConfigError for crops that are not those of the config, ResourceError when the GPU is too small for a first
+    step.
     """
     _check(batch, state.config.crops)
     try:
-        return _step(state, batch)
+        metrics = _step(state, batch)
     except torch.OutOfMemoryError as error:
+        if state.has_stepped:  # it did fit: something else has taken the memory
+            raise
         parts = state.config.train.accumulate_steps
         raise ResourceError(
             f"{len(batch['global_crops'])} images a step, train.accumulate_steps={parts}, do not fit "
             f"{torch.cuda.get_device_name(state.device)}; raise train.accumulate_steps or resources.train_workers, or "
             "lower train.global_batch_size"
         ) from error
+    state.has_stepped = True
+    return metrics
 
 
 def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:

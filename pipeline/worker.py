@@ -75,7 +75,7 @@ def work(loop_config: dict[str, Any]) -> None:
         worker.run()
     except Exception as error:
         # Before it is told, which ends the run: the files that an error names are to have it all.
-        with contextlib.suppress(DinorayError):
+        with contextlib.suppress(Exception):
             if log:
                 log.close(failed=True)
         known = known_error(error)

@@ -1,6 +1,7 @@
 """The size of the augment pool against a trainer and actors of known speed, by the second."""
 
 import math
+import pickle
 from dataclasses import dataclass, field
 
 from hypothesis import given
@@ -107,6 +108,28 @@ def test_growth_that_brings_nothing_is_taken_back_and_tried_again_ever_more_rare
     cluster.run(3600)
     assert cluster.running >= 10
     assert cluster.data_wait == 0
+    cluster.demand, cluster.link = 1000, 101  # and slow again, for another trainer
+    cluster.run(300)
+    assert cluster.notes[-1].endswith("tried again in 10 min")
+
+
+def test_legs_of_a_run_go_on_with_what_the_pool_has_come_to_know() -> None:
+    pool = PoolSize(1, 200, target=4, cool_down_seconds=30)
+    cluster = Cluster(demand=100, rate=10, boot=5, link=35, pool=pool)
+    for _ in range(20):
+        cluster.run(61)
+        cluster.pool = pickle.loads(pickle.dumps(cluster.pool))
+        cluster._ages = []  # each leg's actors are new
+    assert max(cluster.sizes) == 12
+    assert cluster.notes[0].endswith("back to 4, and tried again in 10 min")
+    assert sum(size > 4 for size in cluster.sizes) < 400
+
+
+def test_growth_in_vain_up_to_the_most_is_not_told_as_a_lack_of_actors() -> None:
+    pool = PoolSize(1, 12, target=1, cool_down_seconds=30)
+    notes = Cluster(demand=100, rate=10, boot=1, link=35, pool=pool).run(3000).notes
+    assert notes
+    assert all("it is not CPUs that are short" in note for note in notes)
 
 
 def test_a_trainer_that_starves_with_all_actors_there_may_be_is_told_of_once() -> None:

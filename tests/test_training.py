@@ -576,6 +576,11 @@ def test_a_batch_that_does_not_fit_the_gpu_is_one_line_that_says_what_to_set(
     ):
         train_step(state, tiny_batch(state.config))
 
+    state = after(1)  # it did fit, so it is for Ray to start the worker again
+    monkeypatch.setattr(state.student, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(state, tiny_batch(state.config))
+
 
 # Steps that are not finite
 

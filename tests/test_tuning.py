@@ -96,7 +96,6 @@ def test_a_trial_that_failed_says_what_of_in_one_line(tmp_path: Path) -> None:
 
 def test_a_trial_that_is_started_again_is_told_of_with_the_cause(tmp_path: Path) -> None:
     class Attempt:
-        num_failures = 0
         error_file = str(tmp_path / "error.txt")
 
         def __str__(self) -> str:
@@ -108,7 +107,7 @@ def test_a_trial_that_is_started_again_is_told_of_with_the_cause(tmp_path: Path)
     listener = Listener(SimpleNamespace(clear=cleared.append), told.append)  # type: ignore[arg-type]
     listener.on_trial_start(0, [attempt], attempt)
     assert told == []
-    attempt.num_failures = 1
+    listener.on_trial_recover(0, [attempt], attempt)
     listener.on_trial_start(0, [attempt], attempt)
     assert told == ["trial 0003  failed (its process was lost), is started again"]
     assert cleared == ["0003", "0003"]

@@ -70,7 +70,7 @@ class _Groups:
 class Listener(Unsaved, tune.Callback):
     """Hears of the ends of trials, and of an error that concerns them all: it ends the study.
 
-    What an attempt has left that was killed is removed before the next one, which is told of, and after the last.
+    What an attempt has left that was killed is removed before the next one, and after the last.
     """
 
     fatal: DinorayError | None = None
@@ -83,8 +83,12 @@ class Listener(Unsaved, tune.Callback):
     ) -> None:
         """Tune's hook, before each attempt."""
         self._placements.clear(str(trial))
-        if trial.num_failures:
-            self._tell(f"trial {trial}  failed ({_cause(trial)}), is started again")
+
+    def on_trial_recover(
+        self, iteration: int, trials: Sequence[TuneTrial], trial: TuneTrial, **info: Any
+    ) -> None:
+        """Tune's hook, after an attempt that was not the last."""
+        self._tell(f"trial {trial}  failed ({_cause(trial)}), is started again")
 
     def on_trial_result(
         self,
