@@ -26,10 +26,6 @@ _MOST_GROWTH = 4
 """Times that the pool may grow at once: from one reading, far away, the way is only guessed."""
 _LEAST_GAIN = 0.25
 """Share of what more actors should have brought, below which they are no remedy: the network or the disk is full."""
-_NO_GAIN = 0.05
-"""Of images/s, the gain below which more actors are taken back: they cost and bring nothing."""
-_AGAIN_SECONDS = 600.0
-"""Time until that growth is tried again, for the storage may be faster then; twice as long after each try in vain."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,7 @@ class PoolSize:
 
     Up: with R actors the trainer works 1 - w of the time, so it takes R / (1 - w) for it to work all the time.
     Decided on readings alone that began when all actors asked for were up. Down: after `cool_down_seconds` in which
-    the trainer never waited, to as many as it kept busy and some headroom. So sizes come in steps and do not swing,
-    but for growth that brought nothing, which is taken back and tried again ever more rarely.
+    the trainer never waited, to as many as it kept busy and some headroom. So sizes come in steps and do not swing.
     """
 
     low: int
@@ -101,9 +96,6 @@ class PoolSize:
     _grown_from: tuple[int, float] | None = field(default=None, init=False)
     _in_vain: int = field(default=0, init=False)
     """Looks in a row at what the last growth brought that found too little."""
-    _again_at: float = field(default=-math.inf, init=False)
-    """Until then there is no growth: the last one was taken back."""
-    _again_after: float = field(default=_AGAIN_SECONDS, init=False)
     _at_most: int = field(default=0, init=False)
     """Looks that found the trainer starved by all the actors there may be."""
     _too_few: int = field(default=0, init=False)
@@ -135,10 +127,8 @@ class PoolSize:
         elif reading.data_wait > FED:
             self._fed = Reading()
             if not self._in_vain:
-                self._grown_from, self._again_after = None, _AGAIN_SECONDS  # it brought what it should
+                self._grown_from = None  # it brought what it should
         else:
-            if self._grown_from is not None:
-                self._again_after = _AGAIN_SECONDS
             self._in_vain, self._grown_from = 0, None
             self._at_most = 0 if self._at_most < _LOOKS else _LOOKS  # told once
             self._fed += reading
@@ -153,8 +143,12 @@ class PoolSize:
             hoped, gain = running / before - 1, reading.images_per_second / max(images_per_second, 1e-9) - 1
             self._in_vain = self._in_vain + 1 if gain < _LEAST_GAIN * hoped else 0
             if self._in_vain == _LOOKS:
-                self._tell_vain(before, gain, now)
-                return
+                # Not taken back: crops of the new actors may be under way for longer than this was looked at.
+                self.note = (
+                    f"{running} augment actors instead of {before} brought {gain:+.0%} images/s: it is not "
+                    "CPUs that are short; look at the network of the train nodes and at the storage, and lower "
+                    "resources.augment_actors to save what they cost"
+                )
             if self._in_vain:
                 return
         if running >= self.high:
@@ -165,26 +159,9 @@ class PoolSize:
                     "there may be: raise resources.augment_actors, with CPUs for them, or make images smaller once "
                     "with jobs.pack --shrink"
                 )
-        if now < self._again_at:
-            return
         share = max(1 - reading.data_wait, 1 / _MOST_GROWTH)
         self._change(min(self.high, math.ceil(running / share)), now)
         self._grown_from = (running, reading.images_per_second)
-
-    def _tell_vain(self, before: int, gain: float, now: float) -> None:
-        """What there is to say of a growth in vain; it is taken back if it brought nothing at all."""
-        running = self._seen.running
-        self.note = (
-            f"{running} augment actors instead of {before} brought {gain:+.0%} images/s: it is not CPUs that are "
-            "short; look at the network of the train nodes and at the storage"
-        )
-        if gain >= _NO_GAIN:
-            self.note += ", and lower resources.augment_actors to save what they cost"
-            return
-        self.note += f"; back to {before}, and tried again in {self._again_after / 60:.0f} min"
-        self._again_at, self._again_after = now + self._again_after, 2 * self._again_after
-        self._change(before, now)
-        self._grown_from, self._in_vain = None, 0
 
     def _shrink(self, now: float) -> None:
         self._calm += 1

@@ -34,7 +34,7 @@ _SETTINGS = [
     *TINY,
     *("crops.global_crop_size=160", "crops.local_crop_size=64"),  # so that few images fill the buffers
     # So that the trainer, not the actors, has the most work when the store is near.
-    "backbone.kwargs={patch_size: 32, embed_dim: 128, depth: 4, num_heads: 2}",
+    "backbone.kwargs={patch_size: 32, embed_dim: 64, depth: 6, num_heads: 2}",
     *("data.path=s3://photos", "data.label_from_parent=false", "eval.val_path=null"),
     *(
         "train.epochs=500",

@@ -88,29 +88,11 @@ def test_a_trainer_that_waits_at_times_keeps_its_actors() -> None:
 
 
 def test_what_more_actors_cannot_mend_is_told_and_ends_the_growth() -> None:
-    cluster = Cluster(demand=100, rate=10, boot=1, link=44).run(600)
-    assert cluster.changes == [4, 10]
-    (note,) = cluster.notes
-    assert note.startswith(
-        "10 augment actors instead of 4 brought +10% images/s: it is not CPUs that are short;"
-    )
-    assert note.endswith("lower resources.augment_actors to save what they cost")
-
-
-def test_growth_that_brings_nothing_is_taken_back_and_tried_again_ever_more_rarely() -> None:
-    cluster = Cluster(demand=100, rate=10, boot=1, link=35).run(3600)
-    assert cluster.changes == [4, 12, 4, 12, 4, 12, 4]
-    assert cluster.sizes.count(12) < 500
-    assert [note.rpartition("; ")[2] for note in cluster.notes] == [
-        f"back to 4, and tried again in {minutes} min" for minutes in (10, 20, 40)
+    cluster = Cluster(demand=100, rate=10, boot=1, link=35).run(600)
+    assert cluster.sizes[-1] < 30
+    assert [note.partition(":")[0] for note in cluster.notes] == [
+        "12 augment actors instead of 4 brought +0% images/s"
     ]
-    cluster.link = math.inf  # the storage has become faster
-    cluster.run(3600)
-    assert cluster.running >= 10
-    assert cluster.data_wait == 0
-    cluster.demand, cluster.link = 1000, 101  # and slow again, for another trainer
-    cluster.run(300)
-    assert cluster.notes[-1].endswith("tried again in 10 min")
 
 
 def test_legs_of_a_run_go_on_with_what_the_pool_has_come_to_know() -> None:
@@ -120,9 +102,11 @@ def test_legs_of_a_run_go_on_with_what_the_pool_has_come_to_know() -> None:
         cluster.run(61)
         cluster.pool = pickle.loads(pickle.dumps(cluster.pool))
         cluster._ages = []  # each leg's actors are new
-    assert max(cluster.sizes) == 12
-    assert cluster.notes[0].endswith("back to 4, and tried again in 10 min")
-    assert sum(size > 4 for size in cluster.sizes) < 400
+    assert max(cluster.sizes) == 12  # that growth is judged, though no leg is long enough for it
+    (note,) = cluster.notes
+    assert note.startswith(
+        "12 augment actors instead of 4 brought +0% images/s: it is not CPUs that are short;"
+    )
 
 
 def test_growth_in_vain_up_to_the_most_is_not_told_as_a_lack_of_actors() -> None:

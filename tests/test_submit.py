@@ -263,9 +263,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     (folder / ".env").write_text(f"AWS_SECRET_ACCESS_KEY={MARKER}\n")
-    for words in (["init"], ["add", "README.md"], ["commit", "-m", "first"]):
+    for words in (["init", "-q"], ["add", "README.md"], ["commit", "-qm", "first"]):
         who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        subprocess.run(["git", *who, *words, "--quiet"], cwd=folder, check=True)
+        subprocess.run(["git", *who, *words], cwd=folder, check=True)
     return folder
 
 
