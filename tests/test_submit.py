@@ -27,6 +27,8 @@ from pipeline.storage import Directory
 
 SHIPPED = ROOT / "deploy" / "runtime_env.yaml"
 MARKER = "marker-of-a-secret-4711"
+STEPS = 96
+"""So many that a run which is asked to stop after its first checkpoint has not ended before it hears."""
 
 
 def submit(*arguments: str) -> None:
@@ -280,13 +282,13 @@ def on_head(head: RayHead, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> R
 
 
 def job(tmp_path: Path, name: str, *more: str) -> list[str]:
-    """A pretraining of 48 steps on local images."""
+    """A pretraining of STEPS steps on local images."""
     for i in range(24):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / f"images/{i}.jpg").write_bytes(draw_demo_image(list(PATTERNS)[i % 2], "train", i))
     arguments = [*TINY, f"name={name}", f"data.path={tmp_path}/images", f"storage_path={tmp_path}/runs"]
-    arguments += ["data.label_from_parent=false", "eval.val_path=null", "train.epochs=16"]
-    arguments += ["crops.kernel=torch", "checkpoint.every_steps=2", "resources.train_workers=1", *more]
+    arguments += ["data.label_from_parent=false", "eval.val_path=null", f"train.epochs={STEPS // 3}"]
+    arguments += ["crops.kernel=torch", "checkpoint.every_steps=4", "resources.train_workers=1", *more]
     return ["--", "python", "-m", "jobs.pretrain", *arguments]
 
 
@@ -307,7 +309,7 @@ def test_a_stopped_run_is_continued_by_the_same_command_and_a_finished_one_left_
         assert follower.wait() == 1
     assert read_mapping(Directory(run), "environment.json")["git_commit"] == commit_of(checkout) is not None
     assert "first-a1 is running since" in follower.output
-    assert "step 1/48" in follower.output
+    assert f"step 1/{STEPS}" in follower.output
     assert "stopped; the same command continues from" in follower.output
     assert "Traceback" not in follower.output
 
@@ -316,15 +318,15 @@ def test_a_stopped_run_is_continued_by_the_same_command_and_a_finished_one_left_
     assert continued.startswith("first-a1 stopped")
     resumed = re.search(r"resuming from step (\d+)", continued)
     assert resumed
-    assert int(committed[-1].removeprefix("step_")) <= int(resumed[1]) < 48
-    assert "step 48/48" in continued
+    assert int(committed[-1].removeprefix("step_")) <= int(resumed[1]) < STEPS
+    assert f"step {STEPS}/{STEPS}" in continued
     assert continued.rstrip().splitlines()[-1].startswith("first-a2 succeeded")
-    assert json.loads(Path(run, "result.json").read_text())["steps"] == 48
+    assert json.loads(Path(run, "result.json").read_text())["steps"] == STEPS
 
     submit(*command)
     assert "first is done: first-a2 succeeded" in capsys.readouterr().out
     with pytest.raises(DinorayError, match=r"first had 2 attempts, first-a2 succeeded.*--max-attempts 3"):
-        submit("--max-attempts=2", *command, "train.epochs=17")
+        submit("--max-attempts=2", *command, f"train.epochs={STEPS}")
     submit("--stop", *command)
     assert "first is not running: first-a2 succeeded" in capsys.readouterr().out
     submit("--status", "--run", "first")
