@@ -27,10 +27,8 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
         print(end="", flush=True)
     except KeyboardInterrupt as stop:
-        place = str(stop)
-        sys.exit(
-            f"stopped; {f'the same command continues from {place}' if place else 'run it again to go on'}"
-        )
+        goes_on = f"the same command continues from {stop}" if str(stop) else "run it again to go on"
+        sys.exit(f"stopped; {goes_on}")
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_cut_off():
             sys.exit(1)

@@ -112,13 +112,13 @@ def measure(config: PlanConfig, say: Say) -> Measured:
     known = {name: getattr(plan, name) for name in PlanSettings.model_fields if name in Figures._fields}
     known["num_images"] = plan.num_images
     sources = {name: "given" for name, value in known.items() if value is not None}
-    if all(known[name] is not None for name in _OF_IMAGES) and known["images_per_request"] is None:
+    missing = [f"plan.{name}" for name in _OF_IMAGES if known[name] is None]
+    if not missing and known["images_per_request"] is None:
         known["images_per_request"], sources["images_per_request"] = 1.0, "as for objects"
     joined = not is_local() and (known["images_per_second_per_cpu"] is None or trained_on is None)
     if joined:
         join_ray(1, verbose=False)
     try:
-        missing = [f"plan.{name}" for name in _OF_IMAGES if known[name] is None]
         if missing:
             try:
                 _look_at_images(config, known, sources, say)

@@ -130,7 +130,8 @@ class PoolSize:
                 self._grown_from = None  # it brought what it should
         else:
             self._in_vain, self._grown_from = 0, None
-            self._at_most = 0 if self._at_most < _LOOKS else _LOOKS  # told once
+            if self._at_most < _LOOKS:  # beyond, it was told, which is once
+                self._at_most = 0
             self._fed += reading
             if self._fed.seconds >= self.cool_down_seconds:
                 self._shrink(now)

@@ -169,9 +169,8 @@ def run_tune(
         "TUNE_GLOBAL_CHECKPOINT_S": "inf",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
-    logging.getLogger("ray.tune.execution.experiment_state").setLevel(
-        logging.CRITICAL
-    )  # nobody reads that state
+    # Nobody reads that state, so nobody needs to hear that it was not saved.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     storage, path = filesystem(study.uri)
     tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([{_ON_HEAD: 0.001}])),
