@@ -5,7 +5,6 @@ begun, then with new ones, then with the best again under other seeds.
 """
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -257,7 +256,6 @@ class StudyRun:
             starts,
             runner.member,
             study=self._directory,
-            every_steps=math.ceil(self._schedule.total_steps / self._config.tune.evaluations),
             max_failures=self._config.tune.max_failures,
             seed=self._config.tune.seed,
             on_end=ended,

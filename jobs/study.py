@@ -91,6 +91,11 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
                 f"tune.scheduler=pb2 moves settings while trials train, which {', '.join(fixed)} cannot; "
                 "leave them out of tune.space, or take tune.scheduler=asha"
             )
+        if config.tune.evaluations < 3:
+            mistakes.append(
+                f"tune.evaluations={config.tune.evaluations}: tune.scheduler=pb2 needs at least 3: from the second on, "
+                "and before the last, the worst members take over from the best"
+            )
     if config.tune.scheduler == "asha" and "train.global_batch_size" in space:
         mistakes.append(
             "tune.space: train.global_batch_size: trials of another number of steps cannot be compared on the way; "

@@ -49,13 +49,13 @@ def describe_search(directory: Directory, study: Mapping[str, Any]) -> str:
     elif study["scheduler"] == "asha":
         stops += f": warm-ups and tune.grace last {grace} of {total} steps"
     elif study["scheduler"] == "pb2":
-        stops = (
-            f"PB2: {study['trials']} members, the worst quarter takes over from the best at each evaluation"
-        )
+        stops = f"PB2: {study['trials']} members, from the second evaluation on the worst quarter goes on from the best"
     confirmed = f", then the best {study['confirm_top']} with {study['confirm_seeds']} seeds"
+    if not study["confirm_top"] or study["scheduler"] == "pb2":  # a course of settings, which no seed repeats
+        confirmed = ""
     return (
         f"study {directory.uri}: {study['trials']} trials of {total} steps by {study['searcher']}"
-        f"{confirmed if study['confirm_top'] else ''}\n"
+        f"{confirmed}\n"
         f"space: {searched}\n"
         f"objective: {study['objective']}: {study['reason']}\n"
         f"{stops}; a collapse ends a trial"

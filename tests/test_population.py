@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jobs_processes import run_job
 from test_tune import arguments, images  # noqa: F401  # images is a fixture
 
 from models.settings import ResourceError
 from pipeline.storage import Directory
-from pipeline.study.population import check_population
+from pipeline.study.population import Rounds, check_population
 from pipeline.study.trials import read_trials
 
 
@@ -17,20 +19,24 @@ from pipeline.study.trials import read_trials
 @pytest.mark.slow
 def test_weak_members_go_on_from_strong_ones_with_other_settings(images: Path, tmp_path: Path) -> None:  # noqa: F811
     members = 3
-    shared = arguments(images, tmp_path, "population", "train.epochs=8", "tune.evaluations=4")
+    # Members begin at different times: the first still has evaluations before it when the last has told its second.
+    shared = arguments(images, tmp_path, "population", "train.epochs=64", "tune.evaluations=24")
     output = run_job(
         "jobs.tune",
         *(a for a in shared if not a.startswith(("tune.space", "tune.first"))),
         "tune.space={loss.teacher_temp: {uniform: [0.03, 0.06]}, optim.base_lr: {log: [1e-4, 1e-2]}}",
         "tune.scheduler=pb2",
         f"tune.trials={members}",
+        "tune.objective=rankme",  # no two of them are equal
         timeout_seconds=550,
     )
     study = Directory(str(tmp_path / "population"))
     tried = {t.trial.number: t for t in read_trials(study)}
     taken = [t for t in tried.values() if t.trial.continues is not None]
-    assert taken, output  # 24 steps in four parts: somebody was the worst
+    assert taken, output  # somebody was the worst
     assert all(t.outcome for t in tried.values())
+    settings = [tuple(t.trial.params.values()) for t in tried.values()]
+    assert len(set(settings)) == len(settings), output
     for t in taken:
         donor = tried[t.trial.continues or 0]
         before = tried[t.trial.number - members]
@@ -47,3 +53,68 @@ def test_weak_members_go_on_from_strong_ones_with_other_settings(images: Path, t
 def test_a_population_that_does_not_fit_at_once_is_refused_with_numbers() -> None:
     with pytest.raises(ResourceError, match=r"all tune\.trials=8 at once, and 3 fit; set tune\.trials=3"):
         check_population(8, 3)
+
+
+def donors(
+    rounds: Rounds, scores: dict[int, dict[int, float]], order: list[tuple[int, int]]
+) -> dict[int, int]:
+    """Who took over from whom, all scores told in this order of (member, step)."""
+    found = {member: rounds.told(member, step, scores[member][step], list(scores)) for member, step in order}
+    return {member: donor for member, donor in found.items() if donor is not None}
+
+
+def test_the_first_round_judges_nobody_and_the_second_the_worst_by_scores_of_the_same_step() -> None:
+    scores = {0: {6: 0.1, 12: 0.2}, 1: {6: 0.5, 12: 0.6}, 2: {6: 0.9, 12: 0.7}}
+    rounds = Rounds()
+    assert donors(rounds, scores, [(1, 6), (2, 6), (0, 6)]) == {}
+    assert donors(rounds, scores, [(1, 12), (2, 12), (0, 12)]) == {0: 2}
+
+
+def test_a_weak_member_that_came_first_takes_over_when_it_tells_its_next_score() -> None:
+    scores = {0: {6: 0.1, 12: 0.2, 18: 0.9}, 1: {6: 0.5, 12: 0.6, 18: 0.7}}
+    rounds = Rounds()
+    assert donors(rounds, scores, [(0, 6), (0, 12), (1, 6), (1, 12)]) == {}
+    assert donors(rounds, scores, [(0, 18)]) == {0: 1}
+    rounds.took_over(0, 1)
+    # It is where the other one is: there is nothing to choose between them before both have told more.
+    assert donors(rounds, scores, [(1, 18)]) == {}
+
+
+def test_a_round_is_judged_once_so_that_nobody_is_weak_for_want_of_the_weakest() -> None:
+    scores = {0: {6: 0.1, 12: 0.2}, 1: {6: 0.5, 12: 0.6, 18: 0.6}, 2: {6: 0.9, 12: 0.8, 18: 0.9}}
+    rounds = Rounds()
+    assert donors(rounds, scores, [(1, 6), (2, 6), (0, 6), (1, 12), (2, 12), (0, 12)]) == {0: 2}
+    rounds.took_over(0, 2)
+    assert donors(rounds, scores, [(1, 18), (2, 18)]) == {}
+
+
+def test_a_score_that_rises_with_time_makes_nobody_weak_who_is_behind() -> None:
+    scores = {0: {6: 0.3, 12: 0.5}, 1: {6: 0.2, 12: 0.4, 18: 0.6, 24: 0.8}}
+    order = [(1, 6), (1, 12), (1, 18), (0, 6), (0, 12), (1, 24)]
+    assert donors(Rounds(), scores, order) == {1: 0}
+
+
+def test_nobody_takes_over_from_a_member_that_has_ended_or_is_no_better() -> None:
+    rounds = Rounds()
+    scores = {0: {6: 0.1, 12: 0.2}, 1: {6: 0.5, 12: 0.6}}
+    assert donors(rounds, scores, [(0, 6), (0, 12), (1, 6), (1, 12)]) == {}
+    assert rounds.told(0, 18, 0.1, [0]) is None
+    even = {0: {6: 0.5, 12: 0.5}, 1: {6: 0.5, 12: 0.5}}
+    assert donors(Rounds(), even, [(0, 6), (1, 6), (0, 12), (1, 12)]) == {}
+
+
+@given(st.lists(st.integers(0, 20), min_size=2, max_size=12))
+def test_the_worst_quarter_takes_over_and_only_from_the_best_quarter(told: list[int]) -> None:
+    living, rounds = range(len(told)), Rounds()
+    for member in living:
+        rounds.told(member, 1, told[member], living)
+    found = {member: rounds.told(member, 2, told[member], living) for member in living}
+    # Judged when the last one has told; the others hear of it at their next score.
+    found |= {member: rounds.told(member, 3, told[member], living) for member in living[:-1]}
+    taken = {member: donor for member, donor in found.items() if donor is not None}
+    quarter = sorted(told)[: max(1, -(-len(told) // 4))]
+    assert len(taken) <= len(quarter)
+    assert all(told[member] <= quarter[-1] and told[member] < told[donor] for member, donor in taken.items())
+    assert len(set(taken.values())) == len(taken)
+    if len(set(told)) == len(told):
+        assert sorted(told[member] for member in taken) == quarter

@@ -86,6 +86,10 @@ def trial(config: StudyConfig, **params: object) -> object:
             ["tune.scheduler=pb2 moves settings", "head.out_dim"],
         ),
         (
+            ["tune.scheduler=pb2", "tune.evaluations=2"],
+            ["tune.evaluations=2: tune.scheduler=pb2 needs at least 3"],
+        ),
+        (
             ["loss.centering=sinkhorn_knopp", "tune.space={loss.center_momentum: {uniform: [0.5, 0.99]}}"],
             ["has no effect"],
         ),

@@ -8,8 +8,9 @@ by itself where there is a dashboard.
 
 import importlib.util
 import json
+import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,13 +65,12 @@ def run_population(
     member: Member,
     *,
     study: Directory,
-    every_steps: int,
     max_failures: int,
     seed: int,
     on_end: Callable[[int, str | None], None],
     tell: Callable[[str], None],
 ) -> None:
-    """Train a member from each point of `starts`; every `every_steps` the worst quarter takes over from the best.
+    """Train a member from each point of `starts`; at each evaluation the worst quarter takes over from the best.
 
     ResourceError where scikit-learn or the dashboard, which PB2 needs, is missing.
     """
@@ -80,7 +80,7 @@ def run_population(
         _Trainable(member, keys, placements),
         _MemberListener(on_end, placements, tell),
         tune.TuneConfig(
-            scheduler=_Population(keys, every_steps),
+            scheduler=_Population(keys),
             trial_name_creator=_name_of,
             trial_dirname_creator=_name_of,
         ),
@@ -141,28 +141,73 @@ class _Trainable:
             tell_error(error)
 
 
-class _Population(Unsaved, PB2):
-    """PB2 on the unit cube. No member waits for another: all of them fit at once."""
+class Rounds:
+    """Who takes over from whom: the worst quarter of the members from the best, by scores of the same step.
 
-    def __init__(self, keys: Sequence[str], every_steps: int) -> None:
+    A round is a step at which every living member has told its score; members come to it at different times, and
+    none waits. A weak one takes over when it tells its next score. The first round judges nobody: PB2 learns from
+    changes of the score, and would give the settings of the best to two members.
+    """
+
+    def __init__(self) -> None:
+        self._scores: dict[int, dict[int, float]] = {}
+        self._judged = 0
+        self._donors: dict[int, int] = {}
+
+    def told(self, member: int, step: int, score: float, living: Collection[int]) -> int | None:
+        """Whom the member takes over from, now that it has told the score of this step (more is better)."""
+        self._scores.setdefault(member, {})[step] = score
+        steps = set.intersection(*(set(self._scores.get(one, ())) for one in living))
+        if len(steps) > 1 and max(steps) > self._judged:
+            self._judged = max(steps)
+            self._donors = self._judge({one: self._scores[one][self._judged] for one in living})
+        donor = self._donors.pop(member, None)
+        return donor if donor in living else None
+
+    def took_over(self, member: int, donor: int) -> None:
+        """The member goes on from where the donor is: what is told of the one is true of the other."""
+        self._scores[member] = dict(self._scores[donor])
+
+    def _judge(self, scores: Mapping[int, float]) -> dict[int, int]:
+        order = sorted(scores, key=lambda one: scores[one])
+        pairs = zip(order, order[::-1], strict=True)  # the worst from the best, the next from the next
+        return {
+            weak: donor
+            for weak, donor in list(pairs)[: min(math.ceil(len(order) / 4), len(order) // 2)]
+            if scores[weak] < scores[donor]
+        }
+
+
+class _Population(Unsaved, PB2):
+    """PB2 on the unit cube: it chooses the settings, Rounds the members. All of them fit at once: none is paused."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
         super().__init__(
             time_attr="step",
             metric="score",
             mode="max",
-            perturbation_interval=every_steps,
             hyperparam_bounds={key: [0.0, 1.0] for key in keys},
             log_config=False,
-            require_attrs=False,
         )
-        self._keys = list(keys)
+        self._keys, self._rounds = list(keys), Rounds()
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         trial.config |= {key: trial.config["member"][key] for key in self._keys}
         super().on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        action = super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE if action == TrialScheduler.PAUSE else action
+        if "score" not in result:  # an error is told
+            return TrialScheduler.CONTINUE
+        self._save_trial_state(self._trial_state[trial], result["step"], result, trial)
+        living = {slot_of(str(one)): one for one in tune_controller.get_trials() if not one.is_finished()}
+        member = slot_of(str(trial))
+        donor = self._rounds.told(member, result["step"], result["score"], living)
+        if donor is None:
+            return TrialScheduler.CONTINUE
+        self._trial_state[living[donor]].last_checkpoint = living[donor].checkpoint
+        self._exploit(tune_controller, trial, living[donor])
+        self._rounds.took_over(member, donor)
+        return TrialScheduler.NOOP  # it is to begin anew
 
 
 class _MemberListener(Listener):
