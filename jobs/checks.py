@@ -80,7 +80,13 @@ def check_packages() -> list[Finding]:
 def machine_facts(folders: Iterable[str] = ()) -> dict[str, object]:
     """Open files allowed, and (free, total) bytes of the disks of the temporary folder and of `folders`."""
     disks, seen = {}, set()
-    for folder in (tempfile.gettempdir(), *folders):
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ResourceError(
+            f"{one_line(error)}; set TMPDIR to a folder on a disk that can be written"
+        ) from error
+    for folder in (temporary, *folders):
         device, usage = os.stat(folder).st_dev, shutil.disk_usage(folder)
         if device not in seen:
             disks[folder] = (usage.free, usage.total)
@@ -161,8 +167,10 @@ def check_storage(storage_path: str) -> Finding:
     """Write, read and delete a marker under `storage_path`, by both ways that a run writes: ours and Ray's."""
     folder = Directory(storage_path)
     if not is_s3(storage_path):  # nothing shall be left behind, no folder either
-        existing = next(path for path in (Path(folder.uri), *Path(folder.uri).parents) if path.is_dir())
-        folder = Directory(str(existing))
+        existing = next(
+            path for path in (folder.uri, *map(str, Path(folder.uri).parents)) if os.path.lexists(path)
+        )
+        folder = Directory(existing)
     name, text = f".dinoray-doctor-{uuid.uuid4().hex}", b"python -m jobs.doctor"
     began = time.perf_counter()
     try:

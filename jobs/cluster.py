@@ -5,11 +5,14 @@ What can go wrong on the way is one line (ResourceError). Knows nothing of what 
 
 import asyncio
 import contextlib
+import http.client
 import logging
 import os
 import re
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -22,6 +25,8 @@ from ray.job_submission import JobSubmissionClient
 from models.settings import ConfigError, ResourceError, one_line
 
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
+_ANSWER_SECONDS = 10.0
+"""How long a job server may take for its first answer."""
 _PATIENCE_SECONDS = 60.0
 """How long a lost connection is tried again before following a job is given up."""
 
@@ -55,8 +60,7 @@ class Attempt(NamedTuple):
 def dashboard_address(given: str | None) -> str:
     """The job server's address: the one given, else that of the environment; ConfigError for none or another kind."""
     address = given or os.environ.get(_VARIABLE) or os.environ.get("RAY_ADDRESS") or ""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not _is_http(address):
         what = f"address={address!r} is not that of a job server" if address else "no cluster is named"
         raise ConfigError(
             f"{what}: pass --address http://127.0.0.1:8265 (`ray dashboard cluster.yaml` leads it to the "
@@ -65,13 +69,23 @@ def dashboard_address(given: str | None) -> str:
     return address.rstrip("/")
 
 
+def _is_http(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port, or half an IPv6 address
+        return False
+
+
 def connect(address: str) -> JobSubmissionClient:
     """A client of the job server at `address`. ResourceError when it cannot be used."""
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     with _explained(address):
         # Ray's client would wait for minutes where nothing answers.
-        socket.create_connection((parts.hostname or "", port), timeout=10).close()
+        socket.create_connection((parts.hostname or "", port), timeout=_ANSWER_SECONDS).close()
+        with contextlib.suppress(urllib.error.HTTPError):  # an answer too; what it means, Ray's client says
+            urllib.request.urlopen(f"{address}/api/version", timeout=_ANSWER_SECONDS).close()
         os.environ[_VARIABLE] = address  # which Ray's client prefers to what it is given
         client = JobSubmissionClient(address)
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
@@ -174,17 +188,26 @@ def _wait(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
     return attempt
 
 
+def wants_token(address: str, error: AuthenticationError) -> ResourceError:
+    """What to do where Ray was asked without a token, or with a wrong one."""
+    return ResourceError(
+        f"{address} asks for a token ({one_line(error, limit=80)}); set RAY_AUTH_MODE=token and put the "
+        "cluster's token into ~/.ray/auth_token (on the head: ray get-auth-token)"
+    )
+
+
 @contextlib.contextmanager
 def _explained(address: str) -> Iterator[None]:
     """What the job server or the way to it says becomes one line."""
     try:
         yield
     except AuthenticationError as error:
-        raise ResourceError(
-            f"{address} asks for a token ({one_line(error, limit=80)}); set RAY_AUTH_MODE=token and put the "
-            "cluster's token into ~/.ray/auth_token (on the head: ray get-auth-token)"
-        ) from error
-    except (KeyError, ValueError) as error:  # what it sent is no JSON, or not Ray's
+        raise wants_token(address, error) from error
+    except (
+        KeyError,
+        ValueError,
+        http.client.HTTPException,
+    ) as error:  # what it sent is no JSON, or not Ray's
         raise ResourceError(f"{address} is no Ray dashboard; check the port") from error
     except OSError as error:  # those of requests are, too
         raise ResourceError(

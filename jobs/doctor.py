@@ -4,6 +4,7 @@ One line for each thing that was looked at: ok, warn or FAIL, and what to do. Wi
 machine; with that of a dashboard (http://...) it sends itself to the cluster as a job and looks around there.
 """
 
+import http.client
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError, RayError
 
 from jobs.arguments import CommandLine
 from jobs.checks import (
@@ -32,7 +34,7 @@ from jobs.checks import (
     failed,
     machine_facts,
 )
-from jobs.cluster import attempts_at, connect, finish, submit
+from jobs.cluster import attempts_at, connect, dashboard_address, finish, submit, wants_token
 from jobs.config import Config, load_config
 from jobs.entry import run_main
 from jobs.node_checks import (
@@ -78,11 +80,11 @@ def main(argv: Sequence[str]) -> None:
 
 def _findings(address: str | None, config: Config, arguments: Namespace) -> Iterator[Finding]:
     yield from check_packages()
-    facts: Any = machine_facts()
-    yield check_open_files(facts["open_files"], "here")
-    for folder, room in facts["disks"].items():
-        yield check_disk(folder, room, "here")
     try:
+        facts: Any = machine_facts()
+        yield check_open_files(facts["open_files"], "here")
+        for folder, room in facts["disks"].items():
+            yield check_disk(folder, room, "here")
         if address and address.startswith(("http://", "https://")):
             yield from _ask(address, arguments)
             return
@@ -118,7 +120,9 @@ def _start_or_join(address: str | None) -> str:
         if port.isdigit():  # Ray would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         return str(ray.init(address=address, **options).dashboard_url or "")
-    except (OSError, RuntimeError, ValueError) as error:
+    except AuthenticationError as error:
+        raise wants_token(address or "the local Ray", error) from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         what = f"there is no Ray at {address}" if address else "a local Ray does not start"
         raise ResourceError(
             f"{what}: {one_line(error)}; check the address, and that the head is up"
@@ -139,20 +143,20 @@ def _look_around(config: Config, dashboard: str, *, is_local: bool) -> Iterator[
     yield from look_at_nodes(nodes, config, is_local=is_local)
 
 
-def _is_open(dashboard: str) -> bool:
-    """Whether the dashboard answers who has no token."""
+def _is_open(dashboard: str) -> bool | None:
+    """Whether the dashboard answers who has no token; None where it is not reached."""
     try:
         with urllib.request.urlopen(f"http://{dashboard}/api/version", timeout=10):
             return True
     except urllib.error.HTTPError as error:
         return error.code not in (401, 403)
-    except OSError:
-        return False
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 def _ask(address: str, arguments: Namespace) -> Iterator[Finding]:
     """Send this job to the cluster, and pass on what it finds there."""
-    client = connect(address)
+    client = connect(dashboard_address(address))
     yield Finding("ok", "job server", f"{address} answers, Ray {ray.__version__} on both sides")
     if not Path("jobs/doctor.py").exists():
         raise ConfigError("the nodes are looked at by code from here: run it in the checkout")

@@ -10,8 +10,9 @@ from math import ceil
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
-from models.settings import ResourceError
+from models.settings import ResourceError, one_line
 from pipeline.board import known_error
 from pipeline.resources import ResourcesConfig
 
@@ -102,6 +103,20 @@ def join_ray(local_cpus: int, *, verbose: bool, dashboard: bool = False) -> bool
         options |= {"include_dashboard": dashboard}
     try:
         ray.init(**options)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        where = (
+            "a local Ray does not start"
+            if local
+            else f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined"
+        )
+        raise ResourceError(
+            f"{where}: {one_line(error)}; "
+            + (
+                "look at its logs in /tmp/ray"
+                if local
+                else "unset it to start a local Ray, or go through jobs.submit"
+            )
+        ) from error
     except SystemExit as stop:
         if stop.code != signal.SIGTERM:  # Ray's own way out upon it, until ours is back
             raise

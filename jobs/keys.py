@@ -33,6 +33,28 @@ _RULES = {
 """What pydantic's words for these errors leave unclear to somebody who writes YAML."""
 
 
+_SECRET_WORDS = (
+    "SECRET",
+    "TOKEN",
+    "PASSWORD",
+    "PASSWD",
+    "PASS",
+    "PWD",
+    "PASSPHRASE",
+    "KEY",
+    "CREDENTIAL",
+    "CREDENTIALS",
+)
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable or setting of this name may hold what nobody else should see."""
+    leaf = name.rpartition(".")[2].upper()
+    return leaf.startswith(("AWS_SECRET", "AWS_ACCESS", "AWS_SESSION")) or any(
+        word.endswith(_SECRET_WORDS) for word in leaf.split("_")
+    )
+
+
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every key that can be set, in the order of declaration: `section.key`, or `key` outside of a section."""
     leaves: dict[str, FieldInfo] = {}
@@ -64,7 +86,8 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
             unknown = found["input"] if isinstance(found["input"], Mapping) else {}
             for name, value in flatten(unknown, f"{key}.") if unknown else [(key, found["input"])]:
                 near = did_you_mean(name, fields) or "; --print-config shows all keys"
-                rules[f"{name}={value!r}"] = [f"unknown key{near}"]
+                shown = "..." if looks_secret(name) else repr(value)
+                rules[f"{name}={shown}"] = [f"unknown key{near}"]
         elif found["type"] == "missing":
             rules[key] = [f"must be set, e.g. {key}={_EXAMPLES.get(key, '...')}"]
         elif found["type"] == "value_error":

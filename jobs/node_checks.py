@@ -103,9 +103,14 @@ def check_object_store(nodes: Sequence[Node], config: Config) -> Finding:
     return Finding("ok", "object store", text)
 
 
-def check_dashboard(url: str, *, is_open: bool) -> Finding:
-    """The dashboard runs any code that it is sent: only the machine itself, or who has a token, may reach it."""
+def check_dashboard(url: str, *, is_open: bool | None) -> Finding:
+    """The dashboard runs any code that it is sent: only the machine itself, or who has a token, may reach it.
+
+    `is_open`: whether it answers who has none; None where it is not reached.
+    """
     host = url.rpartition(":")[0]
+    if is_open is None:
+        return Finding("ok", "dashboard", f"{url} is not reached from here; who else reaches it was not seen")
     if not is_open:
         return Finding("ok", "dashboard", f"{url} asks for a token")
     if host in ("127.0.0.1", "localhost", "[::1]"):

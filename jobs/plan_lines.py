@@ -1,5 +1,6 @@
 """What a person reads of a plan: the figures, the nodes, time and dollars, other numbers of GPUs, the command."""
 
+import contextlib
 import json
 import shlex
 from argparse import Namespace
@@ -10,10 +11,12 @@ from typing import Any
 from jobs.config import read_file
 from jobs.keys import flatten
 from jobs.planning import Measured, PlanConfig
+from models.settings import ConfigError
 from pipeline.cost import CostConfig
 from pipeline.forecast import HEADROOM, Forecast, forecast, with_workers
 from pipeline.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried
 from pipeline.prices import PRICED
+from pipeline.storage import is_s3
 
 Row = tuple[str, str]
 
@@ -187,12 +190,12 @@ def _cost(found: Forecast) -> str:
 
 def other_sizes(config: PlanConfig, run: Run, measured: Measured) -> list[Forecast]:
     """Forecasts for other numbers of GPUs that divide the batch, at the same rate of a GPU."""
-    sizes = {1, 2, 4, 8, run.train_workers, 2 * run.train_workers}
-    return [
-        forecast(with_workers(run, size), measured.figures, config.plan)
-        for size in sorted(sizes)
-        if run.global_batch_size % (size * config.train.accumulate_steps) == 0
-    ]
+    found = []
+    for size in sorted({1, 2, 4, 8, run.train_workers, 2 * run.train_workers}):
+        if run.global_batch_size % (size * config.train.accumulate_steps) == 0:
+            with contextlib.suppress(ConfigError):  # a node has not the CPUs for so many
+                found.append(forecast(with_workers(run, size), measured.figures, config.plan))
+    return found
 
 
 def size_table(forecasts: Sequence[Forecast]) -> list[str]:
@@ -233,13 +236,15 @@ def settings_of(config: PlanConfig, found: Forecast) -> dict[str, Any]:
 def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) -> str:
     """The command that starts the planned run: what was said here, but for the plan's own settings, and `settings`."""
     kept = [word for word in arguments.overrides if word.partition("=")[0] not in settings]
-    kept = [word for word in kept if not word.startswith("plan.")]
+    kept = [word for word in kept if word.partition("=")[0].partition(".")[0] != "plan"]
     words = ["python", "-m", "jobs.pretrain", "--recipe", config.recipe]
     words += _from_file(arguments.config) if arguments.config else []
     words += [*kept, *(f"{key}={value}" for key, value in settings.items())]
     named = {word.partition("=")[0] for word in kept}
     if settings:
-        asked = {"data.path": config.data.path, "storage_path": "s3://BUCKET/runs"}
+        shared = is_s3(config.storage_path) or Path(config.storage_path).is_absolute()
+        asked = {"data.path": config.data.path}
+        asked |= {"storage_path": config.storage_path if shared else "s3://BUCKET/runs"}
         words += [f"{key}={value}" for key, value in asked.items() if key not in named]
         words = ["python", "-m", "jobs.submit", "--", *words]
     return shlex.join(words)

@@ -6,7 +6,7 @@ Shared by the job that pretrains and by the trials of a study, which read the sa
 import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from jobs.config import Config
 from jobs.keys import flatten
 from models.backbone import build_backbone
 from models.interop import Weights
+from models.settings import DinorayError
 from pipeline.automatic import adapt, resolve
 from pipeline.board import Board, Event, fatal_error
 from pipeline.checkpoint import committed_checkpoints
@@ -26,6 +27,7 @@ from pipeline.features import labelled_sources
 from pipeline.layout import batch_size_per_worker, check_parts
 from pipeline.manifest import load_or_build
 from pipeline.order import Order
+from pipeline.report import write_report
 from pipeline.shared_stream import SharedStream
 from pipeline.source import Source
 from pipeline.start import read_weights, start_from
@@ -138,6 +140,17 @@ def stream_plan(
     )
 
 
+@contextlib.contextmanager
+def _reported(run: Directory) -> Iterator[None]:
+    """A run that is stopped or that an error ends has its page as well: how far it came, what it could not use."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(DinorayError):
+            write_report(run)
+        raise
+
+
 def run_training(
     config: Config,
     algorithm: DINOConfig,
@@ -223,15 +236,16 @@ def run_training(
         if outcome and outcome[0] is not None:
             raise outcome[0]
 
-    try:
-        follow()
-    except KeyboardInterrupt:
-        if not trains:
-            raise
-        board.stop()
-        on_event(Event("note", {"text": "stopping with a checkpoint; once more ends it without"}), board)
-        follow()
-        raise KeyboardInterrupt(
-            "the last checkpoint" if stopped_at is None else f"step {stopped_at}"
-        ) from None
+    with _reported(run):
+        try:
+            follow()
+        except KeyboardInterrupt:
+            if not trains:
+                raise
+            board.stop()
+            on_event(Event("note", {"text": "stopping with a checkpoint; once more ends it without"}), board)
+            follow()
+            raise KeyboardInterrupt(
+                "the last checkpoint" if stopped_at is None else f"step {stopped_at}"
+            ) from None
     return stopped_at

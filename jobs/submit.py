@@ -20,14 +20,16 @@ from jobs.arguments import CommandLine, PretrainArguments, positive, pretrain_co
 from jobs.cluster import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
 from jobs.config import Config, differences, load_run_config
 from jobs.entry import run_main
-from jobs.keys import did_you_mean
+from jobs.keys import did_you_mean, leaf_fields, looks_secret
 from jobs.result import RESULT
 from jobs.study import StudyArguments, study_config
 from jobs.upload import describe, pack, read_runtime_env
-from models.settings import ConfigError, DinorayError
+from models.settings import ConfigError, DinorayError, without_keys
 from pipeline.storage import Directory, is_s3
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
+_STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"
+"""How long a job that is stopped has for its last checkpoint; Ray's own 3 seconds are too few."""
 
 
 class _Job(NamedTuple):
@@ -108,6 +110,7 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
     jobs = {f"jobs.{file.stem}" for file in folder.glob("*.py") if "run_main(main)" in file.read_text()}
     if words[0] not in jobs:
         raise ConfigError(f"{words[0]} is no job in {folder}{did_you_mean(words[0], jobs)}")
+    _refuse_secrets(words[1:])
     if words[0] in ("jobs.pretrain", "jobs.tune"):
         config = _config(words)
         if options.run not in (None, config.name):
@@ -118,6 +121,19 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
     names = [word.removeprefix("name=") for word in words if word.startswith("name=")]
     digest = hashlib.blake2b(shlex.join(words).encode(), digest_size=4).hexdigest()
     return _Job(options.run or (names or [f"{words[0].removeprefix('jobs.')}-{digest}"])[-1], words, None)
+
+
+def _refuse_secrets(words: Sequence[str]) -> None:
+    """ConfigError for words that look as if they held one: the job server shows a job's command to whoever asks."""
+    settings = leaf_fields(Config)
+    for word in words:
+        key, _, _ = word.lstrip("-").partition("=")
+        name = key.replace("-", "_")
+        if without_keys(word) != word or ("=" in word and looks_secret(name) and name not in settings):
+            raise ConfigError(
+                f"{without_keys(key)}: looks like a secret, and the cluster shows a job's command to whoever asks; "
+                "give the nodes a role, or set it in their own environment"
+            )
 
 
 def _config(words: list[str]) -> Config:
@@ -188,7 +204,11 @@ def _submit(
             metadata={"git_commit": commit} if commit else {},
             runtime_env={
                 **{key: value for key, value in environment.items() if key != "excludes"},
-                "env_vars": {**(environment.get("env_vars") or {}), **({COMMIT: commit} if commit else {})},
+                "env_vars": {
+                    _STOP_SECONDS: "60",
+                    **(environment.get("env_vars") or {}),
+                    **({COMMIT: commit} if commit else {}),
+                },
                 "working_dir": str(archive.file),
             },
         )

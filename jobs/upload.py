@@ -15,8 +15,8 @@ from pathspec import GitIgnoreSpec
 from ray.runtime_env import RuntimeEnv
 
 from jobs.config import read_file
-from jobs.keys import did_you_mean
-from models.settings import ConfigError, one_line
+from jobs.keys import did_you_mean, flatten, looks_secret
+from models.settings import ConfigError, one_line, without_keys
 
 MAX_BYTES = 50_000_000
 """Largest archive that is sent; Ray's job server refuses 100 MiB with an HTTP status alone."""
@@ -24,10 +24,26 @@ MAX_BYTES = 50_000_000
 _NEVER = (
     *("/data", "/runs", "/build", "/dist", ".git", ".venv", "venv", "*.egg-info", "node_modules"),
     *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"),
-    *(".env", ".env.*", ".envrc", ".netrc", ".pypirc", ".aws", ".ssh", "*.pem", "id_rsa*", "id_ed25519*"),
+    *(
+        "*.env",
+        ".env.*",
+        ".envrc",
+        ".netrc",
+        ".pypirc",
+        ".npmrc",
+        ".pgpass",
+        ".git-credentials",
+        ".aws",
+        ".ssh",
+    ),
+    *("*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "auth_token", "*credentials", "*credentials.json"),
+    *("secrets.yaml", "secrets.yml", "secrets.json", "secrets.toml"),
+)
+_SHOWN = (
+    "and the job server shows it to whoever asks; give the nodes a role (or set it in their own environment) "
+    "and remove it here"
 )
 _IGNORE_FILES = (".gitignore", ".rayignore")
-_SECRET_WORDS = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "KEY", "CREDENTIALS")
 
 
 class Archive(NamedTuple):
@@ -54,11 +70,13 @@ def read_runtime_env(file: Path) -> dict[str, Any]:
         mistakes.append(f"{file}: working_dir is given on the command line: --working-dir FOLDER")
     variables = tree.get("env_vars")
     for name in variables if isinstance(variables, Mapping) else ():
-        if _is_secret(str(name)):
-            mistakes.append(
-                f"{file}: env_vars.{name} looks like a secret, and the job server shows it to whoever asks; "
-                "give the nodes a role (or set it in their own environment) and remove it here"
-            )
+        if looks_secret(str(name)):
+            mistakes.append(f"{file}: env_vars.{name} looks like a secret, {_SHOWN}")
+    mistakes += [
+        f"{file}: {key} holds an address with a name or key before its @, {_SHOWN}"
+        for key, value in flatten(tree)
+        if without_keys(str(value)) != str(value)
+    ]
     if not mistakes:
         try:
             RuntimeEnv(**tree)
@@ -125,14 +143,6 @@ def describe(archive: Archive) -> str:
 
 def _matches(name: str, specs: Sequence[tuple[str, GitIgnoreSpec]]) -> bool:
     return any(name.startswith(prefix) and spec.match_file(name[len(prefix) :]) for prefix, spec in specs)
-
-
-def _is_secret(name: str) -> bool:
-    name = name.upper()
-    words = name.split("_")
-    return name.startswith(("AWS_SECRET", "AWS_ACCESS", "AWS_SESSION")) or any(
-        word.endswith(_SECRET_WORDS) for word in words
-    )
 
 
 def _refuse(error: OSError) -> None:

@@ -11,9 +11,10 @@ Errors and the exit code that a job ends with:
       ResourceError       4   the machine or cluster lacks what the config asks for
 """
 
-from typing import Literal, TypeAlias, TypeVar
+import re
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 Auto: TypeAlias = Literal["auto"]
 """Stands for a number that follows from the number of images; pipeline/automatic.py puts it in."""
@@ -56,6 +57,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _holds_no_keys(cls, value: Any) -> Any:
+        if isinstance(value, str) and without_keys(value) != value:
+            raise ValueError(
+                f"{without_keys(value)} was given with a name or key before an @, which would be stored and shown; "
+                "those belong in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) or in a role"
+            )
+        return value
+
 
 def number(value: Number | Auto) -> Number:
     """`value`, which must no longer be `auto`."""
@@ -66,4 +77,9 @@ def number(value: Number | Auto) -> Number:
 
 def one_line(error: BaseException | None, *, limit: int = 200) -> str:
     """What another library's error says, on one line of at most `limit` characters; its type where it says nothing."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    return without_keys(" ".join(str(error).split()))[:limit] or type(error).__name__
+
+
+def without_keys(text: str) -> str:
+    """`text`, where what stands before the @ of an address, a name and a password, is `...`."""
+    return re.sub(r"(?<=://)[^/@\s]+(?=@)", "...", text)

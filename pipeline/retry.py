@@ -21,7 +21,7 @@ import urllib3.exceptions
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from models.settings import DataError
+from models.settings import DataError, one_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -165,4 +165,4 @@ def _permanent_answer(error: Any, what: str) -> DataError | None:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error, limit=500)}"

@@ -17,7 +17,7 @@ import botocore.exceptions
 import botocore.session
 from botocore.config import Config
 
-from models.settings import ConfigError, DataError
+from models.settings import ConfigError, DataError, without_keys
 from pipeline.retry import LIST_AGAIN, SET_CREDENTIALS, ChangedObject, ObjectTooLarge, retrying
 
 CONNECT_SECONDS = 5.0
@@ -56,6 +56,8 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not is_s3(uri) or not bucket:
         raise ConfigError(f"{uri!r} is not an S3 address; write s3://bucket/prefix")
+    if "@" in bucket:
+        raise ConfigError(f"{without_keys(uri)}: no keys in an address; {SET_CREDENTIALS}")
     return bucket, key
 
 

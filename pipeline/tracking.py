@@ -83,8 +83,10 @@ def open_trackers(
     if not names:
         return []
     try:
-        number = json.loads(run.read(FILE))["id"]
-    except MissingObject:
+        number = str(json.loads(run.read(FILE))["id"])
+    except (MissingObject, ValueError, KeyError, TypeError) as error:
+        if not isinstance(error, MissingObject):
+            tell(f"warning: {run.join(FILE)} is damaged: this run is a new one to {', '.join(names)}")
         number = uuid.uuid4().hex[:12]
         run.write(FILE, json.dumps({"id": number}).encode())
     about = TrackedRun(name, number, config.project, params, run)

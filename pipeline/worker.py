@@ -268,6 +268,7 @@ class _Worker:
                 self.log.embedding(step, found.embedding)
             if found.scores:
                 self.log.log(step, found.scores)
+            self.log.sync()  # the report is written of what is in the run directory
             spec.board.post("eval", step=step, **found.scores)
         self.meter.restart()
         self.pace.restart()

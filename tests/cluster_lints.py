@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 Config = dict[str, Any]
 Lint = Callable[[Config], list[str]]
 
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 RAY = Requirement(re.findall(r'"(ray\[.*)"', PYPROJECT)[0]).specifier
+PYTHON = SpecifierSet(re.findall(r'requires-python = "(.*)"', PYPROJECT)[0])
 
 
 def min_above_max(tree: Config) -> list[str]:
@@ -25,23 +27,41 @@ def mins_above_total(tree: Config) -> list[str]:
     return [f"{total} > {tree['max_workers']}"] if total > tree["max_workers"] else []
 
 
+def never_grows(tree: Config) -> list[str]:
+    """Worker types, or `max_workers` for all of them, of which no node may ever be started."""
+    workers = {k: v for k, v in tree["available_node_types"].items() if k != tree["head_node_type"]}
+    stuck = [k for k, v in workers.items() if v.get("max_workers", tree["max_workers"]) < 1]
+    return stuck + (["max_workers"] if tree["max_workers"] < 1 else [])
+
+
 def costs_at_rest(tree: Config) -> list[str]:
     return [k for k, v in tree["available_node_types"].items() if v.get("min_workers", 0)]
 
 
 def head_takes_tasks(tree: Config) -> list[str]:
-    resources = tree["available_node_types"][tree["head_node_type"]]["resources"]
+    resources = tree["available_node_types"][tree["head_node_type"]].get("resources", {})
     return [] if resources.get("CPU") == 0 else [f"resources: {resources}"]
 
 
 def unpinned_image(tree: Config) -> list[str]:
-    """Images whose tag is not Python, platform and a release of Ray that pyproject.toml allows."""
-    dockers = [tree["docker"], *(v.get("docker", {}) for v in tree["available_node_types"].values())]
-    images = [
-        v for docker in dockers for k, v in docker.items() if k in ("image", "head_image", "worker_image")
-    ]
-    tags = {image: re.fullmatch(r"[\w./-]+:(\d+\.\d+\.\d+)-py3\d+-(cpu|cu\d+)", image) for image in images}
-    return [image for image, tag in tags.items() if tag is None or tag[1] not in RAY]
+    """Images of others than Ray, and those whose tag is not platform and a release of Ray and of Python that
+    pyproject.toml allows."""
+    tags = {
+        image: re.fullmatch(r"rayproject/ray(-ml)?:([\d.]+)-py3(\d+)-(cpu|cu\d+)", image)
+        for image in _images(tree)
+    }
+    return [image for image, tag in tags.items() if not (tag and tag[2] in RAY and f"3.{tag[3]}" in PYTHON)]
+
+
+def unlike_images(tree: Config) -> list[str]:
+    """All images, where they differ in Ray or Python: nodes of two kinds refuse one another."""
+    images = _images(tree)
+    return images if len({image.rpartition(":")[2].rpartition("-")[0] for image in images}) > 1 else []
+
+
+def zone_of_another_region(tree: Config) -> list[str]:
+    zones = tree["provider"].get("availability_zone", "").split(",")
+    return [zone for zone in zones if not zone.startswith(tree["provider"]["region"])]
 
 
 def metadata_v1(tree: Config) -> list[str]:
@@ -87,7 +107,9 @@ def head_cannot_scale(tree: Config) -> list[str]:
 
 
 def open_dashboard(tree: Config) -> list[str]:
-    return [line for line in _start_lines(tree, "head") if "--dashboard-host=127.0.0.1" not in line.split()]
+    """`ray start` lines of the head with any but one `--dashboard-host`, that of loopback."""
+    hosts = [re.findall(r"--dashboard-host[= ]*(\S+)", line) for line in _start_lines(tree, "head")]
+    return [str(found) for found in hosts if found != ["127.0.0.1"]]
 
 
 def not_installed(tree: Config) -> list[str]:
@@ -100,7 +122,7 @@ def not_installed(tree: Config) -> list[str]:
 
 
 def uploads_too_much(tree: Config) -> list[str]:
-    return sorted({"/runs", ".venv", ".git", ".env"} - set(tree["rsync_exclude"]))
+    return sorted({"/runs", "/data", ".venv", ".git", ".env", ".env.*", "*.pem"} - set(tree["rsync_exclude"]))
 
 
 def not_shell(tree: Config) -> list[str]:
@@ -126,7 +148,8 @@ def open_to_everyone(tree: Config) -> list[str]:
     """What is missing for a cluster that answers only to those who have the token."""
     token = "~/.ray/auth_token"
     missing = []
-    if "--env RAY_AUTH_MODE=token" not in tree["docker"]["run_options"]:
+    modes = re.findall(r"RAY_AUTH_MODE=(\S+)", " ".join([*tree["docker"]["run_options"], *_commands(tree)]))
+    if modes != ["token"] or "--env RAY_AUTH_MODE=token" not in tree["docker"]["run_options"]:
         missing.append("RAY_AUTH_MODE")
     if tree["file_mounts"].get(token) != token:
         missing.append(token)
@@ -171,6 +194,13 @@ def secrets(text: str) -> list[str]:
         r"arn:aws:iam::(?!123456789012)\d{12}",
     )
     return [match[0] for pattern in patterns for match in re.finditer(pattern, text)]
+
+
+def _images(tree: Config) -> list[str]:
+    dockers = [tree["docker"], *(v.get("docker", {}) for v in tree["available_node_types"].values())]
+    return [
+        v for docker in dockers for k, v in docker.items() if k in ("image", "head_image", "worker_image")
+    ]
 
 
 def _start_lines(tree: Config, which: str) -> list[str]:

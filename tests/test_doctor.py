@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,20 @@ def test_looking_at_storage_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_storage_that_cannot_be_written_fails() -> None:
     finding = check_storage("/proc/runs")
     assert (finding.verdict, finding.exit_code) == ("FAIL", 3)
+
+
+def test_a_dashboard_that_is_not_reached_is_not_said_to_ask_for_a_token() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"127.0.0.1:{server.getsockname()[1]}"
+    said = check_dashboard(closed, is_open=importlib.import_module("jobs.doctor")._is_open(closed))
+    assert "not reached" in said.text
+
+
+def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "runs"):
+        finding = check_storage(str(path))
+        assert (finding.verdict, finding.exit_code) == ("FAIL", 3)
 
 
 # S3
@@ -235,9 +250,14 @@ def test_an_object_store_smaller_than_the_batches_under_way_is_warned_of() -> No
 
 @pytest.mark.parametrize(
     ("url", "is_open", "verdict"),
-    [("127.0.0.1:8265", True, "ok"), ("10.0.0.1:8265", True, "warn"), ("10.0.0.1:8265", False, "ok")],
+    [
+        ("127.0.0.1:8265", True, "ok"),
+        ("10.0.0.1:8265", True, "warn"),
+        ("10.0.0.1:8265", False, "ok"),
+        ("10.0.0.1:8265", None, "ok"),
+    ],
 )
-def test_a_dashboard_that_anyone_reaches_is_warned_of(url: str, is_open: bool, verdict: str) -> None:
+def test_a_dashboard_that_anyone_reaches_is_warned_of(url: str, is_open: bool | None, verdict: str) -> None:
     assert check_dashboard(url, is_open=is_open).verdict == verdict
 
 

@@ -82,14 +82,31 @@ def test_prices_in_a_file_are_for_the_plan_and_its_other_settings_for_the_run(
 ) -> None:
     file = tmp_path / "mine.yaml"
     settings = {"train": {"epochs": 50}, "data": {"path": "s3://mine/images"}, "eval": {"k": [5, 10]}}
+    settings["storage_path"] = "s3://mine/runs"
     file.write_text(yaml.dump(settings))
     assert f"--config {file}" in planned(capsys, *VIT_S, *GIVEN, "--config", str(file))["command"]
     file.write_text(yaml.dump({**settings, "plan": {"prices": {"g6e.12xlarge": {"hourly": 9}}}}))
     facts = planned(capsys, *VIT_S, *GIVEN, "--config", str(file))
     config = load_config(None, None, shlex.split(facts["command"])[9:])
     assert (config.train.epochs, config.eval.k, config.data.path) == (50, (5, 10), "s3://mine/images")
+    assert config.storage_path == "s3://mine/runs"
     assert config.cost.gpu_hourly == 9
     assert facts["plan"]["dollars"]["gpu"] == pytest.approx(facts["plan"]["hours"] * 2 * 9)
+
+
+def test_settings_of_the_plan_in_one_mapping_are_not_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ", ".join(word.removeprefix("plan.").replace("=", ": ") for word in GIVEN)
+    facts = planned(capsys, *VIT_S, f"plan={{{given}}}")
+    load_config(None, None, shlex.split(facts["command"])[9:])
+
+
+def test_a_number_of_gpus_that_no_node_has_the_cpus_for_is_left_out_of_the_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    alone = ["resources.train_workers=1", "resources.cpus_per_train_worker=16"]
+    sizes = [other["train_workers"] for other in planned(capsys, *VIT_S, *GIVEN, *alone)["other_sizes"]]
+    assert sizes[:2] == [1, 2]
+    assert 4 not in sizes
 
 
 def test_a_person_reads_nodes_network_time_dollars_bottleneck_and_other_sizes(

@@ -242,6 +242,8 @@ def test_bad_images_are_replaced_counted_and_named(images: Bucket) -> None:
     assert "Traceback" not in output
     named = images.get("runs/strict/quarantine.jsonl")  # the file that the error names
     assert b"spoilt/cut.jpg" in named or b"spoilt/text.jpg" in named
+    page = images.get("runs/strict/report.html")  # which sums it up
+    assert b"spoilt/cut.jpg" in page or b"spoilt/text.jpg" in page
 
 
 def test_a_forbidden_image_ends_the_run_at_once_with_its_name(images: Bucket) -> None:

@@ -55,6 +55,9 @@ def test_a_run_that_collapses_is_stopped_with_its_verdict_and_remedy(images: Pat
     last = readings(tmp_path / "flat")[-1]
     assert (last["step"], last["verdict"]) == (5, "uniform collapse")
     assert last["entropy_ratio"] > 0.98
+    report = (tmp_path / "flat" / "report.html").read_text()
+    assert f"step {last['step']}" in report
+    assert "uniform collapse" in report
 
 
 def test_a_collapse_is_only_told_of_unless_asked_to_stop_for(images: Path, tmp_path: Path) -> None:

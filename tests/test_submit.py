@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import zipfile
@@ -53,8 +54,22 @@ def test_secrets_results_and_caches_stay_at_home(tmp_path: Path) -> None:
         ".mypy_cache/x",
         "x.egg-info/PKG-INFO",
         "key.pem",
+        "deploy/server.key",
+        "prod.env",
+        ".git-credentials",
+        ".npmrc",
+        "jobs/auth_token",
+        "credentials.json",
+        "aws_credentials",
+        "secrets.yaml",
     ]
-    goes = ["jobs/pretrain.py", "jobs/data/list.txt", "deploy/runtime_env.yaml", "environment.txt"]
+    goes = [
+        "jobs/pretrain.py",
+        "jobs/data/list.txt",
+        "deploy/runtime_env.yaml",
+        "environment.txt",
+        "jobs/keys.py",
+    ]
     write(tmp_path, *stays, *goes)
     assert list_files(tmp_path, []) == sorted(goes)
 
@@ -129,16 +144,27 @@ def test_the_shipped_runtime_environment_gives_a_stopped_run_time_for_its_last_c
         ("env_vars: {HF_TOKEN: x}", "looks like a secret"),
         ("env_vars: {DB_PASSWORD: x}", "looks like a secret"),
         ("env_vars: {WANDB_API_KEY: x}", "looks like a secret"),
+        ("env_vars: {DB_PASS: x}", "looks like a secret"),
+        ("env_vars: {SSH_PASSPHRASE: x}", "looks like a secret"),
+        (
+            "env_vars: {MLFLOW_TRACKING_URI: 'https://me:MARKER@host'}",
+            "env_vars.MLFLOW_TRACKING_URI holds an address",
+        ),
+        ("pip: ['git+https://MARKER@github.com/me/mine']", "pip holds an address"),
     ],
 )
 def test_a_mistake_in_the_runtime_environment_is_refused(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "env.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=says) as error:
         read_runtime_env(tmp_path / "env.yaml")
+    assert "MARKER" not in str(error.value)
 
 
 def test_innocent_variables_are_let_through(tmp_path: Path) -> None:
-    (tmp_path / "env.yaml").write_text("env_vars: {TOKENIZERS_PARALLELISM: 'false', AWS_REGION: eu-west-1}")
+    (tmp_path / "env.yaml").write_text(
+        "env_vars: {TOKENIZERS_PARALLELISM: 'false', AWS_REGION: eu-west-1, MLFLOW_TRACKING_URI: 'http://host:5000'}\n"
+        "pip: ['git+https://github.com/me/mine@v1.0']"
+    )
     assert read_runtime_env(tmp_path / "env.yaml")["env_vars"]["AWS_REGION"] == "eu-west-1"
 
 
@@ -161,6 +187,10 @@ PRETRAIN = ["--", "jobs.pretrain", "name=x", "data.path=s3://b/i", "storage_path
         (["--run", "y", *PRETRAIN], "--run y is for jobs without name="),
         (["--runtime-env", "missing.yaml", *PRETRAIN], "--runtime-env missing.yaml"),
         (["--max-attempts", "0", *PRETRAIN], "--max-attempts"),
+        ([*PRETRAIN, "data.aws_secret_access_key=MARKER"], "data.aws_secret_access_key: looks like a secret"),
+        (["--", "jobs.embed", "data.path=s3://b/i", "aws_session_token=MARKER"], "looks like a secret"),
+        (["--", "jobs.embed", "data.path=s3://AKIA:MARKER@b/i"], "looks like a secret"),
+        (["--", "jobs.embed", "--checkpoint=s3://AKIA:MARKER@b/i"], "looks like a secret"),
     ],
 )
 def test_a_mistake_is_refused_here(
@@ -169,11 +199,15 @@ def test_a_mistake_is_refused_here(
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # it is refused before a cluster is looked for
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ConfigError, match=re.escape(says)):
+    with pytest.raises(ConfigError, match=re.escape(says)) as error:
         submit(*arguments)
+    assert "MARKER" not in str(error.value)
 
 
-@pytest.mark.parametrize("address", ["", "10.0.0.1:6379", "auto", "ray://10.0.0.1:10001"])
+@pytest.mark.parametrize(
+    "address",
+    ["", "10.0.0.1:6379", "auto", "ray://10.0.0.1:10001", "http://h:abc", "http://h:99999", "http://[::1"],
+)
 def test_an_address_that_is_not_a_dashboards_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +280,17 @@ def test_what_is_wrong_with_a_job_server_is_one_line(
         connect(address)
     assert len(str(error.value).splitlines()) == 1
     assert address in str(error.value)
+
+
+def test_a_server_that_takes_connections_and_says_nothing_or_no_http_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    monkeypatch.setattr("jobs.cluster._ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ResourceError, match=r"does not answer \(timed out\)"):
+            connect(address)
 
 
 # On a head

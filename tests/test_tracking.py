@@ -56,6 +56,17 @@ def sinks(folder: Path, config: TrackConfig, told: list[str], **params: object) 
     return open_trackers(config, Directory(str(folder)), name="first", params=params, tell=told.append)
 
 
+@pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"id": "a'])
+def test_a_damaged_id_makes_it_a_new_run_and_harms_nothing(damaged: str, tmp_path: Path, mlflow: Any) -> None:
+    (tmp_path / FILE).write_text(damaged)
+    told: list[str] = []
+    (sink,) = sinks(tmp_path, TrackConfig(mlflow=True, project="damaged"), told)
+    follow(sink, 0, 1, loss=2.0)
+    assert len(told) == 1
+    assert FILE in told[0]
+    assert len(json.loads((tmp_path / FILE).read_text())["id"]) == 12
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for one MLflow store, whose tables take seconds to make."""
