@@ -63,7 +63,7 @@ class TrialRunner:
 
     def __call__(self, trial: Trial, report: Report) -> None:
         """Train, and write the outcome. Errors of data or resources that meet the first trials are raised."""
-        self._run(trial, _Attempt(self, trial, report, placed=report.placed))
+        self._run(trial, lambda: _Attempt(self, trial, report, placed=report.placed))
 
     def member(
         self, slot: int, cube: Mapping[str, float], pointer: Pointer | None, report: MemberReport
@@ -75,7 +75,7 @@ class TrialRunner:
             report(Pointer(trial.number, step), score, scores)
             return True
 
-        self._run(trial, _Attempt(self, trial, tell, placed=report.placed))
+        self._run(trial, lambda: _Attempt(self, trial, tell, placed=report.placed))
 
     def _current(self, slot: int, cube: Mapping[str, float], pointer: Pointer | None) -> Trial:
         """The member's newest trial, or a new one where it takes over another's weights, which ends those before."""
@@ -101,19 +101,28 @@ class TrialRunner:
                 write_outcome(self.study, left.trial, attempt.outcome("stopped", message=why))
         return trial
 
-    def _run(self, trial: Trial, attempt: "_Attempt") -> None:
+    def _run(self, trial: Trial, begin: Callable[[], "_Attempt"]) -> None:
         """Nothing for a trial that has ended: its process died before anybody heard."""
         if trial_directory(self.study, trial).exists(OUTCOME):
             return
+        attempt = None
         try:
+            attempt = begin()
             attempt.train()
             outcome = attempt.outcome("stopped" if attempt.stopped else "finished")
         except UnhealthyError as error:
+            assert attempt is not None  # it trained
             outcome = attempt.outcome("collapsed", verdict=error.verdict, message=str(error))
         except DinorayError as error:
-            if not isinstance(error, ConfigError | ResourceError) and not self._any_has_trained():
+            alone = isinstance(error, ConfigError | ResourceError) or trial.continues is not None
+            if not alone and not self._any_has_trained():
                 raise  # of the data, as it seems: it would meet every trial
-            outcome = attempt.outcome("failed", message=str(error))
+            if (
+                attempt is None
+            ):  # settings that do not go together, or another trial's checkpoint that is gone
+                outcome = Outcome("failed", None, 0, message=str(error))
+            else:
+                outcome = attempt.outcome("failed", message=str(error))
         write_outcome(self.study, trial, outcome)
 
     def _any_has_trained(self) -> bool:
@@ -248,6 +257,8 @@ class _Attempt:
                 goes_on = self._tell(step, self._score(scores), scores)
                 if not goes_on:  # remembered: a process that dies now must not be asked to decide again
                     self._clock["stopped"] = step
+                    self._write_clock()
+                elif self._clock.pop("stopped", None) is not None:  # an earlier attempt's, lost before it was heard
                     self._write_clock()
                 board.answer(step, go_on=goes_on)
 

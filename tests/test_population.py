@@ -2,17 +2,25 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs_processes import run_job
+from ray.tune.experiment import Trial as TuneTrial
 from test_tune import arguments, images  # noqa: F401  # images is a fixture
 
-from models.settings import ResourceError
+from jobs.config import load
+from jobs.study import StudyConfig
+from jobs.trial import TrialRunner
+from models.settings import ConfigError, ResourceError
 from pipeline.storage import Directory
-from pipeline.study.population import Rounds, check_population
-from pipeline.study.trials import read_trials
+from pipeline.study.objective import Objective
+from pipeline.study.plan import StudyPlan
+from pipeline.study.population import Rounds, _Population, check_population
+from pipeline.study.trials import Trial, read_trials, write_trial
 
 
 @pytest.mark.ray
@@ -48,6 +56,18 @@ def test_weak_members_go_on_from_strong_ones_with_other_settings(images: Path, t
     last = {number % members: t for number, t in sorted(tried.items())}
     assert {t.status for t in last.values()} <= {"finished", "collapsed"}
     assert (tmp_path / "population" / "best.yaml").exists()
+
+
+def test_a_member_whose_process_died_keeps_the_settings_that_it_was_at() -> None:
+    member = TuneTrial("member", stub=True, config={"member": {"slot": 0, "optim.base_lr": 0.25}})
+    nothing, population = SimpleNamespace(search_alg=None), _Population(["optim.base_lr"])
+    population.on_trial_add(nothing, member)
+    assert member.config["optim.base_lr"] == 0.25
+    state = population._trial_state[member]
+    member.config["optim.base_lr"] = 0.75  # it has taken over from another one
+    population.on_trial_add(nothing, member)  # Tune adds it anew
+    assert member.config["optim.base_lr"] == 0.75
+    assert population._trial_state[member] is state
 
 
 def test_a_population_that_does_not_fit_at_once_is_refused_with_numbers() -> None:
@@ -118,3 +138,19 @@ def test_the_worst_quarter_takes_over_and_only_from_the_best_quarter(told: list[
     assert len(set(taken.values())) == len(taken)
     if len(set(told)) == len(told):
         assert sorted(told[member] for member in taken) == quarter
+
+
+def test_settings_that_do_not_go_together_fail_their_trial_and_not_the_study(tmp_path: Path) -> None:
+    directory, trial = Directory(str(tmp_path)), Trial(4, {}, 0, "pb2", continues=1, from_step=6)
+    write_trial(directory, trial)
+
+    def begin() -> NoReturn:
+        raise ConfigError("loss.center_momentum has no effect")
+
+    plan = StudyPlan(1, cpus_each=1, gpus_each=0, augment_actors=(1, 1), cpus_shared=0, cpus=4, gpus=0)
+    TrialRunner(directory, load(StudyConfig, "demo", None, []), [], Objective("knn_20", ""), plan)._run(
+        trial, begin
+    )
+    (found,) = read_trials(directory)
+    assert found.outcome is not None
+    assert (found.outcome.status, found.outcome.message) == ("failed", "loss.center_momentum has no effect")

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,18 +77,23 @@ def run_population(
     """
     np.random.seed(seed)  # the only way in which PB2 takes one
     keys, placements = list(starts[0]), Placements()
-    run_tune(
-        _Trainable(member, keys, placements),
-        _MemberListener(on_end, placements, tell),
-        tune.TuneConfig(
-            scheduler=_Population(keys),
-            trial_name_creator=_name_of,
-            trial_dirname_creator=_name_of,
-        ),
-        study=study,
-        max_failures=max_failures,
-        space={"member": tune.grid_search([{"slot": slot, **start} for slot, start in enumerate(starts)])},
-    )
+    with warnings.catch_warnings():
+        # Of a process fitted to few scores, and of processes that are not used again: neither is for a person to mend.
+        warnings.filterwarnings("ignore", module=r"sklearn\.|ray\.tune\.tune")
+        run_tune(
+            _Trainable(member, keys, placements),
+            _MemberListener(on_end, placements, tell),
+            tune.TuneConfig(
+                scheduler=_Population(keys),
+                trial_name_creator=_name_of,
+                trial_dirname_creator=_name_of,
+            ),
+            study=study,
+            max_failures=max_failures,
+            space={
+                "member": tune.grid_search([{"slot": slot, **start} for slot, start in enumerate(starts)])
+            },
+        )
 
 
 def check_population(num_members: int, trials_at_once: int) -> None:
@@ -192,6 +198,8 @@ class _Population(Unsaved, PB2):
         self._keys, self._rounds = list(keys), Rounds()
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        if trial in self._trial_state:  # its process has died and is started again: it is where it was
+            return
         trial.config |= {key: trial.config["member"][key] for key in self._keys}
         super().on_trial_add(tune_controller, trial)
 
