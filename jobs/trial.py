@@ -258,7 +258,9 @@ class _Attempt:
                 if not goes_on:  # remembered: a process that dies now must not be asked to decide again
                     self._clock["stopped"] = step
                     self._write_clock()
-                elif self._clock.pop("stopped", None) is not None:  # an earlier attempt's, lost before it was heard
+                elif (
+                    self._clock.pop("stopped", None) is not None
+                ):  # an earlier attempt's, lost before it was heard
                     self._write_clock()
                 board.answer(step, go_on=goes_on)
 

@@ -17,7 +17,7 @@ import botocore.exceptions
 import botocore.session
 from botocore.config import Config
 
-from models.settings import ConfigError, DataError, without_keys
+from models.settings import ConfigError, DataError, one_line, without_keys
 from pipeline.retry import LIST_AGAIN, SET_CREDENTIALS, ChangedObject, ObjectTooLarge, retrying
 
 CONNECT_SECONDS = 5.0
@@ -94,9 +94,11 @@ def _new_client() -> Any:
         )
         return session.create_client("s3", config=config)
     except ValueError as error:
-        raise ConfigError(f"{error}; AWS_ENDPOINT_URL must look like http://host:port") from error
+        raise ConfigError(f"{one_line(error)}; AWS_ENDPOINT_URL must look like http://host:port") from error
     except botocore.exceptions.BotoCoreError as error:
-        raise DataError(f"no usable AWS credentials or configuration: {error}; {SET_CREDENTIALS}") from error
+        raise DataError(
+            f"no usable AWS credentials or configuration: {one_line(error)}; {SET_CREDENTIALS}"
+        ) from error
 
 
 def read_object(

@@ -161,3 +161,20 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
 def test_what_must_be_set_is_named_as_one_sets_it() -> None:
     with pytest.raises(ConfigError, match=r"^data.path: must be set, e.g. data.path=s3://bucket/train$"):
         load_config("vit_small_imagenet_vanilla", None, [])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.path=s3://AKIA:MARKER@bucket/images",
+        "storage_path=s3://AKIA:MARKER@bucket/runs",
+        "init.path=https://me:MARKER@host/weights.pth",
+        "data.aws_secret_access_key=MARKER",
+        "data={password: MARKER, path: s3://b/i}",
+        "wandb_api_key=MARKER",
+    ],
+)
+def test_what_looks_like_a_secret_is_refused_and_not_repeated(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("demo", None, [override])
+    assert "MARKER" not in str(error.value)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import SECRET_KEY, S3Server, aws_environment
 
-from models.settings import ConfigError, DataError
+from models.settings import ConfigError, DataError, one_line
 from pipeline import s3 as s3_module
 from pipeline.s3 import ObjectFile, read_object
 from pipeline.storage import (
@@ -410,3 +410,12 @@ def test_a_local_filesystem_gets_an_absolute_path(tmp_path: Path, monkeypatch: p
     assert path == str(tmp_path / "runs/one")
     local.create_dir(path)
     assert Path(path).is_dir()
+
+
+def test_keys_before_the_at_of_an_address_are_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="@bucket/images: no keys in an address") as error:
+        split_s3_uri("s3://AKIA:MARKER@bucket/images")
+    assert "MARKER" not in str(error.value)
+    assert split_s3_uri("s3://bucket/a@b/images") == ("bucket", "a@b/images")
+    said = one_line(ValueError("Could not connect to http://me:MARKER@host:9000/x"))
+    assert said == "Could not connect to http://...@host:9000/x"
