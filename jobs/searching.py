@@ -5,7 +5,6 @@ begun, then with new ones, then with the best again under other seeds.
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,13 +19,12 @@ from jobs.study import (
     StudyConfig,
     candidate,
     grace_steps,
-    limit_of,
     num_trials,
-    plan_of,
     schedule_of,
     trial_config,
 )
 from jobs.study_lines import about_study, describe_search, trial_line
+from jobs.study_plan import local_cores, plan_of
 from jobs.trial import TrialRunner
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board
@@ -34,7 +32,7 @@ from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
 from pipeline.study.findings import findings
 from pipeline.study.objective import Objective
-from pipeline.study.plan import StudyPlan, local_cpus
+from pipeline.study.plan import StudyPlan
 from pipeline.study.population import check_population, run_population
 from pipeline.study.progress import committed_course, confirmations, course, known, next_number
 from pipeline.study.ranking import searched
@@ -110,13 +108,7 @@ class StudyRun:
     def run(self, *, verbose: bool) -> None:
         """Search and confirm, on a cluster that is joined or a Ray of one's own, which is shut down in any case."""
         tune = self._config.tune
-        cores = local_cpus(
-            self._config.resources,
-            cores=os.cpu_count() or 1,
-            limit=limit_of(self._config),
-            shares_stream=tune.share_stream,
-        )
-        join_ray(cores, verbose=verbose, dashboard=tune.scheduler == "pb2")
+        join_ray(local_cores(self._config), verbose=verbose, dashboard=tune.scheduler == "pb2")
         try:
             have = ray.cluster_resources()
             self._plan = plan_of(self._config, self._num_trials, have)

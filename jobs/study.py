@@ -16,7 +16,6 @@ from models.settings import ConfigError
 from pipeline.automatic import resolve
 from pipeline.study.config import StudySettings
 from pipeline.study.objective import Objective, choose
-from pipeline.study.plan import StudyPlan, plan_study
 from pipeline.study.samplers import grid_size
 from pipeline.study.space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Domain, Space, default_space
 from pipeline.training import DINOConfig, Schedule
@@ -243,29 +242,6 @@ def grace_steps(config: StudyConfig, space: Space, *, num_images: int) -> int:
     trial = trial_config(config, longest, name="0", storage_path="trials", seed=0, num_images=num_images)
     schedule = schedule_of(trial, num_images=num_images)
     return max(1, schedule.settled_step(), math.ceil(config.tune.grace * schedule.total_steps))
-
-
-def limit_of(config: StudyConfig) -> int | None:
-    """Trials at once that are asked for: a population is all of them; None, as many as fit."""
-    return config.tune.max_concurrent or (config.tune.trials if config.tune.scheduler == "pb2" else None)
-
-
-def plan_of(config: StudyConfig, num_trials: int, have: Mapping[str, float]) -> StudyPlan:
-    """The plan for a cluster that has `have` by kind of resource, or will have what the config says.
-
-    ResourceError where it does not fit.
-    """
-    gpus = config.tune.cluster_gpus or int(have.get("GPU", 0))
-    use_gpu = gpus > 0 if config.resources.use_gpu == "auto" else config.resources.use_gpu
-    return plan_study(
-        config.resources,
-        num_trials=num_trials,
-        cpus=config.tune.cluster_cpus or int(have.get("CPU", 0)),
-        gpus=gpus,
-        use_gpu=use_gpu,
-        limit=limit_of(config),
-        shares_stream=config.tune.share_stream,
-    )
 
 
 def _at(tree: Mapping[str, Any], key: str) -> Any:

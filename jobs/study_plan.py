@@ -1,0 +1,40 @@
+"""What a study takes of a cluster, or of a Ray of its own, from its config."""
+
+import os
+from collections.abc import Mapping
+
+from jobs.study import StudyConfig
+from pipeline.study.plan import StudyPlan, local_cpus, plan_study
+
+
+def limit_of(config: StudyConfig) -> int | None:
+    """Trials at once that are asked for: a population is all of them; None, as many as fit."""
+    return config.tune.max_concurrent or (config.tune.trials if config.tune.scheduler == "pb2" else None)
+
+
+def plan_of(config: StudyConfig, num_trials: int, have: Mapping[str, float]) -> StudyPlan:
+    """The plan for a cluster that has `have` by kind of resource, or will have what the config says.
+
+    ResourceError where it does not fit.
+    """
+    gpus = config.tune.cluster_gpus or int(have.get("GPU", 0))
+    use_gpu = gpus > 0 if config.resources.use_gpu == "auto" else config.resources.use_gpu
+    return plan_study(
+        config.resources,
+        num_trials=num_trials,
+        cpus=config.tune.cluster_cpus or int(have.get("CPU", 0)),
+        gpus=gpus,
+        use_gpu=use_gpu,
+        limit=limit_of(config),
+        shares_stream=config.tune.share_stream,
+    )
+
+
+def local_cores(config: StudyConfig) -> int:
+    """Logical CPUs for a Ray of the study's own on this machine."""
+    return local_cpus(
+        config.resources,
+        cores=os.cpu_count() or 1,
+        limit=limit_of(config),
+        shares_stream=config.tune.share_stream,
+    )
