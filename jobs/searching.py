@@ -98,6 +98,7 @@ class StudyRun:
             num_images=num_images,
             num_trials=self._num_trials,
         )
+        self._worst = objective.worst(self._about["out_dim"])
 
     def is_done(self) -> bool:
         """Whether every trial that is asked for has ended, and the best are confirmed."""
@@ -261,7 +262,7 @@ class StudyRun:
             nth = len(searched(tried))
             if nth >= self._num_trials:
                 return None
-            params, origin = self._propose(nth, known(tried, self._objective))
+            params, origin = self._propose(nth, known(tried, self._objective, worst=self._worst))
             trial = Trial(next_number(tried), params, self._config.train.seed, origin)
             write_trial(self._directory, trial)
             try:

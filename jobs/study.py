@@ -12,12 +12,21 @@ from typing import Any
 from jobs.arguments import Arguments
 from jobs.config import Config, apply_tree, load, validate_as
 from jobs.keys import did_you_mean, leaf_fields
+from models.loss import LossConfig
 from models.settings import ConfigError
 from pipeline.automatic import resolve
 from pipeline.study.config import StudySettings
 from pipeline.study.objective import Objective, choose
 from pipeline.study.samplers import grid_size
-from pipeline.study.space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Domain, Space, default_space
+from pipeline.study.space import (
+    CENTERING,
+    TEACHER_TEMP,
+    WARMUP_EPOCHS,
+    WARMUP_TEMP,
+    Domain,
+    Space,
+    default_space,
+)
 from pipeline.training import DINOConfig, Schedule
 
 FREE = (
@@ -68,6 +77,8 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
     """What is searched, each end of each domain tried as a config. ConfigError holds one line per mistake."""
     space: Space = config.tune.space or default_space(config.algorithm())
     known = [key for key in leaf_fields(DINOConfig) if key not in _NOT_SEARCHED]
+    plain = config.model_dump(mode="json")
+    own = {key: _at(plain, key) for key in space if key in known}
     mistakes = []
     for key, domain in space.items():
         if key not in known:
@@ -80,9 +91,11 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
             tried = list(domain.values)
         for value in tried:
             try:
-                candidate(config, {key: value})
+                candidate(config, {**own, key: value})
             except ConfigError as error:
                 mistakes += [f"tune.space: {key}={value!r}: {line}" for line in str(error).splitlines()]
+    if WARMUP_TEMP in space and TEACHER_TEMP not in space:
+        mistakes += _warmup_mistakes(space[WARMUP_TEMP], config.loss.teacher_temp)
     if config.tune.scheduler == "pb2":
         fixed = [key for key, domain in space.items() if not domain.is_continuous or not _moves(key)]
         if fixed:
@@ -110,6 +123,18 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return {key: domain for key, domain in space.items() if not _is_one_in_short(config, key, domain)}
+
+
+def _warmup_mistakes(domain: Domain, teacher_temp: float | str) -> list[str]:
+    """Where the warm-up could start above its end, which is the same in all trials."""
+    above = [
+        value for value in domain.values if isinstance(teacher_temp, int | float) and value > teacher_temp
+    ]
+    return [
+        f"tune.space: {WARMUP_TEMP}={value!r}: it must not exceed loss.teacher_temp={teacher_temp}; lower it, or "
+        f"search {TEACHER_TEMP} too"
+        for value in above
+    ]
 
 
 def _is_one_in_short(config: StudyConfig, key: str, domain: Domain) -> bool:
@@ -151,7 +176,7 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"tune.first: {', '.join(unknown)} is not in tune.space ({', '.join(space)}){near}"
             )
-        candidate(config, point)
+        candidate(config, {**own, **point})
         if config.tune.scheduler == "pb2" and not _lies_in(space, {**own, **point}):
             raise ConfigError(
                 f"tune.first: {point} is outside of tune.space, which tune.scheduler=pb2 cannot leave"
@@ -174,14 +199,19 @@ def num_trials(config: StudyConfig, space: Space) -> int:
 def candidate(config: StudyConfig, params: Mapping[str, Any]) -> Config:
     """The run, in its full length, with a trial's parameters; ConfigError where they do not go together.
 
-    Unless it is a parameter itself, the temperature that the teacher's warm-up starts from is no higher than its end.
+    Two are taken for what they can be beside the others: a warm-up of the teacher's temperature starts no higher than
+    it ends, and where centering is searched, a momentum of the centre counts in trials with a centre alone. A trial
+    is known by the parameters that were proposed, and its run's config has what was taken.
     """
     tree = config.model_dump(mode="json", exclude={"tune"})
     apply_tree(tree, params)
-    temp = tree["loss"]["teacher_temp"]
-    moved = TEACHER_TEMP in params or WARMUP_EPOCHS in params
-    if moved and WARMUP_TEMP not in params and isinstance(temp, int | float):
-        tree["loss"]["warmup_teacher_temp"] = min(tree["loss"]["warmup_teacher_temp"], temp)
+    loss = tree["loss"]
+    temps = (loss["warmup_teacher_temp"], loss["teacher_temp"])
+    moved = any(key in params for key in (TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP))
+    if moved and all(isinstance(temp, int | float) for temp in temps):
+        loss["warmup_teacher_temp"] = min(temps)
+    if CENTERING in params and loss["centering"] != "center":
+        loss["center_momentum"] = LossConfig.model_fields["center_momentum"].default
     return validate_as(Config, tree)
 
 

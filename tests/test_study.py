@@ -25,7 +25,7 @@ from jobs.study import (
     trial_config,
 )
 from models.settings import ConfigError
-from pipeline.study.space import default_space
+from pipeline.study.space import default_space, grid
 
 NUM_IMAGES = 2160
 
@@ -88,6 +88,14 @@ def trial(config: StudyConfig, **params: object) -> object:
         (
             ["tune.scheduler=pb2", "tune.evaluations=2"],
             ["tune.evaluations=2: tune.scheduler=pb2 needs at least 3"],
+        ),
+        (
+            [
+                "loss.teacher_temp=0.05",
+                "loss.warmup_teacher_temp_epochs=4",
+                "tune.space={loss.warmup_teacher_temp: {uniform: [0.02, 0.06]}}",
+            ],
+            ["loss.warmup_teacher_temp=0.06: it must not exceed loss.teacher_temp=0.05; lower it"],
         ),
         (
             ["loss.centering=sinkhorn_knopp", "tune.space={loss.center_momentum: {uniform: [0.5, 0.99]}}"],
@@ -248,6 +256,45 @@ def test_a_sharp_temperature_is_not_warmed_up_from_above() -> None:
     made = candidate(config, {"loss.teacher_temp": 0.025, "loss.warmup_teacher_temp_epochs": 5})
     assert made.loss.warmup_teacher_temp == 0.025
     assert candidate(config, {"loss.teacher_temp": 0.07}).loss.warmup_teacher_temp == 0.04
+
+
+@pytest.mark.parametrize(
+    ("base", "space"),
+    [
+        (
+            [],
+            "{loss.teacher_temp: {uniform: [0.02, 0.08]}, loss.center_momentum: {one_minus_log: [0.5, 0.99]}, "
+            "loss.centering: [center, none]}",
+        ),
+        (
+            ["loss.teacher_temp=0.03", "loss.warmup_teacher_temp=0.02", "loss.warmup_teacher_temp_epochs=3"],
+            "{loss.teacher_temp: {uniform: [0.02, 0.08]}, loss.warmup_teacher_temp: {uniform: [0.02, 0.06]}, "
+            "loss.warmup_teacher_temp_epochs: {int: [2, 6]}}",
+        ),
+        (["loss.center_momentum=0.95"], "{loss.centering: [center, none]}"),
+    ],
+)
+def test_settings_that_bear_on_each_other_are_searched_together_and_every_point_is_a_run(
+    base: list[str], space: str
+) -> None:
+    config = study(*base, f"tune.space={space}")
+    assert space_of(config) == config.tune.space
+    for point in grid(config.tune.space or {}, 4):
+        made = candidate(config, point)
+        loss = made.loss
+        assert loss.warmup_teacher_temp <= loss.teacher_temp or not loss.warmup_teacher_temp_epochs  # type: ignore[operator]
+        assert loss.teacher_temp == point.get("loss.teacher_temp", config.loss.teacher_temp)
+        momentum = point.get("loss.center_momentum", config.loss.center_momentum)
+        assert loss.center_momentum == (momentum if loss.centering == "center" else 0.9)
+
+
+def test_a_first_point_is_held_against_the_centering_that_it_has() -> None:
+    space = "tune.space={loss.center_momentum: {one_minus_log: [0.5, 0.99]}, loss.centering: [center, none]}"
+    config = study(space, "loss.centering=none", "tune.first=[{loss.center_momentum: 0.8}]")
+    assert first_points(config, space_of(config))[1] == {
+        "loss.center_momentum": 0.8,
+        "loss.centering": "none",
+    }
 
 
 def test_the_candidate_is_the_run_in_full_without_what_is_a_trials_own() -> None:

@@ -109,23 +109,25 @@ def test_the_course_of_a_trial_leaves_out_its_start_and_what_it_will_evaluate_ag
     assert course(one, KNN, up_to=0) == {}
 
 
-def test_a_sampler_knows_who_finished_who_runs_and_how_far_those_came_that_were_given_up() -> None:
+def test_a_sampler_knows_who_finished_who_runs_who_failed_and_how_far_those_came_that_were_given_up() -> None:
     given_up = Tried(
         Trial(3, {"a": 3}, 0, "tpe"), Outcome("stopped", 0.2, 10), records({"step": 10, "knn_20": 0.2})
     )
     found = known(
         [
             tried(0, 0.5, params={"a": 0}),
-            tried(1, None, "failed"),
+            tried(1, None, "failed", params={"a": 1}),
             tried(2, status="unfinished", params={"a": 2}),
             given_up,
             tried(4, 0.0, "collapsed", params={"a": 4}),
             tried(5, 0.6, confirms=0, seed=1),
         ],
         KNN,
+        worst=-7.0,
     )
     assert [(k.params["a"], k.score, k.course) for k in found] == [
         (0, 0.5, {}),
+        (1, -7.0, {}),
         (2, None, {}),
         (3, 0.2, {10: 0.2}),
         (4, 0.0, {}),

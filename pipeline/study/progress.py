@@ -31,15 +31,22 @@ def committed_course(study: Directory, tried: Tried, objective: Objective) -> Ma
     return course(tried, objective, up_to=max(steps, default=0))
 
 
-def known(tried: Sequence[Tried], objective: Objective) -> list[Known]:
-    """The search as a sampler sees it: failed trials say nothing, and one that was given up says how far it was."""
+def known(tried: Sequence[Tried], objective: Objective, *, worst: float) -> list[Known]:
+    """The search as a sampler sees it: a failed trial has the `worst` score, so that its like is not tried for ever.
+
+    One that was given up says how far it was.
+    """
     found = []
     for nth, t in enumerate(searched(tried)):
-        if t.status != "failed":
-            score = None if t.outcome is None else t.outcome.score
-            found.append(
-                Known(nth, t.trial.params, score, course(t, objective) if t.status == "stopped" else {})
+        score = None if t.outcome is None else t.outcome.score
+        found.append(
+            Known(
+                nth,
+                t.trial.params,
+                worst if t.status == "failed" else score,
+                course(t, objective) if t.status == "stopped" else {},
             )
+        )
     return found
 
 
