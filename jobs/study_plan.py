@@ -4,7 +4,19 @@ import os
 from collections.abc import Mapping
 
 from jobs.study import StudyConfig
+from models.settings import ResourceError
 from pipeline.study.plan import StudyPlan, local_cpus, plan_study
+
+
+def check_growth(config: StudyConfig, *, is_local: bool) -> None:
+    """ResourceError where a Ray of one's own is said to grow: trials would be planned on CPUs that never come."""
+    asked = {"cluster_cpus": config.tune.cluster_cpus, "cluster_gpus": config.tune.cluster_gpus}
+    said = " ".join(f"tune.{name}={number}" for name, number in asked.items() if number is not None)
+    if is_local and said:
+        raise ResourceError(
+            f"{said}: this is what a cluster will have once it has grown, and a Ray on this machine does not grow; "
+            "leave it out, or run the study on a cluster with jobs.submit"
+        )
 
 
 def limit_of(config: StudyConfig) -> int | None:

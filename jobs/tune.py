@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jobs.about import draw_demo, write_about
 from jobs.config import differences, json_schema, load_kept
-from jobs.entry import run_main
+from jobs.entry import is_local, run_main
 from jobs.running import Inputs, check_run
 from jobs.searching import StudyRun
 from jobs.study import (
@@ -22,6 +22,7 @@ from jobs.study import (
     space_of,
     study_config,
 )
+from jobs.study_plan import check_growth
 from models.settings import ConfigError
 from pipeline.storage import Directory
 from pipeline.study.report import describe_study
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     _check_name(directory, config, resume=arguments.resume)
     space = space_of(config)
     objective, first = objective_of(config, space), first_points(config, space)
+    check_growth(config, is_local=is_local())
     check_run(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, directory)

@@ -24,7 +24,8 @@ from jobs.study import (
     space_of,
     trial_config,
 )
-from models.settings import ConfigError
+from jobs.study_plan import check_growth
+from models.settings import ConfigError, ResourceError
 from pipeline.study.space import default_space, grid
 
 NUM_IMAGES = 2160
@@ -111,6 +112,18 @@ def test_what_cannot_be_searched_is_refused_in_words_before_ray_starts(
         job.main(["--recipe", "demo", f"storage_path={tmp_path}", *overrides])
     for words in told:
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("asked", ["tune.cluster_cpus=64", "tune.cluster_gpus=8"])
+def test_a_ray_on_this_machine_is_not_said_to_grow(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ResourceError, match=f"{asked}: this is what a cluster will have .* leave it out"):
+        job.main(["--recipe", "demo", f"storage_path={tmp_path}", asked])
+    check_growth(study(asked), is_local=False)
+    check_growth(study(), is_local=True)
 
 
 def test_a_name_in_use_by_another_study_or_by_a_run_is_refused(tmp_path: Path) -> None:
