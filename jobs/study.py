@@ -189,6 +189,11 @@ def _lies_in(space: Space, point: Mapping[str, Any]) -> bool:
     return all(domain.holds(point[key]) for key, domain in space.items())
 
 
+def can_grow(config: StudyConfig) -> bool:
+    """Whether more `tune.trials` extend the study: a grid has its points, and a population a place for each trial."""
+    return config.tune.searcher != "grid" and config.tune.scheduler != "pb2"
+
+
 def num_trials(config: StudyConfig, space: Space) -> int:
     """Trials of the search, without those that confirm."""
     if config.tune.searcher == "grid":

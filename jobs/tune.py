@@ -1,7 +1,8 @@
 """Search settings of a run with Ray Tune: `python -m jobs.tune [--recipe NAME] [key=value ...] [tune.key=value ...]`.
 
 Config -> plan -> trials, each a run of its own -> the best again with more seeds -> report and best.yaml. The same
-command continues a study that was killed, from the trials that its directory holds; more `tune.trials` extend it.
+command continues a study that was killed, from the trials that its directory holds; more `tune.trials` extend it, but
+for a grid, which is done when it is, and a population, in which each trial has its place.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from jobs.study import (
     FREE,
     StudyArguments,
     StudyConfig,
+    can_grow,
     first_points,
     objective_of,
     space_of,
@@ -51,9 +53,8 @@ def main(argv: Sequence[str]) -> None:
     write_about(directory, config, inputs, [f"tune.objective={objective.metric}: {objective.reason}"])
     study = StudyRun(config, directory, space, objective, first, inputs, console)
     if study.is_done():
-        console.print(
-            f"{directory.uri} is finished; more tune.trials extend it, another name=... starts anew"
-        )
+        more = "more tune.trials extend it, " if can_grow(config) else ""
+        console.print(f"{directory.uri} is finished; {more}another name=... starts anew")
     else:
         study.run(verbose=arguments.verbose)
     study.write_findings()

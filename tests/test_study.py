@@ -9,12 +9,15 @@ import ray
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from studies import write_tried
+from tiny_run import write_images
 
 from jobs import tune as job
 from jobs.config import differences, load, load_config
 from jobs.study import (
     FREE,
     StudyConfig,
+    can_grow,
     candidate,
     first_points,
     grace_steps,
@@ -26,7 +29,10 @@ from jobs.study import (
 )
 from jobs.study_plan import check_growth
 from models.settings import ConfigError, ResourceError
+from pipeline.demo_images import PATTERNS
+from pipeline.storage import Directory
 from pipeline.study.space import default_space, grid
+from pipeline.study.trials import Tried
 
 NUM_IMAGES = 2160
 
@@ -38,6 +44,30 @@ def study(*overrides: str, recipe: str = "demo") -> StudyConfig:
 def trial(config: StudyConfig, **params: object) -> object:
     values = {key.replace("__", "."): value for key, value in params.items()}
     return trial_config(config, values, name="0003", storage_path="/s/trials", seed=5, num_images=NUM_IMAGES)
+
+
+def run_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *ended: Tried, is_done: bool = True
+) -> None:
+    """Run a study of two trials whose trials have ended before; what they would learn from is not looked at."""
+    images = write_images(folder / "images", "train", labels=tuple(PATTERNS)[:2], per_label=2)
+    monkeypatch.setattr(job.StudyRun, "is_done", lambda self: is_done)
+    monkeypatch.setattr(job.StudyRun, "run", lambda self, verbose: None)
+    study_directory = Directory(str(folder / "s"))
+    for one in ended:
+        write_tried(study_directory, one)
+    job.main(
+        [
+            f"storage_path={folder}",
+            "name=s",
+            f"data.path={images}",
+            "eval.val_path=null",
+            "train.global_batch_size=4",
+            "tune.trials=2",
+            "tune.space={loss.teacher_temp: {uniform: [0.02, 0.08]}}",
+            override,
+        ]
+    )
 
 
 # What is refused
@@ -145,6 +175,15 @@ def test_more_trials_seeds_and_another_cluster_continue_a_study(tmp_path: Path) 
     more = study("tune.trials=64", "tune.confirm_top=5", "tune.max_concurrent=8", "resources.train_workers=4")
     assert differences(study(), more, free=FREE) == []
     assert differences(study(), study("tune.epochs=3"), free=FREE) == ["tune.epochs: None -> 3.0"]
+
+
+def test_a_finished_study_says_that_more_trials_extend_it_where_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_finished(tmp_path, monkeypatch, "tune.scheduler=pb2")
+    assert "is finished; another name=... starts anew" in capsys.readouterr().out
+    assert can_grow(study())
+    assert not can_grow(study("tune.searcher=grid"))
 
 
 def test_the_config_of_a_study_reads_back_as_it_was_written() -> None:
