@@ -137,13 +137,15 @@ class StudyRun:
             ray.shutdown()
 
     def write_findings(self) -> None:
-        """study.json, best.yaml where there is a best, and the report."""
+        """study.json, best.yaml where there is a best, else none of an earlier one, and the report."""
         self._write_study()
         found = findings(self._tried(), read_study(self._directory))
         if found.best is not None:
             best = candidate(self._config, found.best.params)
             best = best.model_copy(update={"name": f"{self._config.name}-best"})
             self._directory.write(BEST, best.to_yaml().encode())
+        else:
+            self._directory.delete(BEST)
         write_study_report(self._directory)
 
     def _confirm(self, runner: TrialRunner, seeds: Sequence[int]) -> None:

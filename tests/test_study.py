@@ -9,7 +9,7 @@ import ray
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import write_tried
+from studies import tried, write_tried
 from tiny_run import write_images
 
 from jobs import tune as job
@@ -50,7 +50,9 @@ def run_finished(
     folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *ended: Tried, is_done: bool = True
 ) -> None:
     """Run a study of two trials whose trials have ended before; what they would learn from is not looked at."""
-    images = write_images(folder / "images", "train", labels=tuple(PATTERNS)[:2], per_label=2)
+    images = folder / "images"
+    if not images.exists():
+        write_images(images, "train", labels=tuple(PATTERNS)[:2], per_label=2)
     monkeypatch.setattr(job.StudyRun, "is_done", lambda self: is_done)
     monkeypatch.setattr(job.StudyRun, "run", lambda self, verbose: None)
     study_directory = Directory(str(folder / "s"))
@@ -200,6 +202,18 @@ def test_a_space_may_be_given_key_by_key_on_the_command_line() -> None:
         "tune.space.loss.teacher_temp={uniform: [0.02, 0.1]}", "tune.space.optim.base_lr={log: [1e-4, 1e-2]}"
     )
     assert list(space_of(config)) == ["loss.teacher_temp", "optim.base_lr"]
+
+
+def test_the_best_config_goes_when_its_trial_has_collapsed_under_another_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = tmp_path / "s" / "best.yaml"
+    first = tried(0, 3.0, params={"loss.teacher_temp": 0.05})
+    run_finished(tmp_path, monkeypatch, "tune.confirm_top=0", first)
+    assert load_config(None, best, []).loss.teacher_temp == 0.05
+    again = tried(1, 1.0, "collapsed", params={"loss.teacher_temp": 0.05}, confirms=0, seed=1)
+    run_finished(tmp_path, monkeypatch, "tune.confirm_top=1", again)
+    assert not best.exists()
 
 
 # What comes of it
