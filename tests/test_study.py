@@ -13,6 +13,7 @@ from studies import tried, write_tried
 from tiny_run import write_images
 
 from jobs import tune as job
+from jobs.arguments import PretrainArguments, pretrain_config
 from jobs.config import differences, load, load_config
 from jobs.study import (
     FREE,
@@ -214,6 +215,14 @@ def test_the_best_config_goes_when_its_trial_has_collapsed_under_another_seed(
     again = tried(1, 1.0, "collapsed", params={"loss.teacher_temp": 0.05}, confirms=0, seed=1)
     run_finished(tmp_path, monkeypatch, "tune.confirm_top=1", again)
     assert not best.exists()
+
+
+def test_pretraining_from_a_study_without_a_best_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no finished study directory"):
+        pretrain_config(PretrainArguments().parse_args(["--from-study", str(tmp_path)]))
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has found no best, or has not ended, .*: see its study\.html"):
+        pretrain_config(PretrainArguments().parse_args(["--from-study", str(tmp_path)]))
 
 
 # What comes of it
