@@ -27,6 +27,7 @@ from jobs.study import (
 from jobs.study_plan import check_growth
 from models.settings import ConfigError
 from pipeline.storage import Directory
+from pipeline.study.progress import check_any_ran
 from pipeline.study.report import describe_study
 from pipeline.study.trials import STUDY
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
         study.run(verbose=arguments.verbose)
     study.write_findings()
     console.print(describe_study(directory))
+    check_any_ran(directory)
 
 
 def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> None:

@@ -29,7 +29,7 @@ from jobs.study import (
     trial_config,
 )
 from jobs.study_plan import check_growth
-from models.settings import ConfigError, ResourceError
+from models.settings import ConfigError, DinorayError, ResourceError
 from pipeline.demo_images import PATTERNS
 from pipeline.storage import Directory
 from pipeline.study.space import default_space, grid
@@ -223,6 +223,19 @@ def test_pretraining_from_a_study_without_a_best_says_so(tmp_path: Path) -> None
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"has found no best, or has not ended, .*: see its study\.html"):
         pretrain_config(PretrainArguments().parse_args(["--from-study", str(tmp_path)]))
+
+
+def test_a_study_of_which_all_trials_failed_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [tried(i, None, "failed", params={}, message="depth must\nbe above 0") for i in range(2)]
+    with pytest.raises(
+        DinorayError, match=r"all trials that ended \(2\) failed, .* depth must be above 0; .* name="
+    ) as error:
+        run_finished(tmp_path, monkeypatch, "tune.seed=0", *trials)
+    assert error.value.exit_code == 1
+    assert (tmp_path / "s" / "study.html").exists()
+    run_finished(tmp_path, monkeypatch, "tune.seed=0", tried(1, 0.0, "collapsed", params={}))
 
 
 # What comes of it

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+from models.settings import DinorayError
 from pipeline.checkpoint import committed_steps
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective
 from pipeline.study.ranking import searched
 from pipeline.study.samplers import Known
-from pipeline.study.trials import Trial, Tried, evaluations, trial_directory
+from pipeline.study.trials import Trial, Tried, evaluations, read_trials, trial_directory
 
 
 def next_number(tried: Sequence[Tried]) -> int:
@@ -48,6 +49,17 @@ def known(tried: Sequence[Tried], objective: Objective, *, worst: float) -> list
             )
         )
     return found
+
+
+def check_any_ran(study: Directory) -> None:
+    """DinorayError where every trial that ended has failed: it is not the settings that were tried."""
+    outcomes = [t.outcome for t in read_trials(study) if t.outcome]
+    if outcomes and all(outcome.status == "failed" for outcome in outcomes):
+        first = " ".join(outcomes[0].message.split()) or "not recorded"
+        raise DinorayError(
+            f"all trials that ended ({len(outcomes)}) failed, the first with: {first}; they are not run again: mend "
+            f"what it names, and search under another name=..., or remove {study.join('trials')}"
+        )
 
 
 def confirmations(tried: Sequence[Tried], *, top: int, num_seeds: int) -> list[Trial]:
