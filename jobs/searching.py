@@ -24,7 +24,7 @@ from jobs.study import (
     trial_config,
 )
 from jobs.study_lines import about_study, describe_search, trial_line
-from jobs.study_plan import local_cores, plan_of
+from jobs.study_plan import local_cores, lost_outcome, plan_of
 from jobs.trial import TrialRunner
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board
@@ -41,11 +41,13 @@ from pipeline.study.samplers import sampler
 from pipeline.study.space import Space, place
 from pipeline.study.trials import (
     BEST,
+    OUTCOME,
     Outcome,
     Trial,
     Tried,
     read_study,
     read_trials,
+    trial_directory,
     write_outcome,
     write_study,
     write_trial,
@@ -277,8 +279,9 @@ class StudyRun:
             return trial
 
     def _on_end(self, trial: Trial, error: str | None) -> None:
-        if error is not None:
-            write_outcome(self._directory, trial, Outcome("failed", None, 0, message=error))
+        if error is not None and not trial_directory(self._directory, trial).exists(OUTCOME):
+            assert self._plan is not None
+            write_outcome(self._directory, trial, lost_outcome(self._directory, trial, error, self._plan))
         (tried,) = (t for t in self._tried() if t.trial.number == trial.number)
         self._console.print(trial_line(tried, self._about))
         self._write_study()

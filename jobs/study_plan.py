@@ -1,11 +1,16 @@
-"""What a study takes of a cluster, or of a Ray of its own, from its config."""
+"""What a study takes of a cluster, or of a Ray of its own, from its config; what a trial that was lost had taken."""
 
 import os
 from collections.abc import Mapping
 
 from jobs.study import StudyConfig
+from jobs.trial import _CLOCK
 from models.settings import ResourceError
+from pipeline.report_records import read_mapping, read_records
+from pipeline.storage import Directory
 from pipeline.study.plan import StudyPlan, local_cpus, plan_study
+from pipeline.study.ranking import number_of
+from pipeline.study.trials import Outcome, Trial, trial_directory
 
 
 def check_growth(config: StudyConfig, *, is_local: bool) -> None:
@@ -49,4 +54,21 @@ def local_cores(config: StudyConfig) -> int:
         cores=os.cpu_count() or 1,
         limit=limit_of(config),
         shares_stream=config.tune.share_stream,
+    )
+
+
+def lost_outcome(study: Directory, trial: Trial, error: str, plan: StudyPlan) -> Outcome:
+    """Of a trial that failed for good, with nobody left to say how far it was: as far as it has written down."""
+    run = trial_directory(study, trial)
+    clock = read_mapping(run, _CLOCK)
+    seconds = number_of(clock.get("seconds")) or 0.0
+    return Outcome(
+        "failed",
+        None,
+        read_records(run).last_step or 0,
+        message=error,
+        seconds=seconds,
+        start_seconds=number_of(clock.get("start_seconds")) or 0.0,
+        cpu_hours=plan.cpus_each * seconds / 3600,
+        gpu_hours=plan.gpus_each * seconds / 3600,
     )

@@ -3,18 +3,22 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from studies import tried, write_tried
 from tiny_run import write_images
 
 from jobs import tune as job
 from jobs.arguments import PretrainArguments, pretrain_config
 from jobs.config import differences, load, load_config
+from jobs.searching import StudyRun
 from jobs.study import (
     FREE,
     StudyConfig,
@@ -28,12 +32,12 @@ from jobs.study import (
     space_of,
     trial_config,
 )
-from jobs.study_plan import check_growth
+from jobs.study_plan import check_growth, plan_of
 from models.settings import ConfigError, DinorayError, ResourceError
 from pipeline.demo_images import PATTERNS
 from pipeline.storage import Directory
 from pipeline.study.space import default_space, grid
-from pipeline.study.trials import Tried
+from pipeline.study.trials import Outcome, Tried, read_trials
 
 NUM_IMAGES = 2160
 
@@ -236,6 +240,26 @@ def test_a_study_of_which_all_trials_failed_ends_with_an_error(
     assert error.value.exit_code == 1
     assert (tmp_path / "s" / "study.html").exists()
     run_finished(tmp_path, monkeypatch, "tune.seed=0", tried(1, 0.0, "collapsed", params={}))
+
+
+def test_a_trial_that_is_lost_keeps_what_it_took_and_one_that_has_ended_its_outcome(tmp_path: Path) -> None:
+    directory, config = Directory(str(tmp_path)), study()
+    inputs: Any = SimpleNamespace(images=SimpleNamespace(num_images=NUM_IMAGES))
+    space = space_of(config)
+    life = StudyRun(config, directory, space, objective_of(config, space), [], inputs, Console(quiet=True))
+    life._plan = plan_of(config, 16, {"CPU": 8})
+    lost = tried(0, status="unfinished")
+    write_tried(directory, lost, b'{"step": 3, "loss": 1.0}\n{"step": 7, "loss": 1.0}\n')
+    (tmp_path / "trials" / "0000" / "clock.json").write_text('{"seconds": 1800.0, "start_seconds": 60.0}')
+    write_tried(directory, tried(1, 0.5))
+    life._on_end(lost.trial, "its process was lost")
+    life._on_end(tried(1).trial, "its process was lost")
+    first, second = (t.outcome for t in read_trials(directory))
+    hours = life._plan.cpus_each / 2
+    assert first == Outcome(
+        "failed", None, 7, message="its process was lost", seconds=1800, start_seconds=60, cpu_hours=hours
+    )
+    assert second == tried(1, 0.5).outcome
 
 
 # What comes of it
