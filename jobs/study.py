@@ -182,6 +182,13 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
                 f"tune.first: {point} is outside of tune.space, which tune.scheduler=pb2 cannot leave"
             )
         points.append({**own, **point})
+    if len(points) > config.tune.trials and config.tune.searcher != "grid":
+        recipe = len(points) > len(config.tune.first)
+        raise ConfigError(
+            f"tune.trials={config.tune.trials}: {len(points)} points are to be tried first, tune.first"
+            f"{' and the recipe' if recipe else ''}, and some never would be; set tune.trials={len(points)}"
+            f"{', or tune.try_recipe=false' if recipe else ''}, or shorten tune.first"
+        )
     return points
 
 

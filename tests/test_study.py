@@ -277,6 +277,16 @@ def test_the_recipe_is_tried_first_then_what_was_asked_for_completed_by_the_reci
     ]
 
 
+def test_no_first_point_is_dropped_for_want_of_trials() -> None:
+    few = ["tune.first=[{loss.teacher_temp: 0.05}, {loss.teacher_temp: 0.06}]", "tune.trials=2"]
+    config = study(*few)
+    with pytest.raises(ConfigError, match=r"tune\.trials=2: 3 points .* or tune\.try_recipe=false"):
+        first_points(config, space_of(config))
+    for enough in ("tune.trials=3", "tune.try_recipe=false", "tune.searcher=grid"):
+        config = study(*few, enough)
+        assert first_points(config, space_of(config))[-1]["loss.teacher_temp"] == 0.06
+
+
 def test_the_default_study_has_labels_and_the_default_space() -> None:
     config = study()
     space = space_of(config)
