@@ -12,6 +12,7 @@ from typing import Any
 from jobs.arguments import Arguments
 from jobs.config import Config, apply_tree, load, validate_as
 from jobs.keys import did_you_mean, leaf_fields
+from jobs.study_rules import scheduler_mistakes, warmup_mistakes
 from models.loss import LossConfig
 from models.settings import ConfigError
 from pipeline.automatic import resolve
@@ -94,47 +95,10 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
                 candidate(config, {**own, key: value})
             except ConfigError as error:
                 mistakes += [f"tune.space: {key}={value!r}: {line}" for line in str(error).splitlines()]
-    if WARMUP_TEMP in space and TEACHER_TEMP not in space:
-        mistakes += _warmup_mistakes(space[WARMUP_TEMP], config.loss.teacher_temp)
-    if config.tune.scheduler == "pb2":
-        fixed = [key for key, domain in space.items() if not domain.is_continuous or not _moves(key)]
-        if fixed:
-            mistakes.append(
-                f"tune.scheduler=pb2 moves settings while trials train, which {', '.join(fixed)} cannot; "
-                "leave them out of tune.space, or take tune.scheduler=asha"
-            )
-        if config.tune.evaluations < 3:
-            mistakes.append(
-                f"tune.evaluations={config.tune.evaluations}: tune.scheduler=pb2 needs at least 3: from the second on, "
-                "and before the last, the worst members take over from the best"
-            )
-    if config.tune.scheduler == "asha" and "train.global_batch_size" in space:
-        mistakes.append(
-            "tune.space: train.global_batch_size: trials of another number of steps cannot be compared on the way; "
-            "leave it out, or set tune.scheduler=none"
-        )
-    if config.tune.share_stream:
-        moved = [key for key in space if key.startswith("crops.") or key == "train.global_batch_size"]
-        if moved:
-            mistakes.append(
-                f"tune.share_stream=true needs the same crops in all trials, but {', '.join(moved)} varies; "
-                "leave it out of tune.space, or set tune.share_stream=false"
-            )
+    mistakes += [*warmup_mistakes(space, config.loss), *scheduler_mistakes(space, config.tune)]
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return {key: domain for key, domain in space.items() if not _is_one_in_short(config, key, domain)}
-
-
-def _warmup_mistakes(domain: Domain, teacher_temp: float | str) -> list[str]:
-    """Where the warm-up could start above its end, which is the same in all trials."""
-    above = [
-        value for value in domain.values if isinstance(teacher_temp, int | float) and value > teacher_temp
-    ]
-    return [
-        f"tune.space: {WARMUP_TEMP}={value!r}: it must not exceed loss.teacher_temp={teacher_temp}; lower it, or "
-        f"search {TEACHER_TEMP} too"
-        for value in above
-    ]
 
 
 def _is_one_in_short(config: StudyConfig, key: str, domain: Domain) -> bool:
@@ -148,12 +112,6 @@ def _is_one_in_short(config: StudyConfig, key: str, domain: Domain) -> bool:
         f"tune.space: {key}: it would be {tried.pop()} in every trial of tune.epochs={config.tune.epochs:g}; "
         "leave it out or raise tune.epochs"
     )
-
-
-def _moves(key: str) -> bool:
-    """Whether a setting may change in the middle of a run: it is read at each step and shapes no network."""
-    section, _, leaf = key.partition(".")
-    return section in ("loss", "teacher", "optim") and not leaf.endswith("_epochs") and leaf != "layer_decay"
 
 
 def objective_of(config: StudyConfig, space: Space) -> Objective:

@@ -124,8 +124,18 @@ def run_finished(
             ["tune.scheduler=pb2 moves settings", "head.out_dim"],
         ),
         (
-            ["tune.scheduler=pb2", "tune.evaluations=2"],
-            ["tune.evaluations=2: tune.scheduler=pb2 needs at least 3"],
+            ["tune.scheduler=pb2", "tune.evaluations=3"],
+            ["tune.evaluations=3: tune.scheduler=pb2 needs at least 4"],
+        ),
+        (["tune.scheduler=pb2", "tune.searcher=grid"], ["tune.searcher=grid", "take tune.searcher=quasi"]),
+        (
+            [
+                "loss.warmup_teacher_temp_epochs=0",
+                "tune.space={loss.warmup_teacher_temp: {uniform: [0.01, 0.02]}}",
+            ],
+            [
+                "loss.warmup_teacher_temp: it has no effect in any trial with loss.warmup_teacher_temp_epochs=0"
+            ],
         ),
         (
             [
