@@ -34,7 +34,7 @@ from pipeline.study.findings import findings
 from pipeline.study.objective import Objective
 from pipeline.study.plan import StudyPlan
 from pipeline.study.population import check_population, run_population
-from pipeline.study.progress import committed_course, confirmations, course, known, next_number
+from pipeline.study.progress import committed_course, confirmations, course, known, member_start, next_number
 from pipeline.study.ranking import searched
 from pipeline.study.report import write_study_report
 from pipeline.study.samplers import sampler
@@ -238,9 +238,11 @@ class StudyRun:
         assert self._plan is not None
         size = self._num_trials
         check_population(size, self._plan.trials_at_once)
-        newest = {t.trial.number % size: t for t in self._tried()}
+        newest = {t.trial.number % size: t.trial for t in self._tried()}
         starts = [
-            place(self._space, newest[slot].trial.params if slot in newest else self._propose(slot, [])[0])
+            member_start(self._space, newest[slot])
+            if slot in newest
+            else place(self._space, self._propose(slot, [])[0])
             for slot in range(size)
         ]
 

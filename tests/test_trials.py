@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from studies import tried, write_tried
 
-from models.settings import DataError
+from models.settings import ConfigError, DataError
 from pipeline.report_records import Records
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective
-from pipeline.study.progress import confirmations, course, known, next_number
+from pipeline.study.progress import confirmations, course, known, member_start, next_number
+from pipeline.study.space import Domain
 from pipeline.study.trials import (
     Outcome,
     Trial,
@@ -132,6 +133,18 @@ def test_a_sampler_knows_who_finished_who_runs_who_failed_and_how_far_those_came
         (3, 0.2, {10: 0.2}),
         (4, 0.0, {}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [({"a": 0.9}, "a uniform: [0, 0.5]: trial 0002, which goes on, is at 0.9"), ({"b": 0.1}, "has none")],
+)
+def test_a_member_that_is_not_in_a_changed_space_is_named_with_the_setting(params: dict, told: str) -> None:
+    space = {"a": Domain(kind="uniform", values=(0, 0.5))}
+    with pytest.raises(ConfigError) as error:
+        member_start(space, Trial(2, params, 0, "pb2"))
+    assert told in str(error.value)
+    assert member_start(space, Trial(2, {"a": 0.25}, 0, "pb2")) == {"a": 0.5}
 
 
 def test_the_best_that_finished_are_confirmed_with_the_seeds_that_they_lack() -> None:

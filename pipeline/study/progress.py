@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from models.settings import DinorayError
+from models.settings import ConfigError, DinorayError
 from pipeline.checkpoint import committed_steps
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective
 from pipeline.study.ranking import searched
 from pipeline.study.samplers import Known
+from pipeline.study.space import Space, place
 from pipeline.study.trials import Trial, Tried, evaluations, read_trials, trial_directory
 
 
@@ -49,6 +50,18 @@ def known(tried: Sequence[Tried], objective: Objective, *, worst: float) -> list
             )
         )
     return found
+
+
+def member_start(space: Space, trial: Trial) -> dict[str, float]:
+    """Where a member of a population goes on from; ConfigError where the space has changed and it is not in it."""
+    for key, domain in space.items():
+        if key not in trial.params or not domain.holds(trial.params[key]):
+            where = f"is at {trial.params[key]!r}" if key in trial.params else "has none"
+            raise ConfigError(
+                f"tune.space: {key} {domain.kind}: {list(domain.values)}: trial {trial.name}, which goes on, {where}, "
+                "and tune.scheduler=pb2 cannot leave the space; set it as it was, or another name=... to start anew"
+            )
+    return place(space, trial.params)
 
 
 def check_any_ran(study: Directory) -> None:
