@@ -44,6 +44,7 @@ def plan_of(config: StudyConfig, num_trials: int, have: Mapping[str, float]) -> 
         use_gpu=use_gpu,
         limit=limit_of(config),
         shares_stream=config.tune.share_stream,
+        all_at_once=config.tune.scheduler == "pb2",
     )
 
 
