@@ -334,6 +334,14 @@ def test_savings_are_told_apart_by_what_ended_the_trial() -> None:
     )
 
 
+def test_a_trial_of_larger_batches_that_was_trained_to_its_end_has_saved_nothing() -> None:
+    trials = [tried(0, step=STEPS), tried(1, step=STEPS // 2), tried(2, step=2 * STEPS)]
+    assert findings(trials, about()).saving.steps_full == 3.5 * STEPS
+    assert "Ending trials early saved" not in said(trials)
+    short = [*trials, tried(3, 0.1, "stopped", step=20)]
+    assert findings(short, about()).saving.share == pytest.approx(80 / 450)
+
+
 # Words
 
 

@@ -182,7 +182,12 @@ def saving_of(tried: Sequence[Tried], total_steps: int) -> Saving:
                 cpu, gpu = cpu + rest * pace.cpu, gpu + rest * pace.gpu
         return Hours(cpu, gpu)
 
-    full = max(steps, total_steps * len(ended))
+    # One that was trained to its end was all of itself, whatever the length of others: the batch may be searched.
+    full = sum(
+        _count(one.outcome.step) if one.status == "finished" else max(_count(one.outcome.step), total_steps)
+        for one in ended
+        if one.outcome
+    )
     return Saving(steps, full, saved("collapsed"), saved("stopped"))
 
 
