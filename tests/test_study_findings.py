@@ -382,6 +382,23 @@ def test_the_best_inside_the_space_is_not_called_an_edge() -> None:
     )
 
 
+def test_the_best_of_a_population_is_told_as_the_course_that_it_is() -> None:
+    trials = [
+        tried(0, 0.3, "stopped", origin="pb2", step=60),
+        tried(1, 0.5, origin="pb2"),
+        tried(2, 0.6, origin="pb2", continues=1, from_step=60),
+    ]
+    words = said(trials, scheduler="pb2")
+    assert (
+        "It went on from trial 0001 at step 60, with other settings: best.yaml has its last ones alone"
+        in words
+    )
+    assert "1 replaced by ones that went on from better ones" in words
+    assert "given up" not in words
+    assert "went on from" not in said([tried(0, 0.3, "stopped"), tried(1, 0.5)])
+    assert "Best is trial 0007" in said([tried(1, 0.5, confirms=7, seed=1)])  # whose folder was removed
+
+
 def test_the_loss_as_objective_is_told_with_its_own_sign_and_its_caveat() -> None:
     words = said([tried(0, -4.25, scores={"loss": 4.25})], objective="loss")
     assert "loss 4.25 with one seed" in words
