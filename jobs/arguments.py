@@ -9,7 +9,7 @@ from jobs.config import Config, load_config, load_kept
 from jobs.recipes import RECIPES
 from models.settings import ConfigError
 from pipeline.storage import Directory
-from pipeline.study.trials import BEST
+from pipeline.study.trials import BEST, STUDY
 
 
 def positive(text: str) -> int:
@@ -74,4 +74,9 @@ def pretrain_config(arguments: argparse.Namespace) -> Config:
     if arguments.recipe or arguments.config:
         raise ConfigError("--from-study has the whole config: leave out --recipe and --config")
     study = Directory(arguments.from_study)
+    if study.exists(STUDY) and not study.exists(BEST):
+        raise ConfigError(
+            f"--from-study={study.uri}: this study has found no best, or has not ended, and so has no {BEST}: "
+            f"see its study.html; let it end with the same command of jobs.tune, or search another tune.space"
+        )
     return load_kept(Config, study, overrides, name=BEST, what="finished study")

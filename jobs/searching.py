@@ -5,7 +5,6 @@ begun, then with new ones, then with the best again under other seeds.
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,13 +19,12 @@ from jobs.study import (
     StudyConfig,
     candidate,
     grace_steps,
-    limit_of,
     num_trials,
-    plan_of,
     schedule_of,
     trial_config,
 )
 from jobs.study_lines import about_study, describe_search, trial_line
+from jobs.study_plan import local_cores, lost_outcome, plan_of
 from jobs.trial import TrialRunner
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board
@@ -34,20 +32,22 @@ from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
 from pipeline.study.findings import findings
 from pipeline.study.objective import Objective
-from pipeline.study.plan import StudyPlan, local_cpus
+from pipeline.study.plan import StudyPlan
 from pipeline.study.population import check_population, run_population
-from pipeline.study.progress import committed_course, confirmations, course, known, next_number
+from pipeline.study.progress import committed_course, confirmations, course, known, member_start, next_number
 from pipeline.study.ranking import searched
 from pipeline.study.report import write_study_report
 from pipeline.study.samplers import sampler
 from pipeline.study.space import Space, place
 from pipeline.study.trials import (
     BEST,
+    OUTCOME,
     Outcome,
     Trial,
     Tried,
     read_study,
     read_trials,
+    trial_directory,
     write_outcome,
     write_study,
     write_trial,
@@ -100,6 +100,7 @@ class StudyRun:
             num_images=num_images,
             num_trials=self._num_trials,
         )
+        self._worst = objective.worst(self._about["out_dim"])
 
     def is_done(self) -> bool:
         """Whether every trial that is asked for has ended, and the best are confirmed."""
@@ -110,13 +111,7 @@ class StudyRun:
     def run(self, *, verbose: bool) -> None:
         """Search and confirm, on a cluster that is joined or a Ray of one's own, which is shut down in any case."""
         tune = self._config.tune
-        cores = local_cpus(
-            self._config.resources,
-            cores=os.cpu_count() or 1,
-            limit=limit_of(self._config),
-            shares_stream=tune.share_stream,
-        )
-        join_ray(cores, verbose=verbose, dashboard=tune.scheduler == "pb2")
+        join_ray(local_cores(self._config), verbose=verbose, dashboard=tune.scheduler == "pb2")
         try:
             have = ray.cluster_resources()
             self._plan = plan_of(self._config, self._num_trials, have)
@@ -144,13 +139,15 @@ class StudyRun:
             ray.shutdown()
 
     def write_findings(self) -> None:
-        """study.json, best.yaml where there is a best, and the report."""
+        """study.json, best.yaml where there is a best, else none of an earlier one, and the report."""
         self._write_study()
         found = findings(self._tried(), read_study(self._directory))
         if found.best is not None:
             best = candidate(self._config, found.best.params)
             best = best.model_copy(update={"name": f"{self._config.name}-best"})
             self._directory.write(BEST, best.to_yaml().encode())
+        else:
+            self._directory.delete(BEST)
         write_study_report(self._directory)
 
     def _confirm(self, runner: TrialRunner, seeds: Sequence[int]) -> None:
@@ -241,9 +238,11 @@ class StudyRun:
         assert self._plan is not None
         size = self._num_trials
         check_population(size, self._plan.trials_at_once)
-        newest = {t.trial.number % size: t for t in self._tried()}
+        newest = {t.trial.number % size: t.trial for t in self._tried()}
         starts = [
-            place(self._space, newest[slot].trial.params if slot in newest else self._propose(slot, [])[0])
+            member_start(self._space, newest[slot])
+            if slot in newest
+            else place(self._space, self._propose(slot, [])[0])
             for slot in range(size)
         ]
 
@@ -269,7 +268,7 @@ class StudyRun:
             nth = len(searched(tried))
             if nth >= self._num_trials:
                 return None
-            params, origin = self._propose(nth, known(tried, self._objective))
+            params, origin = self._propose(nth, known(tried, self._objective, worst=self._worst))
             trial = Trial(next_number(tried), params, self._config.train.seed, origin)
             write_trial(self._directory, trial)
             try:
@@ -282,8 +281,9 @@ class StudyRun:
             return trial
 
     def _on_end(self, trial: Trial, error: str | None) -> None:
-        if error is not None:
-            write_outcome(self._directory, trial, Outcome("failed", None, 0, message=error))
+        if error is not None and not trial_directory(self._directory, trial).exists(OUTCOME):
+            assert self._plan is not None
+            write_outcome(self._directory, trial, lost_outcome(self._directory, trial, error, self._plan))
         (tried,) = (t for t in self._tried() if t.trial.number == trial.number)
         self._console.print(trial_line(tried, self._about))
         self._write_study()

@@ -12,13 +12,22 @@ from typing import Any
 from jobs.arguments import Arguments
 from jobs.config import Config, apply_tree, load, validate_as
 from jobs.keys import did_you_mean, leaf_fields
+from jobs.study_rules import scheduler_mistakes, warmup_mistakes
+from models.loss import LossConfig
 from models.settings import ConfigError
 from pipeline.automatic import resolve
 from pipeline.study.config import StudySettings
 from pipeline.study.objective import Objective, choose
-from pipeline.study.plan import StudyPlan, plan_study
 from pipeline.study.samplers import grid_size
-from pipeline.study.space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Domain, Space, default_space
+from pipeline.study.space import (
+    CENTERING,
+    TEACHER_TEMP,
+    WARMUP_EPOCHS,
+    WARMUP_TEMP,
+    Domain,
+    Space,
+    default_space,
+)
 from pipeline.training import DINOConfig, Schedule
 
 FREE = (
@@ -69,6 +78,8 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
     """What is searched, each end of each domain tried as a config. ConfigError holds one line per mistake."""
     space: Space = config.tune.space or default_space(config.algorithm())
     known = [key for key in leaf_fields(DINOConfig) if key not in _NOT_SEARCHED]
+    plain = config.model_dump(mode="json")
+    own = {key: _at(plain, key) for key in space if key in known}
     mistakes = []
     for key, domain in space.items():
         if key not in known:
@@ -81,33 +92,10 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
             tried = list(domain.values)
         for value in tried:
             try:
-                candidate(config, {key: value})
+                candidate(config, {**own, key: value})
             except ConfigError as error:
                 mistakes += [f"tune.space: {key}={value!r}: {line}" for line in str(error).splitlines()]
-    if config.tune.scheduler == "pb2":
-        fixed = [key for key, domain in space.items() if not domain.is_continuous or not _moves(key)]
-        if fixed:
-            mistakes.append(
-                f"tune.scheduler=pb2 moves settings while trials train, which {', '.join(fixed)} cannot; "
-                "leave them out of tune.space, or take tune.scheduler=asha"
-            )
-        if config.tune.evaluations < 3:
-            mistakes.append(
-                f"tune.evaluations={config.tune.evaluations}: tune.scheduler=pb2 needs at least 3: from the second on, "
-                "and before the last, the worst members take over from the best"
-            )
-    if config.tune.scheduler == "asha" and "train.global_batch_size" in space:
-        mistakes.append(
-            "tune.space: train.global_batch_size: trials of another number of steps cannot be compared on the way; "
-            "leave it out, or set tune.scheduler=none"
-        )
-    if config.tune.share_stream:
-        moved = [key for key in space if key.startswith("crops.") or key == "train.global_batch_size"]
-        if moved:
-            mistakes.append(
-                f"tune.share_stream=true needs the same crops in all trials, but {', '.join(moved)} varies; "
-                "leave it out of tune.space, or set tune.share_stream=false"
-            )
+    mistakes += [*warmup_mistakes(space, config.loss), *scheduler_mistakes(space, config.tune)]
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return {key: domain for key, domain in space.items() if not _is_one_in_short(config, key, domain)}
@@ -124,12 +112,6 @@ def _is_one_in_short(config: StudyConfig, key: str, domain: Domain) -> bool:
         f"tune.space: {key}: it would be {tried.pop()} in every trial of tune.epochs={config.tune.epochs:g}; "
         "leave it out or raise tune.epochs"
     )
-
-
-def _moves(key: str) -> bool:
-    """Whether a setting may change in the middle of a run: it is read at each step and shapes no network."""
-    section, _, leaf = key.partition(".")
-    return section in ("loss", "teacher", "optim") and not leaf.endswith("_epochs") and leaf != "layer_decay"
 
 
 def objective_of(config: StudyConfig, space: Space) -> Objective:
@@ -152,17 +134,29 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"tune.first: {', '.join(unknown)} is not in tune.space ({', '.join(space)}){near}"
             )
-        candidate(config, point)
+        candidate(config, {**own, **point})
         if config.tune.scheduler == "pb2" and not _lies_in(space, {**own, **point}):
             raise ConfigError(
                 f"tune.first: {point} is outside of tune.space, which tune.scheduler=pb2 cannot leave"
             )
         points.append({**own, **point})
+    if len(points) > config.tune.trials and config.tune.searcher != "grid":
+        recipe = len(points) > len(config.tune.first)
+        raise ConfigError(
+            f"tune.trials={config.tune.trials}: {len(points)} points are to be tried first, tune.first"
+            f"{' and the recipe' if recipe else ''}, and some never would be; set tune.trials={len(points)}"
+            f"{', or tune.try_recipe=false' if recipe else ''}, or shorten tune.first"
+        )
     return points
 
 
 def _lies_in(space: Space, point: Mapping[str, Any]) -> bool:
     return all(domain.holds(point[key]) for key, domain in space.items())
+
+
+def can_grow(config: StudyConfig) -> bool:
+    """Whether more `tune.trials` extend the study: a grid has its points, and a population a place for each trial."""
+    return config.tune.searcher != "grid" and config.tune.scheduler != "pb2"
 
 
 def num_trials(config: StudyConfig, space: Space) -> int:
@@ -175,14 +169,19 @@ def num_trials(config: StudyConfig, space: Space) -> int:
 def candidate(config: StudyConfig, params: Mapping[str, Any]) -> Config:
     """The run, in its full length, with a trial's parameters; ConfigError where they do not go together.
 
-    Unless it is a parameter itself, the temperature that the teacher's warm-up starts from is no higher than its end.
+    Two are taken for what they can be beside the others: a warm-up of the teacher's temperature starts no higher than
+    it ends, and where centering is searched, a momentum of the centre counts in trials with a centre alone. A trial
+    is known by the parameters that were proposed, and its run's config has what was taken.
     """
     tree = config.model_dump(mode="json", exclude={"tune"})
     apply_tree(tree, params)
-    temp = tree["loss"]["teacher_temp"]
-    moved = TEACHER_TEMP in params or WARMUP_EPOCHS in params
-    if moved and WARMUP_TEMP not in params and isinstance(temp, int | float):
-        tree["loss"]["warmup_teacher_temp"] = min(tree["loss"]["warmup_teacher_temp"], temp)
+    loss = tree["loss"]
+    temps = (loss["warmup_teacher_temp"], loss["teacher_temp"])
+    moved = any(key in params for key in (TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP))
+    if moved and all(isinstance(temp, int | float) for temp in temps):
+        loss["warmup_teacher_temp"] = min(temps)
+    if CENTERING in params and loss["centering"] != "center":
+        loss["center_momentum"] = LossConfig.model_fields["center_momentum"].default
     return validate_as(Config, tree)
 
 
@@ -243,29 +242,6 @@ def grace_steps(config: StudyConfig, space: Space, *, num_images: int) -> int:
     trial = trial_config(config, longest, name="0", storage_path="trials", seed=0, num_images=num_images)
     schedule = schedule_of(trial, num_images=num_images)
     return max(1, schedule.settled_step(), math.ceil(config.tune.grace * schedule.total_steps))
-
-
-def limit_of(config: StudyConfig) -> int | None:
-    """Trials at once that are asked for: a population is all of them; None, as many as fit."""
-    return config.tune.max_concurrent or (config.tune.trials if config.tune.scheduler == "pb2" else None)
-
-
-def plan_of(config: StudyConfig, num_trials: int, have: Mapping[str, float]) -> StudyPlan:
-    """The plan for a cluster that has `have` by kind of resource, or will have what the config says.
-
-    ResourceError where it does not fit.
-    """
-    gpus = config.tune.cluster_gpus or int(have.get("GPU", 0))
-    use_gpu = gpus > 0 if config.resources.use_gpu == "auto" else config.resources.use_gpu
-    return plan_study(
-        config.resources,
-        num_trials=num_trials,
-        cpus=config.tune.cluster_cpus or int(have.get("CPU", 0)),
-        gpus=gpus,
-        use_gpu=use_gpu,
-        limit=limit_of(config),
-        shares_stream=config.tune.share_stream,
-    )
 
 
 def _at(tree: Mapping[str, Any], key: str) -> Any:

@@ -1,7 +1,8 @@
 """Search settings of a run with Ray Tune: `python -m jobs.tune [--recipe NAME] [key=value ...] [tune.key=value ...]`.
 
 Config -> plan -> trials, each a run of its own -> the best again with more seeds -> report and best.yaml. The same
-command continues a study that was killed, from the trials that its directory holds; more `tune.trials` extend it.
+command continues a study that was killed, from the trials that its directory holds; more `tune.trials` extend it, but
+for a grid, which is done when it is, and a population, in which each trial has its place.
 """
 
 from collections.abc import Sequence
@@ -10,20 +11,23 @@ from rich.console import Console
 
 from jobs.about import draw_demo, write_about
 from jobs.config import differences, json_schema, load_kept
-from jobs.entry import run_main
+from jobs.entry import is_local, run_main
 from jobs.running import Inputs, check_run
 from jobs.searching import StudyRun
 from jobs.study import (
     FREE,
     StudyArguments,
     StudyConfig,
+    can_grow,
     first_points,
     objective_of,
     space_of,
     study_config,
 )
+from jobs.study_plan import check_growth
 from models.settings import ConfigError
 from pipeline.storage import Directory
+from pipeline.study.progress import check_any_ran
 from pipeline.study.report import describe_study
 from pipeline.study.trials import STUDY
 
@@ -43,19 +47,20 @@ def main(argv: Sequence[str]) -> None:
     _check_name(directory, config, resume=arguments.resume)
     space = space_of(config)
     objective, first = objective_of(config, space), first_points(config, space)
+    check_growth(config, is_local=is_local())
     check_run(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, directory)
     write_about(directory, config, inputs, [f"tune.objective={objective.metric}: {objective.reason}"])
     study = StudyRun(config, directory, space, objective, first, inputs, console)
     if study.is_done():
-        console.print(
-            f"{directory.uri} is finished; more tune.trials extend it, another name=... starts anew"
-        )
+        more = "more tune.trials extend it, " if can_grow(config) else ""
+        console.print(f"{directory.uri} is finished; {more}another name=... starts anew")
     else:
         study.run(verbose=arguments.verbose)
     study.write_findings()
     console.print(describe_study(directory))
+    check_any_ran(directory)
 
 
 def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> None:

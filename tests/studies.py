@@ -55,7 +55,8 @@ def about(space: dict[str, Domain] | None = None, **changes: Any) -> dict[str, A
 
 def tried(number: int, score: float | None = 0.5, status: str = "finished", **changes: Any) -> Tried:
     """One trial without metrics; `changes` are fields of Trial and of Outcome."""
-    fields = {name: changes.pop(name) for name in ("params", "seed", "origin", "confirms") if name in changes}
+    names = ("params", "seed", "origin", "confirms", "continues", "from_step")
+    fields = {name: changes.pop(name) for name in names if name in changes}
     trial = Trial(**{"number": number, "params": {}, "seed": 0, "origin": "quasi", **fields})
     if status == "unfinished":
         return Tried(trial, None, Records(b""))

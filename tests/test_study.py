@@ -3,18 +3,26 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from studies import tried, write_tried
+from tiny_run import write_images
 
 from jobs import tune as job
+from jobs.arguments import PretrainArguments, pretrain_config
 from jobs.config import differences, load, load_config
+from jobs.searching import StudyRun
 from jobs.study import (
     FREE,
     StudyConfig,
+    can_grow,
     candidate,
     first_points,
     grace_steps,
@@ -24,8 +32,12 @@ from jobs.study import (
     space_of,
     trial_config,
 )
-from models.settings import ConfigError
-from pipeline.study.space import default_space
+from jobs.study_plan import check_growth, plan_of
+from models.settings import ConfigError, DinorayError, ResourceError
+from pipeline.demo_images import PATTERNS
+from pipeline.storage import Directory
+from pipeline.study.space import default_space, grid
+from pipeline.study.trials import Outcome, Tried, read_trials
 
 NUM_IMAGES = 2160
 
@@ -37,6 +49,32 @@ def study(*overrides: str, recipe: str = "demo") -> StudyConfig:
 def trial(config: StudyConfig, **params: object) -> object:
     values = {key.replace("__", "."): value for key, value in params.items()}
     return trial_config(config, values, name="0003", storage_path="/s/trials", seed=5, num_images=NUM_IMAGES)
+
+
+def run_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *ended: Tried, is_done: bool = True
+) -> None:
+    """Run a study of two trials whose trials have ended before; what they would learn from is not looked at."""
+    images = folder / "images"
+    if not images.exists():
+        write_images(images, "train", labels=tuple(PATTERNS)[:2], per_label=2)
+    monkeypatch.setattr(job.StudyRun, "is_done", lambda self: is_done)
+    monkeypatch.setattr(job.StudyRun, "run", lambda self, verbose: None)
+    study_directory = Directory(str(folder / "s"))
+    for one in ended:
+        write_tried(study_directory, one)
+    job.main(
+        [
+            f"storage_path={folder}",
+            "name=s",
+            f"data.path={images}",
+            "eval.val_path=null",
+            "train.global_batch_size=4",
+            "tune.trials=2",
+            "tune.space={loss.teacher_temp: {uniform: [0.02, 0.08]}}",
+            override,
+        ]
+    )
 
 
 # What is refused
@@ -86,8 +124,26 @@ def trial(config: StudyConfig, **params: object) -> object:
             ["tune.scheduler=pb2 moves settings", "head.out_dim"],
         ),
         (
-            ["tune.scheduler=pb2", "tune.evaluations=2"],
-            ["tune.evaluations=2: tune.scheduler=pb2 needs at least 3"],
+            ["tune.scheduler=pb2", "tune.evaluations=3"],
+            ["tune.evaluations=3: tune.scheduler=pb2 needs at least 4"],
+        ),
+        (["tune.scheduler=pb2", "tune.searcher=grid"], ["tune.searcher=grid", "take tune.searcher=quasi"]),
+        (
+            [
+                "loss.warmup_teacher_temp_epochs=0",
+                "tune.space={loss.warmup_teacher_temp: {uniform: [0.01, 0.02]}}",
+            ],
+            [
+                "loss.warmup_teacher_temp: it has no effect in any trial with loss.warmup_teacher_temp_epochs=0"
+            ],
+        ),
+        (
+            [
+                "loss.teacher_temp=0.05",
+                "loss.warmup_teacher_temp_epochs=4",
+                "tune.space={loss.warmup_teacher_temp: {uniform: [0.02, 0.06]}}",
+            ],
+            ["loss.warmup_teacher_temp=0.06: it must not exceed loss.teacher_temp=0.05; lower it"],
         ),
         (
             ["loss.centering=sinkhorn_knopp", "tune.space={loss.center_momentum: {uniform: [0.5, 0.99]}}"],
@@ -103,6 +159,18 @@ def test_what_cannot_be_searched_is_refused_in_words_before_ray_starts(
         job.main(["--recipe", "demo", f"storage_path={tmp_path}", *overrides])
     for words in told:
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("asked", ["tune.cluster_cpus=64", "tune.cluster_gpus=8"])
+def test_a_ray_on_this_machine_is_not_said_to_grow(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ResourceError, match=f"{asked}: this is what a cluster will have .* leave it out"):
+        job.main(["--recipe", "demo", f"storage_path={tmp_path}", asked])
+    check_growth(study(asked), is_local=False)
+    check_growth(study(), is_local=True)
 
 
 def test_a_name_in_use_by_another_study_or_by_a_run_is_refused(tmp_path: Path) -> None:
@@ -126,6 +194,15 @@ def test_more_trials_seeds_and_another_cluster_continue_a_study(tmp_path: Path) 
     assert differences(study(), study("tune.epochs=3"), free=FREE) == ["tune.epochs: None -> 3.0"]
 
 
+def test_a_finished_study_says_that_more_trials_extend_it_where_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_finished(tmp_path, monkeypatch, "tune.scheduler=pb2")
+    assert "is finished; another name=... starts anew" in capsys.readouterr().out
+    assert can_grow(study())
+    assert not can_grow(study("tune.searcher=grid"))
+
+
 def test_the_config_of_a_study_reads_back_as_it_was_written() -> None:
     config = study(
         "tune.space={optim.name: [adamw, sgd], optim.base_lr: {log: [1e-4, 1e-2]}}",
@@ -142,6 +219,59 @@ def test_a_space_may_be_given_key_by_key_on_the_command_line() -> None:
     assert list(space_of(config)) == ["loss.teacher_temp", "optim.base_lr"]
 
 
+def test_the_best_config_goes_when_its_trial_has_collapsed_under_another_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = tmp_path / "s" / "best.yaml"
+    first = tried(0, 3.0, params={"loss.teacher_temp": 0.05})
+    run_finished(tmp_path, monkeypatch, "tune.confirm_top=0", first)
+    assert load_config(None, best, []).loss.teacher_temp == 0.05
+    again = tried(1, 1.0, "collapsed", params={"loss.teacher_temp": 0.05}, confirms=0, seed=1)
+    run_finished(tmp_path, monkeypatch, "tune.confirm_top=1", again)
+    assert not best.exists()
+
+
+def test_pretraining_from_a_study_without_a_best_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no finished study directory"):
+        pretrain_config(PretrainArguments().parse_args(["--from-study", str(tmp_path)]))
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"has found no best, or has not ended, .*: see its study\.html"):
+        pretrain_config(PretrainArguments().parse_args(["--from-study", str(tmp_path)]))
+
+
+def test_a_study_of_which_all_trials_failed_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [tried(i, None, "failed", params={}, message="depth must\nbe above 0") for i in range(2)]
+    with pytest.raises(
+        DinorayError, match=r"all trials that ended \(2\) failed, .* depth must be above 0; .* name="
+    ) as error:
+        run_finished(tmp_path, monkeypatch, "tune.seed=0", *trials)
+    assert error.value.exit_code == 1
+    assert (tmp_path / "s" / "study.html").exists()
+    run_finished(tmp_path, monkeypatch, "tune.seed=0", tried(1, 0.0, "collapsed", params={}))
+
+
+def test_a_trial_that_is_lost_keeps_what_it_took_and_one_that_has_ended_its_outcome(tmp_path: Path) -> None:
+    directory, config = Directory(str(tmp_path)), study()
+    inputs: Any = SimpleNamespace(images=SimpleNamespace(num_images=NUM_IMAGES))
+    space = space_of(config)
+    life = StudyRun(config, directory, space, objective_of(config, space), [], inputs, Console(quiet=True))
+    life._plan = plan_of(config, 16, {"CPU": 8})
+    lost = tried(0, status="unfinished")
+    write_tried(directory, lost, b'{"step": 3, "loss": 1.0}\n{"step": 7, "loss": 1.0}\n')
+    (tmp_path / "trials" / "0000" / "clock.json").write_text('{"seconds": 1800.0, "start_seconds": 60.0}')
+    write_tried(directory, tried(1, 0.5))
+    life._on_end(lost.trial, "its process was lost")
+    life._on_end(tried(1).trial, "its process was lost")
+    first, second = (t.outcome for t in read_trials(directory))
+    hours = life._plan.cpus_each / 2
+    assert first == Outcome(
+        "failed", None, 7, message="its process was lost", seconds=1800, start_seconds=60, cpu_hours=hours
+    )
+    assert second == tried(1, 0.5).outcome
+
+
 # What comes of it
 
 
@@ -155,6 +285,16 @@ def test_the_recipe_is_tried_first_then_what_was_asked_for_completed_by_the_reci
         {"loss.teacher_temp": 0.03, "loss.center_momentum": 0.9},
         {"loss.teacher_temp": 0.06, "loss.center_momentum": 0.9},
     ]
+
+
+def test_no_first_point_is_dropped_for_want_of_trials() -> None:
+    few = ["tune.first=[{loss.teacher_temp: 0.05}, {loss.teacher_temp: 0.06}]", "tune.trials=2"]
+    config = study(*few)
+    with pytest.raises(ConfigError, match=r"tune\.trials=2: 3 points .* or tune\.try_recipe=false"):
+        first_points(config, space_of(config))
+    for enough in ("tune.trials=3", "tune.try_recipe=false", "tune.searcher=grid"):
+        config = study(*few, enough)
+        assert first_points(config, space_of(config))[-1]["loss.teacher_temp"] == 0.06
 
 
 def test_the_default_study_has_labels_and_the_default_space() -> None:
@@ -248,6 +388,45 @@ def test_a_sharp_temperature_is_not_warmed_up_from_above() -> None:
     made = candidate(config, {"loss.teacher_temp": 0.025, "loss.warmup_teacher_temp_epochs": 5})
     assert made.loss.warmup_teacher_temp == 0.025
     assert candidate(config, {"loss.teacher_temp": 0.07}).loss.warmup_teacher_temp == 0.04
+
+
+@pytest.mark.parametrize(
+    ("base", "space"),
+    [
+        (
+            [],
+            "{loss.teacher_temp: {uniform: [0.02, 0.08]}, loss.center_momentum: {one_minus_log: [0.5, 0.99]}, "
+            "loss.centering: [center, none]}",
+        ),
+        (
+            ["loss.teacher_temp=0.03", "loss.warmup_teacher_temp=0.02", "loss.warmup_teacher_temp_epochs=3"],
+            "{loss.teacher_temp: {uniform: [0.02, 0.08]}, loss.warmup_teacher_temp: {uniform: [0.02, 0.06]}, "
+            "loss.warmup_teacher_temp_epochs: {int: [2, 6]}}",
+        ),
+        (["loss.center_momentum=0.95"], "{loss.centering: [center, none]}"),
+    ],
+)
+def test_settings_that_bear_on_each_other_are_searched_together_and_every_point_is_a_run(
+    base: list[str], space: str
+) -> None:
+    config = study(*base, f"tune.space={space}")
+    assert space_of(config) == config.tune.space
+    for point in grid(config.tune.space or {}, 4):
+        made = candidate(config, point)
+        loss = made.loss
+        assert loss.warmup_teacher_temp <= loss.teacher_temp or not loss.warmup_teacher_temp_epochs  # type: ignore[operator]
+        assert loss.teacher_temp == point.get("loss.teacher_temp", config.loss.teacher_temp)
+        momentum = point.get("loss.center_momentum", config.loss.center_momentum)
+        assert loss.center_momentum == (momentum if loss.centering == "center" else 0.9)
+
+
+def test_a_first_point_is_held_against_the_centering_that_it_has() -> None:
+    space = "tune.space={loss.center_momentum: {one_minus_log: [0.5, 0.99]}, loss.centering: [center, none]}"
+    config = study(space, "loss.centering=none", "tune.first=[{loss.center_momentum: 0.8}]")
+    assert first_points(config, space_of(config))[1] == {
+        "loss.center_momentum": 0.8,
+        "loss.centering": "none",
+    }
 
 
 def test_the_candidate_is_the_run_in_full_without_what_is_a_trials_own() -> None:

@@ -334,6 +334,14 @@ def test_savings_are_told_apart_by_what_ended_the_trial() -> None:
     )
 
 
+def test_a_trial_of_larger_batches_that_was_trained_to_its_end_has_saved_nothing() -> None:
+    trials = [tried(0, step=STEPS), tried(1, step=STEPS // 2), tried(2, step=2 * STEPS)]
+    assert findings(trials, about()).saving.steps_full == 3.5 * STEPS
+    assert "Ending trials early saved" not in said(trials)
+    short = [*trials, tried(3, 0.1, "stopped", step=20)]
+    assert findings(short, about()).saving.share == pytest.approx(80 / 450)
+
+
 # Words
 
 
@@ -372,6 +380,23 @@ def test_the_best_inside_the_space_is_not_called_an_edge() -> None:
     assert "edge" not in said(
         [tried(0, params={TEACHER_TEMP: 0.05, CENTER_MOMENTUM: 0.9, "optim.name": "adamw"})]
     )
+
+
+def test_the_best_of_a_population_is_told_as_the_course_that_it_is() -> None:
+    trials = [
+        tried(0, 0.3, "stopped", origin="pb2", step=60),
+        tried(1, 0.5, origin="pb2"),
+        tried(2, 0.6, origin="pb2", continues=1, from_step=60),
+    ]
+    words = said(trials, scheduler="pb2")
+    assert (
+        "It went on from trial 0001 at step 60, with other settings: best.yaml has its last ones alone"
+        in words
+    )
+    assert "1 replaced by ones that went on from better ones" in words
+    assert "given up" not in words
+    assert "went on from" not in said([tried(0, 0.3, "stopped"), tried(1, 0.5)])
+    assert "Best is trial 0007" in said([tried(1, 0.5, confirms=7, seed=1)])  # whose folder was removed
 
 
 def test_the_loss_as_objective_is_told_with_its_own_sign_and_its_caveat() -> None:

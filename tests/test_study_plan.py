@@ -4,6 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.config import load
+from jobs.study import StudyConfig
+from jobs.study_plan import plan_of
 from models.settings import ResourceError
 from pipeline.resources import ResourcesConfig
 from pipeline.study.plan import StudyPlan, local_cpus, plan_study
@@ -72,6 +75,17 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_remedy(changes: dict, t
         plan(**changes)
     for text in told:
         assert text in str(error.value)
+
+
+def test_a_population_that_does_not_fit_is_told_to_be_smaller_not_to_wait() -> None:
+    config = load(StudyConfig, "demo", None, ["tune.scheduler=pb2", "tune.trials=8"])
+    each = plan_of(config, 8, {"CPU": 100}).cpus_each
+    with pytest.raises(
+        ResourceError, match=r"8 trials at once .* set tune\.trials=2, or take tune\.scheduler=asha"
+    ):
+        plan_of(config, 8, {"CPU": 2 * each + 1})
+    with pytest.raises(ResourceError, match=r": take tune\.scheduler=asha"):
+        plan_of(config, 8, {"CPU": each + 1})
 
 
 @given(

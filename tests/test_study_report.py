@@ -227,6 +227,16 @@ def test_the_map_shows_each_verdict_and_what_was_given_up() -> None:
         assert words in text, words
 
 
+def test_members_of_a_population_are_replaced_not_given_up() -> None:
+    trials = [
+        tried(0, 0.3, "stopped", params=POINT, origin="pb2"),
+        tried(1, 0.5, params=POINT | {TEACHER_TEMP: 0.03}, origin="pb2"),
+    ]
+    text = drawn(trials)
+    assert "replaced by ones that went on from better ones" in text
+    assert "given up" not in text
+
+
 def test_each_verdict_has_its_own_sign() -> None:
     def signs(verdict: str) -> set[str]:
         text = drawn([tried(0, 0.0, "collapsed", params=POINT, verdict=verdict)])

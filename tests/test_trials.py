@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from studies import tried, write_tried
 
-from models.settings import DataError
+from models.settings import ConfigError, DataError
 from pipeline.report_records import Records
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective
-from pipeline.study.progress import confirmations, course, known, next_number
+from pipeline.study.progress import confirmations, course, known, member_start, next_number
+from pipeline.study.space import Domain
 from pipeline.study.trials import (
     Outcome,
     Trial,
@@ -109,27 +110,41 @@ def test_the_course_of_a_trial_leaves_out_its_start_and_what_it_will_evaluate_ag
     assert course(one, KNN, up_to=0) == {}
 
 
-def test_a_sampler_knows_who_finished_who_runs_and_how_far_those_came_that_were_given_up() -> None:
+def test_a_sampler_knows_who_finished_who_runs_who_failed_and_how_far_those_came_that_were_given_up() -> None:
     given_up = Tried(
         Trial(3, {"a": 3}, 0, "tpe"), Outcome("stopped", 0.2, 10), records({"step": 10, "knn_20": 0.2})
     )
     found = known(
         [
             tried(0, 0.5, params={"a": 0}),
-            tried(1, None, "failed"),
+            tried(1, None, "failed", params={"a": 1}),
             tried(2, status="unfinished", params={"a": 2}),
             given_up,
             tried(4, 0.0, "collapsed", params={"a": 4}),
             tried(5, 0.6, confirms=0, seed=1),
         ],
         KNN,
+        worst=-7.0,
     )
     assert [(k.params["a"], k.score, k.course) for k in found] == [
         (0, 0.5, {}),
+        (1, -7.0, {}),
         (2, None, {}),
         (3, 0.2, {10: 0.2}),
         (4, 0.0, {}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [({"a": 0.9}, "a uniform: [0, 0.5]: trial 0002, which goes on, is at 0.9"), ({"b": 0.1}, "has none")],
+)
+def test_a_member_that_is_not_in_a_changed_space_is_named_with_the_setting(params: dict, told: str) -> None:
+    space = {"a": Domain(kind="uniform", values=(0, 0.5))}
+    with pytest.raises(ConfigError) as error:
+        member_start(space, Trial(2, params, 0, "pb2"))
+    assert told in str(error.value)
+    assert member_start(space, Trial(2, {"a": 0.25}, 0, "pb2")) == {"a": 0.5}
 
 
 def test_the_best_that_finished_are_confirmed_with_the_seeds_that_they_lack() -> None:

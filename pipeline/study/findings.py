@@ -14,6 +14,7 @@ from pipeline.study.agreement import Agreement, agreement
 from pipeline.study.ranking import (
     Candidate,
     domains,
+    is_population,
     number_of,
     place_in,
     ranked,
@@ -86,6 +87,8 @@ class Findings:
     """Of the collapsed."""
     words: list[str]
     """Plain sentences."""
+    is_population: bool = False
+    """Whether those that were stopped gave their place to others."""
 
 
 def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
@@ -103,7 +106,7 @@ def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
     scored = len(_scored(tried))
     words = [
         *in_words.best(tried, candidates, objective),
-        *in_words.counted(counts, dict(verdicts.most_common())),
+        *in_words.counted(counts, dict(verdicts.most_common()), is_population=is_population(tried)),
         *in_words.regions(tried, space),
         *in_words.agreements([a for a in agreements if not a.with_collapsed], objective),
         *in_words.influence(importance, scored),
@@ -124,6 +127,7 @@ def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
         counts=counts,
         verdicts=dict(verdicts.most_common()),
         words=words,
+        is_population=is_population(tried),
     )
 
 
@@ -182,7 +186,12 @@ def saving_of(tried: Sequence[Tried], total_steps: int) -> Saving:
                 cpu, gpu = cpu + rest * pace.cpu, gpu + rest * pace.gpu
         return Hours(cpu, gpu)
 
-    full = max(steps, total_steps * len(ended))
+    # One that was trained to its end was all of itself, whatever the length of others: the batch may be searched.
+    full = sum(
+        _count(one.outcome.step) if one.status == "finished" else max(_count(one.outcome.step), total_steps)
+        for one in ended
+        if one.outcome
+    )
     return Saving(steps, full, saved("collapsed"), saved("stopped"))
 
 

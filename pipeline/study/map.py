@@ -16,7 +16,7 @@ from pipeline.study.findings import Findings
 from pipeline.study.ranking import score_of
 from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP
 from pipeline.study.trials import Tried
-from pipeline.study.words import metric_name, score_text
+from pipeline.study.words import metric_name, score_text, stopped_for
 
 _MIN_FOR_GROUND = 6
 _GRID = 45
@@ -66,9 +66,8 @@ def draw_map(figure: Any, axes: Any, tried: Sequence[Tried], found: Findings, pa
         if one.status == "collapsed" and one.outcome:
             _draw_collapse(axes, place, one.outcome.verdict, palette)
         elif score is not None and scores is not None and one.status in ("finished", "stopped"):
-            _draw_score(
-                axes, place, scale(palette)[scores.level(score)], palette, hollow=one.status == "stopped"
-            )
+            stopped = stopped_for(is_population=found.is_population) if one.status == "stopped" else ""
+            _draw_score(axes, place, scale(palette)[scores.level(score)], palette, stopped=stopped)
         if found.best and one.trial.number == found.best.number:
             axes.scatter(
                 *place,
@@ -132,11 +131,11 @@ def expected(known: npt.NDArray[np.float64], across: npt.NDArray[np.float64]) ->
 
 
 def _draw_score(
-    axes: Any, place: tuple[float, float], colour: str, palette: Palette, *, hollow: bool
+    axes: Any, place: tuple[float, float], colour: str, palette: Palette, *, stopped: str
 ) -> None:
-    if hollow:  # its score is of fewer steps, so that a colour would compare what cannot be compared
+    if stopped:  # its score is of fewer steps, so that a colour would compare what cannot be compared
         look = {"s": 40, "facecolors": "none", "edgecolors": palette["faint"], "linewidths": 1.2, "zorder": 3}
-        axes.scatter(*place, **look, label="given up for better ones")
+        axes.scatter(*place, **look, label=stopped)
     else:
         look = {"s": 62, "facecolors": colour, "edgecolors": palette["ink"], "linewidths": 0.5, "zorder": 4}
         axes.scatter(*place, **look, label="trained to the end")

@@ -60,10 +60,12 @@ def plan_study(
     use_gpu: bool,
     limit: int | None,
     shares_stream: bool,
+    all_at_once: bool = False,
 ) -> StudyPlan:
     """The plan for a cluster of `cpus` and `gpus`; ResourceError, with the numbers, where it does not fit.
 
-    `limit`: trials at once that were asked for; None takes as many as fit.
+    `limit`: trials at once that were asked for; None takes as many as fit. `all_at_once`: fewer of them would not do,
+    since they are a population.
     """
     least, most = _actors(resources)
     cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
@@ -75,9 +77,12 @@ def plan_study(
     if asked > fit:
         need = f"{asked} trials at once need {ceil(asked * cpus_each + cpus_shared)} CPUs"
         need += f" and {asked * gpus_each} GPUs" if gpus_each else ""
-        remedy = (
-            f"set tune.max_concurrent={fit}" if fit > 0 else "lower resources.train_workers or their CPUs"
-        )
+        if all_at_once:
+            remedy = f"set tune.trials={fit}, or take" if fit > 1 else "take"
+            remedy += " tune.scheduler=asha, whose trials may wait"
+        else:
+            remedy = f"set tune.max_concurrent={fit}"
+        remedy = remedy if fit > 0 else "lower resources.train_workers or their CPUs"
         raise ResourceError(
             f"{need}, and {_FOR_RAY} CPU must stay free for Ray Data; the cluster has {cpus} CPUs"
             f"{f' and {gpus} GPUs' if gpus_each else ''}: {remedy}, or, if nodes will join, say how many there "

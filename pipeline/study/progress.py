@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
+from models.settings import ConfigError, DinorayError
 from pipeline.checkpoint import committed_steps
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective
 from pipeline.study.ranking import searched
 from pipeline.study.samplers import Known
-from pipeline.study.trials import Trial, Tried, evaluations, trial_directory
+from pipeline.study.space import Space, place
+from pipeline.study.trials import Trial, Tried, evaluations, read_trials, trial_directory
 
 
 def next_number(tried: Sequence[Tried]) -> int:
@@ -31,16 +33,46 @@ def committed_course(study: Directory, tried: Tried, objective: Objective) -> Ma
     return course(tried, objective, up_to=max(steps, default=0))
 
 
-def known(tried: Sequence[Tried], objective: Objective) -> list[Known]:
-    """The search as a sampler sees it: failed trials say nothing, and one that was given up says how far it was."""
+def known(tried: Sequence[Tried], objective: Objective, *, worst: float) -> list[Known]:
+    """The search as a sampler sees it: a failed trial has the `worst` score, so that its like is not tried for ever.
+
+    One that was given up says how far it was.
+    """
     found = []
     for nth, t in enumerate(searched(tried)):
-        if t.status != "failed":
-            score = None if t.outcome is None else t.outcome.score
-            found.append(
-                Known(nth, t.trial.params, score, course(t, objective) if t.status == "stopped" else {})
+        score = None if t.outcome is None else t.outcome.score
+        found.append(
+            Known(
+                nth,
+                t.trial.params,
+                worst if t.status == "failed" else score,
+                course(t, objective) if t.status == "stopped" else {},
             )
+        )
     return found
+
+
+def member_start(space: Space, trial: Trial) -> dict[str, float]:
+    """Where a member of a population goes on from; ConfigError where the space has changed and it is not in it."""
+    for key, domain in space.items():
+        if key not in trial.params or not domain.holds(trial.params[key]):
+            where = f"is at {trial.params[key]!r}" if key in trial.params else "has none"
+            raise ConfigError(
+                f"tune.space: {key} {domain.kind}: {list(domain.values)}: trial {trial.name}, which goes on, {where}, "
+                "and tune.scheduler=pb2 cannot leave the space; set it as it was, or another name=... to start anew"
+            )
+    return place(space, trial.params)
+
+
+def check_any_ran(study: Directory) -> None:
+    """DinorayError where every trial that ended has failed: it is not the settings that were tried."""
+    outcomes = [t.outcome for t in read_trials(study) if t.outcome]
+    if outcomes and all(outcome.status == "failed" for outcome in outcomes):
+        first = " ".join(outcomes[0].message.split()) or "not recorded"
+        raise DinorayError(
+            f"all trials that ended ({len(outcomes)}) failed, the first with: {first}; they are not run again: mend "
+            f"what it names, and search under another name=..., or remove {study.join('trials')}"
+        )
 
 
 def confirmations(tried: Sequence[Tried], *, top: int, num_seeds: int) -> list[Trial]:

@@ -81,6 +81,11 @@ def searched(tried: Sequence[Tried]) -> list[Tried]:
     return [one for one in tried if one.trial.confirms is None]
 
 
+def is_population(tried: Sequence[Tried]) -> bool:
+    """Whether they are members of one, which weak ones leave for others that go on from strong ones."""
+    return any(one.trial.origin == "pb2" for one in tried)
+
+
 def ranked(tried: Sequence[Tried]) -> list[Candidate]:
     """All candidates, best first: the confirmed ones by mean, those of one seed by score, those that collapsed once."""
     groups: dict[int, list[Tried]] = {}

@@ -150,7 +150,7 @@ def _remark(found: Findings) -> str:
     counts = found.counts
     parts = [
         plural(counts["all"], "trial"),
-        f"{counts['stopped']} given up",
+        f"{counts['stopped']} {'replaced' if found.is_population else 'given up'}",
         f"{counts['collapsed']} collapsed",
     ]
     if found.best:
@@ -175,7 +175,10 @@ def _tiles(found: Findings) -> Iterator[tuple[str, str, str]]:
     )
     yield "candidates", str(len(found.candidates)), ties if found.candidates else "none yet"
     yield "collapsed", str(counts["collapsed"]), ", ".join(found.verdicts) or "ended as soon as seen"
-    yield "given up", str(counts["stopped"]), "fallen behind others"
+    if found.is_population:
+        yield "replaced", str(counts["stopped"]), "by ones that went on from better ones"
+    else:
+        yield "given up", str(counts["stopped"]), "fallen behind others"
     yield "failed", str(counts["failed"]), "errors"
     yield "saved", f"{saving.share:.0%}", "of all steps, by ending early"
     hours = found.cost.reserved

@@ -25,6 +25,7 @@ TEACHER_TEMP = "loss.teacher_temp"
 WARMUP_TEMP = "loss.warmup_teacher_temp"
 WARMUP_EPOCHS = "loss.warmup_teacher_temp_epochs"
 CENTER_MOMENTUM = "loss.center_momentum"
+CENTERING = "loss.centering"
 
 
 class Domain(Settings):

@@ -35,7 +35,7 @@ BEST = "best.yaml"
 Record = TypeVar("Record", "Trial", "Outcome")
 
 Status = Literal["finished", "stopped", "collapsed", "failed"]
-"""Trained to its end; given up for better ones; collapsed; could not be run."""
+"""Trained to its end; given up for better ones, or replaced by one that went on from a better; collapsed; failed."""
 
 
 @dataclass(frozen=True)

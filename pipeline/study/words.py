@@ -65,7 +65,14 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
 
 
-def counted(counts: Mapping[str, int], verdicts: Mapping[str, int]) -> Iterator[str]:
+def stopped_for(*, is_population: bool) -> str:
+    """What became of trials that were stopped."""
+    return "replaced by ones that went on from better ones" if is_population else "given up for better ones"
+
+
+def counted(
+    counts: Mapping[str, int], verdicts: Mapping[str, int], *, is_population: bool = False
+) -> Iterator[str]:
     """How many trials became what."""
     if not counts["all"]:
         yield "No trial has been started yet."
@@ -73,7 +80,7 @@ def counted(counts: Mapping[str, int], verdicts: Mapping[str, int]) -> Iterator[
     kinds = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
     parts = [
         (counts["finished"], "trained to the end"),
-        (counts["stopped"], "given up for better ones"),
+        (counts["stopped"], stopped_for(is_population=is_population)),
         (counts["collapsed"], f"collapsed ({kinds})"),
         (counts["failed"], "failed with an error"),
         (counts["unfinished"], "not ended yet"),
@@ -103,6 +110,12 @@ def best(tried: Sequence[Tried], candidates: Sequence[Candidate], objective: str
     else:
         yield f"{told} {result_text(objective, winner)}."
         yield from _compared(winner, candidates, objective)
+    origin = next((one.trial for one in tried if one.trial.number == winner.number), None)
+    if origin is not None and origin.continues is not None:
+        yield (
+            f"It went on from trial {origin.continues:04d} at step {origin.from_step}, with other settings: best.yaml "
+            "has its last ones alone, which were not trained from the start."
+        )
     for candidate in candidates:
         if candidate.standing == "collapsed":
             others = listed([f"{number:04d}" for number in candidate.collapsed])
