@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 
 from jobs.study import StudyConfig
-from jobs.trial import _CLOCK
+from jobs.trial import CLOCK
 from models.settings import ResourceError
 from pipeline.report_records import read_mapping, read_records
 from pipeline.storage import Directory
@@ -61,7 +61,7 @@ def local_cores(config: StudyConfig) -> int:
 def lost_outcome(study: Directory, trial: Trial, error: str, plan: StudyPlan) -> Outcome:
     """Of a trial that failed for good, with nobody left to say how far it was: as far as it has written down."""
     run = trial_directory(study, trial)
-    clock = read_mapping(run, _CLOCK)
+    clock = read_mapping(run, CLOCK)
     seconds = number_of(clock.get("seconds")) or 0.0
     return Outcome(
         "failed",

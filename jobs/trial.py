@@ -45,7 +45,7 @@ from pipeline.study.tuning import Report
 _COMMIT_SECONDS = 120.0
 """Ray commits a checkpoint some seconds after it was taken."""
 
-_CLOCK = "clock.json"
+CLOCK = "clock.json"
 """Of a trial so far: seconds over all attempts, where its workers are, the step at which it was told to stop."""
 
 
@@ -145,7 +145,7 @@ class _Attempt:
         run = trial_directory(runner.study, trial)
         self._runner, self._run, self._tell, self._placed = runner, run, tell, placed
         self._began = time.monotonic()
-        self._clock = {"seconds": 0.0, "start_seconds": 0.0} | json.loads(read(run, _CLOCK) or b"{}")
+        self._clock = {"seconds": 0.0, "start_seconds": 0.0} | json.loads(read(run, CLOCK) or b"{}")
         self._inputs: Inputs = ray.get(runner.inputs[0])
         self._config = trial_config(
             runner.config,
@@ -265,7 +265,7 @@ class _Attempt:
                 board.answer(step, go_on=goes_on)
 
     def _write_clock(self) -> None:
-        self._run.write(_CLOCK, json.dumps(self._clock | {"seconds": self._seconds()}).encode())
+        self._run.write(CLOCK, json.dumps(self._clock | {"seconds": self._seconds()}).encode())
 
     def _seconds(self) -> float:
         return self._clock["seconds"] + time.monotonic() - self._began
