@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from jobs.about import note_hardware
 from jobs.entry import join_ray
 from jobs.running import Inputs, stream_plan
 from jobs.study import (
@@ -119,6 +120,7 @@ class StudyRun:
             self._console.print(describe_search(self._directory, self._about))
             self._console.print(self._plan.describe())
             self._write_study()
+            note_hardware(self._directory, ray.nodes())
             runner = TrialRunner(
                 self._directory, self._config, [ray.put(self._inputs)], self._objective, self._plan
             )

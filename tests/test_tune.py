@@ -101,6 +101,7 @@ def test_every_trial_reports_all_metrics_and_the_best_is_confirmed_with_another_
     study, output = reference
     tried = read_trials(Directory(str(study)))
     assert [t.trial.origin for t in tried] == ["first", "first", "first", "quasi", "confirm"]
+    assert json.loads((study / "environment.json").read_text())["hardware"][0]["kind"] == "head"
     for t in tried:
         assert t.outcome is not None
         assert {"knn_10", "knn_20", "rankme", "lidar", "majority"} <= t.outcome.scores.keys()
