@@ -36,12 +36,15 @@ FREE_SECTIONS = frozenset(
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
 class Config(DINOConfig):
     """A whole run."""
 
     recipe: str = Field(json_schema_extra={"enum": list(RECIPES)})
     """The recipe that the other values started from."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: str = Field(pattern=RUN_NAME, max_length=100)
     """Name of the run, and of its directory under `storage_path`; the same name continues the same run."""
     storage_path: str = Field(default="runs", min_length=1)
     """Folder or s3://bucket/prefix that holds run directories."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jobs.about import COMMIT, commit_of
 from jobs.arguments import CommandLine, PretrainArguments, positive, pretrain_config
 from jobs.cluster import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
-from jobs.config import Config, differences, load_run_config
+from jobs.config import RUN_NAME, Config, differences, load_run_config
 from jobs.entry import run_main
 from jobs.keys import did_you_mean, leaf_fields, looks_secret
 from jobs.result import RESULT
@@ -120,7 +120,12 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
         return _Job(config.name, words, config)
     names = [word.removeprefix("name=") for word in words if word.startswith("name=")]
     digest = hashlib.blake2b(shlex.join(words).encode(), digest_size=4).hexdigest()
-    return _Job(options.run or (names or [f"{words[0].removeprefix('jobs.')}-{digest}"])[-1], words, None)
+    run = options.run or (names or [f"{words[0].removeprefix('jobs.')}-{digest}"])[-1]
+    if not re.fullmatch(RUN_NAME, run):
+        raise ConfigError(
+            f"--run {run}: must be letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        )
+    return _Job(run, words, None)
 
 
 def _refuse_secrets(words: Sequence[str]) -> None:

@@ -133,6 +133,12 @@ def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
             for name in files
             if os.path.isfile(os.path.join(path, name)) and not _matches(prefix + name, specs)
         ]
+    for name in found:
+        shown = os.fsencode(name).decode(errors="replace")
+        if shown != name:
+            raise ConfigError(
+                f"--working-dir {folder}: {shown} is no UTF-8 name; rename it, or exclude its folder"
+            )
     return sorted(found)
 
 

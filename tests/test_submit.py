@@ -99,6 +99,15 @@ def test_the_archive_holds_the_files_and_is_the_same_each_time(tmp_path: Path) -
         assert archive.getinfo("a.py").external_attr >> 16 & 0o777 == 0o755
 
 
+def test_a_name_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ok-\U0001f600.txt").write_text("x")
+    assert list_files(tmp_path, []) == ["ok-\U0001f600.txt"]
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w"):
+        pass
+    with pytest.raises(ConfigError, match=r"caf\ufffd\.txt is no UTF-8 name; rename it"):
+        list_files(tmp_path, [])
+
+
 def test_too_much_is_refused_with_the_largest_files(tmp_path: Path) -> None:
     write(tmp_path / "code", "a.py")
     for name, size in (("weights.bin", MAX_BYTES), ("photos/1.jpg", 1_500_000)):
@@ -187,6 +196,7 @@ PRETRAIN = ["--", "jobs.pretrain", "name=x", "data.path=s3://b/i", "storage_path
         (["--run", "y", *PRETRAIN], "--run y is for jobs without name="),
         (["--runtime-env", "missing.yaml", *PRETRAIN], "--runtime-env missing.yaml"),
         (["--max-attempts", "0", *PRETRAIN], "--max-attempts"),
+        (["--run", "a/b", "--", "jobs.embed", "data.path=s3://b/i"], "--run a/b: must be letters"),
         ([*PRETRAIN, "data.aws_secret_access_key=MARKER"], "data.aws_secret_access_key: looks like a secret"),
         (["--", "jobs.embed", "data.path=s3://b/i", "aws_session_token=MARKER"], "looks like a secret"),
         (["--", "jobs.embed", "data.path=s3://AKIA:MARKER@b/i"], "looks like a secret"),
