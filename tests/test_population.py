@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from pipeline.study.trials import Trial, read_trials, write_trial
 @pytest.mark.ray
 @pytest.mark.slow
 def test_weak_members_go_on_from_strong_ones_with_other_settings(images: Path, tmp_path: Path) -> None:  # noqa: F811
-    members = 3
+    members = 2
     # Members begin at different times: the first still has evaluations before it when the last has told its second.
     shared = arguments(images, tmp_path, "population", "train.epochs=64", "tune.evaluations=24")
     output = run_job(
@@ -68,6 +69,28 @@ def test_a_member_whose_process_died_keeps_the_settings_that_it_was_at() -> None
     population.on_trial_add(nothing, member)  # Tune adds it anew
     assert member.config["optim.base_lr"] == 0.75
     assert population._trial_state[member] is state
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_who_takes_over_never_trains_with_the_settings_of_the_other(seed: int) -> None:
+    np.random.seed(seed)
+    keys, nothing = ["loss.teacher_temp", "optim.base_lr"], SimpleNamespace(search_alg=None)
+    population, members = _Population(keys), []
+    for slot in range(2):
+        point = dict(zip(keys, np.random.uniform(size=2).tolist(), strict=True))
+        members.append(TuneTrial("member", stub=True, config={"member": {"slot": slot, **point}}))
+        population.on_trial_add(nothing, members[-1])
+        for step, score in ((8, 4.8), (16, 4.7 + 0.05 * slot)):
+            state = population._trial_state[members[-1]]
+            population._save_trial_state(state, step, {"step": step, "score": score}, members[-1])
+    weak, best = members
+    chosen, _ = population._get_new_config(weak, best)
+    point, donor = ([config[key] for key in keys] for config in (chosen, best.config))
+    assert max(abs(mine - its) for mine, its in zip(point, donor, strict=True)) > 1e-3
+    assert all(0 <= value <= 1 for value in point)
+    noted = population.data.iloc[-1]  # what PB2 reckons with from now on
+    assert noted["Trial"] == str(weak)
+    assert [noted[key] for key in keys] == pytest.approx(point, abs=1e-6)
 
 
 def test_a_population_that_does_not_fit_at_once_is_refused_with_numbers() -> None:

@@ -29,6 +29,8 @@ from pipeline.storage import Directory
 from pipeline.study.tuner import Listener, Placements, Unsaved, run_tune, tell_error
 
 _POINTER = "pointer.json"
+_ALIKE, _ASIDE = 1e-3, 0.2
+"""Shares of the range of a setting: what makes no difference, and how far a step aside goes at most."""
 
 
 class Pointer(NamedTuple):
@@ -216,6 +218,21 @@ class _Population(Unsaved, PB2):
         self._exploit(tune_controller, trial, living[donor])
         self._rounds.took_over(member, donor)
         return TrialScheduler.NOOP  # it is to begin anew
+
+    def _get_new_config(
+        self, trial: TuneTrial, trial_to_clone: TuneTrial
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """PB2's choice; of few scores that is now and then just where the donor is, and two that train alike teach
+        nothing: then a step aside, as in plain population based training."""
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        if all(abs(config[key] - trial_to_clone.config[key]) < _ALIKE for key in self._keys):
+            aside = np.random.uniform(-_ASIDE, _ASIDE, len(self._keys))
+            beside = np.array([config[key] for key in self._keys]) + aside
+            moved = 1 - np.abs(1 - np.abs(beside))  # back from the edge that it would be beyond
+            config |= dict(zip(self._keys, moved.tolist(), strict=True))
+            self.data.loc[self.data.index[-1], self._keys] = moved  # where PB2 has written down what it chose
+            self.current[-1] = moved
+        return config, operations
 
 
 class _MemberListener(Listener):
