@@ -11,18 +11,18 @@ import os
 import re
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
 import ray
+import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from models.settings import ConfigError, ResourceError, one_line
+from jobs.entry import wants_token
+from models.settings import ConfigError, ResourceError, one_line, without_keys
 
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _ANSWER_SECONDS = 10.0
@@ -61,7 +61,11 @@ def dashboard_address(given: str | None) -> str:
     """The job server's address: the one given, else that of the environment; ConfigError for none or another kind."""
     address = given or os.environ.get(_VARIABLE) or os.environ.get("RAY_ADDRESS") or ""
     if not _is_http(address):
-        what = f"address={address!r} is not that of a job server" if address else "no cluster is named"
+        what = (
+            f"address={without_keys(address)!r} is not that of a job server"
+            if address
+            else "no cluster is named"
+        )
         raise ConfigError(
             f"{what}: pass --address http://127.0.0.1:8265 (`ray dashboard cluster.yaml` leads it to the "
             f"cluster) or set {_VARIABLE}"
@@ -84,8 +88,7 @@ def connect(address: str) -> JobSubmissionClient:
     with _explained(address):
         # Ray's client would wait for minutes where nothing answers.
         socket.create_connection((parts.hostname or "", port), timeout=_ANSWER_SECONDS).close()
-        with contextlib.suppress(urllib.error.HTTPError):  # an answer too; what it means, Ray's client says
-            urllib.request.urlopen(f"{address}/api/version", timeout=_ANSWER_SECONDS).close()
+        requests.get(f"{address}/api/version", timeout=_ANSWER_SECONDS)  # what it answers, Ray's client reads
         os.environ[_VARIABLE] = address  # which Ray's client prefers to what it is given
         client = JobSubmissionClient(address)
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
@@ -98,7 +101,7 @@ def check_version(address: str, theirs: str) -> None:
     """ResourceError unless the cluster's Ray is of the minor version of ours."""
     if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise ResourceError(
-            f"the cluster at {address} runs Ray {theirs}, this machine {ray.__version__}; "
+            f"the cluster at {without_keys(address)} runs Ray {theirs}, this machine {ray.__version__}; "
             f"install one version on both, e.g. here: pip install 'ray[default]=={theirs}'"
         )
 
@@ -188,17 +191,10 @@ def _wait(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
     return attempt
 
 
-def wants_token(address: str, error: AuthenticationError) -> ResourceError:
-    """What to do where Ray was asked without a token, or with a wrong one."""
-    return ResourceError(
-        f"{address} asks for a token ({one_line(error, limit=80)}); set RAY_AUTH_MODE=token and put the "
-        "cluster's token into ~/.ray/auth_token (on the head: ray get-auth-token)"
-    )
-
-
 @contextlib.contextmanager
 def _explained(address: str) -> Iterator[None]:
     """What the job server or the way to it says becomes one line."""
+    address = without_keys(address)
     try:
         yield
     except AuthenticationError as error:

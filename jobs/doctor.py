@@ -34,9 +34,9 @@ from jobs.checks import (
     failed,
     machine_facts,
 )
-from jobs.cluster import attempts_at, connect, dashboard_address, finish, submit, wants_token
+from jobs.cluster import attempts_at, connect, dashboard_address, finish, submit
 from jobs.config import Config, load_config
-from jobs.entry import run_main
+from jobs.entry import run_main, wants_token
 from jobs.node_checks import (
     check_dashboard,
     check_fit,

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 
 from models.settings import ResourceError, one_line
 from pipeline.board import known_error
@@ -103,6 +103,8 @@ def join_ray(local_cpus: int, *, verbose: bool, dashboard: bool = False) -> bool
         options |= {"include_dashboard": dashboard}
     try:
         ray.init(**options)
+    except AuthenticationError as error:
+        raise wants_token(os.environ.get("RAY_ADDRESS", "the local Ray"), error) from error
     except (OSError, RuntimeError, ValueError, RayError) as error:
         where = (
             "a local Ray does not start"
@@ -123,6 +125,14 @@ def join_ray(local_cpus: int, *, verbose: bool, dashboard: bool = False) -> bool
         raise KeyboardInterrupt from stop
     _heed_sigterm()
     return local
+
+
+def wants_token(address: str, error: AuthenticationError) -> ResourceError:
+    """What to do where Ray was asked without a token, or with a wrong one."""
+    return ResourceError(
+        f"{address} asks for a token ({one_line(error, limit=80)}); set RAY_AUTH_MODE=token and put the "
+        "cluster's token into ~/.ray/auth_token (on the head: ray get-auth-token)"
+    )
 
 
 def _heed_sigterm() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from models.settings import without_keys
+
 _EXAMPLES = {"data.path": "s3://bucket/train"}
 _RULES = {
     "bool_parsing": "must be true or false",
@@ -33,25 +35,15 @@ _RULES = {
 """What pydantic's words for these errors leave unclear to somebody who writes YAML."""
 
 
-_SECRET_WORDS = (
-    "SECRET",
-    "TOKEN",
-    "PASSWORD",
-    "PASSWD",
-    "PASS",
-    "PWD",
-    "PASSPHRASE",
-    "KEY",
-    "CREDENTIAL",
-    "CREDENTIALS",
-)
+_SECRET_ENDINGS = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "KEY", "CREDENTIAL", "CREDENTIALS")
+_SECRET_WORDS = ("PASS", "PWD")
 
 
 def looks_secret(name: str) -> bool:
     """Whether a variable or setting of this name may hold what nobody else should see."""
     leaf = name.rpartition(".")[2].upper()
     return leaf.startswith(("AWS_SECRET", "AWS_ACCESS", "AWS_SESSION")) or any(
-        word.endswith(_SECRET_WORDS) for word in leaf.split("_")
+        word.endswith(_SECRET_ENDINGS) or word in _SECRET_WORDS for word in leaf.split("_")
     )
 
 
@@ -86,7 +78,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
             unknown = found["input"] if isinstance(found["input"], Mapping) else {}
             for name, value in flatten(unknown, f"{key}.") if unknown else [(key, found["input"])]:
                 near = did_you_mean(name, fields) or "; --print-config shows all keys"
-                shown = "..." if looks_secret(name) else repr(value)
+                shown = "..." if looks_secret(name) else without_keys(repr(value))
                 rules[f"{name}={shown}"] = [f"unknown key{near}"]
         elif found["type"] == "missing":
             rules[key] = [f"must be set, e.g. {key}={_EXAMPLES.get(key, '...')}"]
@@ -96,7 +88,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
         else:
             inside = len(path) > key.count(".") + 1 and isinstance(found["loc"][-1], int)
             rule = ("each item " if inside else "") + _rule(found["type"], found["msg"])
-            of_key = rules.setdefault(f"{key}={_at(tree, key)!r}", [])
+            of_key = rules.setdefault(f"{key}={without_keys(repr(_at(tree, key)))}", [])
             # A list whose items were refused counts as too short as well.
             if rule not in of_key and not (of_key and found["type"] == "too_short"):
                 of_key.append(rule)

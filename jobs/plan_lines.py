@@ -242,7 +242,7 @@ def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) 
     words += [*kept, *(f"{key}={value}" for key, value in settings.items())]
     named = {word.partition("=")[0] for word in kept}
     if settings:
-        shared = is_s3(config.storage_path) or Path(config.storage_path).is_absolute()
+        shared = is_s3(config.storage_path) or Path(config.storage_path).expanduser().is_absolute()
         asked = {"data.path": config.data.path}
         asked |= {"storage_path": config.storage_path if shared else "s3://BUCKET/runs"}
         words += [f"{key}={value}" for key, value in asked.items() if key not in named]

@@ -17,7 +17,6 @@ from jobs.config import Config
 from jobs.keys import flatten
 from models.backbone import build_backbone
 from models.interop import Weights
-from models.settings import DinorayError
 from pipeline.automatic import adapt, resolve
 from pipeline.board import Board, Event, fatal_error
 from pipeline.checkpoint import committed_checkpoints
@@ -146,7 +145,7 @@ def _reported(run: Directory) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(DinorayError):
+        with contextlib.suppress(Exception):  # the one that ended it is the one to tell of
             write_report(run)
         raise
 

@@ -239,7 +239,7 @@ class StudyRun:
         """Train a population, each member from its newest trial, or from a point that is proposed."""
         assert self._plan is not None
         size = self._num_trials
-        check_population(size, self._plan.trials_at_once)
+        check_population()
         newest = {t.trial.number % size: t.trial for t in self._tried()}
         starts = [
             member_start(self._space, newest[slot])

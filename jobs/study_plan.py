@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 
+from jobs.entry import is_local
 from jobs.study import StudyConfig
 from jobs.trial import CLOCK
 from models.settings import ResourceError
@@ -26,7 +27,7 @@ def check_growth(config: StudyConfig, *, is_local: bool) -> None:
 
 def limit_of(config: StudyConfig) -> int | None:
     """Trials at once that are asked for: a population is all of them; None, as many as fit."""
-    return config.tune.max_concurrent or (config.tune.trials if config.tune.scheduler == "pb2" else None)
+    return config.tune.trials if config.tune.scheduler == "pb2" else config.tune.max_concurrent
 
 
 def plan_of(config: StudyConfig, num_trials: int, have: Mapping[str, float]) -> StudyPlan:
@@ -45,6 +46,7 @@ def plan_of(config: StudyConfig, num_trials: int, have: Mapping[str, float]) -> 
         limit=limit_of(config),
         shares_stream=config.tune.share_stream,
         all_at_once=config.tune.scheduler == "pb2",
+        grows=not is_local(),
     )
 
 

@@ -39,6 +39,11 @@ def scheduler_mistakes(space: Space, tune: StudySettings) -> Iterator[str]:
                 f"tune.evaluations={tune.evaluations}: tune.scheduler=pb2 needs at least 4: members are judged from "
                 "the second on, and take over at their next one before the last; set tune.evaluations=4 or more"
             )
+        if tune.max_concurrent is not None and tune.max_concurrent < tune.trials:
+            yield (
+                f"tune.max_concurrent={tune.max_concurrent}: tune.scheduler=pb2 trains all tune.trials={tune.trials} "
+                f"at once; leave it out, set tune.trials={tune.max_concurrent}, or take tune.scheduler=asha"
+            )
         if tune.searcher == "grid":
             yield (
                 "tune.searcher=grid: tune.scheduler=pb2 has tune.trials members, and a grid as many points as it has; "

@@ -4,6 +4,7 @@ The same command again follows the job while it runs, continues it after it fail
 nothing once it is done. It shows the job's log and ends with the job's exit code.
 """
 
+import contextlib
 import hashlib
 import re
 import shlex
@@ -18,9 +19,9 @@ from typing import Any, NamedTuple
 from jobs.about import COMMIT, commit_of
 from jobs.arguments import CommandLine, PretrainArguments, positive, pretrain_config
 from jobs.cluster import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
-from jobs.config import RUN_NAME, Config, differences, load_run_config
+from jobs.config import RUN_NAME, Config, apply_overrides, differences, load_run_config
 from jobs.entry import run_main
-from jobs.keys import did_you_mean, leaf_fields, looks_secret
+from jobs.keys import did_you_mean, flatten, leaf_fields, looks_secret
 from jobs.result import RESULT
 from jobs.study import StudyArguments, study_config
 from jobs.upload import describe, pack, read_runtime_env
@@ -110,33 +111,43 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
     jobs = {f"jobs.{file.stem}" for file in folder.glob("*.py") if "run_main(main)" in file.read_text()}
     if words[0] not in jobs:
         raise ConfigError(f"{words[0]} is no job in {folder}{did_you_mean(words[0], jobs)}")
-    _refuse_secrets(words[1:])
     if words[0] in ("jobs.pretrain", "jobs.tune"):
         config = _config(words)
+        _refuse_secrets(words[1:])
         if options.run not in (None, config.name):
             raise ConfigError(
                 f"--run {options.run} is for jobs without name=; this one has name={config.name}"
             )
         return _Job(config.name, words, config)
+    _refuse_secrets(words[1:])
     names = [word.removeprefix("name=") for word in words if word.startswith("name=")]
     digest = hashlib.blake2b(shlex.join(words).encode(), digest_size=4).hexdigest()
     run = options.run or (names or [f"{words[0].removeprefix('jobs.')}-{digest}"])[-1]
     if not re.fullmatch(RUN_NAME, run):
         raise ConfigError(
-            f"--run {run}: must be letters, digits, '.', '_' and '-', beginning with a letter or digit"
+            f"{'--run ' if options.run else 'name='}{run}: must be letters, digits, '.', '_' and '-', beginning with "
+            "a letter or digit"
         )
     return _Job(run, words, None)
 
 
 def _refuse_secrets(words: Sequence[str]) -> None:
     """ConfigError for words that look as if they held one: the job server shows a job's command to whoever asks."""
-    settings = leaf_fields(Config)
+    known = {key.rpartition(".")[2] for key in leaf_fields(Config)}
+    names = [
+        word.lstrip("-").partition("=")[0].replace("-", "_")
+        for word in words
+        if "=" in word or word[:2] == "--"
+    ]
     for word in words:
-        key, _, _ = word.lstrip("-").partition("=")
-        name = key.replace("-", "_")
-        if without_keys(word) != word or ("=" in word and looks_secret(name) and name not in settings):
+        with contextlib.suppress(ConfigError):  # which is for the job to say
+            names += [key for key, _ in flatten(apply_overrides({}, [word]))]
+        if without_keys(word) != word:
+            names.append(without_keys(word))
+    for name in names:
+        if "@" in name or (looks_secret(name) and name.rpartition(".")[2] not in known):
             raise ConfigError(
-                f"{without_keys(key)}: looks like a secret, and the cluster shows a job's command to whoever asks; "
+                f"{name}: looks like a secret, and the cluster shows a job's command to whoever asks; "
                 "give the nodes a role, or set it in their own environment"
             )
 

@@ -47,7 +47,6 @@ def main(argv: Sequence[str]) -> None:
     _check_name(directory, config, resume=arguments.resume)
     space = space_of(config)
     objective, first = objective_of(config, space), first_points(config, space)
-    check_growth(config, is_local=is_local())
     check_run(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, directory)
@@ -57,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
         more = "more tune.trials extend it, " if can_grow(config) else ""
         console.print(f"{directory.uri} is finished; {more}another name=... starts anew")
     else:
+        check_growth(config, is_local=is_local())
         study.run(verbose=arguments.verbose)
     study.write_findings()
     console.print(describe_study(directory))
@@ -69,8 +69,7 @@ def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> N
         return
     if not directory.exists(STUDY) and directory.exists("metrics.jsonl"):
         raise ConfigError(f"name={config.name} is in use by a run: choose another name=...")
-    population = config.tune.scheduler == "pb2"  # of which each trial has its place
-    free = [key for key in FREE if key != "tune.trials" or not population]
+    free = [key for key in FREE if key != "tune.trials" or can_grow(config)]
     changed = differences(load_kept(StudyConfig, directory), config, free=free)
     if changed and not resume:
         raise ConfigError(

@@ -24,21 +24,14 @@ MAX_BYTES = 50_000_000
 _NEVER = (
     *("/data", "/runs", "/build", "/dist", ".git", ".venv", "venv", "*.egg-info", "node_modules"),
     *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"),
-    *(
-        "*.env",
-        ".env.*",
-        ".envrc",
-        ".netrc",
-        ".pypirc",
-        ".npmrc",
-        ".pgpass",
-        ".git-credentials",
-        ".aws",
-        ".ssh",
-    ),
+    *(".aws", ".ssh"),
+)
+SECRET_FILES = (
+    *("*.env", ".env.*", ".envrc", ".netrc", ".pypirc", ".npmrc", ".pgpass", ".git-credentials"),
     *("*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "auth_token", "*credentials", "*credentials.json"),
     *("secrets.yaml", "secrets.yml", "secrets.json", "secrets.toml"),
 )
+"""Names of files, never of folders, which may hold code, that stay at home."""
 _SHOWN = (
     "and the job server shows it to whoever asks; give the nodes a role (or set it in their own environment) "
     "and remove it here"
@@ -118,7 +111,10 @@ def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
     """
     if not folder.is_dir():
         raise ConfigError(f"--working-dir {folder}: there is no such folder")
-    specs = [("", GitIgnoreSpec.from_lines([*_NEVER, *excludes]))]
+    specs, secret = (
+        [("", GitIgnoreSpec.from_lines([*_NEVER, *excludes]))],
+        GitIgnoreSpec.from_lines(SECRET_FILES),
+    )
     found: list[str] = []
     for path, folders, files in os.walk(folder, onerror=_refuse):
         inner = os.path.relpath(path, folder).replace(os.sep, "/")
@@ -131,7 +127,9 @@ def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
         found += [
             prefix + name
             for name in files
-            if os.path.isfile(os.path.join(path, name)) and not _matches(prefix + name, specs)
+            if os.path.isfile(os.path.join(path, name))
+            and not secret.match_file(name)
+            and not _matches(prefix + name, specs)
         ]
     for name in found:
         shown = os.fsencode(name).decode(errors="replace")

@@ -19,6 +19,14 @@ from pydantic import BaseModel, ConfigDict, field_validator
 Auto: TypeAlias = Literal["auto"]
 """Stands for a number that follows from the number of images; pipeline/automatic.py puts it in."""
 
+_KEYS = re.compile(
+    r"(?<=://)(?:"
+    # A name, a colon and a key, which may have any sign in it; no port, no ARN and no IPv6 address.
+    r"(?!arn:)[^/\s:@\[]+:(?!\d+(?:/|$|\s))\S*"
+    r"|(?<!ssh://)[^/\s]+"
+    r")(?=@)"
+)
+
 Number = TypeVar("Number", int, float)
 
 
@@ -81,5 +89,5 @@ def one_line(error: BaseException | None, *, limit: int = 200) -> str:
 
 
 def without_keys(text: str) -> str:
-    """`text`, where what stands before the @ of an address, a name and a password, is `...`."""
-    return re.sub(r"(?<=://)[^/@\s]+(?=@)", "...", text)
+    """`text`, where what stands before the @ of an address, a name and a password, is `...`; not the user of SSH."""
+    return _KEYS.sub("...", text)

@@ -56,7 +56,7 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not is_s3(uri) or not bucket:
         raise ConfigError(f"{uri!r} is not an S3 address; write s3://bucket/prefix")
-    if "@" in bucket:
+    if without_keys(uri) != uri:
         raise ConfigError(f"{without_keys(uri)}: no keys in an address; {SET_CREDENTIALS}")
     return bucket, key
 

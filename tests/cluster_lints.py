@@ -9,6 +9,8 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from jobs.upload import SECRET_FILES
+
 Config = dict[str, Any]
 Lint = Callable[[Config], list[str]]
 
@@ -122,7 +124,7 @@ def not_installed(tree: Config) -> list[str]:
 
 
 def uploads_too_much(tree: Config) -> list[str]:
-    return sorted({"/runs", "/data", ".venv", ".git", ".env", ".env.*", "*.pem"} - set(tree["rsync_exclude"]))
+    return sorted({"/runs", "/data", ".venv", ".git", *SECRET_FILES} - set(tree["rsync_exclude"]))
 
 
 def not_shell(tree: Config) -> list[str]:

@@ -200,7 +200,7 @@ LINTS: list[tuple[Lint, Change]] = [
     (lints.not_installed, lambda c: c.update(worker_setup_commands=["pip install torch"])),
     (lints.not_installed, change_type("augment", worker_setup_commands=[])),
     (lints.not_installed, lambda c: c.update(file_mounts={})),
-    (lints.uploads_too_much, lambda c: c["rsync_exclude"].remove(".env")),
+    (lints.uploads_too_much, lambda c: c["rsync_exclude"].remove("*.env")),
     (lints.uploads_too_much, lambda c: c["rsync_exclude"].remove("*.pem")),
     (lints.not_shell, lambda c: c["initialization_commands"].append("if true; echo")),
     (lints.not_shell, change_commands("worker", "ulimit", "(ulimit")),

@@ -172,6 +172,11 @@ def test_what_must_be_set_is_named_as_one_sets_it() -> None:
         "data.aws_secret_access_key=MARKER",
         "data={password: MARKER, path: s3://b/i}",
         "wandb_api_key=MARKER",
+        "dta.path=s3://AKIA:MARKER@bucket/images",
+        "name=s3://AKIA:MARKER@b",
+        "train.seed=s3://AKIA:MARKER@b",
+        "data.path=s3://AKIA:MAR/MARKER@bucket/images",
+        "init.path=https://me:p@MARKER@host/weights.pth",
     ],
 )
 def test_what_looks_like_a_secret_is_refused_and_not_repeated(override: str) -> None:

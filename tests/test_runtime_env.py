@@ -9,6 +9,8 @@ import pytest
 import yaml
 from ray.runtime_env import RuntimeEnv
 
+from jobs.upload import SECRET_FILES
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "deploy" / "runtime_env.yaml").read_text()
 TREE = yaml.safe_load(TEXT)
@@ -29,6 +31,10 @@ def test_ray_accepts_it_with_a_working_directory() -> None:
 
 def test_a_stopped_driver_has_time_to_end() -> None:
     assert TREE["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
+
+
+def test_what_stays_at_home_with_ours_stays_at_home_with_rays_own_command() -> None:
+    assert set(SECRET_FILES) <= set(TREE["excludes"])
 
 
 def test_it_holds_no_secrets() -> None:

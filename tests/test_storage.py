@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import SECRET_KEY, S3Server, aws_environment
 
-from models.settings import ConfigError, DataError, one_line
+from models.settings import ConfigError, DataError, one_line, without_keys
 from pipeline import s3 as s3_module
 from pipeline.s3 import ObjectFile, read_object
 from pipeline.storage import (
@@ -416,6 +416,17 @@ def test_keys_before_the_at_of_an_address_are_refused_and_not_repeated() -> None
     with pytest.raises(ConfigError, match="@bucket/images: no keys in an address") as error:
         split_s3_uri("s3://AKIA:MARKER@bucket/images")
     assert "MARKER" not in str(error.value)
+    with pytest.raises(ConfigError, match="no keys in an address"):
+        split_s3_uri("s3://AKIA:MAR/KER@bucket/images")
     assert split_s3_uri("s3://bucket/a@b/images") == ("bucket", "a@b/images")
+    for innocent in (
+        "http://host:9000/a@b",
+        "http://[::1]:9000/a@b",
+        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/images/a@b",
+        "git+ssh://git@github.com/me/mine@v1",
+        "sqlite:////folder/me@host.db",
+        "runs/me@host:1",
+    ):
+        assert without_keys(innocent) == innocent
     said = one_line(ValueError("Could not connect to http://me:MARKER@host:9000/x"))
     assert said == "Could not connect to http://...@host:9000/x"

@@ -146,6 +146,10 @@ def run_finished(
             ["loss.warmup_teacher_temp=0.06: it must not exceed loss.teacher_temp=0.05; lower it"],
         ),
         (
+            ["tune.scheduler=pb2", "tune.trials=8", "tune.max_concurrent=2"],
+            ["tune.max_concurrent=2: tune.scheduler=pb2 trains all tune.trials=8 at once"],
+        ),
+        (
             ["loss.centering=sinkhorn_knopp", "tune.space={loss.center_momentum: {uniform: [0.5, 0.99]}}"],
             ["has no effect"],
         ),

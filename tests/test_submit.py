@@ -1,5 +1,6 @@
 """`python -m jobs.submit`: what it refuses here, what it sends, and a run on a real head, stopped and continued."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -60,10 +61,11 @@ def test_secrets_results_and_caches_stay_at_home(tmp_path: Path) -> None:
         ".npmrc",
         "jobs/auth_token",
         "credentials.json",
-        "aws_credentials",
+        "jobs/aws_credentials",
         "secrets.yaml",
     ]
     goes = [
+        "jobs/credentials/__init__.py",
         "jobs/pretrain.py",
         "jobs/data/list.txt",
         "deploy/runtime_env.yaml",
@@ -172,7 +174,7 @@ def test_a_mistake_in_the_runtime_environment_is_refused(text: str, says: str, t
 def test_innocent_variables_are_let_through(tmp_path: Path) -> None:
     (tmp_path / "env.yaml").write_text(
         "env_vars: {TOKENIZERS_PARALLELISM: 'false', AWS_REGION: eu-west-1, MLFLOW_TRACKING_URI: 'http://host:5000'}\n"
-        "pip: ['git+https://github.com/me/mine@v1.0']"
+        "pip: ['git+https://github.com/me/mine@v1.0', 'mine @ git+ssh://git@github.com/me/mine@v1']"
     )
     assert read_runtime_env(tmp_path / "env.yaml")["env_vars"]["AWS_REGION"] == "eu-west-1"
 
@@ -197,7 +199,15 @@ PRETRAIN = ["--", "jobs.pretrain", "name=x", "data.path=s3://b/i", "storage_path
         (["--runtime-env", "missing.yaml", *PRETRAIN], "--runtime-env missing.yaml"),
         (["--max-attempts", "0", *PRETRAIN], "--max-attempts"),
         (["--run", "a/b", "--", "jobs.embed", "data.path=s3://b/i"], "--run a/b: must be letters"),
-        ([*PRETRAIN, "data.aws_secret_access_key=MARKER"], "data.aws_secret_access_key: looks like a secret"),
+        ([*PRETRAIN, "data.aws_secret_access_key=MARKER"], "data.aws_secret_access_key=...: unknown key"),
+        ([*PRETRAIN, "key_column=image"], "key_column=...: unknown key; did you mean data.key_column"),
+        (
+            ["--", "jobs.embed", "data={aws_secret_access_key: MARKER}"],
+            "aws_secret_access_key: looks like a secret",
+        ),
+        (["--", "jobs.embed", "--hf-token", "MARKER"], "hf_token: looks like a secret"),
+        (["--", "jobs.embed", "data.path=s3://AKIA:MARKER/MARKER@b/i"], "looks like a secret"),
+        (["--", "jobs.embed", "name=a/b"], "name=a/b: must be letters"),
         (["--", "jobs.embed", "data.path=s3://b/i", "aws_session_token=MARKER"], "looks like a secret"),
         (["--", "jobs.embed", "data.path=s3://AKIA:MARKER@b/i"], "looks like a secret"),
         (["--", "jobs.embed", "--checkpoint=s3://AKIA:MARKER@b/i"], "looks like a secret"),
@@ -216,7 +226,16 @@ def test_a_mistake_is_refused_here(
 
 @pytest.mark.parametrize(
     "address",
-    ["", "10.0.0.1:6379", "auto", "ray://10.0.0.1:10001", "http://h:abc", "http://h:99999", "http://[::1"],
+    [
+        "",
+        "10.0.0.1:6379",
+        "auto",
+        "ray://10.0.0.1:10001",
+        "http://h:abc",
+        "http://h:99999",
+        "http://[::1",
+        "htp://me:MARKER@h",
+    ],
 )
 def test_an_address_that_is_not_a_dashboards_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
@@ -292,15 +311,42 @@ def test_what_is_wrong_with_a_job_server_is_one_line(
     assert address in str(error.value)
 
 
-def test_a_server_that_takes_connections_and_says_nothing_or_no_http_is_one_line(
+def test_a_server_that_takes_connections_and_says_nothing_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     monkeypatch.setattr("jobs.cluster._ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ResourceError, match=r"does not answer \(timed out\)"):
+        with pytest.raises(ResourceError, match=r"does not answer .*timed out"):
             connect(address)
+
+
+def test_a_server_that_speaks_something_else_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+
+    def answer(server: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.sendall(b"220 mail.example.org ESMTP\r\n")
+                connection.settimeout(1)
+                with contextlib.suppress(OSError):
+                    while connection.recv(4096):
+                        pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, args=[server], daemon=True).start()
+        port = server.getsockname()[1]
+        with pytest.raises(ResourceError) as error:
+            connect(f"http://me:MARKER@127.0.0.1:{port}")
+        server.shutdown(socket.SHUT_RDWR)
+    assert len(str(error.value).splitlines()) == 1
+    assert "MARKER" not in str(error.value)
+    assert f"...@127.0.0.1:{port}" in str(error.value)
 
 
 # On a head

@@ -61,11 +61,12 @@ def plan_study(
     limit: int | None,
     shares_stream: bool,
     all_at_once: bool = False,
+    grows: bool = True,
 ) -> StudyPlan:
     """The plan for a cluster of `cpus` and `gpus`; ResourceError, with the numbers, where it does not fit.
 
     `limit`: trials at once that were asked for; None takes as many as fit. `all_at_once`: fewer of them would not do,
-    since they are a population.
+    since they are a population. `grows`: the cluster may be larger one day.
     """
     least, most = _actors(resources)
     cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
@@ -85,8 +86,12 @@ def plan_study(
         remedy = remedy if fit > 0 else "lower resources.train_workers or their CPUs"
         raise ResourceError(
             f"{need}, and {_FOR_RAY} CPU must stay free for Ray Data; the cluster has {cpus} CPUs"
-            f"{f' and {gpus} GPUs' if gpus_each else ''}: {remedy}, or, if nodes will join, say how many there "
-            "will be with tune.cluster_cpus and tune.cluster_gpus"
+            f"{f' and {gpus} GPUs' if gpus_each else ''}: {remedy}"
+            + (
+                ", or, if nodes will join, say how many there will be with tune.cluster_cpus and tune.cluster_gpus"
+                if grows
+                else ""
+            )
         )
     spare = floor((cpus - _FOR_RAY - cpus_shared - asked * cpus_each) / resources.cpus_per_augment_actor)
     reach = least + (spare if shares_stream else spare // asked)

@@ -73,7 +73,7 @@ def run_population(
     on_end: Callable[[int, str | None], None],
     tell: Callable[[str], None],
 ) -> None:
-    """Train a member from each point of `starts`; at each evaluation the worst quarter takes over from the best.
+    """Train a member from each point of `starts`; weak ones take over from strong ones, as Rounds says.
 
     ResourceError where scikit-learn or the dashboard, which PB2 needs, is missing.
     """
@@ -98,13 +98,8 @@ def run_population(
         )
 
 
-def check_population(num_members: int, trials_at_once: int) -> None:
-    """ResourceError unless the whole population fits at once, and PB2 has what it needs. On a Ray that is up."""
-    if trials_at_once < num_members:
-        raise ResourceError(
-            f"tune.scheduler=pb2 trains all tune.trials={num_members} at once, and {trials_at_once} fit; "
-            f"set tune.trials={trials_at_once}, or take tune.scheduler=asha"
-        )
+def check_population() -> None:
+    """ResourceError unless PB2 has what it needs. On a Ray that is up."""
     if importlib.util.find_spec("sklearn") is None:
         raise ResourceError(
             "tune.scheduler=pb2 needs scikit-learn: pip install 'dinoray[pb2]', or take tune.scheduler=asha"
@@ -159,6 +154,7 @@ class Rounds:
 
     def __init__(self) -> None:
         self._scores: dict[int, dict[int, float]] = {}
+        self._copied: dict[int, int] = {}  # up to which step a member's scores are those of whom it took over
         self._judged = 0
         self._donors: dict[int, int] = {}
 
@@ -168,13 +164,15 @@ class Rounds:
         steps = set.intersection(*(set(self._scores.get(one, ())) for one in living))
         if len(steps) > 1 and max(steps) > self._judged:
             self._judged = max(steps)
-            self._donors = self._judge({one: self._scores[one][self._judged] for one in living})
+            own = [one for one in living if self._copied.get(one, 0) < self._judged]
+            self._donors = self._judge({one: self._scores[one][self._judged] for one in own})
         donor = self._donors.pop(member, None)
         return donor if donor in living else None
 
     def took_over(self, member: int, donor: int) -> None:
-        """The member goes on from where the donor is: what is told of the one is true of the other."""
+        """The member goes on from where the donor is, with its scores so far; it is judged again by its own."""
         self._scores[member] = dict(self._scores[donor])
+        self._copied[member] = max(self._scores[donor])
 
     def _judge(self, scores: Mapping[int, float]) -> dict[int, int]:
         order = sorted(scores, key=lambda one: scores[one])
@@ -214,7 +212,7 @@ class _Population(Unsaved, PB2):
         donor = self._rounds.told(member, result["step"], result["score"], living)
         if donor is None:
             return TrialScheduler.CONTINUE
-        self._trial_state[living[donor]].last_checkpoint = living[donor].checkpoint
+        self._trial_state[living[donor]].last_checkpoint = _newest_checkpoint(living[donor])
         self._exploit(tune_controller, trial, living[donor])
         self._rounds.took_over(member, donor)
         return TrialScheduler.NOOP  # it is to begin anew
@@ -233,6 +231,13 @@ class _Population(Unsaved, PB2):
             self.data.loc[self.data.index[-1], self._keys] = moved  # where PB2 has written down what it chose
             self.current[-1] = moved
         return config, operations
+
+
+def _newest_checkpoint(trial: TuneTrial) -> Any:
+    """That of the last report, which Tune may still be saving."""
+    saving = trial.temporary_state.saving_to
+    saved = saving.resolve() if saving else None
+    return saved.checkpoint if saved else trial.checkpoint
 
 
 class _MemberListener(Listener):
