@@ -5,7 +5,6 @@ What can go wrong on the way is one line (ResourceError). Knows nothing of what 
 
 import asyncio
 import contextlib
-import http.client
 import logging
 import os
 import re
@@ -199,11 +198,7 @@ def _explained(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise wants_token(address, error) from error
-    except (
-        KeyError,
-        ValueError,
-        http.client.HTTPException,
-    ) as error:  # what it sent is no JSON, or not Ray's
+    except (KeyError, ValueError) as error:  # what it sent is no JSON, or not Ray's
         raise ResourceError(f"{address} is no Ray dashboard; check the port") from error
     except OSError as error:  # those of requests are, too
         raise ResourceError(

@@ -47,7 +47,7 @@ from jobs.node_checks import (
     look_at_nodes,
 )
 from jobs.upload import pack, read_runtime_env
-from models.settings import ConfigError, DinorayError, ResourceError, one_line
+from models.settings import ConfigError, DinorayError, ResourceError, one_line, without_keys
 from pipeline.storage import is_s3
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
@@ -157,7 +157,7 @@ def _is_open(dashboard: str) -> bool | None:
 def _ask(address: str, arguments: Namespace) -> Iterator[Finding]:
     """Send this job to the cluster, and pass on what it finds there."""
     client = connect(dashboard_address(address))
-    yield Finding("ok", "job server", f"{address} answers, Ray {ray.__version__} on both sides")
+    yield Finding("ok", "job server", f"{without_keys(address)} answers, Ray {ray.__version__} on both sides")
     if not Path("jobs/doctor.py").exists():
         raise ConfigError("the nodes are looked at by code from here: run it in the checkout")
     command = ["python", "-m", "jobs.doctor", "--address", "auto", "--json", *arguments.overrides]

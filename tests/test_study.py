@@ -51,14 +51,12 @@ def trial(config: StudyConfig, **params: object) -> object:
     return trial_config(config, values, name="0003", storage_path="/s/trials", seed=5, num_images=NUM_IMAGES)
 
 
-def run_finished(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *ended: Tried, is_done: bool = True
-) -> None:
+def run_finished(folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *ended: Tried) -> None:
     """Run a study of two trials whose trials have ended before; what they would learn from is not looked at."""
     images = folder / "images"
     if not images.exists():
         write_images(images, "train", labels=tuple(PATTERNS)[:2], per_label=2)
-    monkeypatch.setattr(job.StudyRun, "is_done", lambda self: is_done)
+    monkeypatch.setattr(job.StudyRun, "is_done", lambda self: True)
     monkeypatch.setattr(job.StudyRun, "run", lambda self, verbose: None)
     study_directory = Directory(str(folder / "s"))
     for one in ended:
