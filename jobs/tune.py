@@ -70,7 +70,15 @@ def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> N
     if not directory.exists(STUDY) and directory.exists("metrics.jsonl"):
         raise ConfigError(f"name={config.name} is in use by a run: choose another name=...")
     free = [key for key in FREE if key != "tune.trials" or can_grow(config)]
-    changed = differences(load_kept(StudyConfig, directory), config, free=free)
+    kept = load_kept(StudyConfig, directory)
+    changed = differences(kept, config, free=free)
+    if "pb2" in (kept.tune.scheduler, config.tune.scheduler):
+        moved = [one for one in changed if one.startswith(("tune.trials:", "tune.scheduler:"))]
+        if moved:
+            raise ConfigError(
+                f"name={config.name} is in use by a study with other settings ({'; '.join(moved)}), and each trial of "
+                "a population has its place in it: choose another name=..."
+            )
     if changed and not resume:
         raise ConfigError(
             f"name={config.name} is in use by a study with other settings ({'; '.join(changed[:3])}"

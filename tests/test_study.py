@@ -190,6 +190,19 @@ def test_a_name_in_use_by_another_study_or_by_a_run_is_refused(tmp_path: Path) -
         job.main([f"storage_path={tmp_path}", "name=run"])
 
 
+@pytest.mark.parametrize("changed", ["tune.trials=6", "tune.scheduler=asha"])
+def test_a_population_is_never_mixed_with_trials_that_have_no_place_in_it(
+    changed: str, tmp_path: Path
+) -> None:
+    space = "tune.space={loss.teacher_temp: {uniform: [0.04, 0.06]}}"
+    mine = [f"storage_path={tmp_path}", "name=s", "tune.scheduler=pb2", "tune.trials=4", space]
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "config.yaml").write_text(study(*mine).to_yaml())
+    (tmp_path / "s" / "study.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"{changed.partition('=')[0]}: .*has its place in it"):
+        job.main([*mine, changed, "--resume"])
+
+
 def test_more_trials_seeds_and_another_cluster_continue_a_study(tmp_path: Path) -> None:
     more = study("tune.trials=64", "tune.confirm_top=5", "tune.max_concurrent=8", "resources.train_workers=4")
     assert differences(study(), more, free=FREE) == []
