@@ -25,13 +25,15 @@ Progress is what is committed: a folder that is merely there may lack its other 
 pickled objects.
 """
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow.fs
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -98,6 +100,20 @@ def temporary_checkpoint(state: TrainState, *, num_images: int, bad_images: dict
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+@contextlib.contextmanager
+def own_copy(checkpoint: Any) -> Iterator[Path]:
+    """The files of one of Ray's checkpoints, in a folder of this process alone, or where they lie if that is local.
+
+    Ray's own temporary folder is one for all processes of a node: who comes late downloads the files again while
+    others read them, and those find them cut off.
+    """
+    if isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem):
+        yield Path(checkpoint.path)
+    else:
+        with tempfile.TemporaryDirectory(prefix="dinoray-checkpoint-") as folder:
+            yield Path(checkpoint.to_directory(folder))
 
 
 def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:

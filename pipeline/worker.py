@@ -6,7 +6,6 @@ The only user of ray.train. `fit` starts the workers from the driver; `work` is 
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,7 +19,7 @@ from ray.train import CheckpointConfig as RayCheckpointConfig
 from models.settings import DinorayError
 from pipeline import dataset, shared_stream
 from pipeline.board import ALIKE, known_error
-from pipeline.checkpoint import checkpoint_name, load_checkpoint, temporary_checkpoint
+from pipeline.checkpoint import checkpoint_name, load_checkpoint, own_copy, temporary_checkpoint
 from pipeline.crops_config import crop_bytes
 from pipeline.evaluation import evaluate
 from pipeline.gauges import Gauges
@@ -155,8 +154,8 @@ class _Worker:
 
     def _restore(self) -> dict[str, int]:
         """Load the newest committed checkpoint; return the bad images counted so far."""
-        with ray.train.get_checkpoint().as_directory() as folder:
-            meta = load_checkpoint(self.state, Path(folder))
+        with own_copy(ray.train.get_checkpoint()) as folder:
+            meta = load_checkpoint(self.state, folder)
         if self.rank == 0:
             self.spec.board.post("note", text=f"resuming from step {self.state.step}")
         return meta["bad_images"]

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs
 import pytest
 import torch
+from ray.train import Checkpoint
 from safetensors.torch import load_file
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 
@@ -21,6 +23,7 @@ from pipeline.checkpoint import (
     download_checkpoint,
     find_checkpoint,
     load_checkpoint,
+    own_copy,
     pick_checkpoint,
     read_frozen,
     read_meta,
@@ -306,3 +309,21 @@ def test_a_checkpoint_that_lacks_a_file_is_not_downloaded(tmp_path: Path, file: 
 def test_a_run_cannot_do_without_checkpoints(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CheckpointConfig.model_validate(wrong)
+
+
+def test_each_process_reads_a_copy_of_its_own_which_goes_when_it_is_done(tmp_path: Path) -> None:
+    (tmp_path / "step_00000008").mkdir()
+    (tmp_path / "step_00000008" / "meta.json").write_text("{}")
+    # Any filesystem but the plain local one is remote to Ray.
+    remote = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
+    checkpoint = Checkpoint("step_00000008", filesystem=remote)
+    with own_copy(checkpoint) as mine, own_copy(checkpoint) as other:
+        assert mine != other
+        (other / "meta.json").write_text("")  # as a download that begins
+        assert (mine / "meta.json").read_text() == "{}"
+    assert not mine.exists()
+    assert not other.exists()
+    here = str(tmp_path / "step_00000008")
+    with own_copy(Checkpoint(here)) as local:
+        assert str(local) == here
+    assert local.exists()

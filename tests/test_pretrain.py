@@ -98,6 +98,10 @@ def reference(images: Bucket, services: Path) -> str:
     return "reference"
 
 
+SLOWLY = "eval.every_steps=2"
+"""Evaluations change nothing that is learnt, and give time: else a quick machine is done before a kill comes."""
+
+
 def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -152,7 +156,7 @@ def test_mlflow_and_wandb_have_followed_the_run(images: Bucket, reference: str, 
 
 
 def test_a_run_whose_driver_is_killed_ends_with_the_same_weights(images: Bucket, reference: str) -> None:
-    arguments = images.pretrain_arguments("killed")
+    arguments = images.pretrain_arguments("killed", SLOWLY)
     with start_job("jobs.pretrain", *arguments, env=images.server.env) as job:
         job.wait_until(lambda: "step_00000008" in images.committed("killed"))
         job.kill_driver()
@@ -172,7 +176,7 @@ def test_a_run_whose_driver_is_killed_ends_with_the_same_weights(images: Bucket,
 
 
 def test_a_run_that_loses_a_worker_recovers_by_itself(images: Bucket, reference: str) -> None:
-    with start_job("jobs.pretrain", *images.pretrain_arguments("lost"), env=images.server.env) as job:
+    with start_job("jobs.pretrain", *images.pretrain_arguments("lost", SLOWLY), env=images.server.env) as job:
         job.wait_until(lambda: "step_00000008" in images.committed("lost"))
         workers = [p for p in job.ray_processes() if "RayTrainWorker" in _title(p)]
         assert len(workers) == 2, [_title(p) for p in job.ray_processes()]

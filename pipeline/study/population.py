@@ -25,6 +25,7 @@ from ray.tune.schedulers.pb2 import PB2
 from ray.util.placement_group import PlacementGroup
 
 from models.settings import DinorayError, ResourceError, one_line
+from pipeline.checkpoint import own_copy
 from pipeline.storage import Directory
 from pipeline.study.tuner import Listener, Placements, Unsaved, run_tune, tell_error
 
@@ -136,8 +137,8 @@ class _Trainable:
         cube = {key: config[key] for key in self._keys}
         pointer = None
         if (checkpoint := tune.get_checkpoint()) is not None:
-            with checkpoint.as_directory() as folder:
-                pointer = Pointer(*json.loads(Path(folder, _POINTER).read_text()))
+            with own_copy(checkpoint) as folder:
+                pointer = Pointer(*json.loads((folder / _POINTER).read_text()))
         try:
             self._member(slot, cube, pointer, MemberReport(self._placements, slot))
         except DinorayError as error:
