@@ -37,6 +37,7 @@ FREE_SECTIONS = frozenset(
 
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""It names a folder, and a job in an address."""
 
 
 class Config(DINOConfig):

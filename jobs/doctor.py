@@ -4,7 +4,6 @@ One line for each thing that was looked at: ok, warn or FAIL, and what to do. Wi
 machine; with that of a dashboard (http://...) it sends itself to the cluster as a job and looks around there.
 """
 
-import http.client
 import json
 import logging
 import os
@@ -12,14 +11,13 @@ import shlex
 import socket
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+import requests
 from ray.exceptions import AuthenticationError, RayError
 
 from jobs.arguments import CommandLine
@@ -48,7 +46,7 @@ from jobs.node_checks import (
 )
 from jobs.upload import pack, read_runtime_env
 from models.settings import ConfigError, DinorayError, ResourceError, one_line, without_keys
-from pipeline.storage import is_s3
+from pipeline.storage import is_reached_by_all
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 
@@ -102,7 +100,7 @@ def _findings(address: str | None, config: Config, arguments: Namespace) -> Iter
 
 def _check_storage(config: Config, *, is_local: bool) -> Finding:
     path = config.storage_path
-    if not is_local and not is_s3(path) and not Path(path).expanduser().is_absolute():
+    if not is_local and not is_reached_by_all(path):
         text = (
             f"storage_path={path} would lie in a temporary folder of the cluster; set storage_path=s3://..."
         )
@@ -146,12 +144,10 @@ def _look_around(config: Config, dashboard: str, *, is_local: bool) -> Iterator[
 def _is_open(dashboard: str) -> bool | None:
     """Whether the dashboard answers who has no token; None where it is not reached."""
     try:
-        with urllib.request.urlopen(f"http://{dashboard}/api/version", timeout=10):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code not in (401, 403)
-    except (OSError, http.client.HTTPException):
+        answer = requests.get(f"http://{dashboard}/api/version", timeout=10)
+    except requests.RequestException:
         return None
+    return answer.status_code not in (401, 403)
 
 
 def _ask(address: str, arguments: Namespace) -> Iterator[Finding]:

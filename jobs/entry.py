@@ -106,19 +106,11 @@ def join_ray(local_cpus: int, *, verbose: bool, dashboard: bool = False) -> bool
     except AuthenticationError as error:
         raise wants_token(os.environ.get("RAY_ADDRESS", "the local Ray"), error) from error
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        where = (
-            "a local Ray does not start"
-            if local
-            else f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined"
-        )
-        raise ResourceError(
-            f"{where}: {one_line(error)}; "
-            + (
-                "look at its logs in /tmp/ray"
-                if local
-                else "unset it to start a local Ray, or go through jobs.submit"
-            )
-        ) from error
+        what, remedy = "a local Ray does not start", "look at its logs in /tmp/ray"
+        if not local:
+            what = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined"
+            remedy = "unset it to start a local Ray, or go through jobs.submit"
+        raise ResourceError(f"{what}: {one_line(error)}; {remedy}") from error
     except SystemExit as stop:
         if stop.code != signal.SIGTERM:  # Ray's own way out upon it, until ours is back
             raise

@@ -16,7 +16,7 @@ from pipeline.cost import CostConfig
 from pipeline.forecast import HEADROOM, Forecast, forecast, with_workers
 from pipeline.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried
 from pipeline.prices import PRICED
-from pipeline.storage import is_s3
+from pipeline.storage import is_reached_by_all
 
 Row = tuple[str, str]
 
@@ -242,7 +242,7 @@ def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) 
     words += [*kept, *(f"{key}={value}" for key, value in settings.items())]
     named = {word.partition("=")[0] for word in kept}
     if settings:
-        shared = is_s3(config.storage_path) or Path(config.storage_path).expanduser().is_absolute()
+        shared = is_reached_by_all(config.storage_path)
         asked = {"data.path": config.data.path}
         asked |= {"storage_path": config.storage_path if shared else "s3://BUCKET/runs"}
         words += [f"{key}={value}" for key, value in asked.items() if key not in named]

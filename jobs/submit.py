@@ -26,7 +26,7 @@ from jobs.result import RESULT
 from jobs.study import StudyArguments, study_config
 from jobs.upload import describe, pack, read_runtime_env
 from models.settings import ConfigError, DinorayError, without_keys
-from pipeline.storage import Directory, is_s3
+from pipeline.storage import Directory, is_reached_by_all
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 _STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -158,7 +158,7 @@ def _config(words: list[str]) -> Config:
         config: Config = study_config(StudyArguments().parse_args(words[1:]))
     else:
         config = pretrain_config(PretrainArguments().parse_args(words[1:]))
-    if not is_s3(config.storage_path) and not Path(config.storage_path).expanduser().is_absolute():
+    if not is_reached_by_all(config.storage_path):
         raise ConfigError(
             f"storage_path={config.storage_path} would lie in a temporary folder of the cluster; set "
             "storage_path=s3://BUCKET/runs, or an absolute path that all nodes share"

@@ -117,9 +117,7 @@ class TrialRunner:
             alone = isinstance(error, ConfigError | ResourceError) or trial.continues is not None
             if not alone and not self._any_has_trained():
                 raise  # of the data, as it seems: it would meet every trial
-            if (
-                attempt is None
-            ):  # settings that do not go together, or another trial's checkpoint that is gone
+            if attempt is None:  # settings that do not go together, or another's checkpoint that is gone
                 outcome = Outcome("failed", None, 0, message=str(error))
             else:
                 outcome = attempt.outcome("failed", message=str(error))
@@ -258,9 +256,8 @@ class _Attempt:
                 if not goes_on:  # remembered: a process that dies now must not be asked to decide again
                     self._clock["stopped"] = step
                     self._write_clock()
-                elif (
-                    self._clock.pop("stopped", None) is not None
-                ):  # an earlier attempt's, lost before it was heard
+                elif "stopped" in self._clock:  # an earlier attempt's, lost before it was heard
+                    del self._clock["stopped"]
                     self._write_clock()
                 board.answer(step, go_on=goes_on)
 

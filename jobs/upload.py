@@ -111,10 +111,8 @@ def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
     """
     if not folder.is_dir():
         raise ConfigError(f"--working-dir {folder}: there is no such folder")
-    specs, secret = (
-        [("", GitIgnoreSpec.from_lines([*_NEVER, *excludes]))],
-        GitIgnoreSpec.from_lines(SECRET_FILES),
-    )
+    specs = [("", GitIgnoreSpec.from_lines([*_NEVER, *excludes]))]
+    secret = GitIgnoreSpec.from_lines(SECRET_FILES)
     found: list[str] = []
     for path, folders, files in os.walk(folder, onerror=_refuse):
         inner = os.path.relpath(path, folder).replace(os.sep, "/")

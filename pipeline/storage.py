@@ -35,6 +35,7 @@ __all__ = [
     "ObjectTooLarge",
     "Unreachable",
     "filesystem",
+    "is_reached_by_all",
     "is_s3",
     "normal_uri",
     "retrying",
@@ -52,6 +53,11 @@ def normal_uri(uri: str) -> str:
         split_s3_uri(uri)  # else s3:// would lose its slashes and become a local path
         return uri.rstrip("/")
     return os.path.abspath(os.path.expanduser(uri))
+
+
+def is_reached_by_all(uri: str) -> bool:
+    """Whether each node may find the same folder there: not where a relative path would lie beside the job's code."""
+    return is_s3(uri) or os.path.isabs(os.path.expanduser(uri))
 
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
