@@ -26,6 +26,10 @@ from models.settings import ConfigError, ResourceError, one_line, without_keys
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _ANSWER_SECONDS = 10.0
 """How long a job server may take for its first answer."""
+_AGENT_SECONDS, _AGENT_PAUSE_SECONDS = 60.0, 2.0
+"""How long a cluster that has no agent for jobs yet is asked again, and the pause between two requests."""
+_NO_AGENT = "No available agent"
+"""The answer of a cluster whose head has just started."""
 _PATIENCE_SECONDS = 60.0
 """How long a lost connection is tried again before following a job is given up."""
 
@@ -126,16 +130,35 @@ def submit(
     metadata: Mapping[str, str],
     runtime_env: Mapping[str, Any],
 ) -> Attempt:
-    """Start an attempt at a run: its driver gets no CPU of its own, which a head without work could not give."""
+    """Start an attempt at a run: its driver gets no CPU of its own, which a head without work could not give.
+
+    A cluster that has just started has no agent for jobs: it is asked again for up to `_AGENT_SECONDS`.
+    """
+    deadline, is_waiting = time.monotonic() + _AGENT_SECONDS, False
     with _explained(client.get_address()):
-        attempt_id = client.submit_job(
-            entrypoint=command,
-            submission_id=f"{run}-a{number}",
-            metadata={**metadata, "run": run},
-            runtime_env=dict(runtime_env),
-            entrypoint_num_cpus=0,
-        )
-        return Attempt(number, attempt_id, client.get_job_info(attempt_id))
+        while True:
+            try:
+                attempt_id = client.submit_job(
+                    entrypoint=command,
+                    submission_id=f"{run}-a{number}",
+                    metadata={**metadata, "run": run},
+                    runtime_env=dict(runtime_env),
+                    entrypoint_num_cpus=0,
+                )
+                return Attempt(number, attempt_id, client.get_job_info(attempt_id))
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise ResourceError(
+                        f"the cluster at {without_keys(client.get_address())} has had no agent for jobs for "
+                        f"{_AGENT_SECONDS:.0f} s; see dashboard_agent.log on its head node, or restart the head"
+                    ) from error
+            if not is_waiting:
+                text = f"the cluster has no agent for jobs yet; trying again for up to {_AGENT_SECONDS:.0f} s"
+                print(text, flush=True)
+            is_waiting = True
+            time.sleep(_AGENT_PAUSE_SECONDS)
 
 
 def follow(client: JobSubmissionClient, attempt: Attempt) -> Attempt:

@@ -24,7 +24,7 @@ from jobs.entry import run_main
 from jobs.keys import did_you_mean, flatten, leaf_fields, looks_secret
 from jobs.result import RESULT
 from jobs.study import StudyArguments, study_config
-from jobs.upload import describe, pack, read_runtime_env
+from jobs.upload import check_config_file, describe, named_files, pack, read_runtime_env
 from models.settings import ConfigError, DinorayError, without_keys
 from pipeline.storage import Directory, is_reached_by_all
 
@@ -206,8 +206,9 @@ def _submit(
     commit = commit_of(options.working_dir)
     with tempfile.TemporaryDirectory() as folder:
         excludes = environment.get("excludes") or []
-        archive = pack(options.working_dir, excludes, Path(folder, "working_dir.zip"))
-        _check_config_file(job, archive.names)
+        file = Path(folder, "working_dir.zip")
+        archive = pack(options.working_dir, excludes, file, named=named_files(job.words))
+        check_config_file(job.words, options.working_dir, archive.names)
         print(
             f"{job.run}-a{number}: sending {describe(archive)}{f', commit {commit}' if commit else ''}",
             flush=True,
@@ -232,17 +233,6 @@ def _submit(
         f"{attempt.id} is submitted; the same command follows it, --stop --run {job.run} stops it", flush=True
     )
     return attempt
-
-
-def _check_config_file(job: _Job, names: frozenset[str]) -> None:
-    """ConfigError unless the file that --config names goes along."""
-    for word, after in zip(job.words, [*job.words[1:], ""], strict=True):
-        option, _, joined = word.partition("=")
-        file = joined or after
-        if option == "--config" and Path(file).as_posix() not in names:
-            raise ConfigError(
-                f"--config {file} is not among the files that are sent; move it into the checkout"
-            )
 
 
 def _follow(client: Any, run: str, attempt: Attempt) -> None:

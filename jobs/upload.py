@@ -7,7 +7,7 @@ refused here. Knows no cluster.
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ray.runtime_env import RuntimeEnv
 from jobs.config import read_file
 from jobs.keys import did_you_mean, flatten, looks_secret
 from models.settings import ConfigError, one_line, without_keys
+from pipeline.study.trials import BEST
 
 MAX_BYTES = 50_000_000
 """Largest archive that is sent; Ray's job server refuses 100 MiB with an HTTP status alone."""
@@ -26,12 +27,15 @@ _NEVER = (
     *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints"),
     *(".aws", ".ssh"),
 )
+NO_JOB_READS = ("/.ci", "/benchmarks", "/deploy", "/tests")
+"""Folders of this project that no job reads."""
 SECRET_FILES = (
     *("*.env", ".env.*", ".envrc", ".netrc", ".pypirc", ".npmrc", ".pgpass", ".git-credentials"),
     *("*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "auth_token", "*credentials", "*credentials.json"),
     *("secrets.yaml", "secrets.yml", "secrets.json", "secrets.toml"),
 )
 """Names of files, never of folders, which may hold code, that stay at home."""
+_SECRET = GitIgnoreSpec.from_lines(SECRET_FILES)
 _SHOWN = (
     "and the job server shows it to whoever asks; give the nodes a role (or set it in their own environment) "
     "and remove it here"
@@ -80,12 +84,13 @@ def read_runtime_env(file: Path) -> dict[str, Any]:
     return tree
 
 
-def pack(folder: Path, excludes: Sequence[str], file: Path) -> Archive:
+def pack(folder: Path, excludes: Sequence[str], file: Path, *, named: Iterable[str] = ()) -> Archive:
     """Write the archive of `folder` to `file`; ConfigError, with the largest files, when it is over MAX_BYTES.
 
-    The same files give the same bytes, so that the cluster recognises what it already has.
+    `named` are the files that the command names. The same files give the same bytes, so that the cluster
+    recognises an archive that it already has.
     """
-    files = list_files(folder, excludes)
+    files = sorted({*list_files(folder, excludes), *_inside(folder, named)})
     sizes = {name: (folder / name).stat().st_size for name in files}
     if sum(sizes.values()) > MAX_BYTES:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
@@ -93,7 +98,8 @@ def pack(folder: Path, excludes: Sequence[str], file: Path) -> Archive:
             f"--working-dir {folder} holds {_megabytes(sum(sizes.values()))} in {len(files)} files, more than "
             f"{_megabytes(MAX_BYTES)}; the largest: "
             + ", ".join(f"{name} {_megabytes(sizes[name])}" for name in largest)
-            + "; list what the job does not need under excludes in the runtime environment, or in .gitignore"
+            + "; list what the job does not need under excludes in the runtime environment, or in .gitignore; "
+            "put large files that it reads on S3"
         )
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in files:
@@ -106,13 +112,14 @@ def pack(folder: Path, excludes: Sequence[str], file: Path) -> Archive:
 
 
 def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
-    """Names of the files that are sent, sorted: all but the excluded, those that .gitignore or .rayignore of any
-    folder names, caches, results and secrets. Links to folders are not followed.
+    """Names of the files in `folder` that are sent, sorted.
+
+    Left out: `excludes`, what .gitignore or .rayignore of any folder names, caches, results, secrets, and
+    folders of this project that no job reads. Links to folders are not followed.
     """
     if not folder.is_dir():
         raise ConfigError(f"--working-dir {folder}: there is no such folder")
-    specs = [("", GitIgnoreSpec.from_lines([*_NEVER, *excludes]))]
-    secret = GitIgnoreSpec.from_lines(SECRET_FILES)
+    specs = [("", GitIgnoreSpec.from_lines([*_NEVER, *NO_JOB_READS, *excludes]))]
     found: list[str] = []
     for path, folders, files in os.walk(folder, onerror=_refuse):
         inner = os.path.relpath(path, folder).replace(os.sep, "/")
@@ -126,7 +133,7 @@ def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
             prefix + name
             for name in files
             if os.path.isfile(os.path.join(path, name))
-            and not secret.match_file(name)
+            and not is_secret_file(name)
             and not _matches(prefix + name, specs)
         ]
     for name in found:
@@ -136,6 +143,55 @@ def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
                 f"--working-dir {folder}: {shown} is no UTF-8 name; rename it, or exclude its folder"
             )
     return sorted(found)
+
+
+def named_files(words: Sequence[str]) -> set[str]:
+    """Return what a command may name files with: words, values, values in its --config file, a study's best config."""
+    named = {name for word in words for name in (word, word.partition("=")[2])}
+    named |= {f"{folder}/{BEST}" for folder in _values_of("--from-study", words)}
+    for file in _values_of("--config", words):
+        named |= {str(value) for _, value in flatten(read_file(Path(file), "--config"))}
+    return named
+
+
+def _values_of(option: str, words: Sequence[str]) -> list[str]:
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == option]
+
+
+def check_config_file(words: Sequence[str], folder: Path, names: frozenset[str]) -> None:
+    """ConfigError unless the file that --config names is sent."""
+    for file in _values_of("--config", words):
+        if os.path.normpath(file) in names:
+            continue
+        if is_secret_file(Path(file).name):
+            raise ConfigError(f"--config {file} is not sent: a file of this name may hold secrets; rename it")
+        raise ConfigError(
+            f"--config {file} is not sent: it is outside of --working-dir {folder}; copy it there and pass "
+            f"--config {Path(file).name}"
+        )
+
+
+def is_secret_file(name: str) -> bool:
+    """Whether a file of this name may hold secrets."""
+    return _SECRET.match_file(name)
+
+
+def _inside(folder: Path, names: Iterable[str]) -> set[str]:
+    """Those of the names that are files in `folder`, without secrets; an excluded file counts too."""
+    normal = {os.path.normpath(name).replace(os.sep, "/") for name in names if name and "\0" not in name}
+    return {
+        name
+        for name in normal
+        if not name.startswith(("/", "../")) and not is_secret_file(name) and _is_file(folder / name)
+    }
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for any file
+        return False
 
 
 def describe(archive: Archive) -> str:

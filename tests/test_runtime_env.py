@@ -1,5 +1,6 @@
 """deploy/runtime_env.yaml: what Ray makes of it, and what it keeps at home. Ray accepts unknown keys without a word."""
 
+import shutil
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from ray.runtime_env import RuntimeEnv
 
-from jobs.upload import SECRET_FILES
+from jobs.upload import NO_JOB_READS, SECRET_FILES, list_files
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "deploy" / "runtime_env.yaml").read_text()
@@ -35,6 +36,12 @@ def test_a_stopped_driver_has_time_to_end() -> None:
 
 def test_what_stays_at_home_with_ours_stays_at_home_with_rays_own_command() -> None:
     assert set(SECRET_FILES) <= set(TREE["excludes"])
+    assert {f"{folder}/" for folder in NO_JOB_READS} <= set(TREE["excludes"])
+
+
+def test_nodes_get_no_folder_that_neither_jobs_nor_nodes_read() -> None:
+    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    assert set(NO_JOB_READS) - set(cluster["rsync_exclude"]) == {"/deploy"}  # spot_watcher.sh runs on nodes
 
 
 def test_it_holds_no_secrets() -> None:
@@ -61,7 +68,8 @@ AT_HOME = [
     "models/weights.safetensors",
     "part.parquet",
 ]
-TAKEN = ["jobs/pretrain.py", "models/data/table.json", "pyproject.toml", "deploy/runtime_env.yaml"]
+AT_HOME += ["tests/test_a.py", "benchmarks/a.png", "deploy/runtime_env.yaml", ".ci/run"]
+TAKEN = ["jobs/pretrain.py", "models/data/table.json", "pyproject.toml", "models/tests/table.json"]
 
 
 @pytest.mark.skipif(
@@ -77,3 +85,20 @@ def test_a_submitted_job_brings_code_along_and_nothing_else(tmp_path: Path) -> N
     create_package(str(project), tmp_path / "job.zip", include_gitignore=True, excludes=TREE["excludes"])
     with zipfile.ZipFile(tmp_path / "job.zip") as package:
         assert {name for name in package.namelist() if not name.endswith("/")} == set(TAKEN)
+
+
+@pytest.mark.skipif(
+    not version("ray").startswith("2.60."), reason="reads a module that is private to Ray 2.60"
+)
+def test_rays_own_command_sends_the_files_that_submit_sends(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    project = tmp_path / "project"
+    caches = shutil.ignore_patterns(
+        ".git", "__pycache__", ".*_cache", ".hypothesis", "runs", ".venv", "*.egg-info"
+    )
+    shutil.copytree(ROOT, project, ignore=caches)
+    create_package(str(project), tmp_path / "job.zip", include_gitignore=True, excludes=TREE["excludes"])
+    with zipfile.ZipFile(tmp_path / "job.zip") as package:
+        sent = {name for name in package.namelist() if not name.endswith("/")}
+    assert sent == set(list_files(project, TREE["excludes"]))

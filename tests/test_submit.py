@@ -20,7 +20,7 @@ from ray_head import RAY, RayHead, ray_head
 
 from jobs.about import commit_of
 from jobs.cluster import attempts_at, connect
-from jobs.upload import MAX_BYTES, list_files, pack, read_runtime_env
+from jobs.upload import MAX_BYTES, check_config_file, list_files, named_files, pack, read_runtime_env
 from models.settings import ConfigError, DinorayError, ResourceError
 from pipeline.checkpoint import committed_checkpoints
 from pipeline.demo_images import PATTERNS, draw_demo_image
@@ -68,7 +68,7 @@ def test_secrets_results_and_caches_stay_at_home(tmp_path: Path) -> None:
         "jobs/credentials/__init__.py",
         "jobs/pretrain.py",
         "jobs/data/list.txt",
-        "deploy/runtime_env.yaml",
+        "models/deploy/table.yaml",
         "environment.txt",
         "jobs/keys.py",
     ]
@@ -123,15 +123,52 @@ def test_too_much_is_refused_with_the_largest_files(tmp_path: Path) -> None:
     assert pack(tmp_path / "code", ["weights.bin"], tmp_path / "code.zip").names == {"a.py", "photos/1.jpg"}
 
 
-def test_this_repository_is_small_and_complete(tmp_path: Path) -> None:
-    archive = pack(ROOT, read_runtime_env(SHIPPED)["excludes"], tmp_path / "code.zip")
-    assert archive.num_bytes < 5_000_000
+@pytest.mark.parametrize("excludes", [read_runtime_env(SHIPPED)["excludes"], []], ids=["shipped", "own"])
+def test_a_job_gets_the_code_and_half_a_megabyte(tmp_path: Path, excludes: list[str]) -> None:
+    archive = pack(ROOT, excludes, tmp_path / "code.zip")
+    assert "half a megabyte" in (ROOT / "jobs/README.md").read_text()
+    assert archive.num_bytes < 600_000
     code = {
         path.relative_to(ROOT).as_posix()
         for d in ("models", "pipeline", "jobs")
-        for path in (ROOT / d).glob("*.py")
+        for path in (ROOT / d).rglob("*.py")
     }
     assert code <= archive.names
+    assert {"pyproject.toml", "cluster.yaml"} <= archive.names
+    assert [name for name in archive.names if name.startswith(("tests/", "benchmarks/", "deploy/"))] == []
+    assert [name for name in archive.names if name.endswith((".png", ".jpg", ".svg"))] == []
+
+
+def test_files_that_the_command_names_are_sent_even_if_excluded(tmp_path: Path) -> None:
+    write(tmp_path, "jobs/a.py", "tests/weights.pth", "lists/labels.parquet", "runs/s/best.yaml", ".env")
+    write(tmp_path, "tests/mine.yaml", "other.parquet")
+    (tmp_path / "tests/mine.yaml").write_text("data: {path: lists/labels.parquet}\ntrain: {epochs: 3}\n")
+    excludes = ["*.parquet", "*.pth"]
+    words = ["jobs.pretrain", "--config", f"{tmp_path}/tests/mine.yaml", "init.path=./tests/weights.pth"]
+    words += ["--from-study=runs/s", "data.x=.env", "../outside", "x" * 5000, "a\0b"]
+    named = named_files(words)
+    assert pack(tmp_path, excludes, tmp_path.parent / "code.zip", named=named).names == {
+        "jobs/a.py",
+        "tests/weights.pth",
+        "lists/labels.parquet",
+        "runs/s/best.yaml",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("/elsewhere/mine.yaml", "outside of --working-dir .; copy it there and pass --config mine.yaml"),
+        ("../mine.yaml", "outside of --working-dir .; copy it there and pass --config mine.yaml"),
+        ("conf/secrets.yaml", "may hold secrets; rename it"),
+    ],
+)
+def test_a_config_file_that_is_not_sent_is_named(file: str, says: str) -> None:
+    check_config_file(
+        ["jobs.pretrain", "--config", "./conf/mine.yaml"], Path("."), frozenset(["conf/mine.yaml"])
+    )
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        check_config_file(["jobs.pretrain", f"--config={file}"], Path("."), frozenset(["jobs/a.py"]))
 
 
 # The runtime environment
@@ -362,7 +399,7 @@ def head() -> Iterator[RayHead]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this repository's code with a `.env` in it, committed."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in list_files(ROOT, ["/tests", "/benchmarks"]):
+    for name in [*list_files(ROOT, []), "deploy/runtime_env.yaml"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     (folder / ".env").write_text(f"AWS_SECRET_ACCESS_KEY={MARKER}\n")
