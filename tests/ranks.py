@@ -158,10 +158,9 @@ def _work(rank: int, source: Source) -> Rank:
         source,
         [("grey", np.full((32, 32, 3), 128, np.uint8))],
         title="",
-        crops=state.config.crops,
+        algorithm=state.config,
         config=eval_config(),
         probe=ProbeConfig(),
-        precision="fp32",
     )
     return Rank(
         metrics=metrics,
