@@ -1,6 +1,7 @@
 """What a person sees of a run: a view that stays in place on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -57,6 +58,8 @@ class Display:
                 break
         if scores := describe_scores(facts):  # without labelled images there are none
             self.note(f"evaluation after step {facts['step']}: {scores}")
+        if "calibration_images" in facts:
+            self.note(f"  {describe_calibration(facts)}")
         self._first = None  # the pause would count as training time
 
     def note(self, text: str) -> None:
@@ -116,6 +119,11 @@ def _view(title: str, shown: dict[str, str], *, step: int, total: int) -> Render
         title=Text(title) if title else None,
         title_align="left",
     )
+
+
+def describe_calibration(scores: Mapping[str, Any]) -> str:
+    """`batch norm calibrated on 512 training images, without learning`."""
+    return f"batch norm calibrated on {scores['calibration_images']:.0f} training images, without learning"
 
 
 def describe_scores(scores: dict[str, Any]) -> str:

@@ -5,12 +5,10 @@ ones; RankMe, LiDAR and feature std need no labels.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from rich.console import Console
-from rich.table import Table
 
 from jobs.arguments import CommandLine
 from jobs.config import load_run_config
@@ -18,6 +16,7 @@ from jobs.entry import run_main, start_ray
 from jobs.network import lone_config, open_network
 from jobs.probing import LABEL_FREE, LABELLED, Prober
 from models.settings import ConfigError
+from pipeline.class_names import class_mismatch
 from pipeline.features import labelled_sources
 from pipeline.frozen import check_size
 from pipeline.manifest import build_manifest
@@ -26,7 +25,7 @@ from pipeline.storage import Directory
 
 
 def main(argv: Sequence[str]) -> None:
-    """Embed, probe, print a table, and keep the scores in the run directory (of a lone checkpoint: in its folder)."""
+    """Embed, probe, print a summary, and write all scores to the run directory (a lone checkpoint: its folder)."""
     parser = CommandLine(prog="python -m jobs.evaluate", description="Probe the features of a checkpoint.")
     parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
@@ -54,13 +53,17 @@ def main(argv: Sequence[str]) -> None:
     probes = _chosen(arguments.probes, labelled=config.eval.val_path is not None)
     check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
     sides = labelled_sources(config.data, config.eval) if set(probes) & set(LABELLED) else None
+    mismatch = class_mismatch(*sides, config.eval) if sides else None
+    if mismatch:
+        print(f"warning: {mismatch.text}", flush=True)
+    if mismatch and mismatch.is_disjoint and arguments.probes is None:
+        probes, sides = list(LABEL_FREE), None
     images = Source(config.data, build_manifest(config.data)) if set(probes) & set(LABEL_FREE) else None
 
-    console = Console()
     no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
     use_gpu, (_, actors) = start_ray(no_training, verbose=arguments.verbose)
     try:
-        prober = Prober(config, network, console, actors=actors, use_gpu=use_gpu)
+        prober = Prober(config, network, actors=actors, use_gpu=use_gpu)
         scores = prober.scores(probes, labelled=sides, images=images)
     finally:
         ray.shutdown()
@@ -69,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     file, folder = f"evaluation_{found.name}{suffix}.json", found.run or found.folder
     before = json.loads(folder.read(file)) if folder.exists(file) else {}  # other probes', of another day
     folder.write(file, json.dumps(before | result, indent=1).encode())
-    console.print(_table(result, f"{found.folder.uri}, {arguments.which}"))
+    print("\n".join(summary(result, where=folder.join(file))))
 
 
 def _chosen(text: str | None, *, labelled: bool) -> list[str]:
@@ -88,22 +91,37 @@ def _chosen(text: str | None, *, labelled: bool) -> list[str]:
     return probes
 
 
-_SHARES = ("knn_", "majority", "collapsed", "linear")
-_NO_SHARES = ("linear_lr", "linear_dim", "linear_features")
+def summary(result: Mapping[str, Any], *, where: str) -> list[str]:
+    """At most five lines; the file at `where` has all scores."""
+    lines = []
+    accuracies = {key: value for key, value in result.items() if key.startswith("knn_")}
+    if accuracies:
+        best = max(accuracies, key=accuracies.__getitem__)
+        guess = f"majority guess {result['majority']:.1%}"
+        lines.append(f"k-NN     {accuracies[best]:.1%}  best k={best.removeprefix('knn_')}, {guess}")
+    if "linear" in result:
+        lines.append(f"linear   {result['linear']:.1%}  learning rate {result['linear_lr']:g}")
+    ranks = [f"{name} {result[name.lower()]:.1f}" for name in ("RankMe", "LiDAR") if name.lower() in result]
+    if "feature_std" in result:
+        ranks.append(f"feature std {result['feature_std']:.3g} (healthy {result['feature_std_healthy']:.3g})")
+    if ranks:
+        lines.append(f"features {', '.join(ranks)}")
+    lines.append(f"images   {', '.join(_counts(result))}")
+    return [*lines, f"scores   {where}"]
 
 
-def _table(result: Mapping[str, Any], title: str) -> Table:
-    table = Table("score", "value", title=title)
-    for key, value in result.items():
-        if key in ("checkpoint", "which", "linear_table"):
-            continue
-        share = key.startswith(_SHARES) and key not in _NO_SHARES
-        text = f"{value:.1%}" if share else f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(key, text)
-    for row in result.get("linear_table", ()):
-        chosen = ", chosen by the held-out" if row["lr"] == result["linear_lr"] else ""
-        table.add_row(f"linear, lr {row['lr']:g}", f"{row['val']:.1%}, held out {row['holdout']:.1%}{chosen}")
-    return table
+def _counts(result: Mapping[str, Any]) -> Iterator[str]:
+    for key, what in (
+        ("num_train", "training"),
+        ("num_val", "validation"),
+        ("num_unreadable", "unreadable"),
+        ("num_classes", "classes"),
+        ("num_images", "label-free"),
+        ("num_images_unreadable", "unreadable of these"),
+        ("lidar_images", "for LiDAR"),
+    ):
+        if result.get(key):
+            yield f"{result[key]:,} {what}"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
     check_run(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, run)
+    if inputs.mismatch:
+        console.print(f"warning: {inputs.mismatch.text}", highlight=False, soft_wrap=True, markup=False)
     num_images = inputs.images.num_images
     algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images)
     write_about(run, config, inputs, reasons)

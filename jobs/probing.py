@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from rich.console import Console
 
 from jobs.config import Config
 from models.backbone import embed_dim
@@ -27,10 +26,8 @@ LABEL_FREE = ("rankme", "lidar", "std")
 class Prober:
     """What all probes of a network share: its settings and where it runs."""
 
-    def __init__(
-        self, config: Config, network: Frozen, console: Console, *, actors: int, use_gpu: bool
-    ) -> None:
-        self._config, self._console = config, console
+    def __init__(self, config: Config, network: Frozen, *, actors: int, use_gpu: bool) -> None:
+        self._config = config
         self._crops, self._network = network.config.crops, ray.put(network)
         self._actors, self._use_gpu = actors, use_gpu
         backbone = network.backbone()
@@ -100,12 +97,6 @@ class Prober:
         probe = self._config.probe
         rows = [side.features[:, self._dim :] for side in sides]
         labels = [torch.tensor([classes[label] for label in side.labels]) for side in sides]
-        self._console.print(
-            f"linear probe: {len(probe.linear_lrs)} learning rates, {probe.linear_epochs} epochs of "
-            f"{len(rows[0])} features [{rows[0].shape[1]}]",
-            highlight=False,
-            soft_wrap=True,
-        )
         fit = partial(
             linear_probe, num_classes=len(classes), config=probe, device="cuda" if self._use_gpu else "cpu"
         )

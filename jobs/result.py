@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from jobs.display import describe_calibration
 from models.settings import DataError
 from pipeline.health import Verdict
 from pipeline.storage import Directory
@@ -32,7 +33,7 @@ def describe_result(run: Directory) -> str:
         after = f"after {result['steps']} steps"
         lines += [
             f"k-NN accuracy of the teacher, {', '.join(k.replace('knn_', 'k=') for k in _knn(result['after']))}",
-            f"  {'before training':17} {_percent(result['before'])}",
+            f"  {'before training':17} {_percent(result['before'])}{_calibration(result['before'])}",
             f"  {after:17} {_percent(result['after'])}",
             f"  {'majority guess':17} {result['after']['majority']:.1%}",
         ]
@@ -50,6 +51,10 @@ def describe_result(run: Directory) -> str:
     if result["last"]["bad_images"]:
         lines.append(f"bad images    {result['last']['bad_images']}, named in {run.join('quarantine.jsonl')}")
     return "\n".join(lines)
+
+
+def _calibration(scores: dict[str, float]) -> str:
+    return f"  ({describe_calibration(scores)})" if "calibration_images" in scores else ""
 
 
 def _knn(scores: dict[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from models.interop import Weights
 from pipeline.automatic import adapt, resolve
 from pipeline.board import Board, Event, fatal_error
 from pipeline.checkpoint import committed_checkpoints
+from pipeline.class_names import Mismatch, class_mismatch
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
 from pipeline.features import labelled_sources
@@ -50,12 +51,16 @@ class Inputs:
 
     images: Source
     labelled: tuple[Source, Source] | None
+    mismatch: Mismatch | None = None
+    """Validation classes without training images; `labelled` is None where no class is shared."""
 
     @classmethod
     def open(cls, config: Config, directory: Directory) -> "Inputs":
         """List them, or read the manifests that `directory` keeps of an earlier listing."""
         images = Source(config.data, load_or_build(config.data, directory))
-        return cls(images, labelled_sources(config.data, config.eval, directory))
+        labelled = labelled_sources(config.data, config.eval, directory)
+        mismatch = class_mismatch(*labelled, config.eval) if labelled else None
+        return cls(images, None if mismatch and mismatch.is_disjoint else labelled, mismatch)
 
     def order(self, seed: int) -> Order:
         """The order in which a run of this seed takes the images."""

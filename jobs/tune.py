@@ -50,6 +50,10 @@ def main(argv: Sequence[str]) -> None:
     check_run(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, directory)
+    if inputs.mismatch and inputs.mismatch.is_disjoint and objective.metric.startswith("knn"):
+        raise ConfigError(f"{inputs.mismatch.text}, or take tune.objective=rankme")
+    if inputs.mismatch:
+        console.print(f"warning: {inputs.mismatch.text}")
     write_about(directory, config, inputs, [f"tune.objective={objective.metric}: {objective.reason}"])
     study = StudyRun(config, directory, space, objective, first, inputs, console)
     if study.is_done():

@@ -26,7 +26,7 @@ class HeadConfig(Settings):
     num_layers: int = Field(default=3, ge=1)
     """Linear layers up to and including the bottleneck; the prototype layer is not counted."""
     use_bn: bool = False
-    """Batch norm between the MLP's layers; over all workers on GPUs, each worker's own on CPUs."""
+    """Batch norm between the MLP's layers, over the batches of all workers."""
     norm_last_layer: bool = True
     """Keep the prototypes on the unit sphere (frozen magnitude): steadier. False lets the magnitude learn."""
 

@@ -1,5 +1,4 @@
-"""What is looked at in the middle of a run: how good the teacher's features are, with labels and without, and where
-it looks. No Ray here."""
+"""Evaluate the teacher during training: k-NN, RankMe, LiDAR and attention maps. No Ray here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +8,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline import processes
+from pipeline.algorithm import DINOConfig
 from pipeline.attention_figure import attention_figure
+from pipeline.batch_statistics import calibrated
 from pipeline.crops_config import CropsConfig
 from pipeline.drawing import thumbnail
 from pipeline.features import EvalConfig, Features, embed_sharded, knn_accuracy, subset
@@ -38,17 +39,19 @@ def evaluate(
     pictures: Sequence[tuple[str, NDArray[np.uint8]]],
     *,
     title: str,
-    crops: CropsConfig,
+    algorithm: DINOConfig,
     config: EvalConfig,
     probe: ProbeConfig,
-    precision: str,
 ) -> Evaluation | None:
-    """Evaluate a backbone, which is left in its mode. Call on all ranks: each embeds its share, the first one scores.
+    """Evaluate a backbone, which stays as it is. Call on all ranks: each embeds its share, the first one scores.
 
     `labelled` are the two of `labelled_sources`; without them RankMe is that of `images`, of which LiDAR takes
     augmented views in any case. `pictures` are a handful of (key, image) of any
     size, drawn under `title`; without them nothing is drawn at all. None on other ranks.
+    A backbone whose batch norm has not trained is calibrated first, on `calibration_images` of `images`.
     """
+    crops, precision = algorithm.crops, algorithm.train.precision
+    backbone, num_calibration_images = calibrated(backbone, images, algorithm)
     was_training = backbone.training
     backbone.eval()
     limited = [(images, config.max_val_images)] if config.label_free else []
@@ -77,6 +80,8 @@ def evaluate(
             scores["rankme"] = rankme(sides[0].features)
         if views is not None and len(views) > 1:
             scores["lidar"] = lidar(views)
+        if num_calibration_images and scores:
+            scores["calibration_images"] = num_calibration_images
         figure = attention_figure(backbone, pictures, crops, title=title)
         result = Evaluation(scores, figure, embedding)
     backbone.train(was_training)

@@ -113,7 +113,7 @@ def eval_batches(
 
     for batch in load_batches(source, indices, prepare, batch_size=batch_size):
         good = [image for image in batch if image.pixels is not None]
-        unlabelled = [image.key for image in good if image.label is None]
+        unlabelled = [image.key for image in good if not (image.label or "").strip()]
         if unlabelled and labelled:
             raise DataError(
                 f"{source.config.path}: {unlabelled[0]} has no label; every evaluated image needs one"

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.backbone import has_batch_norm
 from models.dino import DINO
+from models.sync_batch_norm import synchronise_batch_norm
 
 
 def is_distributed() -> bool:
@@ -54,12 +55,11 @@ def all_reduce_max(values: Tensor) -> Tensor:
 
 
 def distribute(dino: DINO, device: torch.device) -> nn.Module:
-    """The student as a group of processes trains it, with batch norm over all of them on GPUs; alone, itself."""
+    """Return the student wrapped in DDP, with batch norm over all processes in both networks; alone, the student."""
     if world_size() == 1:
         return dino.student
-    if device.type == "cuda" and has_batch_norm(dino.student):
-        dino.student = nn.SyncBatchNorm.convert_sync_batchnorm(dino.student)
-        dino.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(dino.teacher)
+    if has_batch_norm(dino.student):
+        synchronise_batch_norm(dino, device)
     return DistributedDataParallel(dino.student, device_ids=[device] if device.type == "cuda" else None)
 
 

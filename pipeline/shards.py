@@ -91,6 +91,14 @@ def read_row_group(
         return pa.table({image_column: images, **texts})
 
 
+def read_column(uri: str, num_bytes: int, group: int, *, column: str, attempts: int = 5) -> list[str | None]:
+    """One column of one row group as text; raises as `read_row_group`."""
+    with _open_shard(uri, num_bytes, attempts) as shard:
+        table = shard.read_row_group(group, columns=[column], use_threads=False)
+        texts: list[str | None] = table[column].cast(pa.string()).to_pylist()
+        return texts
+
+
 class RowGroupCache:
     """The row groups used last: what fits in `max_bytes`, but always the latest. Safe for many threads."""
 

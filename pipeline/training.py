@@ -243,13 +243,15 @@ def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
 
 
 def _parts(batch: Mapping[str, Any], num_parts: int) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The batch's crops in `num_parts` equal parts, and whether it is the last one."""
-    num_images = len(batch["global_crops"])
-    check_parts(num_images, num_parts)
-    size = num_images // num_parts
-    for start in range(0, num_images, size):
-        rows = slice(start, start + size)
-        yield {k: batch[k][rows] for k in ("global_crops", "local_crops")}, start + size == num_images
+    """Yield `num_parts` microbatches of equal size, and whether each is the last one.
+
+    Microbatch m takes each `num_parts`-th image from m on. Over all processes it then holds the same images whatever
+    their number, and so do the statistics of batch norm.
+    """
+    check_parts(len(batch["global_crops"]), num_parts)
+    for first in range(num_parts):
+        rows = slice(first, None, num_parts)
+        yield {k: batch[k][rows] for k in ("global_crops", "local_crops")}, first == num_parts - 1
 
 
 def _without_sync(student: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -255,10 +255,9 @@ class _Worker:
             ray.get(spec.stream.source),
             ray.get(spec.pictures),
             title=f"step {step}",
-            crops=self.state.config.crops,
+            algorithm=self.state.config,
             config=spec.eval,
             probe=spec.probe,
-            precision=spec.config.train.precision,
         )
         if self.log and found:
             if found.attention is not None:

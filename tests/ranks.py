@@ -1,6 +1,7 @@
 """Two real gloo processes, without Ray: started once a session, and each test looks at what they found."""
 
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.evaluation import evaluate
 from pipeline.features import EvalConfig, Features, embed_sharded
 from pipeline.manifest import DataConfig, load_or_build
 from pipeline.probes import ProbeConfig
+from pipeline.processes import distribute
 from pipeline.quarantine import Quarantine
 from pipeline.sink import Embedding
 from pipeline.source import Source
@@ -102,21 +104,30 @@ def eval_config() -> EvalConfig:
 
 @lru_cache(maxsize=1)
 def two_ranks() -> list[Rank]:
-    """Be rank 0 beside a new process that is rank 1, and return what each found."""
+    """Return what each of two processes found."""
     with tempfile.TemporaryDirectory() as folder:
         source = labelled_source(Path(folder) / "images")
-        other = torch.multiprocessing.spawn(_be_rank_one, args=(folder, source), join=False)
-        first = _be_rank(0, folder, source)
+        return on_two_ranks(_work, source)
+
+
+def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `work(rank, *args)` here as rank 0 and in a new process as rank 1; return both results.
+
+    `work` is a module's function; its result is what `torch.save` takes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        other = torch.multiprocessing.spawn(_be_rank_one, args=(folder, work, args), join=False)
+        first = _be_rank(0, folder, work, args)
         other.join()
         return [first, torch.load(Path(folder) / "rank_one.pt", weights_only=False)]
 
 
-def _be_rank_one(_: int, folder: str, source: Source) -> None:
+def _be_rank_one(_: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    torch.save(_be_rank(1, folder, source), Path(folder) / "rank_one.pt")
+    torch.save(_be_rank(1, folder, work, args), Path(folder) / "rank_one.pt")
 
 
-def _be_rank(rank: int, folder: str, source: Source) -> Rank:
+def _be_rank(rank: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -125,14 +136,14 @@ def _be_rank(rank: int, folder: str, source: Source) -> Rank:
         timeout=timedelta(minutes=3),
     )
     try:
-        return _work(rank, source)
+        return work(rank, *args)
     finally:
         dist.destroy_process_group()
 
 
 def _work(rank: int, source: Source) -> Rank:
     state = build_state(training_config(), num_images=40)
-    state.student = DistributedDataParallel(state.dino.student)
+    state.student = distribute(state.dino, state.device)
     rows = state.config.train.global_batch_size // WORLD_SIZE
     metrics, centers = run_steps(state, rows=slice(rank * rows, (rank + 1) * rows))
     quarantine = Quarantine({"corrupt": 10})
@@ -147,10 +158,9 @@ def _work(rank: int, source: Source) -> Rank:
         source,
         [("grey", np.full((32, 32, 3), 128, np.uint8))],
         title="",
-        crops=state.config.crops,
+        algorithm=state.config,
         config=eval_config(),
         probe=ProbeConfig(),
-        precision="fp32",
     )
     return Rank(
         metrics=metrics,

@@ -1,6 +1,7 @@
 """The evaluation job in real processes: each score is the one that the same probe gives without Ray."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -124,8 +125,35 @@ def test_every_score_is_that_of_the_probe_without_ray(run: Path) -> None:
         precision="fp32",
     )
     close_to(found, {"lidar": lidar(views), "lidar_images": len(views), "lidar_views": 3})
-    for shown in (NAME, "teacher", "knn_5", "rankme", "lidar_views", "held out", "chosen by the held-out"):
-        assert shown in output
+    lines = output.splitlines()[-5:]
+    best = max(found["knn_1"], found["knn_5"])
+    assert re.match(rf"k-NN     {best:.1%}  best k=[15], majority guess {found['majority']:.1%}$", lines[0])
+    assert lines[1] == f"linear   {found['linear']:.1%}  learning rate {found['linear_lr']:g}"
+    assert lines[2].startswith(
+        f"features RankMe {found['rankme']:.1f}, LiDAR {found['lidar']:.1f}, feature std "
+    )
+    assert lines[3].startswith("images   19 training, 12 validation, 1 unreadable, 3 classes, ")
+    assert lines[4] == f"scores   {run}/evaluation_{NAME}.json"
+    assert len(output.splitlines()) == 5
+
+
+@pytest.mark.ray
+def test_disjoint_classes_are_named_and_not_scored(run: Path, tmp_path: Path) -> None:
+    val = tmp_path / "val"
+    shutil.copytree(run.parent / "val" / "dots", val / "n01440764")
+    checkpoint = shutil.copytree(run, tmp_path / "run")
+    output = run_job("jobs.evaluate", str(checkpoint), f"eval.val_path={val}")
+    first, *others = output.splitlines()
+    assert first.startswith(
+        "warning: k-NN and linear accuracy have no meaning, because the classes are disjoint"
+    )
+    assert "has 1 class ('n01440764')" in first
+    assert "has 3 classes ('dots', 'rings', 'stripes')" in first
+    assert [line.split()[0] for line in others] == ["features", "images", "scores"]
+    found = json.loads((checkpoint / f"evaluation_{NAME}.json").read_text())
+    assert "rankme" in found
+    assert "knn_5" not in found
+    assert "linear" not in found
 
 
 @pytest.mark.ray

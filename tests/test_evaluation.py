@@ -33,10 +33,9 @@ def found(source: Source, *, labelled: bool, draws: bool = False, **changes: boo
         source,
         PICTURES if draws else [],
         title="step 0",
-        crops=CROPS,
+        algorithm=tiny_config(),
         config=eval_config().model_copy(update=changes),
         probe=PROBE,
-        precision="fp32",
     )
     assert result is not None
     return result

@@ -15,6 +15,7 @@ from tiny import tiny_config
 
 from models.settings import ConfigError, DataError
 from pipeline.decode import decode, eval_crop
+from pipeline.demo_images import draw_demo_image
 from pipeline.features import (
     EvalConfig,
     Features,
@@ -251,6 +252,15 @@ def test_an_image_without_a_label_is_named(source: Source, tmp_path: Path) -> No
         next(eval_batches(unlabelled, [0], size=32, batch_size=1))
     _, labels, _ = next(eval_batches(unlabelled, [0], size=32, batch_size=1, labelled=False))
     assert labels == [""]
+
+
+def test_a_blank_label_is_no_label(tmp_path: Path) -> None:
+    (tmp_path / "images" / " ").mkdir(parents=True)
+    (tmp_path / "images" / " " / "0.jpg").write_bytes(draw_demo_image("dots", "val", 0))
+    config = DataConfig(path=str(tmp_path / "images"), label_from_parent=True)
+    blank = Source(config, load_or_build(config, Directory(str(tmp_path))))
+    with pytest.raises(DataError, match=r"0\.jpg has no label"):
+        next(eval_batches(blank, [0], size=32, batch_size=1))
 
 
 def test_without_a_process_group_a_share_is_the_whole_subset(source: Source) -> None:
