@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.columns import Columns
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 _PLAIN_SECONDS = 5.0
 """Least time between plain lines, so that a log of a long run stays readable."""
-_COLUMNS = 3
 _KINDS = ("head", "cpu", "gpu")
 
 
@@ -26,7 +28,9 @@ class Display:
         self._knn = ""
         self._last_plain = 0.0
         self._first: tuple[int, float] | None = None
-        self._live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
+        # TERM=dumb is a terminal that cannot move its cursor.
+        in_place = console.is_terminal and not console.is_dumb_terminal
+        self._live = Live(console=console, refresh_per_second=2) if in_place else None
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -45,7 +49,7 @@ class Display:
         step, total = int(facts["step"]), int(facts["total_steps"])
         shown = describe_step(facts, knn=self._knn, eta_seconds=self._eta(step, total))
         if self._live:
-            self._live.update(_view(self._title, shown, step=step, total=total))
+            self._live.update(_View(self._title, shown, step, total))
         elif step == total or time.monotonic() - self._last_plain >= _PLAIN_SECONDS:
             self._last_plain = time.monotonic()
             self._console.print(status_line(shown), highlight=False, soft_wrap=True, markup=False)
@@ -108,17 +112,40 @@ def status_line(shown: dict[str, str]) -> str:
     )
 
 
-def _view(title: str, shown: dict[str, str], *, step: int, total: int) -> RenderableType:
-    """The same for a terminal: a bar and a few columns."""
-    table = Table.grid(padding=(0, 2))
-    items = [Text.assemble((f"{name} ", "dim"), value) for name, value in shown.items()]
-    for first in range(0, len(items), _COLUMNS):
-        table.add_row(*items[first : first + _COLUMNS])
-    return Panel(
-        Group(ProgressBar(total=total, completed=step), table),
-        title=Text(title) if title else None,
-        title_align="left",
-    )
+@dataclass(frozen=True)
+class _View:
+    """The same for a terminal: a bar above as many columns as fit, drawn for the width that the terminal has now."""
+
+    title: str
+    shown: Mapping[str, str]
+    step: int
+    total: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # The two columns left over take the ^C that a terminal echoes: it would wrap, and move the view.
+        width = max(1, options.max_width - 2)
+        items = [
+            Text.assemble((f"{name} ", "dim"), value, overflow="fold") for name, value in self.shown.items()
+        ]
+        # A bar ends without a line break; a padded one has its own line.
+        bar = Padding(ProgressBar(total=self.total, completed=self.step), 0)
+        panel = Panel(
+            Group(bar, Columns(items, padding=(0, 2))),
+            title=Text(_tail(self.title, width - 6)) if self.title else None,
+            title_align="left",
+            width=width,
+        )
+        # A note is printed without wrapping; the view below it must still wrap.
+        yield from console.render(panel, options.update(no_wrap=False, overflow="fold"))
+
+
+def _tail(text: str, width: int) -> str:
+    """The end of `text` in `width` columns: the name of a run is the last part of its directory."""
+    if cell_len(text) <= width:
+        return text
+    while text and cell_len(text) > width - 3:
+        text = text[1:]
+    return f"...{text}"
 
 
 def describe_calibration(scores: Mapping[str, Any]) -> str:
