@@ -23,6 +23,7 @@ from pipeline.decode import BadImage, decode
 from pipeline.demo_images import demo_folder, write_demo_images
 from pipeline.nodes import node_sorts
 from pipeline.report_records import read_mapping
+from pipeline.start import INIT_LINE
 from pipeline.storage import Directory
 
 ENVIRONMENT = "environment.json"
@@ -55,10 +56,14 @@ def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequenc
 
 
 def write_environment(run: Directory, config: Config, reasons: Sequence[str]) -> None:
-    """environment.json, with `reasons` of numbers that stand for auto.
+    """environment.json, with `reasons` of numbers that stand for auto, and what the run has started from.
 
+    A run that resumes loads no weights anew: the lines on those stay.
     What the recipe has otherwise is written down here, because recipes change and a run does not.
     """
+    is_new = any(line.startswith(INIT_LINE) for line in reasons)
+    earlier = [] if is_new else read_mapping(run, ENVIRONMENT).get("automatic") or []
+    kept = [line for line in earlier if str(line).startswith(INIT_LINE)]
     names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
     names += ["numba", "simplejpeg", "opencv-python-headless"]
     about = {
@@ -69,7 +74,7 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
         "processor": processor(),
         "cuda": torch.version.cuda,
         "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
-        "automatic": list(reasons),
+        "automatic": [*reasons, *kept],
     }
     run.write(ENVIRONMENT, json.dumps(about, indent=1).encode())
 

@@ -29,7 +29,7 @@ from pipeline.order import Order
 from pipeline.report import write_report
 from pipeline.shared_stream import SharedStream
 from pipeline.source import Source
-from pipeline.start import read_weights, start_from
+from pipeline.start import INIT_LINE, read_weights, start_from
 from pipeline.storage import Directory
 from pipeline.tracking import check_trackers
 from pipeline.training import DINOConfig, build_state
@@ -99,9 +99,9 @@ def check_run(config: Config) -> None:
 def what_is_learnt(
     config: Config, run: Directory, *, num_images: int
 ) -> tuple[DINOConfig, Weights | None, list[str]]:
-    """The algorithm, with numbers for `auto`; the weights to start from, if any; and a line on each number.
+    """Return the algorithm, with numbers for `auto`; the weights to start from, if any; and lines on both.
 
-    A run that has checkpoints goes on with what it began with, whatever has become of the file it began from.
+    A run that has checkpoints continues with what it began with, whatever has become of the file it began from.
     """
     resolved = resolve(config.algorithm(), num_images=num_images)
     if config.init.path is None:
@@ -114,8 +114,8 @@ def what_is_learnt(
     weights = read_weights(config.init.path)
     algorithm = adapt(resolved.config, weights)
     # Tried here, where a person sees at once what does not fit.
-    start_from(build_state(algorithm, num_images=num_images), weights, config.init.load)
-    return algorithm, weights, resolved.reasons
+    lines = start_from(build_state(algorithm, num_images=num_images), weights, config.init.load)
+    return algorithm, weights, [*resolved.reasons, *(f"{INIT_LINE}{line}" for line in lines)]
 
 
 def stream_plan(

@@ -127,6 +127,12 @@ class _OfficialViT(VisionTransformer):
         return self.pos_drop(torch.cat([*tokens, x], dim=1) + pos_embed)
 
 
+def is_plain_vit(name: str) -> bool:
+    """Whether timm builds the model of this name from its plain ViT, which `pos_embed=official` is for."""
+    name = name.split(".")[0]
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__ == VisionTransformer.__module__
+
+
 def layer_depths(backbone: nn.Module) -> dict[str, int]:
     """Parameter name -> depth, 0 for the stem and rising by one a block, as timm groups them. ConfigError without."""
     if not hasattr(backbone, "group_matcher"):

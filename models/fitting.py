@@ -1,6 +1,7 @@
 """Tensors of a checkpoint -> exactly those that one of our networks has, or an error that says which setting to change.
 
 Stands below interop.py, which knows the files. Names are those inside a backbone or a head, without a prefix.
+Before an error names a backbone that fits, that backbone is built without memory and the tensors are tried on it.
 """
 
 import contextlib
@@ -10,25 +11,29 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import timm
+import torch
 from torch import Tensor, nn
 
+from models.backbone import embed_dim
+from models.candidates import candidates, vit_shape
 from models.settings import ConfigError
 
-_CLASSIFIER = re.compile(r"(fc|head|head_dist|classifier|last_linear)\.|mask_token$")
-_PUBLISHED = {
-    (192, 12, 16): "vit_tiny_patch16_224",
-    (384, 12, 8): "vit_small_patch8_224",
-    (384, 12, 14): "vit_small_patch14_dinov2",
-    (384, 12, 16): "vit_small_patch16_224",
-    (768, 12, 8): "vit_base_patch8_224",
-    (768, 12, 14): "vit_base_patch14_dinov2",
-    (768, 12, 16): "vit_base_patch16_224",
-    (1024, 24, 14): "vit_large_patch14_dinov2",
-    (1536, 40, 14): "vit_giant_patch14_dinov2",
-}
-"""(width, blocks, patch) of ViTs with published weights -> timm's name."""
-_NUM_HEADS = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}
-"""What no tensor's shape tells: attention heads of the published code's ViTs."""
+_NOT_OF_BACKBONE = re.compile(
+    r"(fc|head|head_dist|classifier|last_linear|pooler|decoder|predictor|projector|projection_head)\."
+    r"|decoder_|(mask_token|masked_embed|position_ids)$"
+)
+_ARCHITECTURES = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
+"""The published code's ViTs: width, and the attention heads, which no tensor's shape shows."""
+
+_FIRST = (
+    "patch_embed.proj.weight",
+    "conv1.weight",
+    "conv_stem.weight",
+    "stem.0.weight",
+    "stem.conv1.conv.weight",
+)
+"""Layers that take the image."""
 
 State = Mapping[str, Tensor]
 
@@ -38,32 +43,30 @@ def fit_backbone(
     backbone: nn.Module,
     *,
     args: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     notes: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """The backbone's state dict made of `state`: names become timm's, a classifier is dropped, the grid is fitted.
 
-    `args` are those that the checkpoint was trained with, where known. What was changed is told in `notes`.
-    ConfigError when the two are different networks.
+    `args` are those that the checkpoint was trained with, where known; `kwargs` the configured `backbone.kwargs`.
+    Each change adds a line to `notes`. Raises ConfigError when the two are different networks.
     """
     notes = [] if notes is None else notes
     own = backbone.state_dict()
-    # DINOv2 saves its blocks in chunks, each block under its own number.
-    named = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in state.items()}
-    _check_vit(named, backbone, args or {})
-    dropped = [k for k in named if k not in own and _CLASSIFIER.match(k)]
+    named = _chunks_joined(state)
+    _check_vit(named, backbone, args or {}, kwargs or {})
+    dropped = [k for k in named if k not in own and _NOT_OF_BACKBONE.match(k)]
     if dropped:
         notes.append(f"left out, not part of the backbone: {_some(dropped)}")
-    bare = {k: v for k, v in named.items() if k not in dropped}
-    if any(_differences(bare, own)):
-        named = _in_timms_names(named, backbone)  # with what is left out: timm knows files by it
-        bare = {k: v for k, v in named.items() if k in own or not _CLASSIFIER.match(k)}
+    bare = _matched(named, backbone)
     before, after = state.get("pos_embed"), bare.get("pos_embed")
     if before is not None and after is not None and abs(before.shape[1] - after.shape[1]) > 1:
         notes.append(
             f"position embeddings resized from {before.shape[1]} to {after.shape[1]} tokens, timm's way: the "
             "backbone's own grid is another"
         )
-    _check_names(bare, own, "backbone", (args or {}).get("arch"))
+    if any(_differences(bare, own)):
+        raise ConfigError(_misfit(named, bare, backbone, args or {}, kwargs or {}))
     return _in_order(bare, own)
 
 
@@ -86,7 +89,10 @@ def fit_head(state: State, head: nn.Module, *, notes: list[str] | None = None) -
         )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    _check_names(state, own, "head", None)
+    if problems := _problems(state, own):
+        raise ConfigError(
+            f"the checkpoint's head is of another kind: it {problems}; set init.load=backbone to leave the head out"
+        )
     magnitude = state["last_layer.weight_g"]
     is_frozen = not head.get_parameter("last_layer.weight_g").requires_grad
     trains = any(p.requires_grad for p in head.parameters())
@@ -110,42 +116,93 @@ def _in_timms_names(state: State, backbone: nn.Module) -> dict[str, Tensor]:
         return dict(state)
 
 
-def _check_vit(state: State, backbone: nn.Module, args: Mapping[str, Any]) -> None:
+def _chunks_joined(state: State) -> dict[str, Tensor]:
+    """DINOv2 saves its blocks in chunks, each block under its own number."""
+    return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in state.items()}
+
+
+def _matched(named: State, backbone: nn.Module) -> dict[str, Tensor]:
+    """The tensors under the backbone's names as far as timm knows them, without what is no part of a backbone."""
+    own = backbone.state_dict()
+    bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
+    if any(_differences(bare, own)):
+        named = _in_timms_names(named, backbone)  # with what is left out: timm knows files by it
+        bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
+    return bare
+
+
+def _check_vit(state: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
     """ConfigError when `state` is that of a ViT of another width, depth or patch size, before timm resizes patches."""
-    theirs, ours = _vit_shape(state), _vit_shape(backbone.state_dict())
+    theirs, ours = vit_shape(state), vit_shape(backbone.state_dict())
     name = _name(backbone)
     if theirs and ours and theirs != ours:
         both = [f"width {width}, {depth} blocks, patch {patch}" for width, depth, patch in (ours, theirs)]
-        width, depth, patch = theirs
-        known = _PUBLISHED.get(theirs)
-        if ours[:2] == theirs[:2]:
-            remedy = f"backbone.kwargs.patch_size={patch}"
-        elif known not in (None, name):
-            remedy = f"backbone.name={known}"
-        else:
-            remedy = (
-                f"backbone.kwargs={{embed_dim: {width}, depth: {depth}, patch_size: {patch}, num_heads: ...}}, "
-                "with as many heads as it was trained with"
-            )
         raise ConfigError(
-            f"backbone.name={name} has {both[0]}, but the checkpoint has {both[1]}; set {remedy}"
+            f"backbone.name={name} has {both[0]}, but the checkpoint has {both[1]}; "
+            f"{_remedy(state, backbone, args, kwargs)}"
         )
-    num_heads = _NUM_HEADS.get(str(args.get("arch")))
-    attention = next((m for m in backbone.modules() if hasattr(m, "num_heads") and hasattr(m, "qkv")), None)
-    if theirs and num_heads and attention is not None and attention.num_heads != num_heads:
+    width, num_heads = _ARCHITECTURES.get(str(args.get("arch")), (0, 0))
+    own_heads = _num_heads(backbone)
+    if theirs and theirs[0] == width and own_heads not in (None, num_heads):
         raise ConfigError(
-            f"backbone.name={name} has {attention.num_heads} attention heads, but the checkpoint's "
+            f"backbone.name={name} has {own_heads} attention heads, but the checkpoint's "
             f"arch={args['arch']} has {num_heads}; set backbone.kwargs.num_heads={num_heads}"
         )
 
 
-def _vit_shape(state: State) -> tuple[int, int, int] | None:
-    """(width, number of blocks, patch) of a ViT's state dict; None of any other."""
-    patches = state.get("patch_embed.proj.weight")
-    blocks = [int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.norm1\.", k)]
-    if patches is None or patches.ndim != 4 or not blocks:
-        return None
-    return patches.shape[0], max(blocks) + 1, patches.shape[-1]
+def _misfit(
+    named: State, bare: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> str:
+    """The error for tensors that are not the backbone's."""
+    arch = f" (arch={args['arch']})" if args.get("arch") else ""
+    return (
+        f"the checkpoint{arch} does not fit backbone.name={_name(backbone)}: it "
+        f"{_problems(bare, backbone.state_dict())}; {_remedy(named, backbone, args, kwargs)}"
+    )
+
+
+def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
+    """The settings of a backbone that takes these tensors, tried here; other weights where none does.
+
+    `kwargs` are the configured `backbone.kwargs`, which stay unless a setting replaces them.
+    """
+    like, shape = _name(backbone), vit_shape(named)
+    own_heads = _num_heads(backbone) if shape and shape[0] == embed_dim(backbone) else None
+    for name, wanted in candidates(named, arch=args.get("arch"), like=like, num_heads=own_heads):
+        if name == like and kwargs and not wanted:
+            continue
+        try:
+            with torch.device("meta"):
+                arguments = {**kwargs, **wanted} if name == like else wanted
+                model = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+            own = model.state_dict()
+            fits = vit_shape(own) == shape and not any(_differences(_matched(named, model), own))
+        except Exception:  # whatever a model's constructor makes of arguments that are not for it
+            continue
+        if fits:
+            changed = {k: v for k, v in wanted.items() if name != like or kwargs.get(k) != v}
+            settings = [] if name == like else [f"backbone.name={name}"]
+            settings += [f"backbone.kwargs.{k}={_yaml(v)}" for k, v in changed.items()]
+            rest = (
+                " and no backbone.kwargs"
+                if name != like and not wanted and kwargs.keys() - {"img_size"}
+                else ""
+            )
+            guess = ", or as many heads as it was trained with" if "num_heads" in changed else ""
+            return f"set {' '.join(settings)}{guess}{rest}"
+    channels = next((v.shape[1] for k, v in named.items() if k in _FIRST and v.ndim == 4), 3)
+    why = (
+        f"it takes images of {channels} channels, not RGB"
+        if channels != 3
+        else "no model of timm's that is tried fits"
+    )
+    return f"{why}: start from other weights, or without init.path (--init-from)"
+
+
+def _num_heads(backbone: nn.Module) -> int | None:
+    """Attention heads of a ViT; None of any other network."""
+    attention = next((m for m in backbone.modules() if hasattr(m, "num_heads") and hasattr(m, "qkv")), None)
+    return None if attention is None else int(attention.num_heads)  # type: ignore[arg-type]
 
 
 def _head_settings(state: State) -> dict[str, int | bool | None]:
@@ -172,19 +229,13 @@ def _differences(state: State, own: State) -> tuple[list[str], list[str], list[s
     )
 
 
-def _check_names(state: State, own: State, what: str, arch: Any) -> None:
+def _problems(state: State, own: State) -> str:
+    """How the names and shapes differ, in words; empty if they do not."""
     missing, unexpected, reshaped = _differences(state, own)
-    problems = [
-        *_told("lacks", missing),
-        *_told("has beside it", unexpected),
-        *_told("differs in", [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in reshaped]),
-    ]
-    if problems:
-        trained = f" (it was trained as arch={arch})" if arch else ""
-        raise ConfigError(
-            f"the checkpoint is not of this {what}{trained}: it {'; it '.join(problems)}; "
-            f"set {what}.* to what it was trained with"
-        )
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in reshaped]
+    return "; it ".join(
+        [*_told("lacks", missing), *_told("has beside it", unexpected), *_told("differs in", shapes)]
+    )
 
 
 def _in_order(state: State, own: State) -> dict[str, Tensor]:

@@ -1,25 +1,18 @@
-"""Published DINO checkpoints <-> ours: their files into one form, and our networks into their form.
+"""Checkpoints of the published DINO code and of other programs <-> ours.
 
-`read_weights` and `parse` read, `load` and `load_optimizer` put what was read into networks and optimiser (their
-parts stand in fitting.py and optimizer_state.py), `to_official` writes. Knows torch; nothing of storage.
+`read_weights` and `parse` read a file into `Weights`. `load` and `load_optimizer` put them into networks and
+optimizer. `to_official` writes the published form. What stands below: restricted_load.py reads bytes,
+networks_in_files.py finds the networks, fitting.py and optimizer_state.py match names and shapes.
 
 A full checkpoint, as the published code saves it:
 
     student, teacher    state dicts: module.backbone.*, module.head.* (the teacher's without module.)
     optimizer           two groups: decayed parameters, then biases and 1-D parameters
-    epoch, args         the next epoch; argparse.Namespace
+    epoch, args         the next epoch; argparse.Namespace, or a dict
     dino_loss           {"center": [1, K]}
     fp16_scaler         not read
-
-Other files hold one network's state dict, or a bare backbone's: any mix of the prefixes `module.`, `student.`,
-`teacher.`, `backbone.`, `head.`.
 """
 
-import argparse
-import io
-import pickle
-import re
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,17 +22,26 @@ from torch import Tensor
 from models.backbone import has_batch_norm
 from models.dino import DINO
 from models.fitting import fit_backbone, fit_head
+from models.networks_in_files import find_networks
 from models.optimizer_state import load_optimizer, official_state
-from models.settings import DataError, one_line
+from models.restricted_load import restricted_load, values_of
+from models.settings import DataError
+from models.timm_names import in_timms_names
 
-__all__ = ["Weights", "fit_backbone", "load", "load_optimizer", "parse", "read_weights", "to_official"]
+__all__ = [
+    "Loaded",
+    "Weights",
+    "fit_backbone",
+    "load",
+    "load_optimizer",
+    "parse",
+    "read_weights",
+    "to_official",
+]
 
 MARK = "pos_embed"
 """Key of the metadata, and of `args`, in which our exports say how position embeddings are resized."""
 
-_GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
-_WRAPPERS = ("module.", "_orig_mod.", "student.", "teacher.")
-_CENTERS = ("center", "dino_loss.center")
 _CLASSIFIERS = ("head.weight", "fc.weight")
 _REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
 
@@ -49,13 +51,23 @@ class Weights(NamedTuple):
 
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
+    """The same object as `student` where the file has one network."""
     center: Tensor | None
     """[K]"""
     optimizer: dict[str, Any] | None
-    epoch: int | None
+    epoch: int | float | None
+    """The next epoch to run."""
     args: dict[str, Any]
     official: bool
     """Position embeddings are to be resized as the published code does it."""
+    name: str = "the checkpoint"
+    places: tuple[str, str, str] = ("", "", "")
+    """Where in the file student, teacher and centre are."""
+    skipped: tuple[str, ...] = ()
+    """Parts of the file that no run can use."""
+    notes: tuple[str, ...] = ()
+    is_own: bool = False
+    """Of a dinoray run, whose optimizer state is in our own form."""
 
     @property
     def has_head(self) -> bool:
@@ -63,79 +75,91 @@ class Weights(NamedTuple):
         return all("head.last_layer.weight_v" in network for network in (self.student, self.teacher))
 
 
-def read_weights(data: bytes, name: str) -> Weights:
-    """The weights in the bytes of a `.pth` file; `name` stands in errors.
+class Loaded(NamedTuple):
+    """Which parts `load` has put into the networks beside the backbones, and what it changed on the way."""
 
-    Nothing in the file is run: besides tensors and plain values only argparse.Namespace is let in. DataError for
-    a file that wants more, or that cannot be read.
+    head: bool
+    center: bool
+    notes: list[str]
+
+
+def read_weights(data: bytes, name: str) -> Weights:
+    """Return the weights in the bytes of a `.pth` or `.ckpt` file; `name` stands in errors.
+
+    Nothing in the file is run. Raises DataError for a file that wants it, and for one that cannot be read.
     """
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # what is wrong with a file is said below
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = _GLOBAL.search(str(error))
-        if found is None:
-            raise DataError(
-                f"{name} is no file of weights that can be read without running what is in it; save its state dicts "
-                "anew with torch.save where you trust it"
-            ) from error
-        raise DataError(
-            f"{name} wants {found[1].rstrip('.')} to be called while it is read, which could run any program; only "
-            "tensors, plain values and argparse.Namespace are read: save its state dicts anew where you trust it"
-        ) from error
-    except Exception as error:  # a damaged file may raise anything
-        raise DataError(f"{name} is no file of weights, or damaged: {one_line(error)}") from error
+    state = restricted_load(data, name)
     if not isinstance(state, Mapping):
-        raise DataError(f"{name} holds a {type(state).__name__}, not a dict of weights")
+        raise DataError(
+            f"{name} holds a {type(state).__name__}, not a dict of weights; "
+            "save a network's state_dict() with torch.save"
+        )
     return parse(state, name)
 
 
 def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
-    """What a loaded file holds, in our names; tensors are shared with `state`, which stays as it is.
+    """Return what a loaded file holds, in our names; tensors are shared with `state`, which stays as it is.
 
     Of a file with one network, student and teacher both get it. `official` is true for published ViTs, whole
-    checkpoints or bare backbones, and false for files of timm and ours that say or show so. DataError when no
-    weights are found.
+    checkpoints or bare backbones, and false for files of timm, ours and others that say or show so. Raises
+    DataError when no weights are found.
     """
-    networks = {which: _tensors(state[which]) for which in ("student", "teacher") if which in state}
-    bare = state
-    published = any(networks.values())  # how the published code saves, or a state dict alone
-    if not published:
-        for wrapper in ("state_dict", "model"):
-            bare = bare[wrapper] if isinstance(bare.get(wrapper), Mapping) else bare
-        tensors = _tensors(bare)
-        networks = {
-            which: {k: v for k, v in tensors.items() if k.removeprefix("module.").startswith(f"{which}.")}
-            for which in ("student", "teacher")
-        }
-        if not any(networks.values()):
-            networks = {"teacher": tensors}
-        published = bare is state and "center" not in state  # a state dict of our DINO has one
-    student, teacher = (_in_our_names(networks.get(which) or {}) for which in ("student", "teacher"))
-    student, teacher = student or teacher, teacher or student
-    if not teacher:
+    found = find_networks(state)
+    if found is None:
+        keys = [key if isinstance(key, str) else type(key).__name__ for key in list(state)[:5]]
         raise DataError(
-            f"{name} holds no weights: its keys are {', '.join(map(str, list(state)[:5])) or 'none'}"
+            f"{name} holds no weights: its keys are {', '.join(keys) or 'none'}; "
+            "pass a file that holds a network's state dict"
         )
-    args = _arguments(state.get("args"))
-    mark = args.get(MARK) or _mark(bare)
+    student = in_timms_names(found.student)
+    teacher = student if found.teacher is found.student else in_timms_names(found.teacher)
+    args = {"arch": state["arch"]} if isinstance(state.get("arch"), str) else {}
+    args |= _plain(values_of(state.get("args")))
+    optimizer, epoch = _optimizer(state.get("optimizer")), _epoch(state.get("epoch"))
+    place = found.teacher_from.partition(".")[0]
+    is_part = isinstance(state.get(place), Mapping)
+    holder = state[place] if is_part else state
+    mark = args.get(MARK) or _mark(holder)
+    # The published code saves both networks, or a backbone's state dict alone. Our own state dict has a centre.
+    published = place in ("student", "teacher") if is_part else "center" not in state
+    read = (
+        {"args", "arch"}
+        | ({"optimizer"} if optimizer else set())
+        | ({"epoch"} if epoch is not None else set())
+    )
+    read |= {place.partition(".")[0] for place in (found.student_from, found.teacher_from, found.center_from)}
+    read |= {place.partition(".")[0] for place in found.skipped}
+    others = [
+        k for k, v in state.items() if isinstance(k, str) and k not in read and not isinstance(v, Tensor)
+    ]
     return Weights(
         student=student,
         teacher=teacher,
-        center=_center(state),
-        optimizer=_optimizer(state.get("optimizer")),
-        epoch=state["epoch"] if isinstance(state.get("epoch"), int) else None,
+        center=found.center,
+        optimizer=optimizer,
+        epoch=epoch,
         args=args,
         official=_is_published_vit(teacher) and (mark == "official" if mark else published),
+        name=name,
+        places=(found.student_from, found.teacher_from, found.center_from),
+        skipped=(*found.skipped, *others),
+        notes=tuple(found.notes),
     )
 
 
-def load(dino: DINO, weights: Weights, *, backbone_only: bool = False) -> list[str]:
-    """Put the weights into student and teacher, strictly, and the centre with the head; return notes in words.
+def load(
+    dino: DINO,
+    weights: Weights,
+    *,
+    backbone_only: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Put the weights into student and teacher, strictly, and the centre with the head.
 
-    With `backbone_only`, or without a head in the file, heads and centre stay as they are. ConfigError, one line
-    per mistake, names the setting that does not fit and the value that does; nothing is loaded then.
+    With `backbone_only`, or without a head in the file, heads and centre stay as they are. `kwargs` are the
+    configured `backbone.kwargs`, for errors. Raises ConfigError, one
+    line per mistake, that names the setting that does not fit and the value that does; DataError for values that
+    are not finite. Nothing is loaded then.
     """
     notes: list[str] = []
     loads_head = weights.has_head and not backbone_only
@@ -145,27 +169,28 @@ def load(dino: DINO, weights: Weights, *, backbone_only: bool = False) -> list[s
             fitted.append(fitted[0])
             break
         body = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        parts = fit_backbone(body, network.backbone, args=weights.args, notes=notes)
+        parts = fit_backbone(body, network.backbone, args=weights.args, kwargs=kwargs, notes=notes)
         fitted.append({f"backbone.{k}": v for k, v in parts.items()})
         if loads_head:
             head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
             parts = fit_head(head, network.head, notes=notes)
             fitted[-1] |= {f"head.{k}": v for k, v in parts.items()}
-    if not loads_head:
-        what = "the head in the file is left out" if weights.has_head else "no head in the file"
-        notes.append(f"{what}: the head starts fresh (both networks alike)")
-    elif weights.center is None:
-        notes.append("no centre in the file: it starts from zero")
-    elif len(weights.center) != len(dino.center):
+    loads_center = loads_head and weights.center is not None
+    if loads_center and len(weights.center) != len(dino.center):  # type: ignore[arg-type]
         raise DataError(
-            f"the checkpoint's centre has {len(weights.center)} values for {len(dino.center)} prototypes"
+            f"the centre in {weights.name} has {len(weights.center)} values for {len(dino.center)} prototypes; "  # type: ignore[arg-type]
+            "set init.load=backbone"
         )
+    for which, state in zip(("student", "teacher"), fitted, strict=True):
+        _check_finite(weights.name, which, state)
+    if loads_center:
+        _check_finite(weights.name, "head", {"head.center": weights.center})  # type: ignore[dict-item]
     for network, state in zip((dino.student, dino.teacher), fitted, strict=True):
         network.load_state_dict({**network.state_dict(), **state})
-    if loads_head and weights.center is not None:
+    if loads_center:
         with torch.no_grad():
-            dino.center.copy_(weights.center)
-    return list(dict.fromkeys(notes))
+            dino.center.copy_(weights.center)  # type: ignore[arg-type]
+    return Loaded(loads_head, loads_center, list(dict.fromkeys(notes)))
 
 
 def to_official(
@@ -184,72 +209,59 @@ def to_official(
         "teacher": names(dino.teacher, "module." if has_batch_norm(dino.teacher) else ""),
         "optimizer": official_state(optimizer, dino.student),
         "epoch": epoch,
-        "args": argparse.Namespace(**args),
+        "args": dict(args),  # torch.load refuses a Namespace unless it is told to trust it
         "dino_loss": {"center": dino.center.detach().cpu()[None]},
     }
 
 
-def _tensors(state: Any) -> dict[str, Tensor]:
-    if not isinstance(state, Mapping):
-        return {}
-    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-
-
-def _in_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One network's tensors as `backbone.*` and `head.*`."""
-    named: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        while name.startswith(_WRAPPERS):
-            name = name.partition(".")[2]
-        if name not in _CENTERS and not name.startswith("ibot_head."):
-            named[re.sub(r"^dino_head\.", "head.", name)] = tensor
-    # A classifier is called `head` too, but only a DINO head has a `last_layer`.
-    has_head = any(name.startswith("head.last_layer.") for name in named)
-    network: dict[str, Tensor] = {}
-    for name, tensor in named.items():
-        if has_head and name.startswith("head.last_layer."):
-            network |= _prototypes(name, tensor)
-        elif name.startswith("backbone.") or (has_head and name.startswith("head.")):
-            network[name] = tensor
-        else:
-            network[f"backbone.{name}"] = tensor
-    return network
-
-
-def _prototypes(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor of the prototype layer as `weight_g` [K, 1] and `weight_v` [K, bottleneck], however it is stored."""
-    layer = "head.last_layer."
-    match name.removeprefix(layer):
-        case "weight_g" | "parametrizations.weight.original0":
-            return {f"{layer}weight_g": tensor}
-        case "weight_v" | "parametrizations.weight.original1":
-            return {f"{layer}weight_v": tensor}
-        case "weight":
-            return {f"{layer}weight_g": tensor.norm(dim=1, keepdim=True), f"{layer}weight_v": tensor}
-    return {name: tensor}
-
-
-def _center(state: Mapping[str, Any]) -> Tensor | None:
-    loss = state.get("dino_loss")
-    centers = [
-        *([loss.get("center")] if isinstance(loss, Mapping) else []),
-        *(state.get(k) for k in _CENTERS),
-    ]
-    return next((center.reshape(-1) for center in centers if isinstance(center, Tensor)), None)
+def _check_finite(name: str, which: str, state: Mapping[str, Tensor]) -> None:
+    """Raise DataError that names the tensors with NaN or infinity."""
+    wrong = [k for k, v in state.items() if not bool(torch.isfinite(v).all())]
+    if not wrong:
+        return
+    some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    remedy = "start from an earlier checkpoint of that training, or without --init-from"
+    if all(k.startswith("head.") for k in wrong):
+        remedy = "set init.load=backbone to leave the head out"
+    raise DataError(f"{name} has NaN or infinite values in the {which}'s {some}; {remedy}")
 
 
 def _optimizer(state: Any) -> dict[str, Any] | None:
-    is_one = (
-        isinstance(state, Mapping)
-        and isinstance(state.get("state"), Mapping)
-        and isinstance(state.get("param_groups"), list)
-    )
-    return dict(state) if is_one else None
+    """The optimizer's state in plain values: moments by parameter number, and each group's numbers."""
+    if not isinstance(state, Mapping):
+        return None
+    moments, groups = state.get("state"), state.get("param_groups")
+    if not isinstance(moments, Mapping) or not isinstance(groups, list):
+        return None
+    if not all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups):
+        return None
+    return {
+        "state": {
+            number: {k: v for k, v in saved.items() if isinstance(v, (Tensor, int, float))}
+            for number, saved in moments.items()
+            if isinstance(number, int) and isinstance(saved, Mapping)
+        },
+        "param_groups": [
+            {"params": [number for number in group["params"] if isinstance(number, int)]} for group in groups
+        ],
+    }
 
 
-def _arguments(args: Any) -> dict[str, Any]:
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return dict(args) if isinstance(args, Mapping) else {}
+def _epoch(epoch: Any) -> int | None:
+    is_whole = isinstance(epoch, (int, float)) and not isinstance(epoch, bool) and epoch == epoch // 1
+    return int(epoch) if is_whole and epoch >= 0 else None
+
+
+def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are numbers, texts, or short sequences of those."""
+    kinds = (str, int, float, type(None))
+
+    def is_plain(value: Any) -> bool:
+        if type(value) in (list, tuple):
+            return len(value) <= 16 and all(isinstance(part, kinds) for part in value)
+        return isinstance(value, kinds)
+
+    return {k: v for k, v in args.items() if isinstance(k, str) and is_plain(v)}
 
 
 def _mark(state: Mapping[str, Any]) -> Any:

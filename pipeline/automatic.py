@@ -8,6 +8,7 @@ small sets want few prototypes, sharp targets and a quick teacher, small batches
 import math
 from typing import Any, NamedTuple
 
+from models.backbone import is_plain_vit
 from models.interop import Weights
 from pipeline.algorithm import DINOConfig, Schedule
 
@@ -88,10 +89,13 @@ def _between(num_images: int) -> float:
 
 
 def adapt(config: DINOConfig, weights: Weights) -> DINOConfig:
-    """`config` for networks that start from `weights`: published ViTs keep their grid and way of resizing it."""
+    """Return `config` for networks that start from `weights`: published ViTs keep their grid and way of resizing it.
+
+    A backbone that is no plain ViT stays as it is; that the weights do not fit it is found when they are loaded.
+    """
     pos_embed = weights.teacher.get("backbone.pos_embed")
     patches = weights.teacher.get("backbone.patch_embed.proj.weight")
-    if not weights.official or pos_embed is None or patches is None:
+    if not weights.official or pos_embed is None or patches is None or not is_plain_vit(config.backbone.name):
         return config
     side = math.isqrt(pos_embed.shape[1])
     if side**2 != pos_embed.shape[1]:  # with a token for the class

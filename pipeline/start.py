@@ -1,4 +1,4 @@
-"""Where a new run's weights come from: nothing, a published checkpoint, any backbone, or an earlier run.
+"""Load the weights that a new run starts from: a published checkpoint, another program's file, or an earlier run.
 
 Reads a file or run into the one form that models/interop.py knows, and starts a run's state from it. No Ray here.
 """
@@ -6,6 +6,7 @@ Reads a file or run into the one form that models/interop.py knows, and starts a
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,21 +16,39 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 
 from models import interop
-from models.interop import Weights
+from models.interop import Loaded, Weights
 from models.optim import restore_optimizer
 from models.settings import ConfigError, DataError, Settings, one_line
 from pipeline.checkpoint import download_checkpoint, find_checkpoint, read_meta
 from pipeline.storage import Directory, normal_uri
 from pipeline.training import TrainState
 
-_FILE_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
+_NOT_WEIGHTS = (
+    ".onnx",
+    ".onnx.data",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".parquet",
+    ".pb",
+    ".tflite",
+    ".engine",
+)
+"""Ends of names of files that hold no weights, or weights of another kind of program."""
+
+
+INIT_LINE = "init: "
+"""With this begins each line on what a run started from, on the screen and in its environment.json."""
 
 
 class InitConfig(Settings):
     """What the networks start from."""
 
     path: str | None = Field(default=None, min_length=1)
-    """A .pth or .safetensors file, local or s3://, or a dinoray run or checkpoint; None starts from noise."""
+    """A .pth, .ckpt or .safetensors file, local or s3://, or a dinoray run or checkpoint; None starts from noise."""
     load: Literal["backbone", "weights", "run"] = "weights"
     """The backbone alone; all weights and the centre; or all of the run: optimiser and epoch as well."""
 
@@ -42,18 +61,28 @@ class InitConfig(Settings):
 
 
 def read_weights(path: str) -> Weights:
-    """The weights of a file, as its name tells, or of a dinoray run (its newest checkpoint) or checkpoint."""
+    """The weights of a file, or of a dinoray run (its newest checkpoint) or checkpoint, whichever lies at `path`."""
     uri = normal_uri(path)
-    if not uri.endswith(_FILE_SUFFIXES):
-        return _read_run(uri)
     folder, _, name = uri.rpartition("/")
-    data = Directory(folder or "/").read(name)
-    if not name.endswith(".safetensors"):
+    here = Directory(folder or "/")
+    if not here.exists(name):
+        if Directory(uri).list():
+            return _read_run(uri)
+        raise DataError(f"init.path={path}: there is no such file and no run directory; check the path")
+    if uri.lower().endswith(_NOT_WEIGHTS):
+        raise ConfigError(
+            f"init.path={path} is no file of weights that training can start from; pass the .pth or .safetensors file "
+            "that it was made from, a run directory or a checkpoint folder"
+        )
+    data = here.read(name)
+    if not _is_safetensors(data):
         return interop.read_weights(data, uri)
     try:
         state = load_safetensors(data)
     except Exception as error:  # a damaged file may raise anything
-        raise DataError(f"{uri} is no safetensors file: {one_line(error)}") from error
+        raise DataError(
+            f"{uri} is no safetensors file: {one_line(error)}; save or download it anew"
+        ) from error
     # timm's names and the published ones are alike: only a mark of ours tells how positions were resized.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     mark = header.get("__metadata__", {}).get(interop.MARK, "timm")
@@ -62,35 +91,103 @@ def read_weights(path: str) -> Weights:
 
 
 def start_from(state: TrainState, weights: Weights, load: Literal["backbone", "weights", "run"]) -> list[str]:
-    """Put `weights` into a state at step 0; return notes on what started fresh. ConfigError where they do not fit."""
-    notes = interop.load(state.dino, weights, backbone_only=load == "backbone")
-    if load != "run":
-        return notes
+    """Put `weights` into a state at step 0; return lines on what was loaded, skipped and is new.
+
+    Raises ConfigError where the weights do not fit.
+    """
+    kwargs = state.config.backbone.kwargs
+    loaded = interop.load(state.dino, weights, backbone_only=load == "backbone", kwargs=kwargs)
+    lines = _network_lines(state, weights, loaded)
+    notes = [*weights.notes, *loaded.notes]
+    new = [part for part, is_there in (("head", loaded.head), ("centre", loaded.center)) if not is_there]
+    skipped = [*weights.skipped]
+    if weights.has_head and not loaded.head:
+        skipped.append("head")
+    if weights.center is not None and not loaded.center:
+        skipped.append(weights.places[2] or "centre")
+    if load == "run":
+        lines.append(_continue_from(state, weights))
+    else:
+        new.append("optimizer state")
+        skipped += [
+            k for k, v in (("optimizer", weights.optimizer), ("epoch", weights.epoch)) if v is not None
+        ]
+    lines.append(f"skipped: {_listed(skipped)}")
+    lines.append(f"new: {_listed(new)}")
+    return lines + notes
+
+
+def _network_lines(state: TrainState, weights: Weights, loaded: Loaded) -> list[str]:
+    """Which part of the file each network is from."""
+    student, teacher, center = (
+        f"'{place}' of {weights.name}" if place else weights.name for place in weights.places
+    )
+    num_tensors = len(state.dino.teacher.backbone.state_dict())
+    parts = f"backbone ({num_tensors} tensors)"
+    if loaded.head:
+        parts += f", head ({len(state.dino.teacher.head.state_dict())} tensors)"
+    lines = [f"student from {student}: {parts}", f"teacher from {teacher}: {parts}"]
+    if weights.student is weights.teacher:
+        lines = [f"student and teacher from {teacher}: {parts}"]
+    return lines + ([f"centre from {center}"] if loaded.center else [])
+
+
+def _continue_from(state: TrainState, weights: Weights) -> str:
+    """Restore optimizer and step; return a line on them."""
     if weights.optimizer is None or weights.epoch is None:
         raise ConfigError(
-            "init.load=run needs a checkpoint with optimiser and epoch, this one has weights alone; "
-            "set init.load=weights"
+            f"init.load=run needs optimizer and epoch, which {weights.name} lacks; set init.load=weights"
         )
     state.step = math.floor(state.schedule.steps(weights.epoch) + 1e-6)
     if state.step >= state.schedule.total_steps:
         raise ConfigError(
-            f"train.epochs={state.config.train.epochs:g} must be more than the {weights.epoch:g} epochs that the "
-            "checkpoint has behind it with init.load=run; raise it, or set init.load=weights"
+            f"train.epochs={state.config.train.epochs:g} is not more than the {weights.epoch:g} epochs that "
+            f"{weights.name} has behind it; set train.epochs={math.floor(weights.epoch) + 1} or more, or "
+            "init.load=weights"
         )
-    if "layer_decay" not in weights.args:  # a published one, in the published order
+    optim, then, why = state.config.optim, weights.args, ""
+    if not weights.is_own:
         restored, fresh = interop.load_optimizer(state.optimizer, state.dino.student, weights.optimizer)
-        if fresh:
-            notes.append(f"the optimiser's state starts fresh for {fresh} of {restored + fresh} parameters")
-    elif weights.args["layer_decay"] == state.config.optim.layer_decay:
-        restore_optimizer(state.optimizer, weights.optimizer)
     else:
-        notes.append("the optimiser's state starts fresh, because optim.layer_decay differs")
-    return [*notes, f"continues at epoch {weights.epoch:g}, step {state.step}"]
+        changed = [
+            f"optim.{key}={getattr(optim, key)} is {then[key]} there"
+            for key in ("name", "layer_decay")
+            if then[key] != getattr(optim, key)
+        ]
+        if changed:
+            why = f" ({', '.join(changed)})"
+        else:
+            restore_optimizer(state.optimizer, weights.optimizer)
+        restored = len(state.optimizer.state)
+        fresh = sum(len(group["params"]) for group in state.optimizer.param_groups) - restored
+    values = [
+        v for saved in state.optimizer.state.values() for v in saved.values() if isinstance(v, torch.Tensor)
+    ]
+    if not all(bool(torch.isfinite(v).all()) for v in values):
+        raise DataError(
+            f"{weights.name} has NaN or infinite values in the optimizer's state; set init.load=weights"
+        )
+    return (
+        f"optimizer state of {restored} of {restored + fresh} parameters{why}; training continues "
+        f"at epoch {weights.epoch:g}, step {state.step}"
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """The first of them; each is short, but a file may hold thousands."""
+    shown = [one_line(ValueError(part), limit=60) for part in dict.fromkeys(parts)]
+    return (", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")) or "nothing"
+
+
+def _is_safetensors(data: bytes) -> bool:
+    """Whether the bytes begin as a safetensors file: the length of a header, and the header in JSON."""
+    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
 
 
 def _read_run(address: str) -> Weights:
     with tempfile.TemporaryDirectory(prefix="dinoray-init-") as scratch:
-        folder = download_checkpoint(find_checkpoint(address).folder, Path(scratch))
+        found = find_checkpoint(address)
+        folder = download_checkpoint(found.folder, Path(scratch))
         meta = read_meta(folder)
         state = torch.load(folder / "train_state.pt", weights_only=True, map_location="cpu")
         config = meta["config"]
@@ -100,6 +197,9 @@ def _read_run(address: str) -> Weights:
             center=state["center"],
             optimizer=state["optimizer"],
             epoch=meta["positions"] / meta["num_images"],
-            args={"layer_decay": config["optim"]["layer_decay"], "optimizer": config["optim"]["name"]},
+            args={key: config["optim"][key] for key in ("name", "layer_decay")},
             official=config["backbone"]["pos_embed"] == "official",
+            name=found.folder.uri,
+            places=("student", "teacher", "center"),
+            is_own=True,
         )

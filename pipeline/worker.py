@@ -147,9 +147,7 @@ class _Worker:
         """Start from the weights that the config names, if any; no bad images were counted yet."""
         spec = self.spec
         if spec.init_weights is not None:
-            for note in start_from(self.state, ray.get(spec.init_weights), spec.init.load):
-                if self.rank == 0:
-                    spec.board.post("note", text=f"{spec.init.path}: {note}")
+            start_from(self.state, ray.get(spec.init_weights), spec.init.load)  # printed before Ray starts
         return {}
 
     def _restore(self) -> dict[str, int]:

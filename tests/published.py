@@ -9,8 +9,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 ARGS: dict[str, Any] = {"arch": "vit_own", "patch_size": 4, "out_dim": 32, "norm_last_layer": True}
@@ -143,6 +145,11 @@ class Loss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
 
+def cosine_scheduler(base: float, final: float, steps: int) -> NDArray[np.float64]:
+    """One value per step, from `base` to `final` along half a cosine."""
+    return final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(steps) / steps))
+
+
 class Run:
     """What main_dino.py has in memory: networks, loss, optimiser. The two networks differ, as after some steps."""
 
@@ -165,8 +172,17 @@ class Run:
         return self.student.module, self.teacher.module if self.has_batch_norm else self.teacher
 
     def train(self, steps: int = 2) -> "Run":
-        """Steps of an arbitrary loss, so that the optimiser and the centre have something to remember."""
-        for _ in range(steps):
+        """Steps of an arbitrary loss under the published schedules, which are numpy arrays.
+
+        Their values, numpy scalars, go into the optimizer's groups, and from there into every file.
+        """
+        lr_schedule = cosine_scheduler(0.01, 1e-4, steps)
+        wd_schedule = cosine_scheduler(0.04, 0.4, steps)
+        for it in range(steps):
+            for i, group in enumerate(self.optimizer.param_groups):
+                group["lr"] = lr_schedule[it]
+                if i == 0:  # only the first group is decayed
+                    group["weight_decay"] = wd_schedule[it]
             self.optimizer.zero_grad()
             self.student.module(torch.randn(4, 3, 16, 16)).square().mean().backward()
             self.optimizer.step()
@@ -190,8 +206,7 @@ class Run:
 
         What the published code would only print is asserted: nothing may be missing or too much.
         """
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(io.BytesIO(data), map_location="cpu")
+        state = torch.load(io.BytesIO(data), map_location="cpu")
         for part in (self.student, self.teacher, self.loss):
             key = {self.student: "student", self.teacher: "teacher", self.loss: "dino_loss"}[part]
             answer = part.load_state_dict(state[key], strict=False)
@@ -202,8 +217,7 @@ class Run:
 
 def load_pretrained_weights(model: nn.Module, data: bytes) -> None:
     """As the evaluation scripts do: the teacher's names without `module.` and `backbone.`, not strictly."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(io.BytesIO(data), map_location="cpu")["teacher"]
+    state = torch.load(io.BytesIO(data), map_location="cpu")["teacher"]
     state = {k.replace("module.", "").replace("backbone.", ""): v for k, v in state.items()}
     answer = model.load_state_dict(state, strict=False)
     assert answer.missing_keys == []

@@ -35,8 +35,15 @@ def test_all_of_a_run_is_taken_over_and_it_goes_on_as_it_would_have(tmp_path: Pa
     first = trained(5)
     weights = read_weights(checkpoint(first, tmp_path / "first"))
     second = build_state(tiny_config(), num_images=NUM_IMAGES)
-    notes = start_from(second, weights, "run")
-    assert notes == ["continues at epoch 0.5, step 5"]
+    folder = tmp_path / "first"
+    assert start_from(second, weights, "run") == [
+        f"student from 'student' of {folder}: backbone (30 tensors), head (8 tensors)",
+        f"teacher from 'teacher' of {folder}: backbone (30 tensors), head (8 tensors)",
+        f"centre from 'center' of {folder}",
+        "optimizer state of 37 of 37 parameters; training continues at epoch 0.5, step 5",
+        "skipped: nothing",
+        "new: nothing",
+    ]
     for state in (first, second):
         train_step(state, tiny_batch(state.config, seed=5))
     assert same(first.dino, second.dino)
@@ -83,15 +90,18 @@ def test_weights_alone_cannot_be_gone_on_from(tmp_path: Path) -> None:
 def test_a_run_that_is_over_cannot_be_gone_on_from(tmp_path: Path) -> None:
     weights = read_weights(checkpoint(trained(20), tmp_path / "first"))
     state = build_state(tiny_config(), num_images=NUM_IMAGES)
-    with pytest.raises(ConfigError, match=r"train.epochs=2 must be more than the 2 epochs"):
+    with pytest.raises(
+        ConfigError, match=r"train.epochs=2 is not more than the 2 epochs .*; set train.epochs=3 or more"
+    ):
         start_from(state, weights, "run")
 
 
 def test_another_layer_decay_starts_the_optimiser_fresh_and_says_so(tmp_path: Path) -> None:
     weights = read_weights(checkpoint(trained(3), tmp_path / "first"))
     state = build_state(tiny_config(optim={"layer_decay": 0.5}), num_images=NUM_IMAGES)
-    notes = start_from(state, weights, "run")
-    assert notes[0] == "the optimiser's state starts fresh, because optim.layer_decay differs"
+    lines = start_from(state, weights, "run")
+    expected = "optimizer state of 0 of 37 parameters (optim.layer_decay=0.5 is 1.0 there)"
+    assert [line for line in lines if line.startswith(expected)]
     assert state.optimizer.state_dict()["state"] == {}
 
 

@@ -1,0 +1,85 @@
+"""Refuse a torch file that is small and takes immense memory or time once it is read.
+
+A pickle may refer to one object many times. Twenty tuples that each hold the next one a hundred times are a few
+kilobytes, but hashing or printing them takes for ever. The objects are counted here, each reference anew, and
+nothing is built. torch's zip files are stored as they are, so a compressed part is refused too.
+"""
+
+import io
+import pickletools
+import zipfile
+
+_LIMIT = 50_000_000
+"""Objects, each reference counted anew. A checkpoint of a large ViT has some 100,000."""
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""With this pickled number torch's older format begins; five pickles follow each other."""
+_MARK = -1
+_ALLOCATES = {"builtins bytearray", "__builtin__ bytearray"}
+"""torch's restricted unpickler lets a file call these with a number of bytes."""
+
+
+def check_size(data: bytes) -> None:
+    """Raise ValueError for a torch file that takes more memory or time than any checkpoint of its length."""
+    if data.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(
+                        f"its part {entry.filename[-40:]!r} is compressed, which torch never does"
+                    )
+                if entry.filename.endswith(".pkl"):
+                    _check(io.BytesIO(archive.read(entry)))
+        return
+    file = io.BytesIO(data)
+    for _ in range(5 if data.startswith(_LEGACY) else 1):
+        _check(file)
+
+
+def _check(file: io.BytesIO) -> None:
+    """Read one pickle from `file`."""
+    children: list[list[int]] = []
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    for op, arg, _ in pickletools.genops(file):
+        if op.name == "GLOBAL" and arg in _ALLOCATES:
+            raise ValueError(f"it wants a {str(arg).split()[1]}, which no weights need")
+        if op.name == "MARK":
+            stack.append(_MARK)
+        elif op.name.endswith("GET"):
+            stack.append(memo[int(str(arg))])
+        elif op.name.endswith("PUT") or op.name == "MEMOIZE":
+            memo[len(memo) if arg is None else int(str(arg))] = stack[-1]
+        else:
+            taken: list[int] = []
+            if pickletools.markobject in op.stack_before:
+                while (top := stack.pop()) != _MARK:
+                    taken.append(top)
+                num_below = op.stack_before.index(pickletools.markobject)
+            else:
+                num_below = len(op.stack_before)
+            below = [stack.pop() for _ in range(num_below)][::-1]
+            if op.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"):
+                children[below[0]] += [*below[1:], *taken]
+                stack.append(below[0])
+            else:
+                for _ in op.stack_after:
+                    children.append([*below, *taken])
+                    stack.append(len(children) - 1)
+    _check_graph(children)
+
+
+def _check_graph(children: list[list[int]]) -> None:
+    """Sum sizes from the leaves up. A reference to an object that holds the referrer counts as one."""
+    sizes = [0] * len(children)
+    for root in range(len(children)):
+        waiting = [(root, False)]
+        while waiting:
+            node, is_done = waiting.pop()
+            if is_done:
+                sizes[node] = 1 + sum(max(1, sizes[child]) for child in children[node])
+                if sizes[node] > _LIMIT:
+                    raise ValueError(f"it unfolds into more than {_LIMIT} objects")
+            elif not sizes[node]:
+                sizes[node] = 1
+                waiting.append((node, True))
+                waiting += [(child, False) for child in children[node] if not sizes[child]]
