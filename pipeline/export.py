@@ -1,79 +1,28 @@
-"""A checkpoint for others: a backbone's file for timm or torch, a whole checkpoint for the published code, a card.
+"""A checkpoint as `torch.save` writes it: a backbone's state dict, or all of it for the published code.
 
-Stands after checkpoint.py. What is written is loaded back as its user will load it, and compared, before anybody
-gets it. ONNX is onnx_export.py's. No Ray here, and no writing to a run.
+Stands after checkpoint.py. timm_export.py and onnx_export.py write the other formats, model_card.py describes all of
+them. No Ray here, and no writing to a run.
 """
 
 import io
-import json
 import re
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors.torch import save
 
-from models.backbone import embed_dim
 from models.interop import MARK, to_official
-from models.settings import ConfigError, DinorayError, number, one_line
+from models.settings import ConfigError, number
 from pipeline.algorithm import DINOConfig
 from pipeline.checkpoint import Frozen, load_checkpoint, read_meta
-from pipeline.storage import Directory, MissingObject
 from pipeline.training import build_state
 
-CARD_FORMAT = 1
 _OFFICIAL_NAMES = re.compile(
     r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))\.(weight|bias)"
     r"|(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))"
     r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 )
-
-
-def timm_arguments(frozen: Frozen) -> dict[str, Any]:
-    """Keyword arguments with which `timm.create_model(name, num_classes=0, ...)` builds this backbone."""
-    config, size = frozen.config.backbone, frozen.config.crops.global_crop_size
-    for extra in ({"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}):
-        arguments = {**extra, **config.kwargs}
-        try:
-            timm.create_model(config.name, pretrained=False, num_classes=0, **arguments)
-        except TypeError:  # this family has no such argument
-            continue
-        return arguments
-    raise DinorayError(
-        f"{config.name} cannot be built by timm {timm.__version__} as it was; export it with another"
-    )
-
-
-def export_timm(frozen: Frozen) -> bytes:
-    """The backbone as safetensors under timm's names, known to load strictly and to compute the same, to the bit."""
-    weights = {k: v.contiguous() for k, v in frozen.weights.items()}
-    data = save(weights, metadata={"format": "pt", MARK: frozen.config.backbone.pos_embed})
-    arguments = timm_arguments(frozen)
-    name, size = frozen.config.backbone.name, frozen.config.crops.global_crop_size
-    if frozen.config.backbone.pos_embed == "official":
-        size = arguments.get("img_size", size)  # timm resizes otherwise: the same is only what is not resized
-    with tempfile.TemporaryDirectory(prefix="dinoray-export-") as scratch:
-        path = Path(scratch) / "backbone.safetensors"
-        path.write_bytes(data)
-        try:
-            model = timm.create_model(name, checkpoint_path=str(path), num_classes=0, **arguments).eval()
-        except Exception as error:  # whatever timm makes of it
-            reason = one_line(error)
-            raise DinorayError(
-                f"timm does not load the backbone that was to be exported: {reason}"
-            ) from error
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        ours, theirs = frozen.backbone()(images), model(images)
-    if not torch.equal(ours, theirs):
-        raise DinorayError(
-            f"timm's {name} computes other features from these weights, by up to "
-            f"{float((ours - theirs).abs().max()):.1e}; nothing is written"
-        )
-    return data
 
 
 def export_state_dict(frozen: Frozen) -> bytes:
@@ -138,65 +87,6 @@ def official_args(config: DINOConfig) -> dict[str, Any]:
         "local_crops_scale": tuple(c.crops.local_crop_scale),
         "seed": c.train.seed,
         MARK: c.backbone.pos_embed,
-    }
-
-
-def knn_scores(run: Directory, step: int) -> dict[str, Any] | None:
-    """The run's k-NN scores at `step`, or the last before it, with the step they are of; None when there are none."""
-    try:
-        lines = run.read("metrics.jsonl").decode(errors="replace").splitlines()
-    except MissingObject:
-        return None
-    found = None
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # cut off by a kill
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            continue
-        scores = {k: v for k, v in record.items() if k.startswith("knn_") or k == "majority"}
-        if record["step"] <= step and any(k.startswith("knn_") for k in scores):
-            found = {"step": record["step"], **scores}
-    return found
-
-
-def model_card(
-    frozen: Frozen,
-    meta: dict[str, Any],
-    *,
-    which: str,
-    version: str,
-    data_path: str | None,
-    knn: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """What somebody who has nothing but the file must know, as plain JSON values. `meta` is the checkpoint's."""
-    config, crops = frozen.config, frozen.config.crops
-    size = crops.global_crop_size
-    return {
-        "format": CARD_FORMAT,
-        "network": which,
-        "model": config.backbone.name,
-        "create_model_kwargs": {"num_classes": 0, **timm_arguments(frozen)},
-        "embed_dim": embed_dim(frozen.backbone()),
-        "pos_embed": config.backbone.pos_embed,
-        "input": {
-            "size": size,
-            "resize": f"shorter side to {round(size * 256 / 224)}, bicubic, antialiased; then the centre",
-            "range": "RGB in [0, 1], then (x - mean) / std",
-            "mean": list(crops.pixel_mean),
-            "std": list(crops.pixel_std),
-        },
-        "training": {
-            "data": data_path,
-            "num_images": meta["num_images"],
-            "step": meta["step"],
-            "total_steps": meta["total_steps"],
-            "epochs": config.train.epochs,
-            "config": config.model_dump(mode="json"),
-        },
-        "knn": knn,
-        "versions": {"dinoray": version, "torch": torch.__version__, "timm": timm.__version__},
     }
 
 

@@ -9,11 +9,13 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import types
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class Onnx(NamedTuple):
     sizes: list[tuple[int, int]]
     """Heights and widths that were tried, each at batch sizes of 1, 2 and 5; one if the size is fixed."""
     multiple_of: int | None
-    """What height and width must be multiples of; None when they are fixed."""
+    """Height and width must be multiples of this, and the graph refuses other sizes; None when they are fixed."""
 
 
 def export_onnx(frozen: Frozen) -> Onnx:
@@ -43,7 +45,7 @@ def export_onnx(frozen: Frozen) -> Onnx:
     _require("onnx", "onnxscript", "onnxruntime")
     backbone = frozen.backbone()
     crops = frozen.config.crops
-    patch = _patch_size(backbone)
+    patch = patch_size(backbone)
     sizes = _sizes(backbone, crops.crop_sizes, patch)
     graph = None
     if len(sizes) > 1:
@@ -56,6 +58,8 @@ def export_onnx(frozen: Frozen) -> Onnx:
             sizes = sizes[:1]
     if graph is None:
         graph = _graph(backbone, sizes[0], patch=patch, fixed=True)
+    elif patch > 1:
+        graph = _refusing_other_sizes(graph, patch)
     deviation = _deviation(graph, backbone, sizes)
     if not deviation <= TOLERANCE:
         raise DinorayError(
@@ -128,10 +132,10 @@ def _unless_native(resized: Tensor, grid: Tensor) -> Tensor:
     return torch.where(is_native, same, resized)
 
 
-def _patch_size(backbone: nn.Module) -> int:
-    """What height and width must be multiples of; 1 for networks without patches."""
+def patch_size(backbone: nn.Module) -> int:
+    """Return the number that height and width must be multiples of; 1 for networks without patches."""
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
-    return max(patch) if isinstance(patch, (tuple, list)) else int(patch)
+    return math.lcm(*patch) if isinstance(patch, (tuple, list)) else int(patch)
 
 
 def _sizes(backbone: nn.Module, crop_sizes: tuple[int, ...], patch: int) -> list[tuple[int, int]]:
@@ -186,6 +190,40 @@ def _graph(backbone: nn.Module, size: tuple[int, int], *, patch: int, fixed: boo
         raise DinorayError(
             f"{type(backbone).__name__} cannot be exported to ONNX: {reason}; export it with --format timm"
         ) from error
+
+
+def _refusing_other_sizes(graph: bytes, patch: int) -> bytes:
+    """Make the graph fail for heights and widths that are no multiples of `patch`, as PyTorch does.
+
+    A strided convolution drops the pixels beyond the last whole patch without an error. Here the remainders of
+    height and width index a list whose only element is 0, so any other remainder is out of bounds. The names of the
+    nodes appear in the runtime's error.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    rule = f"image_height_and_width_must_be_multiples_of_{patch}"
+    proto = onnx.load_from_string(graph)
+    for node in proto.graph.node:
+        for place, name in enumerate(node.input):
+            if name == "images":
+                node.input[place] = "checked_images"
+    values = {"patch": [patch], "zero": [0], "no_change": [0, 0]}
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(np.array(value, np.int64), f"{rule}/{name}") for name, value in values.items()
+    )
+    steps = [
+        helper.make_node("Shape", ["images"], [f"{rule}/sides"], start=2, end=4),
+        helper.make_node("Mod", [f"{rule}/sides", f"{rule}/patch"], [f"{rule}/remainders"]),
+        helper.make_node("Gather", [f"{rule}/zero", f"{rule}/remainders"], [f"{rule}/zeros"], name=rule),
+        helper.make_node("Concat", [f"{rule}/no_change", f"{rule}/zeros"], [f"{rule}/changes"], axis=0),
+        helper.make_node("Shape", ["images"], [f"{rule}/before"]),
+        helper.make_node("Add", [f"{rule}/before", f"{rule}/changes"], [f"{rule}/shape"]),
+        helper.make_node("Reshape", ["images", f"{rule}/shape"], ["checked_images"]),
+    ]
+    for step in reversed(steps):
+        proto.graph.node.insert(0, step)
+    return proto.SerializeToString()
 
 
 def _deviation(graph: bytes, backbone: nn.Module, sizes: list[tuple[int, int]]) -> float:

@@ -11,44 +11,34 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from exports import (
+    OWN_VIT,
+    TINY_SWIN,
+    TINY_VIT,
+    backbone,
+    checkpoint,
+    frozen_of,
+    run_directory,
+    run_elsewhere,
+    trained,
+)
 from published import Run, ViT, load_pretrained_weights
-from safetensors import safe_open
-from safetensors.torch import load as load_bytes
-from safetensors.torch import load_file
 from servers import S3Server
-from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
+from tiny import NUM_IMAGES, TINY_RESNET, tiny_config
 from torch import Tensor
 
 from jobs.export import main
 from models.interop import load, parse, read_weights
 from models.settings import ConfigError, DinorayError
 from pipeline import onnx_export
-from pipeline.checkpoint import (
-    SNAPSHOT,
-    Frozen,
-    checkpoint_name,
-    read_frozen,
-    read_meta,
-    save_checkpoint,
-)
-from pipeline.export import (
-    export_official,
-    export_state_dict,
-    export_timm,
-    knn_scores,
-    model_card,
-    official_args,
-    timm_arguments,
-)
+from pipeline.export import export_official, export_state_dict, official_args
 from pipeline.onnx_export import export_onnx, resize_matrix
 from pipeline.storage import Directory
-from pipeline.training import DINOConfig, TrainState, build_state, train_step
+from pipeline.timm_export import timm_arguments
+from pipeline.training import DINOConfig, build_state
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED_HEAD = {"head": {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}}
-TINY_VIT: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-OWN_VIT: dict[str, Any] = {"patch_size": 4, **TINY_VIT}
-TINY_SWIN: dict[str, Any] = {"window_size": 2, "depths": [1, 1, 1, 1], "embed_dim": 12}
 PARSER = """arch patch_size out_dim norm_last_layer momentum_teacher use_bn_in_head warmup_teacher_temp teacher_temp
     warmup_teacher_temp_epochs use_fp16 weight_decay weight_decay_end clip_grad batch_size_per_gpu epochs
     freeze_last_layer lr warmup_epochs min_lr optimizer drop_path_rate global_crops_scale local_crops_number
@@ -56,119 +46,7 @@ PARSER = """arch patch_size out_dim norm_last_layer momentum_teacher use_bn_in_h
 """What main_dino.py's parser calls its settings."""
 
 
-def backbone(
-    name: str, *, size: int = 32, local_size: int = 16, pos_embed: str = "timm", **kwargs: Any
-) -> DINOConfig:
-    """The tiny config with another backbone; replaces the tiny ViT's arguments."""
-    config = tiny_config(crops={"global_crop_size": size, "local_crop_size": local_size})
-    tree = config.model_dump()
-    tree["backbone"] |= {"name": name, "kwargs": kwargs, "pos_embed": pos_embed}
-    return DINOConfig.model_validate(tree)
-
-
-def frozen_of(config: DINOConfig) -> Frozen:
-    """A backbone of noise, position embeddings and batch statistics too, so that nothing is without effect."""
-    torch.manual_seed(0)
-    model = build_state(config, num_images=NUM_IMAGES).dino.teacher.backbone
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *(b for b in model.buffers() if b.ndim)):
-            if tensor.is_floating_point():
-                tensor.add_(torch.rand_like(tensor) * 0.1)
-    return Frozen(config, {k: v.clone() for k, v in model.state_dict().items()})
-
-
-def trained(config: DINOConfig, steps: int = 3) -> TrainState:
-    state = build_state(config, num_images=NUM_IMAGES)
-    for seed in range(steps):
-        train_step(state, tiny_batch(config, seed=seed))
-    return state
-
-
-def checkpoint(state: TrainState, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(state, folder, num_images=NUM_IMAGES, bad_images={})
-    return folder
-
-
-def run_directory(at: Path, state: TrainState, data_path: str = "/images") -> Path:
-    """A run as training leaves it: config, metrics, one committed checkpoint."""
-    name = checkpoint_name(state.step)
-    checkpoint(state, at / "checkpoints" / name)
-    (at / "checkpoints" / SNAPSHOT).write_text(
-        json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name}]})
-    )
-    config = {
-        "recipe": "demo",
-        "name": "run",
-        "data": {"path": data_path},
-        **state.config.model_dump(mode="json"),
-    }
-    (at / "config.yaml").write_text(json.dumps(config))
-    records = [
-        {"step": 0, "knn_10": 0.25, "knn_20": 0.3, "majority": 0.1},
-        {"step": 1, "loss": 3.0},
-        {"step": 2, "loss": 2.5},
-        {"step": 2, "knn_10": 0.5, "knn_20": 0.6, "majority": 0.1},
-        {"step": 9, "knn_10": 0.9, "knn_20": 0.9, "majority": 0.1},
-    ]
-    (at / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 3, "kn')
-    return at
-
-
-def of_timm(path: Path, config: DINOConfig, arguments: dict[str, Any]) -> Any:
-    return timm.create_model(
-        config.backbone.name, checkpoint_path=str(path), num_classes=0, **arguments
-    ).eval()
-
-
-# timm
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        tiny_config(),
-        backbone("resnet10t", **TINY_RESNET["kwargs"]),
-        backbone("vit_small_patch14_dinov2", size=56, local_size=28, **TINY_VIT),
-        backbone("vit_small_patch14_reg4_dinov2.lvd142m", size=56, local_size=28, **TINY_VIT),
-        backbone("vit_small_patch16_dinov3", size=64, local_size=32, global_pool="token", **TINY_VIT),
-        backbone("convnext_atto", size=64, local_size=32, depths=[1, 1, 1, 1], dims=[8, 8, 8, 8]),
-        backbone("swin_tiny_patch4_window7_224", size=64, local_size=64, **TINY_SWIN),
-        backbone("vit_tiny_patch16_224", size=16, local_size=8, pos_embed="official", img_size=32, **OWN_VIT),
-    ],
-    ids=lambda config: f"{config.backbone.name} {config.backbone.pos_embed}",
-)  # fmt: skip
-def test_timm_loads_what_is_exported_and_computes_the_same(config: DINOConfig, tmp_path: Path) -> None:
-    frozen = frozen_of(config)
-    (tmp_path / "model.safetensors").write_bytes(export_timm(frozen))
-    model = of_timm(tmp_path / "model.safetensors", config, timm_arguments(frozen))
-    size = config.crops.global_crop_size if config.backbone.pos_embed == "timm" else 32
-    x = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        assert torch.equal(model(x), frozen.backbone()(x))
-
-
-def test_weights_that_timm_would_use_otherwise_are_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen = frozen_of(tiny_config())
-    other = frozen_of(tiny_config(backbone={"kwargs": {**tiny_config().backbone.kwargs, "num_heads": 4}}))
-    monkeypatch.setattr(Frozen, "backbone", lambda self: other.config and _built(other))
-    with pytest.raises(DinorayError, match="computes other features from these weights"):
-        export_timm(frozen)
-
-
-def _built(frozen: Frozen) -> Any:
-    model = timm.create_model(frozen.config.backbone.name, num_classes=0, **timm_arguments(frozen))
-    model.load_state_dict(frozen.weights)
-    return model.eval()
-
-
-@pytest.mark.parametrize("pos_embed", ["timm", "official"])
-def test_exported_files_say_how_position_embeddings_are_resized(pos_embed: str, tmp_path: Path) -> None:
-    frozen = frozen_of(tiny_config(backbone={"pos_embed": pos_embed}))
-    (tmp_path / "x.safetensors").write_bytes(export_timm(frozen))
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "pos_embed": pos_embed}
-    assert read_weights(export_state_dict(frozen), "x.pth").official is (pos_embed == "official")
+# torch
 
 
 def test_a_state_dict_loads_with_weights_alone_and_strictly(tmp_path: Path) -> None:
@@ -359,6 +237,38 @@ def test_other_backbones_onnx_files_take_at_least_any_batch(
         assert float((onnx_features(onnx.data, x) - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        backbone("vit_tiny_patch16_224", size=96, local_size=48, **TINY_VIT),
+        backbone("vit_small_patch16_dinov3", size=96, local_size=48, global_pool="token", **TINY_VIT),
+    ],
+    ids=["vit", "dinov3"],
+)
+def test_an_onnx_file_refuses_sizes_that_torch_refuses(config: DINOConfig) -> None:
+    frozen = frozen_of(config)
+    data = export_onnx(frozen).data
+    for height, width in ((97, 97), (97, 96), (96, 111), (15, 96)):
+        x = torch.randn(2, 3, height, width)
+        with pytest.raises(AssertionError), torch.no_grad():
+            frozen.backbone()(x)
+        with pytest.raises(Exception, match="image_height_and_width_must_be_multiples_of_16"):
+            onnx_features(data, x)
+    for height, width in ((96, 96), (112, 96), (16, 112)):
+        x = torch.randn(2, 3, height, width)
+        with torch.no_grad():
+            torch.testing.assert_close(onnx_features(data, x), frozen.backbone()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolutional_onnx_file_takes_odd_sizes_as_torch_does() -> None:
+    frozen = frozen_of(backbone("resnet10t", **TINY_RESNET["kwargs"]))
+    data = export_onnx(frozen).data
+    for height, width in ((97, 97), (33, 64)):
+        x = torch.randn(2, 3, height, width)
+        with torch.no_grad():
+            torch.testing.assert_close(onnx_features(data, x), frozen.backbone()(x), rtol=1e-4, atol=1e-4)
+
+
 def test_an_onnx_file_that_computes_something_else_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Any, **kwargs: Any) -> Tensor:
         return resize_matrix(*args, **kwargs) * 1.01
@@ -376,58 +286,40 @@ def test_packages_that_onnx_needs_are_named_with_the_command_that_brings_them(
         export_onnx(frozen_of(tiny_config()))
 
 
-# The card
-
-
-def test_scores_are_the_last_at_or_before_the_step(tmp_path: Path) -> None:
-    run = Directory(str(run_directory(tmp_path, trained(tiny_config(), 1))))
-    assert knn_scores(run, 3) == {"step": 2, "knn_10": 0.5, "knn_20": 0.6, "majority": 0.1}
-    assert knn_scores(run, 1) == {"step": 0, "knn_10": 0.25, "knn_20": 0.3, "majority": 0.1}
-    assert knn_scores(Directory(str(tmp_path / "nothing")), 3) is None
-
-
-def test_the_card_rebuilds_the_model(tmp_path: Path) -> None:
-    folder = checkpoint(trained(tiny_config()), tmp_path)
-    frozen, meta = read_frozen(folder), read_meta(folder)
-    card = model_card(frozen, meta, which="teacher", version="1.2", data_path=None, knn=None)
-    card = json.loads(json.dumps(card))
-    model = timm.create_model(card["model"], **card["create_model_kwargs"]).eval()
-    model.load_state_dict(frozen.weights)
-    x = torch.randn(2, 3, card["input"]["size"], card["input"]["size"])
-    with torch.no_grad():
-        assert torch.equal(model(x), frozen.backbone()(x))
-        assert model(x).shape[1] == card["embed_dim"]
-    assert DINOConfig.model_validate(card["training"]["config"]) == frozen.config
-    assert (card["training"]["step"], card["training"]["total_steps"]) == (3, 20)
-    assert card["input"]["mean"] == list(frozen.config.crops.pixel_mean)
-
-
 # The job
 
 
-def test_the_job_writes_files_and_a_card_and_says_how_they_load(
+def test_the_job_writes_folders_and_prints_how_they_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_directory(tmp_path / "run", state := trained(tiny_config()), data_path=str(tmp_path))
+    run = run_directory(tmp_path / "a run", state := trained(tiny_config()), data_path=str(tmp_path))
     main([str(run), "--format", "timm", "--format", "state_dict", "--format", "official"])
     export, name = run / "export", "teacher_step_00000003"
-    assert {path.name for path in export.iterdir()} == {
-        f"{name}.safetensors", f"{name}.pth", f"{name}.json", "official_step_00000003.pth"
+    assert {path.relative_to(export).as_posix() for path in export.rglob("*") if path.is_file()} == {
+        f"{name}_timm/config.json", f"{name}_timm/model.safetensors", f"{name}_timm/README.md",
+        f"{name}_state_dict/model.pth", f"{name}_state_dict/README.md",
+        "official_step_00000003/checkpoint.pth", "official_step_00000003/README.md", f"{name}.json",
     }  # fmt: skip
     card = json.loads((export / f"{name}.json").read_text())
-    assert card["knn"] == {"step": 2, "knn_10": 0.5, "knn_20": 0.6, "majority": 0.1}
+    assert card["scores"]["during_training"] == {"step": 2, "knn_10": 0.5, "knn_20": 0.6, "majority": 0.1}
     assert (card["network"], card["training"]["data"]) == ("teacher", str(tmp_path))
     assert card["files"].keys() == {"timm", "state_dict", "official"}
-    printed = capsys.readouterr().out
-    for file in card["files"].values():
-        assert str(export / file["file"]) in printed
-        assert file["load"].replace(file["file"], str(export / file["file"])) in printed
-    # The line that is printed does what it says.
-    (line,) = (line for line in printed.splitlines() if line.strip().startswith("timm.create_model("))
-    model = eval(line.strip(), {"timm": timm}).eval()
+    assert all((export / file["file"]).is_file() for file in card["files"].values())
+    # The lines that are printed load the exports, in a process that knows nothing of us.
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    (load_timm,) = (line for line in lines if line.startswith("timm.create_model("))
+    (load_state,) = (line for line in lines if line.startswith("model = timm.create_model("))
     x = torch.randn(2, 3, 16, 16)
+    torch.save(x, tmp_path / "x.pt")
+    code = f"import timm, torch\nother = {load_timm}\n{load_state}\nx = torch.load('x.pt')\n"
+    run_elsewhere(
+        code + "torch.save([m.eval()(x).detach() for m in (other, model)], 'features.pt')", tmp_path
+    )
     with torch.no_grad():
-        assert torch.equal(model(x), state.dino.teacher.eval().backbone(x))
+        expected = state.dino.teacher.eval().backbone(x)
+    for features in torch.load(tmp_path / "features.pt"):
+        assert torch.equal(features, expected)
+    assert "licence: unknown; choose one with --license, e.g. --license apache-2.0" in lines
 
 
 def test_a_second_export_adds_to_the_card(tmp_path: Path) -> None:
@@ -441,20 +333,23 @@ def test_a_second_export_adds_to_the_card(tmp_path: Path) -> None:
 def test_the_student_and_a_lone_checkpoint_can_be_exported(tmp_path: Path) -> None:
     folder = checkpoint(state := trained(tiny_config()), tmp_path / "lone")
     main([str(folder), "--which", "student", "--out", str(tmp_path / "out"), "--format", "state_dict"])
-    weights = torch.load(tmp_path / "out" / "student_step_00000003.pth", weights_only=True)
+    weights = torch.load(
+        tmp_path / "out" / "student_step_00000003_state_dict" / "model.pth", weights_only=True
+    )
     for k, v in state.dino.student.backbone.state_dict().items():
         assert torch.equal(v, weights[k])
     card = json.loads((tmp_path / "out" / "student_step_00000003.json").read_text())
-    assert (card["knn"], card["training"]["data"], card["network"]) == (None, None, "student")
+    assert (card["scores"], card["training"]["data"], card["network"]) == ({}, None, "student")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{lone}"], "is a checkpoint without its run; say with --out"),
+        (["{lone}"], "is a checkpoint outside a run directory; pass --out FOLDER"),
         (["{lone}", "--out", "{out}", "--step", "2"], "--step 2, but .* is of step 3"),
         (["{lone}", "--format", "tflite"], "invalid choice: 'tflite'"),
         (["{lone}/nowhere"], "has no committed checkpoint"),
+        (["{lone}", "--out", "{out}", "--license", "my own"], "--license 'my own' is no identifier"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(
@@ -474,30 +369,34 @@ def test_the_job_runs_as_a_process_and_is_quiet(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 4
     card = json.loads((run / "export" / "teacher_step_00000003.json").read_text())
     assert card["files"]["onnx"]["max_deviation"] < 1e-4
     assert [8, 8] in card["files"]["onnx"]["checked_sizes"]
 
 
 @pytest.mark.s3
-def test_the_job_reads_and_writes_s3(s3: S3Server, bucket: str, tmp_path: Path) -> None:
+def test_the_job_reads_and_writes_s3(
+    s3: S3Server, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = run_directory(tmp_path / "run", trained(tiny_config()))
     remote = Directory(f"s3://{bucket}/runs/one")
     for path in run.rglob("*"):
         if path.is_file():
             remote.write(path.relative_to(run).as_posix(), path.read_bytes())
+    capsys.readouterr()
     main([remote.uri])
+    printed = capsys.readouterr().out
     main([str(run)])
     name = "teacher_step_00000003"
+    for file in ("README.md", "config.json", "model.safetensors"):
+        assert (
+            remote.read(f"export/{name}_timm/{file}") == (run / "export" / f"{name}_timm" / file).read_bytes()
+        )
     assert remote.read(f"export/{name}.json") == (run / "export" / f"{name}.json").read_bytes()
-    theirs, ours = (
-        load_bytes(remote.read(f"export/{name}.safetensors")),
-        load_file(run / "export" / f"{name}.safetensors"),
-    )
-    assert theirs.keys() == ours.keys()
-    for k, v in ours.items():
-        assert torch.equal(theirs[k], v)
+    address = f"{remote.uri}/export/{name}_timm"
+    assert f"    aws s3 cp --recursive {address} {name}_timm\n" in printed
+    assert f'    timm.create_model("local-dir:{name}_timm", pretrained=True)\n' in printed
 
 
 def test_published_weights_pass_through_a_run_of_ours_unchanged(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Python code that loads an exported network and embeds one image, for each format of export.
+
+The code needs nothing of dinoray. Its preprocessing is that of evaluations: upright, shorter side resized, centre crop.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+FILES = {
+    "timm": "model.safetensors",
+    "state_dict": "model.pth",
+    "onnx": "model.onnx",
+    "official": "checkpoint.pth",
+}
+"""Format -> name of the file with the weights in the folder of the export."""
+
+_OPEN = """\
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+"""
+_TIMM = """\
+import timm
+import torch
+from PIL import Image, ImageOps
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+{open}with torch.inference_mode():
+    features = model(transform(image)[None])  # float32 [1, {embed_dim}]
+"""
+_TORCH = """\
+import timm
+import torch
+from PIL import Image, ImageOps
+from torchvision import transforms
+
+{weights}
+model = {create_model}
+model.load_state_dict(weights)
+model.eval()
+transform = transforms.Compose(
+    [
+        transforms.Resize({shorter_side}, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop({size}),
+        transforms.ToTensor(),
+        transforms.Normalize({mean}, {std}),
+    ]
+)
+
+{open}with torch.inference_mode():
+    features = model(transform(image)[None])  # float32 [1, {embed_dim}]
+"""
+_STATE_DICT_WEIGHTS = """\
+weights = torch.load("model.pth", map_location="cpu", weights_only=True)"""
+_OFFICIAL_WEIGHTS = """\
+checkpoint = torch.load("checkpoint.pth", map_location="cpu", weights_only=True)
+weights = {
+    name.split("backbone.", 1)[1]: value
+    for name, value in checkpoint["NETWORK"].items()
+    if "backbone." in name
+}"""
+_ONNX = """\
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+
+{open}width, height = image.size
+short, size = {shorter_side}, {size}
+width, height = (short, short * height // width) if width <= height else (short * width // height, short)
+left, top = round((width - size) / 2), round((height - size) / 2)
+image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+mean, std = np.array({mean}, np.float32), np.array({std}, np.float32)
+images = ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
+(features,) = session.run(["features"], {{"images": images}})  # float32 [1, {embed_dim}]
+"""
+
+
+def loading_code(card: Mapping[str, Any], form: str) -> str:
+    """Return code that embeds `photo.jpg`; it runs in the folder of the export. `card` is a `model_card`."""
+    values = {
+        **{key: card["input"][key] for key in ("size", "shorter_side", "mean", "std")},
+        "embed_dim": card["embed_dim"],
+        "create_model": create_model(card),
+        "open": _OPEN,
+        "weights": _STATE_DICT_WEIGHTS,
+    }
+    if form == "official":
+        values["weights"] = _OFFICIAL_WEIGHTS.replace("NETWORK", card["network"])
+    return {"timm": _TIMM, "onnx": _ONNX}.get(form, _TORCH).format(**values)
+
+
+def create_model(card: Mapping[str, Any]) -> str:
+    """Return the call of timm that builds the network without weights."""
+    arguments = [quoted(card["model"]), *(f"{k}={v!r}" for k, v in card["create_model_kwargs"].items())]
+    return f"timm.create_model({', '.join(arguments)})"
+
+
+def quoted(text: str) -> str:
+    """Return a Python string literal in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
