@@ -5,7 +5,6 @@ machine; with that of a dashboard (http://...) it sends itself to the cluster as
 """
 
 import json
-import logging
 import os
 import shlex
 import socket
@@ -18,7 +17,7 @@ from typing import Any
 
 import ray
 import requests
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError
 
 from jobs.arguments import CommandLine
 from jobs.checks import (
@@ -34,7 +33,7 @@ from jobs.checks import (
 )
 from jobs.cluster import attempts_at, connect, dashboard_address, finish, submit
 from jobs.config import Config, load_config
-from jobs.entry import run_main, wants_token
+from jobs.entry import not_started, run_main, wants_token
 from jobs.node_checks import (
     check_dashboard,
     check_fit,
@@ -44,6 +43,7 @@ from jobs.node_checks import (
     living_nodes,
     look_at_nodes,
 )
+from jobs.quiet import quiet_ray
 from jobs.upload import pack, read_runtime_env
 from models.settings import ConfigError, DinorayError, ResourceError, one_line, without_keys
 from pipeline.storage import is_reached_by_all
@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
         "--address", default=None, help="http://HOST:PORT of a dashboard, or HOST:PORT of a head"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_argument("--recipe", default=None, help="the recipe of the run (default: demo)")
     parser.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=s3://BUCKET/images")
@@ -89,7 +90,7 @@ def _findings(address: str | None, config: Config, arguments: Namespace) -> Iter
         yield check_data(config.data)
         yield _check_storage(config, is_local=not address)
         yield from check_clock(config.data.path)
-        dashboard = _start_or_join(address)
+        dashboard = _start_or_join(address, verbose=arguments.verbose)
         try:
             yield from _look_around(config, dashboard, is_local=not address)
         finally:
@@ -108,9 +109,9 @@ def _check_storage(config: Config, *, is_local: bool) -> Finding:
     return check_storage(path)
 
 
-def _start_or_join(address: str | None) -> str:
+def _start_or_join(address: str | None, *, verbose: bool) -> str:
     """Start a local Ray, or join that at `address`; return where its dashboard is, if it has one."""
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    options = quiet_ray(verbose=verbose)
     try:
         if address is None:
             return str(ray.init(address="local", include_dashboard=False, **options).dashboard_url or "")
@@ -120,10 +121,11 @@ def _start_or_join(address: str | None) -> str:
         return str(ray.init(address=address, **options).dashboard_url or "")
     except AuthenticationError as error:
         raise wants_token(address or "the local Ray", error) from error
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        what = f"there is no Ray at {address}" if address else "a local Ray does not start"
+    except Exception as error:  # one of them is a bare Exception
+        if address is None:
+            raise not_started(error) from error
         raise ResourceError(
-            f"{what}: {one_line(error)}; check the address, and that the head is up"
+            f"there is no Ray at {address}: {one_line(error)}; check the address, and that the head is up"
         ) from error
 
 

@@ -1,19 +1,18 @@
 """How every job starts and ends: errors become one line and an exit code, Ray starts or is joined."""
 
-import logging
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from math import ceil
-from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError
 
+from jobs.lost_ray import LostRayError, answers, end_at_once, error_to_print, print_error, watch_ray
+from jobs.quiet import quiet_ray
 from models.settings import ResourceError, one_line
-from pipeline.board import known_error
 from pipeline.resources import ResourcesConfig
 
 
@@ -33,11 +32,12 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_cut_off():
             sys.exit(1)
-        known = known_error(error)
+        known = error_to_print(error)
         if known is None:
             raise
-        for line in str(known).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        if isinstance(known, LostRayError):
+            end_at_once(known)
+        print_error(known)
         sys.exit(known.exit_code)
 
 
@@ -92,31 +92,62 @@ def is_local() -> bool:
 
 def join_ray(local_cpus: int, *, verbose: bool, dashboard: bool = False) -> bool:
     """Join the cluster of a submitted job, else start a Ray of `local_cpus` logical CPUs, or the machine's if those
-    are more; whether it is local."""
-    level = logging.INFO if verbose else logging.ERROR
-    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": level}
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(level)
+    are more; whether it is local. LostRayError ends a job whose Ray is lost after this."""
+    options = quiet_ray(verbose=verbose)
     local = is_local()
     if local:
         options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, local_cpus)}
         options |= {"include_dashboard": dashboard}
+    else:
+        _check_address(os.environ["RAY_ADDRESS"])
     try:
         ray.init(**options)
+        watch_ray(local=local)
     except AuthenticationError as error:
         raise wants_token(os.environ.get("RAY_ADDRESS", "the local Ray"), error) from error
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        what, remedy = "a local Ray does not start", "look at its logs in /tmp/ray"
+    except Exception as error:  # one of them is a bare Exception
         if not local:
-            what = f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined"
-            remedy = "unset it to start a local Ray, or go through jobs.submit"
-        raise ResourceError(f"{what}: {one_line(error)}; {remedy}") from error
+            raise _not_joined(os.environ["RAY_ADDRESS"], one_line(error)) from error
+        raise not_started(error) from error
     except SystemExit as stop:
         if stop.code != signal.SIGTERM:  # Ray's own way out upon it, until ours is back
             raise
         raise KeyboardInterrupt from stop
     _heed_sigterm()
     return local
+
+
+def _check_address(address: str) -> None:
+    """ResourceError where no head answers at `address`: Ray itself would try for minutes."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        raise _not_joined(address, "it is not the HOST:PORT of a Ray head")
+    if not answers(host, int(port), timeout_seconds=10):
+        raise _not_joined(address, "nothing answers there")
+
+
+def _not_joined(address: str, why: str) -> ResourceError:
+    return ResourceError(
+        f"RAY_ADDRESS={address} cannot be joined: {why}; start a head there, unset RAY_ADDRESS to start a local Ray, "
+        "or submit the job with jobs.submit"
+    )
+
+
+def not_started(error: Exception) -> ResourceError:
+    """A local Ray that does not start, and what helps."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    text = one_line(error)
+    if "AF_UNIX path length" in text:
+        remedy = f"{folder} is too long a path for its sockets: set a shorter one, e.g. RAY_TMPDIR=/tmp"
+    elif isinstance(error, OSError):
+        remedy = f"free space in {folder}, or set RAY_TMPDIR to another folder"
+    elif "timed out" in text:
+        remedy = "wait until this machine is less busy, then run the same command again"
+    else:
+        remedy = f"see its logs in {folder}/ray/session_latest/logs"
+    return ResourceError(f"a local Ray does not start: {text}; {remedy}")
 
 
 def wants_token(address: str, error: AuthenticationError) -> ResourceError:

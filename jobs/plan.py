@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     if config.data.path != BUCKET:
         draw_demo(config, progress)
-    measured = measure(config, progress.print)
+    measured = measure(config, progress.print, verbose=arguments.verbose)
     run, cores = run_of(config, measured), os.cpu_count() or 1
     if measured.on_gpus:
         found = forecast(run, measured.figures, config.plan)

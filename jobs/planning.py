@@ -61,6 +61,7 @@ class PlanArguments(Arguments):
         super().__init__("python -m jobs.plan", "Say what a pretraining run will take.", resumes=False)
         self.add_argument("--out", type=Path, metavar="FILE", help="write cluster.yaml, filled in, here")
         self.add_argument("--json", action="store_true", help="print the plan as JSON")
+        self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
 
 class Measured(NamedTuple):
@@ -100,7 +101,7 @@ def trains_on_gpus(config: PlanConfig) -> bool:
     return config.plan.images_per_second_per_gpu is not None or torch.cuda.is_available() or not is_local()
 
 
-def measure(config: PlanConfig, say: Say) -> Measured:
+def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
     """The figures of a plan; `say` tells what is being measured. ResourceError where that takes a GPU."""
     plan, on_gpus = config.plan, trains_on_gpus(config)
     trained_on = plan.images_per_second_per_gpu
@@ -117,7 +118,7 @@ def measure(config: PlanConfig, say: Say) -> Measured:
         known["images_per_request"], sources["images_per_request"] = 1.0, "as for objects"
     joined = not is_local() and (known["images_per_second_per_cpu"] is None or trained_on is None)
     if joined:
-        join_ray(1, verbose=False)
+        join_ray(1, verbose=verbose)
     try:
         if missing:
             try:

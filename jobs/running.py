@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from jobs.config import Config
 from jobs.keys import flatten
+from jobs.lost_ray import LostRayError, error_to_print
 from models.backbone import build_backbone
 from models.interop import Weights
 from pipeline.automatic import adapt, resolve
 from pipeline.board import Board, Event, fatal_error
-from pipeline.checkpoint import committed_checkpoints
+from pipeline.checkpoint import committed_checkpoints, committed_steps
 from pipeline.class_names import Mismatch, class_mismatch
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
@@ -149,10 +150,20 @@ def _reported(run: Directory) -> Iterator[None]:
     """A run that is stopped or that an error ends has its page as well: how far it came, what it could not use."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(Exception):  # the one that ended it is the one to tell of
             write_report(run)
+        lost = error_to_print(error) if isinstance(error, Exception) else None
+        if isinstance(lost, LostRayError):
+            raise lost.with_remedy(_how_to_resume(run)) from error
         raise
+
+
+def _how_to_resume(run: Directory) -> str:
+    steps = []
+    with contextlib.suppress(Exception):  # storage may be gone too
+        steps = committed_steps(run)
+    return f"the same command continues from step {steps[-1] if steps else 0}"
 
 
 def run_training(

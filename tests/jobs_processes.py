@@ -6,6 +6,7 @@ Each process gets a private Ray temp dir; whatever is left of that Ray at the en
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,23 @@ TINY = [
 """Overrides that make a run a matter of seconds and still use every part of it."""
 
 
+_FOREIGN = re.compile(
+    r"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\]"  # Ray's C++ core
+    r"|\d{4}-\d\d-\d\d [\d:,]+\s+(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b"  # Python's loggers
+    r"|\((raylet|autoscaler|.*\bpid=\d+)[^)]*\)"  # other processes of Ray
+    r"|\S+:\d+: \w*Warning: "  # Python's warnings
+    r"|Traceback \(most recent call last\)"
+    r"|Running Dataset|.*ActorPoolMapOperator|.*TaskPoolMapOperator|.*Tip: "  # progress and advice
+)
+"""How lines begin that a job prints only with --verbose; colours are left out."""
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+def foreign_lines(output: str) -> list[str]:
+    """The lines of a job's output that are none of ours."""
+    return [line for line in output.splitlines() if _FOREIGN.match(_COLOUR.sub("", line).lstrip("\r "))]
+
+
 class Job:
     """A running job: its process and what it has printed so far (stdout and stderr together)."""
 
@@ -55,9 +73,14 @@ class Job:
             self.output += line
 
     def wait(self, timeout_seconds: float = 240) -> int:
-        """The exit code; the output is complete then."""
+        """The exit code; the output is complete then, and all of it is ours unless the job is `--verbose`.
+
+        A job that ends with 1 may show the traceback of a bug.
+        """
         code = self.process.wait(timeout_seconds)
         self._reader.join(10)
+        if code != 1 and "--verbose" not in self.process.args:  # type: ignore[operator]
+            assert foreign_lines(self.output) == [], self.output
         return code
 
     def wait_until(self, condition: Callable[[], Any], timeout_seconds: float = 180) -> Any:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from jobs_processes import ROOT, start_job
+from servers import free_ports
 
 from jobs.entry import run_main, start_ray
+from models.settings import ResourceError
 from pipeline.resources import ResourcesConfig
 
 JOB = """
@@ -92,4 +94,52 @@ def test_sigterm_while_ray_starts_is_not_lost_in_rays_own_way_out(monkeypatch: p
 
     monkeypatch.setattr("ray.init", init)
     with pytest.raises(KeyboardInterrupt):
+        start_ray(ResourcesConfig(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("folder", "rule"),
+    [
+        ("/tmp/" + "x" * 100, "is too long a path for its sockets: set a shorter one, e.g. RAY_TMPDIR=/tmp"),
+        (__file__, "or set RAY_TMPDIR to another folder"),
+    ],
+)
+def test_a_folder_that_ray_cannot_use_is_named(
+    folder: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    with pytest.raises(ResourceError) as raised:
+        start_ray(ResourcesConfig(), verbose=False)
+    assert str(raised.value).startswith("a local Ray does not start: ")
+    assert str(raised.value).endswith(rule)
+    assert folder in str(raised.value)
+
+
+def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ResourceError) as raised:
+        start_ray(ResourcesConfig(), verbose=False)
+    assert str(raised.value).endswith("wait until this machine is less busy, then run the same command again")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("127.0.0.1:{port}", "nothing answers there"),
+        ("ray://127.0.0.1:10001", "it is not the HOST:PORT of a Ray head"),
+        ("nowhere", "it is not the HOST:PORT of a Ray head"),
+    ],
+)
+def test_an_address_without_a_head_is_refused_at_once(
+    address: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = address.format(port=free_ports(1)[0])
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ResourceError, match=f"^RAY_ADDRESS={address} cannot be joined: {why}; start a head"):
         start_ray(ResourcesConfig(), verbose=False)

@@ -1,0 +1,158 @@
+"""A Ray that is lost while a job uses it: one line, exit code 4, and the same command goes on."""
+
+import contextlib
+import re
+from pathlib import Path
+
+import psutil
+import pytest
+from jobs_processes import TINY, Job, run_job, start_job
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RaySystemError, RayTaskError
+from ray.train import ControllerError, WorkerGroupError
+from tiny_run import write_images
+
+from jobs.lost_ray import LostRayError, error_to_print
+from models.settings import ConfigError
+from pipeline.checkpoint import committed_steps
+from pipeline.demo_images import PATTERNS
+from pipeline.storage import Directory
+
+STEPS = 30
+
+
+def task_error(cause: Exception) -> RayTaskError:
+    """As it comes from a task that raised `cause`."""
+    return RayTaskError("f", "Traceback: ...", cause)
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (ActorDiedError(), "ActorDiedError: The actor died unexpectedly"),
+        (NodeDiedError("node 3 is gone"), "NodeDiedError: node 3 is gone"),
+        (task_error(NodeDiedError("node 3 is gone")), "NodeDiedError: node 3 is gone"),
+        (
+            WorkerGroupError("", {0: RuntimeError("connection reset"), 1: NodeDiedError("gone")}),
+            "NodeDiedError: gone",
+        ),
+        (ControllerError(NodeDiedError("gone")), "NodeDiedError: gone"),
+        (OutOfMemoryError("a worker was killed"), "killed; set fewer resources.augment_actors, or give"),
+    ],
+)
+def test_a_lost_part_of_ray_is_one_line_with_a_remedy(error: Exception, what: str) -> None:
+    found = error_to_print(error)
+    assert isinstance(found, LostRayError)
+    assert found.exit_code == 4
+    assert what in str(found)
+    assert str(found).endswith("; run the same command again")
+    assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a bug"),
+        ConnectionError("of something else"),
+        task_error(KeyError("a bug")),
+        WorkerGroupError("", {0: RuntimeError("a bug"), 1: RuntimeError("a bug")}),
+        ActorDiedError(task_error(KeyError("a bug in a constructor"))),
+        RaySystemError(ImportError("no module named x"), traceback_str="Traceback: ..."),
+    ],
+)
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    assert error_to_print(error) is None
+
+
+def test_an_error_of_ours_comes_before_the_loss_that_it_led_to() -> None:
+    error = NodeDiedError("gone")
+    error.__cause__ = ConfigError("train.seed: is wrong")
+    found = error_to_print(error)
+    assert str(found) == "train.seed: is wrong"
+
+
+WAITING = """
+import time
+import ray
+from jobs.entry import run_main, start_ray
+from pipeline.resources import ResourcesConfig
+
+def main(argv):
+    start_ray(ResourcesConfig(), verbose=False)
+    try:
+        print("ready")
+        while True:
+            {wait}
+    finally:
+        ray.shutdown()
+
+run_main(main)
+"""
+
+
+def part_of_ray(job: Job, name: str) -> psutil.Process:
+    """The process of the job's Ray that has this name as its title or program."""
+    for process in job.ray_processes():
+        with contextlib.suppress(psutil.Error):
+            if name in process.cmdline()[0]:
+                return process
+    raise AssertionError(f"no {name} runs")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "wait", "name"),
+    [
+        ("raylet", "time.sleep(1)", "raylet"),
+        # This call does not come back: Ray's core ends the process after a minute.
+        ("gcs_server", "ray.nodes()", "head"),
+    ],
+)
+def test_a_job_whose_ray_is_lost_ends_with_one_line(part: str, wait: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "waits.py").write_text(WAITING.replace("{wait}", wait))
+    with start_job("waits", cwd=tmp_path) as job:
+        job.wait_until(lambda: "ready" in job.output)
+        part_of_ray(job, part).kill()
+        assert job.wait() == 4, job.output
+        ready, error = job.output.splitlines()
+    assert ready == "ready"
+    assert re.fullmatch(
+        rf"error: the local Ray is lost: its {name} at [\d.]+:\d+ has not answered for 5 s; "
+        "run the same command again",
+        error,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_that_loses_its_controller_or_its_head_is_continued_by_the_same_command(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", "train", labels=tuple(PATTERNS)[:3], per_label=8)
+    arguments = [
+        *TINY,
+        "name=lost",
+        f"data.path={images}",
+        f"eval.val_path={images}",
+        f"storage_path={tmp_path}",
+        f"train.epochs={STEPS * 8 / 24}",
+        "resources.train_workers=1",
+        "optim.warmup_epochs=0",
+        "head.use_bn=false",
+        "checkpoint.every_steps=4",
+        "eval.every_steps=2",  # gives time: else a quick machine is done before a kill comes
+    ]
+    run = Directory(str(tmp_path / "lost"))
+    lost = 0
+    for part, why in (("TrainController", "lost its actor TrainController"), ("gcs_server", "its head at")):
+        with start_job("jobs.pretrain", *arguments) as job:
+            job.wait_until(lambda: committed_steps(run)[-1:] > [lost])  # noqa: B023
+            part_of_ray(job, part).kill()
+            assert job.wait() == 4, job.output
+        error = job.output.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert why in error
+        lost = committed_steps(run)[-1]
+        assert error.endswith(f"; the same command continues from step {lost}")
+        assert "Traceback" not in job.output
+        assert lost < STEPS, "killed too late to prove anything"
+    output = run_job("jobs.pretrain", *arguments)
+    assert f"resuming from step {lost}" in output
