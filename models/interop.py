@@ -139,7 +139,7 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
         optimizer=optimizer,
         epoch=epoch,
         args=args,
-        official=_is_published_vit(teacher) and (mark == "official" if mark else published),
+        official=_is_published_vit(found.teacher) and (mark == "official" if mark else published),
         name=name,
         places=(found.student_from, found.teacher_from, found.center_from),
         skipped=(*found.skipped, *others),
