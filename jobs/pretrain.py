@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
         f"{kernel_name(config.crops)} kernel\n"
         f"{chosen}run directory {run.uri}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     use_gpu, augment_actors = start_ray(config.resources, verbose=arguments.verbose)

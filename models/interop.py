@@ -106,15 +106,14 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
     """
     found = find_networks(state)
     if found is None:
-        keys = [key if isinstance(key, str) else type(key).__name__ for key in list(state)[:5]]
+        keys = [key[:40] if _is_name(key) else f"a {type(key).__name__}" for key in list(state)[:5]]
         raise DataError(
             f"{name} holds no weights: its keys are {', '.join(keys) or 'none'}; "
             "pass a file that holds a network's state dict"
         )
     student = in_timms_names(found.student)
     teacher = student if found.teacher is found.student else in_timms_names(found.teacher)
-    args = {"arch": state["arch"]} if isinstance(state.get("arch"), str) else {}
-    args |= _plain(values_of(state.get("args")))
+    args = _plain({"arch": state.get("arch")} | values_of(state.get("args")))
     optimizer, epoch = _optimizer(state.get("optimizer")), _epoch(state.get("epoch"))
     place = found.teacher_from.partition(".")[0]
     is_part = isinstance(state.get(place), Mapping)
@@ -129,9 +128,7 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
     )
     read |= {place.partition(".")[0] for place in (found.student_from, found.teacher_from, found.center_from)}
     read |= {place.partition(".")[0] for place in found.skipped}
-    others = [
-        k for k, v in state.items() if isinstance(k, str) and k not in read and not isinstance(v, Tensor)
-    ]
+    others = [k for k, v in state.items() if _is_name(k) and k not in read and not isinstance(v, Tensor)]
     return Weights(
         student=student,
         teacher=teacher,
@@ -139,7 +136,7 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
         optimizer=optimizer,
         epoch=epoch,
         args=args,
-        official=_is_published_vit(teacher) and (mark == "official" if mark else published),
+        official=_is_published_vit(found.teacher) and (mark == "official" if mark else published),
         name=name,
         places=(found.student_from, found.teacher_from, found.center_from),
         skipped=(*found.skipped, *others),
@@ -220,7 +217,7 @@ def _check_finite(name: str, which: str, state: Mapping[str, Tensor]) -> None:
     if not wrong:
         return
     some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    remedy = "start from an earlier checkpoint of that training, or without --init-from"
+    remedy = "start from an earlier checkpoint of that training, or without init.path (--init-from)"
     if all(k.startswith("head.") for k in wrong):
         remedy = "set init.load=backbone to leave the head out"
     raise DataError(f"{name} has NaN or infinite values in the {which}'s {some}; {remedy}")
@@ -254,14 +251,18 @@ def _epoch(epoch: Any) -> int | None:
 
 def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that are numbers, texts, or short sequences of those."""
-    kinds = (str, int, float, type(None))
 
     def is_plain(value: Any) -> bool:
         if type(value) in (list, tuple):
-            return len(value) <= 16 and all(isinstance(part, kinds) for part in value)
-        return isinstance(value, kinds)
+            return len(value) <= 16 and all(isinstance(part, (str, int, float, type(None))) for part in value)
+        return isinstance(value, (int, float)) or _is_name(value)
 
     return {k: v for k, v in args.items() if isinstance(k, str) and is_plain(v)}
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it is a text that may be shown on a terminal."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def _mark(state: Mapping[str, Any]) -> Any:

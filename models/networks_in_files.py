@@ -97,7 +97,7 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     def walk(part: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
         seen.add(id(part))
         for key, value in part.items():
-            if not isinstance(key, str):
+            if not isinstance(key, str) or not key.isprintable():
                 continue
             if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta:
                 yield f"{prefix}{key}", value.detach()

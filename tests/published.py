@@ -153,10 +153,12 @@ def cosine_scheduler(base: float, final: float, steps: int) -> NDArray[np.float6
 class Run:
     """What main_dino.py has in memory: networks, loss, optimiser. The two networks differ, as after some steps."""
 
-    def __init__(self, *, backbone: Any = ViT, optimizer: str = "adamw", **head: Any) -> None:
+    def __init__(self, *, backbone: Any = ViT, size: int = 16, optimizer: str = "adamw", **head: Any) -> None:
+        self.size = size
+
         def network() -> MultiCropWrapper:
             body = backbone()
-            dim = body(torch.zeros(2, 3, 16, 16)).shape[1]
+            dim = body(torch.zeros(2, 3, size, size)).shape[1]
             return MultiCropWrapper(body, Head(dim, **head))
 
         student, teacher = network(), network()
@@ -184,7 +186,7 @@ class Run:
                 if i == 0:  # only the first group is decayed
                     group["weight_decay"] = wd_schedule[it]
             self.optimizer.zero_grad()
-            self.student.module(torch.randn(4, 3, 16, 16)).square().mean().backward()
+            self.student.module(torch.randn(4, 3, self.size, self.size)).square().mean().backward()
             self.optimizer.step()
         self.loss.center.normal_()
         return self
