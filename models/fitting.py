@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.backbone import embed_dim
 from models.candidates import candidates, vit_shape
 from models.settings import ConfigError
+from models.timm_names import publisher
 
 _NOT_OF_BACKBONE = re.compile(
     r"(fc|head|head_dist|classifier|last_linear|pooler|decoder|predictor|projector|projection_head)\."
@@ -183,19 +184,18 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
             changed = {k: v for k, v in wanted.items() if name != like or kwargs.get(k) != v}
             settings = [] if name == like else [f"backbone.name={name}"]
             settings += [f"backbone.kwargs.{k}={_yaml(v)}" for k, v in changed.items()]
-            rest = (
-                " and no backbone.kwargs"
-                if name != like and not wanted and kwargs.keys() - {"img_size"}
-                else ""
-            )
+            drops = name != like and not wanted and bool(kwargs.keys() - {"img_size"})
+            rest = " and no backbone.kwargs" if drops else ""
             guess = ", or as many heads as it was trained with" if "num_heads" in changed else ""
             return f"set {' '.join(settings)}{guess}{rest}"
     channels = next((v.shape[1] for k, v in named.items() if k in _FIRST and v.ndim == 4), 3)
-    why = (
-        f"it takes images of {channels} channels, not RGB"
-        if channels != 3
-        else "no model of timm's that is tried fits"
-    )
+    library = publisher(named)
+    if channels != 3:
+        why = f"it takes images of {channels} channels, not RGB"
+    elif library:
+        why = f"its names are those of {library}, and no model of timm's that was tried fits"
+    else:
+        why = "no model of timm's that was tried fits"
     return f"{why}: start from other weights, or without init.path (--init-from)"
 
 

@@ -139,7 +139,7 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
         optimizer=optimizer,
         epoch=epoch,
         args=args,
-        official=_is_published_vit(teacher) and (mark == "official" if mark else published),
+        official=_is_published_vit(found.teacher) and (mark == "official" if mark else published),
         name=name,
         places=(found.student_from, found.teacher_from, found.center_from),
         skipped=(*found.skipped, *others),
@@ -220,7 +220,7 @@ def _check_finite(name: str, which: str, state: Mapping[str, Tensor]) -> None:
     if not wrong:
         return
     some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    remedy = "start from an earlier checkpoint of that training, or without --init-from"
+    remedy = "start from an earlier checkpoint of that training, or without init.path (--init-from)"
     if all(k.startswith("head.") for k in wrong):
         remedy = "set init.load=backbone to leave the head out"
     raise DataError(f"{name} has NaN or infinite values in the {which}'s {some}; {remedy}")

@@ -23,11 +23,12 @@ def check_size(data: bytes) -> None:
     if data.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
-                if entry.compress_type != zipfile.ZIP_STORED:
+                is_pickle = entry.filename.endswith(".pkl")
+                if entry.compress_type != zipfile.ZIP_STORED and (is_pickle or "/data/" in entry.filename):
                     raise ValueError(
                         f"its part {entry.filename[-40:]!r} is compressed, which torch never does"
                     )
-                if entry.filename.endswith(".pkl"):
+                if is_pickle:
                     _check(io.BytesIO(archive.read(entry)))
         return
     file = io.BytesIO(data)

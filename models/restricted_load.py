@@ -116,6 +116,13 @@ def _array(*_: Any) -> _Array:
     return _Array()
 
 
+def _no_bytes(*parts: Any) -> bytes:
+    """The class bytes, which pickles call for bytes of length 0 alone."""
+    if parts:
+        raise _RefusedError("bytes by number")
+    return b""
+
+
 def _path(*parts: Any) -> str:
     """A path of pathlib, as text."""
     if not all(type(part) is str for part in parts):
@@ -132,6 +139,7 @@ def _stand_ins() -> list[tuple[Callable[..., Any], str]]:
         _array: [],
         _Array: ["numpy.ndarray"],
         _path: [],
+        _no_bytes: ["builtins.bytes"],
         _DictLike: [
             *("collections.defaultdict", "yacs.config.CfgNode", "fvcore.common.config.CfgNode"),
             *("easydict.EasyDict", "addict.addict.Dict", "mmengine.config.config.ConfigDict"),

@@ -1,24 +1,36 @@
-"""Rename the tensors of a ViT from the names of the transformers library to timm's."""
+"""Rename the tensors of a ViT from the names of the transformers library to timm's; recognise names of others."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+_BLOCK = r"(?:encoder\.layer|layers?)\.(\d+)\."
 _RENAMED = (
     (r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
     (r"embeddings\.position_embeddings", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"encoder\.layer\.(\d+)\.(?:layernorm_before|norm1)\.", r"blocks.\1.norm1."),
-    (r"encoder\.layer\.(\d+)\.(?:layernorm_after|norm2)\.", r"blocks.\1.norm2."),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.", r"blocks.\1.attn.\2."),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
-    (r"encoder\.layer\.(\d+)\.(?:intermediate\.dense|mlp\.fc1)\.", r"blocks.\1.mlp.fc1."),
-    (r"encoder\.layer\.(\d+)\.(?:output\.dense|mlp\.fc2)\.", r"blocks.\1.mlp.fc2."),
-    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (rf"{_BLOCK}(?:layernorm_before|norm1)\.", r"blocks.\1.norm1."),
+    (rf"{_BLOCK}(?:layernorm_after|norm2)\.", r"blocks.\1.norm2."),
+    (rf"{_BLOCK}attention\.(?:attention\.)?(?:query|q_proj)\.", r"blocks.\1.attn.q."),
+    (rf"{_BLOCK}attention\.(?:attention\.)?(?:key|k_proj)\.", r"blocks.\1.attn.k."),
+    (rf"{_BLOCK}attention\.(?:attention\.)?(?:value|v_proj)\.", r"blocks.\1.attn.v."),
+    (rf"{_BLOCK}attention\.(?:output\.dense|o_proj)\.", r"blocks.\1.attn.proj."),
+    (rf"{_BLOCK}(?:intermediate\.dense|mlp\.fc1)\.", r"blocks.\1.mlp.fc1."),
+    (rf"{_BLOCK}(?:output\.dense|mlp\.fc2)\.", r"blocks.\1.mlp.fc2."),
+    (rf"{_BLOCK}layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
     (r"layernorm\.", "norm."),
 )
+
+
+_LIBRARIES = {
+    "transformers": r"embeddings\.|encoder\.(?:layer|layers|stages)\.\d+\.|embedder\.",
+    "torchvision": r"conv_proj\.|encoder\.layers\.encoder_layer_|features\.\d+\.\d+\.",
+    "MMPretrain": r"patch_embed\.projection\.|layers\.\d+\.(?:ln1|ffn)\.",
+    "open_clip": r"(?:visual\.)?(?:class_embedding$|transformer\.resblocks\.)",
+}
+"""Name of a library -> names that only its networks have."""
 
 
 def in_timms_names(network: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -31,22 +43,28 @@ def in_timms_names(network: dict[str, Tensor]) -> dict[str, Tensor]:
     named = {_renamed(name): tensor for name, tensor in network.items()}
     joined: dict[str, Tensor] = {}
     for name, tensor in named.items():
-        match = re.fullmatch(r"(backbone\.blocks\.\d+\.attn\.)(query|key|value)(\.\w+)", name)
+        match = re.fullmatch(r"(backbone\.blocks\.\d+\.attn\.)[qkv](\.\w+)", name)
         if match is None:
             joined[name] = tensor
-            continue
-        parts = _parts(named, match[1], match[3])
-        if parts is None:
-            return network
-        joined[f"{match[1]}qkv{match[3]}"] = torch.cat(parts)
+        else:
+            joined[f"{match[1]}qkv{match[2]}"] = _joined(named, match[1], match[2])
     return joined
 
 
-def _parts(named: Mapping[str, Tensor], before: str, after: str) -> list[Tensor] | None:
-    """Query, key and value of one attention; None unless all are there in the same shape."""
-    parts = [named.get(f"{before}{which}{after}") for which in ("query", "key", "value")]
-    found = [part for part in parts if part is not None]
-    return found if len(found) == 3 and len({part.shape for part in found}) == 1 else None
+def publisher(names: Iterable[str]) -> str | None:
+    """Return the library whose names these are, None for timm's own and for unknown ones."""
+    found = set(names)
+    for library, pattern in _LIBRARIES.items():
+        if any(re.match(pattern, name) for name in found):
+            return library
+    return None
+
+
+def _joined(named: Mapping[str, Tensor], before: str, after: str) -> Tensor:
+    """Query, key and value of one attention; one that has no bias gets zeros."""
+    parts = [named.get(f"{before}{which}{after}") for which in "qkv"]
+    some = next(part for part in parts if part is not None)
+    return torch.cat([torch.zeros_like(some) if part is None else part for part in parts])
 
 
 def _renamed(name: str) -> str:

@@ -5,6 +5,7 @@ Reads a file or run into the one form that models/interop.py knows, and starts a
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,23 +24,13 @@ from pipeline.checkpoint import download_checkpoint, find_checkpoint, read_meta
 from pipeline.storage import Directory, normal_uri
 from pipeline.training import TrainState
 
-_NOT_WEIGHTS = (
-    ".onnx",
-    ".onnx.data",
-    ".json",
-    ".yaml",
-    ".yml",
-    ".npy",
-    ".npz",
-    ".h5",
-    ".parquet",
-    ".pb",
-    ".tflite",
-    ".engine",
-)
+_NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
 """Ends of names of files that hold no weights, or weights of another kind of program."""
 
 
+_FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
+_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+"""How timm and transformers call the weights in a model's folder."""
 INIT_LINE = "init: "
 """With this begins each line on what a run started from, on the screen and in its environment.json."""
 
@@ -66,10 +57,8 @@ def read_weights(path: str) -> Weights:
     folder, _, name = uri.rpartition("/")
     here = Directory(folder or "/")
     if not here.exists(name):
-        if Directory(uri).list():
-            return _read_run(uri)
-        raise DataError(f"init.path={path}: there is no such file and no run directory; check the path")
-    if uri.lower().endswith(_NOT_WEIGHTS):
+        return _read_folder(path, Directory(uri))
+    if _NOT_WEIGHTS.search(uri):
         raise ConfigError(
             f"init.path={path} is no file of weights that training can start from; pass the .pth or .safetensors file "
             "that it was made from, a run directory or a checkpoint folder"
@@ -182,6 +171,23 @@ def _listed(parts: Sequence[str]) -> str:
 def _is_safetensors(data: bytes) -> bool:
     """Whether the bytes begin as a safetensors file: the length of a header, and the header in JSON."""
     return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
+
+
+def _read_folder(path: str, folder: Directory) -> Weights:
+    """The weights of a run, of a checkpoint, or of a model that other libraries keep as a folder."""
+    names = folder.list()
+    if not names:
+        raise DataError(f"init.path={path}: there is no such file or folder; check the path")
+    if "meta.json" in names or "checkpoints" in names:
+        return _read_run(folder.uri)
+    for name in _MODEL_FILES:
+        if name in names:
+            return read_weights(folder.join(name))
+    files = [name for name in names if name.lower().endswith(_FILE_SUFFIXES)]
+    remedy = f"pass one of its files, such as {folder.join(files[0])}" if files else "pass a file of weights"
+    raise ConfigError(
+        f"init.path={path} is a folder but no dinoray run or checkpoint; {remedy}, or a run directory"
+    )
 
 
 def _read_run(address: str) -> Weights:
