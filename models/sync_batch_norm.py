@@ -88,10 +88,12 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     """
     x, num_channels = _precise(x), x.shape[1]
     num_values = x.numel() // num_channels
-    mean = _sum(x) / max(1, num_values)
-    centred = x - _per_channel(mean, x)
-    squares = _sum(centred * centred) - _sum(centred) ** 2 / max(1, num_values)
-    mine = torch.cat([mean, squares, mean.new_tensor([num_values])])
+    mine = torch.zeros(2 * num_channels + 1, dtype=torch.float64)
+    if num_values:
+        local_mean, local_var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        mine = torch.cat(
+            [local_mean.double(), local_var.double() * num_values, mine.new_tensor([num_values])]
+        )
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     means, all_squares, counts = torch.stack(every).split([num_channels, num_channels, 1], dim=1)
@@ -115,26 +117,34 @@ class _Normalise(torch.autograd.Function):
         count: float,
         eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
-        ctx.count = count
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.count, ctx.eps = count, eps
         dtype = _precise(x).dtype
         return F.batch_norm(x, mean.to(dtype), var.to(dtype), weight, bias, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, mean, inverse_std = ctx.saved_tensors
+        x, weight, mean, var = ctx.saved_tensors
         grad, x_dtype = _precise(gradients[0]), x.dtype
-        x = _precise(x)
-        normalised = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
-        grad_bias, grad_weight = _sum(grad), _sum(grad * normalised)
+        x, inverse_std = _precise(x), (var + ctx.eps).rsqrt()
+        grad_weight = grad_bias = inverse_std.new_zeros(len(mean))
+        if x.numel():  # torch's kernel divides by it
+            # sum(grad * (x - mean) / std) and sum(grad) of this process, in one pass
+            statistics = mean.to(x.dtype), var.to(x.dtype), None, None, False, ctx.eps
+            _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, *statistics, [False, True, True]
+            )
         grad_x = None
         if ctx.needs_input_grad[0]:
-            sums = torch.stack([grad_bias, grad_weight])
+            sums = torch.stack([grad_bias.double(), grad_weight.double()])
             dist.all_reduce(sums)
             through_mean, through_std = sums / ctx.count
-            grad_x = grad - _per_channel(through_mean, x) - normalised * _per_channel(through_std, x)
+            # (grad - through_mean - (x - mean) / std * through_std) * weight / std
             scale = inverse_std if weight is None else inverse_std * weight
-            grad_x = (grad_x * _per_channel(scale, x)).to(x_dtype)
+            grad_x = x - _per_channel(mean, x)
+            grad_x.mul_(_per_channel(-scale * inverse_std * through_std, x))
+            grad_x.addcmul_(grad, _per_channel(scale, x)).sub_(_per_channel(scale * through_mean, x))
+            grad_x = grad_x.to(x_dtype)
         # Of this process's rows alone: DDP adds the gradients of parameters.
         own = [
             total.to(weight.dtype) if needed and weight is not None else None
@@ -146,11 +156,6 @@ class _Normalise(torch.autograd.Function):
 def _precise(x: Tensor) -> Tensor:
     """At least float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _sum(x: Tensor) -> Tensor:
-    """[N, C, ...] -> [C] in float64."""
-    return x.sum(dim=[d for d in range(x.dim()) if d != 1], dtype=torch.float64)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -139,7 +139,12 @@ def _tiles(records: Records, values: dict[str, Any]) -> Iterator[tuple[str, str,
         if not math.isnan(knn.last):
             guess = "" if math.isnan(majority) else f", majority {majority:.1%}"
             first = knn.values[np.isfinite(knn.values)][0]
-            yield f"k-NN, k={name.removeprefix('knn_')}", f"{knn.last:.1%}", f"{first:.1%} at first{guess}"
+            new = ", with calibrated batch norm" if records.names("calibration_images") else ""
+            yield (
+                f"k-NN, k={name.removeprefix('knn_')}",
+                f"{knn.last:.1%}",
+                f"{first:.1%} at first{new}{guess}",
+            )
     ratio = records.series("entropy_ratio").last
     entropy, most = records.series("teacher_entropy").last, _uniform_entropy(records, values)
     if math.isnan(ratio) and most:

@@ -1,5 +1,6 @@
 """Batch norm of a new network is calibrated before its first evaluation; training stays as it is."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tiny import TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 
 from jobs.display import Display
+from jobs.result import describe_result, write_result
 from pipeline.batch_statistics import calibrated
 from pipeline.crops import crop_rng, multi_crop
 from pipeline.decode import decode
@@ -22,7 +24,9 @@ from pipeline.features import embed_source
 from pipeline.manifest import DataConfig, build_manifest
 from pipeline.probes import ProbeConfig
 from pipeline.processes import distribute
+from pipeline.report import build_report
 from pipeline.source import Source
+from pipeline.storage import Directory
 from pipeline.training import DINOConfig, TrainState, build_state, train_step
 
 LABELS = ("checks", "dots", "rings", "stripes")
@@ -230,3 +234,17 @@ def test_the_evaluation_says_that_it_calibrated(images: Source, capsys: pytest.C
     output = capsys.readouterr().out
     assert "evaluation after step 0: knn_1 " in output
     assert "batch norm calibrated on 48 training images, without learning" in output
+
+
+def test_result_and_report_say_that_the_scores_before_training_are_calibrated(tmp_path: Path) -> None:
+    run = Directory(str(tmp_path))
+    step = {"step": 1, "loss": 1.0, "verdict": "healthy", "skipped_steps": 0, "bad_images": 0}
+    before = {"step": 0, "knn_20": 0.4, "majority": 0.1, "calibration_images": 512}
+    lines = [before, step, {"step": 1, "knn_20": 0.5, "majority": 0.1}]
+    run.write("metrics.jsonl", "\n".join(json.dumps(line) for line in lines).encode())
+    write_result(run)
+    assert (
+        "  before training   40.0%  (batch norm calibrated on 512 training images, without learning)\n"
+        "  after 1 steps     50.0%\n"
+    ) in describe_result(run)
+    assert "40.0% at first, with calibrated batch norm, majority 10.0%" in build_report(run)

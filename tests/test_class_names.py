@@ -123,7 +123,7 @@ def test_labels_of_parquet_are_read_until_all_classes_are_found(
 
     monkeypatch.setattr(class_names, "read_column", counted)
     assert class_mismatch(train, val, EvalConfig(val_path="val")) is None
-    assert len(read) == 1 + 32  # data.fetch_concurrency
+    assert len(read) <= 1 + 32  # data.fetch_concurrency
 
 
 def test_images_without_a_label_have_no_class(tmp_path: Path) -> None:
