@@ -17,8 +17,9 @@ from jobs.config import Config
 from jobs.keys import flatten
 from models.backbone import build_backbone
 from models.interop import Weights
+from models.settings import one_line
 from pipeline.automatic import adapt, resolve
-from pipeline.board import Board, Event, fatal_error
+from pipeline.board import Board, Event, fatal_error, known_error
 from pipeline.checkpoint import committed_checkpoints
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
@@ -141,12 +142,13 @@ def stream_plan(
 
 @contextlib.contextmanager
 def _reported(run: Directory) -> Iterator[None]:
-    """A run that is stopped or that an error ends has its page as well: how far it came, what it could not use."""
+    """Write the page also for a run that is stopped or ended by an error: how far it came, and why it ended."""
     try:
         yield
-    except BaseException:
-        with contextlib.suppress(Exception):  # the one that ended it is the one to tell of
-            write_report(run)
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # the error that ended the run is the one to report
+            stopped = isinstance(error, KeyboardInterrupt)
+            write_report(run, ending="it was stopped" if stopped else one_line(known_error(error) or error))
         raise
 
 
