@@ -52,8 +52,8 @@ def _about_rankme(records: Records) -> Iterator[str]:
     course = "" if len(values) < 2 else f" It went from {values[0]:.1f} to {values[-1]:.1f} in this run."
     yield (
         "RankMe counts the directions that the features of the evaluated images spread over. It needs no labels."
-        f"{course} It often falls while a run learns: the features of an untrained network spread at random, those "
-        "of a trained one describe fewer things better. A lower RankMe is therefore not a worse network."
+        f"{course} It often falls while a run learns: the features of an untrained network spread at random, and "
+        "training keeps the directions that tell images apart. A lower RankMe is therefore not a worse network."
     )
     if any(not math.isnan(records.series(name).last) for name in records.names(r"knn_\d+")):
         yield "This run has labels: judge it by k-NN. Worry when RankMe nears 1, or when k-NN falls along with it."

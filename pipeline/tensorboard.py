@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.projector import CONFIG, FOLDERS, write_projector
-from pipeline.scalar_names import grouped
+from pipeline.scalar_names import grouped, with_group
 from pipeline.sink import Embedding, Sink, numbers
 from pipeline.storage import Directory, is_s3
 
@@ -41,7 +41,7 @@ class TensorBoard(Sink):
     def picture(self, name: str, step: int, png: bytes) -> None:
         """An image; the slider above it goes through the steps."""
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        self._events.add_image(name, pixels, step, dataformats="HWC")
+        self._events.add_image(with_group(name), pixels, step, dataformats="HWC")
 
     def embedding(self, step: int, embedding: Embedding) -> None:
         """For the projector: that of the first evaluation and the newest are kept."""

@@ -140,20 +140,27 @@ def test_tensorboard_shows_what_was_logged(tmp_path: Path) -> None:
     assert scalars(tmp_path, "eval/knn_10") == [(4, 0.5)]
 
 
+PICTURES = ("attention", "crops")
+
+
 def logged(step: int) -> dict[str, Any]:
     """A line of a run, with every number that runs log."""
-    numbers = [name for names in GROUPS.values() for name in names]
+    numbers = [name for names in GROUPS.values() for name in names if name not in PICTURES]
     return {name.replace(r"\d+", "20"): 1.0 for name in numbers} | {"time": 1.7e9, "verdict": "healthy"}
 
 
 def test_tensorboard_has_one_section_a_subject_and_the_loss_first(tmp_path: Path) -> None:
     log = log_of(tmp_path / "runs" / "first")
     log.log(1, logged(1))
+    for name in PICTURES:
+        log.picture(name, 1, png_of((255, 0, 0)))
     log.close()
     events = shown(tmp_path / "runs" / "first")
     assert list(events.Runs()) == ["first"]
     tags = sorted(events.Runs()["first"]["scalars"])
-    sections = list(dict.fromkeys(tag.partition("/")[0] for tag in tags))
+    pictures = events.Runs()["first"]["images"]
+    assert sorted(pictures) == ["eval/attention", "health/crops"]
+    sections = list(dict.fromkeys(tag.partition("/")[0] for tag in sorted([*tags, *pictures])))
     assert sections == ["cluster", "eval", "health", "schedule", "throughput", "train"]
     assert not [tag for tag in tags if tag.count("/") != 1 or tag.endswith("/time")]
     assert next(tag for tag in tags if tag.startswith("train/")) == "train/loss"
@@ -267,7 +274,7 @@ def test_pictures_are_files_and_images_in_tensorboard(tmp_path: Path) -> None:
     log.picture("attention", 0, png_of(RED))
     log.picture("attention", 540, png_of(BLUE))
     log.close()
-    assert images(tmp_path, "attention") == [(0, RED), (540, BLUE)]
+    assert images(tmp_path, "eval/attention") == [(0, RED), (540, BLUE)]
     assert (tmp_path / "attention" / "step_00000540.png").read_bytes() == png_of(BLUE)
 
 
@@ -289,7 +296,7 @@ def test_the_contact_sheet_is_shown_once_however_often_a_run_is_continued(tmp_pa
     log_of(tmp_path).close()
     log_of(tmp_path, first_step=5).close()
     log_of(tmp_path).close()  # killed before its first checkpoint
-    assert images(tmp_path, "crops") == [(0, RED)]
+    assert images(tmp_path, "health/crops") == [(0, RED)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("crops.png", "metrics.jsonl", "quarantine.jsonl", "tensorboard")
     ]
@@ -434,8 +441,8 @@ def test_a_run_on_s3_leaves_what_a_local_one_leaves(
     assert scalars(tmp_path, "train/loss") == [(s, 1.0) for s in range(31)] + [
         (s, 2.0) for s in range(31, 61)
     ]
-    assert images(tmp_path, "attention") == [(step, BLUE) for step in range(0, 61, 10)]
-    assert images(tmp_path, "crops") == [(0, RED)]
+    assert images(tmp_path, "eval/attention") == [(step, BLUE) for step in range(0, 61, 10)]
+    assert images(tmp_path, "health/crops") == [(0, RED)]
     assert [line["step"] for line in lines(tmp_path)] == list(range(61))
     assert list(projected(tmp_path)) == ["newest: teacher, step 60", "start: teacher, step 0"]
     sizes = [path.stat().st_size for path in (tmp_path / "tensorboard" / "run").glob("events.*")]

@@ -40,7 +40,7 @@ _MEASURES = """(() => {
       texts: [...e.querySelectorAll("text")].map((t) => [t.textContent, ...box(t)]) }));
   const rows = (e) => { const ends = {}; for (const c of e.children) { const [, top, right] = box(c);
     ends[top] = Math.max(ends[top] || 0, right); } return Object.values(ends); };
-  const content = box(document.querySelector("main > h1"));
+  const content = box(document.querySelector("main") ? document.querySelector("h1") : document.body);
   const grids = [...document.querySelectorAll(".tiles, .charts, .pair")].map(rows);
   return { width: innerWidth, scrolls: document.documentElement.scrollWidth, height: document.body.scrollHeight,
     ground: getComputedStyle(document.body).backgroundColor, texts, drawings, right: content[2], grids };

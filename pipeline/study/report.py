@@ -98,11 +98,12 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
         note="Kendall's tau-b: 1 is the same order of trials, -1 the opposite, + agreement for the loss too. "
         "Within the last column it may be chance.",
     )
+    is_alone = not (importance or agreement)
     sections = [
         pair(
             section(
                 "Map",
-                drawing(score_map(tried, found, is_alone=not (importance or agreement)), width=640),
+                drawing(score_map(tried, found, is_alone=is_alone), width=900 if is_alone else 640),
                 note=_about_map(found),
             ),
             importance,
@@ -116,7 +117,7 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
         ),
         section(
             "All settings at once",
-            drawing(parallel_coordinates(tried, found), width=max(600, 150 * (len(found.space) + 1))),
+            drawing(parallel_coordinates(tried, found), width=max(740, 150 * (len(found.space) + 1))),
             note="A line is a trial. Collapsed ones end at the foot of the last axis, those given up are dashed.",
         ),
         section(
