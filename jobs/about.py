@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from jobs.config import Config, load
+from jobs.entry import is_local
 from jobs.keys import flatten
 from jobs.recipes import RECIPES
 from jobs.running import Inputs
@@ -58,8 +60,8 @@ def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequenc
 def write_environment(run: Directory, config: Config, reasons: Sequence[str]) -> None:
     """environment.json, with `reasons` of numbers that stand for auto, and what the run has started from.
 
-    A run that resumes loads no weights anew: the lines on those stay.
-    What the recipe has otherwise is written down here, because recipes change and a run does not.
+    A run that resumes loads no weights anew: the lines on those stay. The file keeps the recipe's other values, because
+    recipes change and a run does not. `started` is the first start of a run that was resumed, in seconds since 1970.
     """
     is_new = any(line.startswith(INIT_LINE) for line in reasons)
     earlier = [] if is_new else read_mapping(run, ENVIRONMENT).get("automatic") or []
@@ -67,11 +69,13 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
     names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
     names += ["numba", "simplejpeg", "opencv-python-headless"]
     about = {
+        "started": read_mapping(run, ENVIRONMENT).get("started") or time.time(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": os.environ.get(COMMIT) or commit_of(Path(__file__).parent),
         "packages": {name: _version(name) for name in names},
         "processor": processor(),
+        "cpus": os.cpu_count(),
         "cuda": torch.version.cuda,
         "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
         "automatic": [*reasons, *kept],
@@ -106,10 +110,14 @@ def processor() -> str:
 
 
 def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:
-    """Add what `ray.nodes()` are there now to environment.json: of each sort the most that were up at once."""
+    """Add what `ray.nodes()` are there now to environment.json: of each sort the most that were up at once.
+
+    A local Ray may have more logical CPUs than this machine has CPUs; the CPUs are noted.
+    """
+    machine_cpus = os.cpu_count() if is_local() else None
     about = read_mapping(run, ENVIRONMENT)
     known: dict[str, dict[str, Any]] = {}
-    for row in [*about.get("hardware", []), *node_sorts(nodes)]:
+    for row in [*about.get("hardware", []), *node_sorts(nodes, machine_cpus=machine_cpus)]:
         sort = json.dumps({key: value for key, value in row.items() if key != "nodes"}, sort_keys=True)
         known[sort] = row | {"nodes": max(row["nodes"], known[sort]["nodes"] if sort in known else 0)}
     run.write(ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())

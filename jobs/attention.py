@@ -1,14 +1,14 @@
-"""Show where a pretrained backbone looks: `python -m jobs.attention RUN IMAGE [IMAGE ...] [--animate]`.
+"""Show where a pretrained backbone looks: `python -m jobs.attention RUN [IMAGE ...] [--animate]`.
 
-Checkpoint -> backbone -> the class token's attention on a few images -> one sheet, a folder of overlays, and a
-film over all checkpoints of the run. Runs in one process, without Ray.
+Checkpoint -> backbone -> the class token's attention on a few images -> one sheet and a folder of overlays. With
+--animate, also an animation of the figures that the run's evaluations have drawn. Runs in one process, without Ray.
 """
 
+import argparse
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +20,29 @@ from jobs.entry import run_main
 from jobs.network import open_network
 from models.attention import patch_size
 from models.settings import ConfigError, DataError
-from pipeline.attention_figure import MASS, Looked, animation, figure, look, overlays, png_bytes
-from pipeline.checkpoint import Frozen, committed_checkpoints
+from pipeline.attention_animation import animation, read_frames
+from pipeline.attention_figure import MASS, figure, look, overlays
+from pipeline.checkpoint import find_checkpoint
 from pipeline.decode import BadImage, decode
+from pipeline.drawing import png_bytes
 from pipeline.features import subset
 from pipeline.loading import load_batches
 from pipeline.manifest import DataConfig, build_manifest
 from pipeline.source import Source
 from pipeline.storage import Directory, MissingObject, is_s3, normal_uri
 
+_EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}(?=#|$)")
+"""Of a file's name, also where the number of a Parquet row follows it."""
+
 Named = tuple[str, npt.NDArray[np.uint8]]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Look at the images with one checkpoint, or with all of them for a film; write the pictures, print their paths."""
+    """Look at images with one checkpoint, animate the run's evaluations; write the pictures, print their paths."""
     parser = CommandLine(prog="python -m jobs.attention", description="Attention maps of a checkpoint.")
     parser.add_argument("run", help="run directory or checkpoint folder, local or s3://")
     parser.add_argument(
-        "images", nargs="+", help="image files, folders, s3:// objects or prefixes, Parquet shards"
+        "images", nargs="*", help="image files, folders, s3:// objects or prefixes, Parquet shards"
     )
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
     parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="which network")
@@ -49,9 +54,20 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--image-column", default=None, help="Parquet: column of images (default: the run's)")
     parser.add_argument("--max-images", type=int, default=8, help="how many images at most (default: 8)")
-    parser.add_argument("--animate", action="store_true", help="also a GIF over the run's checkpoints")
+    parser.add_argument(
+        "--animate", action="store_true", help="also a GIF of the teacher at each evaluation of the run"
+    )
     parser.add_argument("--out", default=None, help="folder or s3:// prefix (default: RUN/attention)")
     arguments = parser.parse_args(argv)
+    _check(arguments)
+    if arguments.images:
+        _draw(arguments)
+    if arguments.animate:
+        _animate(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """ConfigError for values that no run can take."""
     if not 0 < arguments.mass <= 1:
         raise ConfigError(f"--mass={arguments.mass} must be above 0 and at most 1, e.g. {MASS}")
     for name, value, least in (
@@ -60,44 +76,61 @@ def main(argv: Sequence[str]) -> None:
     ):
         if value is not None and value < least:
             raise ConfigError(f"--{name}={value} must be at least {least}")
-
-    found, frozen, step = open_network(arguments.run, arguments.step, arguments.which)
-    if arguments.animate and found.run is None:
+    if not arguments.images and not arguments.animate:
         raise ConfigError(
-            f"--animate needs a run with its checkpoints, {found.folder.uri} is a single one; give the run directory"
+            "there are no images to look at: name files or folders, or pass --animate for the run's own images"
         )
-    patch_size(frozen.backbone())  # a network without such attention is told before any image is read
+    if arguments.animate and _run(arguments) is None:
+        raise ConfigError(
+            f"--animate needs a run with its evaluations, {arguments.run} is a single checkpoint; "
+            "give the run directory"
+        )
+
+
+def _draw(arguments: argparse.Namespace) -> None:
+    """A sheet of all images, and a folder of overlays for each."""
+    found, frozen, step = open_network(arguments.run, arguments.step, arguments.which)
+    patch_size(frozen.backbone())  # fails, where the network has no such attention, before any image is read
     column = arguments.image_column or _image_column(found.run)
     images = _read_images(arguments.images, column, arguments.max_images)
-    out = Directory(arguments.out) if arguments.out else (found.run or Directory(".")).child("attention")
-
-    def draw(frozen: Frozen, step: int) -> tuple[list[Looked], bytes]:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        looked = list(
-            look(frozen.backbone(device), images, frozen.config.crops, image_size=arguments.image_size)
-        )
-        title = f"{frozen.config.backbone.name}, {arguments.which}, step {step}"
-        return looked, png_bytes(figure(looked, title=title, mass=arguments.mass))
-
-    looked, sheet = draw(frozen, step)
+    out = _out(arguments, found.run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    crops = frozen.config.crops
+    looked = list(look(frozen.backbone(device), images, crops, image_size=arguments.image_size))
+    title = f"{frozen.config.backbone.name}, {arguments.which}, step {step}"
     name = f"attention_step_{step:08d}"
-    out.write(f"{name}.png", sheet)
+    out.write(f"{name}.png", png_bytes(figure(looked, title=title, mass=arguments.mass)))
     print(out.join(f"{name}.png"))
+    digits = max(3, len(str(len(looked) - 1)))
     for number, one in enumerate(looked):
-        folder = out.child(name).child(f"{number:03}_{_file_name(one.key)}")
+        folder = out.child(name).child(f"{number:0{digits}}_{_folder_name(one.key)}")
         for picture, image in overlays(one, arguments.mass).items():
             folder.write(f"{picture}.png", png_bytes(image))
         print(folder.uri)
-    if arguments.animate and found.run is not None:
-        checkpoints = found.run.child("checkpoints")
-        frames = [
-            sheet
-            if checkpoint == found.name
-            else draw(*open_network(checkpoints.join(checkpoint), None, arguments.which)[1:])[1]
-            for checkpoint in committed_checkpoints(found.run)
-        ]
-        out.write("attention.gif", animation(frames))
-        print(f"{out.join('attention.gif')}  ({len(frames)} checkpoints)")
+
+
+def _animate(arguments: argparse.Namespace) -> None:
+    """A GIF of the figures that the run's evaluations have drawn, whatever checkpoints were kept."""
+    run = _run(arguments)
+    assert run is not None  # see _check
+    frames, damaged = read_frames(run)
+    for name in damaged:
+        print(f"skipped {run.join(name)}: it cannot be read as PNG", file=sys.stderr)
+    out = _out(arguments, run)
+    out.write("attention.gif", animation(frames))
+    evaluations = "1 evaluation" if len(frames) == 1 else f"{len(frames)} evaluations"
+    steps = f"step {frames[0].step}" if len(frames) == 1 else f"steps {frames[0].step} to {frames[-1].step}"
+    print(f"{out.join('attention.gif')}  ({evaluations}, {steps}: the teacher on the run's own images)")
+
+
+def _run(arguments: argparse.Namespace) -> Directory | None:
+    """The run directory that the address stands for, also before its first checkpoint; None for a lone checkpoint."""
+    here = Directory(arguments.run)
+    return find_checkpoint(arguments.run).run if here.exists("meta.json") else here
+
+
+def _out(arguments: argparse.Namespace, run: Directory | None) -> Directory:
+    return Directory(arguments.out) if arguments.out else (run or Directory(".")).child("attention")
 
 
 def _image_column(run: Directory | None) -> str:
@@ -143,9 +176,10 @@ def _load(address: str, column: str, limit: int) -> Iterator[tuple[str, npt.NDAr
         yield address, None, str(error)
 
 
-def _file_name(key: str) -> str:
-    """A part of a path that any system takes, made of an image's key."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(key).name)[-60:].strip("._") or "image"
+def _folder_name(key: str) -> str:
+    """A part of a path that any system takes, made of an image's key without its extension."""
+    name = _EXTENSION.sub("", key.replace("\\", "/").rstrip("/").rpartition("/")[2])
+    return re.sub(r"[^A-Za-z0-9-]+", "_", name)[-60:].strip("_-") or "image"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a finished run came to: result.json, and the same in words."""
 
 import json
+import time
 from typing import Any
 
 from jobs.display import describe_calibration
@@ -13,13 +14,13 @@ RESULT = "result.json"
 
 
 def write_result(run: Directory) -> None:
-    """Sum the run up: its first and last evaluation, and the metrics of its last step."""
+    """Sum the run up: its first and last evaluation, the metrics of its last step, and when it ended."""
     records = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
     steps = [r for r in records if "loss" in r]
     if not steps:
         raise DataError(f"{run.join('metrics.jsonl')} holds no training step")
     evaluations = [r for r in records if "majority" in r]
-    result: dict[str, Any] = {"steps": steps[-1]["step"], "last": steps[-1]}
+    result: dict[str, Any] = {"steps": steps[-1]["step"], "ended": time.time(), "last": steps[-1]}
     if evaluations:
         result |= {"before": evaluations[0], "after": evaluations[-1]}
     run.write(RESULT, json.dumps(result, indent=1).encode())

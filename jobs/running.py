@@ -18,6 +18,7 @@ from jobs.keys import flatten
 from jobs.lost_ray import LostRayError, error_to_print
 from models.backbone import build_backbone
 from models.interop import Weights
+from models.settings import one_line
 from pipeline.automatic import adapt, resolve
 from pipeline.board import Board, Event, fatal_error
 from pipeline.checkpoint import committed_checkpoints, committed_steps
@@ -147,15 +148,16 @@ def stream_plan(
 
 @contextlib.contextmanager
 def _reported(run: Directory) -> Iterator[None]:
-    """A run that is stopped or that an error ends has its page as well: how far it came, what it could not use."""
+    """Write the page also for a run that is stopped or ended by an error: how far it came, and why it ended."""
     try:
         yield
     except BaseException as error:
-        with contextlib.suppress(Exception):  # the one that ended it is the one to tell of
-            write_report(run)
-        lost = error_to_print(error) if isinstance(error, Exception) else None
-        if isinstance(lost, LostRayError):
-            raise lost.with_remedy(_how_to_resume(run)) from error
+        known = error_to_print(error) if isinstance(error, Exception) else None
+        with contextlib.suppress(Exception):  # the error that ended the run is the one to report
+            stopped = isinstance(error, KeyboardInterrupt)
+            write_report(run, ending="it was stopped" if stopped else one_line(known or error))
+        if isinstance(known, LostRayError):
+            raise known.with_remedy(_how_to_resume(run)) from error
         raise
 
 

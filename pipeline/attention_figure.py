@@ -1,10 +1,9 @@
-"""Pictures of where a backbone looks: one sheet for a handful of images, and a film of it over a run.
+"""Pictures of where a backbone looks: one sheet for a handful of images, and overlays of each.
 
 Images -> models/attention.py -> attention_maps.py -> here. Called by a training worker at each evaluation and by
 the attention job. Knows nothing of files or Ray.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,7 +28,17 @@ from pipeline.attention_maps import (
     upsample,
 )
 from pipeline.crops_config import CropsConfig
-from pipeline.drawing import FAINT, INK, PAPER, RULE, draw_text, thumbnail
+from pipeline.drawing import (
+    FAINT,
+    INK,
+    PAPER,
+    RULE,
+    draw_text,
+    note_picture,
+    paste,
+    png_bytes,
+    thumbnail,
+)
 from pipeline.training import pixels
 
 # Pixels of the sheet.
@@ -126,10 +135,10 @@ def figure(looked: Sequence[Looked], *, title: str = "", mass: float = MASS) -> 
     bottom = top + sum(heights) + _ROW_GAP * (len(rows) - 1) + _MARGIN
     sheet = Image.new("RGB", (lefts[-1] + _CELL + _MARGIN, bottom), PAPER)
     draw = ImageDraw.Draw(sheet)
-    _draw_heads(draw, lefts, looked[0], title=title, mass=mass)
+    _draw_heads(sheet, draw, lefts, looked[0], title=title, mass=mass)
     for one, row, height in zip(looked, rows, heights, strict=True):
         for left, picture in zip(lefts, row, strict=True):
-            sheet.paste(picture, (left + (_CELL - picture.width) // 2, top))
+            paste(sheet, picture, (left + (_CELL - picture.width) // 2, top))
         caption = (lefts[0], top + row[0].height + 4)
         draw_text(draw, caption, one.key, _SMALL_FONT, FAINT, width=sheet.width - 2 * _MARGIN)
         top += height + _ROW_GAP
@@ -148,37 +157,6 @@ def overlays(looked: Looked, mass: float = MASS) -> dict[str, Image.Image]:
         pictures[f"head_{number:02}"] = overlay(image, heat)
         pictures[f"head_{number:02}_mask"] = masked_image(image, mask)
     return {name: Image.fromarray(picture) for name, picture in pictures.items()}
-
-
-def animation(sheets: Sequence[bytes], *, seconds_per_frame: float = 0.6) -> bytes:
-    """Sheets of one size as an endless GIF that rests on the last: of all such formats the one shown everywhere.
-
-    All frames share one palette without dithering, so what does not change does not flicker.
-    """
-    frames = [Image.open(io.BytesIO(sheet)).convert("RGB") for sheet in sheets]
-    strip = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
-    for number, frame in enumerate(frames):
-        strip.paste(frame, (0, number * frame.height))
-    palette = strip.quantize(256, Image.Quantize.MEDIANCUT)
-    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-    duration = round(1000 * seconds_per_frame)
-    file = io.BytesIO()
-    first.save(
-        file,
-        "GIF",
-        save_all=True,
-        append_images=others,
-        duration=[duration] * len(others) + [3 * duration],
-        loop=0,
-    )
-    return file.getvalue()
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """The bytes of a PNG: the same for the same picture."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 def _pictures(looked: Looked, mass: float) -> list[Image.Image]:
@@ -201,7 +179,7 @@ def _column_lefts(num_heads: int) -> list[int]:
 
 
 def _draw_heads(
-    draw: ImageDraw.ImageDraw, lefts: list[int], first: Looked, *, title: str, mass: float
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, lefts: list[int], first: Looked, *, title: str, mass: float
 ) -> None:
     width = lefts[-1] + _CELL - _MARGIN
     y = _MARGIN - 4
@@ -215,7 +193,8 @@ def _draw_heads(
     names = ["image", "mean over heads", "heads", *(f"head {n}" for n in range(1, len(colours) + 1))]
     for left, name, colour in zip(lefts, names, [None, None, None, *colours], strict=True):
         if colour:
-            draw.rounded_rectangle((left, y + 3, left + 10, y + 13), 2, fill=colour)
+            draw.rectangle((left, y + 3, left + 10, y + 13), fill=colour)
+            note_picture(sheet, (left, y + 3, left + 11, y + 14))
         draw_text(draw, (left + (16 if colour else 0), y), name, _HEAD_FONT, INK, width=_CELL - 16)
     rule = y + _HEAD_HEIGHT - 8
     draw.line((_MARGIN, rule, lefts[2] + _CELL - 1, rule), fill=RULE)

@@ -7,7 +7,7 @@ A run directory (local or S3):
     manifest.parquet            the images, listed once
     metrics.jsonl               one line per logged step and per evaluation
     quarantine.jsonl            one line per image that could not be used
-    tensorboard/                the same metrics as event files; crops, attention, features for the projector
+    tensorboard/NAME/           the same metrics as event files; crops, attention, features for the projector
     crops.png                   contact sheet of the crops
     attention/                  step_00001000.png: the class token's attention at each evaluation
     report.html                 all of that on one page

@@ -4,7 +4,6 @@ Stands beside the flow: a job draws it at start, so that a person sees a wrong s
 missing blur before an hour of GPU time is spent. Knows nothing of files, storage or Ray.
 """
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.crops import Crops
 from pipeline.crops_config import CropsConfig, crop_kinds
-from pipeline.drawing import FAINT, INK, PAPER, RULE, draw_text, thumbnail
+from pipeline.drawing import FAINT, INK, PAPER, RULE, draw_text, paste, png_bytes, thumbnail
 
 # Pixels of the sheet.
 _MARGIN, _GAP, _GROUP_GAP, _ROW_GAP = 24, 6, 28, 14
@@ -36,14 +35,12 @@ def contact_sheet(samples: Sequence[tuple[str, npt.NDArray[np.uint8], Crops]], c
     _draw_heads(draw, lefts, config, width=size[0] - 2 * _MARGIN)
     for row, (key, image, crops) in enumerate(samples):
         y = top + row * pitch
-        sheet.paste(thumbnail(image, width=_SOURCE_WIDTH, height=_CELL), (_MARGIN, y))
+        paste(sheet, thumbnail(image, width=_SOURCE_WIDTH, height=_CELL), (_MARGIN, y))
         for left, crop in zip(lefts, [*crops.global_crops, *crops.local_crops], strict=True):
-            sheet.paste(thumbnail(crop, width=_CELL, height=_CELL), (left, y))
+            paste(sheet, thumbnail(crop, width=_CELL, height=_CELL), (left, y))
         caption = f"{key}   {image.shape[1]} x {image.shape[0]}"
         draw_text(draw, (_MARGIN, y + _CELL + 5), caption, _SMALL_FONT, FAINT, width=size[0] - 2 * _MARGIN)
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    return png.getvalue()
+    return png_bytes(sheet)
 
 
 def _column_lefts(config: CropsConfig) -> list[int]:

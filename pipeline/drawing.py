@@ -1,17 +1,26 @@
-"""Text and thumbnails for drawn sheets: one line of a given width, one picture in a given box.
+"""Drawn sheets: one line of text of a given width, one picture in a given box, and the sheet as PNG.
 
-Knows nothing of what the sheets show.
+A sheet keeps the places of its pictures, so that a page can show its text in other colours. Knows nothing of what
+the sheets show.
 """
 
+import io
+import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 Colour = tuple[int, int, int]
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels."""
+_PLACES = "pictures"
+"""Key of the boxes, in `Image.info` and in the PNG file."""
 
 PAPER, INK, FAINT, RULE = (255, 255, 255), (24, 24, 27), (113, 113, 122), (212, 212, 216)
 
@@ -46,6 +55,51 @@ def draw_text(
         )
         text = shortened(max(0, fitting - 1))
     draw.text(corner, text, font=font, fill=colour)
+
+
+def paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int]) -> None:
+    """Put a picture on a sheet, and note its place."""
+    sheet.paste(picture, corner)
+    note_picture(sheet, (*corner, corner[0] + picture.width, corner[1] + picture.height))
+
+
+def note_picture(sheet: Image.Image, box: Box) -> None:
+    """Note that `box` holds colours which must stay as they are."""
+    sheet.info.setdefault(_PLACES, []).append(box)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The bytes of a PNG, the same for the same picture; the places of pictures go along."""
+    file, about = io.BytesIO(), PngInfo()
+    if places := image.info.get(_PLACES):
+        about.add_text(_PLACES, json.dumps(places))
+    image.save(file, "PNG", pnginfo=about)
+    return file.getvalue()
+
+
+def picture_places(sheet: Image.Image) -> Sequence[Box]:
+    """The places of the pictures on a sheet that was read from a PNG; none where the file does not have them."""
+    try:
+        places = json.loads(sheet.info.get(_PLACES, "[]"))
+        return [(int(left), int(top), int(right), int(bottom)) for left, top, right, bottom in places]
+    except (ValueError, TypeError):
+        return []
+
+
+def split_sheet(sheet: Image.Image) -> tuple[Image.Image, Image.Image] | None:
+    """A sheet as two see-through layers: text and rules in ink, and the pictures; None where places are unknown."""
+    places = picture_places(sheet)
+    if not places:
+        return None
+    pixels = np.asarray(sheet.convert("RGB"))
+    is_picture = np.zeros(pixels.shape[:2], bool)
+    for left, top, right, bottom in places:
+        is_picture[max(0, top) : bottom, max(0, left) : right] = True
+    darkness = (PAPER[0] - pixels.mean(axis=2)) / (PAPER[0] - INK[0])
+    ink = np.where(is_picture, 0, (255 * darkness).round().clip(0, 255)).astype(np.uint8)
+    text = np.dstack([np.full_like(ink, INK[0]), ink])
+    pictures = np.dstack([np.where(is_picture[..., None], pixels, 0), 255 * is_picture]).astype(np.uint8)
+    return Image.fromarray(text, "LA"), Image.fromarray(pictures, "RGBA")
 
 
 @lru_cache

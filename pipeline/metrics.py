@@ -2,7 +2,7 @@
 
 And the throughput meter. Written by rank 0 only. For a local run directory the files are appended to in place; for
 S3, which cannot append, they are staged in a temporary folder and uploaded by `sync`. A resumed run first drops the
-lines that lie after its checkpoint, because it is about to repeat those steps.
+lines and the pictures of steps after its checkpoint, because it is about to repeat those steps.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from models.settings import Settings
 from pipeline.augment import STAGES
 from pipeline.checkpoint import checkpoint_name
 from pipeline.pool_size import Reading
+from pipeline.report_records import attention_figures
 from pipeline.sink import Embedding, Sink
 from pipeline.storage import Directory, MissingObject, is_s3
 from pipeline.tensorboard import TensorBoard
@@ -81,6 +82,9 @@ class RunFiles(Sink):
         self._metrics = JsonLines(
             run, "metrics.jsonl", keep=lambda r: 0 < first_step >= r["step"], staging=staging
         )
+        for step, name in attention_figures(run):
+            if not 0 < first_step >= step:
+                run.delete(name)
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
         """A line."""

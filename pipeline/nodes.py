@@ -24,8 +24,13 @@ def count_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[Kind, int]:
     return {kind: kinds[kind] for kind in ("head", "cpu", "gpu")}
 
 
-def node_sorts(nodes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same nodes by what they have: a row for each sort, with the model of its GPUs where Ray knows it."""
+def node_sorts(
+    nodes: Iterable[Mapping[str, Any]], *, machine_cpus: int | None = None
+) -> list[dict[str, Any]]:
+    """The same nodes by what they have: a row for each sort, with the model of its GPUs where Ray knows it.
+
+    `machine_cpus`: CPUs of this machine where the head is a local Ray, which may have more logical CPUs than that.
+    """
     sorts: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for node in nodes:
         if node["Alive"]:
@@ -33,9 +38,10 @@ def node_sorts(nodes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             models = sorted(name.removeprefix(_MODEL) for name in has if name.startswith(_MODEL))
             # What tasks may have, and what objects may.
             memory = (has.get("memory", 0) + has.get("object_store_memory", 0)) / 2**30
+            is_local = machine_cpus is not None and _kind(has) == "head"
             row = {
                 "kind": _kind(has),
-                "CPUs": has.get("CPU", 0),
+                "CPUs": machine_cpus if is_local else has.get("CPU", 0),
                 "GPUs": has.get("GPU", 0),
                 "GPU model": ", ".join(models),
                 "GiB": round(memory),

@@ -1,8 +1,8 @@
 """The files that TensorBoard's projector reads: features, labels and small pictures of some hundred images.
 
-Two sets are kept, those of the first evaluation and of the newest, so that a page shows what was learnt and a long run
-leaves no more than a short one. SummaryWriter.add_embedding forgets, in a resumed run, what was there before, and keeps
-all. No Ray here.
+Two sets are kept, of the newest evaluation and of the first: the projector opens the newest, and a long run leaves no
+more files than a short one. SummaryWriter.add_embedding keeps all sets, and those from before a resume are lost to it.
+No Ray here.
 """
 
 import io
@@ -19,15 +19,19 @@ from pipeline.storage import Directory, MissingObject
 
 CONFIG = "projector_config.pbtxt"
 """The name that TensorBoard looks for beside event files."""
-_TITLE = "teacher, step "
+FOLDERS = ("projector_first", "projector_newest")
+_FIRST, _NEWEST = "start: teacher, step ", "newest: teacher, step "
+"""Titles of the sets, without the step. The projector opens the set whose title comes first in the alphabet."""
 
 
 def write_projector(folder: Directory, step: int, embedding: Embedding) -> None:
-    """Add a set to those in the folder of the event files; it takes the place of those of its step and later."""
+    """Add a set to those in the folder of the event files; it replaces sets of its step and of later steps."""
     earlier = [info for info in _read(folder).embeddings if _step(info) < step]
-    kept = earlier[:1]
-    place = "projector_newest" if kept else "projector_first"
-    info = EmbeddingInfo(tensor_name=f"{_TITLE}{step}", tensor_path=f"{place}/tensors.tsv")
+    kept = sorted(earlier, key=_step)[:1]
+    for one in kept:
+        one.tensor_name = f"{_FIRST}{_step(one)}"  # files of an earlier version have another title
+    place, title = (FOLDERS[1], _NEWEST) if kept else (FOLDERS[0], _FIRST)
+    info = EmbeddingInfo(tensor_name=f"{title}{step}", tensor_path=f"{place}/tensors.tsv")
     text = io.StringIO()
     np.savetxt(text, embedding.features, fmt="%.5g", delimiter="\t")
     folder.write(info.tensor_path, text.getvalue().encode())
@@ -38,13 +42,13 @@ def write_projector(folder: Directory, step: int, embedding: Embedding) -> None:
     info.sprite.image_path = f"{place}/sprite.png"
     info.sprite.single_image_dim.extend([embedding.thumbnails.shape[2], embedding.thumbnails.shape[1]])
     folder.write(info.sprite.image_path, _sprite(embedding.thumbnails))
-    # Last, so that what it names is there.
-    config = ProjectorConfig(embeddings=[*kept, info])
+    # Written last, so that the files that it names are there.
+    config = ProjectorConfig(embeddings=[info, *kept])
     folder.write(CONFIG, text_format.MessageToString(config).encode())
 
 
 def _step(info: EmbeddingInfo) -> int:
-    return int(info.tensor_name.removeprefix(_TITLE))
+    return int(info.tensor_name.rpartition(" ")[2])
 
 
 def _read(folder: Directory) -> ProjectorConfig:

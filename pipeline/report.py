@@ -12,12 +12,13 @@ import numpy as np
 
 from models.settings import ConfigError
 from pipeline.health import Verdict
+from pipeline.report_charts import Chart, drawn
 from pipeline.report_feeding import cost_tiles, feeding
+from pipeline.report_health import health
 from pipeline.report_page import (
     Html,
-    charts,
+    contents,
     details,
-    escape,
     page,
     picture,
     section,
@@ -25,32 +26,28 @@ from pipeline.report_page import (
     tiles,
     warnings,
 )
-from pipeline.report_plots import Curve, Level, chart
+from pipeline.report_plots import Level
 from pipeline.report_quarantine import bad_images, nearness, share
 from pipeline.report_records import Records, attention_figures, flat, read, read_mapping, read_records
 from pipeline.report_settings import settings, versions
+from pipeline.report_summary import count, course, header, next_commands
 from pipeline.storage import Directory
 
 NAME = "report.html"
-_MAX_VERDICTS = 20
-_HEALTH_CHARTS = {
-    "Mutual information of image and prototype (nats)": ("mutual_information",),
-    "Share of prototypes in use, of the commonest one": ("prototypes_used", "commonest_prototype"),
-    "Centre: norm and drift": ("center_norm", "center_drift"),
-    "Spread of features": ("feature_std",),
-    "Share of feature dimensions that hardly vary": ("collapsed_dims",),
-    "RankMe: effective rank of the features": ("rankme",),
-}
+_MAX_FIGURES = 6
 
 
-def write_report(run: Directory) -> str:
-    """Write report.html into the run directory and return its address. ConfigError when it is no run's directory."""
-    run.write(NAME, build_report(run).encode())
+def write_report(run: Directory, *, ending: str = "") -> str:
+    """Write report.html into the run directory and return its address; see `build_report`."""
+    run.write(NAME, build_report(run, ending=ending).encode())
     return run.join(NAME)
 
 
-def build_report(run: Directory) -> str:
-    """The page as text: the same for the same files."""
+def build_report(run: Directory, *, ending: str = "") -> str:
+    """The page as text: the same for the same files. `ending`: the error that has ended the run, if one has.
+
+    ConfigError when it is no run's directory.
+    """
     config = read_mapping(run, "config.yaml")
     records = read_records(run)
     if not config and not len(records):
@@ -58,45 +55,32 @@ def build_report(run: Directory) -> str:
     values = flat(config)
     name = str(config.get("name") or run.uri.rpartition("/")[2])
     result, bad = read_mapping(run, "result.json"), share(records, values)
+    found = course(run, records, values, ending=ending)
+    sections = [
+        section("Curves", _curves(records, values), note="Against steps; bands where points are merged."),
+        health(records),
+        next_commands(run, found, records, values),
+        feeding(records),
+        _attention(run),
+        section(
+            "Crops",
+            picture(read(run, "crops.png"), "images and what is cut from them"),
+            note="What the student and the teacher are fed.",
+        ),
+        bad_images(run, bad),
+        section("Scores", *_scores(run, result)),
+        settings(run, values),
+        versions(run),
+    ]
     return page(
         name,
         [
-            _header(run, name, records, values, finished=bool(result)),
+            header(name, run, found, records),
             warnings([*_troubles(records), *filter(None, [nearness(bad)])]),
+            contents(sections),
             tiles([*_tiles(records, values), *cost_tiles(records)]),
-            section(
-                "Curves",
-                charts(_curves(records, values)),
-                note="Against steps; bands where points are merged.",
-            ),
-            section("Health", charts(_health(records)), _verdicts(records)),
-            feeding(records),
-            _attention(run),
-            section(
-                "Crops",
-                picture(read(run, "crops.png"), "images and what is cut from them"),
-                note="What the student and the teacher are fed.",
-            ),
-            bad_images(run, bad),
-            section("Scores", *_scores(run, result)),
-            settings(run, values),
-            versions(run),
+            *sections,
         ],
-    )
-
-
-def _header(run: Directory, name: str, records: Records, values: dict[str, Any], *, finished: bool) -> Html:
-    step = records.last_step
-    if step is None:
-        state = "No metrics yet."
-    else:
-        state = f"Finished after {_count(step, 'step')}." if finished else f"Not finished: step {step}"
-        epoch, epochs = records.series("epoch").last, values.get("train.epochs")
-        if not finished:
-            total = f" of {epochs:g}" if isinstance(epochs, int | float) else ""
-            state += "." if math.isnan(epoch) else f", epoch {epoch:.1f}{total}."
-    return Html(
-        f'<h1>{escape(name)}</h1>\n<p class="address">{escape(run.uri)}</p>\n<p class="state">{escape(state)}</p>'
     )
 
 
@@ -110,16 +94,12 @@ def _troubles(records: Records) -> Iterator[str]:
         yield "The run was in trouble for a while and recovered; see Health."
     skipped = records.series("skipped_steps").last
     if skipped > 0:
-        yield f"{_count(skipped, 'step')} skipped: loss or gradients were not finite."
+        yield f"{count(skipped, 'step')} skipped: loss or gradients were not finite."
     num_lost = int(np.isnan(records.series("loss").values).sum())
     if num_lost:
-        yield f"The loss was not finite at {_count(num_lost, 'logged step')}."
+        yield f"The loss was not finite at {count(num_lost, 'logged step')}."
     if records.num_damaged:
-        yield f"{_count(records.num_damaged, 'line')} of metrics.jsonl cannot be read and left out here."
-
-
-def _count(number: float, what: str) -> str:
-    return f"{number:.0f} {what}{'' if number == 1 else 's'}"
+        yield f"{count(records.num_damaged, 'line')} of metrics.jsonl cannot be read and left out here."
 
 
 def _remedy(verdict: str) -> str:
@@ -161,45 +141,27 @@ def _tiles(records: Records, values: dict[str, Any]) -> Iterator[tuple[str, str,
             yield label, format(value, form), remark
 
 
-def _curves(records: Records, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _curves(records: Records, values: dict[str, Any]) -> Html:
     most = _uniform_entropy(records, values)
-    uniform = [Level(f"ln K = {most:.2f}: uniform", most)] if most else []
+    uniform = (Level(f"ln K = {most:.2f}: uniform", most),) if most else ()
     knn = records.names(r"knn_\d+")[:4]
     majority = records.series("majority").last
-    guess = [] if math.isnan(majority) else [Level("majority guess", majority)]
-    yield from _drawn(records, "Loss and KL to the student (nats)", ("loss", "kl"))
-    yield from _drawn(records, "Teacher entropy (nats)", ("teacher_entropy",), levels=uniform)
-    yield from _drawn(records, "k-NN accuracy of the teacher", tuple(knn), levels=guess, percent=True)
-    yield from _drawn(records, "Norm of the gradients", ("grad_norm",))
-    yield from _drawn(records, "Learning rate", ("lr",))
-    yield from _drawn(records, "Teacher temperature", ("teacher_temp",))
-    yield from _drawn(records, "Teacher momentum", ("teacher_momentum",))
-
-
-def _health(records: Records) -> Iterator[tuple[str, str]]:
-    for title, names in _HEALTH_CHARTS.items():
-        yield from _drawn(records, title, names)
-
-
-def _drawn(
-    records: Records,
-    title: str,
-    names: tuple[str, ...],
-    *,
-    levels: list[Level] | None = None,
-    percent: bool = False,
-) -> Iterator[tuple[str, str]]:
-    """The chart, if there is anything to draw."""
-    found = [(name, records.series(name)) for name in names]
-    curves = [Curve(_label(name), s) for name, s in found if not math.isnan(s.last)]
-    if curves:
-        yield title, chart(curves, levels=levels or [], percent=percent)
-
-
-def _label(name: str) -> str:
-    if name.startswith("knn_"):
-        return f"k = {name.removeprefix('knn_')}"
-    return "KL" if name == "kl" else name.replace("_", " ")
+    guess = () if math.isnan(majority) else (Level("majority guess", majority),)
+    wanted = [
+        Chart("Loss and KL to the student (nats)", {"loss": "loss", "kl": "KL"}, always=True),
+        Chart(
+            "k-NN accuracy of the teacher",
+            {name: f"k = {name.removeprefix('knn_')}" for name in knn},
+            percent=True,
+            levels=guess,
+            always=True,
+        ),
+        Chart("Teacher entropy (nats)", {"teacher_entropy": "teacher entropy"}, levels=uniform, always=True),
+        Chart("Learning rate", {"lr": "lr"}),
+        Chart("Teacher momentum", {"teacher_momentum": "teacher momentum"}),
+        Chart("Teacher temperature", {"teacher_temp": "teacher temp"}),
+    ]
+    return drawn(wanted, records.series)
 
 
 def _uniform_entropy(records: Records, values: dict[str, Any]) -> float | None:
@@ -211,20 +173,24 @@ def _uniform_entropy(records: Records, values: dict[str, Any]) -> float | None:
     return entropy / ratio if entropy > 0 and ratio > 0 else None
 
 
-def _verdicts(records: Records) -> Html:
-    changes = records.verdicts()
-    return table([{"from step": step, "verdict": verdict} for step, verdict in changes[-_MAX_VERDICTS:]])
-
-
 def _attention(run: Directory) -> Html:
-    figures = (
-        picture(read(run, name), f"after {_count(step, 'step')}") for step, name in attention_figures(run)
-    )
+    """The newest figure, and of the others the first and some between, folded away."""
+    *earlier, newest = attention_figures(run) or [(0, "")]
+    some = earlier
+    if len(earlier) >= _MAX_FIGURES:
+        some = [earlier[round(i)] for i in np.linspace(0, len(earlier) - 1, _MAX_FIGURES - 1)]
+    folded = Html("\n".join(_figure(run, *one) for one in some))
+    title = ("" if some is earlier else f"{len(some)} of ") + count(len(earlier), "earlier figure")
     return section(
         "Where the teacher looks",
-        *figures,
+        _figure(run, *newest) if newest[1] else Html(""),
+        details(title, folded) if folded else Html(""),
         note="Self-attention of the class token in the last block, on the same images each time.",
     )
+
+
+def _figure(run: Directory, step: int, name: str) -> Html:
+    return picture(read(run, name), f"after {count(step, 'step')}")
 
 
 def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:

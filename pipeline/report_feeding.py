@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.augment import STAGES
-from pipeline.report_page import Html, charts, section
-from pipeline.report_plots import Curve, Span, chart
+from pipeline.report_charts import Chart, drawn
+from pipeline.report_page import Html, section
+from pipeline.report_plots import Span
 from pipeline.report_records import Floats, Records, Series
 
 _UNITS = ((3600.0, "hours", "h"), (60.0, "minutes", "min"), (1.0, "seconds", "s"))
@@ -21,29 +22,21 @@ _BREAK, _LEAST_BREAK_SECONDS = 10, 60.0
 """A break is so many times as long as lines usually are apart, and so long at least."""
 
 
-class _Chart(NamedTuple):
-    title: str
-    names: dict[str, str]
-    """Metric -> label."""
-    percent: bool = False
-    counts: bool = False
-
-
 _CHARTS = (
-    _Chart("Images per second", {"images_per_second": "images/s"}),
-    _Chart("Time spent waiting for data", {"data_wait": "data wait"}, percent=True),
-    _Chart(
+    Chart("Images per second", {"images_per_second": "images/s"}),
+    Chart("Time spent waiting for data", {"data_wait": "data wait"}, percent=True),
+    Chart("CPU time per image (ms)", {f"{stage}_cpu_ms": stage for stage in STAGES}),
+    Chart(
         "Nodes that are up",
         {"nodes_cpu": "without GPUs", "nodes_gpu": "with GPUs", "nodes_head": "head"},
         counts=True,
     ),
-    _Chart(
+    Chart(
         "Augment actors",
         {"augment_target": "asked for", "augment_actors": "running"},
         counts=True,
     ),
-    _Chart("CPU time per image (ms)", {f"{stage}_cpu_ms": stage for stage in STAGES}),
-    _Chart("Dollars so far", {"dollars": "dollars"}),
+    Chart("Dollars so far", {"dollars": "dollars"}),
 )
 
 
@@ -84,7 +77,9 @@ def feeding(records: Records) -> Html:
         note = f"Against {time.unit[1]} since the first line."
         if len(time.breaks):
             note += " Lines break where nothing was logged for long: the run was down, or evaluated."
-    return section("Feeding the train workers", charts(_charts(records, time)), note=note)
+    span = Span(0.0, time.seconds / time.unit[0], time.unit[1]) if time is not None else None
+    content = drawn(_CHARTS, lambda name: _series(records, name, time), span=span)
+    return section("Feeding the train workers", content, note=note)
 
 
 def cost_tiles(records: Records) -> Iterator[tuple[str, str, str]]:
@@ -112,20 +107,6 @@ def _time(records: Records) -> _Time | None:
     """None where fewer than two lines say when they were written, as those of an older version do not."""
     times = records.series("time", over="time").steps
     return _Time(times) if len(times) > 1 else None
-
-
-def _charts(records: Records, time: _Time | None) -> Iterator[tuple[str, str]]:
-    span = Span(0.0, time.seconds / time.unit[0], time.unit[1]) if time is not None else None
-    for one in _CHARTS:
-        found = [(label, _series(records, name, time)) for name, label in one.names.items()]
-        curves = [
-            Curve(label, series)
-            for label, series in found
-            # A kind of node that never was is no curve; no waiting is good news.
-            if (np.nan_to_num(series.values) > 0 if one.counts else np.isfinite(series.values)).any()
-        ]
-        if curves:
-            yield one.title, chart(curves, percent=one.percent, counts=one.counts, span=span)
 
 
 def _series(records: Records, name: str, time: _Time | None) -> Series:

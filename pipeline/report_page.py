@@ -7,17 +7,23 @@ import base64
 import html
 import io
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image, features
 
+from pipeline.drawing import png_bytes, split_sheet
 from pipeline.palette import css_variables
+from pipeline.report_style import STYLE
 
 _LARGE_BYTES = 300_000
 _LARGE, _WIDE = 720, 1600
 _MAX_TEXT = 300
 _MAX_WHOLE = 20
+_MAX_TILES = 8
+"""In one row."""
 
 
 class Html(str):
@@ -39,7 +45,7 @@ def page(title: str, parts: Iterable[Html]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{css_variables()}{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{css_variables()}{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
         "</body>\n</html>\n"
     )
 
@@ -50,32 +56,62 @@ def section(title: str, *parts: Html, note: str = "") -> Html:
     if not content:
         return Html("")
     explanation = f'<p class="note">{escape(note)}</p>' if note else ""
-    return Html(f"<section>\n<h2>{escape(title)}</h2>\n{explanation}\n{content}\n</section>")
+    return Html(
+        f'<section id="{_anchor(title)}">\n<h2>{escape(title)}</h2>\n{explanation}\n{content}\n</section>'
+    )
+
+
+def contents(parts: Iterable[Html]) -> Html:
+    """Links to the sections among `parts`."""
+    found = re.findall(r'<section id="([^"]*)">\n<h2>(.*?)</h2>', "\n".join(parts))
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in found)
+    return Html(f'<nav aria-label="Contents">{links}</nav>') if len(found) > 1 else Html("")
+
+
+def pair(left: Html, *right: Html) -> Html:
+    """A section, and others in a narrower column beside it where there is room; either side may be empty."""
+    columns = "".join(f"<div>{column}</div>" for column in (left, "".join(right)) if column)
+    return Html(f'<div class="pair">{columns}</div>' if columns else "")
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def tiles(values: Sequence[tuple[str, str, str]]) -> Html:
-    """Small facts: (name, value, remark)."""
+    """Small facts: (name, value, remark). Rows are of nearly equal length and fill the width."""
+    num_rows = math.ceil(len(values) / _MAX_TILES)
+    columns = math.ceil(len(values) / max(1, num_rows))
     cells = (
         f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(remark)}</small></div>'
         for name, value, remark in values
     )
-    return Html(f'<div class="tiles">{"".join(cells)}</div>')
+    return Html(f'<div class="tiles" style="--columns: {max(1, columns)}">{"".join(cells)}</div>')
 
 
 def charts(drawings: Iterable[tuple[str, str]]) -> Html:
-    """(title, SVG) side by side as far as there is room."""
+    """(title, SVG) side by side, three in a row or two; each row fills the width."""
+    drawn = list(drawings)
     figures = "".join(
-        f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in drawings
+        f'<figure style="--span: {span}"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+        for span, (title, svg) in zip(_spans(len(drawn)), drawn, strict=True)
     )
     return Html(f'<div class="charts">{figures}</div>') if figures else Html("")
 
 
+def _spans(number: int) -> list[int]:
+    """Widths, of 6, of so many charts: one or two rows of two, which are larger, before rows of three."""
+    if number == 1:
+        return [6]
+    in_pairs = {0: 0, 1: 4, 2: 2}[number % 3]
+    return [3] * in_pairs + [2] * (number - in_pairs)
+
+
 def drawing(svg: str, *, width: int) -> Html:
-    """One SVG at `width` pixels at most, scrolled where it would become too small to read."""
+    """One SVG that fills the width, scrolled where it would be smaller than five sixths of `width` pixels."""
     if not svg:
         return Html("")
-    inner = f'<div style="min-width: {width * 5 // 6}px">{svg}</div>'
-    return Html(f'<div class="scroll card" style="max-width: {width + 24}px">{inner}</div>')
+    return Html(f'<div class="scroll card"><div style="min-width: {width * 5 // 6}px">{svg}</div></div>')
 
 
 def sentences(lines: Sequence[str]) -> Html:
@@ -120,17 +156,43 @@ def details(title: str, content: str) -> Html:
     return Html(f"<details><summary>{escape(title)}</summary>{inner}</details>")
 
 
+def explained(lines: Sequence[str]) -> Html:
+    """What the charts above mean, a paragraph each."""
+    return Html("".join(f'<p class="explained">{escape(line)}</p>' for line in lines))
+
+
+def commands(values: Mapping[str, str]) -> Html:
+    """Purpose -> a command line to copy."""
+    lines = "".join(
+        f"<dt>{escape(purpose)}</dt><dd><code>{escape(line)}</code></dd>" for purpose, line in values.items()
+    )
+    return Html(f'<dl class="commands">{lines}</dl>') if lines else Html("")
+
+
 def picture(data: bytes | None, caption: str) -> Html:
-    """An image file within the page, scrolled where it would be too small to read; nothing where there is none."""
+    """An image file within the page, scrolled where it would be too small to read; nothing where there is none.
+
+    Of a sheet whose file has the places of its pictures, text takes the colours of the page.
+    """
     try:
         image = Image.open(io.BytesIO(data or b""), formats=["PNG"])
         image.load()
     except Exception:  # a damaged file may raise anything
         return Html("")
-    kind = ' class="wide"' if image.width > _WIDE else ' class="large"' if image.width > _LARGE else ""
+    kind = "wide" if image.width > _WIDE else "large" if image.width > _LARGE else ""
+    layers = split_sheet(image)
+    if layers is None:
+        name = f' class="{kind}"' if kind else ""
+        content = f'<img{name} src="{_data_uri(image, data or b"")}" alt="{escape(caption)}">'
+    else:
+        ink, pictures = (_data_uri(layer, png_bytes(layer)) for layer in layers)
+        content = (
+            f'<div class="sheet {kind}" style="width: {1600 if kind == "wide" else image.width}px">'
+            f'<img class="ink" src="{ink}" alt="{escape(caption)}"><img class="pictures" src="{pictures}" alt=""></div>'
+        )
     return Html(
         f'<figure class="picture"><figcaption>{escape(caption)}</figcaption>'
-        f'<div class="scroll"><img{kind} src="{_data_uri(image, data or b"")}" alt="{escape(caption)}"></div></figure>'
+        f'<div class="scroll">{content}</div></figure>'
     )
 
 
@@ -139,7 +201,9 @@ def _data_uri(image: Image.Image, png: bytes) -> str:
     kind, data = "png", png
     if len(png) > _LARGE_BYTES and features.check("webp"):
         file = io.BytesIO()
-        image.convert("RGB").save(file, "WEBP", quality=86, method=4)
+        image.convert("RGBA" if image.has_transparency_data else "RGB").save(
+            file, "WEBP", quality=86, method=4
+        )
         kind, data = "webp", file.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -149,52 +213,3 @@ def _short(value: Any) -> Html:
     if isinstance(text, str) and len(text) > _MAX_TEXT:
         text = f"{text[:_MAX_TEXT]}..."
     return escape(text)
-
-
-_STYLE = """
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 36px 24px 64px; }
-h1 { margin: 0; font-size: 28px; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 44px 0 10px; font-size: 18px; }
-.address { margin: 4px 0 0; color: var(--faint); overflow-wrap: anywhere; }
-.state { margin: 2px 0 20px; }
-.note { margin: -4px 0 12px; color: var(--faint); font-size: 13.5px; max-width: 80ch; }
-.warning { margin: 8px 0; padding: 10px 14px; border-left: 4px solid var(--warn); border-radius: 4px;
-  background: var(--warn-paper); color: var(--warn); overflow-wrap: anywhere; }
-.sentence { margin: 6px 0; max-width: 90ch; overflow-wrap: anywhere; }
-h2 + .sentence { font-weight: 600; }
-.card { padding: 12px; border-radius: 8px; background: var(--card); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 10px; margin: 18px 0; }
-.tile { padding: 12px 14px; border-radius: 8px; background: var(--card); }
-.tile span, .tile small { display: block; color: var(--faint); font-size: 12.5px; }
-.tile b { display: block; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 12px; }
-.charts + .scroll { margin-top: 12px; }
-figure { margin: 0; }
-.charts figure { padding: 10px 12px 6px; border-radius: 8px; background: var(--card); }
-figcaption { font-size: 13px; font-weight: 600; margin-bottom: 4px; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif !important; }
-.picture { margin: 0 0 20px; }
-.picture .scroll { border: 1px solid var(--rule); border-radius: 8px; background: #ffffff; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
-.wide { max-width: none; width: 1600px; }
-.scroll { overflow-x: auto; }
-table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
-th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; }
-th { color: var(--faint); font-weight: 600; white-space: nowrap; }
-.short { white-space: nowrap; }
-.long { min-width: 16ch; }
-dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: 3px 20px; margin: 0 0 14px; font-size: 13.5px; }
-dt { color: var(--faint); overflow-wrap: anywhere; }
-dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-details { margin: 8px 0; }
-summary { cursor: pointer; color: var(--faint); font-size: 13.5px; }
-@media (max-width: 600px) { main { padding: 24px 16px 48px; }
-  .large { max-width: none; width: 720px; } }
-pre { padding: 12px 14px; border-radius: 8px; background: var(--card); font-size: 12.5px; line-height: 1.45;
-  overflow-x: auto; }
-"""

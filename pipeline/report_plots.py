@@ -17,6 +17,8 @@ from pipeline.report_records import Series
 _MAX_POINTS = 300
 STEPS = [1, 2, 5, 10]
 """Multiples of them make good ticks."""
+_LETTERS_PER_INCH, _LETTERS_OF_A_SIGN = 15, 5
+"""Of a legend's text, and what a sign beside a label takes."""
 _WIDTH, _HEIGHT = 3.6, 2.1  # inches of 100 px: about what a phone shows, so that text keeps its size there
 _SERIES = [TOKENS[f"series-{i}"] for i in (1, 2, 3, 4)]
 
@@ -119,7 +121,7 @@ def chart(
         if counts:
             axes.set_ylim(bottom=0)
         if counts or len(curves) + len(levels) > 1:
-            axes.legend(frameon=False, fontsize=8, labelcolor=TOKENS["ink"], handlelength=1.4, loc="best")
+            legend_above(figure, axes)
         return as_svg(figure)
 
 
@@ -161,6 +163,27 @@ def dress(axes: Any, palette: Palette = TOKENS) -> None:
     axes.tick_params(colors=palette["faint"], length=3)
     axes.grid(axis="y", color=palette["rule"], linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def legend_above(figure: Any, axes: Any, palette: Palette = TOKENS) -> None:
+    """A legend above the axes, where it covers no curve, in as many rows as its labels need."""
+    handles, labels = axes.get_legend_handles_labels()
+    lengths = [len(label) + _LETTERS_OF_A_SIGN for label in labels]
+    room = int(figure.get_figwidth() * _LETTERS_PER_INCH)
+    columns = len(labels) if sum(lengths) <= room else max(1, min(len(labels), room // max(lengths)))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        labelcolor=palette["ink"],
+        handlelength=1.4,
+        columnspacing=1.2,
+        borderaxespad=0,
+        borderpad=0.2,
+    )
 
 
 def as_svg(figure: Any) -> str:

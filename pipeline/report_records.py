@@ -18,7 +18,6 @@ from pipeline.storage import Directory, MissingObject
 Floats = npt.NDArray[np.float64]
 
 _FIGURE = re.compile(r"step_(\d{8,})\.png")
-_MAX_FIGURES = 6
 
 
 class Series(NamedTuple):
@@ -137,12 +136,9 @@ def read_head(run: Directory, name: str, limit: int) -> tuple[list[dict[str, Any
 
 
 def attention_figures(run: Directory) -> list[tuple[int, str]]:
-    """(step, file name) of at most six attention figures in order: the first, the last, and some between."""
+    """(step, file name) of the attention figures that evaluations have drawn, by step."""
     matches = [match for name in run.child("attention").list() if (match := _FIGURE.fullmatch(name))]
-    found = sorted((int(match[1]), f"attention/{match[0]}") for match in matches)
-    if len(found) <= _MAX_FIGURES:
-        return found
-    return [found[round(i)] for i in np.linspace(0, len(found) - 1, _MAX_FIGURES)]
+    return sorted((int(match[1]), f"attention/{match[0]}") for match in matches)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

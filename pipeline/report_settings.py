@@ -60,6 +60,7 @@ _ABOUT = {
     "python": "Python",
     "platform": "driver's system",
     "processor": "driver's processor",
+    "cpus": "driver's CPUs",
     "cuda": "CUDA of torch",
 }
 

@@ -19,12 +19,14 @@ from pydantic import Field
 
 from models.settings import ConfigError, Settings, one_line
 from pipeline.report import build_report
+from pipeline.scalar_names import grouped
 from pipeline.sink import Sink, numbers
 from pipeline.storage import Directory, MissingObject
 from pipeline.trackers import OPEN, TrackedRun, Tracker
 
 FILE = "tracking.json"
-"""Of the run directory: the id by which a service knows the run, so that one that is continued is the same there."""
+"""In the run directory: the id by which a service knows the run, so that a resumed run is the same run there; and
+whether its curves have names with groups, which runs of earlier versions have not."""
 _QUEUE_LENGTH = 1000
 _PAUSES = (0.0, 5.0, 60.0)
 """Seconds before each time that something is tried."""
@@ -82,15 +84,17 @@ def open_trackers(
     names = asked_for(config)
     if not names:
         return []
+    is_grouped = True
     try:
-        number = str(json.loads(run.read(FILE))["id"])
+        kept = json.loads(run.read(FILE))
+        number, is_grouped = str(kept["id"]), bool(kept.get("grouped"))
     except (MissingObject, ValueError, KeyError, TypeError) as error:
         if not isinstance(error, MissingObject):
             tell(f"warning: {run.join(FILE)} is damaged: this run is a new one to {', '.join(names)}")
         number = uuid.uuid4().hex[:12]
-        run.write(FILE, json.dumps({"id": number}).encode())
+        run.write(FILE, json.dumps({"id": number, "grouped": True}).encode())
     about = TrackedRun(name, number, config.project, params, run)
-    return [Trackers(about, {name: OPEN[name] for name in names}, tell)]
+    return [Trackers(about, {name: OPEN[name] for name in names}, tell, is_grouped=is_grouped)]
 
 
 class Trackers(Sink):
@@ -102,15 +106,17 @@ class Trackers(Sink):
         openers: Mapping[str, Callable[[TrackedRun], Tracker]],
         tell: Callable[[str], None],
         *,
+        is_grouped: bool = True,
         pauses: Sequence[float] = _PAUSES,
         end_seconds: float = _END_SECONDS,
     ) -> None:
-        self._run, self._end_seconds = run, end_seconds
+        self._run, self._end_seconds, self._is_grouped = run, end_seconds, is_grouped
         self._lines = [_Line(name, run, opener, tell, pauses) for name, opener in openers.items()]
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """The numbers among them."""
+        """The numbers among them; a run keeps the names that its curves have begun with."""
         found, now = numbers(values), time.time()
+        found = grouped(found) if self._is_grouped else found
         self._put(lambda tracker: tracker.log(step, found, now))
 
     def picture(self, name: str, step: int, png: bytes) -> None:

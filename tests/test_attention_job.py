@@ -5,6 +5,7 @@ are made by hand: committed checkpoints of a tiny network, no Ray.
 """
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 
 from jobs import attention
 from jobs.entry import run_main
-from pipeline.attention_figure import animation, figure, look, png_bytes
+from pipeline.attention_figure import attention_figure, figure, look
 from pipeline.checkpoint import SNAPSHOT, checkpoint_name, read_frozen, save_checkpoint
 from pipeline.decode import decode
+from pipeline.drawing import png_bytes
+from pipeline.metrics import MetricsLog
 from pipeline.storage import Directory
 from pipeline.training import build_state, train_step
 
@@ -35,6 +38,26 @@ Run = Callable[..., tuple[int, list[str], list[str]]]
 def noise(height: int = 20, width: int = 30, seed: int = 0) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return encode(pixels, "PNG")
+
+
+EVALUATED = (0, 4, 8)
+
+
+def evaluate_run(folder: Path, **changes: dict[str, Any]) -> Path:
+    """What the evaluations of a run leave behind which learns fast: their figures, and no checkpoint at all."""
+    state = build_state(tiny_config(optim={"base_lr": 2.0}, **changes), num_images=NUM_IMAGES)
+    pictures = [(f"{i}.png", decode(noise(seed=i), max_pixels=10_000)) for i in range(2)]
+    log = MetricsLog(Directory(str(folder)), first_step=0, first_position=0)
+    for step in EVALUATED:
+        while state.step < step:
+            train_step(state, tiny_batch(state.config, seed=state.step))
+        sheet = attention_figure(
+            state.dino.teacher.backbone, pictures, state.config.crops, title=f"step {step}"
+        )
+        if sheet is not None:
+            log.picture("attention", step, sheet)
+    log.close()
+    return folder
 
 
 def make_run(folder: Path, *, steps: tuple[int, ...] = (0, 1, 2), **changes: dict[str, Any]) -> Path:
@@ -105,19 +128,19 @@ def test_a_sheet_and_a_folder_of_overlays_per_image_are_written_into_the_run(
     code, output, errors = run(folder, *(tmp_path / name for name in images))
     assert (code, errors) == (0, [])
     out = folder / "attention"
-    places = [f"{out}/attention_step_00000002{end}" for end in (".png", "/000_one.png", "/001_two_three.png")]
+    places = [f"{out}/attention_step_00000002{end}" for end in (".png", "/000_one", "/001_two_three")]
     assert output == places
     names = ["head_01", "head_01_mask", "head_02", "head_02_mask", "heads", "image", "mean"]
     assert files_in(out) == sorted(
         [
             "attention_step_00000002.png",
-            *(f"attention_step_00000002/000_one.png/{name}.png" for name in names),
-            *(f"attention_step_00000002/001_two_three.png/{name}.png" for name in names),
+            *(f"attention_step_00000002/000_one/{name}.png" for name in names),
+            *(f"attention_step_00000002/001_two_three/{name}.png" for name in names),
         ]
     )
     sheet = (out / "attention_step_00000002.png").read_bytes()
     assert sheet == expected_sheet(folder / "checkpoints/step_00000002", images, "teacher", 2)
-    image = Image.open(out / "attention_step_00000002/001_two_three.png/image.png")
+    image = Image.open(out / "attention_step_00000002/001_two_three/image.png")
     assert image.size == (64, 192)
 
 
@@ -149,30 +172,134 @@ def test_a_checkpoint_on_its_own_will_do(
         code, _, errors = run(lone, "a.png", "--animate")
         assert code == 2
         assert errors == [
-            f"error: --animate needs a run with its checkpoints, {lone} is a single one; give the run directory"
+            f"error: --animate needs a run with its evaluations, {lone} is a single checkpoint; give the run directory"
         ]
     finally:
         lone.rename(trained / "checkpoints/step_00000001")
 
 
-def test_a_film_has_a_frame_per_committed_checkpoint(tmp_path: Path, trained: Path, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("ILSVRC2012_val_00000293.JPEG", "000_ILSVRC2012_val_00000293"),
+        ("a.b.tar.webp", "000_a_b_tar"),
+        (".hidden.png", "000_hidden"),
+        ("été 2024.png", "000_t_2024"),
+        ("写真.png", "000_image"),
+        ("con-trol.v1.png", "000_con-trol_v1"),
+        (f"{'x' * 200}.png", f"000_{'x' * 60}"),
+    ],
+)
+def test_folders_are_called_after_images_without_their_extension(
+    tmp_path: Path, trained: Path, run: Run, name: str, folder: str
+) -> None:
+    (tmp_path / name).write_bytes(noise())
+    code, output, _ = run(trained, tmp_path / name, f"--out={tmp_path}/out")
+    assert (code, [Path(line).name for line in output[1:]]) == (0, [folder])
+
+
+def test_images_of_one_name_have_folders_of_their_own(tmp_path: Path, trained: Path, run: Run) -> None:
+    paths = [tmp_path / name for name in ("a/x.png", "b/x.png", "b/x.jpg", "b/X.PNG")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(noise())
+    code, output, _ = run(trained, *paths, f"--out={tmp_path}/out")
+    assert (code, [Path(line).name for line in output[1:]]) == (0, ["000_x", "001_x", "002_x", "003_X"])
+
+
+# The animation
+
+
+def test_an_animation_has_a_frame_for_each_evaluation_whatever_checkpoints_are_kept(
+    tmp_path: Path, run: Run
+) -> None:
+    folder = evaluate_run(tmp_path / "first")
+    code, output, errors = run(folder, "--animate")
+    assert (code, errors) == (0, [])
+    gif = folder / "attention" / "attention.gif"
+    assert output == [f"{gif}  (3 evaluations, steps 0 to 8: the teacher on the run's own images)"]
+    film, frames, durations = Image.open(gif), [], []
+    assert (film.format, film.n_frames, film.info["loop"]) == ("GIF", len(EVALUATED), 0)
+    for number, step in enumerate(EVALUATED):
+        film.seek(number)
+        durations.append(film.info["duration"])
+        frames.append(np.asarray(film.convert("RGB"), int))
+        sheet = np.asarray(Image.open(folder / "attention" / f"step_{step:08d}.png"), int)
+        assert abs(frames[-1][: len(sheet)] - sheet).mean() < 6
+    assert durations == [1000, 1000, 3000]
+    below = len(sheet)
+    for earlier, later in itertools.pairwise(frames):
+        heads = slice(200, below), slice(360, None)
+        assert (abs(earlier - later)[heads].max(axis=2) > 30).mean() > 0.01  # it looks elsewhere
+        assert (earlier[below:] != later[below:]).any()  # and says at which step
+    sheets = [np.asarray(Image.open(folder / "attention" / f"step_{s:08d}.png")) for s in EVALUATED]
+    same = (sheets[0] == sheets[1]).all(axis=2)
+    assert (frames[0][:below][same] == frames[1][:below][same]).all()  # what is still does not flicker
+
+
+def test_an_animation_comes_beside_the_sheet_of_other_images(tmp_path: Path, run: Run) -> None:
+    folder = make_run(evaluate_run(tmp_path / "first"))
     (tmp_path / "a.png").write_bytes(noise())
-    code, output, _ = run(trained, tmp_path / "a.png", "--animate", f"--out={tmp_path}/out")
+    for address in (folder, folder / "checkpoints" / checkpoint_name(1)):
+        code, output, _ = run(address, tmp_path / "a.png", "--animate", f"--out={tmp_path}/out")
+        assert code == 0
+        assert len(output) == 3
+        assert output[-1].startswith(f"{tmp_path}/out/attention.gif  (3 evaluations")
+
+
+def test_figures_of_other_sizes_and_damaged_ones_spoil_no_animation(tmp_path: Path, run: Run) -> None:
+    folder = evaluate_run(tmp_path / "first")
+    (folder / "attention" / "step_00000012.png").write_bytes(png_bytes(Image.new("RGB", (300, 1000))))
+    data = (folder / "attention" / "step_00000004.png").read_bytes()
+    (folder / "attention" / "step_00000004.png").write_bytes(data[: len(data) // 2])
+    code, output, errors = run(folder, "--animate")
+    assert (code, len(output)) == (0, 1)
+    assert errors == [f"skipped {folder}/attention/step_00000004.png: it cannot be read as PNG"]
+    film = Image.open(folder / "attention" / "attention.gif")
+    assert film.n_frames == 3
+    assert film.height > 1000
+
+
+def test_an_animation_of_one_evaluation_is_a_picture(tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "first"
+    (folder / "attention").mkdir(parents=True)
+    (folder / "attention" / "step_00000000.png").write_bytes(png_bytes(Image.new("RGB", (400, 300))))
+    code, output, _ = run(folder, "--animate")
     assert code == 0
-    assert output[-1] == f"{tmp_path}/out/attention.gif  (3 checkpoints)"
-    sheets = [
-        expected_sheet(trained / "checkpoints" / checkpoint_name(step), {"a.png": noise()}, "teacher", step)
-        for step in range(3)
+    assert "(1 evaluation, step 0:" in output[0]
+    assert Image.open(folder / "attention" / "attention.gif").n_frames == 1
+
+
+def test_without_figures_the_remedy_ends_the_error(tmp_path: Path, trained: Path, run: Run) -> None:
+    evaluate_run(
+        resnet := make_run(tmp_path / "resnet", steps=(0,), backbone=TINY_RESNET), backbone=TINY_RESNET
+    )
+    code, output, errors = run(resnet, "--animate")
+    assert (code, output, len(errors)) == (3, [], 1)
+    assert errors[0].startswith(f"error: {resnet}/attention holds no figure step_*.png")
+    (tmp_path / "a.png").write_bytes(noise())
+    code, _, errors = run(trained, tmp_path / "a.png", "--animate", f"--out={tmp_path}/out")
+    assert (code, len(errors)) == (3, 1)
+    assert errors[0].endswith("or leave out --animate")
+    assert run(trained, tmp_path / "a.png", f"--out={tmp_path}/out")[0] == 0
+
+
+def test_without_images_the_remedies_end_the_error(tmp_path: Path, run: Run) -> None:
+    folder = make_run(evaluate_run(tmp_path / "first"))
+    code, output, errors = run(folder)
+    assert (code, output) == (2, [])
+    assert errors == [
+        "error: there are no images to look at: name files or folders, or pass --animate for the run's own images"
     ]
-    assert (tmp_path / "out/attention.gif").read_bytes() == animation(sheets)
-    assert Image.open(tmp_path / "out/attention.gif").n_frames == 3
+    (tmp_path / "a.png").write_bytes(noise())
+    assert run(folder, tmp_path / "a.png")[0] == run(folder, "--animate")[0] == 0
 
 
 def test_the_mass_is_used(tmp_path: Path, trained: Path, run: Run) -> None:
     (tmp_path / "a.png").write_bytes(noise())
     for mass in ("0.1", "1"):
         assert run(trained, tmp_path / "a.png", f"--mass={mass}", f"--out={tmp_path}/{mass}")[0] == 0
-    overlay = "attention_step_00000002/000_a.png/head_01_mask.png"
+    overlay = "attention_step_00000002/000_a/head_01_mask.png"
     shown = [
         (
             np.asarray(Image.open(tmp_path / mass / overlay))
@@ -215,20 +342,20 @@ def test_a_folder_gives_a_fixed_choice_of_its_images(tmp_path: Path, trained: Pa
     code, output, _ = run(
         trained, tmp_path / "first.png", tmp_path / "images", "--max-images=3", f"--out={tmp_path}/out"
     )
-    assert (code, len(keys_of(output)), keys_of(output)[0]) == (0, 3, "first.png")
+    assert (code, len(keys_of(output)), keys_of(output)[0]) == (0, 3, "first")
 
 
 def test_parquet_is_read_by_column(tmp_path: Path, trained: Path, run: Run) -> None:
     (tmp_path / "a.parquet").write_bytes(parquet({"image": [noise(), noise(seed=1), b"damaged"]}))
     code, output, errors = run(trained, tmp_path / "a.parquet", f"--out={tmp_path}/out")
     assert code == 0
-    assert keys_of(output) == ["a.parquet_0", "a.parquet_1"]
+    assert keys_of(output) == ["a_0", "a_1"]
     assert errors == ["skipped a.parquet#2: not an image: starts with b'damaged'"]
     (tmp_path / "b.parquet").write_bytes(parquet({"jpg": [noise()]}))
     code, _, errors = run(trained, tmp_path / "b.parquet", f"--out={tmp_path}/out")
     assert (code, len(errors)) == (2, 1)
     code, output, _ = run(trained, tmp_path / "b.parquet", "--image-column=jpg", f"--out={tmp_path}/out")
-    assert (code, keys_of(output)) == (0, ["b.parquet_0"])
+    assert (code, keys_of(output)) == (0, ["b_0"])
 
 
 def test_what_cannot_be_read_is_named_and_skipped(tmp_path: Path, trained: Path, run: Run) -> None:
@@ -237,7 +364,7 @@ def test_what_cannot_be_read_is_named_and_skipped(tmp_path: Path, trained: Path,
     paths = [tmp_path / name for name in ("bad.png", "missing.png", "good.png")]
     code, output, errors = run(trained, *paths, f"--out={tmp_path}/out")
     assert code == 0
-    assert keys_of(output) == ["good.png"]
+    assert keys_of(output) == ["good"]
     assert len(errors) == 2
     assert errors[0].startswith(f"skipped {paths[0]}: damaged or cut off PNG")
     assert errors[1] == f"skipped {paths[1]}: there is no such file or folder"
@@ -258,7 +385,7 @@ def test_no_more_images_are_read_than_asked_for(tmp_path: Path, trained: Path, r
     code, output, errors = run(
         trained, *paths, tmp_path / "missing", "--max-images=2", f"--out={tmp_path}/out"
     )
-    assert (code, keys_of(output), errors) == (0, ["a.png", "b.png"], [])
+    assert (code, keys_of(output), errors) == (0, ["a", "b"], [])
 
 
 # Mistakes
@@ -308,9 +435,10 @@ def test_the_job_runs_as_a_process(tmp_path: Path, trained: Path) -> None:
 @pytest.mark.s3
 def test_runs_images_and_pictures_may_be_on_s3(bucket: str, trained: Path, tmp_path: Path, run: Run) -> None:
     store = Directory(f"s3://{bucket}")
-    for path in trained.rglob("*"):
-        if path.is_file():
-            store.write(f"runs/first/{path.relative_to(trained).as_posix()}", path.read_bytes())
+    for folder in (trained, evaluate_run(tmp_path / "evaluated")):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                store.write(f"runs/first/{path.relative_to(folder).as_posix()}", path.read_bytes())
     images = {"a.png": noise(), "sub/b.png": noise(seed=1)}
     for name, data in images.items():
         store.write(f"images/{name}", data)
@@ -318,13 +446,13 @@ def test_runs_images_and_pictures_may_be_on_s3(bucket: str, trained: Path, tmp_p
     assert (code, errors) == (0, [])
     root = f"s3://{bucket}/runs/first/attention"
     assert output[0] == f"{root}/attention_step_00000002.png"
-    assert keys_of(output[:-1]) == ["a.png", "b.png"]
+    assert keys_of(output[:-1]) == ["a", "b"]
     assert store.read("runs/first/attention/attention_step_00000002.png") == expected_sheet(
         trained / "checkpoints/step_00000002", {f"images/{k}": v for k, v in images.items()}, "teacher", 2
     )
     assert Image.open(io.BytesIO(store.read("runs/first/attention/attention.gif"))).n_frames == 3
     # One object, by its whole name; and one that is not there.
     code, output, _ = run(trained, f"s3://{bucket}/images/a.png", f"--out={tmp_path}/out")
-    assert (code, keys_of(output)) == (0, ["a.png"])
+    assert (code, keys_of(output)) == (0, ["a"])
     code, _, errors = run(trained, f"s3://{bucket}/nothing/", f"--out={tmp_path}/out")
     assert (code, len(errors)) == (3, 1)

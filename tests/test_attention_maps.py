@@ -15,12 +15,10 @@ from torch import nn
 from models.backbone import build_backbone
 from pipeline.attention_figure import (
     Looked,
-    animation,
     attention_figure,
     figure,
     look,
     overlays,
-    png_bytes,
 )
 from pipeline.attention_maps import (
     coloured_heads,
@@ -35,6 +33,7 @@ from pipeline.attention_maps import (
     upsample,
 )
 from pipeline.crops_config import CropsConfig
+from pipeline.drawing import picture_places, png_bytes
 from pipeline.training import DINOConfig
 
 CROPS = tiny_config().crops
@@ -334,41 +333,23 @@ def test_the_bytes_of_a_sheet_are_a_function_of_what_it_shows() -> None:
     assert png_bytes(figure([looked()])) != png_bytes(figure([looked(seed=1)]))
 
 
+def test_a_sheet_keeps_the_places_of_its_pictures_and_all_else_is_gray() -> None:
+    sheet = Image.open(
+        io.BytesIO(png_bytes(figure([looked(20, 40, heads=2), looked(seed=1)], title="step 1")))
+    )
+    pixels, places = np.array(sheet), picture_places(sheet)
+    assert len(places) == 2 * 5 + 2  # two swatches
+    for left, top, right, bottom in places:
+        assert (pixels[top:bottom, left:right] != 255).any()
+        pixels[top:bottom, left:right] = 255
+    assert (np.ptp(pixels.astype(int), axis=2) < 16).all()
+    assert picture_places(Image.new("RGB", (4, 4))) == []
+
+
 def test_overlays_are_the_size_of_the_image() -> None:
     pictures = overlays(looked(18, 22, heads=2))
     assert list(pictures) == ["image", "mean", "heads", "head_01", "head_01_mask", "head_02", "head_02_mask"]
     assert {picture.size for picture in pictures.values()} == {(22, 18)}
-
-
-def test_a_film_has_a_frame_for_each_sheet_and_rests_on_the_last() -> None:
-    sheets = [png_bytes(figure([looked(seed=seed)], title=f"step {seed}")) for seed in range(3)]
-    gif = animation(sheets)
-    assert animation(sheets) == gif
-    film = Image.open(io.BytesIO(gif))
-    assert (film.format, film.n_frames, film.info["loop"]) == ("GIF", 3, 0)
-    durations = []
-    for number, sheet in enumerate(sheets):
-        film.seek(number)
-        durations.append(film.info["duration"])
-        assert abs(np.asarray(film.convert("RGB"), int) - read(sheet)).mean() < 6
-    assert durations == [600, 600, 1800]
-
-
-def test_what_is_still_in_a_film_does_not_flicker() -> None:
-    still = looked()
-    sheets = [png_bytes(figure([still._replace(attention=looked(seed=seed).attention)])) for seed in range(2)]
-    film = Image.open(io.BytesIO(animation(sheets)))
-    frames = []
-    for number in range(2):
-        film.seek(number)
-        frames.append(np.asarray(film.convert("RGB")))
-    same = (read(sheets[0]) == read(sheets[1])).all(axis=2)
-    assert 0.3 < same.mean() < 1
-    assert (frames[0][same] == frames[1][same]).all()
-
-
-def test_a_film_of_one_sheet_is_a_picture() -> None:
-    assert Image.open(io.BytesIO(animation([png_bytes(figure([looked()]))]))).n_frames == 1
 
 
 def test_crops_of_the_config_decide_the_size() -> None:

@@ -1,11 +1,13 @@
 """The README's first command, as it stands there: no argument, no data, no GPU."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 from jobs_processes import run_job
+from PIL import Image
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -28,3 +30,14 @@ def test_the_demo_learns_without_any_argument(tmp_path: Path) -> None:
     assert re.search(r"step \d+/\d+  loss .* images/s  data wait .* ETA", output)
     assert re.search(r"local 1-6 +32 px +0.1 to 0.4 +0.5 +0.8 +0.2 +0.5 +0", output)  # crop probabilities
     assert (run / "crops.png").read_bytes().startswith(b"\x89PNG")
+    (machine,) = json.loads((run / "environment.json").read_text())["hardware"]
+    assert machine["CPUs"] == os.cpu_count()  # of which Ray was told more
+    steps = [
+        record["step"] for record in map(json.loads, (run / "metrics.jsonl").open()) if "majority" in record
+    ]
+    film = run_job("jobs.attention", str(run), "--animate", cwd=tmp_path)
+    assert f"({len(steps)} evaluations, steps 0 to {result['steps']}:" in film
+    gif = Image.open(run / "attention" / "attention.gif")
+    assert gif.n_frames == len(steps) > len(list((run / "checkpoints").glob("step_*")))
+    page = (run / "report.html").read_text()
+    assert f"from {before:.1%} before training to {after:.1%} after {result['steps']} steps" in page

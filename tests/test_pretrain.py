@@ -115,14 +115,16 @@ def test_a_run_writes_all_that_its_directory_promises(images: Bucket, reference:
     sheet = cv2.imdecode(np.frombuffer(images.get(f"{run}/crops.png"), np.uint8), cv2.IMREAD_COLOR)
     assert sheet.shape[0] > 100
     assert [step for step, _ in images.losses(reference)] == list(range(1, STEPS + 1))
-    events = images.server.client().list_objects_v2(Bucket=images.name, Prefix=f"{run}/tensorboard/events.")
+    events = images.server.client().list_objects_v2(
+        Bucket=images.name, Prefix=f"{run}/tensorboard/{reference}/events."
+    )
     assert events["KeyCount"] >= 1
     for file in ("attention/step_00000000.png", f"attention/step_{STEPS:08d}.png"):
         assert images.get(f"{run}/{file}")
-    projector = images.get(f"{run}/tensorboard/projector_config.pbtxt").decode()
-    assert "teacher, step 0" in projector
-    assert f"teacher, step {STEPS}" in projector
-    labels = images.get(f"{run}/tensorboard/projector_newest/metadata.tsv").decode().split()
+    projector = images.get(f"{run}/tensorboard/{reference}/projector_config.pbtxt").decode()
+    assert "start: teacher, step 0" in projector
+    assert f"newest: teacher, step {STEPS}" in projector
+    labels = images.get(f"{run}/tensorboard/{reference}/projector_newest/metadata.tsv").decode().split()
     assert sorted(labels) == sorted([*PATTERNS][:4] * 6)
     assert images.committed(reference) == ["step_00000024", "step_00000032", "step_00000040"]
 

@@ -1,18 +1,25 @@
 """The report: one page that needs nothing else, at any moment of a run, whatever its files hold."""
 
+import base64
 import io
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from models.settings import ConfigError
+from pipeline.contact_sheet import contact_sheet
+from pipeline.crops import crop_rng, multi_crop
+from pipeline.crops_config import CropsConfig
 from pipeline.health import Verdict
 from pipeline.report import build_report, write_report
 from pipeline.report_page import escape, picture
@@ -24,7 +31,8 @@ CONFIG = {"name": "first", "head": {"out_dim": 64}, "train": {"epochs": 4.0}, "d
 
 
 class Page(HTMLParser):
-    """What a browser would find: tags, attributes, and text outside of them; fails on tags left open."""
+    """What a browser would find: tags, attributes, text outside of them, and apart from that the words of the list of
+    contents; fails on tags left open."""
 
     VOID = frozenset({"meta", "img", "use", "path"})
 
@@ -32,6 +40,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.contents: list[str] = []
         self._open: list[str] = []
         self.feed(text)
         self.close()
@@ -50,7 +59,9 @@ class Page(HTMLParser):
             assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self._open:
+        if "nav" in self._open:
+            self.contents.append(data)
+        elif "style" not in self._open:
             self.text += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
@@ -386,6 +397,21 @@ def test_a_chart_takes_its_colours_from_the_page() -> None:
     assert "width=" not in svg[: svg.index(">")]
 
 
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_legend_stands_above_the_axes_and_covers_no_curve(number: int) -> None:
+    series = Series(np.arange(9.0), np.array([1.0, 9.0] * 4 + [1.0]))  # whose points are everywhere
+    curves = [Curve(f"curve number {i}", series) for i in range(number)]
+    tree = ElementTree.fromstring(chart(curves, levels=[Level("ln K = 6.24: uniform", 5.0)]))
+    groups = {group.get("id"): group for group in tree.iter("{http://www.w3.org/2000/svg}g")}
+    words = list(groups["legend_1"].iter("{http://www.w3.org/2000/svg}text"))
+    assert len(words) == number + 1
+    width, height = map(float, tree.attrib["viewBox"].split()[2:])
+    (frame,) = groups["patch_2"].iter("{http://www.w3.org/2000/svg}path")  # of the axes
+    top = min(float(y) for y in re.findall(r"[ML] [-\d.]+ ([-\d.]+)", frame.attrib["d"]))
+    assert max(float(text.attrib["y"]) for text in words) < top < height / 2
+    assert max(float(text.attrib["x"]) + 4.4 * len(text.text or "") for text in words) < width
+
+
 def test_where_points_are_merged_a_band_shows_their_range() -> None:
     values = np.random.default_rng(0).normal(size=400)
     charts = {n: chart([Curve("a", Series(np.arange(float(n)), values[:n]))]) for n in (300, 301)}
@@ -398,11 +424,11 @@ def test_where_points_are_merged_a_band_shows_their_range() -> None:
         ([], []),
         ([7], [7]),
         (range(6), [0, 1, 2, 3, 4, 5]),
-        (range(0, 1100, 100), [0, 200, 400, 600, 800, 1000]),
-        (range(1000, 1040), [1000, 1008, 1016, 1023, 1031, 1039]),
+        (range(0, 1100, 100), [0, 200, 400, 700, 900, 1000]),
+        (range(1000, 1040), [1000, 1010, 1019, 1028, 1038, 1039]),
     ],
 )
-def test_attention_figures_are_the_first_the_last_and_some_between(
+def test_the_newest_attention_figure_is_shown_and_some_others_are_folded(
     tmp_path: Path, steps: Any, shown: list[int]
 ) -> None:
     files = {f"attention__step_{step:08d}_dot_png": png() for step in steps}
@@ -411,11 +437,16 @@ def test_attention_figures_are_the_first_the_last_and_some_between(
         "attention__step_00000003__a_dot_png": png(),
     }
     run = make_run(tmp_path, **files, **others)
-    assert attention_figures(run) == [(step, f"attention/step_{step:08d}.png") for step in shown]
+    assert attention_figures(run) == [(step, f"attention/step_{step:08d}.png") for step in steps]
+    html = build_report(run)
     if shown:
-        text = Page(build_report(run)).text
-        places = [text.index(f"after {step} step{'' if step == 1 else 's'}") for step in shown]
-        assert places == sorted(places)
+        section = html.split('<section id="where-the-teacher-looks">')[1].split("</section>")[0]
+        newest, _, folded = section.partition("<details>")
+        captions = re.findall(r"<figcaption>after (\d+) steps?</figcaption>", newest)
+        assert captions == [str(shown[-1])]
+        captions = re.findall(r"<figcaption>after (\d+) steps?</figcaption>", folded)
+        assert captions == [str(step) for step in shown[:-1]]
+        assert ("5 of 39 earlier figures" in folded) is (len(steps) == 40)
 
 
 def test_large_pictures_are_made_smaller() -> None:
@@ -425,6 +456,29 @@ def test_large_pictures_are_made_smaller() -> None:
     assert len(html) < len(data)
     assert "data:image/png" in picture(png(), "small")
     assert picture(None, "none") == picture(b"damaged", "none") == ""
+
+
+def test_the_text_of_a_sheet_and_its_pictures_are_two_layers_that_make_up_the_sheet() -> None:
+    crops = multi_crop(np.full((40, 40, 3), 90, np.uint8), crop_rng(0, 0, "a"), config := CropsConfig())
+    sheet = contact_sheet([("a.jpg", np.full((40, 40, 3), 90, np.uint8), crops)], config)
+    found = re.findall(r'<img class="(\w+)" src="data:image/\w+;base64,([^"]+)"', picture(sheet, "crops"))
+    assert [kind for kind, _ in found] == ["ink", "pictures"]
+    ink, pictures = (Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA") for _, data in found)
+    assert np.asarray(ink)[..., :3].max() == 24  # one colour alone, so that it can be turned into another
+    white = Image.new("RGBA", ink.size, (255, 255, 255, 255))
+    whole = Image.alpha_composite(Image.alpha_composite(white, ink), pictures).convert("RGB")
+    expected = np.asarray(Image.open(io.BytesIO(sheet)), int)
+    assert abs(np.asarray(whole, int) - expected).max() <= 12
+
+
+def test_a_picture_with_wrong_places_is_shown_as_it_is() -> None:
+    for places in ("[[1, 2]]", "x", "{}", "[[0, 0, 1, null]]"):
+        about = PngInfo()
+        about.add_text("pictures", places)
+        file = io.BytesIO()
+        Image.new("RGB", (40, 20)).save(file, "PNG", pnginfo=about)
+        assert 'class="ink"' not in picture(file.getvalue(), "a")
+        assert "<img" in picture(file.getvalue(), "a")
 
 
 def test_only_a_very_wide_picture_is_scrolled_and_on_a_phone_a_large_one() -> None:

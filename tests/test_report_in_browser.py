@@ -13,8 +13,12 @@ from PIL import Image
 from studies import write_whole_study
 from test_report_sections import fed_run
 
+from pipeline.contact_sheet import contact_sheet
+from pipeline.crops import crop_rng, multi_crop
+from pipeline.crops_config import CropsConfig
 from pipeline.palette import DARK, LIGHT, Palette
 from pipeline.report import write_report
+from pipeline.report_page import Html, charts, page, picture, tiles
 from pipeline.study.report import write_study_report
 
 PHONE, DESK = (390, 844), (1280, 900)
@@ -34,8 +38,12 @@ _MEASURES = """(() => {
   const drawings = [...document.querySelectorAll("svg")].filter((e) => e.getClientRects().length)
     .map((e) => ({ box: box(e), marks: e.querySelectorAll("path, use").length,
       texts: [...e.querySelectorAll("text")].map((t) => [t.textContent, ...box(t)]) }));
+  const rows = (e) => { const ends = {}; for (const c of e.children) { const [, top, right] = box(c);
+    ends[top] = Math.max(ends[top] || 0, right); } return Object.values(ends); };
+  const content = box(document.querySelector("main") ? document.querySelector("h1") : document.body);
+  const grids = [...document.querySelectorAll(".tiles, .charts, .pair")].map(rows);
   return { width: innerWidth, scrolls: document.documentElement.scrollWidth, height: document.body.scrollHeight,
-    ground: getComputedStyle(document.body).backgroundColor, texts, drawings };
+    ground: getComputedStyle(document.body).backgroundColor, texts, drawings, right: content[2], grids };
 })()"""
 
 
@@ -99,6 +107,8 @@ def test_a_report_is_readable(
     assert [text for text in seen["texts"] if contrast(text["colour"], text["ground"]) < 4.5] == []
     assert [text for text in seen["texts"] if text["pixels"] < 8.5] == []
     _check_drawings(seen)
+    assert len(seen["grids"]) >= 3
+    assert [ends for ends in seen["grids"] if any(abs(end - seen["right"]) > 2 for end in ends)] == []
 
 
 def _check_colours(seen: dict[str, Any], file: Path, *, dark: bool) -> None:
@@ -123,6 +133,49 @@ def _check_drawings(seen: dict[str, Any]) -> None:
             if box[0] < left - 1 or box[1] < top - 1 or box[2] > right + 1 or box[3] > bottom + 1
         ]
         assert cut == []
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_any_number_of_tiles_and_charts_fills_the_width(
+    browser: Browser, tmp_path: Path, number: int
+) -> None:
+    svg = '<svg viewBox="0 0 36 21"><path d="M 0 0 L 36 21"/></svg>'
+    drawn = [tiles([("loss", "1.0", "")] * number), charts([("loss", svg)] * number)]
+    file = tmp_path / "page.html"
+    file.write_text(page("page", [Html("<h1>page</h1>"), *drawn]))
+    for width in (PHONE[0], 760, DESK[0]):
+        view = View(browser, file, width=width, height=900, dark=False)
+        seen = view.evaluate(_MEASURES)
+        assert len(seen["grids"]) == 2
+        assert [ends for ends in seen["grids"] if any(abs(end - seen["right"]) > 2 for end in ends)] == []
+        heights = [bottom - top for _, top, _, bottom in (drawing["box"] for drawing in seen["drawings"])]
+        assert max(heights) <= 640
+
+
+def test_figures_do_not_glare_in_the_dark_and_their_pictures_are_the_same(
+    browser: Browser, tmp_path: Path
+) -> None:
+    image, config = np.full((40, 60, 3), (200, 40, 90), np.uint8), CropsConfig()
+    crops = multi_crop(image, crop_rng(0, 0, "a"), config)
+    sheet = contact_sheet([(f"{i}.jpg", image, crops) for i in range(3)], config)
+    file = tmp_path / "page.html"
+    file.write_text(page("page", [picture(sheet, "crops")]))
+    shots = []
+    for dark in (False, True):
+        view = View(browser, file, width=DESK[0], height=900, dark=dark)
+        left, top, right, bottom = view.evaluate(
+            "(() => { const r = document.querySelector('.picture .scroll').getBoundingClientRect();"
+            "return [r.left, r.top, r.right, r.bottom]; })()"
+        )
+        shot = np.asarray(Image.open(io.BytesIO(view.screenshot())).convert("RGB"), int)
+        shots.append(shot[int(top) + 4 : int(bottom) - 4, int(left) + 4 : int(right) - 4])
+    light, dark_one = shots
+    assert light.shape == dark_one.shape
+    assert (light.min(axis=2) > 240).mean() > 0.2  # paper
+    assert (dark_one.min(axis=2) > 240).mean() < 0.001
+    assert ((dark_one.min(axis=2) > 150) & (np.ptp(dark_one, axis=2) < 20)).mean() > 0.001  # text
+    source = (abs(light - (200, 40, 90)).max(axis=2) < 8) & (abs(dark_one - (200, 40, 90)).max(axis=2) < 8)
+    assert source.sum() > 3 * 100 * 100  # the pictures
 
 
 @pytest.mark.parametrize("name", ["run", "study"])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def test_bad_images_are_summed_up_by_kind(fed: Page) -> None:
     assert "empty200.078 %" in section
     assert "too many bytes200.078 %" in section
     assert "The first 20 of 100 in quarantine.jsonl" in section
-    assert len(fed.all("details")) == 3
+    assert len(fed.all("details")) == 4
 
 
 @pytest.mark.parametrize(
@@ -361,6 +362,23 @@ def test_hardware_is_the_most_that_was_up_at_once(tmp_path: Path) -> None:
         (1, "head", "", 16),
         (2, "gpu", "A10G", 64),
     ]
+
+
+def test_a_local_ray_of_more_logical_cpus_is_reported_with_the_cpus_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "Resources": HEAD | {"CPU": 64.0}}, {"Alive": True, "Resources": GPU}]
+    for address, cpus in ((None, os.cpu_count()), ("ray://head:10001", 64)):
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if address:
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        run = make_run(
+            tmp_path / str(cpus), environment_dot_json={"python": "3.11.1", "cpus": os.cpu_count()}
+        )
+        note_hardware(run, nodes)
+        text = Page(build_report(run)).text
+        assert f"1head{cpus}0" in text
+        assert f"driver's CPUs{os.cpu_count()}" in text
 
 
 # Size

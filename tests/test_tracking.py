@@ -45,7 +45,7 @@ def run_in(folder: Path) -> TrackedRun:
 def follow(sink: Sink, first: int, last: int, *, loss: float) -> None:
     """One life of a run, which logs every step and draws at its last."""
     for step in range(first, last + 1):
-        sink.log(step, {"loss": loss, "verdict": "healthy"})
+        sink.log(step, {"loss": loss, "verdict": "healthy", "time": 1.7e9})
     sink.log(last, {"knn_20": 0.5})
     sink.picture("attention", last, png())
     sink.close(failed=False)
@@ -92,18 +92,26 @@ def test_mlflow_has_one_run_of_all_lives_and_each_step_once(tmp_path: Path, mlfl
     (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("plants").experiment_id])
     assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
     assert run.data.params == {"optim.base_lr": "0.1", "log.every_steps": "1", "new": "None"}
-    history = mlflow.get_metric_history(run.info.run_id, "loss")
+    history = mlflow.get_metric_history(run.info.run_id, "train/loss")
     assert sorted((point.step, point.value) for point in history) == [
         *((step, 2.0) for step in range(6)),
         *((step, 1.0) for step in range(6, 9)),
     ]
-    assert [p.step for p in mlflow.get_metric_history(run.info.run_id, "knn_20")] == [5, 8]
-    assert set(run.data.metrics) == {"loss", "knn_20"}
+    assert [p.step for p in mlflow.get_metric_history(run.info.run_id, "eval/knn_20")] == [5, 8]
+    assert set(run.data.metrics) == {"train/loss", "eval/knn_20"}
     assert Path(run.info.artifact_uri).is_relative_to(tmp_path.parent / "mlartifacts")
     pictures = [file.path for file in mlflow.list_artifacts(run.info.run_id, "attention")]
     assert pictures == ["attention/step_00000005.png", "attention/step_00000008.png"]
     page = Path(mlflow.download_artifacts(run.info.run_id, "report.html", str(tmp_path)))
     assert "<html" in page.read_text()
+
+
+def test_a_run_of_an_earlier_version_keeps_the_names_of_its_curves(tmp_path: Path, mlflow: Any) -> None:
+    (tmp_path / FILE).write_text('{"id": "fedcba987654"}')
+    (sink,) = sinks(tmp_path, TrackConfig(mlflow=True, project="earlier"), [])
+    follow(sink, 0, 1, loss=2.0)
+    (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("earlier").experiment_id])
+    assert {"loss", "knn_20"} <= set(run.data.metrics)
 
 
 def test_a_run_that_ends_otherwise_has_failed(tmp_path: Path, mlflow: Any) -> None:
@@ -160,11 +168,11 @@ def test_wandb_has_one_run_of_all_lives(tmp_path: Path, monkeypatch: pytest.Monk
             if record.HasField("history")
         ]
         assert [row["_step"] for row in rows] == list(steps)
-        assert all(row["loss"] == 2.0 for row in rows)
-        assert rows[-1]["knn_20"] == 0.5
+        assert all(row["train/loss"] == 2.0 for row in rows)
+        assert rows[-1]["eval/knn_20"] == 0.5
         assert rows[-1]["attention.width"] == 4
         assert rows[-1]["report._type"] == "html-file"
-        assert not {"knn_20", "attention.width"} & rows[0].keys()
+        assert not {"eval/knn_20", "attention.width"} & rows[0].keys()
 
 
 # Services that fail

@@ -23,11 +23,11 @@ _GRID = 45
 _MARKERS = {"uniform collapse": "x", "single-prototype collapse": "+"}
 
 
-def score_map(tried: Sequence[Tried], found: Findings) -> str:
-    """As SVG; empty when no setting was searched or nothing has ended."""
+def score_map(tried: Sequence[Tried], found: Findings, *, is_alone: bool = False) -> str:
+    """As SVG, wider where it stands alone in its row; empty when no setting was searched or nothing has ended."""
     if not map_keys(found) or not any(one.outcome for one in tried):
         return ""
-    with sheet(6.4, 4.7) as figure:
+    with sheet(9 if is_alone else 6.4, 4.7) as figure:
         draw_map(figure, figure.add_subplot(), tried, found, TOKENS)
         return as_svg(figure)
 

@@ -101,7 +101,7 @@ def parallel_coordinates(tried: Sequence[Tried], found: Findings) -> str:
     if len(keys) < 2 or not any(one.outcome for one in tried):
         return ""  # of one setting the map shows as much
     means = {candidate.number: candidate.mean for candidate in found.candidates}
-    with sheet(max(4.6, 1.5 * (len(keys) + 1)), 3.6) as figure:
+    with sheet(max(7.4, 1.5 * (len(keys) + 1)), 3.6) as figure:
         axes = figure.add_subplot()
         for one in shown(tried):
             places = [place_in(found.space[key], one.trial.params.get(key)) for key in keys]

@@ -9,11 +9,13 @@ from typing import Any
 from pipeline.report_page import (
     Html,
     charts,
+    contents,
     details,
     drawing,
     escape,
     facts,
     page,
+    pair,
     section,
     sentences,
     table,
@@ -84,56 +86,69 @@ def _name(study: Directory, about: Mapping[str, Any]) -> str:
 def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], found: Findings) -> str:
     name = _name(study, about)
     best = read(study, BEST)
+    importance = section(
+        "What matters",
+        drawing(importance_bars(found), width=400),
+        note="Share of the differences in rank that lies between values of one setting, by itself; collapsed "
+        "trials count as the worst, those given up by the score they had.",
+    )
+    agreement = section(
+        "Which metrics agree",
+        table(list(agreement_rows(found))),
+        note="Kendall's tau-b: 1 is the same order of trials, -1 the opposite, + agreement for the loss too. "
+        "Within the last column it may be chance.",
+    )
+    is_alone = not (importance or agreement)
+    sections = [
+        pair(
+            section(
+                "Map",
+                drawing(score_map(tried, found, is_alone=is_alone), width=900 if is_alone else 640),
+                note=_about_map(found),
+            ),
+            importance,
+            agreement,
+        ),
+        section(
+            "Curves",
+            charts(curve_charts(tried, found)),
+            note="Against steps. Trained to the end: coloured by score, the best outlined; collapsed: ending in a "
+            "cross; given up, failed or unfinished: dashed.",
+        ),
+        section(
+            "All settings at once",
+            drawing(parallel_coordinates(tried, found), width=max(740, 150 * (len(found.space) + 1))),
+            note="A line is a trial. Collapsed ones end at the foot of the last axis, those given up are dashed.",
+        ),
+        section(
+            "Candidates",
+            table([candidate_row(candidate, found) for candidate in found.candidates]),
+            note="Means over seeds ± standard deviation. Ties and distances are told only between several seeds; "
+            "the first seed chose who was rerun, so that means lean to the high side.",
+        ),
+        section("Collapsed", table(list(collapsed_rows(tried, found)))),
+        section("Errors", table(list(error_rows(tried)))),
+        section(
+            "All trials",
+            table([trial_row(one, found) for one in tried]),
+            note=f"With all metrics: {TABLE}.",
+        ),
+        section(
+            "Best config",
+            details(BEST, best.decode(errors="replace")) if best else Html(""),
+            note=f"python -m jobs.pretrain --config {study.join(BEST)}",
+        ),
+        section("Settings", facts(_settings(about)), _space(found)),
+        versions(study),
+    ]
     return page(
         name,
         [
             Html(f'<h1>{escape(name)}</h1>\n<p class="address">{escape(study.uri)}</p>'),
             section("What was found", sentences(found.words)),
+            contents(sections),
             tiles(list(_tiles(found))),
-            section("Map", drawing(score_map(tried, found), width=640), note=_about_map(found)),
-            section(
-                "Curves",
-                charts(curve_charts(tried, found)),
-                note="Against steps. Trained to the end: coloured by score, the best outlined; collapsed: ending in a "
-                "cross; given up, failed or unfinished: dashed.",
-            ),
-            section(
-                "All settings at once",
-                drawing(parallel_coordinates(tried, found), width=150 * (len(found.space) + 1)),
-                note="A line is a trial. Collapsed ones end at the foot of the last axis, those given up are dashed.",
-            ),
-            section(
-                "What matters",
-                drawing(importance_bars(found), width=400),
-                note="Share of the differences in rank that lies between values of one setting, by itself; collapsed "
-                "trials count as the worst, those given up by the score they had.",
-            ),
-            section(
-                "Which metrics agree",
-                table(list(agreement_rows(found))),
-                note="Kendall's tau-b: 1 is the same order of trials, -1 the opposite, + agreement for the loss too. "
-                "Within the last column it may be chance.",
-            ),
-            section(
-                "Candidates",
-                table([candidate_row(candidate, found) for candidate in found.candidates]),
-                note="Means over seeds ± standard deviation. Ties and distances are told only between several seeds; "
-                "the first seed chose who was rerun, so that means lean to the high side.",
-            ),
-            section("Collapsed", table(list(collapsed_rows(tried, found)))),
-            section("Errors", table(list(error_rows(tried)))),
-            section(
-                "All trials",
-                table([trial_row(one, found) for one in tried]),
-                note=f"With all metrics: {TABLE}.",
-            ),
-            section(
-                "Best config",
-                details(BEST, best.decode(errors="replace")) if best else Html(""),
-                note=f"python -m jobs.pretrain --config {study.join(BEST)}",
-            ),
-            section("Settings", facts(_settings(about)), _space(found)),
-            versions(study),
+            *sections,
         ],
     )
 

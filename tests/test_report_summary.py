@@ -1,0 +1,258 @@
+"""The head of a report, in words: what was found, how far the run is, when, what stayed the same, what comes next."""
+
+import html
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import Page, jsonl, make_run, step_record, whole_run
+
+from jobs.about import recipe_changes
+from jobs.arguments import PretrainArguments, pretrain_config
+from jobs.config import Config, load_config
+from jobs.recipes import RECIPES
+from jobs.running import _reported
+from models.settings import DataError
+from pipeline.report import build_report
+from pipeline.report_summary import duration
+from pipeline.storage import Directory
+
+BEGIN = 1_700_000_000  # 2023-11-14 22:13:20 UTC
+SCORES = [{"step": s, "knn_10": a, "knn_20": a - 0.01, "majority": 0.1} for s, a in ((0, 0.2), (30, 0.5))]
+
+
+def page_of(folder: Path, *records: dict[str, Any], ending: str = "", **files: Any) -> Page:
+    run = make_run(folder, metrics_dot_jsonl=jsonl(*records), **files)
+    return Page(build_report(run, ending=ending))
+
+
+def timed(step: int, seconds: float, **changes: Any) -> dict[str, Any]:
+    return step_record(step, time=BEGIN + seconds, **changes)
+
+
+# The finding
+
+
+@pytest.mark.parametrize(
+    ("records", "ending", "words"),
+    [
+        (
+            SCORES,
+            "",
+            "k-NN accuracy (k=20) rose from 19.0% before training to 49.0% after 30 steps. "
+            "Guessing the commonest class gives 10.0%.",
+        ),
+        (
+            [SCORES[1], {"step": 60, "knn_20": 0.3}],
+            "",
+            "fell from 49.0% after 30 steps to 30.0% after 60 steps.",
+        ),
+        ([SCORES[0]], "", "k-NN accuracy (k=20) is 19.0% after 0 steps."),
+        ([step_record(10), step_record(20)], "", "The loss fell from 4.900 to 4.800. There are no labels"),
+        ([step_record(10)], "", "The run is not finished. The loss went from 4.900 to 4.900."),
+        (
+            [step_record(10), step_record(20, verdict="uniform collapse"), SCORES[1]],
+            "",
+            "The run collapsed: uniform collapse since step 20. Its features are of little use. k-NN accuracy",
+        ),
+        (
+            [step_record(10, verdict="non-finite")],
+            "",
+            "The run fails: loss or gradients are not finite since step 10.",
+        ),
+        ([step_record(10)], "the disk is full", "The run ended with an error after 10 steps. The loss"),
+        ([step_record(1)], "the disk is full", "The run ended with an error after 1 step. The loss"),
+        ([], "the bucket is gone", "The run ended before its first step: the bucket is gone"),
+        ([], "", "The run has no metrics yet."),
+    ],
+)
+def test_the_page_begins_with_what_was_found(
+    tmp_path: Path, records: list[dict[str, Any]], ending: str, words: str
+) -> None:
+    text = page_of(tmp_path, *records, ending=ending).text
+    assert words in text
+    assert text.index(words) < text.index("Settings")
+
+
+# How far, and when
+
+
+def test_a_finished_run_has_its_dates(tmp_path: Path) -> None:
+    page = page_of(
+        tmp_path,
+        timed(10, 60),
+        timed(20, 120),
+        environment_dot_json={"started": BEGIN},
+        result_dot_json={"steps": 20, "ended": BEGIN + 9000},
+    )
+    assert "Finished after 20 steps." in page.text
+    assert "Started 2023-11-14 22:13 UTC, ended 2023-11-15 00:43 UTC: 2.5 h." in page.text
+    assert "left" not in page.text
+
+
+def test_a_run_of_an_earlier_version_has_the_dates_of_its_lines(tmp_path: Path) -> None:
+    page = page_of(tmp_path, timed(10, 60), timed(20, 660), result_dot_json={"steps": 20})
+    assert "Started 2023-11-14 22:14 UTC, ended 2023-11-14 22:24 UTC: 10 min." in page.text
+    assert "Started" not in page_of(tmp_path / "b", step_record(10)).text
+
+
+def test_a_running_run_says_how_long_the_rest_takes(tmp_path: Path) -> None:
+    """4 epochs of 10 steps; 3 s a step, but for an evaluation of two minutes."""
+    times = {step: step * 3 + (120 if step > 9 else 0) for step in range(1, 13)}
+    page = page_of(tmp_path, *(timed(step, seconds) for step, seconds in times.items()))
+    assert (
+        "Not finished: step 12, epoch 1.2 of 4. 28 steps are left: 84 s at the speed of the newest, "
+        "until about 2023-11-14 22:17 UTC." in page.text
+    )
+    assert "Started 2023-11-14 22:13 UTC, newest line 2023-11-14 22:15 UTC: 3 min." in page.text
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [step_record(12)],
+        [timed(12, 0)],
+        [timed(12, 0), timed(13, 0)],
+        [timed(12, 5), timed(13, 0)],
+        [timed(12, 0, epoch="nan"), timed(13, 5, epoch="nan")],
+        [timed(12, 0, epoch=0), timed(13, 5, epoch=0)],
+        [timed(12, -1e30), timed(13, 1e30)],
+    ],
+)
+def test_no_time_is_made_up(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    text = page_of(tmp_path, *records).text
+    assert "Not finished: step 1" in text
+    assert "are left" not in text or "1e" not in text.split("are left")[1][:40]
+
+
+def test_a_run_whose_steps_are_all_done_is_not_called_unfinished(tmp_path: Path) -> None:
+    text = page_of(tmp_path, timed(39, 0), timed(40, 5)).text
+    assert "All 40 steps are done" in text
+    assert "Not finished" not in text
+
+
+def test_a_run_that_an_error_ends_says_so_on_its_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path, metrics_dot_jsonl=jsonl(timed(11, 0), timed(12, 5)))
+    with pytest.raises(DataError), _reported(run):
+        raise DataError("s3://me:secret@bucket is gone")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "The run ended with an error after 12 steps." in text
+    assert "Not finished: step 12, epoch 1.2 of 4. Ended by: s3://...@bucket is gone" in text
+    assert "are left" not in text
+    with pytest.raises(KeyboardInterrupt), _reported(run):
+        raise KeyboardInterrupt
+    assert "Ended by: it was stopped" in Page((tmp_path / "report.html").read_text()).text
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0, "0 s"), (99.4, "99 s"), (100, "2 min"), (6000, "1.7 h")])
+def test_times_are_said_in_few_digits(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+# Contents
+
+
+def test_the_list_of_contents_leads_to_every_section(tmp_path: Path) -> None:
+    page = Page(build_report(whole_run(tmp_path)))
+    sections = [attributes["id"] for attributes in page.all("section")]
+    assert [attributes["href"] for attributes in page.all("a")] == [f"#{name}" for name in sections]
+    assert len(set(sections)) == len(sections) >= 8
+    assert page.contents[:2] == ["Curves", "Health"]
+    assert all(words in page.text for words in page.contents)
+
+
+# What stays the same
+
+
+def test_what_is_constant_is_a_line_and_no_chart(tmp_path: Path) -> None:
+    records = [step_record(s, lr=s / 1000, nodes_head=1, nodes_cpu=0, data_wait=0.25) for s in range(1, 9)]
+    text = build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert titles[:3] == ["Loss and KL to the student (nats)", "Teacher entropy (nats)", "Learning rate"]
+    lines = [html.unescape(line) for line in re.findall(r'<p class="constant">(.*?)</p>', text)]
+    assert lines[0] == "Constant: Teacher momentum 0.99; Teacher temperature 0.04."
+    assert lines[1] == "Constant: Norm of the gradients 1."
+    assert lines[2] == "Constant: Time spent waiting for data 25%; Nodes that are up: head 1."
+    assert not {"Teacher temperature", "Nodes that are up"} & set(titles)
+
+
+@pytest.mark.parametrize("values", [[0.04], [0.04, 0.0400001], [0.04, "nan", 0.04], [0.04, 0.05]])
+def test_one_reading_a_change_and_a_gap_are_drawn(tmp_path: Path, values: list[Any]) -> None:
+    records = [step_record(step, teacher_temp=value) for step, value in enumerate(values, start=1)]
+    text = build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))
+    assert "<figcaption>Teacher temperature</figcaption>" in text
+
+
+# What RankMe is worth
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"), [(True, "judge it by k-NN"), (False, "This run has no labels.")]
+)
+def test_a_fall_of_rankme_is_explained(tmp_path: Path, labels: bool, words: str) -> None:
+    records = [
+        {"step": step, "rankme": value, **({"knn_20": 0.3, "majority": 0.1} if labels else {})}
+        for step, value in ((0, 28.04), (30, 9.3))
+    ]
+    text = page_of(tmp_path, *records, step_record(30, verdict="healthy")).text
+    section = text.split("Health")[1]
+    assert "It went from 28.0 to 9.3 in this run." in section
+    assert "A lower RankMe is therefore not a worse network." in section
+    assert words in section
+    assert "healthyno sign of collapse" in section
+    assert "RankMe" not in page_of(tmp_path / "b", step_record(3, verdict="healthy")).text
+
+
+# What comes next
+
+
+def test_commands_have_the_runs_own_addresses(tmp_path: Path) -> None:
+    folder = tmp_path / "my runs"
+    snapshot = {"checkpoint_results": [{"checkpoint_dir_name": "step_00000030"}]}
+    whole_run(folder)
+    run = make_run(folder, checkpoints__checkpoint_manager_snapshot_dot_json=snapshot)
+    (commands,) = re.findall(r'<section id="next">.*?</section>', build_report(run), re.DOTALL)
+    assert "resume" not in commands
+    lines = [shlex.split(html.unescape(line)) for line in re.findall(r"<code>(.*?)</code>", commands)]
+    assert [line[2] for line in lines] == ["jobs.evaluate", "jobs.attention", "jobs.export", "jobs.embed"]
+    assert all(line[3] == str(folder) for line in lines)
+    assert lines[1][4:] == ["/images", "--animate"]
+    assert lines[3][4:] == ["/images", "--out", f"{folder}/embeddings"]
+
+
+def asked_for(recipe: str, storage: str) -> Config:
+    given = ["data.path=/my images/a b", "optim.base_lr=1e-3", "resources.augment_actors=[1, 2]"]
+    given += ["backbone.name=vit_small_patch16_224", "crops.blur_sigma=[0.1, 0.5]", "name=second"]
+    return load_config(recipe, None, [*given, f"storage_path={storage}"])
+
+
+def resumed(run: Directory) -> Config:
+    """The config that the page's line asks for."""
+    (line,) = re.findall(r"<dt>resume</dt><dd><code>(.*?)</code>", build_report(run))
+    arguments = shlex.split(html.unescape(line))
+    assert arguments[:3] == ["python", "-m", "jobs.pretrain"]
+    return pretrain_config(PretrainArguments().parse_args(arguments[3:]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_line_that_resumes_asks_for_the_same_config(tmp_path: Path, recipe: str) -> None:
+    config = asked_for(recipe, str(tmp_path))
+    files = {"config_dot_yaml": config.to_yaml(), "metrics_dot_jsonl": jsonl(step_record(3))}
+    assert resumed(make_run(tmp_path / "my second", **files)) == config
+
+
+@pytest.mark.s3
+def test_the_line_that_resumes_a_run_on_s3_asks_for_the_same_config(bucket: str) -> None:
+    run, config = Directory(f"s3://{bucket}/runs/second"), asked_for("demo", f"s3://{bucket}/runs")
+    run.write("config.yaml", config.to_yaml().encode())
+    run.write("metrics.jsonl", jsonl(step_record(3)))
+    run.write(
+        "environment.json",
+        json.dumps({"recipe": {"name": "demo", "changed": recipe_changes(config)}}).encode(),
+    )
+    assert resumed(run) == config
+    run.write("environment.json", b"{}")
+    assert "the command that started the run, once more" in build_report(run)
