@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jobs.config import Config, load
 from jobs.keys import flatten
-from jobs.recipes import RECIPES
+from jobs.recipes import demo_data
 from jobs.running import Inputs
 from pipeline.contact_sheet import contact_sheet
 from pipeline.crops import crop_rng, multi_crop
@@ -76,8 +76,8 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
 
 def recipe_changes(config: Config) -> dict[str, dict[str, Any]]:
     """Settings that are not as the recipe of that name has them: dotted key -> `recipe`'s value and the `run`'s."""
-    # What recipes leave open has no value there; the path stands in for it, so that the rest has.
-    is_open = "path" not in RECIPES[config.recipe]().get("data", {})
+    # Recipes have no path, but for the demo with its own images; the run's stands in for it.
+    is_open = config.recipe != "demo" or config.data.path != demo_data()["data"]["path"]
     given = load(type(config), config.recipe, None, [f"data.path={config.data.path}"] if is_open else [])
     recipe, run = (
         dict(flatten(one.model_dump(mode="json", exclude={"name", "recipe"}))) for one in (given, config)

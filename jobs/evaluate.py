@@ -17,8 +17,8 @@ from jobs.config import load_run_config
 from jobs.entry import run_main, start_ray
 from jobs.network import lone_config, open_network
 from jobs.probing import LABEL_FREE, LABELLED, Prober
+from jobs.running import evaluated_images
 from models.settings import ConfigError
-from pipeline.features import labelled_sources
 from pipeline.frozen import check_size
 from pipeline.manifest import build_manifest
 from pipeline.source import Source
@@ -51,17 +51,23 @@ def main(argv: Sequence[str]) -> None:
         config = load_run_config(found.run, arguments.overrides)
     if config is None:
         config = lone_config(network, {}, arguments.overrides)
-    probes = _chosen(arguments.probes, labelled=config.eval.val_path is not None)
     check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
-    sides = labelled_sources(config.data, config.eval) if set(probes) & set(LABELLED) else None
-    images = Source(config.data, build_manifest(config.data)) if set(probes) & set(LABEL_FREE) else None
+    asked = _asked(arguments.probes)
+    wants_labels, wants_images = (
+        asked is None or bool(set(asked) & set(kind)) for kind in (LABELLED, LABEL_FREE)
+    )
+    images = (
+        Source(config.data, build_manifest(config.data)) if wants_images or not config.eval.val_path else None
+    )
+    sides = evaluated_images(config, images) if wants_labels else None
+    probes = _chosen(asked, labelled=sides is not None)
 
     console = Console()
     no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
     use_gpu, (_, actors) = start_ray(no_training, verbose=arguments.verbose)
     try:
         prober = Prober(config, network, console, actors=actors, use_gpu=use_gpu)
-        scores = prober.scores(probes, labelled=sides, images=images)
+        scores = prober.scores(probes, labelled=sides, images=images if wants_images else None)
     finally:
         ray.shutdown()
     result = {"checkpoint": found.name, "which": arguments.which, **scores}
@@ -72,20 +78,28 @@ def main(argv: Sequence[str]) -> None:
     console.print(_table(result, f"{found.folder.uri}, {arguments.which}"))
 
 
-def _chosen(text: str | None, *, labelled: bool) -> list[str]:
-    """The probes that are asked for, or those that the data allows."""
+def _asked(text: str | None) -> list[str] | None:
+    """The probes that are asked for; None: all that the data allows."""
     if text is None:
-        return [*(LABELLED if labelled else ()), *LABEL_FREE]
+        return None
     probes = [probe.strip() for probe in text.split(",")]
     for probe in probes:
         if probe not in LABELLED + LABEL_FREE:
             raise ConfigError(f"--probes: {probe!r} is none of {', '.join(LABELLED + LABEL_FREE)}")
-    if not labelled and set(probes) & set(LABELLED):
+    return probes
+
+
+def _chosen(asked: list[str] | None, *, labelled: bool) -> list[str]:
+    """The probes that are asked for, or those that the data allows."""
+    if asked is None:
+        return [*(LABELLED if labelled else ()), *LABEL_FREE]
+    if not labelled and set(asked) & set(LABELLED):
         raise ConfigError(
-            "eval.val_path is not set; give labelled images, e.g. eval.val_path=s3://bucket/val, "
+            "eval.val_path is not set, and the images of data.path have no labels; give labelled images, e.g. "
+            "eval.val_path=s3://bucket/val eval.train_path=s3://bucket/train, "
             f"or ask for --probes {','.join(LABEL_FREE)}"
         )
-    return probes
+    return asked
 
 
 _SHARES = ("knn_", "majority", "collapsed", "linear")

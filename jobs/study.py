@@ -114,9 +114,9 @@ def _is_one_in_short(config: StudyConfig, key: str, domain: Domain) -> bool:
     )
 
 
-def objective_of(config: StudyConfig, space: Space) -> Objective:
-    """What trials are ranked by. ConfigError where it cannot rank them."""
-    labelled = config.eval.val_path is not None
+def objective_of(config: StudyConfig, space: Space, *, labelled: bool = False) -> Objective:
+    """What trials are ranked by; `labelled`: the images have labels. ConfigError where it cannot rank them."""
+    labelled = labelled or config.eval.val_path is not None
     return choose(config.tune.objective, keys=space, labelled=labelled, k=max(config.eval.k))
 
 
