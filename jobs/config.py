@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from jobs.keys import did_you_mean, explain, flatten, leaf_fields
+from jobs.keys import did_you_mean, explain, flatten, keep_detected, leaf_fields
 from jobs.recipes import RECIPES, starting_point
 from models.settings import ConfigError
 from pipeline.checkpoint import CheckpointConfig
@@ -186,7 +186,7 @@ def validate_as(model: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
 def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list[str]:
     """Settings that decide what is learnt and differ, as `key: old -> new`; dotted `free` ones may differ too.
 
-    What is `auto` in `data` stays as the kept manifest has it.
+    What is to be detected stays as it is kept.
     """
     a, b = (
         {
@@ -194,14 +194,9 @@ def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list
             for k, v in flatten(config.model_dump(mode="json", exclude=set(FREE_SECTIONS)))
             if k not in free
         }
-        for config in (old, new)
+        for config in (old, keep_detected(new, old))
     )
-    changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    return [
-        f"{k}: {a.get(k)} -> {b.get(k)}"
-        for k in changed
-        if not (k.startswith("data.") and b.get(k) == "auto")
-    ]
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
 def read_file(file: Path, option: str) -> dict[str, Any]:

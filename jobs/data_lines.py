@@ -3,6 +3,7 @@
 import pyarrow.compute as pc
 
 from jobs.running import Inputs
+from pipeline.detection import AUTO
 from pipeline.features import EvalConfig
 from pipeline.source import Source
 
@@ -33,7 +34,11 @@ def describe_data(images: Source) -> str:
 def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
     """`evaluation: k-NN of 480 images at /photos/val by 2160 at /photos/train`, or how to get it."""
     if inputs.labelled is None:
-        remedy = "for k-NN set eval.val_path and eval.train_path to images in one folder per class"
+        remedy = "for k-NN set " + (
+            "eval.val_path=auto"
+            if inputs.images.has_labels
+            else "eval.val_path and eval.train_path to images in one folder per class"
+        )
         if not config.label_free:
             return f"evaluation: none (eval.label_free=false); {remedy}"
         return f"evaluation: RankMe, which needs no labels; {remedy}"
@@ -42,7 +47,7 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
         min(train.num_images, config.max_train_images),
         min(val.num_images, config.max_val_images),
     )
-    if config.val_path is not None:
+    if config.val_path != AUTO:
         where = f"at {val.manifest.path} by {voters} at {train.manifest.path}"
         return f"evaluation: k-NN of {_count(classified, 'image')} {where}"
     return (

@@ -19,6 +19,7 @@ from jobs.network import lone_config, open_network
 from jobs.probing import LABEL_FREE, LABELLED, Prober
 from jobs.running import evaluated_images
 from models.settings import ConfigError
+from pipeline.detection import AUTO
 from pipeline.frozen import check_size
 from pipeline.manifest import build_manifest
 from pipeline.source import Source
@@ -52,15 +53,15 @@ def main(argv: Sequence[str]) -> None:
     if config is None:
         config = lone_config(network, {}, arguments.overrides)
     check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
-    asked = _asked(arguments.probes)
-    wants_labels, wants_images = (
-        asked is None or bool(set(asked) & set(kind)) for kind in (LABELLED, LABEL_FREE)
-    )
+    asked = set(_chosen(arguments.probes, labelled=True))
+    wants_images = not asked.isdisjoint(LABEL_FREE)
     images = (
-        Source(config.data, build_manifest(config.data)) if wants_images or not config.eval.val_path else None
+        Source(config.data, build_manifest(config.data))
+        if wants_images or config.eval.val_path == AUTO
+        else None
     )
-    sides = evaluated_images(config, images) if wants_labels else None
-    probes = _chosen(asked, labelled=sides is not None)
+    sides = None if asked.isdisjoint(LABELLED) else evaluated_images(config, images)
+    probes = _chosen(arguments.probes, labelled=sides is not None)
 
     console = Console()
     no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
@@ -78,28 +79,21 @@ def main(argv: Sequence[str]) -> None:
     console.print(_table(result, f"{found.folder.uri}, {arguments.which}"))
 
 
-def _asked(text: str | None) -> list[str] | None:
-    """The probes that are asked for; None: all that the data allows."""
+def _chosen(text: str | None, *, labelled: bool) -> list[str]:
+    """The probes that are asked for, or those that the data allows."""
     if text is None:
-        return None
+        return [*(LABELLED if labelled else ()), *LABEL_FREE]
     probes = [probe.strip() for probe in text.split(",")]
     for probe in probes:
         if probe not in LABELLED + LABEL_FREE:
             raise ConfigError(f"--probes: {probe!r} is none of {', '.join(LABELLED + LABEL_FREE)}")
-    return probes
-
-
-def _chosen(asked: list[str] | None, *, labelled: bool) -> list[str]:
-    """The probes that are asked for, or those that the data allows."""
-    if asked is None:
-        return [*(LABELLED if labelled else ()), *LABEL_FREE]
-    if not labelled and set(asked) & set(LABELLED):
+    if not labelled and set(probes) & set(LABELLED):
         raise ConfigError(
-            "eval.val_path is not set, and the images of data.path have no labels; give labelled images, e.g. "
+            "eval.val_path is not set, or the images of data.path have no labels; give labelled images, e.g. "
             "eval.val_path=s3://bucket/val eval.train_path=s3://bucket/train, "
             f"or ask for --probes {','.join(LABEL_FREE)}"
         )
-    return asked
+    return probes
 
 
 _SHARES = ("knn_", "majority", "collapsed", "linear")

@@ -16,6 +16,7 @@ from jobs.config import Config, differences, json_schema, load_run_config
 from jobs.data_lines import describe_data, describe_evaluation
 from jobs.display import Display
 from jobs.entry import run_main, start_ray
+from jobs.keys import keep_detected
 from jobs.result import RESULT, describe_result, write_result
 from jobs.run_size import check_images, check_workers, length_warnings, warmup_warnings
 from jobs.running import Inputs, check_run, run_training, what_is_learnt
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
 
     console = Console()
     run = Directory(config.storage_path).child(config.name)
+    if run.exists("config.yaml"):
+        config = keep_detected(config, load_run_config(run))
     if _is_finished(run, config, resume=arguments.resume):
         console.print(f"{run.uri} is finished; choose another name=... to train again", soft_wrap=True)
         console.print(describe_result(run), highlight=False, soft_wrap=True)

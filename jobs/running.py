@@ -22,6 +22,7 @@ from pipeline.board import Board, Event, fatal_error
 from pipeline.checkpoint import committed_checkpoints
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
+from pipeline.detection import AUTO
 from pipeline.features import labelled_sources
 from pipeline.labels import held_out
 from pipeline.layout import batch_size_per_worker, check_parts
@@ -89,7 +90,7 @@ def evaluated_images(
     """Labelled images that vote and labelled images that are classified: those that the settings name, else a held-out
     part of `images`; None where there are no labels."""
     named = labelled_sources(config.data, config.eval, directory)
-    if named or images is None:
+    if images is None or config.eval.val_path != AUTO:
         return named
     limits = {"max_train_images": config.eval.max_train_images, "max_val_images": config.eval.max_val_images}
     return held_out(images, **limits)

@@ -13,6 +13,7 @@ from jobs.about import draw_demo, write_about
 from jobs.config import differences, json_schema, load_kept
 from jobs.data_lines import describe_data, describe_evaluation
 from jobs.entry import is_local, run_main
+from jobs.keys import keep_detected
 from jobs.run_size import check_workers
 from jobs.running import Inputs, check_run
 from jobs.searching import StudyRun
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> None:
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     directory = Directory(config.storage_path).child(config.name)
+    if directory.exists("config.yaml"):
+        config = keep_detected(config, load_kept(StudyConfig, directory))
     _check_name(directory, config, resume=arguments.resume)
     space = space_of(config)
     first = first_points(config, space)

@@ -87,11 +87,24 @@ def labels_from_folders(counts: Mapping[str | None, int]) -> tuple[bool, str]:
     return True, "labels from folder names; data.label_from_parent=false ignores them"
 
 
-def splits_in(tops: Collection[str]) -> list[str]:
-    """The folders right below `data.path` that are parts of a data set, the one to train on first; none if alone."""
-    splits = sorted(top for top in tops if top.lower() in SPLIT_FOLDERS)
-    splits.sort(key=lambda top: not top.lower().startswith("train"))
-    return splits if len(splits) > 1 and splits[0].lower().startswith("train") else []
+def part_of(folders: Sequence[str], name: str) -> str | None:
+    """The part of a data set that a file belongs to: its topmost folder, or `train-` of a shard `train-00000-of-2`."""
+    split, dash, _ = name.partition("-")
+    return folders[0] if folders else f"{split}-" if dash and split.lower() in SPLIT_FOLDERS else None
+
+
+def note_on_parts(parts: Collection[str | None], path: str, *, labelled: bool) -> list[str]:
+    """A remark where parts for training and for evaluation lie side by side at `path`: all of it is trained on."""
+    splits = sorted(part for part in parts if part is not None and part.rstrip("-").lower() in SPLIT_FOLDERS)
+    splits.sort(key=lambda part: not part.lower().startswith("train"))
+    if len(splits) < 2 or not splits[0].lower().startswith("train"):
+        return []
+    remedy = f"data.path={path}/{splits[0]}"
+    if labelled:
+        remedy += f" eval.val_path={path}/{splits[1]}"
+    if any(part.endswith("-") for part in splits):
+        remedy = "a folder for each"
+    return [f"{', '.join(splits).replace('-', '')} are all trained on; {remedy} keeps them apart"]
 
 
 def detect_columns(

@@ -20,6 +20,7 @@ from models.settings import DataError, ResourceError, Settings
 from pipeline import processes
 from pipeline.crops_config import CropsConfig
 from pipeline.decode import eval_crop
+from pipeline.detection import AUTO
 from pipeline.labels import open_labelled
 from pipeline.loading import load_batches
 from pipeline.manifest import DataConfig
@@ -33,8 +34,8 @@ from pipeline.training import autocast, pixels
 class EvalConfig(Settings):
     """How good the teacher's features are, before, during and at the end of the run."""
 
-    val_path: str | None = None
-    """Labelled images that are classified. None takes a fixed fifth of the labelled images of `data.path`, if any."""
+    val_path: str | None = "auto"
+    """Labelled images that are classified; auto: a fifth of `data.path`, if it has labels; null: no k-NN."""
     train_path: str | None = None
     """Labelled images that vote for those of `val_path`; None takes `data.path`."""
     every_steps: int = Field(default=1000, ge=1)
@@ -79,11 +80,11 @@ See = Callable[[NDArray[np.uint8], Features], None]
 def labelled_sources(
     data: DataConfig, config: EvalConfig, run: Directory | None = None
 ) -> tuple[Source, Source] | None:
-    """Sources of voters and of classified images, read like `data`; None without `eval.val_path`.
+    """Sources of voters and of classified images, read like `data`; None unless `eval.val_path` names some.
 
     Their manifests are kept in the run directory, if one is given. ConfigError when one of them has no labels.
     """
-    if config.val_path is None:
+    if config.val_path in (None, AUTO):
         return None
 
     def source(path: str, name: str, setting: str) -> Source:

@@ -31,7 +31,8 @@ from pipeline.detection import (
     has_label_pair,
     is_class,
     labels_from_folders,
-    splits_in,
+    note_on_parts,
+    part_of,
 )
 from pipeline.listing import EntryTable, list_entries, role_of
 from pipeline.row_groups import Asked, hold_images, list_row_groups
@@ -205,14 +206,14 @@ def build_manifest(config: DataConfig) -> Manifest:
     listing = list_entries(config.path, attempts=config.fetch_attempts)
     found = {role: EntryTable() for role in ("image", "bare", "parquet")}
     num_ignored = 0
-    tops: set[str] = set()
+    parts: set[str | None] = set()
     for entry in listing.entries:
         role = role_of(entry.key)
         if role == "other":
             num_ignored += 1
             continue
-        folders = entry.key[len(listing.prefix) :].split("/")[:-1]
-        tops.update(folders[:1])
+        *folders, name = entry.key[len(listing.prefix) :].split("/")
+        parts.add(part_of(folders, name))
         is_labelled = config.label_from_parent
         if is_labelled == AUTO and role == "parquet":
             is_labelled = has_label_pair(folders)
@@ -232,9 +233,7 @@ def build_manifest(config: DataConfig) -> Manifest:
     else:
         table = pa.concat_tables([found["image"].table(), found["bare"].table()])
         table, detected, notes = _images(config, path, table, num_ignored)
-    if splits := splits_in(tops):
-        apart = f"data.path={path}/{splits[0]} eval.val_path={path}/{splits[1]}"
-        notes.append(f"{', '.join(splits)} are all trained on; {apart} keeps them apart")
+    notes += note_on_parts(parts, path, labelled=any(note.startswith("labels ") for note in notes))
     kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
     manifest = Manifest(table, kind, listing.root, num_ignored, _listed_as(config), detected, tuple(notes))
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)

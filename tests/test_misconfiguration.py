@@ -82,10 +82,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     write_all(
         tmp_path,
         {
-            "images/dots/1.jpg": image,
-            "images/rings/2.jpg": image,
+            **{f"images/{label}/{i}.jpg": image for label in ("dots", "rings") for i in range(4)},
+            **{f"loose/{i}.jpg": image for i in range(8)},
+            "one/1.jpg": image,
             "texts/readme.txt": b"words",
             "shards/a.parquet": parquet({"jpeg": [image], "label": [1]}),
+            "tables/a.parquet": parquet({"url": ["http://x/1.jpg"], "label": [1]}),
             "corrupt/a.parquet": b"PAR1 nothing of the kind PAR1",
             "mixed/1.jpg": image,
             "mixed/a.parquet": parquet({"image": [image]}),
@@ -224,9 +226,20 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         [["WORLD/corrupt/a.parquet is not a readable Parquet file"]],
     ),
     "wrong image column": (
-        ["data.path=WORLD/shards"],
+        ["data.path=WORLD/shards", "data.image_column=image"],
         CONFIG,
         [["no column 'image'", "it has 'jpeg', 'label'", "set data.image_column"]],
+    ),
+    "no image column": (
+        ["data.path=WORLD/tables"],
+        CONFIG,
+        [
+            [
+                "tables/a.parquet has no column of image bytes",
+                "'url' (string)",
+                "point data.path at the images",
+            ]
+        ],
     ),
     "image column of numbers": (
         ["data.path=WORLD/shards", "data.image_column=label"],
@@ -244,9 +257,14 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         [["data.label_column='label' is for Parquet", "data.label_from_parent=true"]],
     ),
     "evaluation without labels": (
-        ["eval.val_path=WORLD/images"],
+        ["eval.val_path=WORLD/loose"],
         CONFIG,
-        [["eval.val_path needs labels", "data.label_from_parent=true"]],
+        [["eval.val_path needs labels", "eval.val_path=WORLD/loose has none", "data.label_from_parent=true"]],
+    ),
+    "evaluation by images without labels": (
+        ["data.path=WORLD/loose", "eval.val_path=WORLD/images"],
+        CONFIG,
+        [["eval.val_path needs labels", "data.path=WORLD/loose has none", "eval.train_path"]],
     ),
     "evaluation without images": (
         ["eval.val_path=WORLD/none", "data.label_from_parent=true"],
@@ -304,9 +322,9 @@ def test_a_run_that_is_to_be_resumed_on_other_images(run: Job, started: Director
 
 def test_a_mistake_once_mended_does_not_hold_the_name(run: Job) -> None:
     again = [*TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", "eval.val_path=WORLD/images"]
-    assert run(pretrain.main, *again).code == CONFIG
+    assert run(pretrain.main, *again, "data.label_from_parent=false").code == CONFIG
     with pytest.raises(AssertionError, match="Ray was started"):
-        run(pretrain.main, *again, "data.label_from_parent=true")
+        run(pretrain.main, *again)
 
 
 def test_a_wrong_file_of_weights_once_mended_does_not_hold_the_name(run: Job, tmp_path: Path) -> None:
