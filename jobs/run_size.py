@@ -76,7 +76,7 @@ def check_images(config: Config, num_images: int) -> None:
     remedy = " ".join(f"{key}={value}" for key, value in changes.items())
     raise ConfigError(
         f"train.global_batch_size={batch} is more than the {num_images} images of data.path={config.data.path}, so "
-        f"every batch would hold an image {math.ceil(batch / num_images)} times; set {remedy}, or add images"
+        f"a batch would hold an image up to {math.ceil(batch / num_images)} times; set {remedy}, or add images"
     )
 
 

@@ -4,6 +4,7 @@ Most cases run the job's main within this process, as `python -m` does but witho
 take; one test runs real processes and finds the same. Ray must not start: the guard fails the test if it does.
 """
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -272,6 +273,51 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         [["WORLD/none", "no such folder"]],
     ),
 }
+
+
+def settings_to_set(line: str) -> list[str]:
+    """The settings that a line says to set."""
+    found = re.search(r"; set ((?:[a-z_.]+=[^\s,]+ ?)+)", line)
+    assert found, line
+    return found[1].split()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["train.global_batch_size=512"], CONFIG),
+        (["data.path=WORLD/loose", "train.global_batch_size=16", "train.accumulate_steps=8"], CONFIG),
+        (["resources.train_workers=512", "train.global_batch_size=512"], RESOURCES),
+        (["resources.use_gpu=true"], RESOURCES),
+    ],
+)
+def test_following_the_remedies_for_size_starts_the_run(run: Job, arguments: list[str], code: int) -> None:
+    arguments = [*TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", *arguments]
+    ending = run(pretrain.main, *arguments)
+    assert ending.code == code
+    for _ in range(3):  # another rule may speak after the first
+        arguments += settings_to_set(ending.errors)
+        try:
+            ending = run(pretrain.main, *arguments)
+        except AssertionError as started:
+            assert str(started) == "Ray was started"
+            return
+    pytest.fail(ending.errors)
+
+
+def test_one_image_is_refused(run: Job) -> None:
+    run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/one").check(
+        CONFIG, ["data.path=", "holds 1 image", "add images"]
+    )
+
+
+def test_warnings_of_size_stand_before_ray_starts(run: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", "train.epochs=2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    named = [line.split()[1].partition("=")[0] for line in lines]
+    assert named == ["data.path", "train.epochs", "optim.warmup_epochs"]
 
 
 @pytest.mark.parametrize("mistake", WRONG)
