@@ -1,16 +1,20 @@
 """The labelled images of a data set: all of them, a set that was named for evaluation, or a held-out part.
 
-Stands between sources and the evaluation. Reads no image; no Ray here.
+Stands between sources and the evaluation. Reads labels at most, no image; no Ray here.
 """
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.settings import ConfigError
 from pipeline.detection import AUTO
 from pipeline.manifest import DataConfig, build_manifest, load_or_build
 from pipeline.order import permute
+from pipeline.shards import read_row_group
 from pipeline.source import Source
 from pipeline.storage import Directory
 
@@ -32,20 +36,48 @@ def open_labelled(config: DataConfig, run: Directory | None, name: str, *, setti
     if not source.has_labels and setting != "data.path" and config.label_from_parent == AUTO:
         with contextlib.suppress(ConfigError):  # there are no folders
             source = open_source(config.model_copy(update={"label_from_parent": True}), run, name)
-    if not source.has_labels:
+    labelled = with_labels(source)
+    if not source.has_labels or not labelled.num_images:
         raise ConfigError(
             f"eval.val_path needs labels, but {setting}={config.path} has none: set data.label_column (Parquet) or "
             "data.label_from_parent=true (one folder per class), point eval.val_path and eval.train_path at labelled "
             "images, or unset eval.val_path"
         )
-    return with_labels(source)
+    return labelled
 
 
 def with_labels(source: Source) -> Source:
-    """The images of a source without those that lie outside of class folders."""
-    if source.manifest.kind == "parquet" or not source.manifest.table["label"].null_count:
+    """The images of a source without those that lie outside of class folders or in rows without a label."""
+    table = source.manifest.table
+    if source.config.label_column is not None:
+        return _rows_with_labels(source, source.config.label_column)
+    if source.manifest.kind == "parquet" or not table["label"].null_count:
         return source
-    return source.select(np.flatnonzero(source.manifest.table["label"].is_valid().to_numpy()))
+    return source.select(np.flatnonzero(table["label"].is_valid().to_numpy()))
+
+
+def _rows_with_labels(source: Source, column: str) -> Source:
+    """Reads the labels of those row groups alone that may lack some."""
+    groups = source.manifest.table.to_pylist()
+    unlabelled = [group.get("num_unlabelled") for group in groups]
+    if not any(number != 0 for number in unlabelled):
+        return source
+
+    def read(group: dict[str, Any], number: int | None) -> NDArray[np.bool_]:
+        if number in (0, group["num_rows"]):
+            return np.full(group["num_rows"], number == 0)
+        table = read_row_group(
+            source.manifest.uri(group["key"]),
+            group["size"],
+            group["row_group"],
+            image_column=column,
+            other_columns=[],
+            attempts=source.config.fetch_attempts,
+        )
+        return np.asarray(table[column].is_valid().to_numpy())
+
+    with ThreadPoolExecutor(source.config.fetch_concurrency) as pool:
+        return source.select(np.flatnonzero(np.concatenate([*pool.map(read, groups, unlabelled)])))
 
 
 def held_out(images: Source, *, max_train_images: int, max_val_images: int) -> tuple[Source, Source] | None:

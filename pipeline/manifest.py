@@ -7,7 +7,7 @@ an index means the same image for as long as the run lives. Reads no image; no R
 Columns of the table, sorted by key in byte order:
 
     kind images    key  size  etag  label
-    kind parquet   key  size  etag  row_group  num_rows  num_bytes  label?     (key: the shard)
+    kind parquet   key  size  etag  row_group  num_rows  num_bytes  num_unlabelled  label?
 
 Settings of `data` that are auto are decided here, by the rules of detection.py, and kept with the table.
 """

@@ -4,6 +4,7 @@ Stands between the listing of shards and the manifest. Reads footers, and rows o
 here.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +12,15 @@ import pyarrow as pa
 
 from models.settings import ConfigError, DataError
 from pipeline.detection import AUTO, Columns, detect_columns, is_bytes
-from pipeline.shards import CorruptShard, Footer, read_footer, read_row_group, row_groups, value_range
+from pipeline.shards import (
+    ColumnFacts,
+    CorruptShard,
+    Footer,
+    column_facts,
+    read_footer,
+    read_row_group,
+    row_groups,
+)
 
 _TABLE = pa.schema(
     {
@@ -21,8 +30,12 @@ _TABLE = pa.schema(
         "row_group": pa.int32(),
         "num_rows": pa.int64(),
         "num_bytes": pa.int64(),
+        "num_unlabelled": pa.int64(),
     }
 )
+
+
+_NO_LABELS = ColumnFacts(None, None)
 
 
 class Asked(NamedTuple):
@@ -69,26 +82,30 @@ def list_row_groups(
         columns.notes.append("labels from folder names; data.label_from_parent=false ignores them")
     others = [column for column in (columns.key, columns.label) if column is not None]
 
-    def read(shard: dict[str, Any]) -> tuple[list[dict[str, Any]], set[Any], bool]:
+    def read(shard: dict[str, Any]) -> list[tuple[dict[str, Any], ColumnFacts]]:
         footer = first if shard is rows[0] else footer_of(shard)
-        groups = row_groups(footer, image_column=columns.image, other_columns=others)
-        found = value_range(footer, columns.label) if columns.label is not None else (set(), False)
-        return [shard | group._asdict() for group in groups], *found
+        found = []
+        for group in row_groups(footer, image_column=columns.image, other_columns=others):
+            labels = (
+                _NO_LABELS if columns.label is None else column_facts(footer, group.row_group, columns.label)
+            )
+            found.append((shard | group._asdict() | {"num_unlabelled": labels.num_nulls}, labels))
+        return found
 
     with ThreadPoolExecutor(concurrency) as pool:
         try:
-            found = list(pool.map(read, rows))
+            found = [group for part in pool.map(read, rows) for group in part]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # the first damaged shard ends it: read no more
             raise
-    groups = [group for part, _, _ in found for group in part]
-    if not groups:
+    if not found:
         raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows")
     if asked.label == AUTO and columns.label is not None:
-        values, has_nulls = set().union(*(ends for _, ends, _ in found)), any(nulls for _, _, nulls in found)
-        columns = _without_useless_label(columns, one_value=len(values) == 1, has_nulls=has_nulls)
+        columns = _without_useless_label(columns, [labels for _, labels in found])
     schema = _TABLE.append(shards.schema.field("label")) if from_folders else _TABLE
-    return RowGroups(pa.Table.from_pylist(groups, schema=schema), columns, from_folders)
+    return RowGroups(
+        pa.Table.from_pylist([group for group, _ in found], schema=schema), columns, from_folders
+    )
 
 
 def hold_images(shards: pa.Table, root: str) -> bool:
@@ -148,12 +165,14 @@ def _columns(footer: Footer, num_bytes: int, asked: Asked, attempts: int) -> Col
     )
 
 
-def _without_useless_label(columns: Columns, *, one_value: bool, has_nulls: bool) -> Columns:
-    """The columns without a detected label column that holds one class, or gaps."""
-    if not one_value and not has_nulls:
-        return columns
-    why = "is not set in every row" if has_nulls else "holds one class"
-    override = f"data.label_column={columns.label} takes it"
+def _without_useless_label(columns: Columns, facts: Sequence[ColumnFacts]) -> Columns:
+    """The columns without a detected label column that is empty or holds one class."""
+    ends = [found.ends for found in facts if found.ends is not None]
+    if len(ends) < len(facts) or len(frozenset().union(*ends)) > 1:
+        num_nulls = sum(found.num_nulls or 0 for found in facts)
+        notes = [f"{num_nulls} rows have no label"] if num_nulls else []
+        return columns._replace(notes=[*columns.notes, *notes])
+    why = "holds one class" if any(ends) else "is empty"
     notes = [note for note in columns.notes if not note.startswith("labels ")]
-    notes.append(f"no labels: column {columns.label!r} {why}; {override}")
+    notes.append(f"no labels: column {columns.label!r} {why}; data.label_column={columns.label} takes it")
     return columns._replace(label=None, notes=notes)

@@ -80,21 +80,27 @@ def row_groups(footer: Footer, *, image_column: str, other_columns: Sequence[str
     return groups
 
 
-def value_range(footer: Footer, column: str) -> tuple[set[Any], bool]:
-    """Least and greatest values of a column in all row groups as far as statistics say, and whether it has nulls."""
-    ends: set[Any] = set()
-    has_nulls = False
-    for index in range(footer.metadata.num_row_groups):
-        group = footer.metadata.row_group(index)
-        for number in range(group.num_columns):
-            chunk = group.column(number)
-            if chunk.path_in_schema != column or not group.num_rows:
-                continue
-            found = chunk.statistics
-            has_nulls |= found is not None and found.has_null_count and found.null_count > 0
-            # Without statistics the values may be any: two that differ stand for them.
-            ends |= {found.min, found.max} if found is not None and found.has_min_max else {None, column}
-    return ends, has_nulls
+class ColumnFacts(NamedTuple):
+    """What statistics say of a column in one row group: its least and greatest value, and how many rows have none."""
+
+    ends: frozenset[Any] | None
+    """None where the values are not known."""
+    num_nulls: int | None
+    """None where it is not known."""
+
+
+def column_facts(footer: Footer, group: int, column: str) -> ColumnFacts:
+    """The statistics of a column that is not nested."""
+    metadata = footer.metadata.row_group(group)
+    for number in range(metadata.num_columns):
+        chunk = metadata.column(number)
+        if chunk.path_in_schema != column or (found := chunk.statistics) is None:
+            continue
+        num_nulls = found.null_count if found.has_null_count else None
+        if num_nulls == metadata.num_rows:
+            return ColumnFacts(frozenset(), num_nulls)
+        return ColumnFacts(frozenset((found.min, found.max)) if found.has_min_max else None, num_nulls)
+    return ColumnFacts(None, None)
 
 
 def read_row_group(

@@ -169,7 +169,7 @@ SCHEMAS: dict[str, tuple[pa.Table, tuple[str | None, ...], list[str]]] = {
     "packed without labels": (
         pa.table({"image": IMAGES, "key": NUMBERED, "label": pa.nulls(ROWS, pa.string())}),
         ("image", "key", None),
-        ["no labels: column 'label' is not set in every row; data.label_column=label takes it"],
+        ["no labels: column 'label' is empty; data.label_column=label takes it"],
     ),
     "Hugging Face": (
         pa.table({"img": struct_of_bytes(), "fine_label": HALVES, "text": NUMBERED}),
@@ -341,6 +341,22 @@ def test_the_held_out_part_of_rows_has_their_own_labels(tmp_path: Path) -> None:
     parts = [fetched for side in split for fetched in side.fetch(range(side.num_images))]
     assert {fetched.key: fetched.label for fetched in parts} == whole
     np.testing.assert_equal([side.num_images for side in split], [10, 2])
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_rows_without_a_label_are_not_evaluated(tmp_path: Path, statistics: bool) -> None:
+    labels = ["a", "b"] * 5 + [None] * 5 + ["a", None, "b", "b", "a"] + ["a"] * 5
+    table = pa.table({"image": pa.array([IMAGE] * 25), "key": [str(i) for i in range(25)], "label": labels})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5, write_statistics=statistics)
+    source = detect(tmp_path)
+    assert ("6 rows have no label" in line(source)) == statistics
+    split = held_out(source, max_train_images=99, max_val_images=99)
+    assert split is not None
+    found = [fetched for side in split for fetched in side.fetch(range(side.num_images))]
+    assert sorted(int(f.key) for f in found) == [i for i, label in enumerate(labels) if label]
+    sides = labelled_sources(DataConfig(path=str(tmp_path)), EvalConfig(val_path=str(tmp_path)))
+    assert sides is not None
+    assert [side.num_images for side in sides] == [19, 19]
 
 
 @pytest.mark.s3
