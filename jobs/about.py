@@ -17,7 +17,7 @@ from rich.console import Console
 from jobs.config import Config, load
 from jobs.entry import is_local
 from jobs.keys import flatten
-from jobs.recipes import RECIPES
+from jobs.recipes import demo_data
 from jobs.running import Inputs
 from pipeline.contact_sheet import contact_sheet
 from pipeline.crops import crop_rng, multi_crop
@@ -64,12 +64,13 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
     recipes change and a run does not. `started` is the first start of a run that was resumed, in seconds since 1970.
     """
     is_new = any(line.startswith(INIT_LINE) for line in reasons)
-    earlier = [] if is_new else read_mapping(run, ENVIRONMENT).get("automatic") or []
+    before = read_mapping(run, ENVIRONMENT)
+    earlier = [] if is_new else before.get("automatic") or []
     kept = [line for line in earlier if str(line).startswith(INIT_LINE)]
     names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
     names += ["numba", "simplejpeg", "opencv-python-headless"]
     about = {
-        "started": read_mapping(run, ENVIRONMENT).get("started") or time.time(),
+        "started": before.get("started") or time.time(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": os.environ.get(COMMIT) or commit_of(Path(__file__).parent),
@@ -85,8 +86,8 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
 
 def recipe_changes(config: Config) -> dict[str, dict[str, Any]]:
     """Settings that are not as the recipe of that name has them: dotted key -> `recipe`'s value and the `run`'s."""
-    # What recipes leave open has no value there; the path stands in for it, so that the rest has.
-    is_open = "path" not in RECIPES[config.recipe]().get("data", {})
+    # Recipes have no path, but for the demo with its own images; the run's stands in for it.
+    is_open = config.recipe != "demo" or config.data.path != demo_data()["data"]["path"]
     given = load(type(config), config.recipe, None, [f"data.path={config.data.path}"] if is_open else [])
     recipe, run = (
         dict(flatten(one.model_dump(mode="json", exclude={"name", "recipe"}))) for one in (given, config)

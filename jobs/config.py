@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from jobs.keys import did_you_mean, explain, flatten, leaf_fields
-from jobs.recipes import RECIPES
+from jobs.keys import did_you_mean, explain, flatten, keep_detected, leaf_fields
+from jobs.recipes import RECIPES, starting_point
 from models.settings import ConfigError
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.cost import CostConfig
@@ -94,9 +94,7 @@ def load(
 ) -> AnyConfig:
     """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake.
 
-    The recipe is the one given, else the one that the overrides or the file name, else demo. Where
-    `backbone.name` differs from the recipe's, the recipe's `backbone.kwargs` do not apply: they are arguments
-    of another network.
+    The recipe is the one given, else the one that the overrides or the file name, else demo.
     """
     tree = apply_overrides(read_file(file, "--config") if file else {}, overrides)
     name = tree.pop("recipe", "demo") if recipe is None else recipe
@@ -104,13 +102,7 @@ def load(
     if not isinstance(name, str) or name not in RECIPES:
         near = did_you_mean(str(name), RECIPES)
         raise ConfigError(f"recipe={name!r} is none of {', '.join(RECIPES)}{near}")
-    merged: dict[str, Any] = {"name": name + name_suffix, **RECIPES[name](), "recipe": name}
-    backbone = tree.get("backbone")
-    if (
-        isinstance(backbone, dict)
-        and backbone.get("name", merged["backbone"]["name"]) != merged["backbone"]["name"]
-    ):
-        merged["backbone"].pop("kwargs", None)
+    merged: dict[str, Any] = {"name": name + name_suffix, **starting_point(name, tree), "recipe": name}
     _merge(merged, tree)
     return validate_as(model, merged)
 
@@ -192,14 +184,17 @@ def validate_as(model: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
 
 
 def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list[str]:
-    """Settings that decide what is learnt and differ, as `key: old -> new`; dotted `free` ones may differ too."""
+    """Settings that decide what is learnt and differ, as `key: old -> new`; dotted `free` ones may differ too.
+
+    What is to be detected stays as it is kept.
+    """
     a, b = (
         {
             k: v
             for k, v in flatten(config.model_dump(mode="json", exclude=set(FREE_SECTIONS)))
             if k not in free
         }
-        for config in (old, new)
+        for config in (old, keep_detected(new, old))
     )
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 

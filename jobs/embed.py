@@ -14,9 +14,10 @@ from typing import Any, get_args
 from rich.console import Console
 
 from jobs.arguments import CommandLine, positive
+from jobs.data_lines import describe_data
 from jobs.entry import run_main
 from jobs.network import lone_config, open_network
-from jobs.writing import write_missing
+from jobs.writing import settings_of, write_missing
 from models.settings import ConfigError
 from pipeline.embeddings import (
     MANIFEST,
@@ -40,7 +41,6 @@ from pipeline.source import Source
 from pipeline.storage import Directory
 
 _SECTIONS = ("data", "resources")
-_NOT_IN_VECTORS = {"fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,13 +62,11 @@ def main(argv: Sequence[str]) -> None:
     settings = {
         "step": opened.step,
         "which": arguments.which,
-        **{
-            f"data.{k}": v for k, v in config.data.model_dump(mode="json").items() if k not in _NOT_IN_VECTORS
-        },
+        **settings_of(config.data),
     }
-    settings["data.path"] = Directory(config.data.path).uri
     check_settings(out, settings)
-    source = Source(config.data, load_or_build(config.data, out, MANIFEST))
+    source = Source(config.data, load_or_build(config.data, out, MANIFEST, begun=SETTINGS))
+    settings |= settings_of(source.config)
     row_bytes = (1 + num_patches) * dim * (2 if arguments.dtype == "float16" else 4)
     plan = Plan(
         weights=weights_digest(opened.network),
@@ -81,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
         rows_per_file=choose_rows_per_file(
             arguments.rows_per_file, row_bytes=row_bytes, num_images=source.num_images
         ),
-        with_labels=config.data.label_from_parent or config.data.label_column is not None,
+        with_labels=source.has_labels,
     )
     settings |= asdict(plan)
     settings["manifest"] = hashlib.blake2b(out.read(MANIFEST), digest_size=16).hexdigest()
@@ -95,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
         console.print(f"{out.uri} is finished: {_told(json.loads(out.read(SUMMARY)))}", soft_wrap=True)
         return
     console.print(
-        f"{source.num_images} images in {config.data.path}, {arguments.which} of {opened.found.folder.uri}\n"
+        f"{describe_data(source)}\n{arguments.which} of {opened.found.folder.uri}\n"
         f"parts of up to {plan.rows_per_file} rows in {out.uri}: {len(missing)} of {num_parts} to do",
         highlight=False,
         soft_wrap=True,

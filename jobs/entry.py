@@ -65,14 +65,8 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     have = ray.cluster_resources()
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
     use_gpu = gpus > 0 if resources.use_gpu == "auto" else resources.use_gpu
-    if local and use_gpu and gpus < resources.train_workers:
-        asked = (
-            f"resources.train_workers={resources.train_workers} with resources.use_gpu={resources.use_gpu}"
-        )
-        raise ResourceError(
-            f"{asked.lower()} need a GPU each, this machine has {gpus}; "
-            f"set resources.train_workers={max(1, gpus)}, or set resources.use_gpu=false to train on CPUs"
-        )
+    if local and use_gpu:
+        check_gpus(resources, gpus)
     if cpus < needed or (use_gpu and gpus < resources.train_workers):
         print(
             f"the cluster has {cpus} CPUs and {gpus} GPUs, the run needs {needed} CPUs"
@@ -83,6 +77,19 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
         print("no GPU node is up: training on CPUs; resources.use_gpu=true waits for GPU nodes", flush=True)
     spare = int((cpus - train_cpus - 1) // resources.cpus_per_augment_actor)
     return use_gpu, _range(resources.augment_actors, default=(1, max(1, spare)))
+
+
+def check_gpus(resources: ResourcesConfig, gpus: int) -> None:
+    """ResourceError where this machine has fewer GPUs than train workers."""
+    if gpus < resources.train_workers:
+        asked = (
+            f"resources.train_workers={resources.train_workers} with resources.use_gpu={resources.use_gpu}"
+        )
+        fewer = f"set resources.train_workers={gpus}, or " if gpus else ""
+        raise ResourceError(
+            f"{asked.lower()} need a GPU each, this machine has {gpus}; "
+            f"{fewer}set resources.use_gpu=false to train on CPUs"
+        )
 
 
 def is_local() -> bool:

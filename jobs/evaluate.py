@@ -15,9 +15,10 @@ from jobs.config import load_run_config
 from jobs.entry import run_main, start_ray
 from jobs.network import lone_config, open_network
 from jobs.probing import LABEL_FREE, LABELLED, Prober
+from jobs.running import evaluated_images
 from models.settings import ConfigError
 from pipeline.class_names import class_mismatch
-from pipeline.features import labelled_sources
+from pipeline.detection import AUTO
 from pipeline.frozen import check_size
 from pipeline.manifest import build_manifest
 from pipeline.source import Source
@@ -50,21 +51,27 @@ def main(argv: Sequence[str]) -> None:
         config = load_run_config(found.run, arguments.overrides)
     if config is None:
         config = lone_config(network, {}, arguments.overrides)
-    probes = _chosen(arguments.probes, labelled=config.eval.val_path is not None)
     check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
-    sides = labelled_sources(config.data, config.eval) if set(probes) & set(LABELLED) else None
+    asked = set(_chosen(arguments.probes, labelled=True))
+    wants_images = not asked.isdisjoint(LABEL_FREE)
+    images = (
+        Source(config.data, build_manifest(config.data))
+        if wants_images or config.eval.val_path == AUTO
+        else None
+    )
+    sides = None if asked.isdisjoint(LABELLED) else evaluated_images(config, images)
     mismatch = class_mismatch(*sides, config.eval) if sides else None
     if mismatch:
         print(f"warning: {mismatch.text}", flush=True)
     if mismatch and mismatch.is_disjoint and arguments.probes is None:
-        probes, sides = list(LABEL_FREE), None
-    images = Source(config.data, build_manifest(config.data)) if set(probes) & set(LABEL_FREE) else None
+        sides = None
+    probes = _chosen(arguments.probes, labelled=sides is not None)
 
     no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
     use_gpu, (_, actors) = start_ray(no_training, verbose=arguments.verbose)
     try:
         prober = Prober(config, network, actors=actors, use_gpu=use_gpu)
-        scores = prober.scores(probes, labelled=sides, images=images)
+        scores = prober.scores(probes, labelled=sides, images=images if wants_images else None)
     finally:
         ray.shutdown()
     result = {"checkpoint": found.name, "which": arguments.which, **scores}
@@ -85,7 +92,8 @@ def _chosen(text: str | None, *, labelled: bool) -> list[str]:
             raise ConfigError(f"--probes: {probe!r} is none of {', '.join(LABELLED + LABEL_FREE)}")
     if not labelled and set(probes) & set(LABELLED):
         raise ConfigError(
-            "eval.val_path is not set; give labelled images, e.g. eval.val_path=s3://bucket/val, "
+            "eval.val_path is not set, or the images of data.path have no labels; give labelled images, e.g. "
+            "eval.val_path=s3://bucket/val eval.train_path=s3://bucket/train, "
             f"or ask for --probes {','.join(LABEL_FREE)}"
         )
     return probes

@@ -9,12 +9,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from models.settings import without_keys
+
+Config = TypeVar("Config", bound=BaseModel)
 
 _EXAMPLES = {"data.path": "s3://bucket/train"}
 _RULES = {
@@ -93,6 +95,18 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
             if rule not in of_key and not (of_key and found["type"] == "too_short"):
                 of_key.append(rule)
     return [_line(head, texts, fields) for head, texts in rules.items()]
+
+
+def keep_detected(new: Config, kept: BaseModel) -> Config:
+    """`new`, where what is to be detected of the images (auto in `data` and `eval`) is as `kept` has it."""
+    changes = {}
+    for section in ("data", "eval"):
+        asked, begun = getattr(new, section), getattr(kept, section)
+        values = {
+            name: getattr(begun, name) for name in type(asked).model_fields if getattr(asked, name) == "auto"
+        }
+        changes[section] = asked.model_copy(update=values)
+    return new.model_copy(update=changes)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

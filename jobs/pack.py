@@ -17,9 +17,10 @@ from rich.console import Console
 
 from jobs.arguments import CommandLine, positive
 from jobs.config import Config, apply_overrides, validate
+from jobs.data_lines import describe_data
 from jobs.entry import run_main
 from jobs.recipes import RECIPES
-from jobs.writing import write_missing
+from jobs.writing import settings_of, write_missing
 from models.settings import ConfigError
 from pipeline.manifest import Manifest, load_or_build
 from pipeline.packing import (
@@ -40,7 +41,6 @@ from pipeline.source import Source
 from pipeline.storage import Directory
 
 _RECIPE = "vit_small_imagenet_vanilla"  # its crops are the published ones
-_NOT_IN_PARTS = {"fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,10 +55,10 @@ def main(argv: Sequence[str]) -> None:
     missing = missing_parts(out, plan.num_parts)
     if not missing and out.exists(SUMMARY):
         console.print(f"{out.uri} is finished: {_told(json.loads(out.read(SUMMARY)))}")
-        console.print(_next_command(arguments, config, out))
+        console.print(_next_command(arguments, out))
         return
     console.print(
-        f"{source.num_images} images in {data.path}, {_megabytes(_listed_bytes(source.manifest))}\n"
+        f"{describe_data(source)}, {_megabytes(_listed_bytes(source.manifest))}\n"
         + (
             "their files stay as they are\n"
             if plan.max_pixels is None
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     summary |= {name: sum(footer.note[name] for footer in footers) for name in FACTS}
     out.write(SUMMARY, json.dumps(summary).encode())
     console.print(f"{out.uri}: {_told(summary)}")
-    console.print(_next_command(arguments, config, out))
+    console.print(_next_command(arguments, out))
 
 
 def _parser() -> CommandLine:
@@ -149,11 +149,10 @@ def _plan(arguments: Namespace, config: Config, out: Directory) -> tuple[Source,
         "quality": QUALITY if arguments.shrink else None,
         "rows_per_file": arguments.rows_per_file,
     }
-    data = config.data.model_dump(mode="json", exclude=_NOT_IN_PARTS)
-    settings |= {f"data.{name}": value for name, value in data.items()}
-    settings["data.path"] = Directory(config.data.path).uri
+    settings |= settings_of(config.data)
     begun = check_settings(out, settings, KIND)
-    source = Source(config.data, load_or_build(config.data, out, MANIFEST))
+    source = Source(config.data, load_or_build(config.data, out, MANIFEST, begun=SETTINGS))
+    settings |= settings_of(source.config)
     digest = hashlib.blake2b(out.read(MANIFEST), digest_size=16).hexdigest()
     edges = cut_parts(source.manifest, max_pixels=max_pixels, rows_per_file=arguments.rows_per_file)
     plan = Plan(digest, edges, max_pixels)
@@ -184,12 +183,9 @@ def _told(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _next_command(arguments: Namespace, config: Config, out: Directory) -> str:
+def _next_command(arguments: Namespace, out: Directory) -> str:
     """The command that pretrains from what was packed."""
     words = ["python", "-m", "jobs.pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}"]
-    words += ["data.image_column=image", "data.key_column=key"]
-    if config.data.label_from_parent or config.data.label_column is not None:
-        words.append("data.label_column=label")
     words += [override for override in arguments.overrides if override.startswith("crops.")]
     return "pretrain from it:\n" + shlex.join(words)
 

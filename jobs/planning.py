@@ -21,6 +21,8 @@ from models.settings import ConfigError, DataError, ResourceError
 from pipeline.board import known_error
 from pipeline.calibration import gradient_bytes, listed, measure_crops, measure_latency, measure_step
 from pipeline.crops_config import CropsConfig, crop_bytes
+from pipeline.detection import AUTO
+from pipeline.labels import HELD_OUT_SHARE
 from pipeline.layout import batch_size_per_worker
 from pipeline.manifest import build_manifest
 from pipeline.node_rates import Figures, Run
@@ -71,6 +73,8 @@ class Measured(NamedTuple):
     num_images: int
     on_gpus: bool
     sources: dict[str, str]
+    has_labels: bool = False
+    """Of images that were looked at."""
 
 
 def plan_config(arguments: Namespace) -> PlanConfig:
@@ -116,13 +120,14 @@ def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
     missing = [f"plan.{name}" for name in _OF_IMAGES if known[name] is None]
     if not missing and known["images_per_request"] is None:
         known["images_per_request"], sources["images_per_request"] = 1.0, "as for objects"
+    has_labels = False
     joined = not is_local() and (known["images_per_second_per_cpu"] is None or trained_on is None)
     if joined:
         join_ray(1, verbose=verbose)
     try:
         if missing:
             try:
-                _look_at_images(config, known, sources, say)
+                has_labels = _look_at_images(config, known, sources, say)
             except DataError as error:
                 if len(missing) == len(_OF_IMAGES):
                     raise
@@ -138,11 +143,11 @@ def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
         if joined:
             ray.shutdown()
     num_images = known.pop("num_images")
-    return Measured(Figures(**known), num_images, on_gpus, sources)
+    return Measured(Figures(**known), num_images, on_gpus, sources, has_labels)
 
 
-def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str, str], say: Say) -> None:
-    """Put what is not given of the images into `known`."""
+def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str, str], say: Say) -> bool:
+    """Put what is not given of the images into `known`; return whether they have labels."""
     plan = config.plan
 
     def note(name: str, value: float, source: str) -> None:
@@ -171,6 +176,7 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
         stages = " + ".join(f"{stage} {ms:.2f}" for stage, ms in cropped.cpu_ms.items())
         where = f"measured on {cropped.threads} CPUs with {cropped.images:,} images: {stages} ms"
         note("images_per_second_per_cpu", cropped.images_per_second_per_cpu, where)
+    return source.has_labels
 
 
 def _train(config: PlanConfig, num_images: int, *, on_gpus: bool, say: Say) -> tuple[float, str]:
@@ -201,7 +207,7 @@ def run_of(config: PlanConfig, measured: Measured) -> Run:
         gradient_bytes=gradient_bytes(config.algorithm(), num_images=num_images),
         forwards_per_image=forwards_per_image(config.crops),
         evaluations=1 + -(-steps // every),  # one of them before the first step
-        images_per_evaluation=_images_per_evaluation(config, num_images),
+        images_per_evaluation=_images_per_evaluation(config, num_images, has_labels=measured.has_labels),
         checkpoints=-(-steps // config.checkpoint.every_steps),
         prefetch_batches=resources.prefetch_batches,
         cpus_per_train_worker=resources.cpus_per_train_worker,
@@ -220,10 +226,13 @@ def forwards_per_image(crops: CropsConfig) -> float:
     return crops.num_global_crops + 3 * (crops.num_global_crops + crops.num_local_crops * local)
 
 
-def _images_per_evaluation(config: PlanConfig, num_images: int) -> int:
+def _images_per_evaluation(config: PlanConfig, num_images: int, *, has_labels: bool) -> int:
     """At most so many are embedded; how many labelled ones there are is not looked at."""
     found = 0
-    if config.eval.val_path is not None:
+    if config.eval.val_path == AUTO and has_labels:
+        val = min(round(HELD_OUT_SHARE * num_images), config.eval.max_val_images)
+        found = min(num_images, val + config.eval.max_train_images)
+    elif config.eval.val_path not in (None, AUTO):
         found = min(num_images, config.eval.max_train_images) + config.eval.max_val_images
     elif config.eval.label_free:
         found = min(num_images, config.eval.max_val_images)

@@ -13,9 +13,12 @@ from rich.console import Console
 from jobs.about import draw_demo, note_hardware, write_about
 from jobs.arguments import PretrainArguments, pretrain_config
 from jobs.config import Config, differences, json_schema, load_run_config
+from jobs.data_lines import describe_data, describe_evaluation
 from jobs.display import Display
 from jobs.entry import run_main, start_ray
+from jobs.keys import keep_detected
 from jobs.result import RESULT, describe_result, write_result
+from jobs.run_size import check_images, check_workers, length_warnings, warmup_warnings
 from jobs.running import Inputs, check_run, run_training, what_is_learnt
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board, Event
@@ -39,23 +42,32 @@ def main(argv: Sequence[str]) -> None:
 
     console = Console()
     run = Directory(config.storage_path).child(config.name)
+    if run.exists("config.yaml"):
+        config = keep_detected(config, load_run_config(run))
     if _is_finished(run, config, resume=arguments.resume):
         console.print(f"{run.uri} is finished; choose another name=... to train again", soft_wrap=True)
         console.print(describe_result(run), highlight=False, soft_wrap=True)
         return
     check_run(config)
+    warnings = check_workers(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, run)
     if inputs.mismatch:
-        console.print(f"warning: {inputs.mismatch.text}", highlight=False, soft_wrap=True, markup=False)
+        warnings.append(inputs.mismatch.text)
     num_images = inputs.images.num_images
+    if not run.exists("config.yaml"):
+        check_images(config, num_images)
+    warnings += [*length_warnings(config, num_images), *warmup_warnings(config, num_images)]
     algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images)
-    write_about(run, config, inputs, reasons)
+    about_data = [describe_data(inputs.images), describe_evaluation(inputs, config.eval)]
+    write_about(run, config, inputs, [*about_data, *reasons])
     schedule = Schedule(algorithm, num_images=num_images)
     chosen = "".join(f"{reason}\n" for reason in reasons)
     console.print(
-        f"{num_images} images in {config.data.path}, {schedule.total_steps} steps of "
-        f"{config.train.global_batch_size} images, {config.backbone.name}\n{describe_crops(config.crops)}, "
+        "".join(f"{line}\n" for line in about_data)
+        + "".join(f"warning: {line}\n" for line in warnings)
+        + f"{schedule.total_steps} steps of {config.train.global_batch_size} images, {config.backbone.name}\n"
+        f"{describe_crops(config.crops)}, "
         f"{kernel_name(config.crops)} kernel\n"
         f"{chosen}run directory {run.uri}",
         highlight=False,

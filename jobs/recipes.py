@@ -4,13 +4,16 @@ A receipt says where the settings come from, what accuracy was published for the
 top-1 of the teacher), on which hardware, and the command. What was not read in the paper or its code but
 quoted by third parties is marked unverified.
 
+A recipe holds no addresses of images: `data.path` says what to train on, whatever the recipe. Where it is not set, the
+demo draws its own images (`demo_data`).
+
 The defaults that recipes build on are those of DINO's code. Learning rates are per 256 images, there as here:
 the peak is base_lr * global_batch_size / 256. Two things differ: published runs used fp16 or fp32 (here
 train.precision is auto, bf16 on a GPU), and the published k-NN votes with all 1,281,167 training images and
 classifies all 50,000 others (here eval.max_train_images and eval.max_val_images bound both).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.demo_images import demo_folder
@@ -19,7 +22,7 @@ Tree = dict[str, Any]
 
 
 def demo() -> Tree:
-    """Twelve classes of drawn patterns, a small ViT at 64 px, two DDP workers: minutes on a laptop, no downloads.
+    """A small ViT at 64 px, two DDP workers: minutes on a laptop. Without data.path it learns from drawn patterns.
 
     Differs from the published settings where 800 steps of 64 small images ask for it: blur in proportion to the
     crops, colour jitter strong enough that colour does not give an image away, batch norm in the head and a
@@ -28,10 +31,8 @@ def demo() -> Tree:
     Source: ours; accuracy before and after training over three seeds: benchmarks/RESULTS.md.
     Command: python -m jobs.pretrain
     """
-    folder = demo_folder()
     return {
-        "data": {"path": str(folder / "train"), "label_from_parent": True},
-        "eval": {"val_path": str(folder / "val"), "every_steps": 270},
+        "eval": {"every_steps": 270},
         "crops": {
             "global_crop_size": 64,
             "local_crop_size": 32,
@@ -64,7 +65,7 @@ def demo() -> Tree:
 
 
 def photos_small() -> Tree:
-    """ViT-Ti/16 at 96 px for a few thousand small photos in Parquet (columns image, key, label); set data.path.
+    """ViT-Ti/16 at 96 px, 20 epochs: sizes for a few thousand photos.
 
     Differs from the published settings as `demo` does, and for its reasons, but keeps the published jitter: of
     photos, colour does tell something.
@@ -73,7 +74,6 @@ def photos_small() -> Tree:
     Command: python -m jobs.pretrain --recipe photos_small data.path=PHOTOS/train eval.val_path=PHOTOS/val
     """
     return {
-        "data": {"key_column": "key", "label_column": "label"},
         "eval": {"every_steps": 200},
         "crops": {
             "global_crop_size": 96,
@@ -170,6 +170,33 @@ def resnet50_imagenet() -> Tree:
         "train": {"epochs": 800, "global_batch_size": 4080},
         "resources": {"train_workers": 80},
     }
+
+
+def demo_data() -> Tree:
+    """The images of the demo: where they are drawn, and their own validation set."""
+    folder = demo_folder()
+    return {
+        "data": {"path": str(folder / "train"), "label_from_parent": True},
+        "eval": {"val_path": str(folder / "val")},
+    }
+
+
+def starting_point(recipe: str, settings: Mapping[str, Any]) -> Tree:
+    """The recipe of this name for these settings.
+
+    The demo comes with its images unless `data.path` is set. Where `backbone.name` differs from the recipe's, the
+    recipe's `backbone.kwargs` are left out: they are arguments of another network.
+    """
+    tree, data, backbone = RECIPES[recipe](), settings.get("data"), settings.get("backbone")
+    if (
+        isinstance(backbone, Mapping)
+        and backbone.get("name", tree["backbone"]["name"]) != tree["backbone"]["name"]
+    ):
+        tree["backbone"].pop("kwargs", None)
+    if recipe == demo.__name__ and not (isinstance(data, Mapping) and "path" in data):
+        for section, values in demo_data().items():
+            tree[section] = {**tree.get(section, {}), **values}
+    return tree
 
 
 RECIPES: dict[str, Callable[[], Tree]] = {

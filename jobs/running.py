@@ -25,7 +25,9 @@ from pipeline.checkpoint import committed_checkpoints, committed_steps
 from pipeline.class_names import Mismatch, class_mismatch
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
+from pipeline.detection import AUTO
 from pipeline.features import labelled_sources
+from pipeline.labels import held_out
 from pipeline.layout import batch_size_per_worker, check_parts
 from pipeline.manifest import load_or_build
 from pipeline.order import Order
@@ -60,7 +62,7 @@ class Inputs:
     def open(cls, config: Config, directory: Directory) -> "Inputs":
         """List them, or read the manifests that `directory` keeps of an earlier listing."""
         images = Source(config.data, load_or_build(config.data, directory))
-        labelled = labelled_sources(config.data, config.eval, directory)
+        labelled = evaluated_images(config, images, directory)
         mismatch = class_mismatch(*labelled, config.eval) if labelled else None
         return cls(images, None if mismatch and mismatch.is_disjoint else labelled, mismatch)
 
@@ -87,6 +89,18 @@ class Inputs:
                 if fetched.data is not None:
                     pictures.append((fetched.key, decode(fetched.data, max_pixels=shown.config.max_pixels)))
         return pictures
+
+
+def evaluated_images(
+    config: Config, images: Source | None, directory: Directory | None = None
+) -> tuple[Source, Source] | None:
+    """Labelled images that vote and labelled images that are classified: those that the settings name, else a held-out
+    part of `images`; None where there are no labels."""
+    named = labelled_sources(config.data, config.eval, directory)
+    if images is None or config.eval.val_path != AUTO:
+        return named
+    limits = {"max_train_images": config.eval.max_train_images, "max_val_images": config.eval.max_val_images}
+    return held_out(images, **limits)
 
 
 def check_run(config: Config) -> None:

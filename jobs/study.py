@@ -16,6 +16,7 @@ from jobs.study_rules import scheduler_mistakes, warmup_mistakes
 from models.loss import LossConfig
 from models.settings import ConfigError
 from pipeline.automatic import resolve
+from pipeline.detection import AUTO
 from pipeline.study.config import StudySettings
 from pipeline.study.objective import Objective, choose
 from pipeline.study.samplers import grid_size
@@ -114,9 +115,9 @@ def _is_one_in_short(config: StudyConfig, key: str, domain: Domain) -> bool:
     )
 
 
-def objective_of(config: StudyConfig, space: Space) -> Objective:
-    """What trials are ranked by. ConfigError where it cannot rank them."""
-    labelled = config.eval.val_path is not None
+def objective_of(config: StudyConfig, space: Space, *, labelled: bool = False) -> Objective:
+    """What trials are ranked by; `labelled`: the images have labels. ConfigError where it cannot rank them."""
+    labelled = labelled or config.eval.val_path not in (None, AUTO)
     return choose(config.tune.objective, keys=space, labelled=labelled, k=max(config.eval.k))
 
 

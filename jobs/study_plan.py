@@ -4,13 +4,15 @@ import os
 from collections.abc import Mapping
 
 from jobs.entry import is_local
-from jobs.study import StudyConfig
+from jobs.run_size import check_images, length_warnings
+from jobs.study import StudyConfig, trial_config
 from jobs.trial import CLOCK
-from models.settings import ResourceError
+from models.settings import ConfigError, ResourceError
 from pipeline.report_records import read_mapping, read_records
 from pipeline.storage import Directory
 from pipeline.study.plan import StudyPlan, local_cpus, plan_study
 from pipeline.study.ranking import number_of
+from pipeline.study.space import Space
 from pipeline.study.trials import Outcome, Trial, trial_directory
 
 
@@ -23,6 +25,20 @@ def check_growth(config: StudyConfig, *, is_local: bool) -> None:
             f"{said}: this is what a cluster will have once it has grown, and a Ray on this machine does not grow; "
             "leave it out, or run the study on a cluster with jobs.submit"
         )
+
+
+def check_study_size(config: StudyConfig, space: Space, num_images: int) -> list[str]:
+    """Warnings about trials of few images or steps. ConfigError where a batch would hold an image more than once."""
+    check_images(config, num_images)
+    batches = space.get("train.global_batch_size")
+    largest = 0 if batches is None else max(batches.values)
+    if largest > num_images:
+        raise ConfigError(
+            f"tune.space: train.global_batch_size={largest} is more than the {num_images} images of "
+            f"data.path={config.data.path}; leave out what is above {num_images}"
+        )
+    trial = trial_config(config, {}, name="0", storage_path="trials", seed=0, num_images=num_images)
+    return length_warnings(trial, num_images, epochs_setting="tune.epochs")
 
 
 def limit_of(config: StudyConfig) -> int | None:

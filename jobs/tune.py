@@ -11,7 +11,10 @@ from rich.console import Console
 
 from jobs.about import draw_demo, write_about
 from jobs.config import differences, json_schema, load_kept
+from jobs.data_lines import describe_data, describe_evaluation
 from jobs.entry import is_local, run_main
+from jobs.keys import keep_detected
+from jobs.run_size import check_workers
 from jobs.running import Inputs, check_run
 from jobs.searching import StudyRun
 from jobs.study import (
@@ -24,7 +27,7 @@ from jobs.study import (
     space_of,
     study_config,
 )
-from jobs.study_plan import check_growth
+from jobs.study_plan import check_growth, check_study_size
 from models.settings import ConfigError
 from pipeline.storage import Directory
 from pipeline.study.progress import check_any_ran
@@ -44,17 +47,28 @@ def main(argv: Sequence[str]) -> None:
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)
     directory = Directory(config.storage_path).child(config.name)
+    if directory.exists("config.yaml"):
+        config = keep_detected(config, load_kept(StudyConfig, directory))
     _check_name(directory, config, resume=arguments.resume)
     space = space_of(config)
-    objective, first = objective_of(config, space), first_points(config, space)
+    first = first_points(config, space)
     check_run(config)
+    warnings = check_workers(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, directory)
+    if not directory.exists("config.yaml"):
+        warnings += check_study_size(config, space, inputs.images.num_images)
+    has_labels = inputs.labelled is not None or inputs.mismatch is not None
+    objective = objective_of(config, space, labelled=has_labels)
     if inputs.mismatch and inputs.mismatch.is_disjoint and objective.metric.startswith("knn"):
         raise ConfigError(f"{inputs.mismatch.text}, or take tune.objective=rankme")
     if inputs.mismatch:
-        console.print(f"warning: {inputs.mismatch.text}")
-    write_about(directory, config, inputs, [f"tune.objective={objective.metric}: {objective.reason}"])
+        warnings.append(inputs.mismatch.text)
+    about_data = [describe_data(inputs.images), describe_evaluation(inputs, config.eval)]
+    write_about(
+        directory, config, inputs, [*about_data, f"tune.objective={objective.metric}: {objective.reason}"]
+    )
+    console.print("\n".join([*about_data, *(f"warning: {line}" for line in warnings)]))
     study = StudyRun(config, directory, space, objective, first, inputs, console)
     if study.is_done():
         more = "more tune.trials extend it, " if can_grow(config) else ""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 from rich.console import Console
@@ -9,8 +10,20 @@ from rich.console import Console
 from jobs.entry import start_ray
 from pipeline.checkpoint import Frozen
 from pipeline.dataset import EmbedTask, Work, embed_on_actors
+from pipeline.detection import AUTO
+from pipeline.manifest import DataConfig
 from pipeline.resources import ResourcesConfig
 from pipeline.source import Source
+from pipeline.storage import Directory
+
+_NOT_IN_ROWS = {"fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction"}
+"""Settings of `data` that do not change what is written."""
+
+
+def settings_of(data: DataConfig) -> dict[str, Any]:
+    """Settings of `data`, by dotted key, that decide what is written; without those that are still to be detected."""
+    plain = data.model_dump(mode="json", exclude=_NOT_IN_ROWS) | {"path": Directory(data.path).uri}
+    return {f"data.{name}": value for name, value in plain.items() if value != AUTO}
 
 
 def write_missing(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.detection import AUTO
 from pipeline.features import EvalConfig, subset
 from pipeline.shards import CorruptShard, read_column
 from pipeline.source import Source
@@ -24,7 +25,12 @@ class Mismatch(NamedTuple):
 
 
 def class_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch | None:
-    """Compare the images that an evaluation takes from each side; None where each validation class can be found."""
+    """Compare the images that an evaluation takes from each side; None where each validation class can be found.
+
+    A held-out part of one data set is not compared: its classes are those of the rest, except for the rarest.
+    """
+    if config.val_path == AUTO:
+        return None
     classified = Counter(name for names in _names(val, config.max_val_images) for name in names)
     missing, known = set(classified), set[str]()
     if not missing:  # the evaluation refuses images without labels
@@ -71,7 +77,7 @@ def _some(names: Iterable[str]) -> str:
 
 def _names(source: Source, limit: int) -> Iterator[list[str]]:
     """The labels of the subset that an evaluation takes, in parts; images without a label are left out."""
-    indices = subset(source.num_images, limit)
+    indices = source.in_manifest(subset(source.num_images, limit))
     sizes = source.manifest.group_sizes
     if sizes is None:
         labels = source.manifest.table["label"].take(indices).to_pylist()
@@ -93,7 +99,8 @@ def _names(source: Source, limit: int) -> Iterator[list[str]]:
 def _read(source: Source, group: int) -> list[str | None]:
     """The labels of a row group; none where its images count as unreadable."""
     shard, config = source.manifest.table.slice(group, 1).to_pylist()[0], source.config
-    assert config.label_column is not None
+    if config.label_column is None:
+        return [shard["label"]] * shard["num_rows"]  # of the folder around the shard
     try:
         return read_column(
             source.manifest.uri(shard["key"]),

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
-from models.settings import ConfigError, DataError, ResourceError, Settings
+from models.settings import DataError, ResourceError, Settings
 from pipeline import processes
 from pipeline.crops_config import CropsConfig
 from pipeline.decode import eval_crop
+from pipeline.detection import AUTO
+from pipeline.labels import open_labelled
 from pipeline.loading import load_batches
-from pipeline.manifest import DataConfig, build_manifest, load_or_build
+from pipeline.manifest import DataConfig
 from pipeline.order import permute
 from pipeline.probes import knn_vote
 from pipeline.source import Source
@@ -32,10 +34,10 @@ from pipeline.training import autocast, pixels
 class EvalConfig(Settings):
     """How good the teacher's features are, before, during and at the end of the run."""
 
-    val_path: str | None = None
-    """Labelled images that are classified; same kinds and columns as `data.path`. None: no k-NN."""
+    val_path: str | None = "auto"
+    """Labelled images that are classified; auto: a fifth of `data.path`, if it has labels; null: no k-NN."""
     train_path: str | None = None
-    """Labelled images that vote; None takes `data.path`."""
+    """Labelled images that vote for those of `val_path`; None takes `data.path`."""
     every_steps: int = Field(default=1000, ge=1)
     """Steps between evaluations; there is one before the first step and one at the end as well."""
     k: tuple[PositiveInt, ...] = Field(default=(10, 20), min_length=1)
@@ -49,7 +51,7 @@ class EvalConfig(Settings):
     max_val_images: int = Field(default=10_000, ge=1)
     """Classified images likewise."""
     label_free: bool = True
-    """Where there is no `val_path`: measure RankMe on `max_val_images` images of `data.path`."""
+    """Where there are no labels: measure RankMe on `max_val_images` images of `data.path`."""
     lidar: bool = False
     """Measure LiDAR as well, on `probe.lidar_images` images of `data.path` by `probe.lidar_views` augmented views."""
     image_size: int | None = Field(default=None, ge=8)
@@ -78,25 +80,24 @@ See = Callable[[NDArray[np.uint8], Features], None]
 def labelled_sources(
     data: DataConfig, config: EvalConfig, run: Directory | None = None
 ) -> tuple[Source, Source] | None:
-    """Sources of voters and of classified images, read like `data`; None without `eval.val_path`.
+    """Sources of voters and of classified images, read like `data`; None unless `eval.val_path` names some.
 
-    Their manifests are kept in the run directory, if one is given. ConfigError when nothing says where labels are.
+    Their manifests are kept in the run directory, if one is given. ConfigError when one of them has no labels.
     """
-    if config.val_path is None:
+    if config.val_path in (None, AUTO):
         return None
-    if data.label_column is None and not data.label_from_parent:
-        raise ConfigError(
-            "eval.val_path needs labels: set data.label_column (Parquet) or data.label_from_parent=true "
-            "(one folder per class), or unset eval.val_path"
-        )
 
-    def source(path: str, name: str) -> Source:
+    def source(path: str, name: str, setting: str) -> Source:
         at = DataConfig.model_validate(data.model_dump() | {"path": path})
-        return Source(at, load_or_build(at, run, name) if run else build_manifest(at))
+        return open_labelled(at, run, name, setting=setting)
 
     return (
-        source(config.train_path or data.path, "manifest_eval_train.parquet"),
-        source(config.val_path, "manifest_eval_val.parquet"),
+        source(
+            config.train_path or data.path,
+            "manifest_eval_train.parquet",
+            "eval.train_path" if config.train_path else "data.path",
+        ),
+        source(config.val_path, "manifest_eval_val.parquet", "eval.val_path"),
     )
 
 

@@ -7,41 +7,43 @@ an index means the same image for as long as the run lives. Reads no image; no R
 Columns of the table, sorted by key in byte order:
 
     kind images    key  size  etag  label
-    kind parquet   key  size  etag  row_group  num_rows  num_bytes      (key: the shard)
+    kind parquet   key  size  etag  row_group  num_rows  num_bytes  num_unlabelled  label?
+
+Settings of `data` that are auto are decided here, by the rules of detection.py, and kept with the table.
 """
 
 import contextlib
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from models.settings import ConfigError, DataError, Settings
+from models.settings import Auto, ConfigError, DataError, Settings
+from pipeline.detection import (
+    AUTO,
+    folder_label,
+    has_label_pair,
+    is_class,
+    labels_from_folders,
+    note_on_parts,
+    part_of,
+)
 from pipeline.listing import EntryTable, list_entries, role_of
-from pipeline.shards import list_row_groups
+from pipeline.row_groups import Asked, hold_images, list_row_groups
 from pipeline.storage import Directory, MissingObject, normal_uri
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _METADATA = b"dinoray.manifest"
-_PARQUET = pa.schema(
-    {
-        "key": pa.large_string(),
-        "size": pa.int64(),
-        "etag": pa.string(),
-        "row_group": pa.int32(),
-        "num_rows": pa.int64(),
-        "num_bytes": pa.int64(),
-    }
-)
-_LISTED_AS = ("path", "image_column", "key_column", "label_column", "label_from_parent")
+_DETECTABLE = ("image_column", "key_column", "label_column", "label_from_parent")
+_LISTED_AS = ("path", *_DETECTABLE)
 
 
 class DataConfig(Settings):
@@ -49,14 +51,14 @@ class DataConfig(Settings):
 
     path: str = Field(min_length=1)
     """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
-    image_column: str = "image"
-    """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'."""
-    key_column: str | None = None
-    """Parquet: the column that names an image; without one it is named shard#row."""
-    label_column: str | None = None
-    """Parquet: the column of labels, read as text."""
-    label_from_parent: bool = False
-    """Image objects: the name of the folder that holds the image is its label."""
+    image_column: str = "auto"
+    """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'; auto detects it."""
+    key_column: str | None = "auto"
+    """Parquet: the column that names an image; null names it shard#row, auto detects the column."""
+    label_column: str | None = "auto"
+    """Parquet: the column of labels, read as text; null ignores labels, auto detects the column."""
+    label_from_parent: bool | Auto = "auto"
+    """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     fetch_concurrency: int = Field(default=32, ge=16, le=512)
     """How many images, or Parquet row groups, each augmentation actor requests at once."""
     fetch_attempts: int = Field(default=5, ge=1)
@@ -82,7 +84,8 @@ class Manifest:
     """All images of a data set in one fixed order; an image is its index in [0, num_images).
 
     `root` is the address that keys are relative to (`s3://bucket` or a folder), `num_ignored` counts what was
-    listed and is no image, `listed_as` holds the config values that decided what is in the table.
+    listed and is no image, `listed_as` holds the config values that decided what is in the table, `detected` the
+    values that were found for those of them that are auto, `notes` what a person should know of these.
     """
 
     table: pa.Table
@@ -90,6 +93,17 @@ class Manifest:
     root: str
     num_ignored: int
     listed_as: dict[str, Any]
+    detected: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def settle(self, config: DataConfig) -> DataConfig:
+        """`config` with the values of this manifest where it is auto."""
+        values = {name: value for name, value in self._values.items() if getattr(config, name) == AUTO}
+        return config.model_copy(update=values)
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {name: self.listed_as.get(name) for name in _DETECTABLE} | self.detected
 
     @property
     def path(self) -> str:
@@ -124,6 +138,8 @@ class Manifest:
             "root": self.root,
             "num_ignored": self.num_ignored,
             "listed_as": self.listed_as,
+            "detected": self.detected,
+            "notes": self.notes,
         }
         sink = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({_METADATA: json.dumps(about)})
@@ -131,8 +147,11 @@ class Manifest:
         return sink.getvalue().to_pybytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes, config: DataConfig) -> "Manifest":
-        """The manifest in `data`; ConfigError when it was listed for other values than `config` has."""
+    def from_bytes(cls, data: bytes, config: DataConfig, *, has_begun: bool = True) -> "Manifest":
+        """The manifest in `data`; ConfigError when it was listed for other values than `config` has.
+
+        A value that is auto now takes whatever a run that `has_begun` was listed with.
+        """
         try:
             table = pq.read_table(pa.BufferReader(data)).combine_chunks()
             about = json.loads(table.schema.metadata[_METADATA])
@@ -145,28 +164,33 @@ class Manifest:
                 f"the manifest has version {about['version']}, this program reads {_VERSION}; "
                 f"delete it to list {config.path} again"
             )
+        listed, detected = about["listed_as"], about.get("detected", {})
         for name, now in _listed_as(config).items():
-            then = about["listed_as"].get(name)
-            if then != now:
+            then = listed.get(name)
+            if now not in (then, detected.get(name, then)) and not (now == AUTO and has_begun):
                 raise ConfigError(
-                    f"data.{name}={now!r}, but the manifest of this run was listed with {then!r}; "
-                    "give the run another name, or set the old value"
+                    f"data.{name}={now!r}, but the manifest of this run was listed with "
+                    f"{detected.get(name, then)!r}; give the run another name, or set the old value"
                 )
         table = table.replace_schema_metadata(None)
-        return cls(table, about["kind"], about["root"], about["num_ignored"], about["listed_as"])
+        kept = (table, about["kind"], about["root"], about["num_ignored"])
+        return cls(*kept, listed, detected, tuple(about.get("notes", ())))
 
 
-def load_or_build(config: DataConfig, directory: Directory, name: str = "manifest.parquet") -> Manifest:
+def load_or_build(
+    config: DataConfig, directory: Directory, name: str = "manifest.parquet", *, begun: str = "config.yaml"
+) -> Manifest:
     """The manifest that the run directory keeps under `name`; listed and written there the first time.
 
-    Until the run has begun (config.yaml is written then), one that was listed for other values is replaced:
+    Until the run has begun (the file `begun` is written then), one that was listed for other values is replaced:
     an attempt that failed on a wrong setting must not hold on to it.
     """
     with contextlib.suppress(MissingObject):
+        data, has_begun = directory.read(name), directory.exists(begun)
         try:
-            return Manifest.from_bytes(directory.read(name), config)
+            return Manifest.from_bytes(data, config, has_begun=has_begun)
         except ConfigError:
-            if directory.exists("config.yaml"):
+            if has_begun:
                 raise
     manifest = build_manifest(config)
     directory.write(name, manifest.to_bytes())
@@ -182,16 +206,22 @@ def build_manifest(config: DataConfig) -> Manifest:
     listing = list_entries(config.path, attempts=config.fetch_attempts)
     found = {role: EntryTable() for role in ("image", "bare", "parquet")}
     num_ignored = 0
+    parts: set[str | None] = set()
     for entry in listing.entries:
         role = role_of(entry.key)
         if role == "other":
             num_ignored += 1
             continue
-        parents = entry.key[len(listing.prefix) :].split("/")[:-1]
-        label = parents[-1] if parents and config.label_from_parent else None
-        found[role].add(entry, label)
+        *folders, name = entry.key[len(listing.prefix) :].split("/")
+        parts.add(part_of(folders, name))
+        is_labelled = config.label_from_parent
+        if is_labelled == AUTO and role == "parquet":
+            is_labelled = has_label_pair(folders)
+        found[role].add(entry, folder_label(folders) if is_labelled else None)
     path = normal_uri(config.path)
     num_images, num_shards = len(found["image"]), len(found["parquet"])
+    if num_images and num_shards and not hold_images(found["parquet"].table(), listing.root):
+        num_ignored, num_shards = num_ignored + num_shards, 0  # tables about the images
     if num_images and num_shards:
         raise ConfigError(
             f"data.path={path} holds {num_images} images and {num_shards} Parquet shards; "
@@ -199,12 +229,13 @@ def build_manifest(config: DataConfig) -> Manifest:
         )
     if num_shards:
         num_ignored += len(found["bare"])
-        table = _row_groups(config, listing.root, found["parquet"].table())
+        table, detected, notes = _row_groups(config, path, listing.root, found["parquet"].table())
     else:
         table = pa.concat_tables([found["image"].table(), found["bare"].table()])
-        table = _checked_images(config, path, table, num_ignored)
+        table, detected, notes = _images(config, path, table, num_ignored)
+    notes += note_on_parts(parts, path, labelled=any(note.startswith("labels ") for note in notes))
     kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
-    manifest = Manifest(table, kind, listing.root, num_ignored, _listed_as(config))
+    manifest = Manifest(table, kind, listing.root, num_ignored, _listed_as(config), detected, tuple(notes))
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -214,49 +245,54 @@ def _sorted(table: pa.Table, *columns: str) -> pa.Table:
     return table.sort_by([(column, "ascending") for column in columns]).combine_chunks()
 
 
-def _checked_images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) -> pa.Table:
+_Found = tuple[pa.Table, dict[str, Any], list[str]]
+"""A manifest's table, what was detected, and notes on it."""
+
+
+def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) -> _Found:
     if not table.num_rows:
         raise DataError(f"no images under {path}, {num_ignored} other objects ignored; check data.path")
+    detected: dict[str, Any] = {}
     for name in ("key_column", "label_column"):
-        if getattr(config, name) is not None:
+        if getattr(config, name) == AUTO:
+            detected[name] = None
+        elif getattr(config, name) is not None:
             raise ConfigError(
                 f"data.{name}={getattr(config, name)!r} is for Parquet, but {path} holds image objects; "
                 "unset it (labels of image objects: data.label_from_parent=true)"
             )
-    if config.label_from_parent and table["label"].null_count == table.num_rows:
+    if config.label_from_parent is True and table["label"].null_count == table.num_rows:
         raise ConfigError(f"data.label_from_parent=true, but no image of {path} lies in a folder below it")
-    return _sorted(table, "key")
-
-
-def _row_groups(config: DataConfig, root: str, shards: pa.Table) -> pa.Table:
-    """The table of row groups of all shards; footers are read `fetch_concurrency` at a time."""
-    if config.label_from_parent:
-        raise ConfigError(
-            f"data.label_from_parent=true is for image objects, but {config.path} holds Parquet shards; "
-            "set data.label_column"
+    notes = []
+    if config.label_from_parent == AUTO:
+        counts = {row["values"]: row["counts"] for row in table["label"].value_counts().to_pylist()}
+        detected["label_from_parent"], note = labels_from_folders(counts)
+        notes.append(note)
+        classes = [name for name in counts if detected["label_from_parent"] and is_class(name)]
+        labels = table["label"]
+        labels = pc.if_else(
+            pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
         )
-    others = [column for column in (config.key_column, config.label_column) if column is not None]
-    shards = _sorted(shards, "key").select(["key", "size", "etag"])
+        table = table.set_column(table.schema.get_field_index("label"), "label", labels)
+    return _sorted(table, "key"), detected, notes
 
-    def read_footer(shard: dict[str, Any]) -> list[dict[str, Any]]:
-        groups = list_row_groups(
-            f"{root.rstrip('/')}/{shard['key']}",
-            shard["size"],
-            image_column=config.image_column,
-            other_columns=others,
-            attempts=config.fetch_attempts,
-        )
-        return [shard | group._asdict() for group in groups]
 
-    with ThreadPoolExecutor(config.fetch_concurrency) as pool:
-        try:
-            rows = [row for rows in pool.map(read_footer, shards.to_pylist()) for row in rows]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # the first damaged shard ends it: read no more
-            raise
-    if not rows:
-        raise DataError(f"the {shards.num_rows} Parquet shards under {config.path} hold no rows")
-    return pa.Table.from_pylist(rows, schema=_PARQUET)
+def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table) -> _Found:
+    table, columns, from_folders = list_row_groups(
+        _sorted(shards, "key"),
+        path=path,
+        root=root,
+        asked=Asked(config.image_column, config.key_column, config.label_column, config.label_from_parent),
+        concurrency=config.fetch_concurrency,
+        attempts=config.fetch_attempts,
+    )
+    values = (columns.image, columns.key, columns.label, from_folders)
+    detected = dict(zip(_DETECTABLE, values, strict=True))
+    return (
+        table,
+        {name: value for name, value in detected.items() if getattr(config, name) == AUTO},
+        columns.notes,
+    )
 
 
 def _listed_as(config: DataConfig) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models.settings import ConfigError, DataError
+from pipeline.detection import is_bytes
 from pipeline.s3 import ObjectFile, is_s3, split_s3_uri
 from pipeline.storage import MissingObject
 
@@ -32,23 +33,33 @@ class CorruptShard(DataError):  # noqa: N818
     """The object is not Parquet, or no longer is what its footer says."""
 
 
-def list_row_groups(
-    uri: str, num_bytes: int, *, image_column: str, other_columns: Sequence[str], attempts: int = 5
-) -> list[RowGroup]:
-    """The row groups of one shard that hold rows, from its footer: one ranged GET on S3.
+class Footer(NamedTuple):
+    """What the footer of one shard says: its columns, and its row groups with sizes and statistics."""
 
-    ConfigError when a column is missing or `image_column` holds no bytes, naming shard, column and what is
-    there; CorruptShard when the object is no Parquet file.
-    """
+    uri: str
+    schema: pa.Schema
+    metadata: pq.FileMetaData
+
+
+def read_footer(uri: str, num_bytes: int, *, attempts: int = 5) -> Footer:
+    """Read the footer of one shard: one ranged GET on S3. CorruptShard when the object is no Parquet file."""
     with _open_shard(uri, num_bytes, attempts) as shard:
-        metadata, schema = shard.metadata, shard.schema_arrow
+        return Footer(uri, shard.schema_arrow, shard.metadata)
+
+
+def row_groups(footer: Footer, *, image_column: str, other_columns: Sequence[str]) -> list[RowGroup]:
+    """The row groups of one shard that hold rows.
+
+    ConfigError when a column is missing or `image_column` holds no bytes, naming shard, column and what is there.
+    """
+    uri, schema, metadata = footer
     for column in (image_column, *other_columns):
         if column not in schema.names:
             raise ConfigError(
                 f"{uri} has no column {column!r}; it has {', '.join(map(repr, schema.names)) or 'none'}; "
                 "set data.image_column, data.key_column and data.label_column to names among these"
             )
-    if not _holds_bytes(schema.field(image_column).type):
+    if not is_bytes(schema.field(image_column).type):
         raise ConfigError(
             f"data.image_column={image_column!r} of {uri} holds {schema.field(image_column).type}; "
             "it must hold the encoded image as binary, or as a struct with a binary field 'bytes'"
@@ -67,6 +78,29 @@ def list_row_groups(
         if group.num_rows:
             groups.append(RowGroup(index, group.num_rows, sum(sizes)))
     return groups
+
+
+class ColumnFacts(NamedTuple):
+    """What statistics say of a column in one row group: its least and greatest value, and how many rows have none."""
+
+    ends: frozenset[Any] | None
+    """None where the values are not known."""
+    num_nulls: int | None
+    """None where it is not known."""
+
+
+def column_facts(footer: Footer, group: int, column: str) -> ColumnFacts:
+    """The statistics of a column that is not nested."""
+    metadata = footer.metadata.row_group(group)
+    for number in range(metadata.num_columns):
+        chunk = metadata.column(number)
+        if chunk.path_in_schema != column or (found := chunk.statistics) is None:
+            continue
+        num_nulls = found.null_count if found.has_null_count else None
+        if num_nulls == metadata.num_rows:
+            return ColumnFacts(frozenset(), num_nulls)
+        return ColumnFacts(frozenset((found.min, found.max)) if found.has_min_max else None, num_nulls)
+    return ColumnFacts(None, None)
 
 
 def read_row_group(
@@ -129,14 +163,6 @@ class RowGroupCache:
             while num_bytes > self._max_bytes and len(self._tables) > 1:
                 _, dropped = self._tables.popitem(last=False)
                 num_bytes -= dropped.nbytes
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    """Binary itself, or the {bytes, path} struct that image data sets on the Hugging Face Hub use."""
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from models.settings import DataError
 from pipeline.manifest import DataConfig, Manifest
@@ -50,33 +51,46 @@ class Fetched(NamedTuple):
 
 
 class Source:
-    """The images of a manifest by index in [0, num_images).
+    """The images of a manifest, or those of them that `selected` names, by index in [0, num_images).
 
-    Pickles as its config and manifest: threads, connections and cached rows stay in the process.
+    Pickles as its arguments: threads, connections and cached rows stay in the process.
     """
 
-    def __init__(self, config: DataConfig, manifest: Manifest) -> None:
-        self.config = config
+    def __init__(
+        self, config: DataConfig, manifest: Manifest, selected: NDArray[np.int64] | None = None
+    ) -> None:
+        self.config = config = manifest.settle(config)
         self.manifest = manifest
+        self._selected = selected
         self._pool = ThreadPoolExecutor(config.fetch_concurrency, "fetch")  # no thread before its first task
         self._lock, self._cpu_seconds = threading.Lock(), 0.0
         reader = _Rows if manifest.kind == "parquet" else _Objects
         self._reader: _Rows | _Objects = reader(config, manifest)
 
-    def __reduce__(self) -> tuple[type["Source"], tuple[DataConfig, Manifest]]:
-        return Source, (self.config, self.manifest)
+    def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
+        return Source, (self.config, self.manifest, self._selected)
 
     @property
     def num_images(self) -> int:
         """How many images there are."""
-        return self._reader.num_images
+        return self._reader.num_images if self._selected is None else len(self._selected)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the settings, or what was detected, say where labels are."""
+        return self.config.label_column is not None or self.config.label_from_parent is True
+
+    def select(self, indices: NDArray[np.int64]) -> "Source":
+        """The images at these indices alone."""
+        chosen = indices if self._selected is None else self._selected[indices]
+        return Source(self.config, self.manifest, chosen)
 
     def key(self, index: int) -> str:
         """The name of an image without reading it: the object's key, or `shard#row` for Parquet.
 
         With a `key_column`, `Fetched.key` is the column's value instead, which only reading can tell.
         """
-        return self._reader.key(index)
+        return self._reader.key(int(self.in_manifest([index])[0]))
 
     def fetch(self, indices: Sequence[int]) -> list[Fetched]:
         """The images at `indices`, in that order, with up to `fetch_concurrency` requests in flight.
@@ -91,7 +105,12 @@ class Source:
         """As `fetch`, but (place in `indices`, image) as they arrive. All requests are under way on return."""
         if is_s3(self.manifest.root):
             s3_client()  # made here, once, rather than by all threads together
-        return self._reader.arrivals([int(index) for index in indices], self._begin)
+        return self._reader.arrivals(self.in_manifest(indices).tolist(), self._begin)
+
+    def in_manifest(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices [n] of images in the manifest, which may have more images."""
+        own = [_checked(int(index), self.num_images) for index in indices]
+        return np.asarray(own, np.int64) if self._selected is None else self._selected[own]
 
     def take_cpu_seconds(self) -> float:
         """CPU time that fetching has taken since the last call."""
@@ -134,7 +153,7 @@ class _Objects:
         self._read = self._read_s3 if is_s3(manifest.root) else self._read_file
 
     def key(self, index: int) -> str:
-        return str(self._keys[_checked(index, self.num_images)].as_py())
+        return str(self._keys[index].as_py())
 
     def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
         images: Iterator[tuple[int, Fetched]] = begin(self._one, indices)
@@ -247,11 +266,12 @@ class _Rows:
             table[column][row].as_py() if column is not None else None
             for column in (self._config.key_column, self._config.label_column)
         )
+        label = label or self._groups[group].get("label")  # of the folder around the shard
         data = table[self._config.image_column][row].as_py()
         return _whole(name if key is None else key, data, label, self._config.max_object_bytes)
 
     def _group_of(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, _checked(index, self.num_images), side="right"))
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def _name(self, index: int, group: int) -> str:
         return f"{self._groups[group]['key']}#{index - int(self._shard_starts[group])}"

@@ -354,6 +354,7 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "crops.pixel_mean": st.tuples(*[st.floats(0, 1)] * 3),
     "crops.pixel_std": st.tuples(*[st.floats(0.1, 1)] * 3),
     "eval.k": st.lists(st.integers(1, 99), min_size=1).map(tuple),
+    "data.label_from_parent": st.booleans() | st.just("auto"),
     "eval.val_path": st.none() | st.from_regex(r"/[a-z]{1,9}", fullmatch=True),
     "head.out_dim": st.integers(2, 99) | st.just("auto"),
     "loss.teacher_temp": st.floats(0.01, 1) | st.just("auto"),

@@ -1,6 +1,7 @@
 """Features are those of each image alone; the vote is the one that a loop over distances gives."""
 
 import pickle
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -246,7 +247,7 @@ def test_an_unreadable_image_is_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_an_image_without_a_label_is_named(source: Source, tmp_path: Path) -> None:
-    config = DataConfig(path=source.config.path)
+    config = DataConfig(path=source.config.path, label_from_parent=False)
     unlabelled = Source(config, load_or_build(config, Directory(str(tmp_path))))
     with pytest.raises(DataError, match=r"dots/0\.jpg has no label"):
         next(eval_batches(unlabelled, [0], size=32, batch_size=1))
@@ -299,12 +300,21 @@ def test_two_processes_show_each_image_once_with_its_own_label(source: Source) -
 
 
 def test_without_images_to_classify_there_is_no_evaluation() -> None:
-    assert labelled_sources(DataConfig(path="anywhere"), EvalConfig()) is None
+    for path in (None, "auto"):
+        assert labelled_sources(DataConfig(path="anywhere"), EvalConfig(val_path=path)) is None
 
 
-def test_evaluation_without_labels_says_what_to_set() -> None:
-    with pytest.raises(ConfigError, match=r"eval\.val_path needs labels: set data\.label_column"):
-        labelled_sources(DataConfig(path="anywhere"), EvalConfig(val_path="elsewhere"))
+def test_evaluation_without_labels_says_what_to_set(source: Source, tmp_path: Path) -> None:
+    shutil.copytree(Path(source.config.path) / "dots", tmp_path / "loose")
+    data, loose = DataConfig(path=source.config.path), str(tmp_path / "loose")
+    with pytest.raises(
+        ConfigError, match=r"eval\.val_path needs labels, but eval\.val_path=.*/loose has none"
+    ):
+        labelled_sources(data, EvalConfig(val_path=loose))
+    with pytest.raises(ConfigError, match=r"eval\.train_path=.*/loose has none: set data\.label_column"):
+        labelled_sources(data, EvalConfig(val_path=source.config.path, train_path=loose))
+    with pytest.raises(ConfigError, match=r"data\.path=.*/loose has none"):
+        labelled_sources(DataConfig(path=loose), EvalConfig(val_path=source.config.path))
 
 
 def test_voters_are_the_training_images_unless_said_otherwise(source: Source, tmp_path: Path) -> None:

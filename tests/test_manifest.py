@@ -226,7 +226,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: bytes | str) -> None:
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     write_all(tmp_path, {"a.parquet": parquet({"jpeg": [b"1"], "label": [1]})})
     with pytest.raises(ConfigError, match=r"a\.parquet has no column 'image'; it has 'jpeg', 'label'"):
-        build_manifest(DataConfig(path=str(tmp_path)))
+        build_manifest(DataConfig(path=str(tmp_path), image_column="image"))
     with pytest.raises(ConfigError, match=r"has no column 'class'"):
         build_manifest(DataConfig(path=str(tmp_path), image_column="jpeg", label_column="class"))
     with pytest.raises(ConfigError, match=r"data.image_column='label' of .* holds int64"):

@@ -5,6 +5,7 @@ take; one test runs real processes and finds the same. Ray must not start: the g
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -87,10 +88,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     write_all(
         tmp_path,
         {
-            "images/dots/1.jpg": image,
-            "images/rings/2.jpg": image,
+            **{f"images/{label}/{i}.jpg": image for label in ("dots", "rings") for i in range(4)},
+            **{f"loose/{i}.jpg": image for i in range(8)},
+            "one/1.jpg": image,
             "texts/readme.txt": b"words",
             "shards/a.parquet": parquet({"jpeg": [image], "label": [1]}),
+            "tables/a.parquet": parquet({"url": ["http://x/1.jpg"], "label": [1]}),
             "corrupt/a.parquet": b"PAR1 nothing of the kind PAR1",
             "mixed/1.jpg": image,
             "mixed/a.parquet": parquet({"image": [image]}),
@@ -229,9 +232,20 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         [["WORLD/corrupt/a.parquet is not a readable Parquet file"]],
     ),
     "wrong image column": (
-        ["data.path=WORLD/shards"],
+        ["data.path=WORLD/shards", "data.image_column=image"],
         CONFIG,
         [["no column 'image'", "it has 'jpeg', 'label'", "set data.image_column"]],
+    ),
+    "no image column": (
+        ["data.path=WORLD/tables"],
+        CONFIG,
+        [
+            [
+                "tables/a.parquet has no column of image bytes",
+                "'url' (string)",
+                "point data.path at the images",
+            ]
+        ],
     ),
     "image column of numbers": (
         ["data.path=WORLD/shards", "data.image_column=label"],
@@ -249,9 +263,14 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         [["data.label_column='label' is for Parquet", "data.label_from_parent=true"]],
     ),
     "evaluation without labels": (
-        ["eval.val_path=WORLD/images"],
+        ["eval.val_path=WORLD/loose"],
         CONFIG,
-        [["eval.val_path needs labels", "data.label_from_parent=true"]],
+        [["eval.val_path needs labels", "eval.val_path=WORLD/loose has none", "data.label_from_parent=true"]],
+    ),
+    "evaluation by images without labels": (
+        ["data.path=WORLD/loose", "eval.val_path=WORLD/images"],
+        CONFIG,
+        [["eval.val_path needs labels", "data.path=WORLD/loose has none", "eval.train_path"]],
     ),
     "evaluation without images": (
         ["eval.val_path=WORLD/none", "data.label_from_parent=true"],
@@ -259,6 +278,50 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         [["WORLD/none", "no such folder"]],
     ),
 }
+
+
+def settings_to_set(line: str) -> list[str]:
+    """The settings that a line says to set."""
+    found = re.search(r"; set ((?:[a-z_.]+=[^\s,]+ ?)+)", line)
+    assert found, line
+    return found[1].split()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["train.global_batch_size=512"], CONFIG),
+        (["data.path=WORLD/loose", "train.global_batch_size=16", "train.accumulate_steps=8"], CONFIG),
+        (["resources.train_workers=512", "train.global_batch_size=512"], RESOURCES),
+        (["resources.use_gpu=true"], RESOURCES),
+    ],
+)
+def test_following_the_remedies_for_size_starts_the_run(run: Job, arguments: list[str], code: int) -> None:
+    arguments = [*TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", *arguments]
+    ending = run(pretrain.main, *arguments)
+    assert ending.code == code
+    for _ in range(3):  # another rule may speak after the first
+        arguments += settings_to_set(ending.errors)
+        try:
+            ending = run(pretrain.main, *arguments)
+        except AssertionError:  # Ray was started
+            return
+    pytest.fail(ending.errors)
+
+
+def test_one_image_is_refused(run: Job) -> None:
+    run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/one").check(
+        CONFIG, ["data.path=", "holds 1 image", "add images"]
+    )
+
+
+def test_warnings_of_size_stand_before_ray_starts(run: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", "train.epochs=2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    named = [line.split()[1].partition("=")[0] for line in lines]
+    assert named == ["data.path", "train.epochs", "optim.warmup_epochs"]
 
 
 @pytest.mark.parametrize("mistake", WRONG)
@@ -309,9 +372,9 @@ def test_a_run_that_is_to_be_resumed_on_other_images(run: Job, started: Director
 
 def test_a_mistake_once_mended_does_not_hold_the_name(run: Job) -> None:
     again = [*TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", "eval.val_path=WORLD/images"]
-    assert run(pretrain.main, *again).code == CONFIG
+    assert run(pretrain.main, *again, "data.label_from_parent=false").code == CONFIG
     with pytest.raises(AssertionError, match="Ray was started"):
-        run(pretrain.main, *again, "data.label_from_parent=true")
+        run(pretrain.main, *again)
 
 
 def test_a_wrong_file_of_weights_once_mended_does_not_hold_the_name(run: Job, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_job_that_is_killed_continues_to_the_table_that_it_would_have_made(
 @pytest.mark.ray
 def test_it_says_what_became_of_the_images(packed: Path, images: Path) -> None:
     output = (images.parent / "output").read_text()
-    assert f"120 images in {images}" in output
+    assert f"data: 120 images in {len(LABELS)} class folders at {images} (labels from folder names)" in output
     assert f"larger ones than {MOST} pixels are shrunk to that where it makes the file smaller" in output
     summary = json.loads((packed / "_about/summary.json").read_text())
     num_shrunk = sum(shrink(FILES[key], max_pixels=MOST) != FILES[key] for key in FILES if key not in BAD)

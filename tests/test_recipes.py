@@ -308,8 +308,10 @@ def test_a_recipe_is_made_anew_each_time() -> None:
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the shared sample data is not here")
-def test_photos_small_fits_parquet_with_these_columns() -> None:
+def test_photos_small_takes_parquet_whose_columns_it_does_not_name() -> None:
     config = load_config("photos_small", None, [f"data.path={PHOTOS / 'train'}"])
     manifest = build_manifest(config.data)
     assert manifest.kind == "parquet"
+    found = manifest.settle(config.data)
+    assert (found.image_column, found.key_column, found.label_column) == ("image", "key", "label")
     assert manifest.num_images > 2000

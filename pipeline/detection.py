@@ -1,0 +1,201 @@
+"""Detect labels and columns where the settings of `data` are auto: rules on folder names, schemas and statistics.
+
+Used once, when the manifest is built, which keeps the result. Pure functions; no storage and no Ray here.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+from models.settings import ConfigError
+
+AUTO = "auto"
+SPLIT_FOLDERS = frozenset(
+    {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "holdout"}
+)
+"""Folders of these names hold parts of a data set, not classes."""
+
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes")
+_LABEL_COLUMNS = (
+    *("label", "labels", "class", "class_name", "label_name", "category", "target", "cls"),
+    *("class_label", "class_id", "label_id", "fine_label"),
+)
+_KEY_COLUMNS = ("key", "__key__", "image_id", "id", "file_name", "filename", "path")
+_IMAGE_STARTS = (
+    b"\xff\xd8\xff",
+    b"\x89PNG",
+    b"GIF8",
+    b"RIFF",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"\xff\x4f\xff\x51",
+)
+_BOX_TYPES = (b"ftyp", b"jP  ")  # of AVIF and JPEG 2000, behind a length
+_NO_CLASSES = re.compile(r"[\d\s_.-]{4,}")
+"""Years, dates and numbered shards."""
+
+
+class Columns(NamedTuple):
+    """The columns of a Parquet data set, and remarks on the choice."""
+
+    image: str
+    key: str | None
+    label: str | None
+    notes: list[str]
+
+
+def folder_label(folders: Sequence[str]) -> str | None:
+    """The label that the folders around a file name: `dog` of `pets/dog` and of `label=dog/split=1`; None without."""
+    for folder in reversed(folders):
+        name, is_pair, value = folder.partition("=")
+        if is_pair and name.lower() in _LABEL_COLUMNS:
+            return unquote(value)
+    return folders[-1] if folders else None
+
+
+def has_label_pair(folders: Sequence[str]) -> bool:
+    """Whether one of the folders is `label=value`, as partitioned tables are written."""
+    return any("=" in folder and folder.partition("=")[0].lower() in _LABEL_COLUMNS for folder in folders)
+
+
+def is_class(label: str | None) -> bool:
+    """Whether a folder of this name may be a class."""
+    return label is not None and label.lower() not in SPLIT_FOLDERS
+
+
+def labels_from_folders(counts: Mapping[str | None, int]) -> tuple[bool, str]:
+    """Whether folder names are labels, and why; `counts`: number of images by the name of their folder."""
+    classes = {name: number for name, number in counts.items() if is_class(name)}
+    labelled, total = sum(classes.values()), sum(counts.values())
+    override = "data.label_from_parent=true takes folder names as labels"
+    if not classes:
+        inside = any(counts.get(name) for name in counts if name is not None)
+        return False, "no labels: there are no class folders" + (f"; {override}" if inside else "")
+    if len(classes) == 1:
+        return False, f"no labels: one folder makes no classes; {override}"
+    if 2 * labelled < total:
+        return False, f"no labels: most images lie outside of class folders; {override}"
+    if labelled < 2 * len(classes):
+        return False, f"no labels: the {len(classes)} folders hold hardly more than an image each; {override}"
+    if all(_NO_CLASSES.fullmatch(str(name)) for name in classes):
+        return False, f"no labels: the folders are named by numbers or dates; {override}"
+    return True, "labels from folder names; data.label_from_parent=false ignores them"
+
+
+def part_of(folders: Sequence[str], name: str) -> str | None:
+    """The part of a data set that a file belongs to: its topmost folder, or `train-` of a shard `train-00000-of-2`."""
+    split, dash, _ = name.partition("-")
+    return folders[0] if folders else f"{split}-" if dash and split.lower() in SPLIT_FOLDERS else None
+
+
+def note_on_parts(parts: Collection[str | None], path: str, *, labelled: bool) -> list[str]:
+    """A remark where parts for training and for evaluation lie side by side at `path`: all of it is trained on."""
+    splits = sorted(part for part in parts if part is not None and part.rstrip("-").lower() in SPLIT_FOLDERS)
+    splits.sort(key=lambda part: not part.lower().startswith("train"))
+    if len(splits) < 2 or not splits[0].lower().startswith("train"):
+        return []
+    remedy = f"data.path={path}/{splits[0]}"
+    if labelled:
+        remedy += f" eval.val_path={path}/{splits[1]}"
+    if any(part.endswith("-") for part in splits):
+        remedy = "a folder for each"
+    return [f"{', '.join(splits).replace('-', '')} are all trained on; {remedy} keeps them apart"]
+
+
+def detect_columns(
+    schema: pa.Schema,
+    *,
+    uri: str,
+    image: str,
+    key: str | None,
+    label: str | None,
+    first_bytes: Callable[[str], bytes | None],
+    is_unique: Callable[[str], bool],
+) -> Columns:
+    """The columns of a shard at `uri`; a name or None is taken as it is, `auto` is detected.
+
+    `first_bytes` reads the first value of a column of bytes, `is_unique` whether the first rows of a column differ.
+    ConfigError where no column holds images.
+    """
+    notes: list[str] = []
+    if image == AUTO:
+        image = _image_column(schema, uri, first_bytes, notes)
+    features = _features(schema)
+    if label == AUTO:
+        classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+        named = _named(schema, _LABEL_COLUMNS, classes) or next(iter(classes), None)
+        label = named or _named(schema, _LABEL_COLUMNS)
+        if label is None:
+            notes.append("no labels: no column is named like one; data.label_column=NAME takes one")
+        else:
+            notes.append(f"labels from column {label!r}; data.label_column=null ignores them")
+    if key == AUTO:
+        named = [name for name in _all_named(schema, _KEY_COLUMNS) if name not in (image, label)]
+        key = next((name for name in named if is_unique(name)), None)
+    return Columns(image, key, label, notes)
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Binary itself, or the {bytes, path} struct that image data sets on the Hugging Face Hub use."""
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and is_bytes(kind.field(index).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _image_column(
+    schema: pa.Schema, uri: str, first_bytes: Callable[[str], bytes | None], notes: list[str]
+) -> str:
+    columns = [field.name for field in schema if is_bytes(field.type)]
+    if not columns:
+        kinds = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "no column"
+        raise ConfigError(
+            f"{uri} has no column of image bytes; it has {kinds}; write the encoded images into a binary column "
+            "(python -m jobs.pack does so), or point data.path at the images themselves"
+        )
+    marked = [name for name, feature in _features(schema).items() if feature.get("_type") == "Image"]
+    marked = [name for name in columns if name in marked]
+    best = _named(schema, _IMAGE_COLUMNS, marked or columns) or next(iter(marked), None)
+    if best is None and len(columns) > 1:
+        best = next((name for name in columns if _begins_as_an_image(first_bytes(name) or b"")), None)
+    chosen = best or columns[0]
+    others = [name for name in columns if name != chosen]
+    if others:
+        notes.append(f"column {chosen!r} holds the images; data.image_column={others[0]} takes another")
+    return chosen
+
+
+def _begins_as_an_image(data: bytes) -> bool:
+    return data.startswith(_IMAGE_STARTS) or data[4:8] in _BOX_TYPES
+
+
+def _all_named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | None = None) -> list[str]:
+    """Columns that are called so, in the order of `names`; one value per row, unless `among` says which may be."""
+    plain = [field.name for field in schema if _is_plain(field.type)] if among is None else list(among)
+    return [column for name in names for column in plain if column.lower() == name]
+
+
+def _named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | None = None) -> str | None:
+    return next(iter(_all_named(schema, names, among)), None)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether a value names a key or a class: text, whole numbers, booleans."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_kind = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
+    return any(is_(kind) for is_ in is_kind)
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Column -> feature, of a file that Hugging Face's `datasets` has written; else nothing."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
