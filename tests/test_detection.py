@@ -14,6 +14,7 @@ from servers import S3Server
 
 from jobs.data_lines import describe_data
 from models.settings import ConfigError
+from pipeline.decode import decode
 from pipeline.demo_images import draw_demo_image
 from pipeline.detection import folder_label
 from pipeline.features import EvalConfig, labelled_sources
@@ -234,6 +235,19 @@ def test_columns_are_found_and_named_in_the_line(tmp_path: Path, case: str) -> N
     for fetched in source.fetch(range(ROWS)):
         assert fetched.data == IMAGE
         assert (fetched.label is None) == (expected[2] is None)
+
+
+def test_a_file_as_hugging_face_datasets_writes_it() -> None:
+    """Written by `datasets` 5.2: Dataset.from_dict(rows, Features(image=Image(), label=ClassLabel(...))).to_parquet."""
+    source = detect(Path(__file__).with_name("huggingface_dataset.parquet"))
+    assert columns_of(source) == ("image", None, "label")
+    assert (
+        "data: 12 images in 1 Parquet file at PATH (images from column 'image'; labels from column 'label'"
+        in line(source)
+    )
+    found = source.fetch(range(12))
+    assert [fetched.label for fetched in found] == [str(i % 3) for i in range(12)]
+    assert {decode(fetched.data or b"", max_pixels=1000).shape for fetched in found} == {(16, 16, 3)}
 
 
 def test_shards_of_several_splits_in_one_folder_are_noted(tmp_path: Path) -> None:

@@ -364,7 +364,11 @@ def test_a_name_in_use_by_a_run_with_other_settings(run: Job, started: Directory
 
 
 def test_a_run_that_is_to_be_resumed_on_other_images(run: Job, started: Directory) -> None:
-    elsewhere = ["storage_path=WORLD/runs", "data.path=WORLD/images/dots", "--resume"]
+    other = ["storage_path=WORLD/runs", "data.path=WORLD/images/dots"]
+    ending = run(pretrain.main, *TINY, *other)
+    ending.check(CONFIG, ["name=run is in use", "data.path: ", "choose another name="])
+    assert "--resume" not in ending.errors  # it would not help
+    elsewhere = [*other, "--resume"]
     run(pretrain.main, *TINY, *elsewhere).check(
         CONFIG, ["data.path=", "was listed with", "give the run another name"]
     )

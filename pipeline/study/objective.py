@@ -69,9 +69,7 @@ def choose(asked: str, *, keys: Iterable[str], labelled: bool, k: int) -> Object
     if asked in ("rankme", "lidar"):
         return Objective(asked, "asked for")
     if asked == "knn" or labelled:
-        return Objective(
-            f"knn_{k}", f"accuracy of {k} nearest neighbours on the labelled images of eval.val_path"
-        )
+        return Objective(f"knn_{k}", f"accuracy of {k} nearest neighbours on labelled images")
     moved = [key for key in varied if key.startswith(_CHANGE_WHAT_RANKME_SEES)]
     if moved:
         return Objective(
