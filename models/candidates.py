@@ -57,12 +57,18 @@ def vit_shape(state: State) -> tuple[int, int, int] | None:
     return patches.shape[0], max(blocks) + 1, patches.shape[-1]
 
 
-def candidates(state: State, *, arch: Any, like: str, num_heads: int | None = None) -> Iterator[Candidate]:
+def candidates(
+    state: State, *, args: Mapping[str, Any], like: str, num_heads: int | None = None
+) -> Iterator[Candidate]:
     """Yield models to try, the likeliest first: named in the file, known by shape, then of one family.
 
+    `args` are those that the checkpoint was trained with; `backbone` in it is that section of a dinoray run.
     `like` is the model that is configured now: a ViT of no published shape keeps its name if it can. No shape shows
     the number of attention heads; without `num_heads` they get 64 channels each, as is usual.
     """
+    if "backbone" in args:
+        yield args["backbone"]["name"], args["backbone"]["kwargs"]
+    arch = args.get("arch")
     if isinstance(arch, str) and timm.is_model(arch):
         yield arch, {}
     shape = vit_shape(state)

@@ -169,7 +169,7 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
     """
     like, shape = _name(backbone), vit_shape(named)
     own_heads = _num_heads(backbone) if shape and shape[0] == embed_dim(backbone) else None
-    for name, wanted in candidates(named, arch=args.get("arch"), like=like, num_heads=own_heads):
+    for name, wanted in candidates(named, args=args, like=like, num_heads=own_heads):
         if name == like and kwargs and not wanted:
             continue
         try:
@@ -186,7 +186,11 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
             settings += [f"backbone.kwargs.{k}={_yaml(v)}" for k, v in changed.items()]
             drops = name != like and not wanted and bool(kwargs.keys() - {"img_size"})
             rest = " and no backbone.kwargs" if drops else ""
-            guess = ", or as many heads as it was trained with" if "num_heads" in changed else ""
+            guess = (
+                ", or as many heads as it was trained with"
+                if "num_heads" in changed and "backbone" not in args
+                else ""
+            )
             return f"set {' '.join(settings)}{guess}{rest}"
     channels = next((v.shape[1] for k, v in named.items() if k in _FIRST and v.ndim == 4), 3)
     library = publisher(named)

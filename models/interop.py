@@ -213,7 +213,9 @@ def to_official(
 
 def _check_finite(name: str, which: str, state: Mapping[str, Tensor]) -> None:
     """Raise DataError that names the tensors with NaN or infinity."""
-    wrong = [k for k, v in state.items() if not bool(torch.isfinite(v).all())]
+    wrong = [
+        k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v.float()).all())
+    ]
     if not wrong:
         return
     some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")

@@ -20,7 +20,7 @@ from models import interop
 from models.interop import Loaded, Weights
 from models.optim import restore_optimizer
 from models.settings import ConfigError, DataError, Settings, one_line
-from pipeline.checkpoint import download_checkpoint, find_checkpoint, read_meta
+from pipeline.checkpoint import committed_checkpoints, download_checkpoint, find_checkpoint, read_meta
 from pipeline.storage import Directory, normal_uri
 from pipeline.training import TrainState
 
@@ -191,19 +191,34 @@ def _read_folder(path: str, folder: Directory) -> Weights:
 
 
 def _read_run(address: str) -> Weights:
+    """The weights of a run's newest checkpoint, or of one checkpoint."""
+    here = Directory(address)
+    if not here.exists("meta.json") and not committed_checkpoints(here):
+        raise DataError(
+            f"init.path={address} is a run that has no checkpoint yet; wait for its first, or pass another run"
+        )
     with tempfile.TemporaryDirectory(prefix="dinoray-init-") as scratch:
         found = find_checkpoint(address)
         folder = download_checkpoint(found.folder, Path(scratch))
         meta = read_meta(folder)
-        state = torch.load(folder / "train_state.pt", weights_only=True, map_location="cpu")
+        try:
+            state = torch.load(folder / "train_state.pt", weights_only=True, map_location="cpu")
+            student, teacher = (
+                load_file(folder / f"{which}.safetensors") for which in ("student", "teacher")
+            )
+        except Exception as error:  # a damaged file may raise anything
+            raise DataError(
+                f"checkpoint {found.folder.uri} is damaged: {one_line(error)}; pass another checkpoint of the run"
+            ) from error
         config = meta["config"]
+        backbone = {"name": config["backbone"]["name"].split(".")[0], "kwargs": config["backbone"]["kwargs"]}
         return Weights(
-            student=load_file(folder / "student.safetensors"),
-            teacher=load_file(folder / "teacher.safetensors"),
+            student=student,
+            teacher=teacher,
             center=state["center"],
             optimizer=state["optimizer"],
             epoch=meta["positions"] / meta["num_images"],
-            args={key: config["optim"][key] for key in ("name", "layer_decay")},
+            args={key: config["optim"][key] for key in ("name", "layer_decay")} | {"backbone": backbone},
             official=config["backbone"]["pos_embed"] == "official",
             name=found.folder.uri,
             places=("student", "teacher", "center"),

@@ -101,13 +101,25 @@ def test_the_published_evaluation_loads_the_teacher_of_an_exported_checkpoint(tm
         torch.testing.assert_close(vit(x), ours, rtol=1e-4, atol=1e-5)
 
 
+def test_official_export_is_read_by_torch_alone(tmp_path: Path) -> None:
+    state = trained(tiny_config(backbone={"pos_embed": "official"}))
+    path = tmp_path / "official.pth"
+    path.write_bytes(export_official(checkpoint(state, tmp_path)))
+    program = (
+        "import sys, torch; s = torch.load(sys.argv[1]); print(type(s['args']).__name__, s['args']['arch'])"
+    )
+    command = [sys.executable, "-I", "-W", "ignore", "-c", program, str(path)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/").stdout
+    assert output.split() == ["dict", official_args(state.config)["arch"]]
+
+
 def test_an_exported_checkpoint_comes_in_again_whole(tmp_path: Path) -> None:
     config = tiny_config(head={"norm_last_layer": False, "use_bn": True})
     state = trained(config)
     weights = read_weights(export_official(checkpoint(state, tmp_path)), "x.pth")
     assert (weights.epoch, weights.official) == (0, False)
     other = build_state(config, num_images=NUM_IMAGES)
-    assert load(other.dino, weights) == []
+    assert load(other.dino, weights) == (True, True, [])
     for k, v in state.dino.state_dict().items():
         assert torch.equal(v, other.dino.state_dict()[k])
 

@@ -105,6 +105,33 @@ def test_another_layer_decay_starts_the_optimiser_fresh_and_says_so(tmp_path: Pa
     assert state.optimizer.state_dict()["state"] == {}
 
 
+def test_backbone_of_another_run_is_proposed_as_it_was(tmp_path: Path) -> None:
+    kwargs = {"patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 4}
+    weights = read_weights(checkpoint(trained(1, backbone={"kwargs": kwargs}), tmp_path / "first"))
+    with pytest.raises(
+        ConfigError,
+        match=r"; set backbone.kwargs.embed_dim=48 backbone.kwargs.depth=1 backbone.kwargs.num_heads=4$",
+    ):
+        start_from(build_state(tiny_config(), num_images=NUM_IMAGES), weights, "weights")
+    start_from(
+        build_state(tiny_config(backbone={"kwargs": kwargs}), num_images=NUM_IMAGES), weights, "weights"
+    )
+
+
+def test_run_without_a_checkpoint_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"^init.path=.*run is a run that has no checkpoint yet; "):
+        read_weights(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("file", ["train_state.pt", "teacher.safetensors"])
+def test_damaged_checkpoint_of_a_run_is_named(tmp_path: Path, file: str) -> None:
+    folder = checkpoint(trained(1), tmp_path / "first")
+    (Path(folder) / file).write_bytes(b"damaged")
+    with pytest.raises(DataError, match=rf"^checkpoint {folder} is damaged: .*; pass another checkpoint"):
+        read_weights(folder)
+
+
 @pytest.mark.parametrize("name", ["none.pth", "none.safetensors", "none"])
 def test_what_is_not_there_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}/none"):
