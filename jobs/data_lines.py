@@ -34,10 +34,10 @@ def describe_data(images: Source) -> str:
 def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
     """`evaluation: k-NN of 480 images at /photos/val by 2160 at /photos/train`, or how to get it."""
     if inputs.labelled is None:
-        remedy = "for k-NN set " + (
-            "eval.val_path=auto"
+        remedy = (
+            "for k-NN start a run of another name with eval.val_path=auto"
             if inputs.images.has_labels
-            else "eval.val_path and eval.train_path to images in one folder per class"
+            else "for k-NN set eval.val_path and eval.train_path to images in one folder per class"
         )
         if not config.label_free:
             return f"evaluation: none (eval.label_free=false); {remedy}"
