@@ -23,6 +23,7 @@ from exports import (
     trained,
 )
 from published import Run, ViT, load_pretrained_weights
+from safetensors.torch import load as load_bytes
 from servers import S3Server
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_config
 from torch import Tensor
@@ -253,7 +254,7 @@ def test_other_backbones_onnx_files_take_at_least_any_batch(
     "config",
     [
         backbone("vit_tiny_patch16_224", size=96, local_size=48, **TINY_VIT),
-        backbone("vit_small_patch16_dinov3", size=96, local_size=48, global_pool="token", **TINY_VIT),
+        backbone("vit_small_patch16_dinov3", size=64, global_pool="token", **TINY_VIT),
     ],
     ids=["vit", "dinov3"],
 )
@@ -401,10 +402,13 @@ def test_the_job_reads_and_writes_s3(
     printed = capsys.readouterr().out
     main([str(run)])
     name = "teacher_step_00000003"
-    for file in ("README.md", "config.json", "model.safetensors"):
-        assert (
-            remote.read(f"export/{name}_timm/{file}") == (run / "export" / f"{name}_timm" / file).read_bytes()
-        )
+    here = run / "export" / f"{name}_timm"
+    for file in ("README.md", "config.json"):
+        assert remote.read(f"export/{name}_timm/{file}") == (here / file).read_bytes()
+    theirs = load_bytes(remote.read(f"export/{name}_timm/model.safetensors"))
+    ours = load_bytes((here / "model.safetensors").read_bytes())
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[k], v) for k, v in ours.items())
     assert remote.read(f"export/{name}.json") == (run / "export" / f"{name}.json").read_bytes()
     address = f"{remote.uri}/export/{name}_timm"
     assert f"    aws s3 cp --recursive {address} {name}_timm\n" in printed
