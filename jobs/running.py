@@ -148,7 +148,9 @@ def _reported(run: Directory) -> Iterator[None]:
     except BaseException as error:
         with contextlib.suppress(Exception):  # the error that ended the run is the one to report
             stopped = isinstance(error, KeyboardInterrupt)
-            write_report(run, ending="it was stopped" if stopped else one_line(known_error(error) or error))
+            write_report(
+                run, ending="Ctrl-C or SIGTERM" if stopped else one_line(known_error(error) or error)
+            )
         raise
 
 
