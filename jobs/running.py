@@ -169,7 +169,7 @@ def _reported(run: Directory) -> Iterator[None]:
         known = error_to_print(error) if isinstance(error, Exception) else None
         with contextlib.suppress(Exception):  # the error that ended the run is the one to report
             stopped = isinstance(error, KeyboardInterrupt)
-            write_report(run, ending="it was stopped" if stopped else one_line(known or error))
+            write_report(run, ending="Ctrl-C or SIGTERM" if stopped else one_line(known or error))
         if isinstance(known, LostRayError):
             raise known.with_remedy(_how_to_resume(run)) from error
         raise

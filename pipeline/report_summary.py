@@ -46,6 +46,11 @@ class Course(NamedTuple):
         return max(self.step, math.floor(self.epochs * self.step / self.epoch + 1e-6))
 
     @property
+    def is_done(self) -> bool:
+        """Whether no step is left."""
+        return self.is_finished or (self.step is not None and self.total_steps == self.step)
+
+    @property
     def seconds_left(self) -> float:
         """For the other steps at the speed of the newest ones; NaN where that is not known."""
         total = self.total_steps
@@ -99,8 +104,8 @@ def finding(found: Course, records: Records) -> str:
     elif verdict in (Verdict.UNIFORM.value, Verdict.SINGLE.value):
         words = f"The run collapsed: {verdict} since step {since}. Its features are of little use."
     elif found.ending:
-        words = f"The run ended with an error after {count(found.step, 'step')}."
-    elif found.is_finished:
+        words = f"The run ended early, after {count(found.step, 'step')}."
+    elif found.is_done:
         words = ""
     else:
         words = "The run is not finished."
@@ -117,20 +122,23 @@ def _learnt(records: Records) -> str:
             continue
         k, majority = name.removeprefix("knn_"), records.series("majority").last
         guess = "" if math.isnan(majority) else f" Guessing the commonest class gives {majority:.1%}."
-        now = f"{scores[-1]:.1%} after {count(steps[-1], 'step')}"
+        then, now = (f"{scores[i]:.1%} {_when_measured(steps[i])}" for i in (0, -1))
         if len(scores) == 1:
             return f"k-NN accuracy (k={k}) is {now}.{guess}"
-        when = "before training" if not steps[0] else f"after {count(steps[0], 'step')}"
-        then = f"{scores[0]:.1%} {when}"
         return f"k-NN accuracy (k={k}) {_went(scores[0], scores[-1])} from {then} to {now}.{guess}"
     loss = records.series("loss").values
     loss = loss[np.isfinite(loss)]
     if not len(loss):
         return ""
+    course = f"{_went(loss[0], loss[-1])} from {loss[0]:.3f} to {loss[-1]:.3f}"
     return (
-        f"The loss {_went(loss[0], loss[-1])} from {loss[0]:.3f} to {loss[-1]:.3f}. There are no labels: "
-        "what the features are worth, an evaluation with labels tells."
+        f"The loss {course if len(loss) > 1 else f'is {loss[0]:.3f}'}. "
+        "There are no labels: an evaluation with labels measures what the features are worth."
     )
+
+
+def _when_measured(step: float) -> str:
+    return f"after {count(step, 'step')}" if step else "before training"
 
 
 def _went(first: float, last: float) -> str:
@@ -142,8 +150,8 @@ def _state(found: Course) -> str:
         return "No metrics yet."
     if found.is_finished:
         return f"Finished after {count(found.step, 'step')}."
-    if found.total_steps == found.step:
-        return f"All {count(found.step, 'step')} are done; the last evaluation or the result is missing."
+    if found.is_done:
+        return f"All {count(found.step, 'step')} are done."
     total = "" if math.isnan(found.epochs) else f" of {found.epochs:g}"
     epoch = "." if math.isnan(found.epoch) else f", epoch {found.epoch:.1f}{total}."
     state = f"Not finished: step {found.step}{epoch}"
@@ -153,13 +161,13 @@ def _state(found: Course) -> str:
         return state
     left = count((found.total_steps or 0) - found.step, "step")
     until = "" if found.ended is None else f", until about {_date(found.ended + found.seconds_left)}"
-    return f"{state} {left} are left: {duration(found.seconds_left)} at the speed of the newest{until}."
+    return f"{state} {left} are left: about {duration(found.seconds_left)} at the newest speed{until}."
 
 
 def _when(found: Course) -> str:
     if found.started is None or found.ended is None:
         return ""
-    word = "ended" if found.is_finished or found.ending else "newest line"
+    word = "ended" if found.is_done or found.ending else "newest line"
     return f"Started {_date(found.started)}, {word} {_date(found.ended)}: {duration(found.ended - found.started)}."
 
 
@@ -172,7 +180,7 @@ def next_commands(run: Directory, found: Course, records: Records, values: Mappi
 def _commands(run: Directory, found: Course, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     place, images = shlex.quote(run.uri), values.get("data.path")
     where = shlex.quote(images) if isinstance(images, str) else ""
-    if not found.is_finished:
+    if not found.is_done:
         yield "resume", _resume(run, values)
     if not committed_checkpoints(run):
         return

@@ -109,8 +109,11 @@ class Source:
 
     def in_manifest(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """The indices [n] of images in the manifest, which may have more images."""
-        own = [_checked(int(index), self.num_images) for index in indices]
-        return np.asarray(own, np.int64) if self._selected is None else self._selected[own]
+        own = np.asarray(indices, np.int64)
+        wrong = own[(own < 0) | (own >= self.num_images)]  # negative ones must not count from the end here
+        if len(wrong):
+            raise IndexError(f"image {wrong[0]} of {self.num_images}")
+        return own if self._selected is None else self._selected[own]
 
     def take_cpu_seconds(self) -> float:
         """CPU time that fetching has taken since the last call."""
@@ -294,10 +297,3 @@ def _whole(key: str, data: bytes | None, label: str | None, limit: int) -> Fetch
         reason = f"{len(data)} bytes, more than data.max_object_bytes={limit}"
         return Fetched(key, None, label, Status.TOO_LARGE, reason)
     return Fetched(key, data, label, Status.OK, "")
-
-
-def _checked(index: int, num_images: int) -> int:
-    """`index` itself: negative ones must not count from the end here."""
-    if not 0 <= index < num_images:
-        raise IndexError(f"image {index} of {num_images}")
-    return index

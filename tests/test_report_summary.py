@@ -50,9 +50,9 @@ def timed(step: int, seconds: float, **changes: Any) -> dict[str, Any]:
             "",
             "fell from 49.0% after 30 steps to 30.0% after 60 steps.",
         ),
-        ([SCORES[0]], "", "k-NN accuracy (k=20) is 19.0% after 0 steps."),
+        ([SCORES[0]], "", "k-NN accuracy (k=20) is 19.0% before training."),
         ([step_record(10), step_record(20)], "", "The loss fell from 4.900 to 4.800. There are no labels"),
-        ([step_record(10)], "", "The run is not finished. The loss went from 4.900 to 4.900."),
+        ([step_record(10)], "", "The run is not finished. The loss is 4.900. There are no labels"),
         (
             [step_record(10), step_record(20, verdict="uniform collapse"), SCORES[1]],
             "",
@@ -63,8 +63,8 @@ def timed(step: int, seconds: float, **changes: Any) -> dict[str, Any]:
             "",
             "The run fails: loss or gradients are not finite since step 10.",
         ),
-        ([step_record(10)], "the disk is full", "The run ended with an error after 10 steps. The loss"),
-        ([step_record(1)], "the disk is full", "The run ended with an error after 1 step. The loss"),
+        ([step_record(10)], "the disk is full", "The run ended early, after 10 steps. The loss"),
+        ([step_record(1)], "the disk is full", "The run ended early, after 1 step. The loss"),
         ([], "the bucket is gone", "The run ended before its first step: the bucket is gone"),
         ([], "", "The run has no metrics yet."),
     ],
@@ -104,7 +104,7 @@ def test_a_running_run_says_how_long_the_rest_takes(tmp_path: Path) -> None:
     times = {step: step * 3 + (120 if step > 9 else 0) for step in range(1, 13)}
     page = page_of(tmp_path, *(timed(step, seconds) for step, seconds in times.items()))
     assert (
-        "Not finished: step 12, epoch 1.2 of 4. 28 steps are left: 84 s at the speed of the newest, "
+        "Not finished: step 12, epoch 1.2 of 4. 28 steps are left: about 84 s at the newest speed, "
         "until about 2023-11-14 22:17 UTC." in page.text
     )
     assert "Started 2023-11-14 22:13 UTC, newest line 2023-11-14 22:15 UTC: 3 min." in page.text
@@ -139,12 +139,12 @@ def test_a_run_that_an_error_ends_says_so_on_its_page(tmp_path: Path) -> None:
     with pytest.raises(DataError), _reported(run):
         raise DataError("s3://me:secret@bucket is gone")
     text = Page((tmp_path / "report.html").read_text()).text
-    assert "The run ended with an error after 12 steps." in text
+    assert "The run ended early, after 12 steps." in text
     assert "Not finished: step 12, epoch 1.2 of 4. Ended by: s3://...@bucket is gone" in text
     assert "are left" not in text
     with pytest.raises(KeyboardInterrupt), _reported(run):
         raise KeyboardInterrupt
-    assert "Ended by: it was stopped" in Page((tmp_path / "report.html").read_text()).text
+    assert "Ended by: Ctrl-C or SIGTERM" in Page((tmp_path / "report.html").read_text()).text
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0, "0 s"), (99.4, "99 s"), (100, "2 min"), (6000, "1.7 h")])

@@ -23,6 +23,7 @@ from pipeline.report_page import (
 )
 from pipeline.report_records import flat, read
 from pipeline.report_settings import versions
+from pipeline.report_summary import duration
 from pipeline.storage import Directory
 from pipeline.study.findings import Findings, findings
 from pipeline.study.map import map_keys, score_map
@@ -203,15 +204,9 @@ def _tiles(found: Findings) -> Iterator[tuple[str, str, str]]:
     if found.cost.seconds:
         yield (
             "wall time",
-            _duration(found.cost.seconds),
+            duration(found.cost.seconds),
             f"{found.cost.start_share:.0%} of trials' time to start them",
         )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,5 +227,5 @@ def _space(found: Findings) -> Html:
 def _cost(found: Findings) -> str:
     hours = found.cost.reserved
     gpu = f", {hours.gpu:.3g} GPU-hours" if hours.gpu else ""
-    wall = f" in {_duration(found.cost.seconds)}" if found.cost.seconds else ""
+    wall = f" in {duration(found.cost.seconds)}" if found.cost.seconds else ""
     return f"Reserved: {hours.cpu:.3g} CPU-hours{gpu}{wall}."
