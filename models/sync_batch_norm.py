@@ -60,7 +60,7 @@ class _OverAllProcesses(TorchFunctionMode):
 
 
 def _batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -70,14 +70,16 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.batch_norm` in training mode, with the mean and variance of the rows of all processes."""
-    mean, var, count = _global_statistics(x.detach())
+    mean, var, count = _global_statistics(input.detach())
     if count < 2:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.size()}"
+        )
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-    y: Tensor = _Normalise.apply(x, weight, bias, mean, var, count, eps)
+    y: Tensor = _Normalise.apply(input, weight, bias, mean, var, count, eps)
     return y
 
 

@@ -134,7 +134,7 @@ def test_every_score_is_that_of_the_probe_without_ray(run: Path) -> None:
     )
     assert lines[3].startswith("images   19 training, 12 validation, 1 unreadable, 3 classes, ")
     assert lines[4] == f"scores   {run}/evaluation_{NAME}.json"
-    assert len(output.splitlines()) == 5
+    assert "learning rates" not in output
 
 
 @pytest.mark.ray
@@ -143,13 +143,13 @@ def test_disjoint_classes_are_named_and_not_scored(run: Path, tmp_path: Path) ->
     shutil.copytree(run.parent / "val" / "dots", val / "n01440764")
     checkpoint = shutil.copytree(run, tmp_path / "run")
     output = run_job("jobs.evaluate", str(checkpoint), f"eval.val_path={val}")
-    first, *others = output.splitlines()
+    (first,) = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert first.startswith(
         "warning: k-NN and linear accuracy have no meaning, because the classes are disjoint"
     )
     assert "has 1 class ('n01440764')" in first
     assert "has 3 classes ('dots', 'rings', 'stripes')" in first
-    assert [line.split()[0] for line in others] == ["features", "images", "scores"]
+    assert [line.split()[0] for line in output.splitlines()[-3:]] == ["features", "images", "scores"]
     found = json.loads((checkpoint / f"evaluation_{NAME}.json").read_text())
     assert "rankme" in found
     assert "knn_5" not in found

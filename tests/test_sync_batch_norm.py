@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from ranks import WORLD_SIZE, on_two_ranks, run_steps, training_config
 from timm.layers import BatchNormAct2d
 from tiny import NUM_IMAGES, TINY_RESNET
@@ -26,7 +27,7 @@ class DoubledBatchNorm(nn.BatchNorm2d):
     """A subclass whose forward does more than normalise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
+        return F.batch_norm(input=x, running_mean=None, running_var=None, training=True, eps=self.eps) * 2
 
 
 def layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
