@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from image_files import encode
 from jobs_processes import run_job
+from no_ray import forbid_ray
 from PIL import Image
 from samples import parquet
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
@@ -83,9 +83,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the job; returns exit code, lines of stdout, lines of stderr."""
 
-    def no_ray(*_: object, **__: object) -> None:
-        raise AssertionError("Ray was started")
-
     def run(*arguments: object) -> tuple[int, list[str], list[str]]:
         monkeypatch.setattr(sys, "argv", ["job", *map(str, arguments)])
         code: Any = 0
@@ -97,7 +94,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         assert "Traceback" not in output + errors
         return code, output.splitlines(), errors.splitlines()
 
-    monkeypatch.setattr(ray, "init", no_ray)
+    forbid_ray(monkeypatch)
     return run
 
 

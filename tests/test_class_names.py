@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jobs_processes import TINY
+from no_ray import RayStarted, forbid_ray
 
 from jobs import pretrain, tune
 from jobs.config import load_config
@@ -164,20 +165,14 @@ def disjoint(tmp_path: Path) -> list[str]:
     return [*TINY, *paths, "data.label_from_parent=true", "name=tiny"]
 
 
-class _StartedError(Exception):
-    """Ray would start now."""
-
-
 def test_pretrain_warns_before_ray_starts(
     disjoint: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def start_ray(*args: object, **settings: object) -> None:
-        raise _StartedError
-
-    monkeypatch.setattr(pretrain, "start_ray", start_ray)
-    with pytest.raises(_StartedError):
+    forbid_ray(monkeypatch)
+    with pytest.raises(RayStarted):
         pretrain.main(["--recipe", "demo", *disjoint])
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    lines = capsys.readouterr().out.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ") and "disjoint" in line]
     assert len(warnings) == 1
     assert "('[rings]')" in warnings[0]
     assert "('[dots]')" in warnings[0]

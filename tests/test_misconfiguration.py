@@ -14,10 +14,10 @@ from pathlib import Path
 
 import published
 import pytest
-import ray
 import torch
 from conftest import use_aws
 from jobs_processes import run_job
+from no_ray import RayStarted, forbid_ray
 from published import ViT
 from samples import parquet, write_all
 from servers import S3Server, aws_environment
@@ -70,9 +70,6 @@ Job = Callable[..., Ending]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
     """Runs a job's main as its command line does, in a folder of its own; `WORLD` stands for that folder."""
 
-    def no_ray(*_: object, **__: object) -> None:
-        raise AssertionError("Ray was started")
-
     def run(main: Callable[[Sequence[str]], None], *arguments: str) -> Ending:
         monkeypatch.setattr(sys, "argv", ["job", *(x.replace("WORLD", str(tmp_path)) for x in arguments)])
         with pytest.raises(SystemExit) as exit_:
@@ -80,7 +77,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         assert isinstance(exit_.value.code, int)
         return Ending(exit_.value.code, *capsys.readouterr())
 
-    monkeypatch.setattr(ray, "init", no_ray)
+    forbid_ray(monkeypatch)
     monkeypatch.setenv("DINORAY_CACHE", str(tmp_path / "cache"))
     use_aws(monkeypatch, {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"})
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -305,7 +302,7 @@ def test_following_the_remedies_for_size_starts_the_run(run: Job, arguments: lis
         arguments += settings_to_set(ending.errors)
         try:
             ending = run(pretrain.main, *arguments)
-        except AssertionError:  # Ray was started
+        except RayStarted:
             return
     pytest.fail(ending.errors)
 
@@ -317,7 +314,7 @@ def test_one_image_is_refused(run: Job) -> None:
 
 
 def test_warnings_of_size_stand_before_ray_starts(run: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", "train.epochs=2")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     named = [line.split()[1].partition("=")[0] for line in lines]
@@ -334,14 +331,14 @@ def test_a_wrong_input_is_named_with_its_remedy(run: Job, tmp_path: Path, mistak
 
 
 def test_the_input_that_the_wrong_ones_differ_from_is_right(run: Job) -> None:
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/images")
 
 
 @pytest.fixture
 def started(run: Job, tmp_path: Path) -> Directory:
     """The directory of a run that has begun."""
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/images")
     return Directory(str(tmp_path / "runs" / "run"))
 
@@ -357,9 +354,9 @@ def test_a_name_in_use_by_a_run_with_other_settings(run: Job, started: Directory
             "--resume",
         ],
     )
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *TINY, *again, "log.every_steps=3")
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *TINY, *again, "optim.base_lr=0.1", "--resume")
 
 
@@ -377,7 +374,7 @@ def test_a_run_that_is_to_be_resumed_on_other_images(run: Job, started: Director
 def test_a_mistake_once_mended_does_not_hold_the_name(run: Job) -> None:
     again = [*TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", "eval.val_path=WORLD/images"]
     assert run(pretrain.main, *again, "data.label_from_parent=false").code == CONFIG
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *again)
 
 
@@ -386,7 +383,7 @@ def test_a_wrong_file_of_weights_once_mended_does_not_hold_the_name(run: Job, tm
     run(pretrain.main, *again, "--init-from", str(tmp_path / "none.pth")).check(
         DATA, [f"{tmp_path}/none.pth"]
     )
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *again)
 
 
@@ -403,7 +400,7 @@ def test_lines_on_initial_weights_are_printed_before_ray_starts(
     (tmp_path / "checkpoint.pth").write_bytes(published.saved(state))
     again = [*TINY, "name=init", "storage_path=WORLD/runs", "data.path=WORLD/images", "train.epochs=9"]
     again += ["head.hidden_dim=48", "head.bottleneck_dim=16", "init.load=run"]
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *again, "--init-from", f"{tmp_path}/checkpoint.pth")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init: ")]
     file = f"{tmp_path}/checkpoint.pth"
@@ -438,7 +435,7 @@ def test_initial_weights_of_a_wrong_kind(
     again = [*TINY, "name=init", "storage_path=WORLD/runs", "data.path=WORLD/images"]
     path = name.removesuffix("/x.png")
     run(pretrain.main, *again, f"--init-from=WORLD/{path}").check(code, words)
-    with pytest.raises(AssertionError, match="Ray was started"):
+    with pytest.raises(RayStarted):
         run(pretrain.main, *again)
 
 

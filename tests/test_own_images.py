@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
+from no_ray import RayStarted, forbid_ray
 from samples import parquet, write_all
 
 from jobs import pretrain
@@ -64,17 +64,14 @@ Start = Callable[..., str]
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
     """Starts a job up to its Ray, and returns what it printed."""
 
-    def no_ray(*_: object, **__: object) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(ray, "init", no_ray)
+    forbid_ray(monkeypatch)
     monkeypatch.setenv("DINORAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for form, (files, _, _) in FORMS.items():
         write_all(tmp_path / form, files)
 
     def start(*arguments: str) -> str:
-        with pytest.raises(AssertionError, match="Ray was started"):
+        with pytest.raises(RayStarted):
             pretrain.main([f"storage_path={tmp_path}/runs", *arguments])
         return capsys.readouterr().out
 
