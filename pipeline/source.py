@@ -60,8 +60,7 @@ class Source:
         self, config: DataConfig, manifest: Manifest, selected: NDArray[np.int64] | None = None
     ) -> None:
         self.config = config = manifest.settle(config)
-        self.manifest = manifest
-        self._selected = selected
+        self.manifest, self._selected = manifest, selected
         self._pool = ThreadPoolExecutor(config.fetch_concurrency, "fetch")  # no thread before its first task
         self._lock, self._cpu_seconds = threading.Lock(), 0.0
         reader = _Rows if manifest.kind == "parquet" else _Objects
