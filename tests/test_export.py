@@ -254,7 +254,7 @@ def test_other_backbones_onnx_files_take_at_least_any_batch(
     "config",
     [
         backbone("vit_tiny_patch16_224", size=96, local_size=48, **TINY_VIT),
-        backbone("vit_small_patch16_dinov3", size=64, global_pool="token", **TINY_VIT),
+        backbone("vit_small_patch16_dinov3", size=64, **TINY_VIT),
     ],
     ids=["vit", "dinov3"],
 )
