@@ -19,8 +19,10 @@ from jobs.result import RESULT, describe_result, write_result
 from jobs.running import Inputs, check_run, run_training, what_is_learnt
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board, Event
+from pipeline.checkpoint import committed_checkpoints
 from pipeline.crops import kernel_name
 from pipeline.crops_config import describe_crops
+from pipeline.published_weights import fetch_published_weights
 from pipeline.report import write_report
 from pipeline.storage import Directory
 from pipeline.training import Schedule
@@ -44,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
         console.print(describe_result(run), highlight=False, soft_wrap=True)
         return
     check_run(config)
+    if config.backbone.pretrained and not committed_checkpoints(run):
+        fetch_published_weights(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, run)
     num_images = inputs.images.num_images

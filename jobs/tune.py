@@ -26,6 +26,7 @@ from jobs.study import (
 )
 from jobs.study_plan import check_growth
 from models.settings import ConfigError
+from pipeline.published_weights import fetch_published_weights
 from pipeline.storage import Directory
 from pipeline.study.progress import check_any_ran
 from pipeline.study.report import describe_study
@@ -57,6 +58,8 @@ def main(argv: Sequence[str]) -> None:
         console.print(f"{directory.uri} is finished; {more}another name=... starts anew")
     else:
         check_growth(config, is_local=is_local())
+        if config.backbone.pretrained:
+            fetch_published_weights(config)
         study.run(verbose=arguments.verbose)
     study.write_findings()
     console.print(describe_study(directory))
