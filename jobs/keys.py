@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 from models.backbone import argument_hint
 from models.settings import without_keys
 
-_EXAMPLES = {"data.path": "s3://bucket/train"}
+EXAMPLES = {"data.path": "s3://bucket/train"}
+"""A value for settings that must be given."""
 _RULES = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -85,7 +86,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
                 shown = "..." if looks_secret(name) else without_keys(repr(value))
                 rules[f"{name}={shown}"] = [f"unknown key{near}"]
         elif found["type"] == "missing":
-            rules[key] = [f"must be set, e.g. {key}={_EXAMPLES.get(key, '...')}"]
+            rules[key] = [f"must be set, e.g. {key}={EXAMPLES.get(key, '...')}"]
         elif found["type"] == "value_error":
             # Our own validators name the values that they are about.
             text = found["msg"].removeprefix("Value error, ")

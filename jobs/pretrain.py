@@ -15,6 +15,7 @@ from jobs.arguments import PretrainArguments, pretrain_config
 from jobs.config import Config, differences, json_schema, load_run_config
 from jobs.display import Display
 from jobs.entry import run_main, start_ray
+from jobs.print_config import describe_config
 from jobs.result import RESULT, describe_result, write_result
 from jobs.running import Inputs, check_run, run_training, what_is_learnt
 from models.settings import ConfigError, DinorayError
@@ -34,11 +35,11 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json_schema:
         print(json_schema())
         return
-    config = pretrain_config(arguments)
     if arguments.print_config:
-        print(config.to_yaml(), end="")
+        print(describe_config(Config, arguments), end="")
         return
 
+    config = pretrain_config(arguments)
     console = Console()
     run = Directory(config.storage_path).child(config.name)
     if _is_finished(run, config, resume=arguments.resume):

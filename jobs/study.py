@@ -43,6 +43,9 @@ FREE = (
 )
 """What may differ when a study is continued: more trials, more seeds, another cluster."""
 
+NAME_SUFFIX = "-study"
+"""A study is named after its recipe with this at the end."""
+
 _WARMUPS = ("optim.warmup_epochs", "optim.freeze_last_layer_epochs", WARMUP_EPOCHS)
 _WARMUP_SHARE = 0.3
 """Of a trial that is shorter than the run, a warm-up takes no more than this, or than its share of the run."""
@@ -71,7 +74,7 @@ class StudyArguments(Arguments):
 
 def study_config(arguments: Namespace) -> StudyConfig:
     """The config that a parsed command line asks for; a run and a study of one recipe stand side by side."""
-    return load(StudyConfig, arguments.recipe, arguments.config, arguments.overrides, name_suffix="-study")
+    return load(StudyConfig, arguments.recipe, arguments.config, arguments.overrides, name_suffix=NAME_SUFFIX)
 
 
 def space_of(config: StudyConfig) -> dict[str, Any]:

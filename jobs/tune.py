@@ -12,10 +12,12 @@ from rich.console import Console
 from jobs.about import draw_demo, write_about
 from jobs.config import differences, json_schema, load_kept
 from jobs.entry import is_local, run_main
+from jobs.print_config import describe_config
 from jobs.running import Inputs, check_run
 from jobs.searching import StudyRun
 from jobs.study import (
     FREE,
+    NAME_SUFFIX,
     StudyArguments,
     StudyConfig,
     can_grow,
@@ -39,10 +41,10 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json_schema:
         print(json_schema(StudyConfig))
         return
-    config = study_config(arguments)
     if arguments.print_config:
-        print(config.to_yaml(), end="")
+        print(describe_config(StudyConfig, arguments, name_suffix=NAME_SUFFIX), end="")
         return
+    config = study_config(arguments)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     directory = Directory(config.storage_path).child(config.name)
     _check_name(directory, config, resume=arguments.resume)
