@@ -82,9 +82,8 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
         if found["type"] == "extra_forbidden":
             unknown = found["input"] if isinstance(found["input"], Mapping) else {}
             for name, value in flatten(unknown, f"{key}.") if unknown else [(key, found["input"])]:
-                near = _instead(name, fields)
                 shown = "..." if looks_secret(name) else without_keys(repr(value))
-                rules[f"{name}={shown}"] = [f"unknown key{near}"]
+                rules[f"{name}={shown}"] = [f"unknown key{_instead(name, shown, fields)}"]
         elif found["type"] == "missing":
             rules[key] = [f"must be set, e.g. {key}={EXAMPLES.get(key, '...')}"]
         elif found["type"] == "value_error":
@@ -116,12 +115,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def _instead(name: str, known: Iterable[str]) -> str:
+def _instead(name: str, value: str, known: Iterable[str]) -> str:
     """What to write in place of a key that there is not."""
     section, _, leaf = name.rpartition(".")
     if section == "backbone":
         return did_you_mean(name, [key for key in known if key.startswith("backbone.")]) or argument_hint(
-            leaf
+            leaf, value
         )
     return did_you_mean(name, known) or "; --print-config shows all keys"
 

@@ -140,7 +140,8 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
         candidate(config, {**own, **point})
         if config.tune.scheduler == "pb2" and not _lies_in(space, {**own, **point}):
             raise ConfigError(
-                f"tune.first: {point} is outside of tune.space, which tune.scheduler=pb2 cannot leave"
+                f"tune.first: {point} is outside of tune.space, which tune.scheduler=pb2 cannot leave; "
+                "set tune.scheduler=asha, or leave the point out"
             )
         points.append({**own, **point})
     if len(points) > config.tune.trials and config.tune.searcher != "grid":

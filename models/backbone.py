@@ -100,11 +100,11 @@ def _create(
     return timm.create_model(name, **{**base, **kwargs})
 
 
-def argument_hint(name: str) -> str:
+def argument_hint(name: str, value: str) -> str:
     """`; ` and where an argument of `timm.create_model` is set; its name is no key of the config."""
     if name in _DECIDED_ELSEWHERE:
         return f"; leave out {name}: {_DECIDED_ELSEWHERE[name]}"
-    return f"; arguments of the network stand in backbone.kwargs: set backbone.kwargs.{name}=..."
+    return f"; arguments of the network stand in backbone.kwargs: set backbone.kwargs.{name}={value}"
 
 
 def official_pos_embed(pos_embed: Tensor, height: int, width: int, *, num_prefix: int) -> Tensor:

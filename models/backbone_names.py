@@ -34,7 +34,7 @@ def name_hint(name: str) -> str:
     near = difflib.get_close_matches(plain.split(".")[0], timm.list_models(), n=3, cutoff=0.7)
     if near:
         return f"; did you mean {', '.join(near)}?"
-    return "; choose a name that timm.list_models() knows, e.g. vit_small_patch16_224 or resnet50"
+    return "; set backbone.name=vit_small_patch16_224, or another name of timm.list_models()"
 
 
 def _plain(name: str) -> str | None:

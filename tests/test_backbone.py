@@ -95,9 +95,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", ["", "no such thing at all"])
 def test_a_name_that_is_like_none_is_refused(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"is not a timm model; choose a name that timm\.list_models\(\) knows"
-    ):
+    with pytest.raises(ConfigError, match=r"is not a timm model; set backbone\.name=vit_small_patch16_224"):
         build(name, 32)
 
 

@@ -75,11 +75,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str, ne
     [
         (
             "backbone.patch_size=8",
-            "arguments of the network stand in backbone.kwargs: set backbone.kwargs.patch_size=...",
+            "arguments of the network stand in backbone.kwargs: set backbone.kwargs.patch_size=8",
         ),
         (
             "backbone.depth=3",
-            "arguments of the network stand in backbone.kwargs: set backbone.kwargs.depth=...",
+            "arguments of the network stand in backbone.kwargs: set backbone.kwargs.depth=3",
         ),
         ("backbone.in_chans=1", "leave out in_chans: images are decoded as RGB, 3 channels"),
         ("backbone.num_classes=0", "leave out num_classes: the backbone has no classifier"),
