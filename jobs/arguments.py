@@ -41,7 +41,11 @@ class Arguments(CommandLine):
         super().__init__(prog=prog, description=description, epilog="recipes: " + ", ".join(RECIPES))
         self.add_argument("--recipe", default=None, help="named starting point (default: demo)")
         self.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
-        self.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+        self.add_argument(
+            "--print-config",
+            action="store_true",
+            help="print every setting with its description and source, and exit",
+        )
         self.add_argument(
             "--json-schema", action="store_true", help="print the JSON Schema of the config and exit"
         )
@@ -64,11 +68,15 @@ class PretrainArguments(Arguments):
         self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
 
+def overrides_of(arguments: argparse.Namespace) -> list[str]:
+    """The overrides of a command line, with those that options stand for."""
+    init_from = getattr(arguments, "init_from", None)
+    return [*arguments.overrides, *([f"init.path={init_from}"] if init_from else [])]
+
+
 def pretrain_config(arguments: argparse.Namespace) -> Config:
     """The config that a parsed command line of jobs.pretrain asks for."""
-    overrides = list(arguments.overrides)
-    if arguments.init_from:
-        overrides.append(f"init.path={arguments.init_from}")
+    overrides = overrides_of(arguments)
     if arguments.from_study is None:
         return load_config(arguments.recipe, arguments.config, overrides)
     if arguments.recipe or arguments.config:

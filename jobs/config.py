@@ -6,7 +6,6 @@ a mistake stands in jobs/keys.py.
 
 import copy
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from jobs.keys import did_you_mean, explain, flatten, keep_detected, leaf_fields
 from jobs.recipes import RECIPES, starting_point
+from jobs.yaml_text import Dumper, Loader, read_mapping, yaml_problem
 from models.settings import ConfigError
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.cost import CostConfig
@@ -73,7 +73,7 @@ class Config(DINOConfig):
 
     def to_yaml(self) -> str:
         """The resolved config, in the form that `--config` reads."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -92,7 +92,14 @@ def load(
     *,
     name_suffix: str = "",
 ) -> AnyConfig:
-    """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake.
+    """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake."""
+    return validate_as(model, resolve(recipe, file, overrides, name_suffix=name_suffix))
+
+
+def resolve(
+    recipe: str | None, file: Path | None, overrides: Sequence[str], *, name_suffix: str = ""
+) -> dict[str, Any]:
+    """The tree of recipe, file and overrides, not validated.
 
     The recipe is the one given, else the one that the overrides or the file name, else demo.
     """
@@ -104,7 +111,7 @@ def load(
         raise ConfigError(f"recipe={name!r} is none of {', '.join(RECIPES)}{near}")
     merged: dict[str, Any] = {"name": name + name_suffix, **starting_point(name, tree), "recipe": name}
     _merge(merged, tree)
-    return validate_as(model, merged)
+    return merged
 
 
 def apply_tree(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -133,7 +140,7 @@ def load_kept(
     """The config that a directory keeps, with overrides; ConfigError says which of the two is wrong."""
     file = directory.join(name)
     try:
-        tree = _read_mapping(directory.read(name), file)
+        tree = read_mapping(directory.read(name), file)
     except MissingObject as error:
         raise ConfigError(f"{directory.uri} is no {what} directory: it has no {name}") from error
     try:
@@ -163,7 +170,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         try:
             _merge(merged, _nest(path, _read_value(key, text)))
         except (yaml.YAMLError, RecursionError) as error:
-            mistakes.append(f"override {override!r}: the value is not YAML: {_yaml_problem(error)}; quote it")
+            mistakes.append(f"override {override!r}: the value is not YAML: {yaml_problem(error)}; quote it")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return merged
@@ -202,7 +209,7 @@ def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list
 def read_file(file: Path, option: str) -> dict[str, Any]:
     """The mapping in the YAML file that `option` names; ConfigError when it cannot be read or is none."""
     try:
-        return _read_mapping(file.read_bytes(), f"{option} {file}")
+        return read_mapping(file.read_bytes(), f"{option} {file}")
     except OSError as error:
         raise ConfigError(f"{option} {file}: {error.strerror}; check the path") from error
 
@@ -215,71 +222,14 @@ def json_schema(model: type[Config] = Config) -> str:
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, `on` and `no` are text, and a key that is given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in set(keys):
-            if keys.count(key) > 1:
-                problem = f"key {key!r} is given {keys.count(key)} times"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep)
-
-    def construct_scalar(self, node: Any) -> Any:
-        value = super().construct_scalar(node)
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # "\ud800": it could not be written to config.yaml
-            raise yaml.constructor.ConstructorError(
-                None, None, "text is not Unicode", node.start_mark
-            ) from error
-        return value
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader`, or any other reader of YAML, would take for something else."""
-
-
-for _class in (_Loader, _Dumper):
-    # YAML 1.1 wants a dot in the mantissa and a sign in the exponent, else it is text.
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-for _letter in "yYnNoO":  # YAML 1.1 takes yes, no, on and off for booleans
-    _Loader.yaml_implicit_resolvers[_letter] = [
-        (tag, pattern)
-        for tag, pattern in _Loader.yaml_implicit_resolvers[_letter]
-        if not tag.endswith(":bool")
-    ]
-
 _FIELDS = leaf_fields(Config)
-
-
-def _read_mapping(data: bytes, what: str) -> dict[str, Any]:
-    try:
-        tree = yaml.load(data.decode(), _Loader)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not YAML: it is not UTF-8 text") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{what} is not YAML: {_yaml_problem(error)}; mend the line") from error
-    if not isinstance(tree or {}, dict):
-        raise ConfigError(f"{what} must hold a mapping of sections, not a {type(tree).__name__}")
-    return tree or {}
 
 
 def _read_value(key: str, text: str) -> Any:
     kind = _FIELDS[key].annotation if key in _FIELDS else None
     if kind is str or (kind == str | None and text not in ("", "null", "~")):
         return text
-    return yaml.load(text, _Loader)
-
-
-def _yaml_problem(error: Exception) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split()) or type(error).__name__
-    mark = error.problem_mark
-    return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}"
+    return yaml.load(text, Loader)
 
 
 def _nest(path: list[str], value: Any) -> dict[str, Any]:

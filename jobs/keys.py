@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from models.backbone import argument_hint
 from models.settings import without_keys
 
 Config = TypeVar("Config", bound=BaseModel)
 
-_EXAMPLES = {"data.path": "s3://bucket/train"}
+EXAMPLES = {"data.path": "s3://bucket/train"}
+"""A value for settings that must be given."""
 _RULES = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -36,6 +38,9 @@ _RULES = {
 }
 """What pydantic's words for these errors leave unclear to somebody who writes YAML."""
 
+
+_LEAST_LIKENESS, _LEAST_RATIO = 0.55, 0.7
+"""Of names, and of words in them, that are proposed for a wrong one."""
 
 _SECRET_ENDINGS = ("SECRET", "TOKEN", "PASSWORD", "PASSWD", "PASSPHRASE", "KEY", "CREDENTIAL", "CREDENTIALS")
 _SECRET_WORDS = ("PASS", "PWD")
@@ -79,14 +84,14 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
         if found["type"] == "extra_forbidden":
             unknown = found["input"] if isinstance(found["input"], Mapping) else {}
             for name, value in flatten(unknown, f"{key}.") if unknown else [(key, found["input"])]:
-                near = did_you_mean(name, fields) or "; --print-config shows all keys"
                 shown = "..." if looks_secret(name) else without_keys(repr(value))
-                rules[f"{name}={shown}"] = [f"unknown key{near}"]
+                rules[f"{name}={shown}"] = [f"unknown key{_instead(name, shown, fields)}"]
         elif found["type"] == "missing":
-            rules[key] = [f"must be set, e.g. {key}={_EXAMPLES.get(key, '...')}"]
+            rules[key] = [f"must be set, e.g. {key}={EXAMPLES.get(key, '...')}"]
         elif found["type"] == "value_error":
             # Our own validators name the values that they are about.
-            rules.setdefault(key, []).append(found["msg"].removeprefix("Value error, "))
+            text = found["msg"].removeprefix("Value error, ")
+            rules.setdefault("" if text.startswith(key) else key, []).append(text)
         else:
             inside = len(path) > key.count(".") + 1 and isinstance(found["loc"][-1], int)
             rule = ("each item " if inside else "") + _rule(found["type"], found["msg"])
@@ -94,7 +99,8 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
             # A list whose items were refused counts as too short as well.
             if rule not in of_key and not (of_key and found["type"] == "too_short"):
                 of_key.append(rule)
-    return [_line(head, texts, fields) for head, texts in rules.items()]
+    whole = rules.pop("", [])
+    return [*whole, *(_line(head, texts, fields) for head, texts in rules.items())]
 
 
 def keep_detected(new: Config, kept: BaseModel) -> Config:
@@ -112,27 +118,43 @@ def keep_detected(new: Config, kept: BaseModel) -> Config:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean a or b?`: up to three of `known`, most like `word` in letters or in parts; empty if none is."""
     section, _, leaf = word.rpartition(".")
-    likeness = {key: _likeness(section, leaf, key) for key in known}
+    likeness = {}
+    for key in known:
+        key_section, _, key_leaf = key.rpartition(".")
+        if _likeness(leaf, key_leaf, least=_LEAST_RATIO) >= _LEAST_LIKENESS:
+            of_section = 0.2 * _alike(section, key_section) if section else 0.0
+            likeness[key] = _likeness(leaf, key_leaf) + of_section
     best = max(likeness.values(), default=0.0)
-    near = sorted((k for k, v in likeness.items() if v >= max(0.6, best - 0.15)), key=lambda k: -likeness[k])
+    near = sorted((k for k, v in likeness.items() if v >= best - 0.15), key=lambda k: -likeness[k])
     return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def _likeness(section: str, leaf: str, key: str) -> float:
-    """0 to 1 for the name within the section, and up to 0.2 for the section."""
-    key_section, _, key_leaf = key.rpartition(".")
+def _instead(name: str, value: str, known: Iterable[str]) -> str:
+    """What to write in place of a key that there is not."""
+    section, _, leaf = name.rpartition(".")
+    if section == "backbone":
+        return did_you_mean(name, [key for key in known if key.startswith("backbone.")]) or argument_hint(
+            leaf, value
+        )
+    return did_you_mean(name, known) or "; --print-config shows all keys"
+
+
+def _likeness(leaf: str, key_leaf: str, *, least: float = 0.0) -> float:
+    """0 to 1 for two names: as a whole, or by their words in any order. Words less alike than `least` count as 0."""
     words, parts = leaf.split("_"), key_leaf.split("_")
     by_parts = fmean(
         (
-            fmean(max(_alike(word, part) for part in parts) for word in words),
-            fmean(max(_alike(word, part) for word in words) for part in parts),
+            fmean(max(_alike(word, part, least) for part in parts) for word in words),
+            fmean(max(_alike(word, part, least) for word in words) for part in parts),
         )
     )
-    return max(_alike(leaf, key_leaf), by_parts) + (0.2 * _alike(section, key_section) if section else 0)
+    return max(_alike(leaf, key_leaf, least), by_parts)
 
 
-def _alike(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
+def _alike(a: str, b: str, least: float = 0.0) -> float:
+    ratio = difflib.SequenceMatcher(None, a, b).ratio()
+    is_longer_form = (a.startswith(b) or b.startswith(a)) and ratio > 0.6
+    return ratio if ratio >= least or is_longer_form else 0.0
 
 
 def _rule(kind: str, message: str) -> str:

@@ -27,6 +27,7 @@ from jobs.plan_lines import (
     size_table,
 )
 from jobs.planning import BUCKET, PlanArguments, PlanConfig, measure, plan_config, run_of
+from jobs.print_config import describe_config
 from jobs.running import check_run
 from pipeline.forecast import Forecast, forecast, forecast_here
 
@@ -37,10 +38,10 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json_schema:
         print(json_schema(PlanConfig))
         return
-    config = plan_config(arguments)
     if arguments.print_config:
-        print(config.to_yaml(), end="")
+        print(describe_config(PlanConfig, arguments), end="")
         return
+    config = plan_config(arguments)
     check_run(config)
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     if config.data.path != BUCKET:

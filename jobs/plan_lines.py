@@ -234,18 +234,19 @@ def settings_of(config: PlanConfig, found: Forecast) -> dict[str, Any]:
 
 
 def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) -> str:
-    """The command that starts the planned run: what was said here, but for the plan's own settings, and `settings`."""
+    """The command that starts the planned run: the arguments given here without the plan's own, a name, `settings`."""
     kept = [word for word in arguments.overrides if word.partition("=")[0] not in settings]
     kept = [word for word in kept if word.partition("=")[0].partition(".")[0] != "plan"]
     words = ["python", "-m", "jobs.pretrain", "--recipe", config.recipe]
     words += _from_file(arguments.config) if arguments.config else []
-    words += [*kept, *(f"{key}={value}" for key, value in settings.items())]
     named = {word.partition("=")[0] for word in kept}
+    words += [*([] if "name" in named else [f"name={config.name}"]), *kept]
     if settings:
         shared = is_reached_by_all(config.storage_path)
         asked = {"data.path": config.data.path}
         asked |= {"storage_path": config.storage_path if shared else "s3://BUCKET/runs"}
         words += [f"{key}={value}" for key, value in asked.items() if key not in named]
+        words += [f"{key}={value}" for key, value in settings.items()]
         words = ["python", "-m", "jobs.submit", "--", *words]
     return shlex.join(words)
 

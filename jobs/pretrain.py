@@ -17,13 +17,16 @@ from jobs.data_lines import describe_data, describe_evaluation
 from jobs.display import Display
 from jobs.entry import run_main, start_ray
 from jobs.keys import keep_detected
+from jobs.print_config import describe_config
 from jobs.result import RESULT, describe_result, write_result
 from jobs.run_size import check_images, check_workers, length_warnings, warmup_warnings
 from jobs.running import Inputs, check_run, run_training, what_is_learnt
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board, Event
+from pipeline.checkpoint import committed_checkpoints
 from pipeline.crops import kernel_name
 from pipeline.crops_config import describe_crops
+from pipeline.published_weights import fetch_published_weights
 from pipeline.report import write_report
 from pipeline.storage import Directory
 from pipeline.training import Schedule
@@ -35,11 +38,11 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json_schema:
         print(json_schema())
         return
-    config = pretrain_config(arguments)
     if arguments.print_config:
-        print(config.to_yaml(), end="")
+        print(describe_config(Config, arguments), end="")
         return
 
+    config = pretrain_config(arguments)
     console = Console()
     run = Directory(config.storage_path).child(config.name)
     if run.exists("config.yaml"):
@@ -49,6 +52,8 @@ def main(argv: Sequence[str]) -> None:
         console.print(describe_result(run), highlight=False, soft_wrap=True)
         return
     check_run(config)
+    if config.backbone.pretrained and not committed_checkpoints(run):
+        fetch_published_weights(config)
     warnings = check_workers(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, run)

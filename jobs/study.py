@@ -44,6 +44,9 @@ FREE = (
 )
 """What may differ when a study is continued: more trials, more seeds, another cluster."""
 
+NAME_SUFFIX = "-study"
+"""A study is named after its recipe with this at the end."""
+
 _WARMUPS = ("optim.warmup_epochs", "optim.freeze_last_layer_epochs", WARMUP_EPOCHS)
 _WARMUP_SHARE = 0.3
 """Of a trial that is shorter than the run, a warm-up takes no more than this, or than its share of the run."""
@@ -72,7 +75,7 @@ class StudyArguments(Arguments):
 
 def study_config(arguments: Namespace) -> StudyConfig:
     """The config that a parsed command line asks for; a run and a study of one recipe stand side by side."""
-    return load(StudyConfig, arguments.recipe, arguments.config, arguments.overrides, name_suffix="-study")
+    return load(StudyConfig, arguments.recipe, arguments.config, arguments.overrides, name_suffix=NAME_SUFFIX)
 
 
 def space_of(config: StudyConfig) -> dict[str, Any]:
@@ -138,7 +141,8 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
         candidate(config, {**own, **point})
         if config.tune.scheduler == "pb2" and not _lies_in(space, {**own, **point}):
             raise ConfigError(
-                f"tune.first: {point} is outside of tune.space, which tune.scheduler=pb2 cannot leave"
+                f"tune.first: {point} is outside of tune.space, which tune.scheduler=pb2 cannot leave; "
+                "set tune.scheduler=asha, or leave the point out"
             )
         points.append({**own, **point})
     if len(points) > config.tune.trials and config.tune.searcher != "grid":

@@ -14,11 +14,13 @@ from jobs.config import differences, json_schema, load_kept
 from jobs.data_lines import describe_data, describe_evaluation
 from jobs.entry import is_local, run_main
 from jobs.keys import keep_detected
+from jobs.print_config import describe_config
 from jobs.run_size import check_workers
 from jobs.running import Inputs, check_run
 from jobs.searching import StudyRun
 from jobs.study import (
     FREE,
+    NAME_SUFFIX,
     StudyArguments,
     StudyConfig,
     can_grow,
@@ -29,6 +31,7 @@ from jobs.study import (
 )
 from jobs.study_plan import check_growth, check_study_size
 from models.settings import ConfigError
+from pipeline.published_weights import fetch_published_weights
 from pipeline.storage import Directory
 from pipeline.study.progress import check_any_ran
 from pipeline.study.report import describe_study
@@ -41,10 +44,10 @@ def main(argv: Sequence[str]) -> None:
     if arguments.json_schema:
         print(json_schema(StudyConfig))
         return
-    config = study_config(arguments)
     if arguments.print_config:
-        print(config.to_yaml(), end="")
+        print(describe_config(StudyConfig, arguments, name_suffix=NAME_SUFFIX), end="")
         return
+    config = study_config(arguments)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     directory = Directory(config.storage_path).child(config.name)
     if directory.exists("config.yaml"):
@@ -75,6 +78,8 @@ def main(argv: Sequence[str]) -> None:
         console.print(f"{directory.uri} is finished; {more}another name=... starts anew")
     else:
         check_growth(config, is_local=is_local())
+        if config.backbone.pretrained:
+            fetch_published_weights(config)
         study.run(verbose=arguments.verbose)
     study.write_findings()
     console.print(describe_study(directory))

@@ -4,6 +4,8 @@ First stop of a crop inside the network: pixels [B, 3, H, W] -> features [B, D].
 losses or data.
 """
 
+import contextlib
+from functools import partial
 from typing import Any, Literal
 
 import timm
@@ -14,12 +16,17 @@ from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.settings import ConfigError, Settings, one_line
+from models.backbone_names import name_hint
+from models.backbone_remedies import explain_failure, explain_refusal, refusal
+from models.settings import ConfigError, Settings
 
 _DECIDED_ELSEWHERE = {
-    "drop_path_rate": "it is backbone.drop_path_rate",
-    "pretrained": "it is backbone.pretrained",
+    "drop_path_rate": "set backbone.drop_path_rate instead",
+    "pretrained": "set backbone.pretrained instead",
     "num_classes": "the backbone has no classifier",
+    "in_chans": "images are decoded as RGB, 3 channels",
+    "features_only": "the head takes one vector per image",
+    "checkpoint_path": "set init.path instead",
 }
 
 
@@ -42,7 +49,7 @@ class BackboneConfig(Settings):
     def _are_not_decided_elsewhere(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         for name, where in _DECIDED_ELSEWHERE.items():
             if name in kwargs:
-                raise ValueError(f"backbone.kwargs must not hold {name}: {where}; remove it")
+                raise ValueError(f"backbone.kwargs must not hold {name}: {where}; leave out {name}")
         return kwargs
 
 
@@ -51,49 +58,53 @@ def build_backbone(
 ) -> nn.Module:
     """Create the timm model without a classifier, able to take square crops of every size in `crop_sizes`.
 
-    `crop_sizes[0]` (the global crops') sets the native grid of learned position embeddings; other sizes
-    are reached by interpolation (`dynamic_img_size`) where the model has such embeddings. The result maps
-    float [B, 3, H, W] to [B, D], D = `embed_dim(model)`. With `pretrained`, timm downloads its weights. Raises
-    ConfigError for an unknown name, unknown kwargs, or a model that cannot take one of the sizes.
+    `crop_sizes`: `crops.global_crop_size`, `crops.local_crop_size` and `eval.image_size`, as many as there are. The
+    first sets the native grid of learned position embeddings; other sizes are reached by interpolation
+    (`dynamic_img_size`) where the model has such embeddings. The result maps float [B, 3, H, W] to [B, D],
+    D = `embed_dim(model)`. With `pretrained`, timm downloads its weights.
+
+    Raises ConfigError for an unknown name, unknown kwargs, or a model that cannot take one of the sizes, DataError for
+    weights that cannot be had. Each names a remedy that was tried.
     """
     if not timm.is_model(config.name.split(".")[0]):
-        raise ConfigError(f"backbone.name={config.name!r} is not a timm model{_nearest(config.name)}")
-    base: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
-    if drop_path_rate:
-        base["drop_path_rate"] = drop_path_rate
-    resizable = {"img_size": crop_sizes[0], "dynamic_img_size": True}
-    error: Exception | None = None
-    # Only the model's own constructor knows whether it has position embeddings to interpolate: ViTs take
-    # both arguments, some families only img_size, convolutional networks neither.
-    for extra in (resizable, {"img_size": crop_sizes[0]}, {}):
-        try:
-            model = timm.create_model(config.name, **{**base, **extra, **config.kwargs})
-            break
-        except TypeError as failure:
-            error = failure
-        except Exception as failure:  # whatever a model's constructor, or a download, makes of its arguments
-            what = (
-                "cannot be built"
-                if not pretrained
-                else "cannot be built with the weights that timm publishes"
-            )
-            raise ConfigError(f"backbone.name={config.name} {what}: {one_line(failure)}") from failure
-    else:
-        if "drop_path_rate" in str(error):
-            raise ConfigError(
-                f"backbone.drop_path_rate={drop_path_rate} does not fit {config.name}, which has none; set it to 0"
-            ) from error
-        raise ConfigError(
-            f"backbone.kwargs={config.kwargs} do not fit {config.name}: {one_line(error)}"
-        ) from error
+        raise ConfigError(f"backbone.name={config.name!r} is not a timm model{name_hint(config.name)}")
+
+    more = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    create = partial(_create, config.name, more)
+    try:
+        model = create(crop_sizes[0], config.kwargs, pretrained=pretrained)
+    except Exception as failure:  # whatever a model's constructor, or a download, makes of its arguments
+        raise explain_failure(create, config.name, config.kwargs, crop_sizes[0], failure) from failure
+    for size in dict.fromkeys(crop_sizes):
+        if cause := refusal(model, size):
+            raise explain_refusal(create, model, config.name, config.kwargs, crop_sizes, size, cause)
     if config.pos_embed == "official":
         if type(model) is not VisionTransformer:
             raise ConfigError(
                 f"backbone.pos_embed=official is for plain ViTs, {config.name} is none; set backbone.pos_embed=timm"
             )
         model.__class__ = _OfficialViT  # timm builds its own class and has no hook for this
-    _check_sizes(model, config.name, crop_sizes)
     return model
+
+
+def _create(
+    name: str, more: dict[str, Any], native: int, kwargs: dict[str, Any], *, pretrained: bool = False
+) -> nn.Module:
+    """The timm model with a native image size, if it has one. Raises whatever its constructor does."""
+    base = {"pretrained": pretrained, "num_classes": 0, **more}
+    # Only the model's own constructor knows whether it has position embeddings to interpolate: ViTs take
+    # both arguments, some families only img_size, convolutional networks neither.
+    for extra in ({"img_size": native, "dynamic_img_size": True}, {"img_size": native}):
+        with contextlib.suppress(TypeError):
+            return timm.create_model(name, **{**base, **extra, **kwargs})
+    return timm.create_model(name, **{**base, **kwargs})
+
+
+def argument_hint(name: str, value: str) -> str:
+    """`; ` and where an argument of `timm.create_model` is set; its name is no key of the config."""
+    if name in _DECIDED_ELSEWHERE:
+        return f"; leave out {name}: {_DECIDED_ELSEWHERE[name]}"
+    return f"; arguments of the network stand in backbone.kwargs: set backbone.kwargs.{name}={value}"
 
 
 def official_pos_embed(pos_embed: Tensor, height: int, width: int, *, num_prefix: int) -> Tensor:
@@ -152,31 +163,3 @@ def embed_dim(backbone: nn.Module) -> int:
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether any layer keeps batch statistics."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
-
-
-def _check_sizes(model: nn.Module, name: str, crop_sizes: tuple[int, ...]) -> None:
-    was_training = model.training
-    model.eval()
-    try:
-        for size in dict.fromkeys(crop_sizes):
-            try:
-                with torch.no_grad():
-                    shape = model(torch.zeros(1, 3, size, size)).shape
-            except Exception as failure:
-                raise ConfigError(
-                    f"backbone.name={name} cannot take crops of {size} px: {one_line(failure)}; "
-                    "choose a crop size that the patch size divides, or a model with dynamic image size"
-                ) from failure
-            if len(shape) != 2:
-                raise ConfigError(
-                    f"backbone.name={name} returns features of shape {tuple(shape)}, not [B, D]"
-                )
-    finally:
-        model.train(was_training)
-
-
-def _nearest(name: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f"; did you mean {', '.join(near)}?" if near else ""

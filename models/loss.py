@@ -42,7 +42,7 @@ class LossConfig(Settings):
         if self.warmup_teacher_temp_epochs and self.warmup_teacher_temp > self.teacher_temp:
             raise ValueError(
                 f"warmup_teacher_temp={self.warmup_teacher_temp} must not exceed teacher_temp={self.teacher_temp}; "
-                "lower it or set warmup_teacher_temp_epochs=0"
+                f"set loss.warmup_teacher_temp={self.teacher_temp} or lower"
             )
         return self
 
@@ -51,7 +51,7 @@ class LossConfig(Settings):
         if self.centering != "center" and self.center_momentum != 0.9:
             raise ValueError(
                 f"center_momentum={self.center_momentum} has no effect with centering={self.centering}: there is no "
-                "centre; leave it out or set centering=center"
+                "centre; set loss.centering=center, or leave out center_momentum"
             )
         return self
 

@@ -117,7 +117,7 @@ def kernel_name(config: CropsConfig) -> str:
     """The kernel in effect, numba or torch. Raises ConfigError for a numba that is not there."""
     if config.kernel == "numba" and compiled.MISSING:
         raise ConfigError(
-            f"crops.kernel=numba, but numba cannot be used ({compiled.MISSING}); install it or take torch"
+            f"crops.kernel=numba, but numba cannot be used ({compiled.MISSING}); install it, or set crops.kernel=torch"
         )
     return "torch" if config.kernel == "torch" or compiled.MISSING else "numba"
 

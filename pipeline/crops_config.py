@@ -84,28 +84,32 @@ class CropsConfig(Settings):
     @classmethod
     def _is_ordered_above_zero(cls, value: Range | tuple[Range, Range]) -> Range | tuple[Range, Range]:
         if not all(0 < low <= high < math.inf for low, high in _ranges(value)):
-            raise ValueError(f"{value} must be (lowest, highest) with 0 < lowest <= highest")
+            raise ValueError(
+                f"{value} must be (lowest, highest) with 0 < lowest <= highest, e.g. [0.25, 0.75]"
+            )
         return value
 
     @field_validator("global_crop_scale", "local_crop_scale")
     @classmethod
     def _is_a_share(cls, value: Range) -> Range:
         if value[1] > 1:
-            raise ValueError(f"{value} are shares of the image's area: the highest must be at most 1")
+            raise ValueError(
+                f"{value} are shares of the image's area: the highest must be at most 1, e.g. [0.25, 1]"
+            )
         return value
 
     @field_validator("blur_sigma")
     @classmethod
     def _is_ordered(cls, value: Range | tuple[Range, Range]) -> Range | tuple[Range, Range]:
         if not all(0 <= low <= high < math.inf for low, high in _ranges(value)):
-            raise ValueError(f"{value} must be (lowest, highest) with 0 <= lowest <= highest")
+            raise ValueError(f"{value} must be (lowest, highest) with 0 <= lowest <= highest, e.g. [0.1, 2]")
         return value
 
     @field_validator("pixel_std")
     @classmethod
     def _can_divide(cls, value: Channels) -> Channels:
         if not all(0 < channel < math.inf for channel in value):
-            raise ValueError(f"{value} must be three numbers above 0")
+            raise ValueError(f"{value} must be three numbers above 0, e.g. [0.229, 0.224, 0.225]")
         return value
 
     @model_validator(mode="after")
@@ -117,11 +121,12 @@ class CropsConfig(Settings):
                 if isinstance(values, tuple) and len(values) != number:
                     raise ValueError(
                         f"{name}={values} has {len(values)} values for num_{group}_crops={number}; "
-                        f"give one per {group} crop"
+                        f"give one per {group} crop, e.g. crops.{name}={list((values * number)[:number])}"
                     )
         if self.num_global_crops + self.num_local_crops < 2:
             raise ValueError(
-                "num_global_crops=1 with num_local_crops=0 leaves no two crops to compare; raise either"
+                "num_global_crops=1 with num_local_crops=0 leaves no two crops to compare; "
+                "set crops.num_local_crops=1 or more"
             )
         return self
 

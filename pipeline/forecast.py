@@ -75,7 +75,8 @@ def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
     if workers_per_node * run.cpus_per_train_worker > gpu.cpus:
         raise ConfigError(
             f"resources.cpus_per_train_worker={run.cpus_per_train_worker:g} for each of {workers_per_node} GPUs "
-            f"are more than the {gpu.cpus} CPUs of plan.gpu_node={plan.gpu_node}; lower it"
+            f"are more than the {gpu.cpus} CPUs of plan.gpu_node={plan.gpu_node}; "
+            f"set resources.cpus_per_train_worker={gpu.cpus // workers_per_node}"
         )
     gpu_nodes = math.ceil(workers / gpu.gpus)
     # One CPU of the cluster stays free for Ray's own small tasks.
@@ -85,7 +86,7 @@ def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
     if not away.actors:
         raise ConfigError(
             f"resources.cpus_per_augment_actor={run.cpus_per_augment_actor:g} is more than the {plan.cpu.cpus} CPUs "
-            f"of plan.cpu_node={plan.cpu_node}; lower it"
+            f"of plan.cpu_node={plan.cpu_node}; set resources.cpus_per_augment_actor=1"
         )
     cap = math.inf if run.most_actors is None else run.most_actors
     home_actors = min(cap, gpu_nodes * at_home.actors)

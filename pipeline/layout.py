@@ -72,9 +72,10 @@ def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
 def check_parts(batch_size: int, num_parts: int) -> None:
     """ConfigError unless a worker's `batch_size` images of a step can be passed in `num_parts` equal parts."""
     if batch_size % num_parts:
+        nearest = max(n for n in range(1, min(num_parts, batch_size) + 1) if batch_size % n == 0)
         raise ConfigError(
             f"train.accumulate_steps={num_parts} must divide each worker's {batch_size} images of a step; "
-            "change it or train.global_batch_size"
+            f"set train.accumulate_steps={nearest}, or change train.global_batch_size"
         )
 
 

@@ -117,7 +117,7 @@ class PlanSettings(Settings):
     def _is_a_zone(cls, zone: str | None) -> str | None:
         if zone is not None and not re.fullmatch(r"[a-z]{2}(-[a-z]+)+-\d[a-z]", zone):
             raise ValueError(
-                f"plan.availability_zone={zone} must be a region and a letter, such as us-east-1a"
+                f"plan.availability_zone={zone} must be a region and a letter, e.g. plan.availability_zone=us-east-1a"
             )
         return zone
 

@@ -31,5 +31,7 @@ class ResourcesConfig(Settings):
     @classmethod
     def _range_is_ordered(cls, actors: int | tuple[int, int] | str) -> int | tuple[int, int] | str:
         if isinstance(actors, tuple) and actors[0] > actors[1]:
-            raise ValueError(f"{list(actors)} must be [least, most] with least <= most")
+            raise ValueError(
+                f"{list(actors)} must be [least, most] with least <= most, e.g. {sorted(actors)}"
+            )
         return actors

@@ -1,13 +1,16 @@
 """Any timm model at any crop size, or one line that says why not."""
 
+import re
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.backbone import BackboneConfig, build_backbone, embed_dim, has_batch_norm
+from models.backbone_names import name_hint
 from models.settings import ConfigError
 
 TINY_VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -92,7 +95,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", ["", "no such thing at all"])
 def test_a_name_that_is_like_none_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not a timm model$"):
+    with pytest.raises(ConfigError, match=r"is not a timm model; set backbone\.name=vit_small_patch16_224"):
         build(name, 32)
 
 
@@ -126,7 +129,7 @@ def test_kwargs_that_make_the_model_fail_in_any_other_way_give_one_line(kwargs: 
 
 def test_a_model_without_stochastic_depth_says_which_setting_to_change() -> None:
     build("efficientvit_b0", 32)
-    with pytest.raises(ConfigError, match=r"backbone\.drop_path_rate=0\.1"):
+    with pytest.raises(ConfigError, match=r"has no stochastic depth; set backbone\.drop_path_rate=0$"):
         build("efficientvit_b0", 32, drop_path_rate=0.1)
 
 
@@ -142,16 +145,144 @@ def test_a_crop_size_that_the_patches_do_not_divide_is_refused_by_its_size(sizes
         build("vit_tiny_patch16_224", *sizes, kwargs=TINY_VIT)
     message = str(caught.value)
     wrong = next(size for size in sizes if size % 4)
-    assert f"backbone.name=vit_tiny_patch16_224 cannot take crops of {wrong} px: " in message
-    assert "choose a crop size" in message
+    assert f"backbone.name=vit_tiny_patch16_224 cannot take crops of {wrong} px" in message
+    assert "should be divisible by patch size (4)" in message
+    setting = "crops.global_crop_size=32" if wrong == 33 else "crops.local_crop_size=16"
+    assert message.endswith(f"; set {setting}")
     assert "\n" not in message
 
 
-def test_a_model_of_fixed_size_is_refused_for_other_crops() -> None:
-    with pytest.raises(ConfigError, match=r"mixer_s32_224 cannot take crops of 32 px"):
-        build("mixer_s32_224", 64, 32)
+@pytest.mark.parametrize(
+    ("name", "kwargs", "sizes", "remedy"),
+    [
+        ("mixer_s32_224", {}, (64, 32), "set crops.local_crop_size=64, or choose a backbone that takes two"),
+        ("levit_128s", {}, (64, 32), "set crops.local_crop_size=56"),
+        ("cait_xxs24_224", {"depth": 1}, (64, 32), "set crops.local_crop_size=64, or choose"),
+        (
+            "beit_base_patch16_224",
+            {"depth": 1, "embed_dim": 24, "num_heads": 2},
+            (64, 32),
+            "local_crop_size=64",
+        ),
+        ("convit_tiny", {}, (64, 32), "set crops.local_crop_size=64, or choose"),
+        (
+            "eva02_tiny_patch14_224",
+            {"depth": 1},
+            (64, 32),
+            "set crops.global_crop_size=70 crops.local_crop_size=28",
+        ),
+        ("efficientformer_l1", {}, (64, 32), "set crops.global_crop_size=224 crops.local_crop_size=224, or"),
+        ("test_maxvit", {}, (64, 32), "set crops.local_crop_size=64, or choose"),
+        ("vit_tiny_patch16_224", TINY_VIT, (32, 16, 30), "set eval.image_size=28"),
+        (
+            "vit_tiny_patch16_224",
+            TINY_VIT | {"dynamic_img_size": False},
+            (32, 16),
+            "set crops.local_crop_size=32, or",
+        ),
+    ],
+)
+def test_the_remedy_for_a_size_ends_the_error(
+    name: str, kwargs: dict[str, Any], sizes: tuple[int, ...], remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(name, *sizes, kwargs=kwargs)
+    message = str(caught.value)
+    assert message.startswith(f"backbone.name={name} cannot take crops of ")
+    assert f"; {remedy}" in message or remedy in message.rpartition("; ")[2]
+    wanted = dict(
+        zip(("crops.global_crop_size", "crops.local_crop_size", "eval.image_size"), sizes, strict=False)
+    )
+    wanted |= {key: int(size) for key, size in re.findall(r"([\w.]+_size)=(\d+)", message)}
+    assert build(name, *wanted.values(), kwargs=kwargs) is not None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "left_out"),
+    [
+        ({"bogus": 1}, "bogus"),
+        ({"patch_size": "8"}, "patch_size"),
+        ({"depth": 2, "num_heads": 7}, "num_heads"),
+        ({"global_pool": ""}, "global_pool"),
+        ({"bogus": 1, "worse": 2}, "bogus, worse"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named_and_leaving_it_out_helps(
+    kwargs: dict[str, Any], left_out: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build("vit_tiny_patch16_224", 32, kwargs=kwargs)
+    assert f"; leave out {left_out}" in str(caught.value)
+    rest = {key: value for key, value in kwargs.items() if key not in left_out.split(", ")}
+    assert build("vit_tiny_patch16_224", 32, kwargs=rest) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("dinov2_vits14", "vit_small_patch14_dinov2.lvd142m"),
+        ("dinov2_vitb14_reg", "vit_base_patch14_reg4_dinov2.lvd142m"),
+        ("dinov2_vitg14_lc", "vit_giant_patch14_dinov2.lvd142m"),
+        ("dino_vits16", "vit_small_patch16_224.dino"),
+        ("dino_vitb8", "vit_base_patch8_224.dino"),
+        ("dinov3_vits16plus", "vit_small_plus_patch16_dinov3.lvd1689m"),
+        ("dinov3_vith16plus", "vit_huge_plus_patch16_dinov3.lvd1689m"),
+        ("dinov3_vit7b16", "vit_7b_patch16_dinov3.lvd1689m"),
+        ("dinov3_convnext_tiny", "convnext_tiny.dinov3_lvd1689m"),
+        ("facebook/dinov2-with-registers-small", "vit_small_patch14_reg4_dinov2.lvd142m"),
+        ("facebook/dinov3-vits16-pretrain-lvd1689m", "vit_small_patch16_dinov3.lvd1689m"),
+    ],
+)
+def test_a_published_network_is_named_as_timm_names_it(name: str, model: str) -> None:
+    assert f"set backbone.name={model} backbone.pretrained=true" in name_hint(name)
+    assert timm.is_model(model.split(".")[0])
+    assert model in timm.list_pretrained(f"{model.split('.')[0]}.*")
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("dino_resnet50", "resnet50"),
+        ("dino_xcit_small_12_p16", "xcit_small_12_p16_224"),
+        ("vit_small", "vit_small_patch16_224"),
+        ("deit_tiny", "vit_tiny_patch16_224"),
+        ("vit_b_16", "vit_base_patch16_224"),
+        ("swin_t", "swin_tiny_patch4_window7_224"),
+        ("timm/vit_small_patch16_224.dino", "vit_small_patch16_224.dino"),
+        ("hf-hub:timm/resnet50.a1_in1k", "resnet50.a1_in1k"),
+    ],
+)
+def test_a_network_that_others_name_differently_is_found(name: str, model: str) -> None:
+    hint = name_hint(name)
+    assert re.search(rf"set backbone\.name={re.escape(model)}(,|$)", hint)
+    assert ("--init-from" in hint) is name.startswith("dino_")
+    assert timm.is_model(model.split(".")[0])
 
 
 def test_a_model_that_gives_feature_maps_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"returns features of shape \(1, .*\), not \[B, D\]"):
+    with pytest.raises(
+        ConfigError, match=r"returns features of shape \(1, .*\), not \[B, D\]; leave out global_pool"
+    ):
         build("vit_tiny_patch16_224", 16, kwargs=TINY_VIT | {"global_pool": ""})
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.nope", "resnet10t.dino"])
+def test_weights_that_timm_does_not_publish_are_refused_with_those_that_it_does(
+    name: str, pretrained: bool
+) -> None:
+    arch = name.partition(".")[0]
+    with pytest.raises(ConfigError) as caught:
+        build_backbone(
+            BackboneConfig(name=name), crop_sizes=(64, 32), drop_path_rate=0.0, pretrained=pretrained
+        )
+    beginning = f"backbone.name={name}: timm publishes no such weights; those it does are named {arch}."
+    assert str(caught.value).startswith(beginning)
+    assert str(caught.value).endswith(f"; set backbone.name={arch}")
+    assert build(arch, 64, 32) is not None
+
+
+def test_a_network_without_published_weights_starts_from_noise() -> None:
+    config = BackboneConfig(name="convnext_atto_rms")
+    with pytest.raises(ConfigError, match=r"publishes no such weights; set backbone\.pretrained=false$"):
+        build_backbone(config, crop_sizes=(64, 32), drop_path_rate=0.0, pretrained=True)

@@ -134,7 +134,7 @@ def test_without_numba_the_same_parameters_are_drawn(without_numba: list) -> Non
 
 def test_asking_for_a_numba_that_is_not_there_is_a_config_error(without_numba: list) -> None:
     assert re.fullmatch(
-        r"crops.kernel=numba, but numba cannot be used \(.*numba.*\); install it or take torch",
+        r"crops.kernel=numba, but numba cannot be used \(.*numba.*\); install it, or set crops.kernel=torch",
         without_numba[2],
     )
 

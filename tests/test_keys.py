@@ -51,7 +51,7 @@ def test_no_more_than_three_keys_are_proposed_the_likeliest_first() -> None:
 @pytest.mark.parametrize(
     ("override", "near"),
     [
-        ("optim.lrr=1", "optim.base_lr or optim.min_lr or probe.linear_lrs"),
+        ("optim.lrr=1", "optim.base_lr or optim.min_lr"),
         ("lr=1", "optim.base_lr or optim.min_lr or probe.linear_lrs"),
         ("optimizer.base_lr=1", "optim.base_lr"),
         ("optim.base_lrr=1", "optim.base_lr"),
@@ -68,6 +68,36 @@ def test_no_more_than_three_keys_are_proposed_the_likeliest_first() -> None:
 )
 def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str, near: str) -> None:
     assert mistakes(override) == [f"{override}: unknown key; did you mean {near}?"]
+
+
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [
+        (
+            "backbone.patch_size=8",
+            "arguments of the network stand in backbone.kwargs: set backbone.kwargs.patch_size=8",
+        ),
+        (
+            "backbone.depth=3",
+            "arguments of the network stand in backbone.kwargs: set backbone.kwargs.depth=3",
+        ),
+        ("backbone.in_chans=1", "leave out in_chans: images are decoded as RGB, 3 channels"),
+        ("backbone.num_classes=0", "leave out num_classes: the backbone has no classifier"),
+        ("backbone.pretraned=true", "did you mean backbone.pretrained?"),
+        ("backbone.drop_path=0", "did you mean backbone.drop_path_rate?"),
+    ],
+)
+def test_an_argument_of_the_network_is_not_taken_for_another_key(override: str, instead: str) -> None:
+    (line,) = mistakes(override)
+    assert line.partition(": unknown key; ")[2] == instead
+
+
+@pytest.mark.parametrize(
+    "override", ["in_chans=1", "model.depth=3", "arch.x=1", "data.shards=1", "train.amp=true"]
+)
+def test_no_key_is_proposed_that_shares_letters_alone(override: str) -> None:
+    (line,) = mistakes(override)
+    assert line.endswith("unknown key; --print-config shows all keys")
 
 
 def test_a_key_like_no_other_is_answered_with_the_way_to_all_keys() -> None:

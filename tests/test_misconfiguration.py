@@ -186,7 +186,7 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
     "crop that patches do not tile": (
         ["crops.local_crop_size=20"],
         CONFIG,
-        [["20 px", "patch size (8)", "choose a crop size that the patch size divides"]],
+        [["20 px", "patch size (8)", "set crops.local_crop_size=16"]],
     ),
     "an infinite run": (["train.epochs=inf"], CONFIG, [["train.epochs='inf'", "must be a finite number"]]),
     "evaluation size that patches do not tile": (

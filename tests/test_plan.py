@@ -77,6 +77,12 @@ def test_the_command_it_prints_is_a_config_with_the_plan_in_it(capsys: pytest.Ca
     assert (config.data.path, config.storage_path) == ("s3://BUCKET/images", "s3://BUCKET/runs")
 
 
+def test_the_command_it_prints_names_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, name in (([], "vit_small_imagenet_vanilla"), (["name=mine"], "mine")):
+        words = shlex.split(planned(capsys, *VIT_S, *GIVEN, *given)["command"])
+        assert [word for word in words if word.startswith("name=")] == [f"name={name}"]
+
+
 def test_prices_in_a_file_are_for_the_plan_and_its_other_settings_for_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,7 @@ def test_the_plan_in_it_is_what_its_command_prints(
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line != "..." and line not in printed] == []
     assert (tmp_path / "cluster.filled.yaml").exists()
+    assert printed[-1] in commands()  # step 4 is that command, word for word
 
 
 def test_every_job_has_a_command() -> None:
