@@ -125,6 +125,7 @@ def test_a_job_whose_ray_is_lost_ends_with_one_line(part: str, wait: str, name: 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_that_loses_its_controller_or_its_head_is_continued_by_the_same_command(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", "train", labels=tuple(PATTERNS)[:3], per_label=8)
     arguments = [
@@ -144,9 +145,9 @@ def test_a_run_that_loses_its_controller_or_its_head_is_continued_by_the_same_co
     lost = 0
     for part, why in (("TrainController", "lost its actor TrainController"), ("gcs_server", "its head at")):
         with start_job("jobs.pretrain", *arguments) as job:
-            job.wait_until(lambda: committed_steps(run)[-1:] > [lost])  # noqa: B023
+            job.wait_until(lambda: committed_steps(run)[-1:] > [lost], timeout_seconds=500)  # noqa: B023
             part_of_ray(job, part).kill()
-            assert job.wait() == 4, job.output
+            assert job.wait(500) == 4, job.output
         error = job.output.splitlines()[-1]
         assert error.startswith("error: ")
         assert why in error
@@ -154,5 +155,5 @@ def test_a_run_that_loses_its_controller_or_its_head_is_continued_by_the_same_co
         assert error.endswith(f"; the same command continues from step {lost}")
         assert "Traceback" not in job.output
         assert lost < STEPS, "killed too late to prove anything"
-    output = run_job("jobs.pretrain", *arguments)
+    output = run_job("jobs.pretrain", *arguments, timeout_seconds=500)
     assert f"resuming from step {lost}" in output
