@@ -176,10 +176,11 @@ def _reported(run: Directory) -> Iterator[None]:
 
 
 def _how_to_resume(run: Directory) -> str:
-    steps = []
-    with contextlib.suppress(Exception):  # storage may be gone too
-        steps = committed_steps(run)
-    return f"the same command continues from step {steps[-1] if steps else 0}"
+    try:
+        step = max(committed_steps(run), default=0)
+    except Exception:  # storage may be gone too
+        return "the same command continues the run"
+    return f"the same command continues from step {step}"
 
 
 def run_training(
