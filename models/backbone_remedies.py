@@ -161,10 +161,13 @@ def _find_sizes(
 
 
 def _nearby(size: int) -> list[int]:
-    """Other sizes from half to twice as large, the nearest first."""
+    """Other sizes from three quarters to twice as large, the nearest first.
+
+    Far smaller ones may pass by accident: a grid of one patch broadcasts against any position embeddings.
+    """
     multiples = {(size // step + more) * step for step in _STEPS for more in range(-2, 3)}
     return sorted(
-        (s for s in multiples if size / 2 <= s <= 2 * size and s != size), key=lambda s: abs(s - size)
+        (s for s in multiples if 0.75 * size <= s <= 2 * size and s != size), key=lambda s: abs(s - size)
     )
 
 
