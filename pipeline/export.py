@@ -40,7 +40,7 @@ def export_official(folder: Path) -> bytes:
     """
     meta = read_meta(folder)
     config = DINOConfig.model_validate(meta["config"])
-    state = build_state(config, num_images=meta["num_images"])
+    state = build_state(config, num_images=meta["num_images"], resumed=True)
     load_checkpoint(state, folder)
     strange = [k for k in state.dino.student.backbone.state_dict() if not _OFFICIAL_NAMES.fullmatch(k)]
     if strange:  # the published code would leave them out without a word
