@@ -369,7 +369,7 @@ def test_a_hostile_shard_in_a_bucket_is_named(
     data = next(entry.data for entry in hostile_entries() if entry.key == f"parquet/{name}.parquet")
     put_all(s3, bucket, {f"p/{name}.parquet": data})
     with pytest.raises(error, match=rf"s3://{bucket}/p/{name}\.parquet.*{words}"):
-        build_manifest(DataConfig(path=f"s3://{bucket}/p"))
+        build_manifest(DataConfig(path=f"s3://{bucket}/p", image_column="image"))
 
 
 @pytest.mark.s3
