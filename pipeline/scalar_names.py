@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("skipped_steps", "bad_images", "crops"),
     ),
     "throughput": ("images_per_second", "data_wait", *(f"{stage}_cpu_ms" for stage in STAGES)),
-    "eval": (r"knn_\d+", "majority", "rankme", "lidar", "attention"),
+    "eval": (r"knn_\d+", "majority", "rankme", "lidar", "calibration_images", "attention"),
     "cluster": ("nodes_head", "nodes_cpu", "nodes_gpu", "augment_actors", "augment_target", "dollars"),
 }
 """Group -> the names in it, as regular expressions."""
