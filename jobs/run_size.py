@@ -98,8 +98,13 @@ def length_warnings(config: Config, num_images: int, *, epochs_setting: str = "t
 
 
 def warmup_warnings(config: Config, num_images: int) -> list[str]:
-    """Warnings about warm-ups that do not end within the run, or that are over at once."""
+    """Warnings about warm-ups that do not end within the run, or that are over at once.
+
+    None for a run of few steps: `length_warnings` proposes another length, in which they may be right.
+    """
     schedule, found = Schedule(config, num_images=num_images), []
+    if schedule.total_steps < FEW_STEPS:
+        return []
     epochs, warmup = config.train.epochs, config.optim.warmup_epochs
     warmup_steps = round(schedule.steps(warmup))
     if warmup_steps >= schedule.total_steps:
@@ -107,7 +112,7 @@ def warmup_warnings(config: Config, num_images: int) -> list[str]:
             f"optim.warmup_epochs={warmup:g} would not end within train.epochs={epochs:g} and is cut to "
             f"{schedule.warmup_steps} steps; set optim.warmup_epochs={_rounded_down(0.1 * epochs):g}"
         )
-    elif 0 < warmup_steps < FEW_WARMUP_STEPS and schedule.total_steps >= FEW_STEPS:
+    elif 0 < warmup_steps < FEW_WARMUP_STEPS:
         longer = _epochs_for(FEW_WARMUP_STEPS, config.train.global_batch_size, num_images)
         found.append(
             f"optim.warmup_epochs={warmup:g} is {warmup_steps} steps, fewer than {FEW_WARMUP_STEPS}: the learning rate "

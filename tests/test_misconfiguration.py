@@ -318,7 +318,7 @@ def test_warnings_of_size_stand_before_ray_starts(run: Job, capsys: pytest.Captu
         run(pretrain.main, *TINY, "storage_path=WORLD/runs", "data.path=WORLD/images", "train.epochs=2")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     named = [line.split()[1].partition("=")[0] for line in lines]
-    assert named == ["data.path", "train.epochs", "optim.warmup_epochs"]
+    assert named == ["data.path", "train.epochs"]
 
 
 @pytest.mark.parametrize("mistake", WRONG)

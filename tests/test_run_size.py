@@ -112,6 +112,18 @@ def test_the_epochs_that_are_proposed_make_enough_steps(num_images: int, batch: 
         assert Schedule(config, num_images=num_images).total_steps >= FEW_STEPS
 
 
+@given(st.integers(500, 5000), st.integers(1, 500), st.floats(0.01, 50), st.floats(0, 60), st.integers(0, 60))
+def test_following_all_warnings_ends_them(
+    num_images: int, batch: int, epochs: float, warmup: float, temp_epochs: int
+) -> None:
+    asked = [f"train.global_batch_size={batch}", f"train.epochs={epochs}", f"optim.warmup_epochs={warmup}"]
+    asked += [f"loss.warmup_teacher_temp_epochs={temp_epochs}", "loss.warmup_teacher_temp=0.02"]
+    for _ in range(2):  # the length first, then warm-ups in it
+        for line in warnings(config_of(*asked), num_images):
+            asked += remedy(line)
+    assert warnings(config_of(*asked), num_images) == []
+
+
 def test_a_warm_up_that_would_outlast_the_run_is_named() -> None:
     asked = ["train.epochs=8", "optim.warmup_epochs=10"]
     (line,) = warmup_warnings(config_of(*asked), 10_000)
