@@ -15,6 +15,7 @@ from tiny_run import write_images
 ROOT = Path(__file__).parents[1]
 NAME = "vit_tiny_patch16_224.augreg_in21k"
 SETTINGS = [*TINY[:3], f"backbone.name={NAME}", "backbone.kwargs={}", "backbone.drop_path_rate=0"]
+SETTINGS += ["train.global_batch_size=8"]
 PROGRAM = """
 import sys, ray
 from jobs.entry import run_main
