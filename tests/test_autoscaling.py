@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 from growing_run import MOST_ACTORS, waits, watch_growth
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
+pytestmark = [
+    *(pytest.mark.ray, pytest.mark.s3, pytest.mark.slow),
+    pytest.mark.timeout(1500),  # more than its waits together may take
+]
 
 
 def test_cpu_nodes_follow_the_trainers_wait_for_data_and_no_gpu_node_is_started(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from jobs_processes import run_job
 from PIL import Image
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_the_demo_learns_without_any_argument(tmp_path: Path) -> None:
