@@ -56,6 +56,19 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
     )
 
 
+def unlabelled_warnings(labelled: tuple[Source, Source] | None, config: EvalConfig) -> list[str]:
+    """A line on each set that `eval` names and that has images without a label, which are not evaluated."""
+    if labelled is None or config.val_path == AUTO:
+        return []
+    left_out = {side.manifest.path: side.manifest.num_images - side.num_images for side in labelled}
+    return [
+        f"{_count(number, 'image')} at {path} without a label: not evaluated; move them into class folders, or "
+        "remove them"
+        for path, number in left_out.items()
+        if number
+    ]
+
+
 def _labels(images: Source) -> str:
     """Where labels are by settings that a person has given."""
     if images.config.label_column is not None:

@@ -12,6 +12,7 @@ import ray
 
 from jobs.arguments import CommandLine
 from jobs.config import load_run_config
+from jobs.data_lines import unlabelled_warnings
 from jobs.entry import run_main, start_ray
 from jobs.network import lone_config, open_network
 from jobs.probing import LABEL_FREE, LABELLED, Prober
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
         else None
     )
     sides = None if asked.isdisjoint(LABELLED) else evaluated_images(config, images)
+    for line in unlabelled_warnings(sides, config.eval):
+        print(f"warning: {line}", flush=True)
     mismatch = class_mismatch(*sides, config.eval) if sides else None
     if mismatch:
         print(f"warning: {mismatch.text}", flush=True)
