@@ -69,6 +69,12 @@ def unlabelled_warnings(labelled: tuple[Source, Source] | None, config: EvalConf
     ]
 
 
+def evaluation_warnings(inputs: Inputs, config: EvalConfig) -> list[str]:
+    """Lines on labelled images that an evaluation leaves out, and on classes that its two sets do not share."""
+    mismatch = [inputs.mismatch.text] if inputs.mismatch else []
+    return [*unlabelled_warnings(inputs.labelled, config), *mismatch]
+
+
 def _labels(images: Source) -> str:
     """Where labels are by settings that a person has given."""
     if images.config.label_column is not None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from jobs.about import draw_demo, note_hardware, write_about
 from jobs.arguments import PretrainArguments, pretrain_config
 from jobs.config import Config, differences, json_schema, load_run_config
-from jobs.data_lines import describe_data, describe_evaluation, unlabelled_warnings
+from jobs.data_lines import describe_data, describe_evaluation, evaluation_warnings
 from jobs.display import Display
 from jobs.entry import run_main, start_ray
 from jobs.keys import keep_detected
@@ -57,9 +57,7 @@ def main(argv: Sequence[str]) -> None:
     warnings = check_workers(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, run)
-    warnings += unlabelled_warnings(inputs.labelled, config.eval)
-    if inputs.mismatch:
-        warnings.append(inputs.mismatch.text)
+    warnings += evaluation_warnings(inputs, config.eval)
     num_images = inputs.images.num_images
     if not run.exists("config.yaml"):
         check_images(config, num_images)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jobs.about import draw_demo, write_about
 from jobs.config import differences, json_schema, load_kept
-from jobs.data_lines import describe_data, describe_evaluation
+from jobs.data_lines import describe_data, describe_evaluation, evaluation_warnings
 from jobs.entry import is_local, run_main
 from jobs.keys import keep_detected
 from jobs.print_config import describe_config
@@ -65,8 +65,7 @@ def main(argv: Sequence[str]) -> None:
     objective = objective_of(config, space, labelled=has_labels)
     if inputs.mismatch and inputs.mismatch.is_disjoint and objective.metric.startswith("knn"):
         raise ConfigError(f"{inputs.mismatch.text}, or take tune.objective=rankme")
-    if inputs.mismatch:
-        warnings.append(inputs.mismatch.text)
+    warnings += evaluation_warnings(inputs, config.eval)
     about_data = [describe_data(inputs.images), describe_evaluation(inputs, config.eval)]
     write_about(
         directory, config, inputs, [*about_data, f"tune.objective={objective.metric}: {objective.reason}"]
