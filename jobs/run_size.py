@@ -5,6 +5,7 @@ Every line names a setting, its value, the rule, and a value that ends the error
 
 import math
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -113,10 +114,11 @@ def warmup_warnings(config: Config, num_images: int) -> list[str]:
             f"{schedule.warmup_steps} steps; set optim.warmup_epochs={_rounded_down(0.1 * epochs):g}"
         )
     elif 0 < warmup_steps < FEW_WARMUP_STEPS:
-        longer = _epochs_for(FEW_WARMUP_STEPS, config.train.global_batch_size, num_images)
+        # In parts of an epoch, because one epoch may be the whole run.
+        longer = _rounded_up(FEW_WARMUP_STEPS * config.train.global_batch_size / num_images)
         found.append(
             f"optim.warmup_epochs={warmup:g} is {warmup_steps} steps, fewer than {FEW_WARMUP_STEPS}: the learning rate "
-            f"starts near its peak; set optim.warmup_epochs={longer}"
+            f"starts near its peak; set optim.warmup_epochs={longer:g}"
         )
     temp_epochs = config.loss.warmup_teacher_temp_epochs
     if schedule.warmup_temp_epochs < temp_epochs:
@@ -153,5 +155,14 @@ def _epochs_for(steps: int, batch: int, num_images: int) -> int:
 
 def _rounded_down(epochs: float) -> float:
     """To two digits."""
+    return _rounded(epochs, math.floor)
+
+
+def _rounded_up(epochs: float) -> float:
+    """To two digits."""
+    return _rounded(epochs, math.ceil)
+
+
+def _rounded(epochs: float, to_whole: Callable[[float], int]) -> float:
     digits = 1 - math.floor(math.log10(epochs))
-    return math.floor(epochs * 10**digits) / 10**digits
+    return to_whole(epochs * 10**digits) / 10**digits

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobs.config import Config, load_config
@@ -112,6 +112,7 @@ def test_the_epochs_that_are_proposed_make_enough_steps(num_images: int, batch: 
         assert Schedule(config, num_images=num_images).total_steps >= FEW_STEPS
 
 
+@example(num_images=500, batch=1, epochs=0.5, warmup=0.015625, temp_epochs=0)  # an epoch is the whole run
 @given(st.integers(500, 5000), st.integers(1, 500), st.floats(0.01, 50), st.floats(0, 60), st.integers(0, 60))
 def test_following_all_warnings_ends_them(
     num_images: int, batch: int, epochs: float, warmup: float, temp_epochs: int
