@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -56,12 +57,13 @@ class LostRayError(ResourceError):
 
     def __init__(self, what: str, remedy: str = _AGAIN) -> None:
         """`what` happened, without what to do about it."""
-        super().__init__(f"{what}; {remedy}")
+        super().__init__(what, remedy)
         self.what = what
+        self.remedy = remedy
+        """May be set to a better one, by who knows what the job was doing."""
 
-    def with_remedy(self, remedy: str) -> "LostRayError":
-        """The same loss, with another remedy."""
-        return LostRayError(self.what, remedy)
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
 
 
 def error_to_print(error: Exception) -> DinorayError | None:
@@ -119,6 +121,28 @@ def _describe(error: Exception) -> str:
     return f"Ray has failed: {type(error).__name__}: {one_line(error, limit=160)}"
 
 
+_last_words: list[Callable[[LostRayError], None]] = []
+
+
+@contextlib.contextmanager
+def last_words(say: Callable[[LostRayError], None]) -> Iterator[None]:
+    """Have `say` called with a loss of Ray that ends the job within this context.
+
+    The main thread may wait inside Ray for ever, with no handler of errors ever called: then the watch calls it.
+    """
+    _last_words.append(say)
+    try:
+        yield
+    except Exception as error:
+        loss = error_to_print(error)
+        if not isinstance(loss, LostRayError):
+            raise
+        say(loss)
+        raise loss from (None if loss is error else error)
+    finally:
+        _last_words.remove(say)
+
+
 class _Watch(threading.Thread):
     """Connects to the ports of Ray's head and of this node each second, until one is gone or Ray is shut down."""
 
@@ -152,6 +176,9 @@ class _Watch(threading.Thread):
         )
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
         time.sleep(_GRACE_SECONDS)
+        for say in _last_words:
+            with contextlib.suppress(Exception):  # the loss is what a person must read of
+                say(self.loss)
         # The live view may still be open: it holds both streams and hides the cursor.
         sys.stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
         sys.stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)

@@ -27,7 +27,7 @@ from pipeline.checkpoint import committed_checkpoints
 from pipeline.crops import kernel_name
 from pipeline.crops_config import describe_crops
 from pipeline.published_weights import fetch_published_weights
-from pipeline.report import write_report
+from pipeline.report import LiveReport, write_report
 from pipeline.storage import Directory
 from pipeline.training import Schedule
 
@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
         soft_wrap=True,
     )
     use_gpu, augment_actors = start_ray(config.resources, verbose=arguments.verbose)
+    report = LiveReport(run)
     try:
         with Display(console, title=run.uri) as display:
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
                     display.eval(event.facts)
                     with contextlib.suppress(DinorayError):  # at the end it is written in earnest
                         note_hardware(run, ray.nodes())
-                        write_report(run)
+                        report.update()
                 elif event.kind == "note":
                     display.note(event.facts["text"])
 

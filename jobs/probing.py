@@ -12,8 +12,8 @@ import torch
 from jobs.config import Config
 from models.backbone import embed_dim
 from models.settings import DataError
+from pipeline.actors import EmbedTask, embed_on_actors
 from pipeline.checkpoint import Frozen
-from pipeline.dataset import EmbedTask, embed_on_actors
 from pipeline.features import Features, KnnProblem, class_numbers, embed_source, merge, subset
 from pipeline.frozen import embed_views, has_tokens, with_blocks
 from pipeline.probes import LinearScores, collapsed_dims, feature_std, lidar, linear_probe, rankme

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from jobs.config import Config
 from jobs.keys import flatten
-from jobs.lost_ray import LostRayError, error_to_print
+from jobs.lost_ray import LostRayError, error_to_print, last_words
 from models.backbone import build_backbone
 from models.interop import Weights
 from models.settings import one_line
@@ -163,15 +163,25 @@ def stream_plan(
 @contextlib.contextmanager
 def _reported(run: Directory) -> Iterator[None]:
     """Write the page also for a run that is stopped or ended by an error: how far it came, and why it ended."""
-    try:
-        yield
-    except BaseException as error:
-        known = error_to_print(error) if isinstance(error, Exception) else None
+
+    def end(ending: str) -> None:
         with contextlib.suppress(Exception):  # the error that ended the run is the one to report
-            stopped = isinstance(error, KeyboardInterrupt)
-            write_report(run, ending="Ctrl-C or SIGTERM" if stopped else one_line(known or error))
-        if isinstance(known, LostRayError):
-            raise known.with_remedy(_how_to_resume(run)) from error
+            write_report(run, ending=ending)
+
+    def end_lost(loss: LostRayError) -> None:
+        loss.remedy = _how_to_resume(run)
+        end(one_line(loss))
+
+    try:
+        with last_words(end_lost):
+            yield
+    except LostRayError:
+        raise
+    except KeyboardInterrupt:
+        end("Ctrl-C or SIGTERM")
+        raise
+    except BaseException as error:
+        end(one_line((error_to_print(error) if isinstance(error, Exception) else None) or error))
         raise
 
 
@@ -257,7 +267,7 @@ def run_training(
                     break
             elif event.kind == "fatal":
                 error = fatal_error(event)
-                if event.facts["alike"]:
+                if error.all_processes_raise_it:
                     thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
                 raise error
             else:

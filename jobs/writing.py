@@ -8,8 +8,8 @@ import ray
 from rich.console import Console
 
 from jobs.entry import start_ray
+from pipeline.actors import EmbedTask, Work, embed_on_actors
 from pipeline.checkpoint import Frozen
-from pipeline.dataset import EmbedTask, Work, embed_on_actors
 from pipeline.detection import AUTO
 from pipeline.manifest import DataConfig
 from pipeline.resources import ResourcesConfig

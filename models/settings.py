@@ -34,12 +34,15 @@ class DinorayError(Exception):
     """One line for a person: name, value, rule, remedy. `exit_code` is the process's exit status."""
 
     exit_code = 1
+    all_processes_raise_it = False
+    """Whether all train workers come to it at the same step, so that each of them can end by itself."""
 
 
 class ConfigError(DinorayError, ValueError):
     """A configured value is wrong."""
 
     exit_code = 2
+    all_processes_raise_it = True
 
 
 class DataError(DinorayError):

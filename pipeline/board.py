@@ -6,6 +6,7 @@ study decides whether the run goes on.
 """
 
 import asyncio
+import pickle
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,13 +15,8 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from models.settings import ConfigError, DinorayError, error_of
-from pipeline.health import UnhealthyError, Verdict
+from models.settings import DinorayError
 from pipeline.pool_size import PoolSize, Reading
-from pipeline.quarantine import TooManyBadImagesError
-
-ALIKE = (UnhealthyError, ConfigError, TooManyBadImagesError)
-"""Errors that all workers come to at the same step, so that each of them can end by itself."""
 
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
 
@@ -97,14 +93,8 @@ class Board:
 
     def post_fatal(self, error: DinorayError) -> None:
         """Send an error that ends the run; returns when it has arrived."""
-        facts = {
-            "message": str(error),
-            "exit_code": error.exit_code,
-            "alike": isinstance(error, ALIKE),
-        }
-        if isinstance(error, UnhealthyError):
-            facts["verdict"] = error.verdict.value
-        ray.get(self._actor.post.remote(Event("fatal", facts)))
+        # As bytes: the actor, which only hands it on, then need not import what defines the error.
+        ray.get(self._actor.post.remote(Event("fatal", {"error": pickle.dumps(error)})))
 
     def stop(self) -> None:
         """Ask the workers to end the run at the next step that they log, with a checkpoint."""
@@ -153,11 +143,9 @@ def actor_here(cls: type, *arguments: Any, **options: Any) -> Any:
 
 
 def fatal_error(event: Event) -> DinorayError:
-    """The error that a `fatal` event tells of, with the exit code that it had where it happened."""
-    facts = event.facts
-    if "verdict" in facts:
-        return UnhealthyError(facts["message"], Verdict(facts["verdict"]))
-    return error_of(facts["message"], facts["exit_code"])
+    """The error that a `fatal` event tells of, as it was where it happened."""
+    error: DinorayError = pickle.loads(event.facts["error"])
+    return error
 
 
 def known_error(error: BaseException | None) -> DinorayError | None:

@@ -9,6 +9,8 @@ Axis letters: G global crops, L local crops, H W the image, S the side of a crop
 """
 
 import logging
+import os
+import sys
 import threading
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,10 +18,9 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from models.settings import ConfigError
-from pipeline import compiled, kernel_torch
+from pipeline import compiled
 from pipeline.crop_params import LEFT, TOP, WIDTH, CropParams, first_outside, measure, sample, sample_image
 from pipeline.crops_config import CropsConfig, crop_shapes
 from pipeline.encoded import DENOMINATORS, Decoded, Encoded, open_image
@@ -70,8 +71,13 @@ def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops
     if out is None:
         out = Crops(*(np.empty(shape, np.uint8) for shape in crop_shapes(c)))
     _check(picture, params, out)
-    kernel = kernel_torch.cut if kernel_name(c) == "torch" else _cut_numba
-    kernel(picture, params, out)
+    if kernel_name(c) == "torch":
+        # Here, because it needs torch: some hundred MB that the other kernel does without.
+        from pipeline import kernel_torch
+
+        kernel_torch.cut(picture, params, out)
+    else:
+        _cut_numba(picture, params, out)
     return out
 
 
@@ -137,7 +143,9 @@ def prepare_kernel(config: CropsConfig) -> None:
 def limit_threads() -> None:
     """Give this process one thread for OpenCV and one for torch: augment actors are the parallelism."""
     cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # which torch reads if it is imported later
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:

@@ -79,6 +79,8 @@ _REMEDIES = {
 class UnhealthyError(DinorayError):
     """A run that was ended because of its health; `verdict` says what it died of."""
 
+    all_processes_raise_it = True
+
     def __init__(self, message: str, verdict: Verdict) -> None:
         super().__init__(message, verdict)  # both, so that it can be pickled
         self.verdict = verdict

@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from models.backbone import has_batch_norm
-from models.dino import DINO
-from models.sync_batch_norm import synchronise_batch_norm
+from torch import Tensor
 
 
 def is_distributed() -> bool:
@@ -52,15 +47,6 @@ def all_reduce_max(values: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
-
-
-def distribute(dino: DINO, device: torch.device) -> nn.Module:
-    """Return the student wrapped in DDP, with batch norm over all processes in both networks; alone, the student."""
-    if world_size() == 1:
-        return dino.student
-    if has_batch_norm(dino.student):
-        synchronise_batch_norm(dino, device)
-    return DistributedDataParallel(dino.student, device_ids=[device] if device.type == "cuda" else None)
 
 
 def set_up_device(device: torch.device) -> None:

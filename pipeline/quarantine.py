@@ -18,6 +18,8 @@ from pipeline.source import Status
 class TooManyBadImagesError(DataError):
     """The run cannot go on with so many; all ranks count alike, so all raise it at the same step."""
 
+    all_processes_raise_it = True
+
 
 class Quarantine:
     """Counts of bad images by status over the whole run, and what was found since the last `share`."""

@@ -5,7 +5,8 @@ Last in the flow, or any time before: a run without metrics has a page as well. 
 
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,23 @@ def write_report(run: Directory, *, ending: str = "") -> str:
     """Write report.html into the run directory and return its address; see `build_report`."""
     run.write(NAME, build_report(run, ending=ending).encode())
     return run.join(NAME)
+
+
+class LiveReport:
+    """A page that is written again while its run goes on, in at most a twentieth of the time."""
+
+    def __init__(self, run: Directory, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run, self._clock = run, clock
+        self._next = -math.inf
+
+    def update(self) -> None:
+        """Write it, unless it was written a short time ago."""
+        began = self._clock()
+        if began < self._next:
+            return
+        write_report(self._run)
+        ended = self._clock()
+        self._next = ended + 19 * (ended - began)
 
 
 def build_report(run: Directory, *, ending: str = "") -> str:

@@ -18,9 +18,10 @@ from ray.train import CheckpointConfig as RayCheckpointConfig
 
 from models.settings import DinorayError
 from pipeline import dataset, shared_stream
-from pipeline.board import ALIKE, known_error
+from pipeline.board import known_error
 from pipeline.checkpoint import checkpoint_name, load_checkpoint, own_copy, temporary_checkpoint
 from pipeline.crops_config import crop_bytes
+from pipeline.distribution import distribute
 from pipeline.evaluation import evaluate
 from pipeline.gauges import Gauges
 from pipeline.health import UnhealthyError, Verdict
@@ -28,7 +29,7 @@ from pipeline.layout import lay_out
 from pipeline.metrics import Meter, MetricsLog, Pace
 from pipeline.nodes import NodeWatch, spent
 from pipeline.pool import pool_metrics
-from pipeline.processes import all_reduce_max, distribute, set_up_device
+from pipeline.processes import all_reduce_max, set_up_device
 from pipeline.quarantine import Quarantine
 from pipeline.resources import ResourcesConfig
 from pipeline.sink import Sink
@@ -44,7 +45,8 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
     storage, path = filesystem(spec.run.uri)
     ray.train.torch.TorchTrainer(
         work,
-        train_loop_config={"spec": spec},
+        # By reference: Ray's controller reads this dictionary, and would import all that training needs.
+        train_loop_config={"spec": ray.put(spec)},
         scaling_config=ScalingConfig(
             num_workers=resources.train_workers,
             use_gpu=use_gpu,
@@ -66,7 +68,7 @@ def work(loop_config: dict[str, Any]) -> None:
 
     One that all workers come to alike is told and no more: Ray would start them again if it were raised.
     """
-    spec: WorkerSpec = loop_config["spec"]
+    spec: WorkerSpec = ray.get(loop_config["spec"])
     log = None
     try:
         worker = _Worker(spec)
@@ -81,7 +83,7 @@ def work(loop_config: dict[str, Any]) -> None:
         if known is None:
             raise
         spec.board.post_fatal(known)
-        if not isinstance(known, ALIKE):
+        if not known.all_processes_raise_it:
             raise known from error
 
 

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.backbone import BackboneConfig, build_backbone
 from pipeline.demo_images import draw_demo_image
+from pipeline.distribution import distribute
 from pipeline.evaluation import evaluate
 from pipeline.features import EvalConfig, Features, embed_sharded
 from pipeline.manifest import DataConfig, load_or_build
 from pipeline.probes import ProbeConfig
-from pipeline.processes import distribute
 from pipeline.quarantine import Quarantine
 from pipeline.sink import Embedding
 from pipeline.source import Source

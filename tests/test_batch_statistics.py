@@ -19,11 +19,11 @@ from pipeline.batch_statistics import calibrated
 from pipeline.crops import crop_rng, multi_crop
 from pipeline.decode import decode
 from pipeline.demo_images import draw_demo_image
+from pipeline.distribution import distribute
 from pipeline.evaluation import evaluate
 from pipeline.features import embed_source
 from pipeline.manifest import DataConfig, build_manifest
 from pipeline.probes import ProbeConfig
-from pipeline.processes import distribute
 from pipeline.report import build_report
 from pipeline.source import Source
 from pipeline.storage import Directory

@@ -1,14 +1,10 @@
 """Multi-crop: whole crops for every image and config, equal to the chain of PIL operations they stand for."""
 
 import itertools
-import os
 import random
-import subprocess
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,18 +31,6 @@ def test_operations_run_in_the_order_of_the_paper(order: tuple[str, ...], gray: 
     )
     gate = {"numba": 0.6, "torch": 0.3}[kernel]
     assert error(cut_one(image, crop, kernel), oracle_crop(image, crop)) < gate
-
-
-def run_python(code: str, **environment: str) -> str:
-    """Output of a fresh interpreter in the repository's root."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
 
 
 def test_another_process_makes_the_same_crops() -> None:

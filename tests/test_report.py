@@ -21,7 +21,7 @@ from pipeline.contact_sheet import contact_sheet
 from pipeline.crops import crop_rng, multi_crop
 from pipeline.crops_config import CropsConfig
 from pipeline.health import Verdict
-from pipeline.report import build_report, write_report
+from pipeline.report import LiveReport, build_report, write_report
 from pipeline.report_page import escape, picture
 from pipeline.report_plots import Curve, Level, chart, downsample
 from pipeline.report_records import Records, Series, attention_figures, flat
@@ -182,6 +182,19 @@ def test_the_report_is_written_into_the_run(tmp_path: Path) -> None:
     run = whole_run(tmp_path)
     assert write_report(run) == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == build_report(run)
+
+
+def test_a_live_report_takes_a_twentieth_of_the_time(tmp_path: Path) -> None:
+    run, page = whole_run(tmp_path), tmp_path / "report.html"
+    times = iter(
+        [0.0, 2.0, 39.9, 40.0, 50.0, 239.0, 240.0, 241.0]
+    )  # two seconds, too early, ten, too early, one
+    report, written = LiveReport(run, clock=lambda: next(times)), []
+    for _ in range(5):
+        page.unlink(missing_ok=True)
+        report.update()
+        written.append(page.exists())
+    assert written == [True, False, True, False, True]
 
 
 # Any moment

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.backbone import BackboneConfig, build_backbone
 from models.sync_batch_norm import synchronise_batch_norm
-from pipeline.processes import distribute
+from pipeline.distribution import distribute
 from pipeline.training import DINOConfig, TrainState, build_state
 
 CPU = torch.device("cpu")

@@ -1,0 +1,46 @@
+"""A process imports what it uses: each entry point in a process of its own."""
+
+import json
+
+import pytest
+from fresh_python import run_python
+
+NETWORKS = {"torch", "torchvision", "timm"}
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level packages that are loaded after `code`."""
+    names = run_python(f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))")
+    return {name.partition(".")[0] for name in json.loads(names)}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "pipeline.dataset",  # the augment actors
+        "pipeline.shared_stream",
+        "pipeline.board",
+        "pipeline.actors",  # packing, and embedding before a network comes
+        "pipeline.augment",
+    ],
+)
+def test_processes_without_a_network_import_no_library_of_networks(module: str) -> None:
+    assert loaded(f"import {module}") & NETWORKS == set()
+
+
+def test_an_actor_makes_crops_without_torch() -> None:
+    code = (
+        "import numpy as np; from pipeline import crops; from pipeline.crops_config import CropsConfig;"
+        "crops.limit_threads(); crops.prepare_kernel(CropsConfig(kernel='numba'))"
+    )
+    assert loaded(code) & NETWORKS == set()
+
+
+def test_the_torch_kernel_imports_torch_and_takes_one_thread() -> None:
+    code = (
+        "from pipeline import crops; from pipeline.crops_config import CropsConfig;"
+        "crops.limit_threads(); crops.prepare_kernel(CropsConfig(kernel='torch'));"
+        "import numpy as np; crops.multi_crop(np.zeros((32, 32, 3), np.uint8), crops.crop_rng(0, 0, ''), "
+        "CropsConfig(kernel='torch')); import sys; print(sys.modules['torch'].get_num_threads())"
+    )
+    assert run_python(code, OMP_NUM_THREADS="2").split() == ["1"]
