@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from crops_oracle import KERNELS, PLAIN, cut_one, drawn_pictures, error, oracle_crop
+from fresh_python import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
