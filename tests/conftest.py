@@ -14,6 +14,17 @@ from servers import S3Server, aws_environment, s3_server
 hypothesis.settings.register_profile("dinoray", deadline=None)
 hypothesis.settings.load_profile("dinoray")
 
+# Ray's workers are niced otherwise, and would starve beside tests that run at the same time.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own spelling)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what one of several processes takes as a whole: a file, whose tests share servers, and all that starts Ray,
+    because two of them at once are slower than one after the other."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Server]:

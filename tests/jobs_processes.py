@@ -113,6 +113,7 @@ def start_job(
     variables |= {
         "RAY_TMPDIR": ray_temp_dir,
         "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",

@@ -6,7 +6,7 @@ import pytest
 from growing_run import MOST_ACTORS, waits, watch_growth
 
 pytestmark = [
-    *(pytest.mark.ray, pytest.mark.s3, pytest.mark.slow),
+    *(pytest.mark.nightly, pytest.mark.ray, pytest.mark.s3, pytest.mark.slow),
     pytest.mark.timeout(1500),  # more than its waits together may take
 ]
 

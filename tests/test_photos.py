@@ -9,6 +9,7 @@ from jobs_processes import ROOT, run_job
 PHOTOS = ROOT.parent / "shared" / "data" / "photos-small"
 
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.skipif(not PHOTOS.exists(), reason="the photo set is not here"),

@@ -24,6 +24,7 @@ from pipeline.study.population import Rounds, _Population
 from pipeline.study.trials import Trial, read_trials, write_trial
 
 
+@pytest.mark.nightly
 @pytest.mark.ray
 @pytest.mark.slow
 def test_weak_members_go_on_from_strong_ones_with_other_settings(images: Path, tmp_path: Path) -> None:  # noqa: F811

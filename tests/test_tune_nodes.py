@@ -12,7 +12,7 @@ from jobs_processes import start_job
 from ray.cluster_utils import Cluster
 from test_tune import STEPS, arguments, images, outcomes, steps_logged  # noqa: F401  # images is a fixture
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_trial_whose_node_is_lost_goes_on_from_its_checkpoint(
