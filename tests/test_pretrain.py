@@ -145,10 +145,10 @@ def test_mlflow_and_wandb_have_followed_the_run(images: Bucket, reference: str, 
     client = mlflow.MlflowClient(f"sqlite:///{services}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("dinoray").experiment_id])
     assert (run.info.run_name, run.info.status) == (reference, "FINISHED")
-    points = client.get_metric_history(run.info.run_id, "loss")
+    points = client.get_metric_history(run.info.run_id, "train/loss")
     logged = [loss for _, loss in images.losses(reference)]
     assert [(p.step, p.value) for p in points] == list(enumerate(logged, start=1))
-    assert [p.step for p in client.get_metric_history(run.info.run_id, "knn_20")] == [0, STEPS]
+    assert [p.step for p in client.get_metric_history(run.info.run_id, "eval/knn_20")] == [0, STEPS]
     assert run.data.params["train.global_batch_size"] == "8"
     artifacts = f"runs/mlartifacts/{run.info.run_id}/artifacts"
     for file in ("crops/step_00000000.png", f"attention/step_{STEPS:08d}.png", "report.html"):
