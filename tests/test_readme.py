@@ -39,7 +39,7 @@ def pretrain_commands() -> list[list[str]]:
 
 def test_the_two_set_up_commands_are_one_line_each() -> None:
     assert "pip install -e . && python -m jobs.pretrain" in commands()
-    assert "pip install -e '.[test]' && python -m pytest" in commands()
+    assert "pip install -e '.[test]' && python -m pytest -n auto" in commands()
 
 
 @pytest.mark.parametrize("arguments", pretrain_commands(), ids=" ".join)
@@ -183,7 +183,7 @@ def sentences() -> list[str]:
 
 def messages() -> list[str]:
     """What the README explains: the first column of its table of messages."""
-    return re.findall(r"^\| `([^`]+)` \|", README.split("## When it says")[1], flags=re.MULTILINE)
+    return re.findall(r"^\| `([^`]+)` \|", README.split("## Messages")[1], flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("message", messages())
