@@ -18,6 +18,7 @@ hypothesis.settings.load_profile("dinoray")
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own spelling)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say what one of several processes takes as a whole: a file, whose tests share servers, and all that starts Ray,
     because two of them at once are slower than one after the other."""
