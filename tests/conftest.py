@@ -4,11 +4,15 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 from faults import FaultProxy, fault_proxy
 from servers import S3Server, aws_environment, s3_server
+from xdist.scheduler import LoadScopeScheduling
 
 # How long an example takes depends on what else the machine does: it is never a reason to fail.
 hypothesis.settings.register_profile("dinoray", deadline=None)
@@ -18,13 +22,24 @@ hypothesis.settings.load_profile("dinoray")
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own spelling)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what one of several processes takes as a whole: a file, whose tests share servers, and all that starts Ray,
-    because two of them at once are slower than one after the other."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+class FilesAndRay(LoadScopeScheduling):
+    """What one of several processes takes as a whole: a file, whose tests share servers, or all files with tests that
+    start Ray, because two of those at once are slower than one after the other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if _starts_ray(self.config.rootpath / file) else file
+
+
+@cache
+def _starts_ray(file: Path) -> bool:
+    return "mark.ray" in file.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndRay:
+    """With -n."""
+    return FilesAndRay(config, log)
 
 
 @pytest.fixture(scope="module")
