@@ -19,19 +19,13 @@ from jobs.arguments import CommandLine
 from jobs.config import load_run_config
 from jobs.entry import run_main
 from models.settings import ConfigError, DinorayError
-from pipeline.checkpoint import (
-    Frozen,
-    checkpoint_name,
-    download_checkpoint,
-    find_checkpoint,
-    read_frozen,
-    read_meta,
-)
+from pipeline.checkpoint import Frozen, download_checkpoint, find_checkpoint, read_frozen, read_meta
 from pipeline.export import export_official, export_state_dict
 from pipeline.loading_code import FILES, create_model, quoted
 from pipeline.model_card import RunFacts, model_card, read_scores
 from pipeline.onnx_export import export_onnx
 from pipeline.readme_card import position_note, readme
+from pipeline.run_dir import checkpoint_name
 from pipeline.storage import Directory, MissingObject, is_s3
 from pipeline.timm_export import (
     CONFIG_FILE,

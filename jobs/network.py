@@ -11,12 +11,12 @@ from pipeline.checkpoint import (
     Found,
     Frozen,
     Which,
-    checkpoint_name,
     download_checkpoint,
     find_checkpoint,
     read_frozen,
     read_meta,
 )
+from pipeline.run_dir import checkpoint_name
 
 
 class Opened(NamedTuple):

@@ -23,11 +23,11 @@ from jobs.run_size import check_images, check_workers, length_warnings, warmup_w
 from jobs.running import Inputs, check_run, run_training, what_is_learnt
 from models.settings import ConfigError, DinorayError
 from pipeline.board import Board, Event
-from pipeline.checkpoint import committed_checkpoints
 from pipeline.crops import kernel_name
 from pipeline.crops_config import describe_crops
 from pipeline.published_weights import fetch_published_weights
 from pipeline.report import LiveReport, write_report
+from pipeline.run_dir import committed_checkpoints
 from pipeline.storage import Directory
 from pipeline.training import Schedule
 

@@ -21,7 +21,6 @@ from models.interop import Weights
 from models.settings import one_line
 from pipeline.automatic import adapt, resolve
 from pipeline.board import Board, Event, fatal_error
-from pipeline.checkpoint import committed_checkpoints, committed_steps
 from pipeline.class_names import Mismatch, class_mismatch
 from pipeline.dataset import StreamPlan
 from pipeline.decode import BadImage, decode
@@ -32,6 +31,7 @@ from pipeline.layout import batch_size_per_worker, check_parts
 from pipeline.manifest import load_or_build
 from pipeline.order import Order
 from pipeline.report import write_report
+from pipeline.run_dir import committed_checkpoints, committed_steps
 from pipeline.shared_stream import SharedStream
 from pipeline.source import Source
 from pipeline.start import INIT_LINE, read_weights, start_from

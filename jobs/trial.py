@@ -19,10 +19,10 @@ from jobs.running import Inputs, run_training, what_is_learnt
 from jobs.study import StudyConfig, space_of, trial_config
 from models.settings import ConfigError, DataError, DinorayError, ResourceError, number
 from pipeline.board import Board, Event
-from pipeline.checkpoint import checkpoint_name, committed_steps
 from pipeline.health import UnhealthyError, Verdict
 from pipeline.report import write_report
 from pipeline.report_records import read, read_records
+from pipeline.run_dir import checkpoint_name, committed_steps
 from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective

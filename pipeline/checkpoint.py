@@ -42,11 +42,11 @@ from models.backbone import build_backbone
 from models.optim import restore_optimizer
 from models.settings import ConfigError, DataError, Settings, one_line
 from pipeline.algorithm import DINOConfig
+from pipeline.run_dir import checkpoint_name, committed_checkpoints
 from pipeline.storage import Directory, MissingObject
 from pipeline.training import TrainState
 
 FORMAT = 2
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 FILES = ("student.safetensors", "teacher.safetensors", "train_state.pt", "meta.json")
 
 
@@ -57,11 +57,6 @@ class CheckpointConfig(Settings):
     """Steps between checkpoints; a killed run repeats at most these, plus a few seconds."""
     num_to_keep: int = Field(default=3, ge=1)
     """The newest that are kept."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint taken before `step` runs."""
-    return f"step_{step:08d}"
 
 
 def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_images: dict[str, int]) -> None:
@@ -180,20 +175,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if meta.get("format") != FORMAT:
         raise DataError(f"checkpoint {folder} has format {meta.get('format')}, this version reads {FORMAT}")
     return meta
-
-
-def committed_checkpoints(run: Directory) -> list[str]:
-    """Names of the run's committed checkpoints, oldest first; empty when there is none."""
-    try:
-        snapshot = json.loads(run.read(f"checkpoints/{SNAPSHOT}"))
-    except MissingObject:
-        return []
-    return sorted({r["checkpoint_dir_name"] for r in snapshot.get("checkpoint_results", [])})
-
-
-def committed_steps(run: Directory) -> list[int]:
-    """Steps of the run's committed checkpoints, ascending."""
-    return sorted(int(name.removeprefix("step_")) for name in committed_checkpoints(run))
 
 
 class Found(NamedTuple):

@@ -1,6 +1,6 @@
 """What a run writes of itself, by one way to every sink: JSON lines, pictures, TensorBoard, gauges, trackers.
 
-And the throughput meter. Written by rank 0 only. For a local run directory the files are appended to in place; for
+Written by rank 0 only. For a local run directory the files are appended to in place; for
 S3, which cannot append, they are staged in a temporary folder and uploaded by `sync`. A resumed run first drops the
 lines and the pictures of steps after its checkpoint, because it is about to repeat those steps.
 """
@@ -9,25 +9,18 @@ import contextlib
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from models.settings import Settings
-from pipeline.augment import STAGES
-from pipeline.checkpoint import checkpoint_name
-from pipeline.pool_size import Reading
 from pipeline.report_records import attention_figures
+from pipeline.run_dir import checkpoint_name
 from pipeline.sink import Embedding, Sink
 from pipeline.storage import Directory, MissingObject, is_s3
 from pipeline.tensorboard import TensorBoard
-
-_PACE_SECONDS = 2.0
 
 
 class LogConfig(Settings):
@@ -164,82 +157,6 @@ class MetricsLog(Sink):
             for sink in reversed(self._sinks):
                 last.callback(sink.close, failed=failed)
             self._quarantine.sync()
-
-
-class Meter:
-    """Images per second, the share of time spent waiting for data, and what an image costs the CPUs, since the last
-    reading."""
-
-    def __init__(self) -> None:
-        self.reading = Reading()
-        self.restart()
-
-    def restart(self) -> None:
-        """Start over: after a pause that is not training, such as an evaluation."""
-        self._since = time.perf_counter()
-        self._images = 0
-        self._wait_seconds = 0.0
-        self._cpu_ms: NDArray[np.float64] = np.zeros(len(STAGES))
-        self._busy_ms = 0.0
-        self._cropped = 0
-
-    @property
-    def seconds(self) -> float:
-        """Since the last reading."""
-        return time.perf_counter() - self._since
-
-    def add(
-        self,
-        num_images: int,
-        wait_seconds: float,
-        cpu_ms: NDArray[np.float32],
-        busy_ms: NDArray[np.float32],
-    ) -> None:
-        """One step of `num_images` images over all workers, which waited `wait_seconds` for its batch.
-
-        `cpu_ms` [n, 3] is what this worker's part of it took in each of STAGES on the augment actors, `busy_ms` [n]
-        how long it kept one busy.
-        """
-        self._images += num_images
-        self._wait_seconds += wait_seconds
-        self._cpu_ms += cpu_ms.sum(axis=0)
-        self._busy_ms += float(busy_ms.sum())
-        self._cropped += len(cpu_ms)
-
-    def read(self) -> dict[str, float]:
-        """`images_per_second`, `data_wait` (share of wall time, 0 to 1), `fetch_cpu_ms` and so on (per image).
-
-        What the first two are made of stays in `reading`.
-        """
-        seconds = max(self.seconds, 1e-9)
-        busy_seconds = self._busy_ms / max(1, self._cropped) / 1000 * self._images
-        self.reading = Reading(seconds, min(seconds, self._wait_seconds), self._images, busy_seconds)
-        rates = {
-            "images_per_second": self.reading.images_per_second,
-            "data_wait": self.reading.data_wait,
-        }
-        if self._cropped:
-            rates |= {
-                f"{stage}_cpu_ms": float(ms / self._cropped)
-                for stage, ms in zip(STAGES, self._cpu_ms, strict=True)
-            }
-        self.restart()
-        return rates
-
-
-class Pace(Meter):
-    """A meter that tells what it read, every few seconds, however seldom steps are logged."""
-
-    def __init__(self, tell: Callable[[Reading], None]) -> None:
-        super().__init__()
-        self._tell = tell
-
-    def add(self, *step: Any) -> None:
-        """See Meter."""
-        super().add(*step)
-        if self.seconds >= _PACE_SECONDS:
-            self.read()
-            self._tell(self.reading)
 
 
 def _json_number(value: Any) -> Any:

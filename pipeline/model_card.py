@@ -11,7 +11,8 @@ import torch
 
 from models.backbone import embed_dim
 from models.settings import without_keys
-from pipeline.checkpoint import Frozen, checkpoint_name
+from pipeline.checkpoint import Frozen
+from pipeline.run_dir import checkpoint_name
 from pipeline.storage import Directory, MissingObject
 from pipeline.timm_export import evaluation_size, timm_arguments
 

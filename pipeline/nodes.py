@@ -8,8 +8,6 @@ from typing import Any, Literal
 import ray
 
 from pipeline.cost import CostConfig
-from pipeline.report_records import read_records
-from pipeline.storage import Directory
 
 Kind = Literal["head", "cpu", "gpu"]
 """The head, whatever it has; of the other nodes those without GPUs, and those with."""
@@ -58,12 +56,6 @@ def dollars_per_hour(cost: CostConfig, nodes: Mapping[Kind, int]) -> float:
     """What so many nodes of each kind cost an hour."""
     hourly = {"head": cost.head_hourly, "cpu": cost.cpu_hourly, "gpu": cost.gpu_hourly}
     return sum(hourly[kind] * count for kind, count in nodes.items())
-
-
-def spent(run: Directory) -> float:
-    """Dollars that earlier lives of the run have come to, those of steps that are repeated included."""
-    values = read_records(run).series("dollars").values
-    return float(values.max()) if len(values) else 0.0
 
 
 class NodeWatch:

@@ -166,3 +166,9 @@ def _number(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.nan
+
+
+def spent(run: Directory) -> float:
+    """Dollars that earlier lives of the run have come to, those of steps that are repeated included."""
+    values = read_records(run).series("dollars").values
+    return float(values.max()) if len(values) else 0.0

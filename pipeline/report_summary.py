@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.checkpoint import committed_checkpoints
 from pipeline.health import Verdict
 from pipeline.report_page import Html, commands, escape, section
 from pipeline.report_records import Records, attention_figures, read_mapping
+from pipeline.run_dir import committed_checkpoints
 from pipeline.storage import Directory, is_s3
 
 _NEWEST = 20

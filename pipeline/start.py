@@ -20,7 +20,8 @@ from models import interop
 from models.interop import Loaded, Weights
 from models.optim import restore_optimizer
 from models.settings import ConfigError, DataError, Settings, one_line
-from pipeline.checkpoint import committed_checkpoints, download_checkpoint, find_checkpoint, read_meta
+from pipeline.checkpoint import download_checkpoint, find_checkpoint, read_meta
+from pipeline.run_dir import committed_checkpoints
 from pipeline.storage import Directory, normal_uri
 from pipeline.training import TrainState
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from models.settings import ConfigError
-from pipeline.checkpoint import checkpoint_name
+from pipeline.run_dir import checkpoint_name
 from pipeline.storage import Directory, is_s3
 
 _TAG = "dinoray.id"

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pydantic import Field
 
 from models.settings import ConfigError, Settings, one_line
-from pipeline.report import build_report
 from pipeline.scalar_names import grouped
 from pipeline.sink import Sink, numbers
 from pipeline.storage import Directory, MissingObject
@@ -78,9 +77,13 @@ def open_trackers(
     *,
     name: str,
     params: Mapping[str, object],
+    page: Callable[[Directory], str],
     tell: Callable[[str], None],
 ) -> list[Sink]:
-    """The sink for those asked for, in a list; none where there are none. `tell` takes a line for a person."""
+    """The sink for those asked for, in a list; none where there are none.
+
+    `page` makes the page about the run, as HTML; `tell` takes a line for a person.
+    """
     names = asked_for(config)
     if not names:
         return []
@@ -94,7 +97,7 @@ def open_trackers(
         number = uuid.uuid4().hex[:12]
         run.write(FILE, json.dumps({"id": number, "grouped": True}).encode())
     about = TrackedRun(name, number, config.project, params, run)
-    return [Trackers(about, {name: OPEN[name] for name in names}, tell, is_grouped=is_grouped)]
+    return [Trackers(about, {name: OPEN[name] for name in names}, page, tell, is_grouped=is_grouped)]
 
 
 class Trackers(Sink):
@@ -104,13 +107,15 @@ class Trackers(Sink):
         self,
         run: TrackedRun,
         openers: Mapping[str, Callable[[TrackedRun], Tracker]],
+        page: Callable[[Directory], str],
         tell: Callable[[str], None],
         *,
         is_grouped: bool = True,
         pauses: Sequence[float] = _PAUSES,
         end_seconds: float = _END_SECONDS,
     ) -> None:
-        self._run, self._end_seconds, self._is_grouped = run, end_seconds, is_grouped
+        self._run, self._page = run, page
+        self._end_seconds, self._is_grouped = end_seconds, is_grouped
         self._lines = [_Line(name, run, opener, tell, pauses) for name, opener in openers.items()]
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
@@ -125,7 +130,7 @@ class Trackers(Sink):
 
     def close(self, *, failed: bool) -> None:
         """The page about the run, the end, and what is still to be sent, as far as it goes in time."""
-        self._put(lambda tracker: tracker.page(build_report(self._run.directory)))
+        self._put(lambda tracker: tracker.page(self._page(self._run.directory)))
         self._put(lambda tracker: tracker.close(failed))
         deadline = time.monotonic() + self._end_seconds
         for line in self._lines:

@@ -19,22 +19,26 @@ from ray.train import CheckpointConfig as RayCheckpointConfig
 from models.settings import DinorayError
 from pipeline import dataset, shared_stream
 from pipeline.board import known_error
-from pipeline.checkpoint import checkpoint_name, load_checkpoint, own_copy, temporary_checkpoint
+from pipeline.checkpoint import load_checkpoint, own_copy, temporary_checkpoint
 from pipeline.crops_config import crop_bytes
 from pipeline.distribution import distribute
 from pipeline.evaluation import evaluate
 from pipeline.gauges import Gauges
 from pipeline.health import UnhealthyError, Verdict
 from pipeline.layout import lay_out
-from pipeline.metrics import Meter, MetricsLog, Pace
-from pipeline.nodes import NodeWatch, spent
+from pipeline.metrics import MetricsLog
+from pipeline.nodes import NodeWatch
 from pipeline.pool import pool_metrics
 from pipeline.processes import all_reduce_max, set_up_device
 from pipeline.quarantine import Quarantine
+from pipeline.report import build_report
+from pipeline.report_records import spent
 from pipeline.resources import ResourcesConfig
+from pipeline.run_dir import checkpoint_name
 from pipeline.sink import Sink
 from pipeline.start import start_from
 from pipeline.storage import filesystem
+from pipeline.throughput import Meter, Pace
 from pipeline.tracking import open_trackers
 from pipeline.training import build_state, train
 from pipeline.worker_spec import WorkerSpec
@@ -125,12 +129,13 @@ class _Worker:
 
     def _other_sinks(self) -> list[Sink]:
         spec = self.spec
+        trackers = open_trackers(
+            spec.track, spec.run, name=spec.name, params=spec.params, page=build_report, tell=self._note
+        )
+        return [Gauges(spec.name, total_steps=self.state.schedule.total_steps), *trackers]
 
-        def tell(text: str) -> None:
-            spec.board.post_last("note", text=text)
-
-        gauges = Gauges(spec.name, total_steps=self.state.schedule.total_steps)
-        return [gauges, *open_trackers(spec.track, spec.run, name=spec.name, params=spec.params, tell=tell)]
+    def _note(self, text: str) -> None:
+        self.spec.board.post_last("note", text=text)
 
     def run(self) -> None:
         """Train from the restored step to the last."""

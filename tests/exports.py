@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
-from pipeline.checkpoint import SNAPSHOT, Frozen, checkpoint_name, save_checkpoint
+from pipeline.checkpoint import Frozen, save_checkpoint
+from pipeline.run_dir import SNAPSHOT, checkpoint_name
 from pipeline.training import DINOConfig, TrainState, build_state, train_step
 
 TINY_VIT: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}

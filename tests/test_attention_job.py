@@ -25,10 +25,11 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 from jobs import attention
 from jobs.entry import run_main
 from pipeline.attention_figure import attention_figure, figure, look
-from pipeline.checkpoint import SNAPSHOT, checkpoint_name, read_frozen, save_checkpoint
+from pipeline.checkpoint import read_frozen, save_checkpoint
 from pipeline.decode import decode
 from pipeline.drawing import png_bytes
 from pipeline.metrics import MetricsLog
+from pipeline.run_dir import SNAPSHOT, checkpoint_name
 from pipeline.storage import Directory
 from pipeline.training import build_state, train_step
 

@@ -15,11 +15,8 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 
 from models.settings import ConfigError, DataError, DinorayError
 from pipeline.checkpoint import (
-    SNAPSHOT,
     CheckpointConfig,
     Found,
-    checkpoint_name,
-    committed_checkpoints,
     download_checkpoint,
     find_checkpoint,
     load_checkpoint,
@@ -30,6 +27,7 @@ from pipeline.checkpoint import (
     save_checkpoint,
 )
 from pipeline.features import embed
+from pipeline.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints
 from pipeline.storage import Directory
 from pipeline.training import DINOConfig, TrainState, build_state, train_step
 

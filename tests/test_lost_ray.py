@@ -13,8 +13,8 @@ from tiny_run import write_images
 
 from jobs.lost_ray import LostRayError, error_to_print
 from models.settings import ConfigError
-from pipeline.checkpoint import committed_steps
 from pipeline.demo_images import PATTERNS
+from pipeline.run_dir import committed_steps
 from pipeline.storage import Directory
 
 STEPS = 30

@@ -21,11 +21,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline import tensorboard
 from pipeline.gauges import GAUGES
-from pipeline.metrics import JsonLines, Meter, MetricsLog
+from pipeline.metrics import JsonLines, MetricsLog
 from pipeline.projector import CONFIG
 from pipeline.scalar_names import GROUPS, group_of
 from pipeline.sink import Embedding, Sink
 from pipeline.storage import Directory
+from pipeline.throughput import Meter
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cost import CostConfig
-from pipeline.nodes import count_nodes, dollars_per_hour, spent
+from pipeline.nodes import count_nodes, dollars_per_hour
+from pipeline.report_records import spent
 from pipeline.storage import Directory
 
 PRICES = CostConfig(head_hourly=0.5, cpu_hourly=2, gpu_hourly=10)

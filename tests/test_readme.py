@@ -150,11 +150,11 @@ def test_the_tree_names_every_module_and_nothing_else() -> None:
 
 
 def test_the_run_directory_is_drawn_as_it_is() -> None:
-    from pipeline import checkpoint
+    from pipeline import checkpoint, run_dir
 
     drawn = GUIDE.split("## What a run leaves behind")[1].split("## Crops from Python")[0]
     for name in re.findall(r"[\w.]+\.(?:json|jsonl|yaml|png|parquet|pt)\b", checkpoint.__doc__ or ""):
-        if name != checkpoint.SNAPSHOT:
+        if name != run_dir.SNAPSHOT:
             assert name in drawn, name
 
 

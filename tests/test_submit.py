@@ -22,9 +22,9 @@ from jobs.about import commit_of
 from jobs.cluster import attempts_at, connect
 from jobs.upload import MAX_BYTES, check_config_file, list_files, named_files, pack, read_runtime_env
 from models.settings import ConfigError, DinorayError, ResourceError
-from pipeline.checkpoint import committed_checkpoints
 from pipeline.demo_images import PATTERNS, draw_demo_image
 from pipeline.report_records import read_mapping
+from pipeline.run_dir import committed_checkpoints
 from pipeline.storage import Directory
 
 SHIPPED = ROOT / "deploy" / "runtime_env.yaml"

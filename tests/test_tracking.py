@@ -21,6 +21,7 @@ from jobs.config import load_config
 from jobs.running import check_run
 from models.settings import ConfigError
 from pipeline import tracking
+from pipeline.report import build_report
 from pipeline.sink import Sink
 from pipeline.storage import Directory
 from pipeline.trackers import OPEN, TrackedRun, Tracker
@@ -53,7 +54,9 @@ def follow(sink: Sink, first: int, last: int, *, loss: float) -> None:
 
 def sinks(folder: Path, config: TrackConfig, told: list[str], **params: object) -> list[Sink]:
     run_in(folder)
-    return open_trackers(config, Directory(str(folder)), name="first", params=params, tell=told.append)
+    return open_trackers(
+        config, Directory(str(folder)), name="first", params=params, page=build_report, tell=told.append
+    )
 
 
 @pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"id": "a'])
@@ -206,7 +209,7 @@ class Memory:
 
 def trackers(tmp_path: Path, opener: Callable[[TrackedRun], Tracker], told: list[str], **times: Any) -> Sink:
     settings = {"pauses": (0.0, 0.0, 0.0), "end_seconds": 60.0} | times
-    return Trackers(run_in(tmp_path), {"memory": opener}, told.append, **settings)
+    return Trackers(run_in(tmp_path), {"memory": opener}, build_report, told.append, **settings)
 
 
 def test_what_fails_is_tried_again_in_its_order_and_told_once(tmp_path: Path) -> None:
@@ -311,7 +314,9 @@ def test_a_server_that_never_answers_is_not_waited_for(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with silent_server() as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        sink = Trackers(run_in(tmp_path), {"mlflow": OPEN["mlflow"]}, told.append, end_seconds=0.2)
+        sink = Trackers(
+            run_in(tmp_path), {"mlflow": OPEN["mlflow"]}, build_report, told.append, end_seconds=0.2
+        )
         for step in range(50):
             sink.log(step, {"loss": 1.0})
         sink.close(failed=False)  # while the thread still waits for its first answer
@@ -373,7 +378,7 @@ def test_a_server_that_dies_and_comes_back_has_missed_nothing(
         dead.set()
 
     run, openers = run_in(tmp_path), {"mlflow": OPEN["mlflow"]}
-    sink = Trackers(run, openers, tell, pauses=(0.0, *[0.1] * 100), end_seconds=60)
+    sink = Trackers(run, openers, build_report, tell, pauses=(0.0, *[0.1] * 100), end_seconds=60)
     sink.log(1, {"loss": 1.0})
     while not steps:
         dead.wait(0.01)

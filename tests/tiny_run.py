@@ -7,8 +7,9 @@ import torch
 from jobs_processes import TINY
 
 from jobs.config import load_config
-from pipeline.checkpoint import SNAPSHOT, checkpoint_name, save_checkpoint
+from pipeline.checkpoint import save_checkpoint
 from pipeline.demo_images import draw_demo_image
+from pipeline.run_dir import SNAPSHOT, checkpoint_name
 from pipeline.training import build_state
 
 STEP = 7

@@ -6,8 +6,9 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer, field_validator
 
 from models.settings import Settings
-from pipeline.study.samplers import Searcher
 from pipeline.study.space import Domain, parse_space
+
+Searcher = Literal["tpe", "random", "quasi", "grid"]
 
 
 class StudySettings(Settings):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from models.settings import ConfigError, DinorayError
-from pipeline.checkpoint import committed_steps
+from pipeline.run_dir import committed_steps
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective
 from pipeline.study.ranking import searched

@@ -6,14 +6,13 @@ state: a study that was killed goes on as if it had not been. Points are those o
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from pipeline.study.config import Searcher
 from pipeline.study.space import Space, at, grid, place
-
-Searcher = Literal["tpe", "random", "quasi", "grid"]
 
 
 class Known(NamedTuple):
