@@ -44,7 +44,7 @@ import torch
 from jobs.arguments import CommandLine
 from jobs.config import load_config
 from jobs.entry import run_main
-from models.settings import ConfigError, ResourceError
+from models.errors import ConfigError, ResourceError
 from pipeline import compiled
 from pipeline.crop_params import sample
 from pipeline.crops import apply, crop_rng, limit_threads, prepare_kernel

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.settings import DataError
+from models.errors import DataError
 
 Rng = np.random.Generator
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from jobs.recipes import demo
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.algorithm import DINOConfig
 from pipeline.crops import crop_rng, limit_threads, multi_crop
 from pipeline.decode import decode

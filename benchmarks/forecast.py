@@ -33,7 +33,7 @@ from jobs.arguments import CommandLine
 from jobs.config import load
 from jobs.entry import run_main
 from jobs.planning import Measured, PlanConfig, measure, run_of
-from models.settings import ConfigError, DinorayError
+from models.errors import ConfigError, DinorayError
 from pipeline.demo_images import demo_folder, write_demo_images
 from pipeline.forecast import Forecast, forecast_here
 from pipeline.node_rates import Figures

@@ -23,7 +23,7 @@ import torch
 from side_by_side import CONFIGURATIONS, MODES, SCHEDULES, TENSORS, deviations
 
 from jobs.entry import run_main
-from models.settings import ConfigError
+from models.errors import ConfigError
 
 TITLES = {
     "center": "centre",

@@ -35,7 +35,7 @@ from stream_tables import markdown
 from jobs.arguments import CommandLine
 from jobs.config import load_config
 from jobs.entry import run_main, start_ray
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline import dataset, shared_stream
 from pipeline.board import Board
 from pipeline.crops_config import crop_bytes

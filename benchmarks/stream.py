@@ -49,7 +49,7 @@ from stream_alone import Work, available_cores, blocks_alone, kernel_alone
 from jobs.arguments import CommandLine
 from jobs.config import Config, load_config
 from jobs.entry import run_main, start_ray
-from models.settings import ConfigError, ResourceError
+from models.errors import ConfigError, ResourceError
 from pipeline import dataset
 from pipeline.augment import STAGES
 from pipeline.board import Board

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from jobs.config import Config, load_config, load_kept
 from jobs.recipes import RECIPES
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.storage import Directory
 from pipeline.study.trials import BEST, STUDY
 

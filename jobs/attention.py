@@ -19,7 +19,7 @@ from jobs.config import load_run_config
 from jobs.entry import run_main
 from jobs.network import open_network
 from models.attention import patch_size
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.attention_animation import animation, read_frames
 from pipeline.attention_figure import MASS, figure, look, overlays
 from pipeline.checkpoint import find_checkpoint

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from packaging.requirements import Requirement
 
-from models.settings import DataError, DinorayError, ResourceError, one_line
+from models.errors import DataError, DinorayError, ResourceError, one_line
 from pipeline.demo_images import demo_folder
 from pipeline.listing import Entry, list_entries, role_of
 from pipeline.manifest import DataConfig

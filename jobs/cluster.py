@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from jobs.entry import wants_token
-from models.settings import ConfigError, ResourceError, one_line, without_keys
+from models.errors import ConfigError, ResourceError, one_line, without_keys
 
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _ANSWER_SECONDS = 10.0

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.forecast import Forecast
 from pipeline.prices import NodeType, PlanSettings
 

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator
 from jobs.keys import did_you_mean, explain, flatten, keep_detected, leaf_fields
 from jobs.recipes import RECIPES, starting_point
 from jobs.yaml_text import Dumper, Loader, read_mapping, yaml_problem
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.cost import CostConfig
 from pipeline.features import EvalConfig

@@ -45,7 +45,7 @@ from jobs.node_checks import (
 )
 from jobs.quiet import quiet_ray
 from jobs.upload import pack, read_runtime_env
-from models.settings import ConfigError, DinorayError, ResourceError, one_line, without_keys
+from models.errors import ConfigError, DinorayError, ResourceError, one_line, without_keys
 from pipeline.storage import is_reached_by_all
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")

@@ -18,7 +18,7 @@ from jobs.data_lines import describe_data
 from jobs.entry import run_main
 from jobs.network import lone_config, open_network
 from jobs.writing import settings_of, write_missing
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.embeddings import (
     MANIFEST,
     SETTINGS,

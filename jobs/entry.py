@@ -12,7 +12,7 @@ from ray.exceptions import AuthenticationError
 
 from jobs.lost_ray import LostRayError, answers, end_at_once, error_to_print, print_error, watch_ray
 from jobs.quiet import quiet_ray
-from models.settings import ResourceError, one_line
+from models.errors import ResourceError, one_line
 from pipeline.resources import ResourcesConfig
 
 

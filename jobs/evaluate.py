@@ -17,7 +17,7 @@ from jobs.entry import run_main, start_ray
 from jobs.network import lone_config, open_network
 from jobs.probing import LABEL_FREE, LABELLED, Prober
 from jobs.running import evaluated_images
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.class_names import class_mismatch
 from pipeline.detection import AUTO
 from pipeline.frozen import check_size

@@ -18,7 +18,7 @@ import timm
 from jobs.arguments import CommandLine
 from jobs.config import load_run_config
 from jobs.entry import run_main
-from models.settings import ConfigError, DinorayError
+from models.errors import ConfigError, DinorayError
 from pipeline.checkpoint import Frozen, download_checkpoint, find_checkpoint, read_frozen, read_meta
 from pipeline.export import export_official, export_state_dict
 from pipeline.loading_code import FILES, create_model, quoted

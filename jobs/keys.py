@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from models.backbone import argument_hint
-from models.settings import without_keys
+from models.errors import without_keys
 
 Config = TypeVar("Config", bound=BaseModel)
 

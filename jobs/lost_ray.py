@@ -20,7 +20,7 @@ import ray
 from ray import exceptions
 from rich.console import Console
 
-from models.settings import DinorayError, ResourceError, one_line
+from models.errors import DinorayError, ResourceError, one_line
 from pipeline.board import known_error
 
 _POLL_SECONDS = 1.0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.config import Config, apply_overrides, validate
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.checkpoint import (
     Found,
     Frozen,

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 
 from jobs.checks import Finding, check_data, check_disk, check_open_files, judge_clock, machine_facts
 from jobs.config import Config
-from models.settings import ResourceError, one_line
+from models.errors import ResourceError, one_line
 from pipeline.crops_config import crop_bytes
 from pipeline.manifest import DataConfig
 

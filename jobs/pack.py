@@ -21,7 +21,7 @@ from jobs.data_lines import describe_data
 from jobs.entry import run_main
 from jobs.recipes import RECIPES
 from jobs.writing import settings_of, write_missing
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.manifest import Manifest, load_or_build
 from pipeline.packing import (
     FACTS,

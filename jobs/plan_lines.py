@@ -11,7 +11,7 @@ from typing import Any
 from jobs.config import read_file
 from jobs.keys import flatten
 from jobs.planning import Measured, PlanConfig
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.cost import CostConfig
 from pipeline.forecast import HEADROOM, Forecast, forecast, with_workers
 from pipeline.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried

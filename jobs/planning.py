@@ -17,7 +17,7 @@ from jobs.config import Config, load
 from jobs.entry import is_local, join_ray
 from jobs.running import Inputs
 from jobs.study import schedule_of
-from models.settings import ConfigError, DataError, ResourceError
+from models.errors import ConfigError, DataError, ResourceError
 from pipeline.board import known_error
 from pipeline.calibration import gradient_bytes, listed, measure_crops, measure_latency, measure_step
 from pipeline.crops_config import CropsConfig, crop_bytes

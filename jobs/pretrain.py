@@ -21,7 +21,7 @@ from jobs.print_config import describe_config
 from jobs.result import RESULT, describe_result, write_result
 from jobs.run_size import check_images, check_workers, length_warnings, warmup_warnings
 from jobs.running import Inputs, check_run, run_training, what_is_learnt
-from models.settings import ConfigError, DinorayError
+from models.errors import ConfigError, DinorayError
 from pipeline.board import Board, Event
 from pipeline.crops import kernel_name
 from pipeline.crops_config import describe_crops

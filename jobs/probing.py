@@ -11,7 +11,7 @@ import torch
 
 from jobs.config import Config
 from models.backbone import embed_dim
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.actors import EmbedTask, embed_on_actors
 from pipeline.checkpoint import Frozen
 from pipeline.features import Features, KnnProblem, class_numbers, embed_source, merge, subset

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from jobs.display import describe_calibration
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.health import Verdict
 from pipeline.storage import Directory
 

@@ -11,7 +11,7 @@ import torch
 
 from jobs.config import Config
 from jobs.entry import check_gpus, is_local
-from models.settings import ConfigError, ResourceError
+from models.errors import ConfigError, ResourceError
 from pipeline.resources import ResourcesConfig
 from pipeline.training import Schedule
 

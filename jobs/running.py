@@ -17,8 +17,8 @@ from jobs.config import Config
 from jobs.keys import flatten
 from jobs.lost_ray import LostRayError, error_to_print, last_words
 from models.backbone import build_backbone
+from models.errors import one_line
 from models.interop import Weights
-from models.settings import one_line
 from pipeline.automatic import adapt, resolve
 from pipeline.board import Board, Event, fatal_error
 from pipeline.class_names import Mismatch, class_mismatch

@@ -27,7 +27,7 @@ from jobs.study import (
 from jobs.study_lines import about_study, describe_search, trial_line
 from jobs.study_plan import local_cores, lost_outcome, plan_of
 from jobs.trial import TrialRunner
-from models.settings import ConfigError, DinorayError
+from models.errors import ConfigError, DinorayError
 from pipeline.board import Board
 from pipeline.shared_stream import SharedStream
 from pipeline.storage import Directory

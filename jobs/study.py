@@ -13,8 +13,8 @@ from jobs.arguments import Arguments
 from jobs.config import Config, apply_tree, load, validate_as
 from jobs.keys import did_you_mean, leaf_fields
 from jobs.study_rules import scheduler_mistakes, warmup_mistakes
+from models.errors import ConfigError
 from models.loss import LossConfig
-from models.settings import ConfigError
 from pipeline.automatic import resolve
 from pipeline.detection import AUTO
 from pipeline.study.config import StudySettings

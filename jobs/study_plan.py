@@ -7,7 +7,7 @@ from jobs.entry import is_local
 from jobs.run_size import check_images, length_warnings
 from jobs.study import StudyConfig, trial_config
 from jobs.trial import CLOCK
-from models.settings import ConfigError, ResourceError
+from models.errors import ConfigError, ResourceError
 from pipeline.report_records import read_mapping, read_records
 from pipeline.storage import Directory
 from pipeline.study.plan import StudyPlan, local_cpus, plan_study

@@ -25,7 +25,7 @@ from jobs.keys import did_you_mean, flatten, leaf_fields, looks_secret
 from jobs.result import RESULT
 from jobs.study import StudyArguments, study_config
 from jobs.upload import check_config_file, describe, named_files, pack, read_runtime_env
-from models.settings import ConfigError, DinorayError, without_keys
+from models.errors import ConfigError, DinorayError, without_keys
 from pipeline.storage import Directory, is_reached_by_all
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")

@@ -17,7 +17,8 @@ from jobs.about import write_environment
 from jobs.result import RESULT, write_result
 from jobs.running import Inputs, run_training, what_is_learnt
 from jobs.study import StudyConfig, space_of, trial_config
-from models.settings import ConfigError, DataError, DinorayError, ResourceError, number
+from models.errors import ConfigError, DataError, DinorayError, ResourceError
+from models.settings import number
 from pipeline.board import Board, Event
 from pipeline.health import UnhealthyError, Verdict
 from pipeline.report import write_report

@@ -30,7 +30,7 @@ from jobs.study import (
     study_config,
 )
 from jobs.study_plan import check_growth, check_study_size
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.published_weights import fetch_published_weights
 from pipeline.storage import Directory
 from pipeline.study.progress import check_any_ran

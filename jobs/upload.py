@@ -16,7 +16,7 @@ from ray.runtime_env import RuntimeEnv
 
 from jobs.config import read_file
 from jobs.keys import did_you_mean, flatten, looks_secret
-from models.settings import ConfigError, one_line, without_keys
+from models.errors import ConfigError, one_line, without_keys
 from pipeline.study.trials import BEST
 
 MAX_BYTES = 50_000_000

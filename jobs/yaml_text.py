@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 
 
 class Loader(yaml.SafeLoader):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from models.backbone_names import name_hint
 from models.backbone_remedies import explain_failure, explain_refusal, refusal
-from models.settings import ConfigError, Settings
+from models.errors import ConfigError
+from models.settings import Settings
 
 _DECIDED_ELSEWHERE = {
     "drop_path_rate": "set backbone.drop_path_rate instead",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.backbone import embed_dim
 from models.candidates import candidates, vit_shape
-from models.settings import ConfigError
+from models.errors import ConfigError
 from models.timm_names import publisher
 
 _NOT_OF_BACKBONE = re.compile(

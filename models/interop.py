@@ -21,11 +21,11 @@ from torch import Tensor
 
 from models.backbone import has_batch_norm
 from models.dino import DINO
+from models.errors import DataError
 from models.fitting import fit_backbone, fit_head
 from models.networks_in_files import find_networks
 from models.optimizer_state import load_optimizer, official_state
 from models.restricted_load import restricted_load, values_of
-from models.settings import DataError
 from models.timm_names import in_timms_names
 
 __all__ = [

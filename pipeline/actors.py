@@ -13,7 +13,7 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
-from models.settings import DinorayError
+from models.errors import DinorayError
 from pipeline.source import Source
 
 if TYPE_CHECKING:

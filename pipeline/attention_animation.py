@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.drawing import FAINT, INK, PAPER, RULE, draw_text
 from pipeline.report_records import attention_figures
 from pipeline.storage import Directory

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from models.attention import cls_attention, pad_to_patch, patch_size
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.attention_maps import (
     coloured_heads,
     default_image_size,

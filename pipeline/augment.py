@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.crop_params import sample_image
 from pipeline.crops import Crops, cut, decode_for
 from pipeline.crops_config import CropsConfig, crop_bytes, crop_shapes

@@ -15,7 +15,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from models.settings import DinorayError
+from models.errors import DinorayError
 from pipeline.pool_size import PoolSize, Reading
 
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]

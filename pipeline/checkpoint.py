@@ -39,8 +39,9 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from models.backbone import build_backbone
+from models.errors import ConfigError, DataError, one_line
 from models.optim import restore_optimizer
-from models.settings import ConfigError, DataError, Settings, one_line
+from models.settings import Settings
 from pipeline.algorithm import DINOConfig
 from pipeline.run_dir import checkpoint_name, committed_checkpoints
 from pipeline.storage import Directory, MissingObject

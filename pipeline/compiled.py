@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.settings import one_line
+from models.errors import one_line
 from pipeline.cache import cache_folder
 
 MISSING = ""

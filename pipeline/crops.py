@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline import compiled
 from pipeline.crop_params import LEFT, TOP, WIDTH, CropParams, first_outside, measure, sample, sample_image
 from pipeline.crops_config import CropsConfig, crop_shapes

@@ -21,7 +21,7 @@ from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
 )
 
-from models.settings import DinorayError
+from models.errors import DinorayError
 from pipeline.augment import Augmenter, crop_threads
 from pipeline.board import Board
 from pipeline.crops import limit_threads, prepare_kernel

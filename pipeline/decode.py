@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from models.settings import one_line
+from models.errors import one_line
 
 # All plugins now: in a list of formats Pillow finds only what is loaded. An old Pillow has no AVIF.
 Image.init()

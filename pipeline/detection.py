@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 
 AUTO = "auto"
 SPLIT_FOLDERS = frozenset(

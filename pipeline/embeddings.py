@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from models.backbone import embed_dim
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline import parts
 from pipeline.checkpoint import Frozen
 from pipeline.crops_config import CropsConfig

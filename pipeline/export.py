@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from models.errors import ConfigError
 from models.interop import MARK, to_official
-from models.settings import ConfigError, number
+from models.settings import number
 from pipeline.algorithm import DINOConfig
 from pipeline.checkpoint import Frozen, load_checkpoint, read_meta
 from pipeline.training import build_state

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
-from models.settings import DataError, ResourceError, Settings
+from models.errors import DataError, ResourceError
+from models.settings import Settings
 from pipeline import processes
 from pipeline.crops_config import CropsConfig
 from pipeline.decode import eval_crop

@@ -7,7 +7,7 @@ its GPUs train, unless their links, or a ceiling on augment actors, hold it.
 import math
 from dataclasses import dataclass, replace
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.node_rates import (
     BLOCKS_PER_ACTOR,
     LINK_SHARE,

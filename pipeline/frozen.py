@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.settings import ConfigError, one_line
+from models.errors import ConfigError, one_line
 from pipeline.checkpoint import Frozen
 from pipeline.crops import crop_rng, multi_crop
 from pipeline.crops_config import CropsConfig

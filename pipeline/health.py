@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from models.settings import DinorayError, Settings
+from models.errors import DinorayError
+from models.settings import Settings
 from pipeline.processes import all_reduce_sum
 
 _UNIFORM_ENTROPY = 0.98

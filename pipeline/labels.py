@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.detection import AUTO
 from pipeline.manifest import DataConfig, build_manifest, load_or_build
 from pipeline.order import permute

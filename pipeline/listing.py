@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.s3 import is_s3, list_pages, s3_client, split_s3_uri
 from pipeline.storage import MissingObject, normal_uri, retrying
 

@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from models.settings import Auto, ConfigError, DataError, Settings
+from models.errors import ConfigError, DataError
+from models.settings import Auto, Settings
 from pipeline.detection import (
     AUTO,
     folder_label,

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from models.backbone import embed_dim
-from models.settings import without_keys
+from models.errors import without_keys
 from pipeline.checkpoint import Frozen
 from pipeline.run_dir import checkpoint_name
 from pipeline.storage import Directory, MissingObject

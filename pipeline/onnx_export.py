@@ -20,7 +20,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.settings import ConfigError, DinorayError, one_line
+from models.errors import ConfigError, DinorayError, one_line
 from pipeline.checkpoint import Frozen
 
 TOLERANCE = 1e-4

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline import parts
 from pipeline.crops_config import CropsConfig, crop_kinds
 from pipeline.decode import BadImage

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.settings import ConfigError, DataError, one_line
+from models.errors import ConfigError, DataError, one_line
 from pipeline.source import Status
 from pipeline.storage import Directory, MissingObject, filesystem
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from models.errors import DataError
 from models.schedules import warmup_cosine
-from models.settings import DataError, Settings
+from models.settings import Settings
 
 Rows = Tensor | NDArray[np.floating]
 

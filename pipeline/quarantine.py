@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.processes import gather
 from pipeline.source import Status
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.health import Verdict
 from pipeline.report_charts import Chart, drawn
 from pipeline.report_feeding import cost_tiles, feeding

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.detection import AUTO, Columns, detect_columns, is_bytes
 from pipeline.shards import (
     ColumnFacts,

@@ -17,7 +17,7 @@ import botocore.exceptions
 import botocore.session
 from botocore.config import Config
 
-from models.settings import ConfigError, DataError, one_line, without_keys
+from models.errors import ConfigError, DataError, one_line, without_keys
 from pipeline.retry import LIST_AGAIN, SET_CREDENTIALS, ChangedObject, ObjectTooLarge, retrying
 
 CONNECT_SECONDS = 5.0

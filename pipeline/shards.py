@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.detection import is_bytes
 from pipeline.s3 import ObjectFile, is_s3, split_s3_uri
 from pipeline.storage import MissingObject

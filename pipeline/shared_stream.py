@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from models.settings import DinorayError, ResourceError, one_line
+from models.errors import DinorayError, ResourceError, one_line
 from pipeline.augment import Augmenter
 from pipeline.board import actor_here
 from pipeline.crops_config import crop_bytes

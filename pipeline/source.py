@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.manifest import DataConfig, Manifest
 from pipeline.s3 import is_s3, read_object, s3_client, split_s3_uri
 from pipeline.shards import CorruptShard, RowGroupCache, read_row_group

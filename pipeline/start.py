@@ -17,9 +17,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 
 from models import interop
+from models.errors import ConfigError, DataError, one_line
 from models.interop import Loaded, Weights
 from models.optim import restore_optimizer
-from models.settings import ConfigError, DataError, Settings, one_line
+from models.settings import Settings
 from pipeline.checkpoint import download_checkpoint, find_checkpoint, read_meta
 from pipeline.run_dir import committed_checkpoints
 from pipeline.storage import Directory, normal_uri

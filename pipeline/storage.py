@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.retry import ChangedObject, MissingObject, ObjectTooLarge, Unreachable, retrying
 from pipeline.s3 import (
     CONNECT_SECONDS,

@@ -17,8 +17,8 @@ from timm.models import PretrainedCfg, save_for_hf
 from torch import Tensor, nn
 
 from models.backbone import official_pos_embed
+from models.errors import DinorayError, one_line
 from models.interop import MARK
-from models.settings import DinorayError, one_line
 from pipeline.checkpoint import Frozen
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

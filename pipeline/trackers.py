@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.run_dir import checkpoint_name
 from pipeline.storage import Directory, is_s3
 

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import Field
 
-from models.settings import ConfigError, Settings, one_line
+from models.errors import ConfigError, one_line
+from models.settings import Settings
 from pipeline.scalar_names import grouped
 from pipeline.sink import Sink, numbers
 from pipeline.storage import Directory, MissingObject

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import interop
 from models.dino import DINO, crop_major
+from models.errors import ConfigError, ResourceError
 from models.loss import batch_center, cross_entropy, koleo, sinkhorn_probs, teacher_probs, update_center
 from models.optim import build_optimizer, clip_per_parameter, drop_last_layer_grads, set_hyperparameters
-from models.settings import ConfigError, ResourceError
 from pipeline.algorithm import DINOConfig, Schedule, StepSettings, TrainConfig
 from pipeline.automatic import adapt, resolve
 from pipeline.crops_config import CropsConfig

@@ -16,7 +16,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
 
-from models.settings import DinorayError
+from models.errors import DinorayError
 from pipeline import dataset, shared_stream
 from pipeline.board import known_error
 from pipeline.checkpoint import load_checkpoint, own_copy, temporary_checkpoint

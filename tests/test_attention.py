@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.attention import cls_attention, pad_to_patch, patch_size
 from models.backbone import BackboneConfig, build_backbone
-from models.settings import ConfigError
+from models.errors import ConfigError
 
 SMALL = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VITS: dict[str, tuple[str, dict[str, Any]]] = {

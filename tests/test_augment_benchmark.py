@@ -19,7 +19,7 @@ import simplejpeg
 from image_files import encode, picture
 from PIL import Image
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.crops_config import CropsConfig
 
 ROOT = Path(__file__).parents[1]

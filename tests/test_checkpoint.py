@@ -13,7 +13,7 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 
-from models.settings import ConfigError, DataError, DinorayError
+from models.errors import ConfigError, DataError, DinorayError
 from pipeline.checkpoint import (
     CheckpointConfig,
     Found,

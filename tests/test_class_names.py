@@ -12,7 +12,7 @@ from no_ray import RayStarted, forbid_ray
 from jobs import pretrain, tune
 from jobs.config import load_config
 from jobs.running import Inputs
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline import class_names
 from pipeline.class_names import Mismatch, class_mismatch
 from pipeline.demo_images import draw_demo_image

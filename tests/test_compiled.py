@@ -95,7 +95,7 @@ def without_numba() -> list:
     """What a process says that cannot import numba."""
     code = NO_NUMBA + (
         "import json, logging, zlib, numpy as np\n"
-        "from models.settings import ConfigError\n"
+        "from models.errors import ConfigError\n"
         "from pipeline.crop_params import sample_image\n"
         "from pipeline.crops import crop_rng, kernel_name, multi_crop, prepare_kernel\n"
         "from pipeline.crops_config import CropsConfig\n"

@@ -26,7 +26,7 @@ from jobs.config import (
 )
 from jobs.keys import flatten, leaf_fields
 from jobs.recipes import RECIPES
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.storage import Directory
 
 FIELDS = leaf_fields(Config)

@@ -13,7 +13,7 @@ from samples import parquet, put_all, write_all
 from servers import S3Server
 
 from jobs.data_lines import describe_data
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.decode import decode
 from pipeline.demo_images import draw_demo_image
 from pipeline.detection import folder_label

@@ -25,7 +25,7 @@ from jobs.checks import (
 )
 from jobs.config import load_config
 from jobs.node_checks import LATE, check_dashboard, check_fit, check_nodes, check_object_store, judge_gpu
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.demo_images import draw_demo_image
 from pipeline.manifest import DataConfig
 

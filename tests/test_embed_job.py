@@ -14,7 +14,7 @@ from servers import S3Server, aws_environment
 from tiny_run import NAME, STEP, write_images, write_run
 
 from jobs import embed as job
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.checkpoint import read_frozen
 from pipeline.decode import decode, eval_crop
 from pipeline.demo_images import draw_demo_image

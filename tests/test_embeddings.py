@@ -14,7 +14,7 @@ from ranks import labelled_source
 from tiny import TINY_RESNET, tiny_config
 
 from models.backbone import build_backbone
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.checkpoint import Frozen
 from pipeline.decode import decode, eval_crop
 from pipeline.embeddings import (

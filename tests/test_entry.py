@@ -12,7 +12,7 @@ from jobs_processes import ROOT, start_job
 from servers import free_ports
 
 from jobs.entry import run_main, start_ray
-from models.settings import ResourceError
+from models.errors import ResourceError
 from pipeline.resources import ResourcesConfig
 
 JOB = """

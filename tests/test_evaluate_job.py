@@ -18,7 +18,7 @@ from tiny_run import NAME, STEP, write_images, write_run
 from jobs import evaluate
 from jobs.config import Config, load_run_config
 from jobs.probing import sharded_knn
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.checkpoint import Frozen, read_frozen
 from pipeline.features import (
     EvalConfig,

@@ -29,8 +29,8 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_config
 from torch import Tensor
 
 from jobs.export import main
+from models.errors import ConfigError, DinorayError
 from models.interop import load, parse, read_weights
-from models.settings import ConfigError, DinorayError
 from pipeline import onnx_export
 from pipeline.export import export_official, export_state_dict, official_args
 from pipeline.onnx_export import export_onnx, resize_matrix

@@ -14,7 +14,7 @@ from oracles import nearest_vote
 from ranks import IMAGES_PER_LABEL, LABELS, eval_config, labelled_source, seeded_backbone, two_ranks
 from tiny import tiny_config
 
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.decode import decode, eval_crop
 from pipeline.demo_images import draw_demo_image
 from pipeline.features import (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.forecast import Forecast, forecast, forecast_here, with_workers
 from pipeline.node_rates import STREAM_SHARE, Figures, Run, augmenting, carried
 from pipeline.prices import NODE_TYPES, PlanSettings

@@ -10,7 +10,7 @@ from tiny import TINY_RESNET, tiny_config
 from torch import nn
 
 from models.backbone import BackboneConfig, build_backbone
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.checkpoint import Frozen
 from pipeline.crops import crop_rng, multi_crop
 from pipeline.decode import decode

@@ -16,9 +16,9 @@ from tiny import TINY_RESNET, tiny_config
 from torch import Tensor, nn
 
 from models.dino import DINO
+from models.errors import ConfigError, DataError
 from models.interop import fit_backbone, load, load_optimizer, parse, read_weights, to_official
 from models.optim import OptimConfig, build_optimizer
-from models.settings import ConfigError, DataError
 
 HEAD: dict[str, Any] = {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}
 RESNET: dict[str, Any] = {"name": "resnet18", "kwargs": {}}

@@ -14,7 +14,7 @@ import ray
 
 from jobs import submit as job
 from jobs.entry import run_main
-from models.settings import ResourceError
+from models.errors import ResourceError
 
 ROOT = Path(__file__).parents[1]
 NO_AGENT = "No available agent to submit job, please try again later."

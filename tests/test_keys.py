@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from jobs.config import load_config
 from jobs.keys import did_you_mean, flatten, leaf_fields
-from models.settings import ConfigError
+from models.errors import ConfigError
 
 
 def mistakes(*overrides: str, file: Path | None = None) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.layout import Layout, batch_size_per_worker, steps_per_block
 
 layouts = st.builds(

@@ -12,7 +12,7 @@ from ray.train import ControllerError, WorkerGroupError
 from tiny_run import write_images
 
 from jobs.lost_ray import LostRayError, error_to_print
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.demo_images import PATTERNS
 from pipeline.run_dir import committed_steps
 from pipeline.storage import Directory

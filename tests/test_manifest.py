@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from samples import hostile_entries, needs_hostile, parquet, put_all, write_all
 from servers import S3Server
 
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.listing import Entry, EntryTable, role_of
 from pipeline.manifest import DataConfig, Manifest, build_manifest, load_or_build
 from pipeline.storage import Directory

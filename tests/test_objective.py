@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.study.objective import Objective, choose
 
 TEMPS = ["loss.teacher_temp", "loss.center_momentum"]

@@ -10,6 +10,7 @@ from tiny import tiny_config
 from torch import Tensor, nn
 
 from models.dino import DINO
+from models.errors import ConfigError
 from models.lars import LARS
 from models.optim import (
     OptimConfig,
@@ -21,7 +22,6 @@ from models.optim import (
     scaled_lr,
     set_hyperparameters,
 )
-from models.settings import ConfigError
 
 
 def tiny_student(**head: object) -> Any:

@@ -15,7 +15,7 @@ from jobs import pretrain
 from jobs.config import load_config, load_run_config
 from jobs.keys import flatten
 from jobs.recipes import RECIPES
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.demo_images import demo_folder, draw_demo_image
 from pipeline.storage import Directory
 

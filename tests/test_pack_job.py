@@ -17,7 +17,7 @@ from servers import S3Server
 
 from jobs import pack as job
 from jobs.config import load_config
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.manifest import DataConfig, build_manifest
 from pipeline.packing import Plan, shrink, write_part
 from pipeline.source import Fetched, Source

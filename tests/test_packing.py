@@ -16,7 +16,7 @@ from image_files import encode, pillow
 from PIL import Image
 from samples import parquet, write_all
 
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.crops_config import CropsConfig
 from pipeline.decode import BadImage
 from pipeline.manifest import DataConfig, Manifest, build_manifest

@@ -21,7 +21,7 @@ from jobs.cluster_file import fill_in
 from jobs.config import load_config
 from jobs.plan_lines import settings_of
 from jobs.planning import PlanArguments, PlanConfig, forwards_per_image, plan_config
-from models.settings import ConfigError, DataError, ResourceError
+from models.errors import ConfigError, DataError, ResourceError
 from pipeline.crops_config import CropsConfig
 from pipeline.forecast import Forecast, forecast
 

@@ -16,7 +16,7 @@ from test_tune import arguments, images  # noqa: F401  # images is a fixture
 from jobs.config import load
 from jobs.study import StudyConfig
 from jobs.trial import TrialRunner
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective
 from pipeline.study.plan import StudyPlan

@@ -21,7 +21,7 @@ from jobs.planning import PlanConfig
 from jobs.print_config import describe_config
 from jobs.recipes import RECIPES
 from jobs.study import NAME_SUFFIX, StudyConfig
-from models.settings import ConfigError
+from models.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 MODELS: dict[str, type[Config]] = {"pretrain": Config, "tune": StudyConfig, "plan": PlanConfig}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.probes import (
     ProbeConfig,
     collapsed_dims,

@@ -7,7 +7,7 @@ import pytest
 from ranks import bad_batch, two_ranks
 from tiny import Batch
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.quarantine import Quarantine
 from pipeline.source import Status
 

@@ -14,7 +14,7 @@ from PIL import Image
 from jobs.config import load_config
 from jobs.recipes import RECIPES
 from jobs.study import StudyArguments, first_points, objective_of, space_of, study_config
-from models.settings import DinorayError, ResourceError
+from models.errors import DinorayError, ResourceError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -15,7 +15,7 @@ from jobs.plan_lines import other_sizes
 from jobs.planning import Measured, PlanArguments, plan_config, run_of
 from jobs.running import check_run
 from jobs.study import StudyArguments, first_points, objective_of, space_of, study_config
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.forecast import forecast
 from pipeline.node_rates import Figures
 

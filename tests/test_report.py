@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline.contact_sheet import contact_sheet
 from pipeline.crops import crop_rng, multi_crop
 from pipeline.crops_config import CropsConfig

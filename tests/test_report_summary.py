@@ -15,7 +15,7 @@ from jobs.arguments import PretrainArguments, pretrain_config
 from jobs.config import Config, load_config
 from jobs.recipes import RECIPES
 from jobs.running import _reported
-from models.settings import DataError
+from models.errors import DataError
 from pipeline.report import build_report
 from pipeline.report_summary import duration
 from pipeline.storage import Directory

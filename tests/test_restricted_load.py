@@ -23,9 +23,9 @@ import pytest
 import torch
 from published import Run, saved
 
+from models.errors import DataError
 from models.interop import Weights, read_weights
 from models.restricted_load import restricted_load, values_of
-from models.settings import DataError
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 SCALAR = np.float64(1).__reduce__()[0]

@@ -21,7 +21,7 @@ from jobs.run_size import (
 )
 from jobs.study import StudyArguments, StudyConfig, space_of, study_config
 from jobs.study_plan import check_study_size
-from models.settings import ConfigError, ResourceError
+from models.errors import ConfigError, ResourceError
 from pipeline.layout import batch_size_per_worker, check_parts
 from pipeline.training import Schedule
 

@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 from samples import write_all
 
-from models.settings import DataError, DinorayError
+from models.errors import DataError, DinorayError
 from pipeline import dataset, shared_stream
 from pipeline.augment import Augmenter
 from pipeline.board import Board

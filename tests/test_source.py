@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from samples import hostile_entries, needs_hostile, parquet, put_all, write_all
 from servers import ACCESS_KEY, SECRET_KEY, S3Server, aws_environment
 
-from models.settings import DataError
+from models.errors import DataError
 from pipeline import s3 as s3_module
 from pipeline.manifest import DataConfig, Manifest, build_manifest
 from pipeline.shards import RowGroupCache

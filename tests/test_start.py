@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.checkpoint import save_checkpoint
 from pipeline.start import read_weights, start_from
 from pipeline.training import TrainState, build_state, train_step

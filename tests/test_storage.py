@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import SECRET_KEY, S3Server, aws_environment
 
-from models.settings import ConfigError, DataError, one_line, without_keys
+from models.errors import ConfigError, DataError, one_line, without_keys
 from pipeline import s3 as s3_module
 from pipeline.s3 import ObjectFile, read_object
 from pipeline.storage import (

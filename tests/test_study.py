@@ -33,7 +33,7 @@ from jobs.study import (
     trial_config,
 )
 from jobs.study_plan import check_growth, plan_of
-from models.settings import ConfigError, DinorayError, ResourceError
+from models.errors import ConfigError, DinorayError, ResourceError
 from pipeline.demo_images import PATTERNS
 from pipeline.storage import Directory
 from pipeline.study.space import default_space, grid

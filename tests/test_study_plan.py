@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jobs.config import load
 from jobs.study import StudyConfig
 from jobs.study_plan import plan_of
-from models.settings import ResourceError
+from models.errors import ResourceError
 from pipeline.resources import ResourcesConfig
 from pipeline.study.plan import StudyPlan, local_cpus, plan_study
 

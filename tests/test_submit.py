@@ -21,7 +21,7 @@ from ray_head import RAY, RayHead, ray_head
 from jobs.about import commit_of
 from jobs.cluster import attempts_at, connect
 from jobs.upload import MAX_BYTES, check_config_file, list_files, named_files, pack, read_runtime_env
-from models.settings import ConfigError, DinorayError, ResourceError
+from models.errors import ConfigError, DinorayError, ResourceError
 from pipeline.demo_images import PATTERNS, draw_demo_image
 from pipeline.report_records import read_mapping
 from pipeline.run_dir import committed_checkpoints

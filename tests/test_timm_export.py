@@ -17,8 +17,8 @@ from safetensors import safe_open
 from timm.data import create_transform, resolve_model_data_config
 from tiny import TINY_RESNET, tiny_config
 
+from models.errors import DinorayError
 from models.interop import MARK
-from models.settings import DinorayError
 from pipeline.checkpoint import Frozen
 from pipeline.decode import eval_crop
 from pipeline.demo_images import draw_demo_image

@@ -19,7 +19,7 @@ from PIL import Image
 
 from jobs.config import load_config
 from jobs.running import check_run
-from models.settings import ConfigError
+from models.errors import ConfigError
 from pipeline import tracking
 from pipeline.report import build_report
 from pipeline.sink import Sink

@@ -19,8 +19,8 @@ from test_architecture import RAY_MODULES
 from tiny import NUM_IMAGES, TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 
+from models.errors import ConfigError, ResourceError
 from models.loss import koleo
-from models.settings import ConfigError, ResourceError
 from pipeline.training import (
     DINOConfig,
     Schedule,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from studies import tried, write_tried
 
-from models.settings import ConfigError, DataError
+from models.errors import ConfigError, DataError
 from pipeline.report_records import Records
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective

@@ -16,8 +16,8 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from tiny import NUM_IMAGES, tiny_config
 from torch import Tensor, nn
 
+from models.errors import ConfigError, DataError
 from models.interop import load, read_weights
-from models.settings import ConfigError, DataError
 from pipeline.automatic import adapt
 from pipeline.start import read_weights as read_path
 from pipeline.start import start_from

@@ -7,7 +7,7 @@ than fit, of which each holds a part of what another needs. Knows no Ray: number
 from dataclasses import dataclass
 from math import ceil, floor
 
-from models.settings import ResourceError
+from models.errors import ResourceError
 from pipeline.resources import ResourcesConfig
 
 _FOR_RAY = 1

@@ -24,7 +24,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pb2 import PB2
 from ray.util.placement_group import PlacementGroup
 
-from models.settings import DinorayError, ResourceError, one_line
+from models.errors import DinorayError, ResourceError, one_line
 from pipeline.checkpoint import own_copy
 from pipeline.storage import Directory
 from pipeline.study.tuner import Listener, Placements, Unsaved, run_tune, tell_error

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from models.settings import ConfigError, DinorayError
+from models.errors import ConfigError, DinorayError
 from pipeline.run_dir import committed_steps
 from pipeline.storage import Directory
 from pipeline.study.objective import Objective

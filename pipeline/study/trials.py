@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from models.settings import DataError, one_line
+from models.errors import DataError, one_line
 from pipeline.report_records import Records, read, read_records
 from pipeline.storage import Directory
 

@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from models.settings import DinorayError, error_of
+from models.errors import DinorayError, error_of
 from pipeline.board import actor_here
 from pipeline.storage import Directory, filesystem
 

@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup
 
-from models.settings import DinorayError
+from models.errors import DinorayError
 from pipeline.board import actor_here
 from pipeline.storage import Directory
 from pipeline.study.trials import Trial

@@ -1,0 +1,60 @@
+"""The errors that a person can act on, and the exit code that a job ends with.
+
+DinorayError          1
+  ConfigError         2   a value in the config, on the command line or in a run directory is wrong
+  DataError           3   images, labels, checkpoints or storage cannot be read or written
+  ResourceError       4   the machine or cluster lacks what the config asks for
+"""
+
+import re
+
+_KEYS = re.compile(
+    r"(?<=://)(?:"
+    # A name, a colon and a key, which may have any sign in it; no port, no ARN and no IPv6 address.
+    r"(?!arn:)[^/\s:@\[]+:(?!\d+(?:/|$|\s))\S*"
+    r"|(?<!ssh://)[^/\s]+"
+    r")(?=@)"
+)
+
+
+class DinorayError(Exception):
+    """One line for a person: name, value, rule, remedy. `exit_code` is the process's exit status."""
+
+    exit_code = 1
+    all_processes_raise_it = False
+    """Whether all train workers come to it at the same step, so that each of them can end by itself."""
+
+
+class ConfigError(DinorayError, ValueError):
+    """A configured value is wrong."""
+
+    exit_code = 2
+    all_processes_raise_it = True
+
+
+class DataError(DinorayError):
+    """Data or storage is missing, forbidden or damaged."""
+
+    exit_code = 3
+
+
+class ResourceError(DinorayError):
+    """The machine or cluster lacks what the config asks for."""
+
+    exit_code = 4
+
+
+def error_of(message: str, exit_code: int) -> DinorayError:
+    """The error that a process ended with, as another one was told of it."""
+    kinds: dict[int, type[DinorayError]] = {k.exit_code: k for k in (ConfigError, DataError, ResourceError)}
+    return kinds.get(exit_code, DinorayError)(message)
+
+
+def one_line(error: BaseException | None, *, limit: int = 200) -> str:
+    """What another library's error says, on one line of at most `limit` characters; its type where it says nothing."""
+    return without_keys(" ".join(str(error).split()))[:limit] or type(error).__name__
+
+
+def without_keys(text: str) -> str:
+    """`text`, where what stands before the @ of an address, a name and a password, is `...`; not the user of SSH."""
+    return _KEYS.sub("...", text)
