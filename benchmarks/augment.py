@@ -41,15 +41,15 @@ import augment_tables as tables
 import numpy as np
 import torch
 
-from jobs.arguments import CommandLine
-from jobs.config import load_config
-from jobs.entry import run_main
+from jobs.cli.arguments import CommandLine
+from jobs.cli.config import load_config
+from jobs.cli.main import run_main
 from models.errors import ConfigError, ResourceError
-from pipeline import compiled
-from pipeline.crop_params import sample
-from pipeline.crops import apply, crop_rng, limit_threads, prepare_kernel
-from pipeline.crops_config import CropsConfig
-from pipeline.encoded import open_image
+from pipeline.augment import jit
+from pipeline.augment.config import CropsConfig
+from pipeline.augment.multicrop import apply, crop_rng, limit_threads, prepare_kernel
+from pipeline.augment.params import sample
+from pipeline.data.jpeg import open_image
 
 SHRUNK_PIXELS = 270_000
 """What a stored image is shrunk to: as many pixels as make a local crop of the smallest share 116 px wide."""
@@ -58,8 +58,8 @@ SHRUNK_PIXELS = 270_000
 def ours(config: CropsConfig, *, kernel: Literal["numba", "torch"] = "numba") -> peers.Cut:
     """The way of a file in training: header, random numbers of its own, parameters, decoding, crops in uint8."""
     config = config.model_copy(update={"kernel": kernel})
-    if kernel == "numba" and compiled.MISSING:
-        raise peers.CannotCut(f"no numba: {compiled.MISSING}")
+    if kernel == "numba" and jit.MISSING:
+        raise peers.CannotCut(f"no numba: {jit.MISSING}")
     prepare_kernel(config)
     epochs = itertools.count()
 
@@ -78,7 +78,7 @@ def ours_without_numba(config: CropsConfig) -> peers.Cut:
 
 def shrink_once(config: CropsConfig) -> Callable[[bytes], bytes]:
     """What `jobs.pack --shrink` makes of a file, to be stored and read instead."""
-    from pipeline.packing import shrink
+    from pipeline.export.packing import shrink
 
     return lambda data: shrink(data, max_pixels=SHRUNK_PIXELS)
 

@@ -20,14 +20,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from jobs.recipes import demo
+from jobs.cli.recipes import demo
 from models.errors import ConfigError
-from pipeline.algorithm import DINOConfig
-from pipeline.crops import crop_rng, limit_threads, multi_crop
-from pipeline.decode import decode
-from pipeline.demo_images import write_demo_images
-from pipeline.health import Verdict
-from pipeline.training import build_state, train_step
+from pipeline.augment.multicrop import crop_rng, limit_threads, multi_crop
+from pipeline.data.decode import decode
+from pipeline.data.demo_images import write_demo_images
+from pipeline.training.config import DINOConfig
+from pipeline.training.health import Verdict
+from pipeline.training.step import build_state, train_step
 
 EXPERIMENTS: dict[str, tuple[dict[str, Any], Verdict]] = {
     "centring alone": ({"centering": "center", "teacher_temp": 0.1}, Verdict.UNIFORM),

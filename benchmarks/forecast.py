@@ -29,14 +29,14 @@ from typing import NamedTuple
 import psutil
 from stream import session_cpu
 
-from jobs.arguments import CommandLine
-from jobs.config import load
-from jobs.entry import run_main
-from jobs.planning import Measured, PlanConfig, measure, run_of
+from jobs.cli.arguments import CommandLine
+from jobs.cli.config import load
+from jobs.cli.main import run_main
+from jobs.cluster.measure import Measured, PlanConfig, measure, run_of
 from models.errors import ConfigError, DinorayError
-from pipeline.demo_images import demo_folder, write_demo_images
-from pipeline.forecast import Forecast, forecast_here
-from pipeline.node_rates import Figures
+from pipeline.data.demo_images import demo_folder, write_demo_images
+from pipeline.planning.forecast import Forecast, forecast_here
+from pipeline.planning.node_rates import Figures
 
 _SAMPLE_SECONDS = 0.5
 

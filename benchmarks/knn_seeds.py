@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 
-from jobs.config import load_config
-from jobs.entry import run_main
-from pipeline.storage import Directory
+from jobs.cli.config import load_config
+from jobs.cli.main import run_main
+from pipeline.storage.files import Directory
 
 
 def main(argv: list[str]) -> None:

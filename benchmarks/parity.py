@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from side_by_side import CONFIGURATIONS, MODES, SCHEDULES, TENSORS, deviations
 
-from jobs.entry import run_main
+from jobs.cli.main import run_main
 from models.errors import ConfigError
 
 TITLES = {

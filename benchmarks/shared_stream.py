@@ -5,8 +5,8 @@
 
 All consumers take the same images in the same crops, as the trials of a study do. In turns, round by round:
 
-    separate   each consumer has a plan of its own (pipeline/dataset.py) with one actor
-    shared     all have one shared stream (pipeline/shared_stream.py) with an actor for each core
+    separate   each consumer has a plan of its own (pipeline/stream/ray_data.py) with one actor
+    shared     all have one shared stream (pipeline/stream/shared_stream.py) with an actor for each core
 
 The figure is the CPU time of all processes of the Ray session, of the actors and of all together, for each image that
 a consumer received; it holds on a busy machine too. What is measured lies between two moments at which all consumers
@@ -32,17 +32,17 @@ from stream import draw, edge_turns, session_cpu, touch
 from stream_alone import available_cores
 from stream_tables import markdown
 
-from jobs.arguments import CommandLine
-from jobs.config import load_config
-from jobs.entry import run_main, start_ray
+from jobs.cli.arguments import CommandLine
+from jobs.cli.config import load_config
+from jobs.cli.main import run_main, start_ray
 from models.errors import ConfigError
-from pipeline import dataset, shared_stream
-from pipeline.board import Board
-from pipeline.crops_config import crop_bytes
-from pipeline.layout import Layout
-from pipeline.manifest import build_manifest
-from pipeline.order import Order
-from pipeline.source import Source
+from pipeline.augment.config import crop_bytes
+from pipeline.cluster.channel import Board
+from pipeline.data.manifest import build_manifest
+from pipeline.data.order import Order
+from pipeline.data.partition import Layout
+from pipeline.data.source import Source
+from pipeline.stream import ray_data, shared_stream
 
 SIDES = ("separate", "shared")
 _SAMPLE_SECONDS = 0.25
@@ -106,16 +106,16 @@ def run(opens: Sequence[Open], *, edge: int, batch: int) -> dict[str, float]:
     }
 
 
-def separate(plans: Sequence[dataset.StreamPlan], layout: Layout) -> dict[str, float]:
+def separate(plans: Sequence[ray_data.StreamPlan], layout: Layout) -> dict[str, float]:
     """Each consumer with a plan of its own."""
     opens = []
     for plan in plans:
-        (split,) = dataset.open_splits(plan, layout)
-        opens.append(partial(dataset.batches, split, layout, rank=0, prefetch_batches=2))
+        (split,) = ray_data.open_splits(plan, layout)
+        opens.append(partial(ray_data.batches, split, layout, rank=0, prefetch_batches=2))
     return run(opens, edge=edge_turns(1, layout), batch=layout.batch_size_per_worker)
 
 
-def shared(plan: dataset.StreamPlan, consumers: int, actors: int, layout: Layout) -> dict[str, float]:
+def shared(plan: ray_data.StreamPlan, consumers: int, actors: int, layout: Layout) -> dict[str, float]:
     """All with one stream, whose window holds what two consumers may be apart: all that is under way, twice."""
     edge = edge_turns(actors, layout)
     window = 2 * edge * layout.batch_size_per_worker * crop_bytes(plan.crops)
@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
             config.resources.model_copy(update={"augment_actors": 2 * actors, "use_gpu": False}),
             verbose=False,
         )
-        plan = dataset.StreamPlan(
+        plan = ray_data.StreamPlan(
             source=ray.put(source),
             board=Board(),
             order=Order(source.num_images, seed=0),

@@ -15,12 +15,12 @@ from pathlib import Path
 import augment_images
 import numpy as np
 
-from jobs.entry import run_main
-from pipeline.crop_params import LEFT, WIDTH, CropParams, sample_image
-from pipeline.crops import Crops, apply, cut, limit_threads
-from pipeline.crops_config import CropsConfig
-from pipeline.encoded import Decoded, open_image
-from pipeline.packing import shrink, shrink_pixels
+from jobs.cli.main import run_main
+from pipeline.augment.config import CropsConfig
+from pipeline.augment.multicrop import Crops, apply, cut, limit_threads
+from pipeline.augment.params import LEFT, WIDTH, CropParams, sample_image
+from pipeline.data.jpeg import Decoded, open_image
+from pipeline.export.packing import shrink, shrink_pixels
 
 
 def distance(a: Crops, b: Crops) -> list[float]:

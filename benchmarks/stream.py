@@ -7,8 +7,8 @@
 A pool is actors x threads. For each pool and number of consumers three things take turns, round by round:
 
     kernel   header, parameters, decoding and crops of files in memory, in a process pinned to one core
-    block    pipeline/augment.py's blocks, which fetch too, in that process on as many cores as an actor has threads
-    stream   pipeline/dataset.py's stream of these blocks to consumers that do nothing but touch what arrives
+    block    the augmenter's blocks, which fetch too, in that process on as many cores as an actor has threads
+    stream   pipeline/stream/ray_data.py's stream of these blocks to consumers that do nothing but touch what arrives
 
 The stream crops every position of its round, the other two every k-th of them. "By the clock" is the stream's images/s
 over the kernel's, times actors x threads. An actor also uses cores that no thread of its crops on (it fetches, and
@@ -46,18 +46,18 @@ import stream_tables as tables
 from augment_tables import machine
 from stream_alone import Work, available_cores, blocks_alone, kernel_alone
 
-from jobs.arguments import CommandLine
-from jobs.config import Config, load_config
-from jobs.entry import run_main, start_ray
+from jobs.cli.arguments import CommandLine
+from jobs.cli.config import Config, load_config
+from jobs.cli.main import run_main, start_ray
 from models.errors import ConfigError, ResourceError
-from pipeline import dataset
-from pipeline.augment import STAGES
-from pipeline.board import Board
-from pipeline.crops_config import crop_bytes
-from pipeline.layout import Layout, steps_per_block
-from pipeline.manifest import build_manifest
-from pipeline.order import Order
-from pipeline.source import Source
+from pipeline.augment.augmenter import STAGES
+from pipeline.augment.config import crop_bytes
+from pipeline.cluster.channel import Board
+from pipeline.data.manifest import build_manifest
+from pipeline.data.order import Order
+from pipeline.data.partition import Layout, steps_per_block
+from pipeline.data.source import Source
+from pipeline.stream import ray_data
 
 MOST_ALONE = 4096
 """Images of a round that the kernel and the blocks take: their files are all in memory."""
@@ -96,7 +96,7 @@ def consume(
     stages = np.zeros(len(STAGES))
     before: dict[int, tuple[str, float]] = {}
     after: dict[int, tuple[str, float]] = {}
-    batches = dataset.batches(split, layout, rank=rank, prefetch_batches=2)
+    batches = ray_data.batches(split, layout, rank=rank, prefetch_batches=2)
     for i in range(layout.last_step - layout.first_step):
         asked = time.perf_counter()
         batch = next(batches)
@@ -130,9 +130,9 @@ def consume(
     }
 
 
-def stream(plan: dataset.StreamPlan, layout: Layout) -> dict[str, Any]:
+def stream(plan: ray_data.StreamPlan, layout: Layout) -> dict[str, Any]:
     """Images/s over all ranks, CPU milliseconds per image by process and by stage, and what Ray Data says itself."""
-    splits = dataset.open_splits(plan, layout)
+    splits = ray_data.open_splits(plan, layout)
     edge = edge_turns(plan.augment_actors[0], layout)
     me = os.getpid()
     parts = ray.get([consume.remote(split, layout, rank, edge, me) for rank, split in enumerate(splits)])
@@ -188,7 +188,7 @@ def measure(
 ) -> dict[str, Any]:
     """All rounds of one pool and number of consumers."""
     actors, threads = pool
-    plan = dataset.StreamPlan(
+    plan = ray_data.StreamPlan(
         source=ray.put(work.source),
         board=Board(),
         order=work.order,

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment import Augmenter
-from pipeline.crop_params import sample_image
-from pipeline.crops import Crops, cut, decode_for, limit_threads, prepare_kernel
-from pipeline.crops_config import CropsConfig
-from pipeline.decode import BadImage
-from pipeline.encoded import open_image
-from pipeline.order import Order
-from pipeline.source import Source
+from pipeline.augment.augmenter import Augmenter
+from pipeline.augment.config import CropsConfig
+from pipeline.augment.multicrop import Crops, cut, decode_for, limit_threads, prepare_kernel
+from pipeline.augment.params import sample_image
+from pipeline.data.decode import BadImage
+from pipeline.data.jpeg import open_image
+from pipeline.data.order import Order
+from pipeline.data.source import Source
 
 
 @dataclass(frozen=True)

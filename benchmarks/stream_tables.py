@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.layout import Layout
+from pipeline.data.partition import Layout
 
 STAGES = ("fetch", "decode", "crop", "serialise", "deliver", "collate", "idle")
 """Where an image's CPU time goes. Serialise is what an actor does beside the first three: it builds blocks and copies

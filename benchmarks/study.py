@@ -15,13 +15,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from jobs.config import load
-from jobs.entry import run_main
-from jobs.study import StudyConfig
-from pipeline.storage import Directory
-from pipeline.study.agreement import agreement as correlate
-from pipeline.study.findings import Findings, findings
-from pipeline.study.ranking import searched
+from jobs.cli.config import load
+from jobs.cli.main import run_main
+from jobs.studies.config import StudyConfig
+from pipeline.storage.files import Directory
+from pipeline.study.findings.agreement import agreement as correlate
+from pipeline.study.findings.ranking import searched
+from pipeline.study.findings.summary import Findings, findings
 from pipeline.study.trials import Tried, read_study, read_trials
 
 SPACE = "{loss.teacher_temp: {uniform: [0.02, 0.12]}, loss.center_momentum: {one_minus_log: [0.5, 0.999]}}"

@@ -14,22 +14,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.arguments import CommandLine
-from jobs.config import load_run_config
-from jobs.entry import run_main
-from jobs.network import open_network
+from jobs.cli.arguments import CommandLine
+from jobs.cli.config import load_run_config
+from jobs.cli.main import run_main
+from jobs.runs.open_checkpoint import open_network
 from models.attention import patch_size
 from models.errors import ConfigError, DataError
-from pipeline.attention_animation import animation, read_frames
-from pipeline.attention_figure import MASS, figure, look, overlays
-from pipeline.checkpoint import find_checkpoint
-from pipeline.decode import BadImage, decode
-from pipeline.drawing import png_bytes
-from pipeline.features import subset
-from pipeline.loading import load_batches
-from pipeline.manifest import DataConfig, build_manifest
-from pipeline.source import Source
-from pipeline.storage import Directory, MissingObject, is_s3, normal_uri
+from pipeline.data.decode import BadImage, decode
+from pipeline.data.loader import load_batches
+from pipeline.data.manifest import DataConfig, build_manifest
+from pipeline.data.source import Source
+from pipeline.evaluation.features import subset
+from pipeline.figures.attention_animation import animation, read_frames
+from pipeline.figures.attention_sheet import MASS, figure, look, overlays
+from pipeline.figures.drawing import png_bytes
+from pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
+from pipeline.training.checkpoint import find_checkpoint
 
 _EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}(?=#|$)")
 """Of a file's name, also where the number of a Parquet row follows it."""

@@ -19,8 +19,12 @@ import ray
 import requests
 from ray.exceptions import AuthenticationError
 
-from jobs.arguments import CommandLine
-from jobs.checks import (
+from jobs.cli.arguments import CommandLine
+from jobs.cli.config import Config, load_config
+from jobs.cli.main import not_started, run_main, wants_token
+from jobs.cli.quiet import quiet_ray
+from jobs.cluster.job_server import attempts_at, connect, dashboard_address, finish, submit
+from jobs.cluster.machine_checks import (
     Finding,
     check_clock,
     check_data,
@@ -31,10 +35,7 @@ from jobs.checks import (
     failed,
     machine_facts,
 )
-from jobs.cluster import attempts_at, connect, dashboard_address, finish, submit
-from jobs.config import Config, load_config
-from jobs.entry import not_started, run_main, wants_token
-from jobs.node_checks import (
+from jobs.cluster.node_checks import (
     check_dashboard,
     check_fit,
     check_labels,
@@ -43,10 +44,9 @@ from jobs.node_checks import (
     living_nodes,
     look_at_nodes,
 )
-from jobs.quiet import quiet_ray
-from jobs.upload import pack, read_runtime_env
+from jobs.cluster.upload import pack, read_runtime_env
 from models.errors import ConfigError, DinorayError, ResourceError, one_line, without_keys
-from pipeline.storage import is_reached_by_all
+from pipeline.storage.files import is_reached_by_all
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 

@@ -13,13 +13,16 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from jobs.arguments import CommandLine, positive
-from jobs.data_lines import describe_data
-from jobs.entry import run_main
-from jobs.network import lone_config, open_network
-from jobs.writing import settings_of, write_missing
+from jobs.cli.arguments import CommandLine, positive
+from jobs.cli.main import run_main
+from jobs.runs.data_lines import describe_data
+from jobs.runs.open_checkpoint import lone_config, open_network
+from jobs.runs.write_parts import settings_of, write_missing
 from models.errors import ConfigError
-from pipeline.embeddings import (
+from pipeline.data.manifest import load_or_build
+from pipeline.data.source import Source
+from pipeline.evaluation.backbone_outputs import check_size
+from pipeline.export.embeddings import (
     MANIFEST,
     SETTINGS,
     SUMMARY,
@@ -35,10 +38,7 @@ from pipeline.embeddings import (
     weights_digest,
     write_part,
 )
-from pipeline.frozen import check_size
-from pipeline.manifest import load_or_build
-from pipeline.source import Source
-from pipeline.storage import Directory
+from pipeline.storage.files import Directory
 
 _SECTIONS = ("data", "resources")
 

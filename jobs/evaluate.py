@@ -10,20 +10,20 @@ from typing import Any
 
 import ray
 
-from jobs.arguments import CommandLine
-from jobs.config import load_run_config
-from jobs.data_lines import unlabelled_warnings
-from jobs.entry import run_main, start_ray
-from jobs.network import lone_config, open_network
-from jobs.probing import LABEL_FREE, LABELLED, Prober
-from jobs.running import evaluated_images
+from jobs.cli.arguments import CommandLine
+from jobs.cli.config import load_run_config
+from jobs.cli.main import run_main, start_ray
+from jobs.runs.data_lines import unlabelled_warnings
+from jobs.runs.open_checkpoint import lone_config, open_network
+from jobs.runs.prober import LABEL_FREE, LABELLED, Prober
+from jobs.runs.train import evaluated_images
 from models.errors import ConfigError
-from pipeline.class_names import class_mismatch
-from pipeline.detection import AUTO
-from pipeline.frozen import check_size
-from pipeline.manifest import build_manifest
-from pipeline.source import Source
-from pipeline.storage import Directory
+from pipeline.data.detection import AUTO
+from pipeline.data.manifest import build_manifest
+from pipeline.data.source import Source
+from pipeline.evaluation.backbone_outputs import check_size
+from pipeline.evaluation.class_names import class_mismatch
+from pipeline.storage.files import Directory
 
 
 def main(argv: Sequence[str]) -> None:

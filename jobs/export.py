@@ -15,19 +15,15 @@ from typing import Any, NamedTuple
 
 import timm
 
-from jobs.arguments import CommandLine
-from jobs.config import load_run_config
-from jobs.entry import run_main
+from jobs.cli.arguments import CommandLine
+from jobs.cli.config import load_run_config
+from jobs.cli.main import run_main
 from models.errors import ConfigError, DinorayError
-from pipeline.checkpoint import Frozen, download_checkpoint, find_checkpoint, read_frozen, read_meta
-from pipeline.export import export_official, export_state_dict
-from pipeline.loading_code import FILES, create_model, quoted
-from pipeline.model_card import RunFacts, model_card, read_scores
-from pipeline.onnx_export import export_onnx
-from pipeline.readme_card import position_note, readme
-from pipeline.run_dir import checkpoint_name
-from pipeline.storage import Directory, MissingObject, is_s3
-from pipeline.timm_export import (
+from pipeline.export.loading_code import FILES, create_model, quoted
+from pipeline.export.model_card import RunFacts, model_card, read_scores
+from pipeline.export.onnx_export import export_onnx
+from pipeline.export.readme_card import position_note, readme
+from pipeline.export.timm_export import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     evaluation_size,
@@ -36,6 +32,10 @@ from pipeline.timm_export import (
     other_sizes,
     timm_arguments,
 )
+from pipeline.export.weights import export_official, export_state_dict
+from pipeline.storage.files import Directory, MissingObject, is_s3
+from pipeline.storage.run_dir import checkpoint_name
+from pipeline.training.checkpoint import Frozen, download_checkpoint, find_checkpoint, read_frozen, read_meta
 
 
 class Exported(NamedTuple):

@@ -15,15 +15,16 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.arguments import CommandLine, positive
-from jobs.config import Config, apply_overrides, validate
-from jobs.data_lines import describe_data
-from jobs.entry import run_main
-from jobs.recipes import RECIPES
-from jobs.writing import settings_of, write_missing
+from jobs.cli.arguments import CommandLine, positive
+from jobs.cli.config import Config, apply_overrides, validate
+from jobs.cli.main import run_main
+from jobs.cli.recipes import RECIPES
+from jobs.runs.data_lines import describe_data
+from jobs.runs.write_parts import settings_of, write_missing
 from models.errors import ConfigError
-from pipeline.manifest import Manifest, load_or_build
-from pipeline.packing import (
+from pipeline.data.manifest import Manifest, load_or_build
+from pipeline.data.source import Source
+from pipeline.export.packing import (
     FACTS,
     KIND,
     MANIFEST,
@@ -36,9 +37,8 @@ from pipeline.packing import (
     shrink_pixels,
     write_part,
 )
-from pipeline.parts import SUMMARY, Footer, check_bad, check_settings, missing_parts
-from pipeline.source import Source
-from pipeline.storage import Directory
+from pipeline.export.parquet_parts import SUMMARY, Footer, check_bad, check_settings, missing_parts
+from pipeline.storage.files import Directory
 
 _RECIPE = "vit_small_imagenet_vanilla"  # its crops are the published ones
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.about import draw_demo
-from jobs.cluster_file import write_cluster_file
-from jobs.config import json_schema
-from jobs.entry import run_main
-from jobs.plan_lines import (
+from jobs.cli.config import json_schema
+from jobs.cli.main import run_main
+from jobs.cli.print_config import describe_config
+from jobs.cluster.cluster_file import write_cluster_file
+from jobs.cluster.measure import BUCKET, PlanArguments, PlanConfig, measure, plan_config, run_of
+from jobs.cluster.plan_lines import (
     cluster_rows,
     command,
     figure_rows,
@@ -26,10 +27,9 @@ from jobs.plan_lines import (
     show,
     size_table,
 )
-from jobs.planning import BUCKET, PlanArguments, PlanConfig, measure, plan_config, run_of
-from jobs.print_config import describe_config
-from jobs.running import check_run
-from pipeline.forecast import Forecast, forecast, forecast_here
+from jobs.runs.run_files import draw_demo
+from jobs.runs.train import check_run
+from pipeline.planning.forecast import Forecast, forecast, forecast_here
 
 
 def main(argv: Sequence[str]) -> None:

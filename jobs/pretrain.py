@@ -10,26 +10,26 @@ from collections.abc import Sequence
 import ray
 from rich.console import Console
 
-from jobs.about import draw_demo, note_hardware, write_about
-from jobs.arguments import PretrainArguments, pretrain_config
-from jobs.config import Config, differences, json_schema, load_run_config
-from jobs.data_lines import describe_data, describe_evaluation, evaluation_warnings
-from jobs.display import Display
-from jobs.entry import run_main, start_ray
-from jobs.keys import keep_detected
-from jobs.print_config import describe_config
-from jobs.result import RESULT, describe_result, write_result
-from jobs.run_size import check_images, check_workers, length_warnings, warmup_warnings
-from jobs.running import Inputs, check_run, run_training, what_is_learnt
+from jobs.cli.arguments import PretrainArguments, pretrain_config
+from jobs.cli.config import Config, differences, json_schema, load_run_config
+from jobs.cli.display import Display
+from jobs.cli.keys import keep_detected
+from jobs.cli.main import run_main, start_ray
+from jobs.cli.print_config import describe_config
+from jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
+from jobs.runs.result import RESULT, describe_result, write_result
+from jobs.runs.run_files import draw_demo, note_hardware, write_about
+from jobs.runs.run_size import check_images, check_workers, length_warnings, warmup_warnings
+from jobs.runs.train import Inputs, check_run, run_training, what_is_learnt
 from models.errors import ConfigError, DinorayError
-from pipeline.board import Board, Event
-from pipeline.crops import kernel_name
-from pipeline.crops_config import describe_crops
-from pipeline.published_weights import fetch_published_weights
-from pipeline.report import LiveReport, write_report
-from pipeline.run_dir import committed_checkpoints
-from pipeline.storage import Directory
-from pipeline.training import Schedule
+from pipeline.augment.config import describe_crops
+from pipeline.augment.multicrop import kernel_name
+from pipeline.cluster.channel import Board, Event
+from pipeline.reporting.run_report import LiveReport, write_report
+from pipeline.storage.files import Directory
+from pipeline.storage.run_dir import committed_checkpoints
+from pipeline.training.published_weights import fetch_published_weights
+from pipeline.training.step import Schedule
 
 
 def main(argv: Sequence[str]) -> None:

@@ -16,17 +16,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.about import COMMIT, commit_of
-from jobs.arguments import CommandLine, PretrainArguments, positive, pretrain_config
-from jobs.cluster import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
-from jobs.config import RUN_NAME, Config, apply_overrides, differences, load_run_config
-from jobs.entry import run_main
-from jobs.keys import did_you_mean, flatten, leaf_fields, looks_secret
-from jobs.result import RESULT
-from jobs.study import StudyArguments, study_config
-from jobs.upload import check_config_file, describe, named_files, pack, read_runtime_env
+from jobs.cli.arguments import CommandLine, PretrainArguments, positive, pretrain_config
+from jobs.cli.config import RUN_NAME, Config, apply_overrides, differences, load_run_config
+from jobs.cli.keys import did_you_mean, flatten, leaf_fields, looks_secret
+from jobs.cli.main import run_main
+from jobs.cluster.job_server import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
+from jobs.cluster.upload import check_config_file, describe, named_files, pack, read_runtime_env
+from jobs.runs.result import RESULT
+from jobs.runs.run_files import COMMIT, commit_of
+from jobs.studies.config import StudyArguments, study_config
 from models.errors import ConfigError, DinorayError, without_keys
-from pipeline.storage import Directory, is_reached_by_all
+from pipeline.storage.files import Directory, is_reached_by_all
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 _STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"

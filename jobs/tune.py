@@ -9,16 +9,15 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.about import draw_demo, write_about
-from jobs.config import differences, json_schema, load_kept
-from jobs.data_lines import describe_data, describe_evaluation, evaluation_warnings
-from jobs.entry import is_local, run_main
-from jobs.keys import keep_detected
-from jobs.print_config import describe_config
-from jobs.run_size import check_workers
-from jobs.running import Inputs, check_run
-from jobs.searching import StudyRun
-from jobs.study import (
+from jobs.cli.config import differences, json_schema, load_kept
+from jobs.cli.keys import keep_detected
+from jobs.cli.main import is_local, run_main
+from jobs.cli.print_config import describe_config
+from jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
+from jobs.runs.run_files import draw_demo, write_about
+from jobs.runs.run_size import check_workers
+from jobs.runs.train import Inputs, check_run
+from jobs.studies.config import (
     FREE,
     NAME_SUFFIX,
     StudyArguments,
@@ -29,13 +28,14 @@ from jobs.study import (
     space_of,
     study_config,
 )
-from jobs.study_plan import check_growth, check_study_size
+from jobs.studies.resources import check_growth, check_study_size
+from jobs.studies.study_run import StudyRun
 from models.errors import ConfigError
-from pipeline.published_weights import fetch_published_weights
-from pipeline.storage import Directory
-from pipeline.study.progress import check_any_ran
-from pipeline.study.report import describe_study
+from pipeline.storage.files import Directory
+from pipeline.study.page.study_report import describe_study
+from pipeline.study.search.progress import check_any_ran
 from pipeline.study.trials import STUDY
+from pipeline.training.published_weights import fetch_published_weights
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """DINO(nn.Module): student, teacher and centre; the multi-crop forward; the only EMA.
 
 Layers below: backbone, head. The loss is a set of pure functions beside it (loss.py); the training step that
-ties them together stands in pipeline/training.py.
+ties them together stands in pipeline/training/step.py.
 """
 
 from typing import Annotated, NamedTuple

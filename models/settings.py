@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from models.errors import without_keys
 
 Auto: TypeAlias = Literal["auto"]
-"""Stands for a number that follows from the number of images; pipeline/automatic.py puts it in."""
+"""Stands for a number that follows from the number of images; pipeline/training/auto.py puts it in."""
 
 
 Number = TypeVar("Number", int, float)
@@ -32,5 +32,5 @@ class Settings(BaseModel):
 def number(value: Number | Auto) -> Number:
     """`value`, which must no longer be `auto`."""
     if value == "auto":
-        raise ValueError("a value is still auto; pipeline.automatic.resolve puts the number in")
+        raise ValueError("a value is still auto; pipeline.training.auto.resolve puts the number in")
     return value

@@ -9,7 +9,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from jobs.upload import SECRET_FILES
+from jobs.cluster.upload import SECRET_FILES
 
 Config = dict[str, Any]
 Lint = Callable[[Config], list[str]]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
-from pipeline.checkpoint import Frozen, save_checkpoint
-from pipeline.run_dir import SNAPSHOT, checkpoint_name
-from pipeline.training import DINOConfig, TrainState, build_state, train_step
+from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
+from pipeline.training.checkpoint import Frozen, save_checkpoint
+from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
 
 TINY_VIT: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 OWN_VIT: dict[str, Any] = {"patch_size": 4, **TINY_VIT}

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.backbone import BackboneConfig, build_backbone
-from pipeline.demo_images import draw_demo_image
-from pipeline.distribution import distribute
-from pipeline.evaluation import evaluate
-from pipeline.features import EvalConfig, Features, embed_sharded
-from pipeline.manifest import DataConfig, load_or_build
-from pipeline.probes import ProbeConfig
-from pipeline.quarantine import Quarantine
-from pipeline.sink import Embedding
-from pipeline.source import Source
-from pipeline.storage import Directory
-from pipeline.training import DINOConfig, TrainState, build_state, train_step
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.data.manifest import DataConfig, load_or_build
+from pipeline.data.source import Source
+from pipeline.evaluation.features import EvalConfig, Features, embed_sharded
+from pipeline.evaluation.in_training import evaluate
+from pipeline.evaluation.probes import ProbeConfig
+from pipeline.storage.files import Directory
+from pipeline.tracking.sink import Embedding
+from pipeline.training.bad_images import Quarantine
+from pipeline.training.ddp import distribute
+from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
 
 WORLD_SIZE = 2
 NUM_STEPS = 5

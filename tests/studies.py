@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report_records import Records
-from pipeline.storage import Directory
+from pipeline.storage.files import Directory
 from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain, at
 from pipeline.study.trials import (
     Outcome,
@@ -19,6 +18,7 @@ from pipeline.study.trials import (
     write_study,
     write_trial,
 )
+from pipeline.tracking.records import Records
 
 STEPS = 100
 SPACE = {

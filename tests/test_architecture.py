@@ -16,13 +16,43 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("models", "pipeline", "jobs")
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).glob("**/*.py"))]
 OTHER_FILES = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).glob("**/*.py"))]
-RAY_MODULES = {
-    f"pipeline/{name}.py"
-    for name in (
-        *("dataset", "actors", "shared_stream", "worker", "worker_spec", "board", "pool", "nodes", "gauges"),
-        *("study/tuner", "study/tuning", "study/population"),
-    )
+RAY_FILES = {
+    *(f"pipeline/cluster/{name}.py" for name in ("channel", "nodes", "pool_control")),
+    *(f"pipeline/stream/{name}.py" for name in ("ray_data", "shared_stream")),
+    *(f"pipeline/worker/{name}.py" for name in ("worker", "spec")),
+    *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
+    "pipeline/evaluation/actors.py",
+    "pipeline/tracking/prometheus.py",
 }
+_TRAINING = "models published storage data augment training"
+_RUN = "models storage cluster data tracking training stream"
+_PAGES = "models storage data augment tracking training figures"
+ROOMS = {
+    "models": "",
+    "models/published": "models",
+    "pipeline/storage": "models",
+    "pipeline/cluster": "models",
+    "pipeline/data": "models storage",
+    "pipeline/augment": "models storage data",
+    "pipeline/tracking": "models storage augment",
+    "pipeline/training": "models published storage data augment",
+    "pipeline/stream": "models cluster data augment",
+    "pipeline/figures": "models storage augment tracking training",
+    "pipeline/planning": "models data augment training",
+    "pipeline/evaluation": _PAGES,
+    "pipeline/reporting": _PAGES,
+    "pipeline/worker": f"{_TRAINING} cluster tracking stream evaluation reporting",
+    "pipeline/export": f"{_TRAINING} evaluation",
+    "pipeline/study": "models storage tracking training",
+    "pipeline/study/findings": "study training",
+    "pipeline/study/page": "storage tracking figures reporting study findings",
+    "pipeline/study/search": "models storage cluster training study findings",
+    "jobs/cli": "models storage cluster data tracking training evaluation study",
+    "jobs/runs": f"{_RUN} published augment figures evaluation reporting worker cli",
+    "jobs/studies": f"{_RUN} reporting study findings page search cli runs",
+    "jobs/cluster": "models storage cluster data augment planning evaluation study cli runs studies",
+}
+"""Room -> the rooms that it imports, each of them above it in this list. The commands in jobs/ import any."""
 
 
 def name_of(path: Path) -> str:
@@ -67,7 +97,49 @@ def offenders(files: Iterable[Path], breaks: Callable[[Path], object]) -> dict[s
 def test_there_is_something_to_look_at() -> None:
     assert {layer(path) for path in FILES} == set(LAYERS)
     assert len(FILES) > 25
-    assert "ray" in packages(ROOT / "pipeline" / "worker.py")
+    assert "ray" in packages(ROOT / "pipeline" / "worker" / "worker.py")
+
+
+def room_of(path: str) -> str:
+    """The room of a file, by its path from the root; the kernels are part of augment."""
+    folder = path.rpartition("/")[0]
+    return "pipeline/augment" if folder == "pipeline/augment/kernels" else folder
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms, other than its own, that a file imports something of."""
+    found = set()
+    for name in imports(path):
+        # The longest part of the name that is a file.
+        parts = name.split(".")
+        files = ["/".join(parts[:n]) + ".py" for n in range(len(parts), 0, -1)]
+        found |= {room_of(file) for file in files if (ROOT / file).exists()}
+    return found - {room_of(name_of(path))}
+
+
+def test_each_file_is_in_a_room() -> None:
+    rooms = {room_of(name_of(path)) for path in FILES if path.name != "__init__.py"}
+    assert rooms == {*ROOMS, "jobs"}
+
+
+def test_rooms_import_the_rooms_that_the_table_says() -> None:
+    short = {room.rpartition("/")[2]: room for room in ROOMS if room != "jobs/cluster"}
+    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for path in FILES:
+        if room_of(name_of(path)) in ROOMS:
+            found[room_of(name_of(path))] |= imported_rooms(path)
+    assert found == {room: {short[name] for name in names.split()} for room, names in ROOMS.items()}
+
+
+def test_rooms_import_one_way() -> None:
+    order = list(ROOMS)
+    seen = {name_of(path): imported_rooms(path) for path in FILES if room_of(name_of(path)) in ROOMS}
+    up = {
+        name: above
+        for name, rooms in seen.items()
+        if (above := [room for room in rooms if order.index(room) >= order.index(room_of(name))])
+    }
+    assert up == {}
 
 
 def test_models_know_torch_and_timm_alone() -> None:
@@ -96,15 +168,15 @@ def test_jobs_with_a_main_are_imported_by_nobody() -> None:
 
 def test_ray_is_known_in_few_places_alone() -> None:
     below = all_of("models", "pipeline")
-    assert {name_of(path) for path in below if "ray" in packages(path)} == RAY_MODULES
+    assert {name_of(path) for path in below if "ray" in packages(path)} == RAY_FILES
 
 
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("data", {"pipeline/dataset.py", "pipeline/actors.py"}),
-        ("train", {"pipeline/worker.py"}),
-        ("tune", {"pipeline/study/tuner.py", "pipeline/study/tuning.py", "pipeline/study/population.py"}),
+        ("data", {"pipeline/stream/ray_data.py", "pipeline/evaluation/actors.py"}),
+        ("train", {"pipeline/worker/worker.py"}),
+        ("tune", {f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")}),
     ],
 )
 def test_each_ray_library_has_its_users_and_no_others(library: str, owners: set[str]) -> None:

@@ -23,15 +23,15 @@ from samples import parquet
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 
 from jobs import attention
-from jobs.entry import run_main
-from pipeline.attention_figure import attention_figure, figure, look
-from pipeline.checkpoint import read_frozen, save_checkpoint
-from pipeline.decode import decode
-from pipeline.drawing import png_bytes
-from pipeline.metrics import MetricsLog
-from pipeline.run_dir import SNAPSHOT, checkpoint_name
-from pipeline.storage import Directory
-from pipeline.training import build_state, train_step
+from jobs.cli.main import run_main
+from pipeline.data.decode import decode
+from pipeline.figures.attention_sheet import attention_figure, figure, look
+from pipeline.figures.drawing import png_bytes
+from pipeline.storage.files import Directory
+from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
+from pipeline.tracking.run_log import MetricsLog
+from pipeline.training.checkpoint import read_frozen, save_checkpoint
+from pipeline.training.step import build_state, train_step
 
 Run = Callable[..., tuple[int, list[str], list[str]]]
 

@@ -13,14 +13,8 @@ from tiny import TINY_RESNET, tiny_config
 from torch import nn
 
 from models.backbone import build_backbone
-from pipeline.attention_figure import (
-    Looked,
-    attention_figure,
-    figure,
-    look,
-    overlays,
-)
-from pipeline.attention_maps import (
+from pipeline.augment.config import CropsConfig
+from pipeline.figures.attention_maps import (
     coloured_heads,
     default_image_size,
     fit_image,
@@ -32,9 +26,15 @@ from pipeline.attention_maps import (
     overlay,
     upsample,
 )
-from pipeline.crops_config import CropsConfig
-from pipeline.drawing import picture_places, png_bytes
-from pipeline.training import DINOConfig
+from pipeline.figures.attention_sheet import (
+    Looked,
+    attention_figure,
+    figure,
+    look,
+    overlays,
+)
+from pipeline.figures.drawing import picture_places, png_bytes
+from pipeline.training.step import DINOConfig
 
 CROPS = tiny_config().crops
 

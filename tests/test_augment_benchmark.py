@@ -20,7 +20,7 @@ from image_files import encode, picture
 from PIL import Image
 
 from models.errors import DataError
-from pipeline.crops_config import CropsConfig
+from pipeline.augment.config import CropsConfig
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["crops.global_crop_size=32", "crops.local_crop_size=16", "crops.num_local_crops=3"]

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_batch, tiny_config
 
-from pipeline.algorithm import Schedule
-from pipeline.automatic import adapt, out_dim, resolve, teacher_momentum, teacher_temp
-from pipeline.training import build_state, train_step
+from pipeline.training.auto import adapt, out_dim, resolve, teacher_momentum, teacher_temp
+from pipeline.training.config import Schedule
+from pipeline.training.step import build_state, train_step
 
 AUTO = {
     "head": {"out_dim": "auto"},
@@ -98,7 +98,7 @@ def test_an_unresolved_number_is_no_number() -> None:
 
 
 def test_weights_of_ours_change_no_config() -> None:
-    from models.interop import parse
+    from models.published.checkpoint import parse
 
     state = build_state(tiny_config(), num_images=40)
     weights = parse(state.dino.student.state_dict())._replace(official=False)
@@ -106,7 +106,7 @@ def test_weights_of_ours_change_no_config() -> None:
 
 
 def test_published_vits_keep_their_grid_and_their_way_of_resizing_it() -> None:
-    from models.interop import parse
+    from models.published.checkpoint import parse
 
     source = build_state(tiny_config(crops={"global_crop_size": 32}), num_images=40)
     weights = parse(source.dino.student.state_dict())._replace(official=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from image_files import FILES, MAX_PIXELS, encode, picture
 from PIL import Image
 
-from pipeline.decode import BadImage, decode
+from pipeline.data.decode import BadImage, decode
 
 HOSTILE = Path(__file__).parents[2] / "shared" / "data" / "hostile"
 

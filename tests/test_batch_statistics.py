@@ -13,21 +13,21 @@ from rich.console import Console
 from tiny import TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 
-from jobs.display import Display
-from jobs.result import describe_result, write_result
-from pipeline.batch_statistics import calibrated
-from pipeline.crops import crop_rng, multi_crop
-from pipeline.decode import decode
-from pipeline.demo_images import draw_demo_image
-from pipeline.distribution import distribute
-from pipeline.evaluation import evaluate
-from pipeline.features import embed_source
-from pipeline.manifest import DataConfig, build_manifest
-from pipeline.probes import ProbeConfig
-from pipeline.report import build_report
-from pipeline.source import Source
-from pipeline.storage import Directory
-from pipeline.training import DINOConfig, TrainState, build_state, train_step
+from jobs.cli.display import Display
+from jobs.runs.result import describe_result, write_result
+from pipeline.augment.multicrop import crop_rng, multi_crop
+from pipeline.data.decode import decode
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.data.manifest import DataConfig, build_manifest
+from pipeline.data.source import Source
+from pipeline.evaluation.batch_statistics import calibrated
+from pipeline.evaluation.features import embed_source
+from pipeline.evaluation.in_training import evaluate
+from pipeline.evaluation.probes import ProbeConfig
+from pipeline.reporting.run_report import build_report
+from pipeline.storage.files import Directory
+from pipeline.training.ddp import distribute
+from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
 
 LABELS = ("checks", "dots", "rings", "stripes")
 

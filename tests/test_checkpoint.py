@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 
 from models.errors import ConfigError, DataError, DinorayError
-from pipeline.checkpoint import (
+from pipeline.evaluation.features import embed
+from pipeline.storage.files import Directory
+from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints
+from pipeline.training.checkpoint import (
     CheckpointConfig,
     Found,
     download_checkpoint,
@@ -26,10 +29,7 @@ from pipeline.checkpoint import (
     read_meta,
     save_checkpoint,
 )
-from pipeline.features import embed
-from pipeline.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints
-from pipeline.storage import Directory
-from pipeline.training import DINOConfig, TrainState, build_state, train_step
+from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
 
 FILES = ("meta.json", "student.safetensors", "teacher.safetensors", "train_state.pt")
 NUM_STEPS = 6

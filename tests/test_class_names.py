@@ -10,17 +10,17 @@ from jobs_processes import TINY
 from no_ray import RayStarted, forbid_ray
 
 from jobs import pretrain, tune
-from jobs.config import load_config
-from jobs.running import Inputs
+from jobs.cli.config import load_config
+from jobs.runs.train import Inputs
 from models.errors import ConfigError
-from pipeline import class_names
-from pipeline.class_names import Mismatch, class_mismatch
-from pipeline.demo_images import draw_demo_image
-from pipeline.features import EvalConfig
-from pipeline.manifest import DataConfig, build_manifest
-from pipeline.shards import read_column
-from pipeline.source import Source
-from pipeline.storage import Directory
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.data.manifest import DataConfig, build_manifest
+from pipeline.data.parquet import read_column
+from pipeline.data.source import Source
+from pipeline.evaluation import class_names
+from pipeline.evaluation.class_names import Mismatch, class_mismatch
+from pipeline.evaluation.features import EvalConfig
+from pipeline.storage.files import Directory
 
 
 def folders(at: Path, labels: Mapping[str, int]) -> Source:

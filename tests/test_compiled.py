@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import compiled, crop_params, random_rows
-from pipeline.crop_params import sample, sample_image
-from pipeline.crops import Crops, crop_rng, multi_crop
-from pipeline.crops_config import CropsConfig
+from pipeline.augment import jit, params, rng
+from pipeline.augment.config import CropsConfig
+from pipeline.augment.multicrop import Crops, crop_rng, multi_crop
+from pipeline.augment.params import sample, sample_image
 
 ROOT = Path(__file__).parents[1]
+AUGMENT = ROOT / "pipeline" / "augment"
 NO_NUMBA = "import sys; sys.modules['numba'] = sys.modules['llvmlite'] = None\n"
 
 
@@ -58,7 +59,7 @@ def test_drawing_compiled_and_interpreted_gives_the_same_bits(
     table = sample(crop_rng(seed, 0, key), width, height, config).table
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_between", "_draw_box", "_draw"):  # compiled functions call each other by these names
-            patch.setattr(crop_params, name, getattr(crop_params, name).py_func)
+            patch.setattr(params, name, getattr(params, name).py_func)
         interpreted = sample(crop_rng(seed, 0, key), width, height, config).table
     np.testing.assert_array_equal(table.view(np.uint64), interpreted.view(np.uint64))
 
@@ -78,13 +79,13 @@ def test_the_parameters_of_an_image_come_from_the_generator_of_its_key(
 def test_numbers_of_any_count_are_those_of_numpys_generator() -> None:
     for count in (1, 2, 3, 4, 5, 33, 330):
         rows = np.empty((1, count))
-        digest = np.frombuffer(random_rows.image_digest(5, 6, "key"), "<u8")
-        compiled.compiled(_filled)(digest[0], digest[1], rows)
+        digest = np.frombuffer(rng.image_digest(5, 6, "key"), "<u8")
+        jit.compiled(_filled)(digest[0], digest[1], rows)
         np.testing.assert_array_equal(rows, crop_rng(5, 6, "key").random((1, count)))
 
 
 def _filled(low: int, high: int, rows: np.ndarray) -> None:
-    random_rows.fill_uniform(low, high, rows)
+    rng.fill_uniform(low, high, rows)
 
 
 # Without numba.
@@ -96,9 +97,9 @@ def without_numba() -> list:
     code = NO_NUMBA + (
         "import json, logging, zlib, numpy as np\n"
         "from models.errors import ConfigError\n"
-        "from pipeline.crop_params import sample_image\n"
-        "from pipeline.crops import crop_rng, kernel_name, multi_crop, prepare_kernel\n"
-        "from pipeline.crops_config import CropsConfig\n"
+        "from pipeline.augment.params import sample_image\n"
+        "from pipeline.augment.multicrop import crop_rng, kernel_name, multi_crop, prepare_kernel\n"
+        "from pipeline.augment.config import CropsConfig\n"
         "logging.basicConfig(stream=sys.stdout, level='INFO', format='%(message)s')\n"
         "prepare_kernel(CropsConfig())\n"
         "prepare_kernel(CropsConfig(kernel='torch'))\n"
@@ -144,7 +145,9 @@ def test_asking_for_a_numba_that_is_not_there_is_a_config_error(without_numba: l
 
 def test_processes_that_start_together_compile_once_between_them(tmp_path: Path) -> None:
     code = (
-        "import json; from pipeline import crop_kernel, crops; from pipeline.crops_config import CropsConfig\n"
+        "import json; from pipeline.augment import multicrop as crops\n"
+        "from pipeline.augment.config import CropsConfig\n"
+        "from pipeline.augment.kernels import numba_crops as crop_kernel\n"
         "crops.prepare_kernel(CropsConfig())\n"
         "stats = crop_kernel.crop_all.stats\n"
         "print(json.dumps([sum(stats.cache_misses.values()), sum(stats.cache_hits.values())]))\n"
@@ -161,11 +164,11 @@ def test_the_cache_folder_is_where_the_environment_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DINORAY_CACHE", str(tmp_path / "here"))
-    assert compiled._kernel_folder().parent == tmp_path / "here"
-    assert compiled._kernel_folder().is_dir()
+    assert jit._kernel_folder().parent == tmp_path / "here"
+    assert jit._kernel_folder().is_dir()
     monkeypatch.delenv("DINORAY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
-    assert compiled._kernel_folder().parent == tmp_path / "there" / "dinoray"
+    assert jit._kernel_folder().parent == tmp_path / "there" / "dinoray"
 
 
 def unusable_folder(tmp_path: Path, kind: str) -> Path:
@@ -185,43 +188,45 @@ def test_where_the_cache_cannot_be_written_the_temporary_folder_serves(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(jit.tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("DINORAY_CACHE", str(unusable_folder(tmp_path, kind)))
-    folder = compiled._kernel_folder()
+    folder = jit._kernel_folder()
     assert folder.parents[1] == tmp_path / "temporary"
     (folder / "a").write_text("can be written")
 
 
-@pytest.mark.parametrize("source", compiled._SOURCES)
+@pytest.mark.parametrize("source", jit._SOURCES)
 def test_a_changed_source_has_another_folder(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DINORAY_CACHE", str(tmp_path / "cache"))
-    for name in compiled._SOURCES:
-        (tmp_path / name).write_bytes((ROOT / "pipeline" / name).read_bytes())
-    before = compiled._kernel_folder()
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    assert compiled._kernel_folder() == before
+    for name in jit._SOURCES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((AUGMENT / name).read_bytes())
+    before = jit._kernel_folder()
+    monkeypatch.setattr(jit, "__file__", str(tmp_path / "jit.py"))
+    assert jit._kernel_folder() == before
     with open(tmp_path / source, "a") as file:
         file.write("# changed\n")
-    assert compiled._kernel_folder() != before
+    assert jit._kernel_folder() != before
 
 
 def test_every_source_of_machine_code_is_among_those_that_name_the_folder() -> None:
     compiled_sources = {
-        path.name
-        for path in (ROOT / "pipeline").glob("*.py")
+        os.path.relpath(path, AUGMENT)
+        for path in (ROOT / "pipeline").rglob("*.py")
         if re.search(r"^@(compiled|compiled_and_kept|intrinsic)\b", path.read_text(), re.MULTILINE)
     }
     assert len(compiled_sources) >= 4
-    assert compiled_sources | {"compiled.py"} == set(compiled._SOURCES)
+    assert compiled_sources | {"jit.py"} == set(jit._SOURCES)
 
 
 def test_preparing_compiles_all_that_the_stream_calls() -> None:
     code = (
-        "from pipeline import crop_kernel, crop_params; from pipeline.crops import prepare_kernel;"
-        "from pipeline.crops_config import CropsConfig; prepare_kernel(CropsConfig());"
-        "functions = [crop_params._draw_from, crop_params.measure, crop_params.first_outside, crop_kernel.crop_all];"
+        "from pipeline.augment import params; from pipeline.augment.kernels import numba_crops;"
+        "from pipeline.augment.multicrop import prepare_kernel;"
+        "from pipeline.augment.config import CropsConfig; prepare_kernel(CropsConfig());"
+        "functions = [params._draw_from, params.measure, params.first_outside, numba_crops.crop_all];"
         "print([len(function.signatures) for function in functions])"
     )
     root = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from jobs.arguments import Arguments
-from jobs.config import (
+from jobs.cli.arguments import Arguments
+from jobs.cli.config import (
     Config,
     apply_overrides,
     differences,
@@ -24,10 +24,10 @@ from jobs.config import (
     load_run_config,
     validate,
 )
-from jobs.keys import flatten, leaf_fields
-from jobs.recipes import RECIPES
+from jobs.cli.keys import flatten, leaf_fields
+from jobs.cli.recipes import RECIPES
 from models.errors import ConfigError
-from pipeline.storage import Directory
+from pipeline.storage.files import Directory
 
 FIELDS = leaf_fields(Config)
 

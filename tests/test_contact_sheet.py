@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.contact_sheet import contact_sheet
-from pipeline.crops import Crops, crop_rng, multi_crop
-from pipeline.crops_config import CropsConfig
+from pipeline.augment.config import CropsConfig
+from pipeline.augment.multicrop import Crops, crop_rng, multi_crop
+from pipeline.figures.contact_sheet import contact_sheet
 
 
 def flat(level: int, *shape: int) -> np.ndarray:

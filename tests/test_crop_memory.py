@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ray.data.block import BlockAccessor
 
-from pipeline.augment import CropMemory
+from pipeline.augment.augmenter import CropMemory
 
 
 def address(array: np.ndarray) -> int:

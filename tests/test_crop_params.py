@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.crop_params import (
+from pipeline.augment.config import CropsConfig
+from pipeline.augment.multicrop import crop_rng
+from pipeline.augment.params import (
     BRIGHTNESS,
     CONTRAST,
     FACTORS,
@@ -28,8 +30,6 @@ from pipeline.crop_params import (
     sample,
     sample_image,
 )  # fmt: skip
-from pipeline.crops import crop_rng
-from pipeline.crops_config import CropsConfig
 
 
 @lru_cache

@@ -14,10 +14,10 @@ from fresh_python import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.crop_params import sample
-from pipeline.crops import Crops, crop_rng, cut, multi_crop
-from pipeline.crops_config import CropsConfig, crop_bytes, describe_crops
-from pipeline.encoded import Decoded
+from pipeline.augment.config import CropsConfig, crop_bytes, describe_crops
+from pipeline.augment.multicrop import Crops, crop_rng, cut, multi_crop
+from pipeline.augment.params import sample
+from pipeline.data.jpeg import Decoded
 
 
 @KERNELS
@@ -36,7 +36,7 @@ def test_operations_run_in_the_order_of_the_paper(order: tuple[str, ...], gray: 
 
 def test_another_process_makes_the_same_crops() -> None:
     code = (
-        "import numpy as np, zlib; from pipeline.crops import *; from pipeline.crops_config import *;"
+        "import numpy as np, zlib; from pipeline.augment.multicrop import *; from pipeline.augment.config import *;"
         "image = np.arange(90 * 120 * 3).reshape(90, 120, 3).astype(np.uint8);"
         "crops = multi_crop(image, crop_rng(3, 1, 'k'), CropsConfig());"
         "print(zlib.crc32(crops.global_crops), zlib.crc32(crops.local_crops))"
@@ -212,7 +212,7 @@ def test_threads_that_work_at_once_make_the_crops_that_one_makes() -> None:
 
 def test_threads_are_limited_when_asked_and_not_by_import() -> None:
     code = (
-        "import torch, cv2, pipeline.crops as crops; before = torch.get_num_threads();"
+        "import torch, cv2, pipeline.augment.multicrop as crops; before = torch.get_num_threads();"
         "crops.limit_threads(); print(before, torch.get_num_threads(), cv2.getNumThreads())"
     )
     assert run_python(code, OMP_NUM_THREADS="2").split() == ["2", "1", "1"]

@@ -12,16 +12,16 @@ import pytest
 from samples import parquet, put_all, write_all
 from servers import S3Server
 
-from jobs.data_lines import describe_data
+from jobs.runs.data_lines import describe_data
 from models.errors import ConfigError
-from pipeline.decode import decode
-from pipeline.demo_images import draw_demo_image
-from pipeline.detection import folder_label
-from pipeline.features import EvalConfig, labelled_sources
-from pipeline.labels import held_out
-from pipeline.manifest import DataConfig, build_manifest, load_or_build
-from pipeline.source import Source
-from pipeline.storage import Directory
+from pipeline.data.decode import decode
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.data.detection import folder_label
+from pipeline.data.manifest import DataConfig, build_manifest, load_or_build
+from pipeline.data.source import Source
+from pipeline.evaluation.features import EvalConfig, labelled_sources
+from pipeline.evaluation.labels import held_out
+from pipeline.storage.files import Directory
 
 ROWS = 12
 IMAGE = draw_demo_image("dots", "train", 0)

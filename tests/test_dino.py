@@ -9,7 +9,7 @@ from tiny import TINY_RESNET, tiny_batch, tiny_config
 from torch import Tensor, nn
 
 from models.dino import DINO, MultiCropNet, TeacherConfig, crop_major
-from pipeline.training import build_state
+from pipeline.training.step import build_state
 
 
 def tiny_dino(**changes: dict[str, Any]) -> Any:

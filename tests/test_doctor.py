@@ -13,7 +13,8 @@ from faults import FaultProxy
 from jobs_processes import run_job
 from servers import S3Server, aws_environment, free_ports
 
-from jobs.checks import (
+from jobs.cli.config import load_config
+from jobs.cluster.machine_checks import (
     Finding,
     check_clock,
     check_data,
@@ -23,11 +24,17 @@ from jobs.checks import (
     check_storage,
     judge_clock,
 )
-from jobs.config import load_config
-from jobs.node_checks import LATE, check_dashboard, check_fit, check_nodes, check_object_store, judge_gpu
+from jobs.cluster.node_checks import (
+    LATE,
+    check_dashboard,
+    check_fit,
+    check_nodes,
+    check_object_store,
+    judge_gpu,
+)
 from models.errors import ConfigError
-from pipeline.demo_images import draw_demo_image
-from pipeline.manifest import DataConfig
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.data.manifest import DataConfig
 
 
 def images(folder: Path, count: int = 6) -> Path:

@@ -15,12 +15,12 @@ from tiny_run import NAME, STEP, write_images, write_run
 
 from jobs import embed as job
 from models.errors import ConfigError
-from pipeline.checkpoint import read_frozen
-from pipeline.decode import decode, eval_crop
-from pipeline.demo_images import draw_demo_image
-from pipeline.features import embed
-from pipeline.manifest import DataConfig, build_manifest
-from pipeline.source import Source
+from pipeline.data.decode import decode, eval_crop
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.data.manifest import DataConfig, build_manifest
+from pipeline.data.source import Source
+from pipeline.evaluation.features import embed
+from pipeline.training.checkpoint import read_frozen
 
 LABELS = ("blobs", "dots", "rings", "stripes")
 PER_LABEL = 30

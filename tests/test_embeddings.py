@@ -15,9 +15,10 @@ from tiny import TINY_RESNET, tiny_config
 
 from models.backbone import build_backbone
 from models.errors import ConfigError, DataError
-from pipeline.checkpoint import Frozen
-from pipeline.decode import decode, eval_crop
-from pipeline.embeddings import (
+from pipeline.data.decode import decode, eval_crop
+from pipeline.data.source import Source
+from pipeline.evaluation.features import embed
+from pipeline.export.embeddings import (
     Plan,
     check_bad,
     check_settings,
@@ -29,10 +30,9 @@ from pipeline.embeddings import (
     weights_digest,
     write_part,
 )
-from pipeline.features import embed
-from pipeline.source import Source
-from pipeline.storage import Directory
-from pipeline.training import DINOConfig
+from pipeline.storage.files import Directory
+from pipeline.training.checkpoint import Frozen
+from pipeline.training.step import DINOConfig
 
 CONFIG = tiny_config()
 

@@ -11,15 +11,15 @@ import pytest
 from jobs_processes import ROOT, start_job
 from servers import free_ports
 
-from jobs.entry import run_main, start_ray
+from jobs.cli.main import run_main, start_ray
 from models.errors import ResourceError
-from pipeline.resources import ResourcesConfig
+from pipeline.cluster.resources import ResourcesConfig
 
 JOB = """
 import time
 import ray
-from jobs.entry import run_main, start_ray
-from pipeline.resources import ResourcesConfig
+from jobs.cli.main import run_main, start_ray
+from pipeline.cluster.resources import ResourcesConfig
 
 def main(argv):
     start_ray(ResourcesConfig(), verbose=False)

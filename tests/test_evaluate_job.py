@@ -16,11 +16,13 @@ from jobs_processes import run_job
 from tiny_run import NAME, STEP, write_images, write_run
 
 from jobs import evaluate
-from jobs.config import Config, load_run_config
-from jobs.probing import sharded_knn
+from jobs.cli.config import Config, load_run_config
+from jobs.runs.prober import sharded_knn
 from models.errors import ConfigError
-from pipeline.checkpoint import Frozen, read_frozen
-from pipeline.features import (
+from pipeline.data.manifest import build_manifest
+from pipeline.data.source import Source
+from pipeline.evaluation.backbone_outputs import embed_views, with_blocks
+from pipeline.evaluation.features import (
     EvalConfig,
     Features,
     KnnProblem,
@@ -30,11 +32,9 @@ from pipeline.features import (
     labelled_sources,
     subset,
 )
-from pipeline.frozen import embed_views, with_blocks
-from pipeline.manifest import build_manifest
-from pipeline.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
-from pipeline.source import Source
-from pipeline.storage import Directory
+from pipeline.evaluation.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
+from pipeline.storage.files import Directory
+from pipeline.training.checkpoint import Frozen, read_frozen
 
 LABELS = ("dots", "rings", "stripes")
 SETTINGS = [

@@ -7,12 +7,12 @@ import pytest
 from ranks import eval_config, labelled_source, seeded_backbone
 from tiny import tiny_config
 
-from pipeline import evaluation
-from pipeline.evaluation import Evaluation, evaluate
-from pipeline.features import Features, embed_source, eval_batches, knn_accuracy, subset
-from pipeline.frozen import embed_views
-from pipeline.probes import ProbeConfig, lidar, rankme
-from pipeline.source import Source
+from pipeline.data.source import Source
+from pipeline.evaluation import in_training
+from pipeline.evaluation.backbone_outputs import embed_views
+from pipeline.evaluation.features import Features, embed_source, eval_batches, knn_accuracy, subset
+from pipeline.evaluation.in_training import Evaluation, evaluate
+from pipeline.evaluation.probes import ProbeConfig, lidar, rankme
 
 CROPS = tiny_config().crops
 PROBE = ProbeConfig(lidar_images=6, lidar_views=3)
@@ -83,7 +83,7 @@ def test_nothing_is_drawn_without_pictures(source: Source) -> None:
 def test_with_pictures_some_images_are_embedded_with_labels_and_thumbnails(
     source: Source, labelled: bool, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "_NUM_EMBEDDED", number)
+    monkeypatch.setattr(in_training, "_NUM_EMBEDDED", number)
     embedding = found(source, labelled=labelled, draws=True).embedding
     assert embedding is not None
     side = features(source)
@@ -95,10 +95,10 @@ def test_with_pictures_some_images_are_embedded_with_labels_and_thumbnails(
 
 
 def test_more_ranks_than_images_to_show_still_show_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "_NUM_EMBEDDED", 2)
-    monkeypatch.setattr(evaluation.processes, "world_size", lambda: 3)
-    monkeypatch.setattr(evaluation.processes, "gather", lambda mine: [mine] * 3)
-    shown = evaluation._Shown(9)
+    monkeypatch.setattr(in_training, "_NUM_EMBEDDED", 2)
+    monkeypatch.setattr(in_training.distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(in_training.distributed, "gather", lambda mine: [mine] * 3)
+    shown = in_training._Shown(9)
     batch = Features(np.arange(12, dtype=np.float32).reshape(3, 4), ["a", "b", "c"], 0)
     shown.see(np.zeros((3, 32, 32, 3), np.uint8), batch)
     embedding = shown.share()

@@ -30,13 +30,13 @@ from torch import Tensor
 
 from jobs.export import main
 from models.errors import ConfigError, DinorayError
-from models.interop import load, parse, read_weights
-from pipeline import onnx_export
-from pipeline.export import export_official, export_state_dict, official_args
-from pipeline.onnx_export import export_onnx, resize_matrix
-from pipeline.storage import Directory
-from pipeline.timm_export import timm_arguments
-from pipeline.training import DINOConfig, build_state
+from models.published.checkpoint import load, parse, read_weights
+from pipeline.export import onnx_export
+from pipeline.export.onnx_export import export_onnx, resize_matrix
+from pipeline.export.timm_export import timm_arguments
+from pipeline.export.weights import export_official, export_state_dict, official_args
+from pipeline.storage.files import Directory
+from pipeline.training.step import DINOConfig, build_state
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED_HEAD = {"head": {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}}

@@ -15,9 +15,11 @@ from ranks import IMAGES_PER_LABEL, LABELS, eval_config, labelled_source, seeded
 from tiny import tiny_config
 
 from models.errors import ConfigError, DataError
-from pipeline.decode import decode, eval_crop
-from pipeline.demo_images import draw_demo_image
-from pipeline.features import (
+from pipeline.data.decode import decode, eval_crop
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.data.manifest import DataConfig, load_or_build
+from pipeline.data.source import Source
+from pipeline.evaluation.features import (
     EvalConfig,
     Features,
     KnnProblem,
@@ -31,9 +33,7 @@ from pipeline.features import (
     merge,
     subset,
 )
-from pipeline.manifest import DataConfig, load_or_build
-from pipeline.source import Source
-from pipeline.storage import Directory
+from pipeline.storage.files import Directory
 
 CROPS = tiny_config().crops
 

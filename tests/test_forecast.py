@@ -11,9 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from models.errors import ConfigError
-from pipeline.forecast import Forecast, forecast, forecast_here, with_workers
-from pipeline.node_rates import STREAM_SHARE, Figures, Run, augmenting, carried
-from pipeline.prices import NODE_TYPES, PlanSettings
+from pipeline.planning.forecast import Forecast, forecast, forecast_here, with_workers
+from pipeline.planning.node_rates import STREAM_SHARE, Figures, Run, augmenting, carried
+from pipeline.planning.prices import NODE_TYPES, PlanSettings
 
 RUN = Run(
     total_steps=4000,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import load
-from jobs.planning import Measured, PlanConfig
-from pipeline.node_rates import Figures
+from jobs.cli.config import load
+from jobs.cluster.measure import Measured, PlanConfig
+from pipeline.planning.node_rates import Figures
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

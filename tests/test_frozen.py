@@ -11,11 +11,18 @@ from torch import nn
 
 from models.backbone import BackboneConfig, build_backbone
 from models.errors import ConfigError
-from pipeline.checkpoint import Frozen
-from pipeline.crops import crop_rng, multi_crop
-from pipeline.decode import decode
-from pipeline.features import embed
-from pipeline.frozen import check_size, embed_views, has_tokens, view_crops, with_blocks, with_patches
+from pipeline.augment.multicrop import crop_rng, multi_crop
+from pipeline.data.decode import decode
+from pipeline.evaluation.backbone_outputs import (
+    check_size,
+    embed_views,
+    has_tokens,
+    view_crops,
+    with_blocks,
+    with_patches,
+)
+from pipeline.evaluation.features import embed
+from pipeline.training.checkpoint import Frozen
 
 CROPS = tiny_config().crops
 

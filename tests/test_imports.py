@@ -17,11 +17,11 @@ def loaded(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "module",
     [
-        "pipeline.dataset",  # the augment actors
-        "pipeline.shared_stream",
-        "pipeline.board",
-        "pipeline.actors",  # packing, and embedding before a network comes
-        "pipeline.augment",
+        "pipeline.stream.ray_data",  # the augment actors
+        "pipeline.stream.shared_stream",
+        "pipeline.cluster.channel",
+        "pipeline.evaluation.actors",  # packing, and embedding before a network comes
+        "pipeline.augment.augmenter",
     ],
 )
 def test_processes_without_a_network_import_no_library_of_networks(module: str) -> None:
@@ -30,7 +30,7 @@ def test_processes_without_a_network_import_no_library_of_networks(module: str) 
 
 def test_an_actor_makes_crops_without_torch() -> None:
     code = (
-        "import numpy as np; from pipeline import crops; from pipeline.crops_config import CropsConfig;"
+        "from pipeline.augment import multicrop as crops; from pipeline.augment.config import CropsConfig;"
         "crops.limit_threads(); crops.prepare_kernel(CropsConfig(kernel='numba'))"
     )
     assert loaded(code) & NETWORKS == set()
@@ -38,7 +38,7 @@ def test_an_actor_makes_crops_without_torch() -> None:
 
 def test_the_torch_kernel_imports_torch_and_takes_one_thread() -> None:
     code = (
-        "from pipeline import crops; from pipeline.crops_config import CropsConfig;"
+        "from pipeline.augment import multicrop as crops; from pipeline.augment.config import CropsConfig;"
         "crops.limit_threads(); crops.prepare_kernel(CropsConfig(kernel='torch'));"
         "import numpy as np; crops.multi_crop(np.zeros((32, 32, 3), np.uint8), crops.crop_rng(0, 0, ''), "
         "CropsConfig(kernel='torch')); import sys; print(sys.modules['torch'].get_num_threads())"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from models.dino import DINO
 from models.errors import ConfigError, DataError
-from models.interop import fit_backbone, load, load_optimizer, parse, read_weights, to_official
 from models.optim import OptimConfig, build_optimizer
+from models.published.checkpoint import fit_backbone, load, load_optimizer, parse, read_weights, to_official
 
 HEAD: dict[str, Any] = {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}
 RESNET: dict[str, Any] = {"name": "resnet18", "kwargs": {}}

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from jobs.config import load_config
-from jobs.keys import did_you_mean, flatten, leaf_fields
+from jobs.cli.config import load_config
+from jobs.cli.keys import did_you_mean, flatten, leaf_fields
 from models.errors import ConfigError
 
 

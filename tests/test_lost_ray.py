@@ -11,11 +11,11 @@ from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayS
 from ray.train import ControllerError, WorkerGroupError
 from tiny_run import write_images
 
-from jobs.lost_ray import LostRayError, error_to_print
+from jobs.cli.lost_ray import LostRayError, error_to_print
 from models.errors import ConfigError
-from pipeline.demo_images import PATTERNS
-from pipeline.run_dir import committed_steps
-from pipeline.storage import Directory
+from pipeline.data.demo_images import PATTERNS
+from pipeline.storage.files import Directory
+from pipeline.storage.run_dir import committed_steps
 
 STEPS = 30
 
@@ -73,8 +73,8 @@ def test_an_error_of_ours_comes_before_the_loss_that_it_led_to() -> None:
 WAITING = """
 import time
 import ray
-from jobs.entry import run_main, start_ray
-from pipeline.resources import ResourcesConfig
+from jobs.cli.main import run_main, start_ray
+from pipeline.cluster.resources import ResourcesConfig
 
 def main(argv):
     start_ray(ResourcesConfig(), verbose=False)

@@ -15,9 +15,9 @@ from samples import hostile_entries, needs_hostile, parquet, put_all, write_all
 from servers import S3Server
 
 from models.errors import ConfigError, DataError
-from pipeline.listing import Entry, EntryTable, role_of
-from pipeline.manifest import DataConfig, Manifest, build_manifest, load_or_build
-from pipeline.storage import Directory
+from pipeline.data.listing import Entry, EntryTable, role_of
+from pipeline.data.manifest import DataConfig, Manifest, build_manifest, load_or_build
+from pipeline.storage.files import Directory
 
 
 def keys_of(manifest: Manifest) -> list[str]:

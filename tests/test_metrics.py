@@ -19,14 +19,14 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline import tensorboard
-from pipeline.gauges import GAUGES
-from pipeline.metrics import JsonLines, MetricsLog
-from pipeline.projector import CONFIG
-from pipeline.scalar_names import GROUPS, group_of
-from pipeline.sink import Embedding, Sink
-from pipeline.storage import Directory
-from pipeline.throughput import Meter
+from pipeline.storage.files import Directory
+from pipeline.tracking import tensorboard
+from pipeline.tracking.projector import CONFIG
+from pipeline.tracking.prometheus import GAUGES
+from pipeline.tracking.run_log import JsonLines, MetricsLog
+from pipeline.tracking.scalar_names import GROUPS, group_of
+from pipeline.tracking.sink import Embedding, Sink
+from pipeline.worker.throughput import Meter
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

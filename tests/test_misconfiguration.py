@@ -23,11 +23,11 @@ from samples import parquet, write_all
 from servers import S3Server, aws_environment
 
 from jobs import evaluate, pretrain
-from jobs.about import write_environment
-from jobs.config import load_run_config
-from jobs.entry import run_main
-from pipeline.demo_images import draw_demo_image
-from pipeline.storage import Directory
+from jobs.cli.config import load_run_config
+from jobs.cli.main import run_main
+from jobs.runs.run_files import write_environment
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.storage.files import Directory
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -17,13 +17,13 @@ from PIL import Image
 from tiny import TINY_RESNET, tiny_config
 
 from jobs.export import main
-from pipeline.checkpoint import read_frozen, read_meta
-from pipeline.decode import decode, eval_crop
-from pipeline.features import embed
-from pipeline.loading_code import FILES
-from pipeline.model_card import RunFacts, model_card, read_scores
-from pipeline.storage import Directory
-from pipeline.training import DINOConfig
+from pipeline.data.decode import decode, eval_crop
+from pipeline.evaluation.features import embed
+from pipeline.export.loading_code import FILES
+from pipeline.export.model_card import RunFacts, model_card, read_scores
+from pipeline.storage.files import Directory
+from pipeline.training.checkpoint import read_frozen, read_meta
+from pipeline.training.step import DINOConfig
 
 NAME = "teacher_step_00000003"
 FOLDERS = {form: f"{NAME}_{form}" for form in FILES} | {"official": "official_step_00000003"}

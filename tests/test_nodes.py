@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.cost import CostConfig
-from pipeline.nodes import count_nodes, dollars_per_hour
-from pipeline.report_records import spent
-from pipeline.storage import Directory
+from pipeline.cluster.cost import CostConfig
+from pipeline.cluster.nodes import count_nodes, dollars_per_hour
+from pipeline.storage.files import Directory
+from pipeline.tracking.records import spent
 
 PRICES = CostConfig(head_hourly=0.5, cpu_hourly=2, gpu_hourly=10)
 

@@ -12,12 +12,12 @@ from no_ray import RayStarted, forbid_ray
 from samples import parquet, write_all
 
 from jobs import pretrain
-from jobs.config import load_config, load_run_config
-from jobs.keys import flatten
-from jobs.recipes import RECIPES
+from jobs.cli.config import load_config, load_run_config
+from jobs.cli.keys import flatten
+from jobs.cli.recipes import RECIPES
 from models.errors import ConfigError
-from pipeline.demo_images import demo_folder, draw_demo_image
-from pipeline.storage import Directory
+from pipeline.data.demo_images import demo_folder, draw_demo_image
+from pipeline.storage.files import Directory
 
 SMALL = [
     "crops.global_crop_size=32",

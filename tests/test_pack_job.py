@@ -16,12 +16,12 @@ from samples import parquet, put_all, write_all
 from servers import S3Server
 
 from jobs import pack as job
-from jobs.config import load_config
+from jobs.cli.config import load_config
 from models.errors import ConfigError, DataError
-from pipeline.manifest import DataConfig, build_manifest
-from pipeline.packing import Plan, shrink, write_part
-from pipeline.source import Fetched, Source
-from pipeline.storage import Directory
+from pipeline.data.manifest import DataConfig, build_manifest
+from pipeline.data.source import Fetched, Source
+from pipeline.export.packing import Plan, shrink, write_part
+from pipeline.storage.files import Directory
 
 LABELS = ("boats", "cats", "trees")
 PER_LABEL = 40

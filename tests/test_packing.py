@@ -17,10 +17,11 @@ from PIL import Image
 from samples import parquet, write_all
 
 from models.errors import ConfigError, DataError
-from pipeline.crops_config import CropsConfig
-from pipeline.decode import BadImage
-from pipeline.manifest import DataConfig, Manifest, build_manifest
-from pipeline.packing import (
+from pipeline.augment.config import CropsConfig
+from pipeline.data.decode import BadImage
+from pipeline.data.manifest import DataConfig, Manifest, build_manifest
+from pipeline.data.source import Source
+from pipeline.export.packing import (
     PART_BYTES,
     PART_ROWS,
     ROW_GROUP_BYTES,
@@ -33,8 +34,7 @@ from pipeline.packing import (
     shrunk_size,
     write_part,
 )
-from pipeline.source import Source
-from pipeline.storage import Directory
+from pipeline.storage.files import Directory
 
 MOST = 40_000
 ORIENTATION = 0x0112

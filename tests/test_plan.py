@@ -17,13 +17,13 @@ from test_cluster import LINTS, ec2_complaints, ray_checks, uses_private_ray
 from test_forecast import FIGURES, RUN
 from tiny_run import write_images
 
-from jobs.cluster_file import fill_in
-from jobs.config import load_config
-from jobs.plan_lines import settings_of
-from jobs.planning import PlanArguments, PlanConfig, forwards_per_image, plan_config
+from jobs.cli.config import load_config
+from jobs.cluster.cluster_file import fill_in
+from jobs.cluster.measure import PlanArguments, PlanConfig, forwards_per_image, plan_config
+from jobs.cluster.plan_lines import settings_of
 from models.errors import ConfigError, DataError, ResourceError
-from pipeline.crops_config import CropsConfig
-from pipeline.forecast import Forecast, forecast
+from pipeline.augment.config import CropsConfig
+from pipeline.planning.forecast import Forecast, forecast
 
 GIVEN = [
     "plan.num_images=20000000",

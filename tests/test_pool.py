@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from pipeline.pool import DrainPolicy, pool_metrics, reservation
+from pipeline.cluster.pool_control import DrainPolicy, pool_metrics, reservation
 
 
 def operator(*, running: int, most: int, in_flight: int) -> SimpleNamespace:

@@ -13,14 +13,14 @@ from jobs_processes import run_job
 from ray.tune.experiment import Trial as TuneTrial
 from test_tune import arguments, images  # noqa: F401  # images is a fixture
 
-from jobs.config import load
-from jobs.study import StudyConfig
-from jobs.trial import TrialRunner
+from jobs.cli.config import load
+from jobs.studies.config import StudyConfig
+from jobs.studies.trial import TrialRunner
 from models.errors import ConfigError
-from pipeline.storage import Directory
+from pipeline.storage.files import Directory
 from pipeline.study.objective import Objective
-from pipeline.study.plan import StudyPlan
-from pipeline.study.population import Rounds, _Population
+from pipeline.study.search.plan import StudyPlan
+from pipeline.study.search.population import Rounds, _Population
 from pipeline.study.trials import Trial, read_trials, write_trial
 
 

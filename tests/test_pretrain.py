@@ -15,8 +15,8 @@ from jobs_processes import TINY, losses, run_job, start_job
 from safetensors.torch import load
 from servers import S3Server, aws_environment
 
-from pipeline.demo_images import PATTERNS, draw_demo_image
-from pipeline.order import Order
+from pipeline.data.demo_images import PATTERNS, draw_demo_image
+from pipeline.data.order import Order
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import write_run
 
-from jobs.arguments import PretrainArguments
-from jobs.config import Config, load, load_config
-from jobs.keys import leaf_fields
-from jobs.planning import PlanConfig
-from jobs.print_config import describe_config
-from jobs.recipes import RECIPES
-from jobs.study import NAME_SUFFIX, StudyConfig
+from jobs.cli.arguments import PretrainArguments
+from jobs.cli.config import Config, load, load_config
+from jobs.cli.keys import leaf_fields
+from jobs.cli.print_config import describe_config
+from jobs.cli.recipes import RECIPES
+from jobs.cluster.measure import PlanConfig
+from jobs.studies.config import NAME_SUFFIX, StudyConfig
 from models.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

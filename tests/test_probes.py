@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.errors import DataError
-from pipeline.probes import (
+from pipeline.evaluation.probes import (
     ProbeConfig,
     collapsed_dims,
     feature_std,

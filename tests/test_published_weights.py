@@ -18,7 +18,7 @@ SETTINGS = [*TINY[:3], f"backbone.name={NAME}", "backbone.kwargs={}", "backbone.
 SETTINGS += ["train.global_batch_size=8"]
 PROGRAM = """
 import sys, ray
-from jobs.entry import run_main
+from jobs.cli.main import run_main
 from jobs import JOB as job
 ray.init = lambda *_, **__: sys.exit("Ray was started")
 sys.argv = ["job", *sys.argv[1:]]

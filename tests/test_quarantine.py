@@ -8,8 +8,8 @@ from ranks import bad_batch, two_ranks
 from tiny import Batch
 
 from models.errors import DataError
-from pipeline.quarantine import Quarantine
-from pipeline.source import Status
+from pipeline.data.source import Status
+from pipeline.training.bad_images import Quarantine
 
 
 def batch(*statuses: Status, first_position: int = 0) -> Batch:

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs.config import load_config
-from jobs.recipes import RECIPES
-from jobs.study import StudyArguments, first_points, objective_of, space_of, study_config
+from jobs.cli.config import load_config
+from jobs.cli.recipes import RECIPES
+from jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
 from models.errors import DinorayError, ResourceError
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +150,8 @@ def test_the_tree_names_every_module_and_nothing_else() -> None:
 
 
 def test_the_run_directory_is_drawn_as_it_is() -> None:
-    from pipeline import checkpoint, run_dir
+    from pipeline.storage import run_dir
+    from pipeline.training import checkpoint
 
     drawn = GUIDE.split("## What a run leaves behind")[1].split("## Crops from Python")[0]
     for name in re.findall(r"[\w.]+\.(?:json|jsonl|yaml|png|parquet|pt)\b", checkpoint.__doc__ or ""):

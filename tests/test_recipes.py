@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.arguments import Arguments
-from jobs.config import Config, load_config
-from jobs.keys import flatten
-from jobs.recipes import RECIPES
+from jobs.cli.arguments import Arguments
+from jobs.cli.config import Config, load_config
+from jobs.cli.keys import flatten
+from jobs.cli.recipes import RECIPES
 from models.backbone import build_backbone, embed_dim
-from pipeline.layout import batch_size_per_worker
-from pipeline.manifest import build_manifest
-from pipeline.training import Schedule
+from pipeline.data.manifest import build_manifest
+from pipeline.data.partition import batch_size_per_worker
+from pipeline.training.step import Schedule
 
 NUM_IMAGES = 1_281_167
 """Training images of ImageNet-1k."""

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs.arguments import PretrainArguments, pretrain_config
-from jobs.plan_lines import other_sizes
-from jobs.planning import Measured, PlanArguments, plan_config, run_of
-from jobs.running import check_run
-from jobs.study import StudyArguments, first_points, objective_of, space_of, study_config
+from jobs.cli.arguments import PretrainArguments, pretrain_config
+from jobs.cluster.measure import Measured, PlanArguments, plan_config, run_of
+from jobs.cluster.plan_lines import other_sizes
+from jobs.runs.train import check_run
+from jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
 from models.errors import ConfigError
-from pipeline.forecast import forecast
-from pipeline.node_rates import Figures
+from pipeline.planning.forecast import forecast
+from pipeline.planning.node_rates import Figures
 
 ROOT = Path(__file__).parents[1]
 VANILLA = ["--recipe", "vit_small_imagenet_vanilla"]
@@ -201,11 +201,11 @@ def test_following_the_remedy_ends_the_error(kind: str, mistake: str) -> None:
 CHECKED_HERE = {
     "models/backbone.py": {"optim.layer_decay needs a backbone"},  # no timm network lacks what it asks for
     "models/loss.py": set(),
-    "pipeline/crops_config.py": set(),
-    "pipeline/forecast.py": set(),
-    "pipeline/layout.py": set(),
-    "pipeline/prices.py": {"is new and lacks"},  # the figures of a node are its owner's
-    "pipeline/resources.py": set(),
+    "pipeline/augment/config.py": set(),
+    "pipeline/planning/forecast.py": set(),
+    "pipeline/data/partition.py": set(),
+    "pipeline/planning/prices.py": {"is new and lacks"},  # the figures of a node are its owner's
+    "pipeline/cluster/resources.py": set(),
     "pipeline/study/objective.py": set(),
 }
 """Files that refuse settings by themselves -> messages in them that no command line here brings about, and why."""

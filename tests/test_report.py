@@ -17,15 +17,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from models.errors import ConfigError
-from pipeline.contact_sheet import contact_sheet
-from pipeline.crops import crop_rng, multi_crop
-from pipeline.crops_config import CropsConfig
-from pipeline.health import Verdict
-from pipeline.report import LiveReport, build_report, write_report
-from pipeline.report_page import escape, picture
-from pipeline.report_plots import Curve, Level, chart, downsample
-from pipeline.report_records import Records, Series, attention_figures, flat
-from pipeline.storage import Directory
+from pipeline.augment.config import CropsConfig
+from pipeline.augment.multicrop import crop_rng, multi_crop
+from pipeline.figures.contact_sheet import contact_sheet
+from pipeline.reporting.page import escape, picture
+from pipeline.reporting.plots import Curve, Level, chart, downsample
+from pipeline.reporting.run_report import LiveReport, build_report, write_report
+from pipeline.storage.files import Directory
+from pipeline.tracking.records import Records, Series, attention_figures, flat
+from pipeline.training.health import Verdict
 
 CONFIG = {"name": "first", "head": {"out_dim": 64}, "train": {"epochs": 4.0}, "data": {"path": "/images"}}
 

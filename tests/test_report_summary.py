@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from test_report import Page, jsonl, make_run, step_record, whole_run
 
-from jobs.about import recipe_changes
-from jobs.arguments import PretrainArguments, pretrain_config
-from jobs.config import Config, load_config
-from jobs.recipes import RECIPES
-from jobs.running import _reported
+from jobs.cli.arguments import PretrainArguments, pretrain_config
+from jobs.cli.config import Config, load_config
+from jobs.cli.recipes import RECIPES
+from jobs.runs.run_files import recipe_changes
+from jobs.runs.train import _reported
 from models.errors import DataError
-from pipeline.report import build_report
-from pipeline.report_summary import duration
-from pipeline.storage import Directory
+from pipeline.reporting.run_report import build_report
+from pipeline.reporting.summary import duration
+from pipeline.storage.files import Directory
 
 BEGIN = 1_700_000_000  # 2023-11-14 22:13:20 UTC
 SCORES = [{"step": s, "knn_10": a, "knn_20": a - 0.01, "majority": 0.1} for s, a in ((0, 0.2), (30, 0.5))]

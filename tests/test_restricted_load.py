@@ -24,8 +24,8 @@ import torch
 from published import Run, saved
 
 from models.errors import DataError
-from models.interop import Weights, read_weights
-from models.restricted_load import restricted_load, values_of
+from models.published.checkpoint import Weights, read_weights
+from models.published.restricted_load import restricted_load, values_of
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 SCALAR = np.float64(1).__reduce__()[0]

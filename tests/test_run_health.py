@@ -9,7 +9,7 @@ from jobs_processes import TINY, run_job
 from safetensors.torch import load_file
 from tiny_run import write_images
 
-from pipeline.demo_images import PATTERNS
+from pipeline.data.demo_images import PATTERNS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobs.config import Config, load_config
-from jobs.recipes import RECIPES
-from jobs.run_size import (
+from jobs.cli.config import Config, load_config
+from jobs.cli.recipes import RECIPES
+from jobs.runs.run_size import (
     FEW_IMAGES,
     FEW_STEPS,
     FEW_WARMUP_STEPS,
@@ -19,11 +19,11 @@ from jobs.run_size import (
     length_warnings,
     warmup_warnings,
 )
-from jobs.study import StudyArguments, StudyConfig, space_of, study_config
-from jobs.study_plan import check_study_size
+from jobs.studies.config import StudyArguments, StudyConfig, space_of, study_config
+from jobs.studies.resources import check_study_size
 from models.errors import ConfigError, ResourceError
-from pipeline.layout import batch_size_per_worker, check_parts
-from pipeline.training import Schedule
+from pipeline.data.partition import batch_size_per_worker, check_parts
+from pipeline.training.step import Schedule
 
 on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 

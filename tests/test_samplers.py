@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.study.samplers import Known, grid_size, sampler
+from pipeline.study.search.samplers import Known, grid_size, sampler
 from pipeline.study.space import Domain, place
 
 SPACE = {

@@ -22,16 +22,16 @@ from ray.exceptions import RayError
 from samples import write_all
 
 from models.errors import DataError, DinorayError
-from pipeline import dataset, shared_stream
-from pipeline.augment import Augmenter
-from pipeline.board import Board
-from pipeline.crops_config import CropsConfig, crop_bytes
-from pipeline.dataset import StreamPlan, in_step
-from pipeline.layout import Layout
-from pipeline.manifest import DataConfig, build_manifest
-from pipeline.order import Order
-from pipeline.shared_stream import SharedStats, SharedStream
-from pipeline.source import Fetched, Source
+from pipeline.augment.augmenter import Augmenter
+from pipeline.augment.config import CropsConfig, crop_bytes
+from pipeline.cluster.channel import Board
+from pipeline.data.manifest import DataConfig, build_manifest
+from pipeline.data.order import Order
+from pipeline.data.partition import Layout
+from pipeline.data.source import Fetched, Source
+from pipeline.stream import ray_data, shared_stream
+from pipeline.stream.ray_data import StreamPlan, in_step
+from pipeline.stream.shared_stream import SharedStats, SharedStream
 
 pytestmark = pytest.mark.ray
 
@@ -138,9 +138,9 @@ def digests(stream: SharedStream) -> list[bytes]:
 
 def test_two_ranks_get_what_an_unshared_stream_gives_them(plan: StreamPlan, stream: SharedStream) -> None:
     layout = replace(LAYOUT, first_step=3, last_step=8, world_size=2)
-    splits = dataset.open_splits(plan, layout)
+    splits = ray_data.open_splits(plan, layout)
     unshared = [
-        dataset.batches(split, layout, rank=rank, prefetch_batches=1) for rank, split in enumerate(splits)
+        ray_data.batches(split, layout, rank=rank, prefetch_batches=1) for rank, split in enumerate(splits)
     ]
     with ThreadPoolExecutor(2) as threads:
         received = list(threads.map(list, unshared))

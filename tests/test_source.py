@@ -17,10 +17,10 @@ from samples import hostile_entries, needs_hostile, parquet, put_all, write_all
 from servers import ACCESS_KEY, SECRET_KEY, S3Server, aws_environment
 
 from models.errors import DataError
-from pipeline import s3 as s3_module
-from pipeline.manifest import DataConfig, Manifest, build_manifest
-from pipeline.shards import RowGroupCache
-from pipeline.source import Fetched, Source, Status
+from pipeline.data.manifest import DataConfig, Manifest, build_manifest
+from pipeline.data.parquet import RowGroupCache
+from pipeline.data.source import Fetched, Source, Status
+from pipeline.storage import s3 as s3_module
 
 IMAGES = {f"{label}/{n}.jpg": random.Random(label).randbytes(500 + n) for label in "ab" for n in range(9)}
 

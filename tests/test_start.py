@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
 from models.errors import ConfigError, DataError
-from pipeline.checkpoint import save_checkpoint
-from pipeline.start import read_weights, start_from
-from pipeline.training import TrainState, build_state, train_step
+from pipeline.training.checkpoint import save_checkpoint
+from pipeline.training.init_weights import read_weights, start_from
+from pipeline.training.step import TrainState, build_state, train_step
 
 
 def trained(steps: int, **changes: dict) -> TrainState:

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from servers import SECRET_KEY, S3Server, aws_environment
 
 from models.errors import ConfigError, DataError, one_line, without_keys
-from pipeline import s3 as s3_module
-from pipeline.s3 import ObjectFile, read_object
-from pipeline.storage import (
+from pipeline.storage import s3 as s3_module
+from pipeline.storage.files import (
     ChangedObject,
     Directory,
     MissingObject,
@@ -30,6 +29,7 @@ from pipeline.storage import (
     s3_client,
     split_s3_uri,
 )
+from pipeline.storage.s3 import ObjectFile, read_object
 
 WHAT = "s3://some-bucket/some/key.jpg"
 

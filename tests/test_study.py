@@ -16,10 +16,9 @@ from studies import tried, write_tried
 from tiny_run import write_images
 
 from jobs import tune as job
-from jobs.arguments import PretrainArguments, pretrain_config
-from jobs.config import differences, load, load_config
-from jobs.searching import StudyRun
-from jobs.study import (
+from jobs.cli.arguments import PretrainArguments, pretrain_config
+from jobs.cli.config import differences, load, load_config
+from jobs.studies.config import (
     FREE,
     StudyConfig,
     can_grow,
@@ -32,10 +31,11 @@ from jobs.study import (
     space_of,
     trial_config,
 )
-from jobs.study_plan import check_growth, plan_of
+from jobs.studies.resources import check_growth, plan_of
+from jobs.studies.study_run import StudyRun
 from models.errors import ConfigError, DinorayError, ResourceError
-from pipeline.demo_images import PATTERNS
-from pipeline.storage import Directory
+from pipeline.data.demo_images import PATTERNS
+from pipeline.storage.files import Directory
 from pipeline.study.space import default_space, grid
 from pipeline.study.trials import Outcome, Tried, read_trials
 

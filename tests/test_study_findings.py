@@ -9,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from studies import SPACE, STEPS, about, tried, write_whole_study
 
-from pipeline.study.findings import findings, importance_of
-from pipeline.study.regions import collapse_regions
-from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
-from pipeline.study.statistics import (
+from pipeline.study.findings.regions import collapse_regions
+from pipeline.study.findings.statistics import (
     chance_tau,
     difference_margin,
     explained,
@@ -21,6 +19,8 @@ from pipeline.study.statistics import (
     quantile_groups,
     student_t95,
 )
+from pipeline.study.findings.summary import findings, importance_of
+from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
 from pipeline.study.trials import Tried, read_study, read_trials
 
 

@@ -13,13 +13,13 @@ from PIL import Image
 from studies import SPACE, about, tried, write_tried, write_whole_study
 from test_report import Page
 
-from pipeline.palette import DARK, LIGHT, TOKENS
-from pipeline.storage import Directory
-from pipeline.study.axes import score_range, ticks
-from pipeline.study.findings import findings
-from pipeline.study.map import expected, score_map
-from pipeline.study.plots import curve_charts, importance_bars, parallel_coordinates
-from pipeline.study.report import describe_study, write_study_report
+from pipeline.figures.palette import DARK, LIGHT, TOKENS
+from pipeline.storage.files import Directory
+from pipeline.study.findings.summary import findings
+from pipeline.study.page.axes import score_range, ticks
+from pipeline.study.page.plots import curve_charts, importance_bars, parallel_coordinates
+from pipeline.study.page.score_map import expected, score_map
+from pipeline.study.page.study_report import describe_study, write_study_report
 from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
 from pipeline.study.trials import Tried, read_study, read_trials, write_study
 

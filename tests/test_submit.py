@@ -18,14 +18,14 @@ import pytest
 from jobs_processes import ROOT, TINY, start_job
 from ray_head import RAY, RayHead, ray_head
 
-from jobs.about import commit_of
-from jobs.cluster import attempts_at, connect
-from jobs.upload import MAX_BYTES, check_config_file, list_files, named_files, pack, read_runtime_env
+from jobs.cluster.job_server import attempts_at, connect
+from jobs.cluster.upload import MAX_BYTES, check_config_file, list_files, named_files, pack, read_runtime_env
+from jobs.runs.run_files import commit_of
 from models.errors import ConfigError, DinorayError, ResourceError
-from pipeline.demo_images import PATTERNS, draw_demo_image
-from pipeline.report_records import read_mapping
-from pipeline.run_dir import committed_checkpoints
-from pipeline.storage import Directory
+from pipeline.data.demo_images import PATTERNS, draw_demo_image
+from pipeline.storage.files import Directory
+from pipeline.storage.run_dir import committed_checkpoints
+from pipeline.tracking.records import read_mapping
 
 SHIPPED = ROOT / "deploy" / "runtime_env.yaml"
 MARKER = "marker-of-a-secret-4711"
@@ -70,7 +70,7 @@ def test_secrets_results_and_caches_stay_at_home(tmp_path: Path) -> None:
         "jobs/data/list.txt",
         "models/deploy/table.yaml",
         "environment.txt",
-        "jobs/keys.py",
+        "jobs/cli/keys.py",
     ]
     write(tmp_path, *stays, *goes)
     assert list_files(tmp_path, []) == sorted(goes)
@@ -228,7 +228,7 @@ PRETRAIN = ["--", "jobs.pretrain", "name=x", "data.path=s3://b/i", "storage_path
         (["jobs.pretrain"], "unrecognized arguments: jobs.pretrain"),
         (["--stop"], "no job is named"),
         (["--", "jobs.pretrian"], "did you mean jobs.pretrain"),
-        (["--", "jobs.config"], "jobs.config is no job in"),
+        (["--", "jobs.cli.config"], "jobs.cli.config is no job in"),
         ([*PRETRAIN, "optim.lrr=1"], "optim.lrr=1: unknown key"),
         (["--", "python", "-m", "jobs.pretrain", "optim.lrr=1"], "optim.lrr=1: unknown key"),
         (["--", "jobs.pretrain", "name=x"], "storage_path=runs would lie in a temporary folder"),
@@ -352,7 +352,7 @@ def test_a_server_that_takes_connections_and_says_nothing_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
-    monkeypatch.setattr("jobs.cluster._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("jobs.cluster.job_server._ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ResourceError, match=r"does not answer .*timed out"):
@@ -504,7 +504,7 @@ def test_a_run_whose_directory_says_that_it_is_finished_is_left_alone_by_a_new_c
 ) -> None:
     command = job(tmp_path, "elsewhere")
     words = [word for word in command if "=" in word]
-    load_config = importlib.import_module("jobs.config").load_config
+    load_config = importlib.import_module("jobs.cli.config").load_config
     (tmp_path / "runs/elsewhere").mkdir(parents=True)
     (tmp_path / "runs/elsewhere/config.yaml").write_text(load_config(None, None, words).to_yaml())
     (tmp_path / "runs/elsewhere/result.json").write_text("{}")

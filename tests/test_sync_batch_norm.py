@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from models.backbone import BackboneConfig, build_backbone
 from models.sync_batch_norm import synchronise_batch_norm
-from pipeline.distribution import distribute
-from pipeline.training import DINOConfig, TrainState, build_state
+from pipeline.training.ddp import distribute
+from pipeline.training.step import DINOConfig, TrainState, build_state
 
 CPU = torch.device("cpu")
 NUM_ROWS = 10

@@ -18,13 +18,13 @@ from timm.data import create_transform, resolve_model_data_config
 from tiny import TINY_RESNET, tiny_config
 
 from models.errors import DinorayError
-from models.interop import MARK
-from pipeline.checkpoint import Frozen
-from pipeline.decode import eval_crop
-from pipeline.demo_images import draw_demo_image
-from pipeline.features import EvalConfig, Features, embed, knn_accuracy
-from pipeline.timm_export import TimmExport, crop_share, export_timm, timm_arguments
-from pipeline.training import DINOConfig, pixels
+from models.published.checkpoint import MARK
+from pipeline.data.decode import eval_crop
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.evaluation.features import EvalConfig, Features, embed, knn_accuracy
+from pipeline.export.timm_export import TimmExport, crop_share, export_timm, timm_arguments
+from pipeline.training.checkpoint import Frozen
+from pipeline.training.step import DINOConfig, pixels
 
 
 def replace_kwargs(config: DINOConfig, **changes: Any) -> DINOConfig:

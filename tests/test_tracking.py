@@ -17,15 +17,15 @@ import pytest
 from jobs_processes import TINY
 from PIL import Image
 
-from jobs.config import load_config
-from jobs.running import check_run
+from jobs.cli.config import load_config
+from jobs.runs.train import check_run
 from models.errors import ConfigError
-from pipeline import tracking
-from pipeline.report import build_report
-from pipeline.sink import Sink
-from pipeline.storage import Directory
-from pipeline.trackers import OPEN, TrackedRun, Tracker
-from pipeline.tracking import FILE, TrackConfig, Trackers, open_trackers
+from pipeline.reporting.run_report import build_report
+from pipeline.storage.files import Directory
+from pipeline.tracking import services
+from pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
+from pipeline.tracking.services import FILE, TrackConfig, Trackers, open_trackers
+from pipeline.tracking.sink import Sink
 
 MLFLOW = pytest.importorskip("mlflow")
 WANDB = pytest.importorskip("wandb")
@@ -264,7 +264,7 @@ def test_a_service_that_cannot_be_begun_with_costs_the_run_nothing(tmp_path: Pat
 def test_a_service_that_does_not_keep_up_loses_the_oldest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_QUEUE_LENGTH", 10)
+    monkeypatch.setattr(services, "_QUEUE_LENGTH", 10)
     comes, goes = threading.Event(), threading.Event()
 
     def before(step: int) -> None:
@@ -408,14 +408,14 @@ def test_without_trackers_nothing_is_made(tmp_path: Path) -> None:
 def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder_left_by_runs").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not tracking._is_installed("folder_left_by_runs")
-    assert tracking._is_installed("wandb")
+    assert not services._is_installed("folder_left_by_runs")
+    assert services._is_installed("wandb")
 
 
 def test_trackers_that_are_not_there_are_named_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
+    monkeypatch.setattr(services, "_is_installed", lambda name: False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = load_config("demo", None, [*TINY, "track.mlflow=true", "track.wandb=true"])
     with pytest.raises(ConfigError) as error:

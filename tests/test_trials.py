@@ -8,10 +8,9 @@ import pytest
 from studies import tried, write_tried
 
 from models.errors import ConfigError, DataError
-from pipeline.report_records import Records
-from pipeline.storage import Directory
+from pipeline.storage.files import Directory
 from pipeline.study.objective import Objective
-from pipeline.study.progress import confirmations, course, known, member_start, next_number
+from pipeline.study.search.progress import confirmations, course, known, member_start, next_number
 from pipeline.study.space import Domain
 from pipeline.study.trials import (
     Outcome,
@@ -23,6 +22,7 @@ from pipeline.study.trials import (
     write_outcome,
     write_trial,
 )
+from pipeline.tracking.records import Records
 
 KNN = Objective("knn_20", "")
 

@@ -13,9 +13,9 @@ from ray_head import ray_head
 from tiny_run import write_images
 
 from jobs import pretrain
-from jobs.config import load_config
-from pipeline.demo_images import PATTERNS
-from pipeline.storage import Directory
+from jobs.cli.config import load_config
+from pipeline.data.demo_images import PATTERNS
+from pipeline.storage.files import Directory
 from pipeline.study.trials import read_trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

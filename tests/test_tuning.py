@@ -4,9 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pipeline.study.search.tuner import Listener, _cause
+from pipeline.study.search.tuning import Halving, Search, _Refereed
 from pipeline.study.trials import Trial
-from pipeline.study.tuner import Listener, _cause
-from pipeline.study.tuning import Halving, Search, _Refereed
 
 
 class Told:

@@ -17,11 +17,11 @@ from tiny import NUM_IMAGES, tiny_config
 from torch import Tensor, nn
 
 from models.errors import ConfigError, DataError
-from models.interop import load, read_weights
-from pipeline.automatic import adapt
-from pipeline.start import read_weights as read_path
-from pipeline.start import start_from
-from pipeline.training import TrainState, build_state
+from models.published.checkpoint import load, read_weights
+from pipeline.training.auto import adapt
+from pipeline.training.init_weights import read_weights as read_path
+from pipeline.training.init_weights import start_from
+from pipeline.training.step import TrainState, build_state
 
 HEAD: dict[str, Any] = {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}
 

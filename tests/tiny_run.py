@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from jobs_processes import TINY
 
-from jobs.config import load_config
-from pipeline.checkpoint import save_checkpoint
-from pipeline.demo_images import draw_demo_image
-from pipeline.run_dir import SNAPSHOT, checkpoint_name
-from pipeline.training import build_state
+from jobs.cli.config import load_config
+from pipeline.data.demo_images import draw_demo_image
+from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
+from pipeline.training.checkpoint import save_checkpoint
+from pipeline.training.step import build_state
 
 STEP = 7
 NAME = checkpoint_name(STEP)

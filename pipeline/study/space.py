@@ -1,8 +1,9 @@
 """What a study searches: dotted keys of the run's config, each with a domain; and points of it.
 
 A domain maps [0, 1] onto values along the scale on which equal distances matter, so that whoever proposes points
-(samplers.py), and whoever draws them, works on the unit cube and knows nothing of scales. The defaults enclose what
-the published ablations of temperature and centre found to work (arXiv 2104.14294, appendix). No Ray here.
+(study/search/samplers.py), and whoever draws them, works on the unit cube and knows nothing of scales. The defaults
+enclose what the published ablations of temperature and centre found to work (arXiv 2104.14294, appendix). No Ray
+here.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationInfo, field_validator
 
 from models.settings import Settings
-from pipeline.algorithm import DINOConfig
+from pipeline.training.config import DINOConfig
 
 Kind = Literal["uniform", "log", "one_minus_log", "int", "choice"]
 _KINDS: tuple[Kind, ...] = ("uniform", "log", "one_minus_log", "int", "choice")

@@ -7,7 +7,7 @@ A study directory (local or S3):
     manifest.parquet          the images, listed once for all trials
     study.json                what is searched, by which objective, over how many steps
     trials/
-      0000/                   a run directory (pipeline/checkpoint.py), and in it
+      0000/                   a run directory (training/checkpoint.py), and in it
         trial.json            parameters and seed; written before the trial starts
         outcome.json          written when it has ended: the trial is never run again
     study.html  study.csv  study.png    what was found
@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 from models.errors import DataError, one_line
-from pipeline.report_records import Records, read, read_records
-from pipeline.storage import Directory
+from pipeline.storage.files import Directory
+from pipeline.tracking.records import Records, read, read_records
 
 STUDY = "study.json"
 TRIAL = "trial.json"
@@ -70,7 +70,7 @@ class Outcome:
     step: int
     """Steps that it was trained for."""
     verdict: str = "healthy"
-    """Of its health, pipeline/health.py."""
+    """Of its health, training/health.py."""
     message: str = ""
     """What went wrong, in words."""
     scores: dict[str, float] = field(default_factory=dict)

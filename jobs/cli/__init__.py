@@ -1,0 +1,1 @@
+"""From a command line to a config and an exit code, and what a person sees."""

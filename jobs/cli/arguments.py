@@ -1,0 +1,90 @@
+"""The command lines of jobs: options and `section.key=value` overrides in any order."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jobs.cli.config import Config, load_config, load_kept
+from jobs.cli.recipes import RECIPES
+from models.errors import ConfigError
+from pipeline.storage.files import Directory
+from pipeline.study.trials import BEST, STUDY
+
+
+def positive(text: str) -> int:
+    """Type of an option that is a whole number above 0."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+positive.__name__ = "positive number"  # as argparse names it in its error
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does, but options may stand before, between and after the overrides."""
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """ConfigError instead of argparse's own way out."""
+        raise ConfigError(f"{message}; --help lists the options, values are set as section.key=value")
+
+
+class Arguments(CommandLine):
+    """The command line that jobs with a config share."""
+
+    def __init__(self, prog: str, description: str, *, resumes: bool = True) -> None:
+        super().__init__(prog=prog, description=description, epilog="recipes: " + ", ".join(RECIPES))
+        self.add_argument("--recipe", default=None, help="named starting point (default: demo)")
+        self.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
+        self.add_argument(
+            "--print-config",
+            action="store_true",
+            help="print every setting with its description and source, and exit",
+        )
+        self.add_argument(
+            "--json-schema", action="store_true", help="print the JSON Schema of the config and exit"
+        )
+        if resumes:
+            self.add_argument(
+                "--resume", action="store_true", help="continue the run of this name even with another config"
+            )
+        self.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3")
+
+
+class PretrainArguments(Arguments):
+    """The command line of jobs.pretrain."""
+
+    def __init__(self) -> None:
+        super().__init__("python -m jobs.pretrain", "Pretrain a vision backbone with DINO.")
+        self.add_argument("--init-from", metavar="PATH", default=None, help="the same as init.path=PATH")
+        self.add_argument(
+            "--from-study", metavar="DIR", default=None, help="take the best config that a study has found"
+        )
+        self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
+
+
+def overrides_of(arguments: argparse.Namespace) -> list[str]:
+    """The overrides of a command line, with those that options stand for."""
+    init_from = getattr(arguments, "init_from", None)
+    return [*arguments.overrides, *([f"init.path={init_from}"] if init_from else [])]
+
+
+def pretrain_config(arguments: argparse.Namespace) -> Config:
+    """The config that a parsed command line of jobs.pretrain asks for."""
+    overrides = overrides_of(arguments)
+    if arguments.from_study is None:
+        return load_config(arguments.recipe, arguments.config, overrides)
+    if arguments.recipe or arguments.config:
+        raise ConfigError("--from-study has the whole config: leave out --recipe and --config")
+    study = Directory(arguments.from_study)
+    if study.exists(STUDY) and not study.exists(BEST):
+        raise ConfigError(
+            f"--from-study={study.uri}: this study has found no best, or has not ended, and so has no {BEST}: "
+            f"see its study.html; let it end with the same command of jobs.tune, or search another tune.space"
+        )
+    return load_kept(Config, study, overrides, name=BEST, what="finished study")

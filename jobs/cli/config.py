@@ -1,0 +1,244 @@
+"""The tree of configs: recipe, then YAML file, then dotted overrides; strict; all errors at once.
+
+Each section is declared beside the thing that it configures; they meet here and nowhere else. What becomes of
+a mistake stands in jobs/cli/keys.py.
+"""
+
+import copy
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from jobs.cli.keys import did_you_mean, explain, flatten, keep_detected, leaf_fields
+from jobs.cli.recipes import RECIPES, starting_point
+from jobs.cli.yaml_text import Dumper, Loader, read_mapping, yaml_problem
+from models.errors import ConfigError
+from pipeline.cluster.cost import CostConfig
+from pipeline.cluster.resources import ResourcesConfig
+from pipeline.data.manifest import DataConfig
+from pipeline.evaluation.features import EvalConfig
+from pipeline.evaluation.probes import ProbeConfig
+from pipeline.storage.files import Directory, MissingObject, is_s3, split_s3_uri
+from pipeline.tracking.run_log import LogConfig
+from pipeline.tracking.services import TrackConfig
+from pipeline.training.checkpoint import CheckpointConfig
+from pipeline.training.health import HealthConfig
+from pipeline.training.init_weights import InitConfig
+from pipeline.training.step import DINOConfig
+
+FREE_SECTIONS = frozenset(
+    {"resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
+)
+"""What may differ when a run is continued: nothing in them changes what is learnt."""
+
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""It names a folder, and a job in an address."""
+
+
+class Config(DINOConfig):
+    """A whole run."""
+
+    recipe: str = Field(json_schema_extra={"enum": list(RECIPES)})
+    """The recipe that the other values started from."""
+    name: str = Field(pattern=RUN_NAME, max_length=100)
+    """Name of the run, and of its directory under `storage_path`; the same name continues the same run."""
+    storage_path: str = Field(default="runs", min_length=1)
+    """Folder or s3://bucket/prefix that holds run directories."""
+    data: DataConfig
+    init: InitConfig = InitConfig()
+    eval: EvalConfig = EvalConfig()
+    probe: ProbeConfig = ProbeConfig()
+    health: HealthConfig = HealthConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    track: TrackConfig = TrackConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    cost: CostConfig = CostConfig()
+
+    @field_validator("storage_path")
+    @classmethod
+    def _is_local_or_in_a_bucket(cls, path: str) -> str:
+        if is_s3(path):
+            split_s3_uri(path)
+        return path
+
+    def algorithm(self) -> DINOConfig:
+        """The part that defines what is learnt, without where and how it runs."""
+        return DINOConfig.model_validate({k: getattr(self, k) for k in DINOConfig.model_fields})
+
+    def to_yaml(self) -> str:
+        """The resolved config, in the form that `--config` reads."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def load_config(recipe: str | None, file: Path | None, overrides: Sequence[str]) -> Config:
+    """The config of a run; see `load`."""
+    return load(Config, recipe, file, overrides)
+
+
+def load(
+    model: type[AnyConfig],
+    recipe: str | None,
+    file: Path | None,
+    overrides: Sequence[str],
+    *,
+    name_suffix: str = "",
+) -> AnyConfig:
+    """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake."""
+    return validate_as(model, resolve(recipe, file, overrides, name_suffix=name_suffix))
+
+
+def resolve(
+    recipe: str | None, file: Path | None, overrides: Sequence[str], *, name_suffix: str = ""
+) -> dict[str, Any]:
+    """The tree of recipe, file and overrides, not validated.
+
+    The recipe is the one given, else the one that the overrides or the file name, else demo.
+    """
+    tree = apply_overrides(read_file(file, "--config") if file else {}, overrides)
+    name = tree.pop("recipe", "demo") if recipe is None else recipe
+    tree.pop("recipe", None)
+    if not isinstance(name, str) or name not in RECIPES:
+        near = did_you_mean(str(name), RECIPES)
+        raise ConfigError(f"recipe={name!r} is none of {', '.join(RECIPES)}{near}")
+    merged: dict[str, Any] = {"name": name + name_suffix, **starting_point(name, tree), "recipe": name}
+    _merge(merged, tree)
+    return merged
+
+
+def apply_tree(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Put values by dotted key into a tree, in place."""
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        parent = tree
+        for section in sections:
+            parent = parent[section]
+        parent[leaf] = copy.deepcopy(value)  # not merged: a mapping replaces what was there
+
+
+def load_run_config(run: Directory, overrides: Sequence[str] = ()) -> Config:
+    """The config that a run directory keeps; see `load_kept`."""
+    return load_kept(Config, run, overrides)
+
+
+def load_kept(
+    model: type[AnyConfig],
+    directory: Directory,
+    overrides: Sequence[str] = (),
+    *,
+    name: str = "config.yaml",
+    what: str = "run",
+) -> AnyConfig:
+    """The config that a directory keeps, with overrides; ConfigError says which of the two is wrong."""
+    file = directory.join(name)
+    try:
+        tree = read_mapping(directory.read(name), file)
+    except MissingObject as error:
+        raise ConfigError(f"{directory.uri} is no {what} directory: it has no {name}") from error
+    try:
+        config = validate_as(model, tree)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{file}: {line}" for line in str(error).splitlines())) from error
+    return validate_as(model, apply_overrides(tree, overrides)) if overrides else config
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `tree` with `section.key=value` overrides merged in; not validated.
+
+    Values are read as YAML, but for text: it stands for itself, whatever YAML makes of `on` or `2024`.
+    ConfigError holds one line per override that cannot be read.
+    """
+    merged: dict[str, Any] = {}
+    _merge(merged, tree)
+    mistakes = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        path = key.split(".")
+        if not separator or not all(path):
+            mistakes.append(
+                f"override {override!r} must look like section.key=value, e.g. optim.base_lr=1e-3"
+            )
+            continue
+        try:
+            _merge(merged, _nest(path, _read_value(key, text)))
+        except (yaml.YAMLError, RecursionError) as error:
+            mistakes.append(f"override {override!r}: the value is not YAML: {yaml_problem(error)}; quote it")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return merged
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """The config of a run; see `validate_as`."""
+    return validate_as(Config, tree)
+
+
+def validate_as(model: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
+    """Build the config from a tree of plain values. ConfigError holds one line per mistake, all of them."""
+    tree = {"data": {}, **tree}  # so that its missing keys are named, not the section
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, model, tree))) from error
+
+
+def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list[str]:
+    """Settings that decide what is learnt and differ, as `key: old -> new`; dotted `free` ones may differ too.
+
+    What is to be detected stays as it is kept.
+    """
+    a, b = (
+        {
+            k: v
+            for k, v in flatten(config.model_dump(mode="json", exclude=set(FREE_SECTIONS)))
+            if k not in free
+        }
+        for config in (old, keep_detected(new, old))
+    )
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def read_file(file: Path, option: str) -> dict[str, Any]:
+    """The mapping in the YAML file that `option` names; ConfigError when it cannot be read or is none."""
+    try:
+        return read_mapping(file.read_bytes(), f"{option} {file}")
+    except OSError as error:
+        raise ConfigError(f"{option} {file}: {error.strerror}; check the path") from error
+
+
+def json_schema(model: type[Config] = Config) -> str:
+    """JSON Schema of the config file, for editors. No key is required: a recipe has what the file leaves out."""
+    schema = model.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        section.pop("required", None)
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1)
+
+
+_FIELDS = leaf_fields(Config)
+
+
+def _read_value(key: str, text: str) -> Any:
+    kind = _FIELDS[key].annotation if key in _FIELDS else None
+    if kind is str or (kind == str | None and text not in ("", "null", "~")):
+        return text
+    return yaml.load(text, Loader)
+
+
+def _nest(path: list[str], value: Any) -> dict[str, Any]:
+    return {path[0]: value if len(path) == 1 else _nest(path[1:], value)}
+
+
+def _merge(into: dict[str, Any], tree: Mapping[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)

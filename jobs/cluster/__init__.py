@@ -1,0 +1,1 @@
+"""What the commands for clusters share: the job server, uploads, checks, measurements."""

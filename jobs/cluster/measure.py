@@ -1,0 +1,239 @@
+"""A plan's config, and the figures that it is made from: given ones, and for the others short measurements.
+
+They are taken in this process, or, in a job on a cluster, by tasks on its nodes: the head has no CPUs to measure.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import torch
+from pydantic import model_validator
+
+from jobs.cli.arguments import Arguments
+from jobs.cli.config import Config, load
+from jobs.cli.main import is_local, join_ray
+from jobs.runs.train import Inputs
+from jobs.studies.config import schedule_of
+from models.errors import ConfigError, DataError, ResourceError
+from pipeline.augment.config import CropsConfig, crop_bytes
+from pipeline.cluster.channel import known_error
+from pipeline.data.detection import AUTO
+from pipeline.data.manifest import build_manifest
+from pipeline.data.partition import batch_size_per_worker
+from pipeline.data.source import Source
+from pipeline.evaluation.labels import HELD_OUT_SHARE
+from pipeline.planning.calibrate import gradient_bytes, listed, measure_crops, measure_latency, measure_step
+from pipeline.planning.node_rates import Figures, Run
+from pipeline.planning.prices import PlanSettings
+
+BUCKET = "s3://BUCKET/images"
+"""Stands for `data.path` where a plan needs no images."""
+
+Say = Callable[[str], None]
+
+_OF_IMAGES = ("num_images", "bytes_per_image", "latency_ms", "images_per_second_per_cpu")
+_TASK_CPUS = 8
+"""CPUs of the task that measures crops on a cluster."""
+
+
+class PlanConfig(Config):
+    """A run, and what it is planned with."""
+
+    plan: PlanSettings = PlanSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _looks_at_no_images_if_all_is_given(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        data, plan = tree.get("data"), tree.get("plan")
+        if not isinstance(data, dict) or not isinstance(plan, dict) or "path" in data:
+            return tree
+        missing = [f"plan.{name}" for name in _OF_IMAGES if plan.get(name) is None]
+        if missing and len(missing) < len(_OF_IMAGES):
+            raise ValueError(f"data.path: must be set, or in its place {', '.join(missing)} as well")
+        return tree if missing else {**tree, "data": {**data, "path": BUCKET}}
+
+
+class PlanArguments(Arguments):
+    """The command line of jobs.plan."""
+
+    def __init__(self) -> None:
+        super().__init__("python -m jobs.plan", "Say what a pretraining run will take.", resumes=False)
+        self.add_argument("--out", type=Path, metavar="FILE", help="write cluster.yaml, filled in, here")
+        self.add_argument("--json", action="store_true", help="print the plan as JSON")
+        self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
+
+
+class Measured(NamedTuple):
+    """The figures, where each comes from, and whether they are for GPUs."""
+
+    figures: Figures
+    num_images: int
+    on_gpus: bool
+    sources: dict[str, str]
+    has_labels: bool = False
+    """Of images that were looked at."""
+
+
+def plan_config(arguments: Namespace) -> PlanConfig:
+    """The config that a parsed command line asks for. ConfigError for what cannot be planned."""
+    config = load(PlanConfig, arguments.recipe, arguments.config, arguments.overrides)
+    given = config.plan.images_per_second_per_gpu
+    if given is not None and config.resources.use_gpu is False:
+        raise ConfigError(
+            f"plan.images_per_second_per_gpu={given:g} is for GPUs, but resources.use_gpu=false trains on CPUs; "
+            "leave out either"
+        )
+    if not is_local() and config.resources.use_gpu is False:
+        raise ConfigError(
+            "resources.use_gpu=false plans a run on one machine's CPUs, but this is a job on a cluster; plan it there"
+        )
+    if arguments.out is not None and not trains_on_gpus(config):
+        raise ConfigError(
+            f"--out {arguments.out} is for a cluster, but without a GPU here and without "
+            "plan.images_per_second_per_gpu the plan is of this machine; give that figure, or leave out --out"
+        )
+    return config
+
+
+def trains_on_gpus(config: PlanConfig) -> bool:
+    """Whether the plan is of a cluster with GPU nodes; else of this machine, training on its CPUs."""
+    if config.resources.use_gpu != "auto":
+        return config.resources.use_gpu
+    return config.plan.images_per_second_per_gpu is not None or torch.cuda.is_available() or not is_local()
+
+
+def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
+    """The figures of a plan; `say` tells what is being measured. ResourceError where that takes a GPU."""
+    plan, on_gpus = config.plan, trains_on_gpus(config)
+    trained_on = plan.images_per_second_per_gpu
+    if on_gpus and trained_on is None and is_local() and not torch.cuda.is_available():
+        raise ResourceError(
+            "plan.images_per_second_per_gpu: what a GPU trains on must be measured on one, and this machine has none; "
+            "give the figure, or measure on a node: python -m jobs.submit -- python -m jobs.plan ..."
+        )
+    known = {name: getattr(plan, name) for name in PlanSettings.model_fields if name in Figures._fields}
+    known["num_images"] = plan.num_images
+    sources = {name: "given" for name, value in known.items() if value is not None}
+    missing = [f"plan.{name}" for name in _OF_IMAGES if known[name] is None]
+    if not missing and known["images_per_request"] is None:
+        known["images_per_request"], sources["images_per_request"] = 1.0, "as for objects"
+    has_labels = False
+    joined = not is_local() and (known["images_per_second_per_cpu"] is None or trained_on is None)
+    if joined:
+        join_ray(1, verbose=verbose)
+    try:
+        if missing:
+            try:
+                has_labels = _look_at_images(config, known, sources, say)
+            except DataError as error:
+                if len(missing) == len(_OF_IMAGES):
+                    raise
+                why = known_error(error)  # which another node may have told of
+                instead = f"or give {', '.join(missing)} too: no image is looked at then"
+                raise DataError(f"{why}; {instead}") from error
+        if trained_on is None:
+            say(f"measuring the training step for {plan.seconds:g} s")
+            known["images_per_second_per_gpu"], sources["images_per_second_per_gpu"] = _train(
+                config, known["num_images"], on_gpus=on_gpus, say=say
+            )
+    finally:
+        if joined:
+            ray.shutdown()
+    num_images = known.pop("num_images")
+    return Measured(Figures(**known), num_images, on_gpus, sources, has_labels)
+
+
+def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str, str], say: Say) -> bool:
+    """Put what is not given of the images into `known`; return whether they have labels."""
+    plan = config.plan
+
+    def note(name: str, value: float, source: str) -> None:
+        if known[name] is None:
+            known[name], sources[name] = value, source
+
+    say(f"listing {config.data.path}")
+    manifest = build_manifest(config.data)
+    for name, value in listed(manifest)._asdict().items():
+        note(name, value, "listed")
+    source = Source(config.data, manifest)
+    if known["latency_ms"] is None:
+        note("latency_ms", measure_latency(source), "measured from here")
+    if known["images_per_second_per_cpu"] is None:
+        say(f"measuring crops for {plan.seconds:g} s")
+        order = Inputs(source, None).order(config.train.seed)
+        options: dict[str, Any] = {"seed": config.train.seed, "seconds": plan.seconds}
+        if is_local():
+            cropped = measure_crops(source, order, config.crops, **options)
+        else:
+            # No more than a node has, if any node is up; else one comes for it.
+            up = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+            cpus = min(_TASK_CPUS, up or plan.cpu.cpus)
+            task = ray.remote(num_cpus=cpus)(measure_crops)
+            cropped = ray.get(task.remote(source, order, config.crops, **options, threads=cpus))
+        stages = " + ".join(f"{stage} {ms:.2f}" for stage, ms in cropped.cpu_ms.items())
+        where = f"measured on {cropped.threads} CPUs with {cropped.images:,} images: {stages} ms"
+        note("images_per_second_per_cpu", cropped.images_per_second_per_cpu, where)
+    return source.has_labels
+
+
+def _train(config: PlanConfig, num_images: int, *, on_gpus: bool, say: Say) -> tuple[float, str]:
+    batch = batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
+    options: dict[str, Any] = {"num_images": num_images, "batch_size": batch, "seconds": config.plan.seconds}
+    if is_local():
+        trained = measure_step(config.algorithm(), **options, on_gpu=on_gpus)
+    else:
+        if not ray.cluster_resources().get("GPU"):
+            say("no GPU node is up: waiting for one to join")
+        task = ray.remote(num_cpus=1, num_gpus=1)(measure_step)
+        trained = ray.get(task.remote(config.algorithm(), **options, on_gpu=True))
+    where = f"measured on {trained.device}: median of {trained.steps} steps of {batch} images"
+    return trained.images_per_second, where
+
+
+def run_of(config: PlanConfig, measured: Measured) -> Run:
+    """The run in numbers."""
+    num_images, resources = measured.num_images, config.resources
+    actors = resources.augment_actors
+    steps = schedule_of(config, num_images=num_images).total_steps
+    every = config.eval.every_steps
+    return Run(
+        total_steps=steps,
+        global_batch_size=config.train.global_batch_size,
+        train_workers=resources.train_workers,
+        crop_bytes=crop_bytes(config.crops),
+        gradient_bytes=gradient_bytes(config.algorithm(), num_images=num_images),
+        forwards_per_image=forwards_per_image(config.crops),
+        evaluations=1 + -(-steps // every),  # one of them before the first step
+        images_per_evaluation=_images_per_evaluation(config, num_images, has_labels=measured.has_labels),
+        checkpoints=-(-steps // config.checkpoint.every_steps),
+        prefetch_batches=resources.prefetch_batches,
+        cpus_per_train_worker=resources.cpus_per_train_worker,
+        cpus_per_augment_actor=resources.cpus_per_augment_actor,
+        most_actors=None if actors == "auto" else actors if isinstance(actors, int) else actors[1],
+        fetch_concurrency=config.data.fetch_concurrency,
+    )
+
+
+def forwards_per_image(crops: CropsConfig) -> float:
+    """Forwards of one image at the global size that take as long as a step does for an image.
+
+    The teacher sees the global crops, the student all, whose backward takes as long as two forwards.
+    """
+    local = (crops.local_crop_size / crops.global_crop_size) ** 2
+    return crops.num_global_crops + 3 * (crops.num_global_crops + crops.num_local_crops * local)
+
+
+def _images_per_evaluation(config: PlanConfig, num_images: int, *, has_labels: bool) -> int:
+    """At most so many are embedded; how many labelled ones there are is not looked at."""
+    found = 0
+    if config.eval.val_path == AUTO and has_labels:
+        val = min(round(HELD_OUT_SHARE * num_images), config.eval.max_val_images)
+        found = min(num_images, val + config.eval.max_train_images)
+    elif config.eval.val_path not in (None, AUTO):
+        found = min(num_images, config.eval.max_train_images) + config.eval.max_val_images
+    elif config.eval.label_free:
+        found = min(num_images, config.eval.max_val_images)
+    return found + (config.probe.lidar_images * config.probe.lidar_views if config.eval.lidar else 0)

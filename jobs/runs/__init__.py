@@ -1,0 +1,1 @@
+"""What the commands that have a run in hand share."""

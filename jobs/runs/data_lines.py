@@ -1,0 +1,86 @@
+"""Lines for a person: what lies at `data.path`, and on which images a run is evaluated."""
+
+import pyarrow.compute as pc
+
+from jobs.runs.train import Inputs
+from pipeline.data.detection import AUTO
+from pipeline.evaluation.features import EvalConfig
+from pipeline.data.source import Source
+
+
+def describe_data(images: Source) -> str:
+    """`data: 7390 images in 37 class folders at /photos (labels from folder names; ...)`."""
+    manifest, notes = images.manifest, list(images.manifest.notes)
+    where = ""
+    if manifest.kind == "parquet":
+        where = f" in {_count(len(manifest.table['key'].unique()), 'Parquet file')}"
+        columns = {"images": images.config.image_column, "keys": images.config.key_column}
+        shown = ", ".join(
+            f"{what} from column {name!r}" for what, name in columns.items() if name is not None
+        )
+        notes = [shown, *(notes or [_labels(images)])]
+    else:
+        notes = notes or [_labels(images)]
+    labels = manifest.table["label"] if "label" in manifest.table.column_names else None
+    if labels is not None and images.config.label_from_parent is True:
+        folders = _count(pc.count_distinct(labels).as_py(), "class folder")
+        outside = f" ({labels.null_count} outside of them)" if labels.null_count else ""
+        where += f" in {folders}{outside}"
+    if manifest.num_ignored:
+        notes.append(f"{_count(manifest.num_ignored, 'other file')} ignored")
+    return f"data: {_count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
+
+
+def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
+    """`evaluation: k-NN of 480 images at /photos/val by 2160 at /photos/train`, or how to get it."""
+    if inputs.labelled is None:
+        remedy = (
+            "for k-NN start a run of another name with eval.val_path=auto"
+            if inputs.images.has_labels
+            else "for k-NN set eval.val_path and eval.train_path to images in one folder per class"
+        )
+        if not config.label_free:
+            return f"evaluation: none (eval.label_free=false); {remedy}"
+        return f"evaluation: RankMe, which needs no labels; {remedy}"
+    train, val = inputs.labelled
+    voters, classified = (
+        min(train.num_images, config.max_train_images),
+        min(val.num_images, config.max_val_images),
+    )
+    if config.val_path != AUTO:
+        where = f"at {val.manifest.path} by {voters} at {train.manifest.path}"
+        return f"evaluation: k-NN of {_count(classified, 'image')} {where}"
+    return (
+        f"evaluation: k-NN of {_count(classified, 'held-out image')} by {voters} others of data.path; training sees "
+        "all of them, without labels; eval.val_path=PATH takes other images"
+    )
+
+
+def unlabelled_warnings(labelled: tuple[Source, Source] | None, config: EvalConfig) -> list[str]:
+    """A line on each set that `eval` names and that has images without a label, which are not evaluated."""
+    if labelled is None or config.val_path == AUTO:
+        return []
+    left_out = {side.manifest.path: side.manifest.num_images - side.num_images for side in labelled}
+    return [
+        f"{_count(number, 'image')} at {path} without a label: not evaluated; move them into class folders, or "
+        "remove them"
+        for path, number in left_out.items()
+        if number
+    ]
+
+
+def evaluation_warnings(inputs: Inputs, config: EvalConfig) -> list[str]:
+    """Lines on labelled images that an evaluation leaves out, and on classes that its two sets do not share."""
+    mismatch = [inputs.mismatch.text] if inputs.mismatch else []
+    return [*unlabelled_warnings(inputs.labelled, config), *mismatch]
+
+
+def _labels(images: Source) -> str:
+    """Where labels are by settings that a person has given."""
+    if images.config.label_column is not None:
+        return f"labels from column {images.config.label_column!r}"
+    return "labels from folder names" if images.config.label_from_parent is True else "no labels"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,48 @@
+"""A frozen network from the address of a run or of a checkpoint, and settings for one that has no run around it."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobs.cli.config import Config, apply_overrides, validate
+from models.errors import ConfigError
+from pipeline.training.checkpoint import (
+    Found,
+    Frozen,
+    Which,
+    download_checkpoint,
+    find_checkpoint,
+    read_frozen,
+    read_meta,
+)
+from pipeline.storage.run_dir import checkpoint_name
+
+
+class Opened(NamedTuple):
+    """A checkpoint's network in memory: where it was found, its backbone, and the step that it was taken at."""
+
+    found: Found
+    network: Frozen
+    step: int
+
+
+def open_network(address: str, step: int | None, which: Which) -> Opened:
+    """Read one network of a run's checkpoint (at `step`, else the newest) or of a checkpoint's own folder."""
+    found = find_checkpoint(address, step)
+    with tempfile.TemporaryDirectory(prefix="dinoray-network-") as scratch:
+        files = (f"{which}.safetensors", "meta.json")
+        folder = download_checkpoint(found.folder, Path(scratch), files)
+        opened = Opened(found, read_frozen(folder, which), read_meta(folder)["step"])
+    if step is not None and step != opened.step:
+        raise ConfigError(
+            f"--step {step}, but {found.folder.uri} is {checkpoint_name(opened.step)}; "
+            "leave --step out, or give the run directory"
+        )
+    return opened
+
+
+def lone_config(network: Frozen, sections: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """Settings around a network whose run is not known: what it was trained with, `sections`, `overrides`."""
+    algorithm = network.config.model_dump(mode="json")
+    return validate(apply_overrides({**algorithm, "name": "lone", "recipe": "demo", **sections}, overrides))

@@ -1,0 +1,66 @@
+"""What a finished run came to: result.json, and the same in words."""
+
+import json
+import time
+from typing import Any
+
+from jobs.cli.display import describe_calibration
+from models.errors import DataError
+from pipeline.training.health import Verdict
+from pipeline.storage.files import Directory
+
+RESULT = "result.json"
+"""Written last: where it stands, the run is finished."""
+
+
+def write_result(run: Directory) -> None:
+    """Sum the run up: its first and last evaluation, the metrics of its last step, and when it ended."""
+    records = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    steps = [r for r in records if "loss" in r]
+    if not steps:
+        raise DataError(f"{run.join('metrics.jsonl')} holds no training step")
+    evaluations = [r for r in records if "majority" in r]
+    result: dict[str, Any] = {"steps": steps[-1]["step"], "ended": time.time(), "last": steps[-1]}
+    if evaluations:
+        result |= {"before": evaluations[0], "after": evaluations[-1]}
+    run.write(RESULT, json.dumps(result, indent=1).encode())
+
+
+def describe_result(run: Directory) -> str:
+    """k-NN before and after, what could not be used, and where everything is."""
+    result = json.loads(run.read(RESULT))
+    lines = []
+    if "after" in result:
+        after = f"after {result['steps']} steps"
+        lines += [
+            f"k-NN accuracy of the teacher, {', '.join(k.replace('knn_', 'k=') for k in _knn(result['after']))}",
+            f"  {'before training':17} {_percent(result['before'])}{_calibration(result['before'])}",
+            f"  {after:17} {_percent(result['after'])}",
+            f"  {'majority guess':17} {result['after']['majority']:.1%}",
+        ]
+    lines += [
+        f"checkpoints   {run.join('checkpoints')}",
+        f"report        {run.join('report.html')}",
+        f"crops         {run.join('crops.png')}",
+        f"metrics       {run.join('metrics.jsonl')}, tensorboard --logdir {run.join('tensorboard')}",
+    ]
+    verdict = Verdict(result["last"]["verdict"])
+    if verdict is not Verdict.HEALTHY:
+        lines.append(f"health        {verdict.value}: {verdict.remedy}")
+    if result["last"]["skipped_steps"]:
+        lines.append(f"skipped       {result['last']['skipped_steps']} steps that were not finite")
+    if result["last"]["bad_images"]:
+        lines.append(f"bad images    {result['last']['bad_images']}, named in {run.join('quarantine.jsonl')}")
+    return "\n".join(lines)
+
+
+def _calibration(scores: dict[str, float]) -> str:
+    return f"  ({describe_calibration(scores)})" if "calibration_images" in scores else ""
+
+
+def _knn(scores: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in scores.items() if k.startswith("knn_")}
+
+
+def _percent(scores: dict[str, float]) -> str:
+    return "  ".join(f"{v:.1%}" for v in _knn(scores).values())

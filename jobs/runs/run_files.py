@@ -1,0 +1,140 @@
+"""What a run or study says of itself before it starts: config, versions, and what the networks will see."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from jobs.cli.config import Config, load
+from jobs.cli.main import is_local
+from jobs.cli.keys import flatten
+from jobs.cli.recipes import demo_data
+from jobs.runs.train import Inputs
+from pipeline.figures.contact_sheet import contact_sheet
+from pipeline.augment.multicrop import crop_rng, multi_crop
+from pipeline.data.decode import BadImage, decode
+from pipeline.data.demo_images import demo_folder, write_demo_images
+from pipeline.cluster.nodes import node_sorts
+from pipeline.tracking.records import read_mapping
+from pipeline.training.init_weights import INIT_LINE
+from pipeline.storage.files import Directory
+
+ENVIRONMENT = "environment.json"
+COMMIT = "DINORAY_COMMIT"
+"""The environment variable by which jobs.submit names the commit of code that travels without its history."""
+
+
+def draw_demo(config: Config, console: Console) -> None:
+    """Draw the demo's images, if it is them that are asked for and they are not there."""
+    if Path(config.data.path).is_relative_to(demo_folder()):
+        console.print(f"demo images: {write_demo_images(demo_folder())} in {demo_folder()}", soft_wrap=True)
+
+
+def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequence[str]) -> None:
+    """config.yaml, environment.json and crops.png."""
+    run.write("config.yaml", config.to_yaml().encode())
+    write_environment(run, config, reasons)
+    images, samples = inputs.images, []
+    _, first = inputs.order(config.train.seed).locate(range(min(6, images.num_images)))
+    for fetched in images.fetch(first.tolist()):
+        try:
+            if fetched.data is not None:
+                image = decode(fetched.data, max_pixels=config.data.max_pixels)
+                rng = crop_rng(config.train.seed, 0, fetched.key)
+                samples.append((fetched.key, image, multi_crop(image, rng, config.crops)))
+        except BadImage:
+            continue  # counted and named when the run comes to it
+    if samples:
+        run.write("crops.png", contact_sheet(samples, config.crops))
+
+
+def write_environment(run: Directory, config: Config, reasons: Sequence[str]) -> None:
+    """environment.json, with `reasons` of numbers that stand for auto, and what the run has started from.
+
+    A run that resumes loads no weights anew: the lines on those stay. The file keeps the recipe's other values, because
+    recipes change and a run does not. `started` is the first start of a run that was resumed, in seconds since 1970.
+    """
+    is_new = any(line.startswith(INIT_LINE) for line in reasons)
+    before = read_mapping(run, ENVIRONMENT)
+    earlier = [] if is_new else before.get("automatic") or []
+    kept = [line for line in earlier if str(line).startswith(INIT_LINE)]
+    names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
+    names += ["numba", "simplejpeg", "opencv-python-headless"]
+    about = {
+        "started": before.get("started") or time.time(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": os.environ.get(COMMIT) or commit_of(Path(__file__).parent),
+        "packages": {name: _version(name) for name in names},
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "cuda": torch.version.cuda,
+        "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
+        "automatic": [*reasons, *kept],
+    }
+    run.write(ENVIRONMENT, json.dumps(about, indent=1).encode())
+
+
+def recipe_changes(config: Config) -> dict[str, dict[str, Any]]:
+    """Settings that are not as the recipe of that name has them: dotted key -> `recipe`'s value and the `run`'s."""
+    # Recipes have no path, but for the demo with its own images; the run's stands in for it.
+    is_open = config.recipe != "demo" or config.data.path != demo_data()["data"]["path"]
+    given = load(type(config), config.recipe, None, [f"data.path={config.data.path}"] if is_open else [])
+    recipe, run = (
+        dict(flatten(one.model_dump(mode="json", exclude={"name", "recipe"}))) for one in (given, config)
+    )
+    if is_open:
+        del recipe["data.path"]
+    return {
+        key: {"recipe": recipe.get(key), "run": run.get(key)}
+        for key in dict.fromkeys([*recipe, *run])
+        if recipe.get(key) != run.get(key)
+    }
+
+
+def processor() -> str:
+    """The model of this machine's processor."""
+    names = []
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
+
+
+def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:
+    """Add what `ray.nodes()` are there now to environment.json: of each sort the most that were up at once.
+
+    A local Ray may have more logical CPUs than this machine has CPUs; the CPUs are noted.
+    """
+    machine_cpus = os.cpu_count() if is_local() else None
+    about = read_mapping(run, ENVIRONMENT)
+    known: dict[str, dict[str, Any]] = {}
+    for row in [*about.get("hardware", []), *node_sorts(nodes, machine_cpus=machine_cpus)]:
+        sort = json.dumps({key: value for key, value in row.items() if key != "nodes"}, sort_keys=True)
+        known[sort] = row | {"nodes": max(row["nodes"], known[sort]["nodes"] if sort in known else 0)}
+    run.write(ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())
+
+
+def commit_of(folder: Path) -> str | None:
+    """What is checked out there, `-dirty` if it was changed since; None without a history, or without git."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    asked = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

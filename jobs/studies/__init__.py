@@ -1,0 +1,1 @@
+"""What a study shares with its trials."""

@@ -1,0 +1,93 @@
+"""What a study takes of a cluster, or of a Ray of its own, from its config; what a trial that was lost had taken."""
+
+import os
+from collections.abc import Mapping
+
+from jobs.cli.main import is_local
+from jobs.runs.run_size import check_images, length_warnings
+from jobs.studies.config import StudyConfig, trial_config
+from jobs.studies.trial import CLOCK
+from models.errors import ConfigError, ResourceError
+from pipeline.storage.files import Directory
+from pipeline.study.findings.ranking import number_of
+from pipeline.study.search.plan import StudyPlan, local_cpus, plan_study
+from pipeline.study.space import Space
+from pipeline.study.trials import Outcome, Trial, trial_directory
+from pipeline.tracking.records import read_mapping, read_records
+
+
+def check_growth(config: StudyConfig, *, is_local: bool) -> None:
+    """ResourceError where a Ray of one's own is said to grow: trials would be planned on CPUs that never come."""
+    asked = {"cluster_cpus": config.tune.cluster_cpus, "cluster_gpus": config.tune.cluster_gpus}
+    said = " ".join(f"tune.{name}={number}" for name, number in asked.items() if number is not None)
+    if is_local and said:
+        raise ResourceError(
+            f"{said}: this is what a cluster will have once it has grown, and a Ray on this machine does not grow; "
+            "leave it out, or run the study on a cluster with jobs.submit"
+        )
+
+
+def check_study_size(config: StudyConfig, space: Space, num_images: int) -> list[str]:
+    """Warnings about trials of few images or steps. ConfigError where a batch would hold an image more than once."""
+    check_images(config, num_images)
+    batches = space.get("train.global_batch_size")
+    largest = 0 if batches is None else max(batches.values)
+    if largest > num_images:
+        raise ConfigError(
+            f"tune.space: train.global_batch_size={largest} is more than the {num_images} images of "
+            f"data.path={config.data.path}; leave out what is above {num_images}"
+        )
+    trial = trial_config(config, {}, name="0", storage_path="trials", seed=0, num_images=num_images)
+    return length_warnings(trial, num_images, epochs_setting="tune.epochs")
+
+
+def limit_of(config: StudyConfig) -> int | None:
+    """Trials at once that are asked for: a population is all of them; None, as many as fit."""
+    return config.tune.trials if config.tune.scheduler == "pb2" else config.tune.max_concurrent
+
+
+def plan_of(config: StudyConfig, num_trials: int, have: Mapping[str, float]) -> StudyPlan:
+    """The plan for a cluster that has `have` by kind of resource, or will have what the config says.
+
+    ResourceError where it does not fit.
+    """
+    gpus = config.tune.cluster_gpus or int(have.get("GPU", 0))
+    use_gpu = gpus > 0 if config.resources.use_gpu == "auto" else config.resources.use_gpu
+    return plan_study(
+        config.resources,
+        num_trials=num_trials,
+        cpus=config.tune.cluster_cpus or int(have.get("CPU", 0)),
+        gpus=gpus,
+        use_gpu=use_gpu,
+        limit=limit_of(config),
+        shares_stream=config.tune.share_stream,
+        all_at_once=config.tune.scheduler == "pb2",
+        grows=not is_local(),
+    )
+
+
+def local_cores(config: StudyConfig) -> int:
+    """Logical CPUs for a Ray of the study's own on this machine."""
+    return local_cpus(
+        config.resources,
+        cores=os.cpu_count() or 1,
+        limit=limit_of(config),
+        shares_stream=config.tune.share_stream,
+    )
+
+
+def lost_outcome(study: Directory, trial: Trial, error: str, plan: StudyPlan) -> Outcome:
+    """Of a trial that failed for good, with nobody left to say how far it was: as far as it has written down."""
+    run = trial_directory(study, trial)
+    clock = read_mapping(run, CLOCK)
+    seconds = number_of(clock.get("seconds")) or 0.0
+    return Outcome(
+        "failed",
+        None,
+        read_records(run).last_step or 0,
+        message=error,
+        seconds=seconds,
+        start_seconds=number_of(clock.get("start_seconds")) or 0.0,
+        cpu_hours=plan.cpus_each * seconds / 3600,
+        gpu_hours=plan.gpus_each * seconds / 3600,
+    )

@@ -1,0 +1,281 @@
+"""Checkpoints of the published DINO code and of other programs <-> ours.
+
+`read_weights` and `parse` read a file into `Weights`. `load` and `load_optimizer` put them into networks and
+optimizer. `to_official` writes the published form. What stands below: restricted_load.py reads bytes,
+networks_in_files.py finds the networks, fit.py and optimizer.py match names and shapes.
+
+A full checkpoint, as the published code saves it:
+
+    student, teacher    state dicts: module.backbone.*, module.head.* (the teacher's without module.)
+    optimizer           two groups: decayed parameters, then biases and 1-D parameters
+    epoch, args         the next epoch; argparse.Namespace, or a dict
+    dino_loss           {"center": [1, K]}
+    fp16_scaler         not read
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.backbone import has_batch_norm
+from models.dino import DINO
+from models.errors import DataError
+from models.published.fit import fit_backbone, fit_head
+from models.published.networks_in_files import find_networks
+from models.published.optimizer import load_optimizer, official_state
+from models.published.restricted_load import restricted_load, values_of
+from models.published.timm_names import in_timms_names
+
+__all__ = [
+    "Loaded",
+    "Weights",
+    "fit_backbone",
+    "load",
+    "load_optimizer",
+    "parse",
+    "read_weights",
+    "to_official",
+]
+
+MARK = "pos_embed"
+"""Key of the metadata, and of `args`, in which our exports say how position embeddings are resized."""
+
+_CLASSIFIERS = ("head.weight", "fc.weight")
+_REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
+
+
+class Weights(NamedTuple):
+    """What a file holds, in our names: `backbone.*`, and `head.*` where there is a head."""
+
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    """The same object as `student` where the file has one network."""
+    center: Tensor | None
+    """[K]"""
+    optimizer: dict[str, Any] | None
+    epoch: int | float | None
+    """The next epoch to run."""
+    args: dict[str, Any]
+    official: bool
+    """Position embeddings are to be resized as the published code does it."""
+    name: str = "the checkpoint"
+    places: tuple[str, str, str] = ("", "", "")
+    """Where in the file student, teacher and centre are."""
+    skipped: tuple[str, ...] = ()
+    """Parts of the file that no run can use."""
+    notes: tuple[str, ...] = ()
+    is_own: bool = False
+    """Of a dinoray run, whose optimizer state is in our own form."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether both networks have a DINO head."""
+        return all("head.last_layer.weight_v" in network for network in (self.student, self.teacher))
+
+
+class Loaded(NamedTuple):
+    """Which parts `load` has put into the networks beside the backbones, and what it changed on the way."""
+
+    head: bool
+    center: bool
+    notes: list[str]
+
+
+def read_weights(data: bytes, name: str) -> Weights:
+    """Return the weights in the bytes of a `.pth` or `.ckpt` file; `name` stands in errors.
+
+    Nothing in the file is run. Raises DataError for a file that wants it, and for one that cannot be read.
+    """
+    state = restricted_load(data, name)
+    if not isinstance(state, Mapping):
+        raise DataError(
+            f"{name} holds a {type(state).__name__}, not a dict of weights; "
+            "save a network's state_dict() with torch.save"
+        )
+    return parse(state, name)
+
+
+def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
+    """Return what a loaded file holds, in our names; tensors are shared with `state`, which stays as it is.
+
+    Of a file with one network, student and teacher both get it. `official` is true for published ViTs, whole
+    checkpoints or bare backbones, and false for files of timm, ours and others that say or show so. Raises
+    DataError when no weights are found.
+    """
+    found = find_networks(state)
+    if found is None:
+        keys = [key[:40] if _is_name(key) else f"a {type(key).__name__}" for key in list(state)[:5]]
+        raise DataError(
+            f"{name} holds no weights: its keys are {', '.join(keys) or 'none'}; "
+            "pass a file that holds a network's state dict"
+        )
+    student = in_timms_names(found.student)
+    teacher = student if found.teacher is found.student else in_timms_names(found.teacher)
+    args = _plain({"arch": state.get("arch")} | values_of(state.get("args")))
+    optimizer, epoch = _optimizer(state.get("optimizer")), _epoch(state.get("epoch"))
+    place = found.teacher_from.partition(".")[0]
+    is_part = isinstance(state.get(place), Mapping)
+    holder = state[place] if is_part else state
+    mark = args.get(MARK) or _mark(holder)
+    # The published code saves both networks, or a backbone's state dict alone. Our own state dict has a centre.
+    published = place in ("student", "teacher") if is_part else "center" not in state
+    read = (
+        {"args", "arch"}
+        | ({"optimizer"} if optimizer else set())
+        | ({"epoch"} if epoch is not None else set())
+    )
+    read |= {place.partition(".")[0] for place in (found.student_from, found.teacher_from, found.center_from)}
+    read |= {place.partition(".")[0] for place in found.skipped}
+    others = [k for k, v in state.items() if _is_name(k) and k not in read and not isinstance(v, Tensor)]
+    return Weights(
+        student=student,
+        teacher=teacher,
+        center=found.center,
+        optimizer=optimizer,
+        epoch=epoch,
+        args=args,
+        official=_is_published_vit(found.teacher) and (mark == "official" if mark else published),
+        name=name,
+        places=(found.student_from, found.teacher_from, found.center_from),
+        skipped=(*found.skipped, *others),
+        notes=tuple(found.notes),
+    )
+
+
+def load(
+    dino: DINO,
+    weights: Weights,
+    *,
+    backbone_only: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Put the weights into student and teacher, strictly, and the centre with the head.
+
+    With `backbone_only`, or without a head in the file, heads and centre stay as they are. `kwargs` are the
+    configured `backbone.kwargs`, for errors. Raises ConfigError, one
+    line per mistake, that names the setting that does not fit and the value that does; DataError for values that
+    are not finite. Nothing is loaded then.
+    """
+    notes: list[str] = []
+    loads_head = weights.has_head and not backbone_only
+    fitted: list[dict[str, Tensor]] = []
+    for network, state in ((dino.student, weights.student), (dino.teacher, weights.teacher)):
+        if fitted and weights.student is weights.teacher:
+            fitted.append(fitted[0])
+            break
+        body = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        parts = fit_backbone(body, network.backbone, args=weights.args, kwargs=kwargs, notes=notes)
+        fitted.append({f"backbone.{k}": v for k, v in parts.items()})
+        if loads_head:
+            head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+            parts = fit_head(head, network.head, notes=notes)
+            fitted[-1] |= {f"head.{k}": v for k, v in parts.items()}
+    loads_center = loads_head and weights.center is not None
+    if loads_center and len(weights.center) != len(dino.center):  # type: ignore[arg-type]
+        raise DataError(
+            f"the centre in {weights.name} has {len(weights.center)} values for {len(dino.center)} prototypes; "  # type: ignore[arg-type]
+            "set init.load=backbone"
+        )
+    for which, state in zip(("student", "teacher"), fitted, strict=True):
+        _check_finite(weights.name, which, state)
+    if loads_center:
+        _check_finite(weights.name, "head", {"head.center": weights.center})  # type: ignore[dict-item]
+    for network, state in zip((dino.student, dino.teacher), fitted, strict=True):
+        network.load_state_dict({**network.state_dict(), **state})
+    if loads_center:
+        with torch.no_grad():
+            dino.center.copy_(weights.center)  # type: ignore[arg-type]
+    return Loaded(loads_head, loads_center, list(dict.fromkeys(notes)))
+
+
+def to_official(
+    dino: DINO, optimizer: torch.optim.Optimizer, *, epoch: int, args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The full checkpoint of the published code, to be written by `torch.save`. `epoch` is the next to run.
+
+    The teacher's names get `module.` too when the networks have batch norm: the published code wraps it then.
+    """
+
+    def names(network: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
+        return {prefix + k: v.detach().cpu() for k, v in network.state_dict().items()}
+
+    return {
+        "student": names(dino.student, "module."),
+        "teacher": names(dino.teacher, "module." if has_batch_norm(dino.teacher) else ""),
+        "optimizer": official_state(optimizer, dino.student),
+        "epoch": epoch,
+        "args": dict(args),  # torch.load refuses a Namespace unless it is told to trust it
+        "dino_loss": {"center": dino.center.detach().cpu()[None]},
+    }
+
+
+def _check_finite(name: str, which: str, state: Mapping[str, Tensor]) -> None:
+    """Raise DataError that names the tensors with NaN or infinity."""
+    wrong = [
+        k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v.float()).all())
+    ]
+    if not wrong:
+        return
+    some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    remedy = "start from an earlier checkpoint of that training, or without init.path (--init-from)"
+    if all(k.startswith("head.") for k in wrong):
+        remedy = "set init.load=backbone to leave the head out"
+    raise DataError(f"{name} has NaN or infinite values in the {which}'s {some}; {remedy}")
+
+
+def _optimizer(state: Any) -> dict[str, Any] | None:
+    """The optimizer's state in plain values: moments by parameter number, and each group's numbers."""
+    if not isinstance(state, Mapping):
+        return None
+    moments, groups = state.get("state"), state.get("param_groups")
+    if not isinstance(moments, Mapping) or not isinstance(groups, list):
+        return None
+    if not all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups):
+        return None
+    return {
+        "state": {
+            number: {k: v for k, v in saved.items() if isinstance(v, (Tensor, int, float))}
+            for number, saved in moments.items()
+            if isinstance(number, int) and isinstance(saved, Mapping)
+        },
+        "param_groups": [
+            {"params": [number for number in group["params"] if isinstance(number, int)]} for group in groups
+        ],
+    }
+
+
+def _epoch(epoch: Any) -> int | None:
+    is_whole = isinstance(epoch, (int, float)) and not isinstance(epoch, bool) and epoch == epoch // 1
+    return int(epoch) if is_whole and epoch >= 0 else None
+
+
+def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are numbers, texts, or short sequences of those."""
+
+    def is_plain(value: Any) -> bool:
+        if type(value) in (list, tuple):
+            return len(value) <= 16 and all(isinstance(part, (str, int, float, type(None))) for part in value)
+        return isinstance(value, (int, float)) or _is_name(value)
+
+    return {k: v for k, v in args.items() if isinstance(k, str) and is_plain(v)}
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it is a text that may be shown on a terminal."""
+    return isinstance(value, str) and value.isprintable()
+
+
+def _mark(state: Mapping[str, Any]) -> Any:
+    """What a state dict that we exported says of its position embeddings; nothing in all others."""
+    metadata = getattr(state, "_metadata", None)
+    own = metadata.get("") if isinstance(metadata, Mapping) else None
+    return own.get(MARK) if isinstance(own, Mapping) else None
+
+
+def _is_published_vit(network: dict[str, Tensor]) -> bool:
+    """Whether the position embeddings are of a kind that the published code resizes: no registers, no classifier."""
+    names = {name.removeprefix("backbone.") for name in network}
+    is_vit = {"cls_token", "pos_embed"} <= names and any(name.startswith("blocks.") for name in names)
+    return is_vit and not names & {*_CLASSIFIERS, *_REGISTERS}

@@ -1,0 +1,265 @@
+"""Tensors of a checkpoint -> exactly those that one of our networks has, or an error that says which setting to change.
+
+Stands below checkpoint.py, which knows the files. Names are those inside a backbone or a head, without a prefix.
+Before an error names a backbone that fits, that backbone is built without memory and the tensors are tried on it.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from models.backbone import embed_dim
+from models.errors import ConfigError
+from models.published.candidates import candidates, vit_shape
+from models.published.timm_names import publisher
+
+_NOT_OF_BACKBONE = re.compile(
+    r"(fc|head|head_dist|classifier|last_linear|pooler|decoder|predictor|projector|projection_head)\."
+    r"|decoder_|(mask_token|masked_embed|position_ids)$"
+)
+_ARCHITECTURES = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
+"""The published code's ViTs: width, and the attention heads, which no tensor's shape shows."""
+
+_FIRST = (
+    "patch_embed.proj.weight",
+    "conv1.weight",
+    "conv_stem.weight",
+    "stem.0.weight",
+    "stem.conv1.conv.weight",
+)
+"""Layers that take the image."""
+
+State = Mapping[str, Tensor]
+
+
+def fit_backbone(
+    state: State,
+    backbone: nn.Module,
+    *,
+    args: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    notes: list[str] | None = None,
+) -> dict[str, Tensor]:
+    """The backbone's state dict made of `state`: names become timm's, a classifier is dropped, the grid is fitted.
+
+    `args` are those that the checkpoint was trained with, where known; `kwargs` the configured `backbone.kwargs`.
+    Each change adds a line to `notes`. Raises ConfigError when the two are different networks.
+    """
+    notes = [] if notes is None else notes
+    own = backbone.state_dict()
+    named = _chunks_joined(state)
+    _check_vit(named, backbone, args or {}, kwargs or {})
+    dropped = [k for k in named if k not in own and _NOT_OF_BACKBONE.match(k)]
+    if dropped:
+        notes.append(f"left out, not part of the backbone: {_some(dropped)}")
+    bare = _matched(named, backbone)
+    before, after = state.get("pos_embed"), bare.get("pos_embed")
+    if before is not None and after is not None and abs(before.shape[1] - after.shape[1]) > 1:
+        notes.append(
+            f"position embeddings resized from {before.shape[1]} to {after.shape[1]} tokens, timm's way: the "
+            "backbone's own grid is another"
+        )
+    if any(_differences(bare, own)):
+        raise ConfigError(_misfit(named, bare, backbone, args or {}, kwargs or {}))
+    return _in_order(bare, own)
+
+
+def fit_head(state: State, head: nn.Module, *, notes: list[str] | None = None) -> dict[str, Tensor]:
+    """The head's state dict made of `state`. ConfigError names each `head.*` setting that differs, and its value."""
+    own = head.state_dict()
+    theirs, ours = _head_settings(state), _head_settings(own)
+    what = {"out_dim": "prototypes", "bottleneck_dim": "channels in the bottleneck", "num_layers": "layers"}
+    what |= {"hidden_dim": "channels in hidden layers"}
+    mistakes = []
+    for key, value in theirs.items():
+        if None in (value, ours[key]) or value == ours[key]:
+            continue
+        if key == "use_bn":
+            has = "batch norm" if value else "no batch norm"
+        else:
+            has = f"{value} {what[key]}"
+        mistakes.append(
+            f"head.{key}={_yaml(ours[key])} but the checkpoint has {has}; set head.{key}={_yaml(value)}"
+        )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    if problems := _problems(state, own):
+        raise ConfigError(
+            f"the checkpoint's head is of another kind: it {problems}; set init.load=backbone to leave the head out"
+        )
+    magnitude = state["last_layer.weight_g"]
+    is_frozen = not head.get_parameter("last_layer.weight_g").requires_grad
+    trains = any(p.requires_grad for p in head.parameters())
+    if notes is not None and trains and is_frozen and bool((magnitude != 1).any()):
+        notes.append(
+            "the prototypes' magnitudes in the file were learnt; head.norm_last_layer=true keeps them as they are"
+        )
+    return _in_order(state, own)
+
+
+def _in_timms_names(state: State, backbone: nn.Module) -> dict[str, Tensor]:
+    """What timm itself makes of other publishers' files of this model."""
+    modules = (sys.modules[cls.__module__] for cls in type(backbone).__mro__)
+    rename = next((m.checkpoint_filter_fn for m in modules if hasattr(m, "checkpoint_filter_fn")), None)
+    if rename is None:
+        return dict(state)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # timm's filters print
+            return dict(rename(dict(state), backbone))
+    except Exception:  # not made for this file: what does not fit is named below
+        return dict(state)
+
+
+def _chunks_joined(state: State) -> dict[str, Tensor]:
+    """DINOv2 saves its blocks in chunks, each block under its own number."""
+    return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in state.items()}
+
+
+def _matched(named: State, backbone: nn.Module) -> dict[str, Tensor]:
+    """The tensors under the backbone's names as far as timm knows them, without what is no part of a backbone."""
+    own = backbone.state_dict()
+    bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
+    if any(_differences(bare, own)):
+        named = _in_timms_names(named, backbone)  # with what is left out: timm knows files by it
+        bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
+    return bare
+
+
+def _check_vit(state: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    """ConfigError when `state` is that of a ViT of another width, depth or patch size, before timm resizes patches."""
+    theirs, ours = vit_shape(state), vit_shape(backbone.state_dict())
+    name = _name(backbone)
+    if theirs and ours and theirs != ours:
+        both = [f"width {width}, {depth} blocks, patch {patch}" for width, depth, patch in (ours, theirs)]
+        raise ConfigError(
+            f"backbone.name={name} has {both[0]}, but the checkpoint has {both[1]}; "
+            f"{_remedy(state, backbone, args, kwargs)}"
+        )
+    width, num_heads = _ARCHITECTURES.get(str(args.get("arch")), (0, 0))
+    own_heads = _num_heads(backbone)
+    if theirs and theirs[0] == width and own_heads not in (None, num_heads):
+        raise ConfigError(
+            f"backbone.name={name} has {own_heads} attention heads, but the checkpoint's "
+            f"arch={args['arch']} has {num_heads}; set backbone.kwargs.num_heads={num_heads}"
+        )
+
+
+def _misfit(
+    named: State, bare: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> str:
+    """The error for tensors that are not the backbone's."""
+    arch = f" (arch={args['arch']})" if args.get("arch") else ""
+    return (
+        f"the checkpoint{arch} does not fit backbone.name={_name(backbone)}: it "
+        f"{_problems(bare, backbone.state_dict())}; {_remedy(named, backbone, args, kwargs)}"
+    )
+
+
+def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
+    """The settings of a backbone that takes these tensors, tried here; other weights where none does.
+
+    `kwargs` are the configured `backbone.kwargs`, which stay unless a setting replaces them.
+    """
+    like, shape = _name(backbone), vit_shape(named)
+    own_heads = _num_heads(backbone) if shape and shape[0] == embed_dim(backbone) else None
+    for name, wanted in candidates(named, args=args, like=like, num_heads=own_heads):
+        if name == like and kwargs and not wanted:
+            continue
+        try:
+            with torch.device("meta"):
+                arguments = {**kwargs, **wanted} if name == like else wanted
+                model = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+            own = model.state_dict()
+            fits = vit_shape(own) == shape and not any(_differences(_matched(named, model), own))
+        except Exception:  # whatever a model's constructor makes of arguments that are not for it
+            continue
+        if fits:
+            changed = {k: v for k, v in wanted.items() if name != like or kwargs.get(k) != v}
+            settings = [] if name == like else [f"backbone.name={name}"]
+            settings += [f"backbone.kwargs.{k}={_yaml(v)}" for k, v in changed.items()]
+            drops = name != like and not wanted and bool(kwargs.keys() - {"img_size"})
+            rest = " and no backbone.kwargs" if drops else ""
+            guess = (
+                ", or as many heads as it was trained with"
+                if "num_heads" in changed and "backbone" not in args
+                else ""
+            )
+            return f"set {' '.join(settings)}{guess}{rest}"
+    channels = next((v.shape[1] for k, v in named.items() if k in _FIRST and v.ndim == 4), 3)
+    library = publisher(named)
+    if channels != 3:
+        why = f"it takes images of {channels} channels, not RGB"
+    elif library:
+        why = f"its names are those of {library}, and no model of timm's that was tried fits"
+    else:
+        why = "no model of timm's that was tried fits"
+    return f"{why}: start from other weights, or without init.path (--init-from)"
+
+
+def _num_heads(backbone: nn.Module) -> int | None:
+    """Attention heads of a ViT; None of any other network."""
+    attention = next((m for m in backbone.modules() if hasattr(m, "num_heads") and hasattr(m, "qkv")), None)
+    return None if attention is None else int(attention.num_heads)  # type: ignore[arg-type]
+
+
+def _head_settings(state: State) -> dict[str, int | bool | None]:
+    """The `head.*` settings that a head's tensors tell, None where they do not."""
+    prototypes = state.get("last_layer.weight_v")
+    linear = [v for k, v in state.items() if k.startswith("mlp.") and k.endswith("weight") and v.ndim == 2]
+    return {
+        "out_dim": None if prototypes is None else prototypes.shape[0],
+        "bottleneck_dim": None if prototypes is None else prototypes.shape[1],
+        "num_layers": len(linear) or None,
+        "hidden_dim": linear[0].shape[0] if len(linear) > 1 else None,
+        # Between layers only: with a single one there is nowhere to have it.
+        "use_bn": any(k.endswith("running_mean") for k in state) if len(linear) > 1 else None,
+    }
+
+
+def _differences(state: State, own: State) -> tuple[list[str], list[str], list[str]]:
+    """Names that are missing, that are too many, and whose shapes differ."""
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    return (
+        missing,
+        [k for k in state if k not in own],
+        [k for k in own if k in state and state[k].shape != own[k].shape],
+    )
+
+
+def _problems(state: State, own: State) -> str:
+    """How the names and shapes differ, in words; empty if they do not."""
+    missing, unexpected, reshaped = _differences(state, own)
+    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in reshaped]
+    return "; it ".join(
+        [*_told("lacks", missing), *_told("has beside it", unexpected), *_told("differs in", shapes)]
+    )
+
+
+def _in_order(state: State, own: State) -> dict[str, Tensor]:
+    """The tensors of `own`'s names; counters of batches that old files lack stay."""
+    return {k: state.get(k, own[k]) for k in own}
+
+
+def _told(what: str, names: list[str]) -> Iterator[str]:
+    if names:
+        yield f"{what} {_some(names)}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _name(backbone: nn.Module) -> str:
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(backbone).__name__)
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,248 @@
+"""Read the bytes of a torch file without running anything that the file names.
+
+torch's restricted unpickler (`weights_only=True`) reads both of torch's formats. It calls only what is on its list.
+The stand-ins below join that list under the names of numpy, argparse, pathlib and of the libraries that training
+programs keep their settings in. They return plain values or nothing: none of those libraries is ever called.
+"""
+
+import argparse
+import io
+import pickle
+import re
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.errors import DataError, one_line
+from models.published.pickle_size import check_size
+
+_GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
+_NUMBER = re.compile(r"b1|[iu][1248]|f(?:2|4|8|12|16)|c(?:8|16)|[?bBhHiIlLqQefdgFD]")
+_TEXT = re.compile(r"[SaU]\d{0,6}")
+_LOCK = threading.Lock()
+"""torch keeps its list of allowed names per process: one file is read at a time."""
+
+
+class _RefusedError(Exception):
+    """The file wants something of a stand-in that the stand-in does not do."""
+
+
+class _Opaque:
+    """Any object that is not weights: it is made, and holds nothing."""
+
+    def __new__(cls, *_: Any) -> "_Opaque":
+        return object.__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        return None
+
+
+class _DictLike:
+    """A class that derives from dict: a plain dict takes its place."""
+
+    def __new__(cls, *_: Any) -> "OrderedDict[Any, Any]":  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _Namespace:
+    """argparse.Namespace, with what the file says is in it."""
+
+    def __new__(cls, *_: Any) -> "_Namespace":
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict) or not all(type(key) is str for key in state):
+            raise _RefusedError("an argparse.Namespace with other contents than named values")
+        self.values = state
+
+
+class _DType:
+    """numpy.dtype of numbers or text. Any other kind is refused: an object dtype could hold anything."""
+
+    code: str
+    order: str
+
+    def __new__(cls, code: Any = "f8", *_: Any) -> "_DType":
+        if type(code) is not str or not (_NUMBER.fullmatch(code) or _TEXT.fullmatch(code)):
+            raise _RefusedError(f"numpy.dtype({_shown(code)})")
+        self = object.__new__(cls)
+        self.code, self.order = code, "="
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        # (version, byte order, subarray, names, fields, item size, alignment, flags)
+        if type(state) is not tuple or len(state) < 8 or state[1] not in ("<", ">", "=", "|"):
+            raise _RefusedError("numpy.dtype with a strange state")
+        if any(part is not None for part in state[2:5]):
+            raise _RefusedError("numpy.dtype with fields")
+        self.order = state[1]
+
+
+class _Array:
+    """numpy.ndarray: no array is made, because weights are tensors."""
+
+    def __new__(cls, *_: Any) -> "_Array":
+        return object.__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        return None
+
+
+def _scalar(dtype: Any = None, data: Any = None, *more: Any) -> bool | int | float | complex | str | bytes:
+    """numpy.core.multiarray.scalar: the Python value of one numpy number or text."""
+    if type(dtype) is not _DType or type(data) is not bytes or more:
+        raise _RefusedError("a numpy scalar of strange parts")
+    if _TEXT.fullmatch(dtype.code):
+        if dtype.code[0] != "U":
+            return data
+        try:
+            return data.decode("utf-32-be" if dtype.order == ">" else "utf-32-le").rstrip("\0")
+        except UnicodeDecodeError as error:
+            raise _RefusedError("a numpy text that is none") from error
+    number = np.dtype(dtype.code).newbyteorder(">" if dtype.order == ">" else "<")
+    if len(data) != number.itemsize:
+        raise _RefusedError(f"a numpy scalar of {len(data)} bytes where {number.itemsize} belong")
+    value = np.frombuffer(data, number)[0]
+    kinds: dict[str, Callable[[Any], bool | int | float | complex]] = {"b": bool, "f": float, "c": complex}
+    return kinds.get(number.kind, int)(value)
+
+
+def _array(*_: Any) -> _Array:
+    return _Array()
+
+
+def _no_bytes(*parts: Any) -> bytes:
+    """The class bytes, which pickles call for bytes of length 0 alone."""
+    if parts:
+        raise _RefusedError("bytes by number")
+    return b""
+
+
+def _path(*parts: Any) -> str:
+    """A path of pathlib, as text."""
+    if not all(type(part) is str for part in parts):
+        raise _RefusedError("a path of other parts than text")
+    return "/".join(parts).replace("//", "/")
+
+
+def _stand_ins() -> list[tuple[Callable[..., Any], str]]:
+    """Each stand-in with the name that files know it by."""
+    table: dict[Callable[..., Any], list[str]] = {
+        _Namespace: ["argparse.Namespace"],
+        _DType: ["numpy.dtype"],
+        _scalar: [],
+        _array: [],
+        _Array: ["numpy.ndarray"],
+        _path: [],
+        _no_bytes: ["builtins.bytes"],
+        _DictLike: [
+            *("collections.defaultdict", "yacs.config.CfgNode", "fvcore.common.config.CfgNode"),
+            *("easydict.EasyDict", "addict.addict.Dict", "mmengine.config.config.ConfigDict"),
+            "lightning_fabric.utilities.data.AttributeDict",
+            "lightning.fabric.utilities.data.AttributeDict",
+            "pytorch_lightning.utilities.parsing.AttributeDict",
+        ],
+        _Opaque: [
+            *(
+                "builtins.list",
+                "builtins.dict",
+                "builtins.int",
+                "builtins.float",
+                "builtins.str",
+                "typing.Any",
+            ),
+            *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
+            *("omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata"),
+            *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Integer", "Float", "Boolean", "String")),
+        ],
+    }
+    for numpy in ("numpy.core", "numpy._core"):  # the old name and that of numpy 2
+        table[_scalar].append(f"{numpy}.multiarray.scalar")
+        table[_array].append(f"{numpy}.multiarray._reconstruct")
+    kinds = [f"{sign}{bits}" for sign in ("Int", "UInt") for bits in (8, 16, 32, 64)]
+    kinds += [
+        "Float16",
+        "Float32",
+        "Float64",
+        "LongDouble",
+        "Complex64",
+        "Complex128",
+        "Bool",
+        "Str",
+        "Bytes",
+    ]
+    table[_DType] += [f"numpy.dtypes.{kind}DType" for kind in kinds]
+    for pathlib in ("pathlib", "pathlib._local"):  # Python 3.13 has both
+        kinds = ["PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath"]
+        table[_path] += [f"{pathlib}.{kind}" for kind in kinds]
+    return [(stand_in, name) for stand_in, names in table.items() for name in names]
+
+
+_STAND_INS = _stand_ins()
+
+
+def restricted_load(data: bytes, name: str) -> Any:
+    """Return what a `.pth` or `.ckpt` file holds: tensors on the CPU and plain values; `name` stands in errors.
+
+    numpy numbers come as Python numbers, paths as text, an argparse.Namespace as the stand-in that `values_of`
+    opens. Raises DataError for a file that wants anything else to be called, and for a damaged one.
+    """
+    try:
+        check_size(data)
+        with _LOCK, warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
+            warnings.simplefilter("ignore")  # what is wrong with a file is said below
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, _RefusedError) as error:
+        found = _GLOBAL.search(str(error))
+        if isinstance(error, _RefusedError):
+            what = f"{name} holds {error}, which is not read"
+        elif found:
+            what = f"{name} wants {found[1].rstrip('.')} to be called while it is read, which could run any program"
+        else:
+            what = f"{name} is no file of weights that can be read without running what is in it"
+        raise DataError(f"{what}; {_anew(name)}") from error
+    except Exception as error:  # a damaged file may raise anything
+        if "TorchScript" in str(error):
+            command = f"import torch; torch.save(torch.jit.load({_file(name)!r}).state_dict(), 'weights.pth')"
+            raise DataError(
+                f"{name} is a TorchScript program; where you trust it, save its weights and start from weights.pth: "
+                f'python -c "{command}"'
+            ) from error
+        raise DataError(
+            f"{name} is no file of weights, or damaged: {one_line(error)}; save or download it anew"
+        ) from error
+
+
+def values_of(arguments: Any) -> dict[str, Any]:
+    """The named values of an argparse.Namespace, as read here or as torch.load returns it, or of a dict."""
+    if isinstance(arguments, argparse.Namespace):
+        return dict(vars(arguments))
+    arguments = getattr(arguments, "values", None) if isinstance(arguments, _Namespace) else arguments
+    return dict(arguments) if isinstance(arguments, Mapping) else {}
+
+
+_KEYS = ("student", "teacher", "dino_loss", "state_dict", "state_dict_ema", "model", "model_ema", "ema")
+
+
+def _anew(name: str) -> str:
+    """The remedy: a command that saves the weights alone, in an environment that trusts the file."""
+    command = (
+        f"import torch; s = torch.load({_file(name)!r}, map_location='cpu', weights_only=False); "
+        "d = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; s = d(s); "
+        f"torch.save({{k: d(v) for k, v in s.items() if k in {_KEYS} or torch.is_tensor(v)}}, 'weights.pth')"
+    )
+    return f'where you trust it, save its weights alone and start from weights.pth: python -c "{command}"'
+
+
+def _file(name: str) -> str:
+    """A local path as it is; of an object in a bucket, the name that it has once it is downloaded."""
+    return name.rpartition("/")[2] if "://" in name else name
+
+
+def _shown(value: Any) -> str:
+    return repr(value[:20]) if isinstance(value, str) else type(value).__name__

@@ -1,0 +1,199 @@
+"""What an augment actor does: positions in, columns of crops out. Fetches ahead, crops on threads. No Ray here.
+
+Stands between the source and the blocks that Ray Data carries (stream/ray_data.py). The kernels work without the
+interpreter's lock, so one actor with n CPUs crops on n threads, each with its own scratch memory, while other
+threads fetch; a node needs few actors and a block is written in place by all threads.
+"""
+
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import DataError
+from pipeline.augment.config import CropsConfig, crop_bytes, crop_shapes
+from pipeline.augment.multicrop import Crops, cut, decode_for
+from pipeline.augment.params import sample_image
+from pipeline.data.decode import BadImage
+from pipeline.data.jpeg import open_image
+from pipeline.data.order import Order
+from pipeline.data.source import Fetched, Source, Status
+
+_MAX_SUBSTITUTES = 16
+
+STAGES = ("fetch", "decode", "crop")
+"""What the column `cpu_ms` tells of each image: CPU milliseconds of the thread that did it."""
+
+
+def crop_threads(cpus: float) -> int:
+    """Threads that crop in an actor of so many CPUs: one per whole CPU, at least one."""
+    return max(1, int(cpus))
+
+
+class Croppers:
+    """The threads of an actor that decode and crop."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads, "crop")
+
+    def for_each(self, work: Any, items: Iterator[Any]) -> None:
+        """Call `work` with each item as it comes, on all threads; the first error ends it and is raised."""
+        turn, failed = threading.Lock(), threading.Event()
+
+        def loop() -> None:
+            while not failed.is_set():
+                with turn:
+                    item = next(items, None)
+                if item is None:
+                    return
+                try:
+                    work(*item)
+                except BaseException:
+                    failed.set()
+                    raise
+
+        for done in [self._pool.submit(loop) for _ in range(self.num_threads)]:
+            done.result()
+
+
+class BusyClock:
+    """Seconds in which an actor had at least one call to work on: what it could do more of is told by the rest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls, self._since, self._seconds = 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        """A call comes in."""
+        self._count(+1)
+
+    def end(self) -> float:
+        """A call is done; the busy seconds since one was done before."""
+        self._count(-1)
+        with self._lock:
+            seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _count(self, calls: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            self._seconds += (now - self._since) * bool(self._calls)
+            self._calls, self._since = self._calls + calls, now
+
+
+class CropMemory:
+    """Memory of blocks that are gone, for the next ones: fresh memory costs a page fault for each of its pages.
+
+    An array is handed out again once nothing else refers to it, neither a view of it nor the Arrow block that was
+    made of it without a copy. Several threads may take at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: list[NDArray[np.uint8]] = []
+
+    def take(self, num_bytes: int) -> NDArray[np.uint8]:
+        """An array with anything in it. As many are kept as were in use at once."""
+        new = np.empty(0, np.uint8)
+        with self._lock:
+            # Two know `new`, this function and the list; and two know a free one, its pool and the list.
+            counts = [sys.getrefcount(array) for array in [*self._arrays, new]]
+            free = [array for array, count in zip(self._arrays, counts, strict=False) if count <= counts[-1]]
+            for array in free:
+                if len(array) == num_bytes:
+                    return array
+            # Blocks have one size but for the last: free ones of another are of no more use.
+            self._arrays = [array for array in self._arrays if not any(array is other for other in free)]
+            self._arrays.append(np.empty(num_bytes, np.uint8))
+            return self._arrays[-1]
+
+
+class Augmenter:
+    """Crops the images at given positions of the stream. A function of (seed, epoch, key) in what it makes."""
+
+    def __init__(
+        self, source: Source, order: Order, crops: CropsConfig, *, seed: int, num_threads: int
+    ) -> None:
+        self._source, self._order, self._crops, self._seed = source, order, crops, seed
+        self._croppers, self._memory, self._busy = Croppers(num_threads), CropMemory(), BusyClock()
+
+    def block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Positions [n] -> columns `global_crops` [n, G, H, W, 3], `local_crops` [n, L, h, w, 3] uint8,
+        `position` int64, `status` int8, `note` (JSON of key and reason where status is not OK, else empty),
+        `cpu_ms` float32 [n, 3], see STAGES, and `busy_ms` float32, see BusyClock; their means are those of the block.
+
+        A bad image is replaced by the next readable one in the epoch's order and its row says so. Raises
+        DataError when none of the next 16 is readable either. Several calls may run at once.
+        """
+        self._busy.begin()
+        try:
+            columns = self._block(positions)
+        finally:
+            busy_seconds = self._busy.end()
+        columns["busy_ms"] = np.full(len(positions), 1000 * busy_seconds / max(1, len(positions)), np.float32)
+        return columns
+
+    def _block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        c, n = self._crops, len(positions)
+        epochs, images = self._order.locate(positions)
+        memory = self._memory.take(n * crop_bytes(c))
+        global_shape, local_shape = crop_shapes(c)
+        split = n * math.prod(global_shape)
+        crops = Crops(memory[:split].reshape(n, *global_shape), memory[split:].reshape(n, *local_shape))
+        columns: dict[str, NDArray[Any]] = {
+            "global_crops": crops.global_crops,
+            "local_crops": crops.local_crops,
+            "position": positions,
+            "status": np.zeros(n, np.int8),
+            "note": np.full(n, "", dtype=object),
+            "cpu_ms": np.zeros((n, len(STAGES)), np.float32),
+        }
+
+        def crop(row: int, fetched: Fetched) -> None:
+            out = Crops(crops.global_crops[row], crops.local_crops[row])
+            cpu_ms, epoch = columns["cpu_ms"][row], int(epochs[row])
+            reason = self._crop(fetched, fetched.key, epoch, out, cpu_ms)
+            if reason is None:
+                return
+            for attempt in range(1, _MAX_SUBSTITUTES + 1):
+                other = self._source.fetch([self._order.substitute(int(positions[row]), attempt)])[0]
+                # The key of the image that was asked for seeds the crops: a stand-in never repeats its own.
+                if self._crop(other, fetched.key, epoch, out, cpu_ms) is None:
+                    break
+            else:
+                raise DataError(
+                    f"{self._source.config.path}: {fetched.key} and the {_MAX_SUBSTITUTES} images after it are "
+                    f"unreadable ({reason}); check data.path"
+                )
+            columns["status"][row] = fetched.status if fetched.data is None else Status.CORRUPT
+            columns["note"][row] = json.dumps({"key": fetched.key, "reason": reason})
+
+        self._croppers.for_each(crop, self._source.arrivals(images.tolist()))
+        columns["cpu_ms"][:, 0] = 1000 * self._source.take_cpu_seconds() / max(1, n)
+        return columns
+
+    def _crop(
+        self, image: Fetched, key: str, epoch: int, out: Crops, cpu_ms: NDArray[np.float32]
+    ) -> str | None:
+        """Crop an image into `out` as `key` says; the reason if that cannot be."""
+        if image.data is None:
+            return image.reason
+        begin = time.thread_time()
+        try:
+            encoded = open_image(image.data, max_pixels=self._source.config.max_pixels)
+            params = sample_image(self._seed, epoch, key, encoded.width, encoded.height, self._crops)
+            picture = decode_for(params, encoded)
+        except BadImage as error:
+            return error.reason
+        decoded = time.thread_time()
+        cut(picture, params, out)
+        cpu_ms[1:] += (1000 * (decoded - begin), 1000 * (time.thread_time() - decoded))
+        return None

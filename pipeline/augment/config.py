@@ -1,0 +1,260 @@
+"""How many crops are cut from an image, of which size, and what is done to their pixels: settings and their table.
+
+Stands before params.py, which draws what happens to each crop of one image. Knows nothing of pixels, random
+numbers, files or Ray.
+"""
+
+import math
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from models.settings import Settings
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Turn = Annotated[float, Field(ge=0, le=0.5)]
+Level = Annotated[int, Field(ge=0, le=256)]
+Channels = tuple[float, float, float]
+Range = tuple[float, float]
+
+Value = TypeVar("Value")
+
+
+class CropsConfig(Settings):
+    """How many crops of which size are cut from an image, and what is done to their pixels.
+
+    Where two values may stand, the first is the global crops' and the second the local crops'.
+    """
+
+    num_global_crops: int = Field(default=2, ge=1)
+    """Large crops; student and teacher see them."""
+    num_local_crops: int = Field(default=8, ge=0)
+    """Small crops; only the student sees them. 0 turns multi-crop off (then widen global_crop_scale)."""
+    global_crop_size: int = Field(default=224, ge=8)
+    """Side of a global crop in pixels."""
+    local_crop_size: int = Field(default=96, ge=8)
+    """Side of a local crop in pixels."""
+    global_crop_scale: Range = (0.4, 1.0)
+    """Share of the image's area that a global crop covers, lowest and highest."""
+    local_crop_scale: Range = (0.05, 0.4)
+    """Share of the image's area that a local crop covers, lowest and highest."""
+    aspect_ratio: Range | tuple[Range, Range] = (3 / 4, 4 / 3)
+    """Width over height of the region that is cut out, lowest and highest; or such a pair for either group of crops."""
+    flip_prob: Probability | tuple[Probability, Probability] = 0.5
+    """Probability of a horizontal flip; one value, or one for global and one for local crops."""
+    jitter_prob: Probability | tuple[Probability, Probability] = 0.8
+    """Probability of colour jitter: brightness, contrast, saturation and hue in a random order; one value or two."""
+    brightness: Strength | tuple[Strength, Strength] = 0.4
+    """Brightness is multiplied by a factor within 1 plus or minus this; one value, or global and local."""
+    contrast: Strength | tuple[Strength, Strength] = 0.4
+    """Contrast is multiplied by a factor within 1 plus or minus this; one value, or global and local."""
+    saturation: Strength | tuple[Strength, Strength] = 0.2
+    """Saturation is multiplied by a factor within 1 plus or minus this; one value, or global and local."""
+    hue: Turn | tuple[Turn, Turn] = 0.1
+    """Hue is turned by up to this share of the colour circle, either way; one value, or global and local."""
+    gray_prob: Probability | tuple[Probability, Probability] = 0.2
+    """Probability of dropping all colour; one value, or global and local."""
+    global_blur_prob: tuple[Probability, ...] = (1.0, 0.1)
+    """Probability that a global crop is blurred, one value per global crop."""
+    local_blur_prob: Probability | tuple[Probability, ...] = 0.5
+    """Probability that a local crop is blurred; one value, or one per local crop."""
+    blur_polarity: Literal["dino", "dinov2"] = "dino"
+    """What the blur probabilities are: of blurring, or, as DINOv2's published code takes them, of not blurring."""
+    blur_sigma: Range | tuple[Range, Range] = (0.1, 2.0)
+    """Strength of the blur in pixels of the crop, lowest and highest; or such a pair for either group of crops."""
+    global_solarize_prob: tuple[Probability, ...] = (0.0, 0.2)
+    """Probability that a global crop is solarized, one value per global crop."""
+    local_solarize_prob: Probability | tuple[Probability, ...] = 0.0
+    """Probability that a local crop is solarized; one value, or one per local crop."""
+    solarize_threshold: Level | tuple[Level, Level] = 128
+    """Solarization inverts channel values from this level on (0 to 255; 256 inverts none); one value or two."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Filter that resizes a region to its crop; both are antialiased."""
+    decode_slack: float = Field(default=1.25, ge=1)
+    """A JPEG is decoded at 1/2, 1/4 or 1/8 if each region then still has this many pixels to one of its crop's side."""
+    kernel: Literal["auto", "numba", "torch"] = "auto"
+    """What makes the crops: numba (fast, compiled at first use), or torch and OpenCV. auto is numba if it is there."""
+    pixel_mean: Channels = (0.485, 0.456, 0.406)
+    """Mean that the device subtracts from each channel, after scaling pixels to [0, 1]."""
+    pixel_std: Channels = (0.229, 0.224, 0.225)
+    """Standard deviation that the device divides each channel by."""
+
+    @field_validator("global_crop_scale", "local_crop_scale", "aspect_ratio")
+    @classmethod
+    def _is_ordered_above_zero(cls, value: Range | tuple[Range, Range]) -> Range | tuple[Range, Range]:
+        if not all(0 < low <= high < math.inf for low, high in _ranges(value)):
+            raise ValueError(
+                f"{value} must be (lowest, highest) with 0 < lowest <= highest, e.g. [0.25, 0.75]"
+            )
+        return value
+
+    @field_validator("global_crop_scale", "local_crop_scale")
+    @classmethod
+    def _is_a_share(cls, value: Range) -> Range:
+        if value[1] > 1:
+            raise ValueError(
+                f"{value} are shares of the image's area: the highest must be at most 1, e.g. [0.25, 1]"
+            )
+        return value
+
+    @field_validator("blur_sigma")
+    @classmethod
+    def _is_ordered(cls, value: Range | tuple[Range, Range]) -> Range | tuple[Range, Range]:
+        if not all(0 <= low <= high < math.inf for low, high in _ranges(value)):
+            raise ValueError(f"{value} must be (lowest, highest) with 0 <= lowest <= highest, e.g. [0.1, 2]")
+        return value
+
+    @field_validator("pixel_std")
+    @classmethod
+    def _can_divide(cls, value: Channels) -> Channels:
+        if not all(0 < channel < math.inf for channel in value):
+            raise ValueError(f"{value} must be three numbers above 0, e.g. [0.229, 0.224, 0.225]")
+        return value
+
+    @model_validator(mode="after")
+    def _agrees_on_the_number_of_crops(self) -> "CropsConfig":
+        for group in ("global", "local"):
+            number = getattr(self, f"num_{group}_crops")
+            for name in (f"{group}_blur_prob", f"{group}_solarize_prob"):
+                values = getattr(self, name)
+                if isinstance(values, tuple) and len(values) != number:
+                    raise ValueError(
+                        f"{name}={values} has {len(values)} values for num_{group}_crops={number}; "
+                        f"give one per {group} crop, e.g. crops.{name}={list((values * number)[:number])}"
+                    )
+        if self.num_global_crops + self.num_local_crops < 2:
+            raise ValueError(
+                "num_global_crops=1 with num_local_crops=0 leaves no two crops to compare; "
+                "set crops.num_local_crops=1 or more"
+            )
+        return self
+
+    @property
+    def crop_sizes(self) -> tuple[int, ...]:
+        """Sides of the crops that are cut, the globals' first."""
+        return (self.global_crop_size, self.local_crop_size)[: 2 if self.num_local_crops else 1]
+
+
+class CropKind(NamedTuple):
+    """Settings in effect for one crop of an image; what sampling reads and the printed table shows."""
+
+    name: str
+    size: int
+    scale: Range
+    aspect_ratio: Range
+    flip_prob: float
+    jitter_prob: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    gray_prob: float
+    blur_prob: float
+    blur_sigma: Range
+    solarize_prob: float
+    solarize_threshold: int
+
+
+def crop_kinds(config: CropsConfig) -> list[CropKind]:
+    """One entry per crop of an image: the global crops, then the local ones."""
+    c = config
+    return [
+        _kind(c, 0, f"global {i + 1}", c.global_crop_size, c.global_crop_scale, blur_prob, solarize_prob)
+        for i, (blur_prob, solarize_prob) in enumerate(
+            zip(c.global_blur_prob, c.global_solarize_prob, strict=True)
+        )
+    ] + [
+        _kind(
+            c, 1, f"local {i + 1}", c.local_crop_size, c.local_crop_scale,
+            _of(c.local_blur_prob, i), _of(c.local_solarize_prob, i),
+        )
+        for i in range(c.num_local_crops)
+    ]  # fmt: skip
+
+
+def _kind(
+    c: CropsConfig, group: int, name: str, size: int, scale: Range, blur_prob: float, solarize_prob: float
+) -> CropKind:
+    return CropKind(
+        name=name,
+        size=size,
+        scale=scale,
+        aspect_ratio=_ranges(c.aspect_ratio)[group],
+        flip_prob=_of(c.flip_prob, group),
+        jitter_prob=_of(c.jitter_prob, group),
+        brightness=_of(c.brightness, group),
+        contrast=_of(c.contrast, group),
+        saturation=_of(c.saturation, group),
+        hue=_of(c.hue, group),
+        gray_prob=_of(c.gray_prob, group),
+        blur_prob=1 - blur_prob if c.blur_polarity == "dinov2" else blur_prob,
+        blur_sigma=_ranges(c.blur_sigma)[group],
+        solarize_prob=solarize_prob,
+        solarize_threshold=_of(c.solarize_threshold, group),
+    )
+
+
+def crop_shapes(config: CropsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """[G,S,S,3] and [L,S,S,3] of an image's crops."""
+    c = config
+    return (
+        (c.num_global_crops, c.global_crop_size, c.global_crop_size, 3),
+        (c.num_local_crops, c.local_crop_size, c.local_crop_size, 3),
+    )
+
+
+def crop_bytes(config: CropsConfig) -> int:
+    """Bytes that the crops of one image take."""
+    return sum(3 * kind.size**2 for kind in crop_kinds(config))
+
+
+def describe_crops(config: CropsConfig) -> str:
+    """Lay out the settings in effect: a row for each run of equal crops, then the strengths."""
+    kinds = crop_kinds(config)
+    rows: list[tuple[str, ...]] = [("crop", "size", "scale", "flip", "jitter", "gray", "blur", "solarize")]
+    first = 0
+    for i, kind in enumerate(kinds):
+        group = kind.name.split()[0]
+        last = i + 1 == len(kinds) or kinds[i + 1][1:] != kind[1:] or not kinds[i + 1].name.startswith(group)
+        if last:
+            numbers = [k.name.split()[1] for k in kinds[first : i + 1]]
+            name = f"{group} {numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
+            probabilities = (
+                kind.flip_prob, kind.jitter_prob, kind.gray_prob, kind.blur_prob, kind.solarize_prob
+            )  # fmt: skip
+            scale = "{:g} to {:g}".format(*kind.scale)
+            rows.append((name, f"{kind.size} px", scale, *(f"{p:g}" for p in probabilities)))
+            first = i + 1
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    strengths: dict[tuple[str, ...], str] = {}
+    for kind in kinds:
+        strengths.setdefault(_describe_strengths(kind), kind.name.split()[0])
+    for text, group in strengths.items():
+        lines += [(f"{group} crops: " if len(strengths) > 1 else "") + line for line in text]
+    lines[-1] += f", {crop_bytes(config):,} bytes an image"
+    return "\n".join(lines)
+
+
+def _describe_strengths(kind: CropKind) -> tuple[str, str]:
+    return (
+        f"jitter, in random order: brightness {kind.brightness:g}, contrast {kind.contrast:g}, "
+        f"saturation {kind.saturation:g}, hue {kind.hue:g}",
+        "aspect ratio {:.3g} to {:.3g}, ".format(*kind.aspect_ratio)
+        + "blur sigma {:g} to {:g} px, ".format(*kind.blur_sigma)
+        + f"solarize from {kind.solarize_threshold}",
+    )
+
+
+def _of(value: Value | tuple[Value, ...], index: int) -> Value:
+    """The entry of one that may stand for all."""
+    return value[index] if isinstance(value, tuple) else value
+
+
+def _ranges(value: Range | tuple[Range, Range]) -> tuple[Range, Range]:
+    """The global and the local crops' ranges, of one that may stand for both."""
+    first, second = value
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return first, second
+    return (first, second), (first, second)  # type: ignore[return-value]

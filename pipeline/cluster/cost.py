@@ -1,0 +1,16 @@
+"""What the nodes of a run cost, by kind and hour. Read by cluster/nodes.py, which counts them."""
+
+from pydantic import Field
+
+from models.settings import Settings
+
+
+class CostConfig(Settings):
+    """Prices of nodes, for the dollars on the status line; 0 is free, or not known. `jobs.plan` fills them in."""
+
+    head_hourly: float = Field(default=0.0, ge=0)
+    """Dollars an hour of the head."""
+    cpu_hourly: float = Field(default=0.0, ge=0)
+    """Dollars an hour of a node without GPUs; on spot, what it is expected to cost."""
+    gpu_hourly: float = Field(default=0.0, ge=0)
+    """Dollars an hour of a node with GPUs."""

@@ -1,0 +1,37 @@
+"""Where a run runs: how many processes of which kind. Knows no Ray; worker/worker.py and jobs/ act on it."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from models.settings import Settings
+
+
+class ResourcesConfig(Settings):
+    """Where the run runs. Nothing here changes what is learnt, so all of it may differ when a run is resumed."""
+
+    train_workers: int = Field(default=1, ge=1)
+    """DDP processes; the global batch is divided among them."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """One GPU per train worker; auto takes GPUs when the cluster has any."""
+    cpus_per_train_worker: float = Field(default=1, ge=0)
+    """CPUs reserved for each train worker."""
+    augment_actors: PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] = "auto"
+    """CPU actors that fetch and crop: a number, a range [least, most] by the wait for data, or auto: all CPUs left."""
+    cpus_per_augment_actor: float = Field(default=1, gt=0)
+    """CPUs reserved for each augment actor."""
+    cool_down_seconds: float = Field(default=60, gt=0)
+    """A range of augment actors shrinks after as long in which the train workers never waited for data."""
+    prefetch_batches: int = Field(default=2, ge=0)
+    """Batches that each train worker holds ready."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Times that lost or failed train workers are started again from the last checkpoint; -1 is no limit."""
+
+    @field_validator("augment_actors")
+    @classmethod
+    def _range_is_ordered(cls, actors: int | tuple[int, int] | str) -> int | tuple[int, int] | str:
+        if isinstance(actors, tuple) and actors[0] > actors[1]:
+            raise ValueError(
+                f"{list(actors)} must be [least, most] with least <= most, e.g. {sorted(actors)}"
+            )
+        return actors

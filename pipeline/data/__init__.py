@@ -1,0 +1,1 @@
+"""Which images there are, where their bytes come from, and in which order."""

@@ -1,0 +1,199 @@
+"""Bytes of an image file -> uint8 RGB pixels, or BadImage with a reason; never half a picture.
+
+Stands between the source, whose bytes may be anything, and augment/multicrop.py, which takes any picture. The header is
+read first, so a file that claims too many pixels costs nothing; then the content decides which decoder runs,
+never a file name:
+
+    OpenCV   JPEG, PNG, WebP, BMP in gray, RGB or CMYK, of 8 or 16 bits: right there, and the fastest
+    Pillow   the rest: GIF, TIFF, JPEG 2000, AVIF, PPM, palettes, and transparency, laid over white
+
+Of an animation comes the first frame. EXIF orientation is applied. 16-bit samples keep their high byte.
+Pixels that have no fixed range (float, 32-bit, Lab) are refused. Knows nothing of files, storage or Ray.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from models.errors import one_line
+
+# All plugins now: in a list of formats Pillow finds only what is loaded. An old Pillow has no AVIF.
+Image.init()
+_FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+    if name in Image.OPEN
+)
+_OPENCV_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP"}
+_OPENCV_MODES = {"1", "L", "RGB", "CMYK", "I;16", "I;16B"}
+_PILLOW_MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
+_BACKGROUND = (255, 255, 255)
+
+_EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
+_TURNS: dict[int, Callable[[Any], Any]] = {
+    2: lambda p: cv2.flip(p, 1),
+    3: lambda p: cv2.rotate(p, cv2.ROTATE_180),
+    4: lambda p: cv2.flip(p, 0),
+    5: cv2.transpose,
+    6: lambda p: cv2.rotate(p, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda p: cv2.rotate(cv2.transpose(p), cv2.ROTATE_180),
+    8: lambda p: cv2.rotate(p, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
+
+
+class BadImage(Exception):  # noqa: N818 (it is the image that is bad)
+    """These bytes give no picture. `reason` is one line for a person."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np.uint8]:
+    """Decode an image file into uint8 RGB [H,W,3], C-contiguous and upright.
+
+    Raises BadImage for anything that is not a whole image of at most `max_pixels` pixels whose shorter side
+    has at least `min_side`. Files of more than about 179 megapixels are refused whatever `max_pixels` is.
+    """
+    header = _read_header(data)
+    width, height = header.size
+    check_size(width, height, max_pixels=max_pixels, min_side=min_side)
+    if header.format == "JPEG2000" and _stops_between_tiles(data):
+        raise BadImage("cut off JPEG2000: no end of codestream")
+    try:
+        pixels = _decode_opencv(data) if _opencv_is_right(header) else _decode_pillow(header)
+    except BadImage:
+        raise
+    # Bytes from anywhere reach a dozen parsers here, each with errors of its own.
+    except Exception as error:
+        raise BadImage(f"damaged or cut off {header.format}: {one_line(error)}") from error
+    if pixels.shape not in {(height, width, 3), (width, height, 3)}:
+        raise BadImage(f"damaged {header.format}: {width}x{height} pixels announced, {pixels.shape} decoded")
+    return pixels
+
+
+def check_size(width: int, height: int, *, max_pixels: int, min_side: int) -> None:
+    """Raise BadImage for a picture of too many pixels or too few."""
+    if width * height > max_pixels:
+        raise BadImage(f"too large: {width}x{height} pixels, max_pixels={max_pixels}")
+    if min(width, height) < min_side:
+        raise BadImage(f"too small: {width}x{height} pixels, min_side={min_side}")
+
+
+def jpeg_orientation(data: bytes) -> int:
+    """EXIF orientation of a JPEG, 1 to 8; 1 where nothing sensible is said."""
+    if not _has_exif(data):
+        return 1
+    exif = Image.Exif()
+    # A damaged EXIF block says nothing about the pixels: they stay as they lie.
+    try:
+        exif.load(Image.open(io.BytesIO(data), formats=("JPEG", "MPO")).info["exif"])
+        orientation = exif.get(_ORIENTATION)
+    except Exception:
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def turn_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """The picture as people see it, C-contiguous, of one stored with an EXIF orientation from 1 to 8."""
+    return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation > 1 else pixels
+
+
+def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint8]:
+    """Take the centre of an image (uint8 [H,W,3]) for evaluation: uint8 [size,size,3].
+
+    DINO's protocol: shorter side to size * 256 / 224 (bicubic, antialiased), then the central square.
+    """
+    height, width = image.shape[:2]
+    short = round(size * 256 / 224)
+    new_width, new_height = (
+        (short, short * height // width) if width <= height else (short * width // height, short)
+    )
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    x_scale, y_scale = width / new_width, height / new_height
+    # Only the square is computed: the whole of a 1 x 5000 image would be 256 x 1,280,000 pixels.
+    box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _read_header(data: bytes) -> Image.Image:
+    if not data:
+        raise BadImage("empty: 0 bytes")
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(f"too large: {one_line(error)}") from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImage(f"not an image: starts with {data[:8]!r}") from error
+    except Exception as error:  # as in decode(): any parser, any error
+        raise BadImage(f"damaged header: {one_line(error)}") from error
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a segment before a JPEG's pixels is EXIF: most files have none, and Pillow takes its time to say so."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xDA:  # the pixels
+            return False
+        if marker == 0xFF:  # filling
+            place += 1
+            continue
+        if data.startswith(_EXIF, place + 4):
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
+
+
+def _opencv_is_right(header: Image.Image) -> bool:
+    """Tell whether OpenCV decodes such a file to the picture that people see."""
+    if header.format not in _OPENCV_FORMATS or header.mode not in _OPENCV_MODES:
+        return False
+    if header.has_transparency_data:
+        return False
+    # Versions of OpenCV differ in which picture of an animated PNG comes first, and in whether a WebP is
+    # turned upright.
+    if header.format == "PNG" and getattr(header, "is_animated", False):
+        return False
+    return not (header.format == "WEBP" and "exif" in header.info)
+
+
+def _stops_between_tiles(data: bytes) -> bool:
+    """Tell whether a JPEG 2000 file has no end, which its decoder takes for a picture with black tiles."""
+    # Tile data hold no FF followed by more than 8F: after the last start of a tile, FF D9 can only be the end.
+    return not 0 <= data.rfind(b"\xff\x90") < data.rfind(b"\xff\xd9")
+
+
+def _decode_opencv(data: bytes) -> npt.NDArray[np.uint8]:
+    # This flag came with OpenCV 4.11, the first that refuses a JPEG cut off half-way instead of graying it.
+    # A JPEG is turned here, since libraries differ in how they read a damaged EXIF block.
+    is_jpeg = data[:2] == b"\xff\xd8"
+    flags = cv2.IMREAD_COLOR_RGB | (cv2.IMREAD_IGNORE_ORIENTATION if is_jpeg else 0)
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is None:
+        raise ValueError("OpenCV finds no whole picture")
+    return turn_upright(pixels, jpeg_orientation(data)) if is_jpeg else pixels
+
+
+def _decode_pillow(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Decode the first frame of an opened file, upright."""
+    image.load()
+    # A damaged EXIF block says nothing about the pixels: they stay as they lie.
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # By hand, because convert() clips 16 bits to white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        image = Image.new("RGB", picture.size, _BACKGROUND)
+        image.paste(picture, mask=picture.getchannel("A"))
+    if image.mode not in _PILLOW_MODES:
+        raise BadImage(f"not 8 or 16 bits a channel: Pillow mode {image.mode}")
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,168 @@
+"""What lies under `data.path`, and which of it is an image by its name.
+
+Feeds the manifest: a stream of entries, in whatever order the store lists them, and one rule per key. Never
+opens an object: content decides later, in the decoder, whatever the suffix said. No Ray here.
+"""
+
+import os
+import posixpath
+import stat
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal, NamedTuple
+
+import pyarrow as pa
+
+from models.errors import DataError
+from pipeline.storage.files import MissingObject, normal_uri, retrying
+from pipeline.storage.s3 import is_s3, list_pages, s3_client, split_s3_uri
+
+Role = Literal["image", "bare", "parquet", "other"]
+
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+        *(".jp2", ".j2k", ".avif"),
+    }
+)
+_TEXT_NAMES = frozenset({"readme", "license", "licence", "copying", "notice", "authors", "makefile"})
+_BATCH_ROWS = 65_536
+
+
+class Entry(NamedTuple):
+    """One object or file: its key, its size in bytes, and what changes when its content does."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Listing(NamedTuple):
+    """Entries, the address that their keys are relative to, and the part of each key that is the folder."""
+
+    root: str
+    prefix: str
+    entries: Iterator[Entry]
+
+
+class EntryTable:
+    """Entries and their labels gathered into Arrow batches: as Python objects they take far more memory."""
+
+    schema = pa.schema(
+        {"key": pa.large_string(), "size": pa.int64(), "etag": pa.string(), "label": pa.string()}
+    )
+
+    def __init__(self) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        self._pending: list[tuple[str, int, str, str | None]] = []
+
+    def __len__(self) -> int:
+        return sum(batch.num_rows for batch in self._batches) + len(self._pending)
+
+    def add(self, entry: Entry, label: str | None) -> None:
+        """Append one row."""
+        self._pending.append((*entry, label))
+        if len(self._pending) == _BATCH_ROWS:
+            self._flush()
+
+    def table(self) -> pa.Table:
+        """All rows so far, in the order they were added: key, size, etag, label."""
+        if self._pending:
+            self._flush()
+        return pa.Table.from_batches(self._batches, schema=self.schema)
+
+    def _flush(self) -> None:
+        columns = zip(*self._pending, strict=True)
+        arrays = [pa.array(values, field.type) for values, field in zip(columns, self.schema, strict=True)]
+        self._batches.append(pa.record_batch(arrays, schema=self.schema))
+        self._pending = []
+
+
+def list_entries(path: str, *, attempts: int = 5) -> Listing:
+    """Everything under a folder, an `s3://` prefix (taken as a folder, too), or the one file of that name.
+
+    Keys are full object keys on S3 (root `s3://bucket`) and slash-separated paths relative to the folder on a
+    disk. Links to files are followed, links to folders are not (they may form loops); pipes, sockets and
+    devices are passed over. A link that leads nowhere is listed with size 0: its image is missing, not
+    unwanted. DataError when the folder or bucket is missing or closed to us; on S3 only once iterated.
+    """
+    path = normal_uri(path)
+    if is_s3(path):
+        bucket, key = split_s3_uri(path)
+        prefix = f"{key}/" if key else ""
+        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, attempts))
+    if os.path.isfile(path):
+        folder, name = os.path.split(path)
+        return Listing(folder, "", (entry for entry in [_entry(path, name)] if entry is not None))
+    if not os.path.isdir(path):
+        raise DataError(f"data.path={path}: there is no such folder or file")
+    return Listing(path, "", _files(path))
+
+
+def role_of(key: str) -> Role:
+    """What a key is by its name: an image, an object without a suffix ("bare": an image unless the data set
+    turns out to be Parquet), a Parquet shard, or something to ignore.
+
+    Suffixes count in any case, with spaces after them; a leading dot or underscore alone hides nothing, but
+    macOS's `._x.jpg`, system files, Spark's `_SUCCESS` and folder markers (`x/`) are no images.
+    """
+    name = key.rsplit("/", 1)[-1].rstrip(" ").lower()
+    suffix = posixpath.splitext(name)[1]
+    if not name or name.startswith("._") or not _is_unicode(key):
+        return "other"
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if name.startswith((".", "_")) or name in _TEXT_NAMES:
+        return "other"
+    return "parquet" if suffix == ".parquet" else "other" if suffix else "bare"
+
+
+def _is_unicode(key: str) -> bool:
+    """Disks allow names that are no UTF-8; neither a manifest nor a log can hold them."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _objects(bucket: str, key: str, prefix: str, attempts: int) -> Iterator[Entry]:
+    found = False
+    for page in list_pages(bucket, prefix, attempts=attempts):
+        for item in page.get("Contents", []):
+            found = True
+            yield Entry(item["Key"], item["Size"], item.get("ETag", "").strip('"'))
+    if found or not key:
+        return
+    try:
+        request = partial(s3_client().head_object, Bucket=bucket, Key=key)
+        answer = retrying(request, what=f"s3://{bucket}/{key}", attempts=attempts)
+    except MissingObject:
+        return
+    yield Entry(key, answer["ContentLength"], answer.get("ETag", "").strip('"'))
+
+
+def _files(root: str) -> Iterator[Entry]:
+    for folder, _, names in os.walk(root, onerror=_refuse):
+        inner = os.path.relpath(folder, root).replace(os.sep, "/")
+        for name in names:
+            key = name if inner == "." else f"{inner}/{name}"
+            entry = _entry(os.path.join(folder, name), key)
+            if entry is not None:
+                yield entry
+
+
+def _entry(path: str, key: str) -> Entry | None:
+    """A file as it stands on the disk; None for what would block or never end when read."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return Entry(key, 0, "")
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return Entry(key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+
+
+def _refuse(error: OSError) -> None:
+    """Without this os.walk passes over folders that it cannot read, and their images are lost in silence."""
+    raise DataError(f"{error.filename}: {error.strerror}; make the folder readable") from error

@@ -1,0 +1,300 @@
+"""The list of all images of a data set, made once: one row per image object, or per Parquet row group.
+
+First in the flow: `data.path` -> manifest -> order (positions) -> source (bytes). A listing takes minutes for
+millions of objects and may change between two runs, so the manifest is kept in the run directory and reused:
+an index means the same image for as long as the run lives. Reads no image; no Ray here.
+
+Columns of the table, sorted by key in byte order:
+
+    kind images    key  size  etag  label
+    kind parquet   key  size  etag  row_group  num_rows  num_bytes  num_unlabelled  label?
+
+Settings of `data` that are auto are decided here, by the rules of detection.py, and kept with the table.
+"""
+
+import contextlib
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+
+from models.errors import ConfigError, DataError
+from models.settings import Auto, Settings
+from pipeline.data.detection import (
+    AUTO,
+    folder_label,
+    has_label_pair,
+    is_class,
+    labels_from_folders,
+    note_on_parts,
+    part_of,
+)
+from pipeline.data.listing import EntryTable, list_entries, role_of
+from pipeline.data.row_groups import Asked, hold_images, list_row_groups
+from pipeline.storage.files import Directory, MissingObject, normal_uri
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_METADATA = b"dinoray.manifest"
+_DETECTABLE = ("image_column", "key_column", "label_column", "label_from_parent")
+_LISTED_AS = ("path", *_DETECTABLE)
+
+
+class DataConfig(Settings):
+    """Where the images are and how they are fetched; credentials and endpoint come from AWS_* alone."""
+
+    path: str = Field(min_length=1)
+    """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
+    image_column: str = "auto"
+    """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'; auto detects it."""
+    key_column: str | None = "auto"
+    """Parquet: the column that names an image; null names it shard#row, auto detects the column."""
+    label_column: str | None = "auto"
+    """Parquet: the column of labels, read as text; null ignores labels, auto detects the column."""
+    label_from_parent: bool | Auto = "auto"
+    """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
+    fetch_concurrency: int = Field(default=32, ge=16, le=512)
+    """How many images, or Parquet row groups, each augmentation actor requests at once."""
+    fetch_attempts: int = Field(default=5, ge=1)
+    """How many times one request is made before its image counts as unreachable."""
+    max_object_bytes: int = Field(default=64 << 20, ge=1)
+    """Larger image objects are not read; they count as bad images."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Images with more pixels are not decoded; they count as bad images."""
+    row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
+    """Parquet: how many bytes of row groups each actor keeps (the latest one is always kept)."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """The run ends when more than this share of the images could not be read or decoded."""
+
+    @field_validator("path")
+    @classmethod
+    def _path_is_an_address(cls, path: str) -> str:
+        normal_uri(path)
+        return path
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All images of a data set in one fixed order; an image is its index in [0, num_images).
+
+    `root` is the address that keys are relative to (`s3://bucket` or a folder), `num_ignored` counts what was
+    listed and is no image, `listed_as` holds the config values that decided what is in the table, `detected` the
+    values that were found for those of them that are auto, `notes` what a person should know of these.
+    """
+
+    table: pa.Table
+    kind: Literal["images", "parquet"]
+    root: str
+    num_ignored: int
+    listed_as: dict[str, Any]
+    detected: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def settle(self, config: DataConfig) -> DataConfig:
+        """`config` with the values of this manifest where it is auto."""
+        values = {name: value for name, value in self._values.items() if getattr(config, name) == AUTO}
+        return config.model_copy(update=values)
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {name: self.listed_as.get(name) for name in _DETECTABLE} | self.detected
+
+    @property
+    def path(self) -> str:
+        """The data set's address: `data.path` in its one normal spelling."""
+        return str(self.listed_as["path"])
+
+    @property
+    def num_images(self) -> int:
+        """Image objects, or rows of all row groups together."""
+        sizes = self.group_sizes
+        return self.table.num_rows if sizes is None else int(sizes.sum())
+
+    @property
+    def group_sizes(self) -> np.ndarray | None:
+        """Images per row group, int64 [num_groups], for Parquet; None for image objects."""
+        return self.table["num_rows"].to_numpy() if self.kind == "parquet" else None
+
+    @property
+    def group_bytes(self) -> np.ndarray | None:
+        """Bytes per row group once in memory, int64 [num_groups], for Parquet; None for image objects."""
+        return self.table["num_bytes"].to_numpy() if self.kind == "parquet" else None
+
+    def uri(self, key: str) -> str:
+        """The full address of the object or file that `key` names."""
+        return f"{self.root.rstrip('/')}/{key}"
+
+    def to_bytes(self) -> bytes:
+        """A Parquet file that `from_bytes` reads back, and any other Parquet reader too."""
+        about = {
+            "version": _VERSION,
+            "kind": self.kind,
+            "root": self.root,
+            "num_ignored": self.num_ignored,
+            "listed_as": self.listed_as,
+            "detected": self.detected,
+            "notes": self.notes,
+        }
+        sink = pa.BufferOutputStream()
+        table = self.table.replace_schema_metadata({_METADATA: json.dumps(about)})
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, config: DataConfig, *, has_begun: bool = True) -> "Manifest":
+        """The manifest in `data`; ConfigError when it was listed for other values than `config` has.
+
+        A value that is auto now takes whatever a run that `has_begun` was listed with.
+        """
+        try:
+            table = pq.read_table(pa.BufferReader(data)).combine_chunks()
+            about = json.loads(table.schema.metadata[_METADATA])
+        except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
+            raise DataError(
+                f"the manifest is damaged ({error}); delete it to list {config.path} again"
+            ) from error
+        if about["version"] != _VERSION:
+            raise DataError(
+                f"the manifest has version {about['version']}, this program reads {_VERSION}; "
+                f"delete it to list {config.path} again"
+            )
+        listed, detected = about["listed_as"], about.get("detected", {})
+        for name, now in _listed_as(config).items():
+            then = listed.get(name)
+            if now not in (then, detected.get(name, then)) and not (now == AUTO and has_begun):
+                raise ConfigError(
+                    f"data.{name}={now!r}, but the manifest of this run was listed with "
+                    f"{detected.get(name, then)!r}; give the run another name, or set the old value"
+                )
+        table = table.replace_schema_metadata(None)
+        kept = (table, about["kind"], about["root"], about["num_ignored"])
+        return cls(*kept, listed, detected, tuple(about.get("notes", ())))
+
+
+def load_or_build(
+    config: DataConfig, directory: Directory, name: str = "manifest.parquet", *, begun: str = "config.yaml"
+) -> Manifest:
+    """The manifest that the run directory keeps under `name`; listed and written there the first time.
+
+    Until the run has begun (the file `begun` is written then), one that was listed for other values is replaced:
+    an attempt that failed on a wrong setting must not hold on to it.
+    """
+    with contextlib.suppress(MissingObject):
+        data, has_begun = directory.read(name), directory.exists(begun)
+        try:
+            return Manifest.from_bytes(data, config, has_begun=has_begun)
+        except ConfigError:
+            if has_begun:
+                raise
+    manifest = build_manifest(config)
+    directory.write(name, manifest.to_bytes())
+    return manifest
+
+
+def build_manifest(config: DataConfig) -> Manifest:
+    """List `config.path` (all pages, all folders), keep what is an image by its name, sort by key.
+
+    DataError when nothing is there or it cannot be listed, or a Parquet shard is damaged; ConfigError when
+    image objects and Parquet shards lie side by side, or a column or option does not fit what is there.
+    """
+    listing = list_entries(config.path, attempts=config.fetch_attempts)
+    found = {role: EntryTable() for role in ("image", "bare", "parquet")}
+    num_ignored = 0
+    parts: set[str | None] = set()
+    for entry in listing.entries:
+        role = role_of(entry.key)
+        if role == "other":
+            num_ignored += 1
+            continue
+        *folders, name = entry.key[len(listing.prefix) :].split("/")
+        parts.add(part_of(folders, name))
+        is_labelled = config.label_from_parent
+        if is_labelled == AUTO and role == "parquet":
+            is_labelled = has_label_pair(folders)
+        found[role].add(entry, folder_label(folders) if is_labelled else None)
+    path = normal_uri(config.path)
+    num_images, num_shards = len(found["image"]), len(found["parquet"])
+    if num_images and num_shards and not hold_images(found["parquet"].table(), listing.root):
+        num_ignored, num_shards = num_ignored + num_shards, 0  # tables about the images
+    if num_images and num_shards:
+        raise ConfigError(
+            f"data.path={path} holds {num_images} images and {num_shards} Parquet shards; "
+            "point data.path at a folder with one kind"
+        )
+    if num_shards:
+        num_ignored += len(found["bare"])
+        table, detected, notes = _row_groups(config, path, listing.root, found["parquet"].table())
+    else:
+        table = pa.concat_tables([found["image"].table(), found["bare"].table()])
+        table, detected, notes = _images(config, path, table, num_ignored)
+    notes += note_on_parts(parts, path, labelled=any(note.startswith("labels ") for note in notes))
+    kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
+    manifest = Manifest(table, kind, listing.root, num_ignored, _listed_as(config), detected, tuple(notes))
+    logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
+    return manifest
+
+
+def _sorted(table: pa.Table, *columns: str) -> pa.Table:
+    """In byte order of the key, as Arrow compares strings; stores differ in how they order a listing."""
+    return table.sort_by([(column, "ascending") for column in columns]).combine_chunks()
+
+
+_Found = tuple[pa.Table, dict[str, Any], list[str]]
+"""A manifest's table, what was detected, and notes on it."""
+
+
+def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) -> _Found:
+    if not table.num_rows:
+        raise DataError(f"no images under {path}, {num_ignored} other objects ignored; check data.path")
+    detected: dict[str, Any] = {}
+    for name in ("key_column", "label_column"):
+        if getattr(config, name) == AUTO:
+            detected[name] = None
+        elif getattr(config, name) is not None:
+            raise ConfigError(
+                f"data.{name}={getattr(config, name)!r} is for Parquet, but {path} holds image objects; "
+                "unset it (labels of image objects: data.label_from_parent=true)"
+            )
+    if config.label_from_parent is True and table["label"].null_count == table.num_rows:
+        raise ConfigError(f"data.label_from_parent=true, but no image of {path} lies in a folder below it")
+    notes = []
+    if config.label_from_parent == AUTO:
+        counts = {row["values"]: row["counts"] for row in table["label"].value_counts().to_pylist()}
+        detected["label_from_parent"], note = labels_from_folders(counts)
+        notes.append(note)
+        classes = [name for name in counts if detected["label_from_parent"] and is_class(name)]
+        labels = table["label"]
+        labels = pc.if_else(
+            pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
+        )
+        table = table.set_column(table.schema.get_field_index("label"), "label", labels)
+    return _sorted(table, "key"), detected, notes
+
+
+def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table) -> _Found:
+    table, columns, from_folders = list_row_groups(
+        _sorted(shards, "key"),
+        path=path,
+        root=root,
+        asked=Asked(config.image_column, config.key_column, config.label_column, config.label_from_parent),
+        concurrency=config.fetch_concurrency,
+        attempts=config.fetch_attempts,
+    )
+    values = (columns.image, columns.key, columns.label, from_folders)
+    detected = dict(zip(_DETECTABLE, values, strict=True))
+    return (
+        table,
+        {name: value for name, value in detected.items() if getattr(config, name) == AUTO},
+        columns.notes,
+    )
+
+
+def _listed_as(config: DataConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _LISTED_AS} | {"path": normal_uri(config.path)}

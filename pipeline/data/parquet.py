@@ -1,0 +1,186 @@
+"""Parquet shards as sources of images: what their footers say, and one row group at a time.
+
+Stands between storage and the manifest (footers, read once) and the source (row groups, read as they are
+needed). A shard on S3 is read in ranged GETs through our own client, so it obeys the same retries and raises
+the same errors as any object. Decodes no image; no Ray here.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from models.errors import ConfigError, DataError
+from pipeline.data.detection import is_bytes
+from pipeline.storage.files import MissingObject
+from pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
+
+
+class RowGroup(NamedTuple):
+    """One row group as the footer describes it; `num_bytes` counts the wanted columns, uncompressed."""
+
+    row_group: int
+    num_rows: int
+    num_bytes: int
+
+
+class CorruptShard(DataError):  # noqa: N818
+    """The object is not Parquet, or no longer is what its footer says."""
+
+
+class Footer(NamedTuple):
+    """What the footer of one shard says: its columns, and its row groups with sizes and statistics."""
+
+    uri: str
+    schema: pa.Schema
+    metadata: pq.FileMetaData
+
+
+def read_footer(uri: str, num_bytes: int, *, attempts: int = 5) -> Footer:
+    """Read the footer of one shard: one ranged GET on S3. CorruptShard when the object is no Parquet file."""
+    with _open_shard(uri, num_bytes, attempts) as shard:
+        return Footer(uri, shard.schema_arrow, shard.metadata)
+
+
+def row_groups(footer: Footer, *, image_column: str, other_columns: Sequence[str]) -> list[RowGroup]:
+    """The row groups of one shard that hold rows.
+
+    ConfigError when a column is missing or `image_column` holds no bytes, naming shard, column and what is there.
+    """
+    uri, schema, metadata = footer
+    for column in (image_column, *other_columns):
+        if column not in schema.names:
+            raise ConfigError(
+                f"{uri} has no column {column!r}; it has {', '.join(map(repr, schema.names)) or 'none'}; "
+                "set data.image_column, data.key_column and data.label_column to names among these"
+            )
+    if not is_bytes(schema.field(image_column).type):
+        raise ConfigError(
+            f"data.image_column={image_column!r} of {uri} holds {schema.field(image_column).type}; "
+            "it must hold the encoded image as binary, or as a struct with a binary field 'bytes'"
+        )
+    for column in other_columns:
+        if pa.types.is_nested(schema.field(column).type):
+            raise ConfigError(
+                f"column {column!r} of {uri} holds {schema.field(column).type}; a key or label is one value"
+            )
+    wanted = {image_column, *other_columns}
+    groups = []
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        columns = [group.column(c) for c in range(group.num_columns)]
+        sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted]
+        if group.num_rows:
+            groups.append(RowGroup(index, group.num_rows, sum(sizes)))
+    return groups
+
+
+class ColumnFacts(NamedTuple):
+    """What statistics say of a column in one row group: its least and greatest value, and how many rows have none."""
+
+    ends: frozenset[Any] | None
+    """None where the values are not known."""
+    num_nulls: int | None
+    """None where it is not known."""
+
+
+def column_facts(footer: Footer, group: int, column: str) -> ColumnFacts:
+    """The statistics of a column that is not nested."""
+    metadata = footer.metadata.row_group(group)
+    for number in range(metadata.num_columns):
+        chunk = metadata.column(number)
+        if chunk.path_in_schema != column or (found := chunk.statistics) is None:
+            continue
+        num_nulls = found.null_count if found.has_null_count else None
+        if num_nulls == metadata.num_rows:
+            return ColumnFacts(frozenset(), num_nulls)
+        return ColumnFacts(frozenset((found.min, found.max)) if found.has_min_max else None, num_nulls)
+    return ColumnFacts(None, None)
+
+
+def read_row_group(
+    uri: str,
+    num_bytes: int,
+    group: int,
+    *,
+    image_column: str,
+    other_columns: Sequence[str],
+    attempts: int = 5,
+) -> pa.Table:
+    """The wanted columns of one row group: `image_column` as plain (large) binary, the others as text.
+
+    MissingObject, Unreachable or DataError from the store; CorruptShard when the bytes cannot be parsed.
+    """
+    with _open_shard(uri, num_bytes, attempts) as shard:
+        table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
+        images = table[image_column]
+        if pa.types.is_struct(images.type):
+            images = pc.struct_field(images, "bytes")
+        texts = {column: table[column].cast(pa.string()) for column in other_columns}
+        return pa.table({image_column: images, **texts})
+
+
+def read_column(uri: str, num_bytes: int, group: int, *, column: str, attempts: int = 5) -> list[str | None]:
+    """One column of one row group as text; raises as `read_row_group`."""
+    with _open_shard(uri, num_bytes, attempts) as shard:
+        table = shard.read_row_group(group, columns=[column], use_threads=False)
+        texts: list[str | None] = table[column].cast(pa.string()).to_pylist()
+        return texts
+
+
+class RowGroupCache:
+    """The row groups used last: what fits in `max_bytes`, but always the latest. Safe for many threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """What is held now."""
+        with self._lock:
+            return sum(table.nbytes for table in self._tables.values())
+
+    def get(self, group: int) -> pa.Table | None:
+        """The table of a row group, which thereby becomes the latest used; None when it is not held."""
+        with self._lock:
+            if group in self._tables:
+                self._tables.move_to_end(group)
+            return self._tables.get(group)
+
+    def put(self, group: int, table: pa.Table) -> None:
+        """Hold a table and let go of those unused for longest."""
+        with self._lock:
+            self._tables[group] = table
+            self._tables.move_to_end(group)
+            num_bytes = sum(held.nbytes for held in self._tables.values())
+            while num_bytes > self._max_bytes and len(self._tables) > 1:
+                _, dropped = self._tables.popitem(last=False)
+                num_bytes -= dropped.nbytes
+
+
+@contextmanager
+def _open_shard(uri: str, num_bytes: int, attempts: int) -> Iterator[pq.ParquetFile]:
+    try:
+        if is_s3(uri):
+            source = ObjectFile(*split_s3_uri(uri), num_bytes, attempts=attempts)
+        else:
+            source = pa.OSFile(uri)
+        # pre_buffer joins the column chunks of a row group into few large reads.
+        with source, pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as shard:
+            yield shard
+    except FileNotFoundError as error:
+        raise MissingObject(f"{uri}: there is no such file") from error
+    except PermissionError as error:
+        raise DataError(f"{uri}: {error}; check the file's permissions") from error
+    except (pa.ArrowException, OSError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise CorruptShard(
+            f"{uri} is not a readable Parquet file: {reason}; write it again or remove it"
+        ) from error

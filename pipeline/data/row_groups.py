@@ -1,0 +1,178 @@
+"""The row groups of all Parquet shards of a data set, as a table, and the columns that hold images, keys and labels.
+
+Stands between the listing of shards and the manifest. Reads footers, and rows only where a column is ambiguous. No Ray
+here.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+
+from models.errors import ConfigError, DataError
+from pipeline.data.detection import AUTO, Columns, detect_columns, is_bytes
+from pipeline.data.parquet import (
+    ColumnFacts,
+    CorruptShard,
+    Footer,
+    column_facts,
+    read_footer,
+    read_row_group,
+    row_groups,
+)
+
+_TABLE = pa.schema(
+    {
+        "key": pa.large_string(),
+        "size": pa.int64(),
+        "etag": pa.string(),
+        "row_group": pa.int32(),
+        "num_rows": pa.int64(),
+        "num_bytes": pa.int64(),
+        "num_unlabelled": pa.int64(),
+    }
+)
+
+
+_NO_LABELS = ColumnFacts(None, None)
+
+
+class Asked(NamedTuple):
+    """The settings of `data` that name columns and labels; `auto` is detected."""
+
+    image: str
+    key: str | None
+    label: str | None
+    from_folders: bool | Literal["auto"]
+
+
+class RowGroups(NamedTuple):
+    """A row per row group, the columns, and whether the folders around shards are labels."""
+
+    table: pa.Table
+    columns: Columns
+    from_folders: bool
+
+
+def list_row_groups(
+    shards: pa.Table, *, path: str, root: str, asked: Asked, concurrency: int, attempts: int
+) -> RowGroups:
+    """The row groups of `shards`: columns key, size, etag and label (of the folders around them), sorted by key.
+
+    Footers are read `concurrency` at a time. ConfigError when a column or setting does not fit what is there,
+    DataError when there are no rows.
+    """
+    from_folders = _is_labelled_by_folders(shards, path, asked)
+    rows = shards.to_pylist()
+
+    def footer_of(shard: dict[str, Any]) -> Footer:
+        return read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"], attempts=attempts)
+
+    first = footer_of(rows[0])
+    if from_folders and asked.label == AUTO:
+        asked = asked._replace(label=None)
+    elif asked.label not in (AUTO, None, *first.schema.names) and not shards["label"].null_count:
+        raise ConfigError(
+            f"data.label_column={asked.label!r}: {first.uri} has no such column, but lies in a folder of a label; "
+            "set data.label_from_parent=true and leave out data.label_column"
+        )
+    columns = _columns(first, rows[0]["size"], asked, attempts)
+    if from_folders:
+        columns.notes.append("labels from folder names; data.label_from_parent=false ignores them")
+    others = [column for column in (columns.key, columns.label) if column is not None]
+
+    def read(shard: dict[str, Any]) -> list[tuple[dict[str, Any], ColumnFacts]]:
+        footer = first if shard is rows[0] else footer_of(shard)
+        found = []
+        for group in row_groups(footer, image_column=columns.image, other_columns=others):
+            labels = (
+                _NO_LABELS if columns.label is None else column_facts(footer, group.row_group, columns.label)
+            )
+            found.append((shard | group._asdict() | {"num_unlabelled": labels.num_nulls}, labels))
+        return found
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            found = [group for part in pool.map(read, rows) for group in part]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # the first damaged shard ends it: read no more
+            raise
+    if not found:
+        raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows")
+    if asked.label == AUTO and columns.label is not None:
+        columns = _without_useless_label(columns, [labels for _, labels in found])
+    schema = _TABLE.append(shards.schema.field("label")) if from_folders else _TABLE
+    return RowGroups(
+        pa.Table.from_pylist([group for group, _ in found], schema=schema), columns, from_folders
+    )
+
+
+def hold_images(shards: pa.Table, root: str) -> bool:
+    """Whether Parquet shards have a column of bytes, by the first of them; a damaged one may have."""
+    shard = shards.sort_by("key").slice(0, 1).to_pylist()[0]
+    try:
+        footer = read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"])
+    except CorruptShard:
+        return True
+    return any(is_bytes(column.type) for column in footer.schema)
+
+
+def _is_labelled_by_folders(shards: pa.Table, path: str, asked: Asked) -> bool:
+    """Whether the folders around shards are their labels."""
+    labels = shards["label"]
+    if asked.from_folders is not True:
+        several = not labels.null_count and len(labels.unique()) > 1
+        return asked.from_folders == AUTO and asked.label == AUTO and several
+    if labels.null_count:
+        raise ConfigError(
+            f"data.label_from_parent=true, but not all Parquet shards of {path} lie in a folder below it; "
+            "set data.label_column, or leave data.label_from_parent out"
+        )
+    if asked.label not in (AUTO, None):
+        raise ConfigError(
+            f"data.label_from_parent=true and data.label_column={asked.label!r} both say where labels are; "
+            "leave out one of them"
+        )
+    return True
+
+
+def _columns(footer: Footer, num_bytes: int, asked: Asked, attempts: int) -> Columns:
+    def first_rows(column: str) -> list[Any]:
+        for index in range(footer.metadata.num_row_groups):
+            if footer.metadata.row_group(index).num_rows:
+                table = read_row_group(
+                    footer.uri, num_bytes, index, image_column=column, other_columns=[], attempts=attempts
+                )
+                return list(table[column].to_pylist())
+        return []
+
+    def first_bytes(column: str) -> bytes | None:
+        return next((value for value in first_rows(column) if value), None)
+
+    def is_unique(column: str) -> bool:
+        values = first_rows(column)
+        return None not in values and len(set(values)) == len(values)
+
+    return detect_columns(
+        footer.schema,
+        uri=footer.uri,
+        image=asked.image,
+        key=asked.key,
+        label=asked.label,
+        first_bytes=first_bytes,
+        is_unique=is_unique,
+    )
+
+
+def _without_useless_label(columns: Columns, facts: Sequence[ColumnFacts]) -> Columns:
+    """The columns without a detected label column that is empty or holds one class."""
+    ends = [found.ends for found in facts if found.ends is not None]
+    if len(ends) < len(facts) or len(frozenset().union(*ends)) > 1:
+        num_nulls = sum(found.num_nulls or 0 for found in facts)
+        notes = [f"{num_nulls} rows have no label"] if num_nulls else []
+        return columns._replace(notes=[*columns.notes, *notes])
+    why = "holds one class" if any(ends) else "is empty"
+    notes = [note for note in columns.notes if not note.startswith("labels ")]
+    notes.append(f"no labels: column {columns.label!r} {why}; data.label_column={columns.label} takes it")
+    return columns._replace(label=None, notes=notes)

@@ -1,0 +1,298 @@
+"""Bytes of images by index: the manifest says where each one is, this fetches many at once.
+
+Stands between the manifest and the decoder, inside every augmentation actor. One bad image is a status in
+its place, never an exception, so positions stay what they are; storage that is closed to us ends the run at
+once. Delivers encoded bytes and knows nothing of decoding, of order, or of Ray.
+"""
+
+import os
+import posixpath
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from enum import IntEnum
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from models.errors import DataError
+from pipeline.data.manifest import DataConfig, Manifest
+from pipeline.data.parquet import CorruptShard, RowGroupCache, read_row_group
+from pipeline.storage.files import ChangedObject, MissingObject, ObjectTooLarge, Unreachable
+from pipeline.storage.s3 import is_s3, read_object, s3_client, split_s3_uri
+
+__all__ = ["DataConfig", "Fetched", "Source", "Status"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Status(IntEnum):
+    """What became of one image: a small number that travels beside it to the trainer."""
+
+    OK = 0
+    MISSING = 1
+    CORRUPT = 2
+    UNREACHABLE = 3
+    TOO_LARGE = 4
+
+
+class Fetched(NamedTuple):
+    """One image as it was fetched: `data` is None, and `reason` says why, unless `status` is OK."""
+
+    key: str
+    data: bytes | None
+    label: str | None
+    status: Status
+    reason: str
+
+
+class Source:
+    """The images of a manifest, or those of them that `selected` names, by index in [0, num_images).
+
+    Pickles as its arguments: threads, connections and cached rows stay in the process.
+    """
+
+    def __init__(
+        self, config: DataConfig, manifest: Manifest, selected: NDArray[np.int64] | None = None
+    ) -> None:
+        self.config = config = manifest.settle(config)
+        self.manifest, self._selected = manifest, selected
+        self._pool = ThreadPoolExecutor(config.fetch_concurrency, "fetch")  # no thread before its first task
+        self._lock, self._cpu_seconds = threading.Lock(), 0.0
+        reader = _Rows if manifest.kind == "parquet" else _Objects
+        self._reader: _Rows | _Objects = reader(config, manifest)
+
+    def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
+        return Source, (self.config, self.manifest, self._selected)
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are."""
+        return self._reader.num_images if self._selected is None else len(self._selected)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the settings, or what was detected, say where labels are."""
+        return self.config.label_column is not None or self.config.label_from_parent is True
+
+    def select(self, indices: NDArray[np.int64]) -> "Source":
+        """The images at these indices alone."""
+        chosen = indices if self._selected is None else self._selected[indices]
+        return Source(self.config, self.manifest, chosen)
+
+    def key(self, index: int) -> str:
+        """The name of an image without reading it: the object's key, or `shard#row` for Parquet.
+
+        With a `key_column`, `Fetched.key` is the column's value instead, which only reading can tell.
+        """
+        return self._reader.key(int(self.in_manifest([index])[0]))
+
+    def fetch(self, indices: Sequence[int]) -> list[Fetched]:
+        """The images at `indices`, in that order, with up to `fetch_concurrency` requests in flight.
+
+        An image that is missing, empty, too large or unreachable after all attempts comes back with its
+        status. DataError, at once and naming the object, when storage refuses us or the bucket is gone.
+        """
+        fetched = dict(self.arrivals(indices))
+        return [fetched[place] for place in range(len(indices))]
+
+    def arrivals(self, indices: Sequence[int]) -> Iterator[tuple[int, Fetched]]:
+        """As `fetch`, but (place in `indices`, image) as they arrive. All requests are under way on return."""
+        if is_s3(self.manifest.root):
+            s3_client()  # made here, once, rather than by all threads together
+        return self._reader.arrivals(self.in_manifest(indices).tolist(), self._begin)
+
+    def in_manifest(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The indices [n] of images in the manifest, which may have more images."""
+        own = np.asarray(indices, np.int64)
+        wrong = own[(own < 0) | (own >= self.num_images)]  # negative ones must not count from the end here
+        if len(wrong):
+            raise IndexError(f"image {wrong[0]} of {self.num_images}")
+        return own if self._selected is None else self._selected[own]
+
+    def take_cpu_seconds(self) -> float:
+        """CPU time that fetching has taken since the last call."""
+        with self._lock:
+            seconds, self._cpu_seconds = self._cpu_seconds, 0.0
+        return seconds
+
+    def _begin(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+        """(place, `work` of the item) as they end; the first exception is raised and what has not begun dropped."""
+
+        def timed(item: Item) -> Result:
+            begin = time.thread_time()
+            try:
+                return work(item)
+            finally:
+                with self._lock:
+                    self._cpu_seconds += time.thread_time() - begin
+
+        places = {self._pool.submit(timed, item): place for place, item in enumerate(items)}
+
+        def ended() -> Iterator[tuple[int, Result]]:
+            try:
+                for future in as_completed(places):
+                    yield places[future], future.result()
+            finally:
+                for future in places:
+                    future.cancel()
+
+        return ended()
+
+
+class _Objects:
+    """One image per object or file."""
+
+    def __init__(self, config: DataConfig, manifest: Manifest) -> None:
+        self._config = config
+        self._manifest = manifest
+        self._keys, self._sizes, self._labels = (manifest.table[name] for name in ("key", "size", "label"))
+        self.num_images = manifest.num_images
+        self._read = self._read_s3 if is_s3(manifest.root) else self._read_file
+
+    def key(self, index: int) -> str:
+        return str(self._keys[index].as_py())
+
+    def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
+        images: Iterator[tuple[int, Fetched]] = begin(self._one, indices)
+        return images
+
+    def _one(self, index: int) -> Fetched:
+        key, label, limit = self.key(index), self._labels[index].as_py(), self._config.max_object_bytes
+        if self._sizes[index].as_py() > limit:
+            reason = f"{self._sizes[index].as_py()} bytes, more than data.max_object_bytes={limit}"
+            return Fetched(key, None, label, Status.TOO_LARGE, reason)
+        try:
+            data = self._read(key, limit)
+        except tuple(_BAD_IMAGE) as error:
+            return Fetched(key, None, label, _BAD_IMAGE[type(error)], str(error))
+        return _whole(key, data, label, limit)
+
+    def _read_s3(self, key: str, limit: int) -> bytes:
+        bucket, _ = split_s3_uri(self._manifest.root)
+        return read_object(bucket, key, max_bytes=limit, attempts=self._config.fetch_attempts)
+
+    def _read_file(self, key: str, limit: int) -> bytes:
+        path = self._manifest.uri(key)
+        if posixpath.isabs(key) or ".." in key.split("/"):
+            raise MissingObject(f"{key!r} leads out of {self._manifest.root}")
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > limit:
+                    raise ObjectTooLarge(f"{path} holds {size} bytes, more than {limit}")
+                return file.read()
+        except OSError as error:
+            raise MissingObject(f"{path}: {error.strerror or error}") from error
+
+
+class _Rows:
+    """One image per row of Parquet shards, read by whole row groups, the latest of which are kept."""
+
+    def __init__(self, config: DataConfig, manifest: Manifest) -> None:
+        self._config = config
+        self._manifest = manifest
+        self._groups = manifest.table.to_pylist()
+        self._ends = np.cumsum([group["num_rows"] for group in self._groups])
+        self.num_images = int(self._ends[-1])
+        shards = np.array([group["key"] for group in self._groups])
+        first_of_shard = np.r_[True, shards[1:] != shards[:-1]]
+        starts = np.r_[0, self._ends[:-1]]
+        self._shard_starts = np.maximum.accumulate(np.where(first_of_shard, starts, 0))
+        self._cache = RowGroupCache(config.row_group_cache_bytes)
+
+    def key(self, index: int) -> str:
+        return self._name(index, self._group_of(index))
+
+    def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices):
+            places.setdefault(self._group_of(index), []).append(place)
+        waves = list(self._waves(places))
+        first = begin(self._table, waves[0]) if waves else iter(())
+
+        def rows() -> Iterator[tuple[int, Fetched]]:
+            for number, wave in enumerate(waves):
+                for which, table in first if number == 0 else begin(self._table, wave):
+                    for place in places[wave[which]]:
+                        yield place, self._row(indices[place], wave[which], table)
+
+        return rows()
+
+    def _waves(self, groups: Iterable[int]) -> Iterator[list[int]]:
+        """The distinct groups in portions that the cache could hold, so that memory stays near twice that."""
+        wave: list[int] = []
+        num_bytes = 0
+        for group in dict.fromkeys(groups):
+            num_bytes += self._groups[group]["num_bytes"]
+            if wave and num_bytes > self._config.row_group_cache_bytes:
+                yield wave
+                wave, num_bytes = [], self._groups[group]["num_bytes"]
+            wave.append(group)
+        if wave:
+            yield wave
+
+    def _table(self, group: int) -> pa.Table | DataError:
+        """The rows of a group, from the cache or the shard, or the error that all its images share."""
+        table = self._cache.get(group)
+        if table is not None:
+            return table
+        about = self._groups[group]
+        columns = (self._config.key_column, self._config.label_column)
+        try:
+            table = read_row_group(
+                self._manifest.uri(about["key"]),
+                about["size"],
+                about["row_group"],
+                image_column=self._config.image_column,
+                other_columns=[column for column in columns if column is not None],
+                attempts=self._config.fetch_attempts,
+            )
+        except tuple(_BAD_IMAGE) as error:
+            return error
+        if table.num_rows != about["num_rows"]:
+            return CorruptShard(f"{about['key']} changed after it was listed")
+        self._cache.put(group, table)
+        return table
+
+    def _row(self, index: int, group: int, table: pa.Table | DataError) -> Fetched:
+        name = self._name(index, group)
+        if isinstance(table, DataError):
+            return Fetched(name, None, None, _BAD_IMAGE[type(table)], str(table))
+        row = index - (int(self._ends[group]) - self._groups[group]["num_rows"])
+        key, label = (
+            table[column][row].as_py() if column is not None else None
+            for column in (self._config.key_column, self._config.label_column)
+        )
+        label = label or self._groups[group].get("label")  # of the folder around the shard
+        data = table[self._config.image_column][row].as_py()
+        return _whole(name if key is None else key, data, label, self._config.max_object_bytes)
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def _name(self, index: int, group: int) -> str:
+        return f"{self._groups[group]['key']}#{index - int(self._shard_starts[group])}"
+
+
+_BAD_IMAGE: dict[type[DataError], Status] = {
+    MissingObject: Status.MISSING,
+    Unreachable: Status.UNREACHABLE,
+    ObjectTooLarge: Status.TOO_LARGE,
+    ChangedObject: Status.CORRUPT,
+    CorruptShard: Status.CORRUPT,
+}
+
+
+def _whole(key: str, data: bytes | None, label: str | None, limit: int) -> Fetched:
+    """An image that was read: good unless there is nothing in it or too much."""
+    if not data:
+        return Fetched(key, None, label, Status.CORRUPT, "null" if data is None else "0 bytes")
+    if len(data) > limit:
+        reason = f"{len(data)} bytes, more than data.max_object_bytes={limit}"
+        return Fetched(key, None, label, Status.TOO_LARGE, reason)
+    return Fetched(key, data, label, Status.OK, "")

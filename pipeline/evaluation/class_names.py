@@ -1,0 +1,113 @@
+"""Compare the class names of an evaluation's training and validation images. Reads labels alone; no Ray here."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.detection import AUTO
+from pipeline.data.parquet import CorruptShard, read_column
+from pipeline.data.source import Source
+from pipeline.evaluation.features import EvalConfig, subset
+from pipeline.storage.files import ChangedObject, MissingObject, Unreachable
+
+_NUM_NAMES = 3
+_NAME_LENGTH = 40
+
+
+class Mismatch(NamedTuple):
+    """Validation classes without training images: `text` for a person, and whether all classes are such."""
+
+    text: str
+    is_disjoint: bool
+
+
+def class_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch | None:
+    """Compare the images that an evaluation takes from each side; None where each validation class can be found.
+
+    A held-out part of one data set is not compared: its classes are those of the rest, except for the rarest.
+    """
+    if config.val_path == AUTO:
+        return None
+    classified = Counter(name for names in _names(val, config.max_val_images) for name in names)
+    missing, known = set(classified), set[str]()
+    if not missing:  # the evaluation refuses images without labels
+        return None
+    for names in _names(train, config.max_train_images):
+        known |= set(names)
+        missing -= known
+        if not missing:
+            return None
+    setting = "data.path" if config.train_path is None else "eval.train_path"
+    train_path = f"{setting}={train.config.path}"
+    val_path = f"eval.val_path={val.config.path}"
+    if len(missing) == len(classified):
+        return Mismatch(
+            "k-NN and linear accuracy have no meaning, because the classes are disjoint: "
+            f"{val_path} has {_classes(classified)}, {train_path} has {_classes(known)}; "
+            "set eval.train_path and eval.val_path to images that share class names",
+            is_disjoint=True,
+        )
+    remedy = "add training images of these classes, or remove the classes from eval.val_path"
+    if train.num_images > config.max_train_images:
+        remedy = f"raise eval.max_train_images={config.max_train_images}, or {remedy}"
+    wrong = sum(classified[name] for name in missing)
+    return Mismatch(
+        f"{len(missing)} of {len(classified)} classes of {val_path} ({_some(missing)}) have no training image: "
+        f"{train_path} has {_classes(known)}; {wrong} of {classified.total()} validation images count as wrong; "
+        f"{remedy}",
+        is_disjoint=False,
+    )
+
+
+def _classes(names: Iterable[str]) -> str:
+    """`12 classes ('a', 'b', 'c' and 9 more)`."""
+    number = len(set(names))
+    shown = f" ({_some(names)})" if number else ""
+    return f"{number} class{'' if number == 1 else 'es'}{shown}"
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(set(names))
+    shown = ", ".join(repr(name[:_NAME_LENGTH]) for name in ordered[:_NUM_NAMES])
+    return f"{shown} and {len(ordered) - _NUM_NAMES} more" if len(ordered) > _NUM_NAMES else shown
+
+
+def _names(source: Source, limit: int) -> Iterator[list[str]]:
+    """The labels of the subset that an evaluation takes, in parts; images without a label are left out."""
+    indices = source.in_manifest(subset(source.num_images, limit))
+    sizes = source.manifest.group_sizes
+    if sizes is None:
+        labels = source.manifest.table["label"].take(indices).to_pylist()
+        yield [label for label in labels if label and label.strip()]
+        return
+    starts = np.cumsum(sizes) - sizes
+    groups = np.searchsorted(starts, indices, side="right") - 1
+    wanted, at_once = np.unique(groups), source.config.fetch_concurrency
+    with ThreadPoolExecutor(at_once) as pool:
+        # Few at a time: most often the first ones have all classes.
+        for first in range(0, len(wanted), at_once):
+            wave = wanted[first : first + at_once]
+            for group, labels in zip(wave, pool.map(lambda group: _read(source, group), wave), strict=True):
+                rows = indices[groups == group] - starts[group]
+                chosen = [labels[row] for row in rows if row < len(labels)]
+                yield [label for label in chosen if label and label.strip()]
+
+
+def _read(source: Source, group: int) -> list[str | None]:
+    """The labels of a row group; none where its images count as unreadable."""
+    shard, config = source.manifest.table.slice(group, 1).to_pylist()[0], source.config
+    if config.label_column is None:
+        return [shard["label"]] * shard["num_rows"]  # of the folder around the shard
+    try:
+        return read_column(
+            source.manifest.uri(shard["key"]),
+            shard["size"],
+            shard["row_group"],
+            column=config.label_column,
+            attempts=config.fetch_attempts,
+        )
+    except (MissingObject, Unreachable, ChangedObject, CorruptShard):
+        return []

@@ -1,0 +1,292 @@
+"""Frozen-teacher features, and the weighted k-NN accuracy on them. No Ray here.
+
+Labelled images -> clean eval crops -> backbone -> features [n, D] -> k-NN. Used inside a training worker (each
+rank embeds its share) and by the evaluate job (Ray Data embeds).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt, field_validator
+from torch import Tensor, nn
+
+from models.errors import DataError, ResourceError
+from models.settings import Settings
+from pipeline.augment.config import CropsConfig
+from pipeline.data.decode import eval_crop
+from pipeline.data.detection import AUTO
+from pipeline.data.loader import load_batches
+from pipeline.data.manifest import DataConfig
+from pipeline.data.order import permute
+from pipeline.data.source import Source
+from pipeline.evaluation.labels import open_labelled
+from pipeline.evaluation.probes import knn_vote
+from pipeline.storage.files import Directory, normal_uri
+from pipeline.training import distributed
+from pipeline.training.step import autocast, pixels
+
+
+class EvalConfig(Settings):
+    """How good the teacher's features are, before, during and at the end of the run."""
+
+    val_path: str | None = "auto"
+    """Labelled images that are classified; auto: a fifth of `data.path`, if it has labels; null: no k-NN."""
+    train_path: str | None = None
+    """Labelled images that vote for those of `val_path`; None takes `data.path`."""
+    every_steps: int = Field(default=1000, ge=1)
+    """Steps between evaluations; there is one before the first step and one at the end as well."""
+    k: tuple[PositiveInt, ...] = Field(default=(10, 20), min_length=1)
+    """Numbers of neighbours that vote; one accuracy each."""
+    temperature: float = Field(default=0.07, gt=0)
+    """Temperature of the votes exp(cosine / temperature)."""
+    batch_size: int = Field(default=256, ge=1)
+    """Images per forward."""
+    max_train_images: int = Field(default=50_000, ge=1)
+    """Voters are a fixed random subset of at most this size."""
+    max_val_images: int = Field(default=10_000, ge=1)
+    """Classified images likewise."""
+    label_free: bool = True
+    """Where there are no labels: measure RankMe on `max_val_images` images of `data.path`."""
+    lidar: bool = False
+    """Measure LiDAR as well, on `probe.lidar_images` images of `data.path` by `probe.lidar_views` augmented views."""
+    image_size: int | None = Field(default=None, ge=8)
+    """Side of the centre crop in pixels; None takes the global crop size."""
+
+    @field_validator("val_path", "train_path")
+    @classmethod
+    def _path_is_an_address(cls, path: str | None) -> str | None:
+        if path is not None:
+            normal_uri(path)
+        return path
+
+
+class Features(NamedTuple):
+    """`features` float32 [n, D], their labels, and how many images could not be read."""
+
+    features: NDArray[np.float32]
+    labels: list[str]
+    num_bad: int
+
+
+See = Callable[[NDArray[np.uint8], Features], None]
+"""(uint8 [n, S, S, 3], their features) -> nothing: is shown each batch as it is embedded."""
+
+
+def labelled_sources(
+    data: DataConfig, config: EvalConfig, run: Directory | None = None
+) -> tuple[Source, Source] | None:
+    """Sources of voters and of classified images, read like `data`; None unless `eval.val_path` names some.
+
+    Their manifests are kept in the run directory, if one is given. ConfigError when one of them has no labels.
+    """
+    if config.val_path in (None, AUTO):
+        return None
+
+    def source(path: str, name: str, setting: str) -> Source:
+        at = DataConfig.model_validate(data.model_dump() | {"path": path})
+        return open_labelled(at, run, name, setting=setting)
+
+    return (
+        source(
+            config.train_path or data.path,
+            "manifest_eval_train.parquet",
+            "eval.train_path" if config.train_path else "data.path",
+        ),
+        source(config.val_path, "manifest_eval_val.parquet", "eval.val_path"),
+    )
+
+
+def eval_batches(
+    source: Source, indices: Sequence[int], *, size: int, batch_size: int, labelled: bool = True
+) -> Iterator[tuple[NDArray[np.uint8], list[str], int]]:
+    """Batches of (uint8 [n, size, size, 3], labels, number of unreadable images left out).
+
+    Labels are "" where there is none. DataError for a readable image without one when they must be `labelled`.
+    """
+
+    def prepare(image: NDArray[np.uint8], _: str) -> NDArray[np.uint8]:
+        return eval_crop(image, size=size)
+
+    for batch in load_batches(source, indices, prepare, batch_size=batch_size):
+        good = [image for image in batch if image.pixels is not None]
+        unlabelled = [image.key for image in good if not (image.label or "").strip()]
+        if unlabelled and labelled:
+            raise DataError(
+                f"{source.config.path}: {unlabelled[0]} has no label; every evaluated image needs one"
+            )
+        images = [image.pixels for image in good if image.pixels is not None]
+        pixels = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
+        yield pixels, [image.label or "" for image in good], len(batch) - len(good)
+
+
+Forward = Callable[[nn.Module, Tensor], Tensor]
+"""(backbone, float [n, 3, S, S]) -> [n, E]."""
+
+
+@torch.no_grad()
+def embed(
+    backbone: nn.Module,
+    images: NDArray[np.uint8],
+    crops: CropsConfig,
+    *,
+    precision: str,
+    forward: Forward | None = None,
+) -> NDArray[np.float32]:
+    """Crops uint8 [n, S, S, 3] -> float32 [n, D]: the output of a backbone in eval mode, or that of `forward`.
+
+    Raises ResourceError when they do not fit the GPU together.
+    """
+    device = next(backbone.parameters()).device
+    if not len(images):
+        return np.empty((0, 0), np.float32)
+    x = pixels(images[:, None], crops, device)
+    try:
+        with autocast(precision, device):
+            output: Tensor = forward(backbone, x) if forward else backbone(x)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{len(images)} images of {images.shape[1]} px at once do not fit the GPU; lower the batch size"
+        ) from error
+    return output.float().cpu().numpy()
+
+
+def subset(num_images: int, limit: int) -> NDArray[np.int64]:
+    """A fixed random subset of at most `limit` image indices, ascending: the same for every run and rank."""
+    if num_images <= limit:
+        return np.arange(num_images)
+    return np.sort(permute(np.arange(limit), size=num_images, seed=0))
+
+
+def embed_source(
+    backbone: nn.Module,
+    source: Source,
+    indices: NDArray[np.int64],
+    crops: CropsConfig,
+    config: EvalConfig,
+    *,
+    precision: str,
+    forward: Forward | None = None,
+    labelled: bool = True,
+    see: See | None = None,
+) -> Features:
+    """Features and labels of the readable images at `indices`, by `embed`; all of them must be `labelled`, if so."""
+    size = config.image_size or crops.global_crop_size
+    parts: list[Features] = []
+    for images, labels, num_bad in eval_batches(
+        source, indices.tolist(), size=size, batch_size=config.batch_size, labelled=labelled
+    ):
+        rows = embed(backbone, images, crops, precision=precision, forward=forward)
+        parts.append(Features(rows, labels, num_bad))
+        if see:
+            see(images, parts[-1])
+    return merge(parts)
+
+
+def merge(parts: Sequence[Features]) -> Features:
+    """Parts in their order, as one."""
+    rows = [p.features for p in parts if len(p.features)]
+    features = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+    return Features(features, [x for p in parts for x in p.labels], sum(p.num_bad for p in parts))
+
+
+def embed_sharded(
+    backbone: nn.Module,
+    source: Source,
+    crops: CropsConfig,
+    config: EvalConfig,
+    *,
+    limit: int,
+    precision: str,
+    labelled: bool = True,
+    see: See | None = None,
+) -> Features:
+    """Like `embed_source` on a `subset`, each rank of the process group embedding its share; all get the whole."""
+    indices = subset(source.num_images, limit)
+    mine = indices[distributed.rank() :: distributed.world_size()]
+    part = embed_source(
+        backbone, source, mine, crops, config, precision=precision, labelled=labelled, see=see
+    )
+    return merge(distributed.gather(part))
+
+
+def knn_classify(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float, num_classes: int
+) -> Tensor:
+    """Weighted k-NN: [n, D] bank with int labels [n], [m, D] queries -> predicted labels [m], by cosine."""
+    similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(bank.float(), dim=-1).T
+    return knn_vote(similarity, bank_labels, ks=(k,), temperature=temperature, num_classes=num_classes)[0]
+
+
+@dataclass(frozen=True)
+class KnnProblem:
+    """k-NN cut into blocks of queries that can be counted anywhere, in any order, with the same result.
+
+    Rows of unit length, float32: the voters' `bank` [n, D] with int64 labels [n], the `queries` [m, D] with
+    their true labels [m]. Arrays, which tasks on one node share.
+    """
+
+    bank: NDArray[np.float32]
+    bank_labels: NDArray[np.int64]
+    queries: NDArray[np.float32]
+    truth: NDArray[np.int64]
+    num_classes: int
+    config: EvalConfig
+
+    @classmethod
+    def of(cls, train: Features, val: Features, config: EvalConfig) -> "KnnProblem":
+        """DataError when a side has no readable image."""
+        classes = class_numbers(train, val)
+
+        def side(features: Features) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            rows = F.normalize(torch.from_numpy(features.features), dim=-1)
+            return rows.numpy(), np.array([classes[label] for label in features.labels], np.int64)
+
+        return cls(*side(train), *side(val), len(classes), config)
+
+    @property
+    def blocks(self) -> list[int]:
+        """First query of each block."""
+        return list(range(0, len(self.queries), self._block_size))
+
+    @property
+    def _block_size(self) -> int:
+        return max(1, min(1024, (1 << 27) // len(self.bank)))  # at most 512 MiB of cosines
+
+    def hits(self, block: int) -> list[int]:
+        """Right answers per k among the queries of the block that starts at `block`."""
+        part = slice(block, block + self._block_size)
+        guesses = knn_vote(
+            torch.from_numpy(self.queries[part] @ self.bank.T),
+            torch.tensor(self.bank_labels),
+            ks=self.config.k,
+            temperature=self.config.temperature,
+            num_classes=self.num_classes,
+        )
+        return (guesses == torch.tensor(self.truth[part])).sum(dim=1).tolist()
+
+    def scores(self, hits: Iterable[Sequence[int]]) -> dict[str, float]:
+        """Top-1 accuracy per k (`knn_10`, ...) in [0, 1], beside `majority`: always the commonest voter label."""
+        totals = np.sum(list(hits), axis=0)
+        scores = {f"knn_{k}": int(n) / len(self.truth) for k, n in zip(self.config.k, totals, strict=True)}
+        commonest = Counter(self.bank_labels.tolist()).most_common(1)[0][0]
+        return scores | {"majority": int((self.truth == commonest).sum()) / len(self.truth)}
+
+
+def class_numbers(train: Features, val: Features) -> dict[str, int]:
+    """Label -> number, in the order in which they are met, voters first. DataError when a side is empty."""
+    for side, features in (("eval.train_path", train), ("eval.val_path", val)):
+        if not features.labels:
+            raise DataError(f"{side} has no readable labelled image ({features.num_bad} unreadable)")
+    return {name: i for i, name in enumerate(dict.fromkeys(train.labels + val.labels))}
+
+
+def knn_accuracy(train: Features, val: Features, config: EvalConfig) -> dict[str, float]:
+    """The scores of a `KnnProblem`, counted here. A class that only the val set has counts as wrong."""
+    problem = KnnProblem.of(train, val, config)
+    return problem.scores(problem.hits(block) for block in problem.blocks)

@@ -1,0 +1,139 @@
+"""Evaluate the teacher during training: k-NN, RankMe, LiDAR and attention maps. No Ray here."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.augment.config import CropsConfig
+from pipeline.data.source import Source
+from pipeline.evaluation.backbone_outputs import embed_views
+from pipeline.evaluation.batch_statistics import calibrated
+from pipeline.evaluation.features import EvalConfig, Features, embed_sharded, knn_accuracy, subset
+from pipeline.evaluation.probes import ProbeConfig, lidar, rankme
+from pipeline.figures.attention_sheet import attention_figure
+from pipeline.figures.drawing import thumbnail
+from pipeline.tracking.sink import Embedding
+from pipeline.training import distributed
+from pipeline.training.config import DINOConfig
+
+_NUM_EMBEDDED = 500
+"""Images in an `Embedding`."""
+_THUMBNAIL_SIZE = 32
+
+
+class Evaluation(NamedTuple):
+    """`scores` by name; `attention` as PNG, None for networks without; both pictures None where none are asked for."""
+
+    scores: dict[str, float]
+    attention: bytes | None
+    embedding: Embedding | None
+
+
+def evaluate(
+    backbone: nn.Module,
+    labelled: tuple[Source, Source] | None,
+    images: Source,
+    pictures: Sequence[tuple[str, NDArray[np.uint8]]],
+    *,
+    title: str,
+    algorithm: DINOConfig,
+    config: EvalConfig,
+    probe: ProbeConfig,
+) -> Evaluation | None:
+    """Evaluate a backbone, which stays as it is. Call on all ranks: each embeds its share, the first one scores.
+
+    `labelled` are the two of `labelled_sources`; without them RankMe is that of `images`, of which LiDAR takes
+    augmented views in any case. `pictures` are a handful of (key, image) of any
+    size, drawn under `title`; without them nothing is drawn at all. None on other ranks.
+    A backbone whose batch norm has not trained is calibrated first, on `calibration_images` of `images`.
+    """
+    crops, precision = algorithm.crops, algorithm.train.precision
+    backbone, num_calibration_images = calibrated(backbone, images, algorithm)
+    was_training = backbone.training
+    backbone.eval()
+    limited = [(images, config.max_val_images)] if config.label_free else []
+    if labelled is not None:
+        limited = [(labelled[0], config.max_train_images), (labelled[1], config.max_val_images)]
+    shown = _Shown(min(limited[-1][0].num_images, limited[-1][1])) if limited and pictures else None
+    sides = [
+        embed_sharded(
+            backbone,
+            source,
+            crops,
+            config,
+            limit=limit,
+            precision=precision,
+            labelled=labelled is not None,
+            see=shown.see if shown and number == len(limited) else None,
+        )
+        for number, (source, limit) in enumerate(limited, start=1)
+    ]
+    embedding = shown.share() if shown else None
+    views = _views(backbone, images, crops, config, probe, precision=precision) if config.lidar else None
+    result = None
+    if distributed.rank() == 0:
+        scores = knn_accuracy(sides[0], sides[1], config) if labelled is not None else {}
+        if sides and len(sides[0].features):
+            scores["rankme"] = rankme(sides[0].features)
+        if views is not None and len(views) > 1:
+            scores["lidar"] = lidar(views)
+        if num_calibration_images and scores:
+            scores["calibration_images"] = num_calibration_images
+        figure = attention_figure(backbone, pictures, crops, title=title)
+        result = Evaluation(scores, figure, embedding)
+    backbone.train(was_training)
+    return result
+
+
+class _Shown:
+    """Evenly spaced ones, at most `_NUM_EMBEDDED`, of the `num_images` images that the ranks embed together."""
+
+    def __init__(self, num_images: int) -> None:
+        # Each rank takes its share of these, and counts by itself.
+        mine = -(-num_images // distributed.world_size())
+        kept = max(1, _NUM_EMBEDDED // distributed.world_size())
+        self._apart, self._num_seen = -(-mine // kept), 0
+        self._rows: list[tuple[NDArray[np.float32], str, NDArray[np.uint8]]] = []
+
+    def see(self, images: NDArray[np.uint8], features: Features) -> None:
+        """Keep some of a batch."""
+        for row in range(-self._num_seen % self._apart, len(images), self._apart):
+            small = thumbnail(images[row], width=_THUMBNAIL_SIZE, height=_THUMBNAIL_SIZE)
+            self._rows.append((features.features[row], features.labels[row], np.asarray(small)))
+        self._num_seen += len(images)
+
+    def share(self) -> Embedding | None:
+        """What all ranks have kept; None where that is nothing."""
+        rows = [row for rows in distributed.gather(self._rows) for row in rows][:_NUM_EMBEDDED]
+        if not rows:
+            return None
+        features, labels, thumbnails = zip(*rows, strict=True)
+        return Embedding(np.stack(features), list(labels), np.stack(thumbnails))
+
+
+def _views(
+    backbone: nn.Module,
+    images: Source,
+    crops: CropsConfig,
+    config: EvalConfig,
+    probe: ProbeConfig,
+    *,
+    precision: str,
+) -> NDArray[np.float32]:
+    """Features of augmented views of a fixed random subset, each rank embedding its share; all get the whole."""
+    mine = subset(images.num_images, probe.lidar_images)[distributed.rank() :: distributed.world_size()]
+    part = embed_views(
+        backbone,
+        images,
+        mine.tolist(),
+        crops,
+        num_views=probe.lidar_views,
+        seed=probe.seed,
+        batch_size=config.batch_size,
+        precision=precision,
+    )
+    parts = [rows for rows in distributed.gather(part) if len(rows)]
+    return np.concatenate(parts) if parts else part

@@ -1,0 +1,94 @@
+"""The labelled images of a data set: all of them, a set that was named for evaluation, or a held-out part.
+
+Stands between sources and the evaluation. Reads labels at most, no image; no Ray here.
+"""
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ConfigError
+from pipeline.data.detection import AUTO
+from pipeline.data.manifest import DataConfig, build_manifest, load_or_build
+from pipeline.data.order import permute
+from pipeline.data.parquet import read_column
+from pipeline.data.source import Source
+from pipeline.storage.files import Directory
+
+HELD_OUT_SHARE = 0.2
+"""Share of the labelled images that is classified where no set for evaluation is named."""
+
+
+def open_source(config: DataConfig, run: Directory | None, name: str) -> Source:
+    """The images of `config`; their manifest is kept in the run directory under `name`, if one is given."""
+    return Source(config, load_or_build(config, run, name) if run else build_manifest(config))
+
+
+def open_labelled(config: DataConfig, run: Directory | None, name: str, *, setting: str) -> Source:
+    """The labelled images of `config`, whose path `setting` names. ConfigError where there are none.
+
+    A set that is named for evaluation is labelled: folders are classes there, however few images they hold.
+    """
+    source = open_source(config, run, name)
+    if not source.has_labels and setting != "data.path" and config.label_from_parent == AUTO:
+        with contextlib.suppress(ConfigError):  # there are no folders
+            source = open_source(config.model_copy(update={"label_from_parent": True}), run, name)
+    labelled = with_labels(source)
+    if not source.has_labels or not labelled.num_images:
+        raise ConfigError(
+            f"eval.val_path needs labels, but {setting}={config.path} has none: set data.label_column (Parquet) or "
+            "data.label_from_parent=true (one folder per class), point eval.val_path and eval.train_path at labelled "
+            "images, or unset eval.val_path"
+        )
+    return labelled
+
+
+def with_labels(source: Source) -> Source:
+    """The images of a source without those that lie outside of class folders or in rows without a label."""
+    table = source.manifest.table
+    if source.config.label_column is not None:
+        return _rows_with_labels(source, source.config.label_column)
+    if source.manifest.kind == "parquet" or not table["label"].null_count:
+        return source
+    return source.select(np.flatnonzero(table["label"].is_valid().to_numpy()))
+
+
+def _rows_with_labels(source: Source, column: str) -> Source:
+    """Reads the labels of those row groups alone that may lack some."""
+    groups = source.manifest.table.to_pylist()
+    unlabelled = [group.get("num_unlabelled") for group in groups]
+    if not any(number != 0 for number in unlabelled):
+        return source
+
+    def read(group: dict[str, Any], number: int | None) -> NDArray[np.bool_]:
+        if number in (0, group["num_rows"]):
+            return np.full(group["num_rows"], number == 0)
+        labels = read_column(
+            source.manifest.uri(group["key"]),
+            group["size"],
+            group["row_group"],
+            column=column,
+            attempts=source.config.fetch_attempts,
+        )
+        return np.asarray([label is not None for label in labels])
+
+    with ThreadPoolExecutor(source.config.fetch_concurrency) as pool:
+        return source.select(np.flatnonzero(np.concatenate([*pool.map(read, groups, unlabelled)])))
+
+
+def held_out(images: Source, *, max_train_images: int, max_val_images: int) -> tuple[Source, Source] | None:
+    """A fixed random split of the labelled images: (those that vote, those that are classified); None without labels.
+
+    The same for every run, rank and seed. All of them are trained on too, without their labels.
+    """
+    labelled = with_labels(images)
+    total = labelled.num_images
+    if not images.has_labels or total < 2:
+        return None
+    num_val = max(1, min(max_val_images, round(HELD_OUT_SHARE * total)))
+    chosen = np.arange(min(total, num_val + max_train_images))
+    mixed = permute(chosen, size=total, seed=1)
+    return labelled.select(np.sort(mixed[num_val:])), labelled.select(np.sort(mixed[:num_val]))

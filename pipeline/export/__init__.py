@@ -1,0 +1,1 @@
+"""Files for other programs: weights with model cards, embeddings, packed images."""

@@ -1,0 +1,229 @@
+"""Vectors of a data set as Parquet parts: what is in them, and how one of them is made.
+
+A directory of embeddings, local or on S3, is one of parquet_parts.py:
+
+    part-00000.parquet        key, vector, label?, patch_tokens?; row r of the manifest is in part r // rows_per_file
+    _about/embed.json         what decided the vectors: another command is refused
+
+No Ray here.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from models.backbone import embed_dim
+from models.errors import ConfigError, DataError
+from pipeline.augment.config import CropsConfig
+from pipeline.data.decode import eval_crop
+from pipeline.data.loader import load_batches
+from pipeline.data.source import Source
+from pipeline.evaluation.backbone_outputs import has_tokens, with_patches
+from pipeline.evaluation.features import embed
+from pipeline.export import parquet_parts
+from pipeline.export.parquet_parts import SUMMARY, PartKind, PartWriter, Written, missing_parts, part_name
+from pipeline.storage.files import Directory
+from pipeline.training.checkpoint import Frozen
+
+__all__ = [
+    "MANIFEST",
+    "SETTINGS",
+    "SUMMARY",
+    "Dtype",
+    "Plan",
+    "Precision",
+    "check_bad",
+    "check_settings",
+    "choose_rows_per_file",
+    "collect",
+    "measure",
+    "missing_parts",
+    "part_name",
+    "weights_digest",
+    "write_part",
+]
+
+SETTINGS, MANIFEST = "_about/embed.json", "_about/manifest.parquet"
+Dtype = Literal["float16", "float32"]
+Precision = Literal["fp32", "bf16"]
+
+_KIND = PartKind(SETTINGS, b"dinoray.embeddings", rows="vectors", written="embedded")
+_AIM_BYTES, _MOST_BYTES = 64 << 20, 1 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what is in the parts, beside the images. `weights` identifies the network."""
+
+    weights: str
+    embed_dim: int
+    num_patches: int
+    """Patch tokens per image; 0: they are not kept."""
+    image_size: int
+    dtype: Dtype
+    precision: Precision
+    batch_size: int
+    rows_per_file: int
+    with_labels: bool
+
+    def num_parts(self, num_images: int) -> int:
+        """How many parts the images of a manifest make."""
+        return -(-num_images // self.rows_per_file)
+
+    def rows(self, part: int, num_images: int) -> range:
+        """The manifest's rows that a part holds."""
+        return range(part * self.rows_per_file, min((part + 1) * self.rows_per_file, num_images))
+
+    def schema(self) -> pa.Schema:
+        """Columns of every part."""
+        number = pa.float16() if self.dtype == "float16" else pa.float32()
+        fields = {"key": pa.string(), "vector": pa.list_(number, self.embed_dim)}
+        if self.with_labels:
+            fields["label"] = pa.string()
+        if self.num_patches:
+            fields["patch_tokens"] = pa.list_(number, self.num_patches * self.embed_dim)
+        return pa.schema(fields)
+
+
+def weights_digest(network: Frozen) -> str:
+    """Identity of what a network computes: a digest of its weights, its architecture and its pixel scale."""
+    crops = network.config.crops
+    architecture = network.config.backbone.model_dump(mode="json"), crops.pixel_mean, crops.pixel_std
+    digest = hashlib.blake2b(json.dumps(architecture, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(network.weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def measure(network: Frozen, image_size: int, *, patch_tokens: bool) -> tuple[int, int]:
+    """(embed_dim, number of patch tokens to keep) at this size; ConfigError when there are no patch tokens."""
+    backbone = network.backbone()
+    width = embed_dim(backbone)
+    if not patch_tokens:
+        return width, 0
+    if not has_tokens(backbone):
+        raise ConfigError(
+            f"--patch-tokens: {network.config.backbone.name} is no vision transformer; leave the option out"
+        )
+    with torch.no_grad():
+        return width, with_patches(backbone, torch.zeros(1, 3, image_size, image_size)).shape[1] // width - 1
+
+
+def choose_rows_per_file(asked: int | None, *, row_bytes: int, num_images: int) -> int:
+    """`asked` if its parts are bounded, else some 64 parts of 256 to 10,000 rows and at most 64 MiB."""
+    if asked is None:
+        most = max(1, min(10_000, _AIM_BYTES // row_bytes))
+        return min(most, max(256, -(-num_images // 64)))
+    if asked * row_bytes > _MOST_BYTES:
+        raise ConfigError(
+            f"--rows-per-file {asked} makes parts of {asked * row_bytes >> 20} MiB, which are held in memory; "
+            f"at most {_MOST_BYTES // row_bytes} rows fit 1 GiB"
+        )
+    return asked
+
+
+def check_settings(out: Directory, settings: Mapping[str, Any]) -> bool:
+    """Whether `out` was begun with these settings (those it knows of); False for an empty one.
+
+    ConfigError, naming what differs, when it holds vectors of other settings, or parts that nothing explains.
+    """
+    return parquet_parts.check_settings(out, settings, _KIND)
+
+
+def write_part(
+    backbone: nn.Module, source: Source, part: int, *, out: Directory, crops: CropsConfig, plan: Plan
+) -> Written:
+    """Embed the images of one part and write it, in one step.
+
+    DataError when storage refuses us, or the vectors are not finite in the asked dtype.
+    """
+    rows = plan.rows(part, source.num_images)
+    writer = PartWriter(_KIND, part, rows, plan.schema())
+    keys: list[str] = []
+    labels: list[str | None] = []
+    vectors: list[NDArray[np.floating]] = []
+    position = rows.start
+    for batch in load_batches(
+        source, rows, lambda image, _: eval_crop(image, size=plan.image_size), batch_size=plan.batch_size
+    ):
+        pixels = []
+        for image in batch:
+            if image.pixels is None:
+                writer.quarantine(position, image.key, image.status, image.reason)
+            else:
+                keys.append(image.key)
+                labels.append(image.label)
+                pixels.append(image.pixels)
+            position += 1
+        if pixels:
+            vectors.append(_vectors(backbone, np.stack(pixels), keys[-len(pixels) :], crops, plan))
+    writer.write(_table(keys, labels, vectors, plan))
+    return writer.commit(out, _facts(plan), compression="zstd", use_dictionary=False)
+
+
+def collect(
+    out: Directory, plan: Plan, num_images: int, numbers: Iterable[int]
+) -> tuple[int, list[dict[str, Any]]]:
+    """(vectors, quarantined images by row) of some parts, as their files say; also written to quarantine.jsonl.
+
+    Reads each part's footer alone. DataError for a part that is damaged, of other weights, or does not account
+    for each of its rows: rows in = vectors out + quarantined.
+    """
+    images = {part: plan.rows(part, num_images) for part in numbers}
+    footers, bad = parquet_parts.collect(out, images, _KIND, {"weights": plan.weights})
+    return sum(footer.num_rows for footer in footers), bad
+
+
+def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory) -> None:
+    """DataError when more than this share of all images could not be used."""
+    parquet_parts.check_bad(num_bad, num_images, limit=limit, out=out, kind=_KIND)
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    """What a reader of one part may want to know: patch_tokens is a row of num_patches * embed_dim numbers."""
+    facts = asdict(plan)
+    return {k: facts[k] for k in ("weights", "embed_dim", "num_patches", "image_size", "precision")}
+
+
+def _vectors(
+    backbone: nn.Module, images: NDArray[np.uint8], keys: Sequence[str], crops: CropsConfig, plan: Plan
+) -> NDArray[np.floating]:
+    """[n, (1 + num_patches) * embed_dim] in the asked dtype, finite."""
+    forward = with_patches if plan.num_patches else None
+    with np.errstate(over="ignore"):
+        rows = embed(backbone, images, crops, precision=plan.precision, forward=forward).astype(plan.dtype)
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"the vector of {keys[int(finite.argmin())]} is not finite as {plan.dtype}; "
+            f"{'try --dtype float32' if plan.dtype == 'float16' else 'the checkpoint is damaged'}"
+        )
+    return rows
+
+
+def _table(
+    keys: list[str], labels: list[str | None], vectors: list[NDArray[np.floating]], plan: Plan
+) -> pa.Table:
+    schema = plan.schema()
+    width = (1 + plan.num_patches) * plan.embed_dim
+    rows = np.concatenate(vectors) if vectors else np.empty((0, width), plan.dtype)
+
+    def fixed(values: NDArray[np.floating], name: str) -> pa.Array:
+        kind = schema.field(name).type
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind.value_type), kind.list_size)
+
+    columns = {"key": pa.array(keys, pa.string()), "vector": fixed(rows[:, : plan.embed_dim], "vector")}
+    if plan.with_labels:
+        columns["label"] = pa.array(labels, pa.string())
+    if plan.num_patches:
+        columns["patch_tokens"] = fixed(rows[:, plan.embed_dim :], "patch_tokens")
+    return pa.table(columns, schema=schema)

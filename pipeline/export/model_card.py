@@ -1,0 +1,134 @@
+"""The facts about an exported network as JSON values: model, training, scores, preprocessing, licence, versions.
+
+readme_card.py turns them into the README.md of each export. No Ray here, and no writing to a run.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+from models.backbone import embed_dim
+from models.errors import without_keys
+from pipeline.export.timm_export import evaluation_size, timm_arguments
+from pipeline.storage.files import Directory, MissingObject
+from pipeline.storage.run_dir import checkpoint_name
+from pipeline.training.checkpoint import Frozen
+
+CARD_FORMAT = 2
+_SCORES = ("knn_", "majority", "linear", "rankme", "lidar")
+_NO_SCORES = ("linear_table",)
+
+
+class RunFacts(NamedTuple):
+    """Settings that a run's config.yaml holds and its checkpoints do not; None where the run is not known."""
+
+    name: str | None = None
+    recipe: str | None = None
+    data_path: str | None = None
+    image_size: int | None = None
+    """`eval.image_size`."""
+    init_path: str | None = None
+    init_load: str | None = None
+
+
+def model_card(
+    frozen: Frozen,
+    meta: dict[str, Any],
+    *,
+    which: str,
+    version: str,
+    run: RunFacts,
+    scores: dict[str, Any],
+    license_id: str = "unknown",
+) -> dict[str, Any]:
+    """Return all that a user of an export must know, as plain JSON values. `meta` is the checkpoint's."""
+    config, crops = frozen.config, frozen.config.crops
+    size, backbone = evaluation_size(frozen, run.image_size), frozen.backbone()
+    short = round(size * 256 / 224)
+    return {
+        "format": CARD_FORMAT,
+        "run": run.name,
+        "recipe": run.recipe,
+        "network": which,
+        "model": config.backbone.name,
+        "create_model_kwargs": {"num_classes": 0, **timm_arguments(frozen)},
+        "num_parameters": sum(p.numel() for p in backbone.parameters()),
+        "embed_dim": embed_dim(backbone),
+        "pos_embed": config.backbone.pos_embed if "pos_embed" in frozen.weights else None,
+        "input": {
+            "size": size,
+            "shorter_side": short,
+            "resize": f"shorter side to {short}, bicubic, antialiased; then the centre",
+            "range": "RGB in [0, 1], then (x - mean) / std",
+            "mean": list(crops.pixel_mean),
+            "std": list(crops.pixel_std),
+        },
+        "training": {
+            "data": without_keys(run.data_path) if run.data_path else None,
+            "num_images": meta["num_images"],
+            "step": meta["step"],
+            "total_steps": meta["total_steps"],
+            "epochs": config.train.epochs,
+            "initial_weights": _initial_weights(frozen, run),
+            "config": config.model_dump(mode="json"),
+        },
+        "scores": scores,
+        "license": license_id,
+        "versions": {"dinoray": version, "torch": torch.__version__, "timm": timm.__version__},
+    }
+
+
+def read_scores(run: Directory, step: int, which: str) -> dict[str, Any]:
+    """Return the network's scores that the run directory holds.
+
+    `during_training` has those at `step`, or the last before it, with their step; only the teacher is evaluated then.
+    `evaluation` has what `jobs.evaluate` measured at `step`. Either is missing where there is nothing.
+    """
+    found = {"during_training": _logged_scores(run, step) if which == "teacher" else None}
+    suffix = "" if which == "teacher" else f"_{which}"
+    try:
+        record = json.loads(run.read(f"evaluation_{checkpoint_name(step)}{suffix}.json"))
+        found["evaluation"] = {"step": step, **_scores_in(record)} if _scores_in(record) else None
+    except (MissingObject, ValueError):
+        pass
+    return {kind: scores for kind, scores in found.items() if scores}
+
+
+def _logged_scores(run: Directory, step: int) -> dict[str, Any] | None:
+    try:
+        lines = run.read("metrics.jsonl").decode(errors="replace").splitlines()
+    except MissingObject:
+        return None
+    found = None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            continue
+        scores = _scores_in(record)
+        if record["step"] <= step and any(k != "majority" for k in scores):
+            found = {"step": record["step"], **scores}
+    return found
+
+
+def _scores_in(record: Any) -> dict[str, Any]:
+    items = record.items() if isinstance(record, dict) else ()
+    return {k: v for k, v in items if k.startswith(_SCORES) and k not in _NO_SCORES}
+
+
+def _initial_weights(frozen: Frozen, run: RunFacts) -> dict[str, Any] | None:
+    """Where the networks' first weights came from; None where the run is not known."""
+    backbone = frozen.config.backbone
+    if run.init_path is not None:
+        return {"path": without_keys(run.init_path), "load": run.init_load}
+    if backbone.pretrained:
+        published = timm.get_pretrained_cfg(backbone.name)
+        return {
+            "timm": getattr(published, "hf_hub_id", None) or backbone.name,
+            "license": getattr(published, "license", None),
+        }
+    return {"random": True, "seed": frozen.config.train.seed} if run.name is not None else None

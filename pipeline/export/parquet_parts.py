@@ -1,0 +1,178 @@
+"""A table as Parquet parts that are written once, each whole: which are there, what they say, that no row is lost.
+
+What embeddings.py and packing.py share of a directory, local or on S3:
+
+    part-00000.parquet        rows; its footer says which images they stand for, and which could not be used
+    _about/                   readers of Parquet folders pass over names that begin so
+      ....parquet             the manifest, listed once: each part stands for a range of its rows
+      quarantine.jsonl        the unusable images of all parts
+      summary.json            written last: rows in, rows out, quarantined
+      ....json                what decided the rows: another command is refused
+
+A part is committed by its one atomic write, quarantine included, so what lies there is progress. No Ray here.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.errors import ConfigError, DataError, one_line
+from pipeline.data.source import Status
+from pipeline.storage.files import Directory, MissingObject, filesystem
+
+QUARANTINE, SUMMARY = "_about/quarantine.jsonl", "_about/summary.json"
+
+_PART = re.compile(r"part-(\d{5,})\.parquet")
+
+
+class PartKind(NamedTuple):
+    """Where parts of one kind say what they are, and how a person is told of them."""
+
+    settings: str
+    """File of what decided the rows."""
+    metadata: bytes
+    """Name of the note in each part's footer."""
+    rows: str
+    """What the rows are, in the plural."""
+    written: str
+    """What was done to those that are there."""
+
+
+class Footer(NamedTuple):
+    """What the footer of a part says: how many rows it has, and the note that `PartWriter.commit` left."""
+
+    num_rows: int
+    note: dict[str, Any]
+
+
+class Written(NamedTuple):
+    """A part as it was written: images that became rows, and unusable ones."""
+
+    part: int
+    num_rows: int
+    num_bad: int
+
+
+class PartWriter:
+    """One part in the making, for the images at `images` of the manifest; in memory, unseen before `commit`."""
+
+    def __init__(self, kind: PartKind, part: int, images: range, schema: pa.Schema) -> None:
+        self._kind, self._part, self._images, self._schema = kind, part, images, schema
+        self._row_groups: list[pa.Table] = []
+        self._quarantined: list[dict[str, Any]] = []
+
+    def write(self, rows: pa.Table) -> None:
+        """Add rows, as a row group of their own."""
+        self._row_groups.append(rows)
+
+    def quarantine(self, image: int, key: str, status: Status, reason: str) -> None:
+        """Note that the image at this row of the manifest has no row here."""
+        self._quarantined.append({"row": image, "key": key, "status": status.name.lower(), "reason": reason})
+
+    def commit(self, out: Directory, facts: Mapping[str, Any], **options: Any) -> Written:
+        """Write the part in one step; `facts`, which JSON can hold, go into its note, `options` to Parquet."""
+        about = {"part": self._part, "first_row": self._images.start, "num_rows": len(self._images)}
+        note = json.dumps({**about, **facts, "quarantined": self._quarantined})
+        sink = pa.BufferOutputStream()
+        num_rows = 0
+        with pq.ParquetWriter(
+            sink, self._schema.with_metadata({self._kind.metadata: note}), **options
+        ) as parquet:
+            while self._row_groups:  # let go of as they are written: a part may be large
+                rows = self._row_groups.pop(0)
+                parquet.write_table(rows)
+                num_rows += rows.num_rows
+        out.write(part_name(self._part), sink.getvalue().to_pybytes())
+        return Written(self._part, num_rows, len(self._quarantined))
+
+
+def part_name(part: int) -> str:
+    """File name of a part."""
+    return f"part-{part:05d}.parquet"
+
+
+def missing_parts(out: Directory, num_parts: int) -> list[int]:
+    """Numbers of the parts that are not there, ascending."""
+    there = {int(match[1]) for name in out.list() if (match := _PART.fullmatch(name))}
+    return [part for part in range(num_parts) if part not in there]
+
+
+def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartKind) -> bool:
+    """Whether `out` was begun with these settings (those it knows of); False for an empty one.
+
+    ConfigError, naming what differs, when it holds rows of other settings, or parts that nothing explains.
+    """
+    try:
+        known = json.loads(out.read(kind.settings))
+    except MissingObject:
+        if any(_PART.fullmatch(name) for name in out.list()):
+            raise ConfigError(
+                f"{out.uri} holds parts but no {kind.settings}; choose another --out, or remove them"
+            ) from None
+        return False
+    except ValueError as error:
+        raise DataError(f"{out.join(kind.settings)} is damaged ({error}); choose another --out") from error
+    differ = [f"{k}={known.get(k)!r}, not {v!r}" for k, v in settings.items() if known.get(k) != v]
+    if differ:
+        raise ConfigError(
+            f"{out.uri} holds {kind.rows} made with {'; '.join(differ)}; set it back, or choose another --out"
+        )
+    return True
+
+
+def collect(
+    out: Directory, images: Mapping[int, range], kind: PartKind, identity: Mapping[str, Any]
+) -> tuple[list[Footer], list[dict[str, Any]]]:
+    """(footers, quarantined images by row) of some parts; the latter also written to quarantine.jsonl.
+
+    `images` are the rows of the manifest that each part is to stand for, `identity` what each part's note has to
+    say. Reads each part's footer alone. DataError for a part that is damaged, of other settings, or does not
+    account for each of its rows: rows in = rows out + quarantined.
+    """
+    storage, path = filesystem(out.uri)
+
+    def read(part: int) -> Footer:
+        name, rows = part_name(part), images[part]
+        try:
+            with storage.open_input_file(f"{path}/{name}") as file, pq.ParquetFile(file) as parquet:
+                found = Footer(
+                    parquet.metadata.num_rows, json.loads(parquet.schema_arrow.metadata[kind.metadata])
+                )
+                expected = {"part": part, "first_row": rows.start, "num_rows": len(rows), **identity}
+                told, num_bad = {k: found.note[k] for k in expected}, len(found.note["quarantined"])
+        except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
+            reason = one_line(error)
+            raise DataError(f"{out.join(name)} cannot be read ({reason}); delete it and run again") from error
+        if told != expected or found.num_rows + num_bad != len(rows):
+            raise DataError(
+                f"{out.join(name)}: {len(rows)} rows in, but {found.num_rows} {kind.rows} out and {num_bad} "
+                f"quarantined of part {told['part']}; delete it and run again"
+            )
+        return found
+
+    with ThreadPoolExecutor(16) as pool:
+        footers = list(pool.map(read, images))
+    bad = [record for footer in footers for record in footer.note["quarantined"]]
+    out.write(QUARANTINE, "".join(json.dumps(record) + "\n" for record in bad).encode())
+    return footers, bad
+
+
+def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory, kind: PartKind) -> None:
+    """DataError when more than this share of all images could not be used."""
+    if num_bad > limit * num_images:
+        raise DataError(
+            f"{num_bad} of {num_images} images could not be used, more than data.max_bad_fraction={limit}; "
+            f"they are named in {out.join(QUARANTINE)}; data.max_bad_fraction={_enough(num_bad / num_images):g} "
+            f"would do without them, and what is {kind.written} already stays"
+        )
+
+
+def _enough(share: float) -> float:
+    """The least whole number of percent that allows for `share`."""
+    return math.ceil(share * 100) / 100

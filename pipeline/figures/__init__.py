@@ -1,0 +1,1 @@
+"""Pictures: crops, attention, and the colours of all of them."""

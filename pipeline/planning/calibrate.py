@@ -1,0 +1,151 @@
+"""Short measurements that a plan is made from: what a CPU crops, what a request takes, what a device trains. No Ray.
+
+CPUs are measured by the CPU time of this process: neither a slow line to storage nor other programs count. Crops are
+made on all of them at once, since a virtual CPU is worth less beside a busy one. A GPU is measured by the clock.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.augment.augmenter import STAGES, Augmenter
+from pipeline.augment.config import CropsConfig, crop_shapes
+from pipeline.augment.multicrop import limit_threads, prepare_kernel
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import Order
+from pipeline.data.source import Source
+from pipeline.training.distributed import set_up_device
+from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
+
+_BLOCK_IMAGES = 64
+_REQUESTS = 24
+_LEAST_STEPS = 3
+
+
+class Listed(NamedTuple):
+    """What the listing of images says."""
+
+    num_images: int
+    bytes_per_image: float
+    images_per_request: float
+
+
+class Cropped(NamedTuple):
+    """What fetching, decoding and cropping take; `cpu_ms` by stage, of an image."""
+
+    images_per_second_per_cpu: float
+    cpu_ms: dict[str, float]
+    images: int
+    threads: int
+
+
+class Trained(NamedTuple):
+    """What training takes on one device; on CPUs the rate is that of one of them."""
+
+    images_per_second: float
+    device: str
+    steps: int
+
+
+def listed(manifest: Manifest) -> Listed:
+    """Images, bytes of each, and how many come at once: one from an object, a row group's from Parquet."""
+    sizes, group_bytes = manifest.group_sizes, manifest.group_bytes
+    if sizes is None or group_bytes is None:
+        return Listed(manifest.num_images, float(manifest.table["size"].to_numpy().mean()), 1.0)
+    return Listed(manifest.num_images, float(group_bytes.sum() / sizes.sum()), float(sizes.mean()))
+
+
+def measure_crops(
+    source: Source, order: Order, crops: CropsConfig, *, seed: int, seconds: float, threads: int | None = None
+) -> Cropped:
+    """Crop images of the run's first epoch on `threads`, all CPUs by default, for some seconds.
+
+    Sets up the whole process as an augment actor does. Raises as `Augmenter.block`.
+    """
+    limit_threads()
+    prepare_kernel(crops)
+    threads = threads or os.cpu_count() or 1
+    augmenter = Augmenter(source, order, crops, seed=seed, num_threads=threads)
+    blocks = _blocks(source.num_images)
+    augmenter.block(next(blocks)[: 2 * threads])  # opens connections, and compiles what is not in the cache
+    images, stages = 0, np.zeros(len(STAGES))
+    end, cpu_seconds = time.monotonic() + seconds, -time.process_time()
+    while not images or time.monotonic() < end:
+        columns = augmenter.block(next(blocks))
+        images += len(columns["position"])
+        stages += columns["cpu_ms"].sum(axis=0)
+    cpu_seconds += time.process_time()
+    cpu_ms = dict(zip(STAGES, (stages / images).tolist(), strict=True))
+    return Cropped(images / cpu_seconds, cpu_ms, images, threads)
+
+
+def _blocks(num_images: int) -> Iterator[NDArray[np.int64]]:
+    """Positions of the stream, a block at a time, over and over the first epoch."""
+    size, first = min(_BLOCK_IMAGES, num_images), 0
+    while True:
+        yield np.arange(first, first + size)
+        first = first + size if first + 2 * size <= num_images else 0
+
+
+def measure_latency(source: Source) -> float:
+    """Milliseconds from asking for one image to having it, the median of a few, one after the other."""
+    spaced = np.linspace(0, source.num_images - 1, min(_REQUESTS, source.num_images)).astype(int)
+    took = []
+    for index in spaced.tolist():
+        begin = time.perf_counter()
+        source.fetch([index])
+        took.append(time.perf_counter() - begin)
+    return 1000 * statistics.median(took[1:] or took)  # the first one also connects
+
+
+def measure_step(
+    config: DINOConfig, *, num_images: int, batch_size: int, seconds: float, on_gpu: bool
+) -> Trained:
+    """Train for some seconds on noise in the shape of crops, `batch_size` images a step, on one GPU or one CPU.
+
+    Gradients that GPUs exchange are not in it. Raises as `train_step`.
+    """
+    device = torch.device("cuda" if on_gpu else "cpu")
+    set_up_device(device)
+    # Threads of one step wait for one another by spinning, and CPU time would count that.
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    shapes = zip(("global_crops", "local_crops"), crop_shapes(config.crops), strict=True)
+    batch = {name: rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8) for name, shape in shapes}
+    state = build_state(config, num_images=num_images, device=device, resumed=True)
+    times = _step_times(state, batch, seconds)
+    name = f"one {torch.cuda.get_device_name(device)}" if on_gpu else "one CPU"
+    return Trained(batch_size / statistics.median(times), name, len(times))
+
+
+def _step_times(state: TrainState, batch: dict[str, NDArray[np.uint8]], seconds: float) -> list[float]:
+    """Of steps after the first two: seconds by the clock on a GPU, of CPU time on CPUs."""
+    on_gpu = state.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+
+    def step() -> float:
+        begin = clock()
+        train_step(state, batch)
+        if on_gpu:
+            torch.cuda.synchronize(state.device)
+        return clock() - begin
+
+    for _ in range(2):
+        step()
+    times: list[float] = []
+    end = time.monotonic() + seconds
+    while len(times) < _LEAST_STEPS or time.monotonic() < end:
+        times.append(step())
+    return times
+
+
+def gradient_bytes(config: DINOConfig, *, num_images: int) -> int:
+    """What each step's gradients take, which GPUs on several nodes send to one another."""
+    student = build_state(config, num_images=num_images, resumed=True).dino.student
+    return sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)

@@ -1,0 +1,119 @@
+"""Images that could not be used: how many, of what kinds, and how near they bring the run to its limit. No Ray here."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pipeline.data.source import Status
+from pipeline.reporting.page import Html, details, section, table
+from pipeline.storage.files import Directory
+from pipeline.tracking.records import Records, read_head
+
+_MAX_ROWS = 50_000
+"""Rows that are looked into: some tenths of a second. What lies behind them is only counted."""
+_SHOWN = 20
+_MAX_KINDS = 12
+_NEAR = 0.5
+"""Share of what is allowed from which on a person should know."""
+_FIRST_IMAGES = 1000
+"""Before so many were seen, a share says little; the run does not heed it either (training/bad_images.py)."""
+
+_KINDS = {
+    Status.MISSING: "missing",
+    Status.UNREACHABLE: "unreachable",
+    Status.TOO_LARGE: "too many bytes",
+    Status.CORRUPT: "changed, or a damaged shard",
+}
+
+
+class Share(NamedTuple):
+    """Bad images against all that the run has seen."""
+
+    bad: float
+    seen: int
+    limit: float
+    """data.max_bad_fraction."""
+
+    @property
+    def of_limit(self) -> float:
+        """1 is where the run ends."""
+        allowed = self.limit * self.seen
+        return self.bad / allowed if allowed else math.inf if self.bad else 0.0
+
+
+def share(records: Records, values: Mapping[str, Any]) -> Share | None:
+    """As the run counts them; None where batch or limit are not known, or nothing was seen."""
+    batch, limit = values.get("train.global_batch_size"), values.get("data.max_bad_fraction")
+    bad, step = records.series("bad_images").last, records.last_step
+    if not (isinstance(batch, int) and isinstance(limit, int | float) and bad >= 0 and step):
+        return None
+    return Share(bad, step * batch, float(limit))
+
+
+def nearness(found: Share | None) -> str | None:
+    """A line where the run is near the limit."""
+    if found is None or found.seen < _FIRST_IMAGES or found.of_limit < _NEAR:
+        return None
+    return (
+        f"Bad images: {_percent(found.bad / found.seen)} of those seen. The run ends beyond "
+        f"data.max_bad_fraction={found.limit:g}."
+    )
+
+
+def bad_images(run: Directory, found: Share | None) -> Html:
+    """The section: kinds with an example each, and the first rows of quarantine.jsonl folded away."""
+    rows, total = read_head(run, "quarantine.jsonl", _MAX_ROWS)
+    shown = f"The first {_SHOWN} of {total:,}" if total > _SHOWN else f"{total}"
+    part = f" Kinds are those of the first {len(rows):,}." if len(rows) < total else ""
+    near = ""
+    if found:
+        allowed = f", {found.of_limit:.0%} of what data.max_bad_fraction={found.limit:g} allows"
+        near = (
+            f" {_percent(total / found.seen)} of {found.seen:,} images seen{allowed if found.limit else ''}."
+        )
+    return section(
+        "Bad images",
+        table(_kinds(rows, found)),
+        details(f"{shown} in quarantine.jsonl", table(rows[:_SHOWN])) if rows else Html(""),
+        note=f"{total:,} could not be used and were replaced by others.{near}{part}",
+    )
+
+
+def kind_of(status: Any, reason: Any) -> str:
+    """What is the same in the reasons of all images with one trouble: not their names, sizes or bytes."""
+    known = Status.__members__.get(str(status).upper())
+    if known is None:
+        return str(status)
+    if known is not Status.CORRUPT:
+        return _KINDS[known]
+    if str(reason) in ("null", "0 bytes"):
+        return "empty"
+    # Those of data/decode.py begin with words and a colon; those of storage with an address.
+    words = re.match(r"[A-Za-z][A-Za-z0-9 ]*(?=: )", str(reason))
+    return words[0] if words else _KINDS[known]
+
+
+def _kinds(rows: list[dict[str, Any]], found: Share | None) -> list[dict[str, Any]]:
+    """A row a kind, the commonest first; the rarest together where there are many."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_kind.setdefault(kind_of(row.get("status"), row.get("reason")), []).append(row)
+    kinds = sorted(by_kind, key=lambda kind: -len(by_kind[kind]))
+    shown = {kind: by_kind[kind] for kind in kinds[:_MAX_KINDS]}
+    rest = [row for kind in kinds[_MAX_KINDS:] for row in by_kind[kind]]
+    return [
+        {
+            "kind": kind,
+            "images": len(alike),
+            **({"of those seen": _percent(len(alike) / found.seen)} if found else {}),
+            "for example": alike[0].get("key", ""),
+            "its reason": alike[0].get("reason", ""),
+        }
+        for kind, alike in [*shown.items(), *([("others", rest)] if rest else [])]
+    ]
+
+
+def _percent(part: float) -> str:
+    """Enough digits that rare is not never."""
+    return f"{100 * part:.0f} %" if part >= 0.1 else f"{100 * part:.2g} %"

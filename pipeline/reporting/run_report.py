@@ -1,0 +1,222 @@
+"""One self-contained HTML page about a run, from what lies in its directory at this moment.
+
+Last in the flow, or any time before: a run without metrics has a page as well. Local or S3; no Ray here.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from models.errors import ConfigError
+from pipeline.reporting.bad_images import bad_images, nearness, share
+from pipeline.reporting.charts import Chart, drawn
+from pipeline.reporting.health import health
+from pipeline.reporting.page import (
+    Html,
+    contents,
+    details,
+    page,
+    picture,
+    section,
+    table,
+    tiles,
+    warnings,
+)
+from pipeline.reporting.plots import Level
+from pipeline.reporting.settings import settings, versions
+from pipeline.reporting.summary import count, course, header, next_commands
+from pipeline.reporting.throughput import cost_tiles, feeding
+from pipeline.storage.files import Directory
+from pipeline.tracking.records import Records, attention_figures, flat, read, read_mapping, read_records
+from pipeline.training.health import Verdict
+
+NAME = "report.html"
+_MAX_FIGURES = 6
+
+
+def write_report(run: Directory, *, ending: str = "") -> str:
+    """Write report.html into the run directory and return its address; see `build_report`."""
+    run.write(NAME, build_report(run, ending=ending).encode())
+    return run.join(NAME)
+
+
+class LiveReport:
+    """A page that is written again while its run goes on, in at most a twentieth of the time."""
+
+    def __init__(self, run: Directory, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run, self._clock = run, clock
+        self._next = -math.inf
+
+    def update(self) -> None:
+        """Write it, unless it was written a short time ago."""
+        began = self._clock()
+        if began < self._next:
+            return
+        write_report(self._run)
+        ended = self._clock()
+        self._next = ended + 19 * (ended - began)
+
+
+def build_report(run: Directory, *, ending: str = "") -> str:
+    """The page as text: the same for the same files. `ending`: the error that has ended the run, if one has.
+
+    ConfigError when it is no run's directory.
+    """
+    config = read_mapping(run, "config.yaml")
+    records = read_records(run)
+    if not config and not len(records):
+        raise ConfigError(f"{run.uri} is no run directory: it has neither config.yaml nor metrics.jsonl")
+    values = flat(config)
+    name = str(config.get("name") or run.uri.rpartition("/")[2])
+    result, bad = read_mapping(run, "result.json"), share(records, values)
+    found = course(run, records, values, ending=ending)
+    sections = [
+        section("Curves", _curves(records, values), note="Against steps; bands where points are merged."),
+        health(records),
+        next_commands(run, found, records, values),
+        feeding(records),
+        _attention(run),
+        section(
+            "Crops",
+            picture(read(run, "crops.png"), "images and what is cut from them"),
+            note="What the student and the teacher are fed.",
+        ),
+        bad_images(run, bad),
+        section("Scores", *_scores(run, result)),
+        settings(run, values),
+        versions(run),
+    ]
+    return page(
+        name,
+        [
+            header(name, run, found, records),
+            warnings([*_troubles(records), *filter(None, [nearness(bad)])]),
+            contents(sections),
+            tiles([*_tiles(records, values), *cost_tiles(records)]),
+            *sections,
+        ],
+    )
+
+
+def _troubles(records: Records) -> Iterator[str]:
+    """One line for each thing that is wrong, worst first."""
+    changes = records.verdicts()
+    if changes and changes[-1][1] != Verdict.HEALTHY.value:
+        step, verdict = changes[-1]
+        yield f"{verdict} since step {step}{_remedy(verdict)}"
+    elif any(verdict != Verdict.HEALTHY.value for _, verdict in changes):
+        yield "The run was in trouble for a while and recovered; see Health."
+    skipped = records.series("skipped_steps").last
+    if skipped > 0:
+        yield f"{count(skipped, 'step')} skipped: loss or gradients were not finite."
+    num_lost = int(np.isnan(records.series("loss").values).sum())
+    if num_lost:
+        yield f"The loss was not finite at {count(num_lost, 'logged step')}."
+    if records.num_damaged:
+        yield f"{count(records.num_damaged, 'line')} of metrics.jsonl cannot be read and left out here."
+
+
+def _remedy(verdict: str) -> str:
+    try:
+        return f": {Verdict(verdict).remedy}"
+    except ValueError:  # of another version
+        return ""
+
+
+def _tiles(records: Records, values: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The newest of the numbers that matter."""
+    loss = records.series("loss")
+    if not math.isnan(loss.last):
+        yield "loss", f"{loss.last:.3f}", f"{loss.values[np.isfinite(loss.values)][0]:.3f} at first"
+    for name in records.names(r"knn_\d+")[-1:]:
+        knn, majority = records.series(name), records.series("majority").last
+        if not math.isnan(knn.last):
+            guess = "" if math.isnan(majority) else f", majority {majority:.1%}"
+            first = knn.values[np.isfinite(knn.values)][0]
+            new = ", with calibrated batch norm" if records.names("calibration_images") else ""
+            yield (
+                f"k-NN, k={name.removeprefix('knn_')}",
+                f"{knn.last:.1%}",
+                f"{first:.1%} at first{new}{guess}",
+            )
+    ratio = records.series("entropy_ratio").last
+    entropy, most = records.series("teacher_entropy").last, _uniform_entropy(records, values)
+    if math.isnan(ratio) and most:
+        ratio = entropy / most
+    if not math.isnan(ratio):
+        yield "teacher entropy", f"{ratio:.0%}", "of ln K; 100 % is uniform"
+    for name, label, form, remark in (
+        ("images_per_second", "images/s", ".0f", "newest reading"),
+        ("data_wait", "data wait", ".0%", "of the time"),
+        ("bad_images", "bad images", ".0f", "so far"),
+    ):
+        value = records.series(name).last
+        if not math.isnan(value):
+            yield label, format(value, form), remark
+
+
+def _curves(records: Records, values: dict[str, Any]) -> Html:
+    most = _uniform_entropy(records, values)
+    uniform = (Level(f"ln K = {most:.2f}: uniform", most),) if most else ()
+    knn = records.names(r"knn_\d+")[:4]
+    majority = records.series("majority").last
+    guess = () if math.isnan(majority) else (Level("majority guess", majority),)
+    wanted = [
+        Chart("Loss and KL to the student (nats)", {"loss": "loss", "kl": "KL"}, always=True),
+        Chart(
+            "k-NN accuracy of the teacher",
+            {name: f"k = {name.removeprefix('knn_')}" for name in knn},
+            percent=True,
+            levels=guess,
+            always=True,
+        ),
+        Chart("Teacher entropy (nats)", {"teacher_entropy": "teacher entropy"}, levels=uniform, always=True),
+        Chart("Learning rate", {"lr": "lr"}),
+        Chart("Teacher momentum", {"teacher_momentum": "teacher momentum"}),
+        Chart("Teacher temperature", {"teacher_temp": "teacher temp"}),
+    ]
+    return drawn(wanted, records.series)
+
+
+def _uniform_entropy(records: Records, values: dict[str, Any]) -> float | None:
+    """ln K: from the config, or where that says auto, from the metrics."""
+    out_dim = values.get("head.out_dim")
+    if isinstance(out_dim, int) and out_dim > 1:
+        return math.log(out_dim)
+    entropy, ratio = records.series("teacher_entropy").last, records.series("entropy_ratio").last
+    return entropy / ratio if entropy > 0 and ratio > 0 else None
+
+
+def _attention(run: Directory) -> Html:
+    """The newest figure, and of the others the first and some between, folded away."""
+    *earlier, newest = attention_figures(run) or [(0, "")]
+    some = earlier
+    if len(earlier) >= _MAX_FIGURES:
+        some = [earlier[round(i)] for i in np.linspace(0, len(earlier) - 1, _MAX_FIGURES - 1)]
+    folded = Html("\n".join(_figure(run, *one) for one in some))
+    title = ("" if some is earlier else f"{len(some)} of ") + count(len(earlier), "earlier figure")
+    return section(
+        "Where the teacher looks",
+        _figure(run, *newest) if newest[1] else Html(""),
+        details(title, folded) if folded else Html(""),
+        note="Self-attention of the class token in the last block, on the same images each time.",
+    )
+
+
+def _figure(run: Directory, step: int, name: str) -> Html:
+    return picture(read(run, name), f"after {count(step, 'step')}")
+
+
+def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:
+    if result:
+        yield table(
+            [{"file": "result.json", **{k: v for k, v in flat(result).items() if "knn" in k or k == "steps"}}]
+        )
+    evaluations = [name for name in run.list() if name.startswith("evaluation_") and name.endswith(".json")]
+    yield table([{"file": name, **read_mapping(run, name)} for name in evaluations])
+    if result:
+        yield details("result.json", json.dumps(result, indent=1, ensure_ascii=False))

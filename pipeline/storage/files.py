@@ -1,0 +1,188 @@
+"""Files behind one name: a local folder or `s3://bucket/prefix`, whose files are read and written whole.
+
+Run directories, checkpoints and manifests stand on it. Nothing here holds a secret (storage/s3.py), so
+everything here can be pickled and sent to any node. Knows nothing of images, manifests or Ray.
+"""
+
+import contextlib
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.fs
+
+from models.errors import DataError
+from pipeline.storage.retry import ChangedObject, MissingObject, ObjectTooLarge, Unreachable, retrying
+from pipeline.storage.s3 import (
+    CONNECT_SECONDS,
+    READ_SECONDS,
+    is_s3,
+    list_pages,
+    read_object,
+    s3_client,
+    split_s3_uri,
+)
+
+__all__ = [
+    "ChangedObject",
+    "Directory",
+    "MissingObject",
+    "ObjectTooLarge",
+    "Unreachable",
+    "filesystem",
+    "is_reached_by_all",
+    "is_s3",
+    "normal_uri",
+    "retrying",
+    "s3_client",
+    "split_s3_uri",
+]
+
+_TEMPORARY = ".dinoray-tmp"
+_AWS_HOST = re.compile(r"s3([.-][a-z0-9-]+)*\.amazonaws\.com(\.cn)?")
+
+
+def normal_uri(uri: str) -> str:
+    """The one spelling of a folder: `s3://` without a trailing slash, a local path absolute, `~` expanded."""
+    if is_s3(uri):
+        split_s3_uri(uri)  # else s3:// would lose its slashes and become a local path
+        return uri.rstrip("/")
+    return os.path.abspath(os.path.expanduser(uri))
+
+
+def is_reached_by_all(uri: str) -> bool:
+    """Whether each node may find the same folder there: not where a relative path would lie beside the job's code."""
+    return is_s3(uri) or os.path.isabs(os.path.expanduser(uri))
+
+
+def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """`uri` as pyarrow wants it: a filesystem and a path within it; a relative local path becomes absolute.
+
+    For S3, endpoint, scheme and region are those that boto3 resolved and the credentials are left to the
+    same default chain, so a pickled filesystem carries no secret. DataError when the bucket is missing or
+    forbidden: found here, by name, rather than by the first checkpoint.
+    """
+    if not is_s3(uri):
+        return pyarrow.fs.LocalFileSystem(), normal_uri(uri)
+    bucket, key = split_s3_uri(uri)
+    client = s3_client()
+    answer = retrying(partial(client.head_bucket, Bucket=bucket), what=f"s3://{bucket}")
+    endpoint = urlsplit(client.meta.endpoint_url)
+    options: dict[str, Any] = {}
+    if not _AWS_HOST.fullmatch(endpoint.netloc):
+        virtual = (client.meta.config.s3 or {}).get("addressing_style") == "virtual"
+        options |= {"endpoint_override": endpoint.netloc, "force_virtual_addressing": virtual}
+    if os.environ.get("AWS_CA_BUNDLE"):
+        options["tls_ca_file_path"] = os.environ["AWS_CA_BUNDLE"]  # pyarrow does not look at it by itself
+    s3 = pyarrow.fs.S3FileSystem(
+        region=answer.get("BucketRegion") or client.meta.region_name,
+        scheme=endpoint.scheme,
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=READ_SECONDS,
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=5),
+        **options,
+    )
+    return s3, f"{bucket}/{key}".rstrip("/")
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A folder, local or on S3, whose files are small and read and written whole; picklable, no secrets.
+
+    Folders are not made or seen apart from the files in them. Every failure is a DataError with the file's
+    full name: MissingObject for a file that is not there.
+    """
+
+    uri: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", normal_uri(self.uri))
+
+    def join(self, *parts: str) -> str:
+        """The full address of something in this folder; `parts` are relative, with forward slashes."""
+        return "/".join([self.uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+    def child(self, name: str) -> "Directory":
+        """The folder `name` in this one."""
+        return Directory(self.join(name))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file; MissingObject when it is not there."""
+        uri = self.join(name)
+        if is_s3(uri):
+            return read_object(*split_s3_uri(uri))
+        with _local_errors(uri), open(uri, "rb") as file:
+            return file.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a file in one step: a reader, or a run killed meanwhile, finds the old bytes or the new."""
+        uri = self.join(name)
+        if is_s3(uri):
+            bucket, key = split_s3_uri(uri)
+            retrying(partial(s3_client().put_object, Bucket=bucket, Key=key, Body=data), what=uri)
+            return
+        with _local_errors(uri):
+            os.makedirs(os.path.dirname(uri), exist_ok=True)
+            temporary = f"{uri}.{uuid.uuid4().hex}{_TEMPORARY}"
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, uri)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file (not a folder) of this name."""
+        uri = self.join(name)
+        if not is_s3(uri):
+            return os.path.isfile(uri)
+        bucket, key = split_s3_uri(uri)
+        try:
+            retrying(partial(s3_client().head_object, Bucket=bucket, Key=key), what=uri)
+        except MissingObject:
+            return False
+        return True
+
+    def list(self) -> list[str]:
+        """The names of the files and folders directly in this folder, sorted; none when it does not exist."""
+        if is_s3(self.uri):
+            bucket, prefix = split_s3_uri(self.join(""))
+            names: set[str] = set()
+            for page in list_pages(bucket, prefix, delimiter="/"):
+                names.update(entry["Key"][len(prefix) :] for entry in page.get("Contents", []))
+                names.update(entry["Prefix"][len(prefix) : -1] for entry in page.get("CommonPrefixes", []))
+            return sorted(names - {""})
+        if not os.path.lexists(self.uri):
+            return []
+        with _local_errors(self.uri):
+            return sorted(name for name in os.listdir(self.uri) if not name.endswith(_TEMPORARY))
+
+    def delete(self, name: str) -> None:
+        """Remove a file; one that is not there is no error."""
+        uri = self.join(name)
+        if is_s3(uri):
+            bucket, key = split_s3_uri(uri)
+            retrying(partial(s3_client().delete_object, Bucket=bucket, Key=key), what=uri)
+            return
+        with _local_errors(uri), contextlib.suppress(FileNotFoundError):
+            os.unlink(uri)
+
+
+@contextlib.contextmanager
+def _local_errors(path: str) -> Iterator[None]:
+    """Local disks fail with the same exceptions as S3."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingObject(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; check the path and its permissions") from error

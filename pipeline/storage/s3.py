@@ -1,0 +1,193 @@
+"""One S3 client per process, and the reads that everything else is made of: an object, a range, a listing.
+
+Stands between botocore and the rest of pipeline/. Credentials, region and endpoint come from the AWS default
+chain (environment, profile, role; AWS_ENDPOINT_URL included) and from nowhere else: no secret passes through
+our hands. Every request goes through `retrying`. Knows nothing of images, run directories or Ray.
+"""
+
+import contextlib
+import io
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import botocore.exceptions
+import botocore.session
+from botocore.config import Config
+
+from models.errors import ConfigError, DataError, one_line, without_keys
+from pipeline.storage.retry import LIST_AGAIN, SET_CREDENTIALS, ChangedObject, ObjectTooLarge, retrying
+
+CONNECT_SECONDS = 5.0
+"""How long a connection may take to open; then it counts as failed and is tried again."""
+READ_SECONDS = 20.0
+"""How long a store may be silent within an answer; then the request counts as failed and is tried again."""
+MAX_CONNECTIONS = 512
+"""Connections kept open at most; no fewer than a source may have requests in flight."""
+
+_clients: dict[tuple[Any, ...], Any] = {}
+_clients_lock = threading.Lock()
+
+
+def _forget_clients() -> None:
+    """In a forked child the parent's sockets must not be shared, and the lock may be held by nobody."""
+    global _clients_lock
+    _clients_lock = threading.Lock()
+    _clients.clear()
+
+
+os.register_at_fork(after_in_child=_forget_clients)
+
+
+def is_s3(uri: str) -> bool:
+    """Whether `uri` is an `s3://` address rather than a local path; ConfigError for any other scheme."""
+    scheme, separator, _ = uri.partition("://")
+    if not separator or not scheme.isalnum():
+        return False
+    if scheme != "s3":
+        raise ConfigError(f"{uri!r} has the scheme {scheme}://; use a local path or s3://bucket/prefix")
+    return True
+
+
+def split_s3_uri(uri: str) -> tuple[str, str]:
+    """`s3://bucket/key` as ("bucket", "key"); the key may be empty and is taken as it is, not unquoted."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not is_s3(uri) or not bucket:
+        raise ConfigError(f"{uri!r} is not an S3 address; write s3://bucket/prefix")
+    if without_keys(uri) != uri:
+        raise ConfigError(f"{without_keys(uri)}: no keys in an address; {SET_CREDENTIALS}")
+    return bucket, key
+
+
+def s3_client() -> Any:
+    """The S3 client of this process: one for all threads, made anew after a fork or a change of AWS_*.
+
+    botocore's own retries are off (`retrying` is the only policy). A custom endpoint gets path-style
+    addresses, which botocore chooses by itself. DataError without credentials, ConfigError for an
+    unusable endpoint.
+    """
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    with _clients_lock:
+        if environment not in _clients:
+            _clients.clear()
+            _clients[environment] = _new_client()
+        return _clients[environment]
+
+
+def _new_client() -> Any:
+    session = botocore.session.Session()
+    try:
+        if session.get_config_variable("metadata_service_num_attempts") == 1:
+            # Many actors starting at once on one node throttle its metadata service, and botocore's single
+            # attempt turns that into "no credentials".
+            session.set_config_variable("metadata_service_num_attempts", 3)
+        if session.get_credentials() is None:
+            raise DataError(f"no AWS credentials found; {SET_CREDENTIALS}")
+        config = Config(
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            max_pool_connections=MAX_CONNECTIONS,
+            tcp_keepalive=True,
+        )
+        return session.create_client("s3", config=config)
+    except ValueError as error:
+        raise ConfigError(f"{one_line(error)}; AWS_ENDPOINT_URL must look like http://host:port") from error
+    except botocore.exceptions.BotoCoreError as error:
+        raise DataError(
+            f"no usable AWS credentials or configuration: {one_line(error)}; {SET_CREDENTIALS}"
+        ) from error
+
+
+def read_object(
+    bucket: str,
+    key: str,
+    *,
+    byte_range: tuple[int, int] | None = None,
+    listed_bytes: int | None = None,
+    max_bytes: int | None = None,
+    attempts: int = 5,
+) -> bytes:
+    """The bytes of one object, or bytes [first, last] of it, both included; the whole GET is what is retried.
+
+    Raises MissingObject, Unreachable, DataError; with nothing read, ObjectTooLarge when the store announces
+    more than `max_bytes`, and ChangedObject when a range's object no longer has `listed_bytes` in all.
+    """
+    client = s3_client()
+    uri = f"s3://{bucket}/{key}"
+    extra = {"Range": f"bytes={byte_range[0]}-{byte_range[1]}"} if byte_range else {}
+
+    def get() -> bytes:
+        response = client.get_object(Bucket=bucket, Key=key, **extra)
+        with contextlib.closing(response["Body"]) as body:
+            length = response.get("ContentLength")
+            if max_bytes is not None and length is not None and length > max_bytes:
+                raise ObjectTooLarge(f"{uri} holds {length} bytes, more than {max_bytes}")
+            total = response.get("ContentRange", "").rpartition("/")[2]
+            if listed_bytes is not None and total.isdigit() and int(total) != listed_bytes:
+                raise ChangedObject(f"{uri} has {total} bytes, not {listed_bytes} as listed; {LIST_AGAIN}")
+            data: bytes = body.read()
+        expected = byte_range[1] - byte_range[0] + 1 if byte_range else length
+        if expected is not None and len(data) != expected:
+            raise botocore.exceptions.IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
+        return data
+
+    return retrying(get, what=uri, attempts=attempts)
+
+
+def list_pages(
+    bucket: str, prefix: str, *, delimiter: str | None = None, attempts: int = 5
+) -> Iterator[dict[str, Any]]:
+    """The answers of ListObjectsV2 for all keys that start with `prefix`, each page retried by itself."""
+    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    if delimiter:
+        request["Delimiter"] = delimiter
+    while True:
+        operation = partial(s3_client().list_objects_v2, **request)
+        page = retrying(operation, what=f"s3://{bucket}/{prefix}", attempts=attempts)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+class ObjectFile(io.RawIOBase):
+    """One S3 object as a seekable, read-only file for pyarrow: each read is one ranged GET, retried whole.
+
+    `num_bytes` is the size that the listing gave, so opening costs no request.
+    """
+
+    def __init__(self, bucket: str, key: str, num_bytes: int, *, attempts: int = 5) -> None:
+        super().__init__()
+        self._bucket, self._key, self._num_bytes, self._attempts = bucket, key, num_bytes, attempts
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        end = self._num_bytes if size is None or size < 0 else min(self._num_bytes, self._position + size)
+        if end <= self._position:
+            return b""
+        data = read_object(
+            self._bucket,
+            self._key,
+            byte_range=(self._position, end - 1),
+            listed_bytes=self._num_bytes,
+            attempts=self._attempts,
+        )
+        self._position = end
+        return data

@@ -1,0 +1,1 @@
+"""What a study has found, and how sure it is."""

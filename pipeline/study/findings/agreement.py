@@ -1,0 +1,64 @@
+"""Which metrics rank trials alike: whether those that need no labels would have picked what k-NN accuracy picks.
+
+Knows nothing of files or pages.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.study.findings.ranking import metric_of
+from pipeline.study.findings.statistics import kendall
+from pipeline.study.trials import Tried
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far one metric ranks trials like another."""
+
+    metric: str
+    against: str
+    gated: bool
+    """Whether collapsed trials count, as the worst by `metric`, whatever it was."""
+    with_collapsed: bool
+    """Whether they count at all: as the worst by `against`."""
+    tau: float | None
+    """Kendall's tau-b; + means agreement, also for the loss; None when there is nothing to rank."""
+    num_trials: int
+
+
+def agreement(tried: Sequence[Tried], objective: str) -> list[Agreement]:
+    """Of k-NN, or without labels of the objective, with the metrics that need no labels."""
+    finished = [one for one in tried if one.status == "finished"]
+    ended = [*finished, *(one for one in tried if one.status == "collapsed")]
+    judge = _judge(finished, objective)
+    found = []
+    for metric in ("rankme", "lidar", "loss"):
+        if metric == judge or not any(metric_of(one, metric) is not None for one in finished):
+            continue
+        found.append(_agreement(finished, metric, judge, gated=False))
+        if metric != "loss" and len(ended) > len(finished):
+            found += [_agreement(ended, metric, judge, gated=gated) for gated in (False, True)]
+    return found
+
+
+def _judge(finished: Sequence[Tried], objective: str) -> str:
+    """By what the metrics are judged."""
+    measured = {name for one in finished if one.outcome for name in one.outcome.scores}
+    knn = sorted((name for name in measured if name.startswith("knn_")), key=lambda name: (len(name), name))
+    if objective in knn or not knn:
+        return objective
+    return "knn_20" if "knn_20" in knn else knn[-1]
+
+
+def _agreement(tried: Sequence[Tried], metric: str, against: str, *, gated: bool) -> Agreement:
+    pairs = []
+    for one in tried:
+        has_collapsed = one.status == "collapsed"
+        truth = -math.inf if has_collapsed else metric_of(one, against)
+        value = -math.inf if has_collapsed and gated else metric_of(one, metric)
+        if truth is not None and value is not None:
+            pairs.append((truth, value))
+    tau = kendall([truth for truth, _ in pairs], [value for _, value in pairs])
+    with_collapsed = any(one.status == "collapsed" for one in tried)
+    return Agreement(metric, against, gated, with_collapsed, tau, len(pairs))

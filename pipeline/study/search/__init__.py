@@ -1,0 +1,1 @@
+"""Ray Tune: who proposes settings, and who ends trials."""

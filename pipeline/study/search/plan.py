@@ -1,0 +1,132 @@
+"""How many trials run at once, and with what: worked out before a study starts, so that no trial waits for ever.
+
+Two things would make one: trials that reserve every CPU, so that Ray Data's own tasks find none, and more trials
+than fit, of which each holds a part of what another needs. Knows no Ray: numbers in, numbers out.
+"""
+
+from dataclasses import dataclass
+from math import ceil, floor
+
+from models.errors import ResourceError
+from pipeline.cluster.resources import ResourcesConfig
+
+_FOR_RAY = 1
+"""CPUs that stay free: Ray Data's own tasks ask for a whole one."""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study takes of a cluster; CPUs are Ray's logical ones."""
+
+    trials_at_once: int
+    cpus_each: float
+    """Of a trial: its train workers, and its least number of augment actors unless they are shared."""
+    gpus_each: int
+    augment_actors: tuple[int, int]
+    """Of each trial, or of all together where they are shared."""
+    cpus_shared: float
+    """Of augment actors that all trials share."""
+    cpus: int
+    """That the cluster has, or will have."""
+    gpus: int
+
+    @property
+    def cpus_needed(self) -> int:
+        """All in all, with what stays free for Ray Data."""
+        return ceil(self.trials_at_once * self.cpus_each + self.cpus_shared) + _FOR_RAY
+
+    @property
+    def cpus_for_data(self) -> float:
+        """What is left over: augment actors beyond the least, and Ray Data's own tasks."""
+        return self.cpus - self.trials_at_once * self.cpus_each - self.cpus_shared
+
+    def describe(self) -> str:
+        """One line for a person."""
+        gpus = f" and {self.gpus_each} GPUs" if self.gpus_each else ""
+        of_gpus = f" and {self.gpus} GPUs" if self.gpus_each else ""
+        shared = f", {self.cpus_shared:g} CPUs augment for all of them" if self.cpus_shared else ""
+        return (
+            f"plan: {self.trials_at_once} trials at once, {self.cpus_each:g} CPUs{gpus} each{shared}, "
+            f"{self.cpus_for_data:g} CPUs left for data, of {self.cpus} CPUs{of_gpus}"
+        )
+
+
+def plan_study(
+    resources: ResourcesConfig,
+    *,
+    num_trials: int,
+    cpus: int,
+    gpus: int,
+    use_gpu: bool,
+    limit: int | None,
+    shares_stream: bool,
+    all_at_once: bool = False,
+    grows: bool = True,
+) -> StudyPlan:
+    """The plan for a cluster of `cpus` and `gpus`; ResourceError, with the numbers, where it does not fit.
+
+    `limit`: trials at once that were asked for; None takes as many as fit. `all_at_once`: fewer of them would not do,
+    since they are a population. `grows`: the cluster may be larger one day.
+    """
+    least, most = _actors(resources)
+    cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
+    gpus_each = resources.train_workers if use_gpu else 0
+    fit = floor((cpus - _FOR_RAY - cpus_shared) / cpus_each) if cpus_each else num_trials
+    if gpus_each:
+        fit = min(fit, gpus // gpus_each)
+    asked = min(limit or max(1, fit), num_trials)
+    if asked > fit:
+        need = f"{asked} trials at once need {ceil(asked * cpus_each + cpus_shared)} CPUs"
+        need += f" and {asked * gpus_each} GPUs" if gpus_each else ""
+        if all_at_once:
+            remedy = f"set tune.trials={fit}, or take" if fit > 1 else "take"
+            remedy += " tune.scheduler=asha, whose trials may wait"
+        else:
+            remedy = f"set tune.max_concurrent={fit}"
+        remedy = remedy if fit > 0 else "lower resources.train_workers or their CPUs"
+        raise ResourceError(
+            f"{need}, and {_FOR_RAY} CPU must stay free for Ray Data; the cluster has {cpus} CPUs"
+            f"{f' and {gpus} GPUs' if gpus_each else ''}: {remedy}"
+            + (
+                ", or, if nodes will join, say how many there will be with tune.cluster_cpus and tune.cluster_gpus"
+                if grows
+                else ""
+            )
+        )
+    spare = floor((cpus - _FOR_RAY - cpus_shared - asked * cpus_each) / resources.cpus_per_augment_actor)
+    reach = least + (spare if shares_stream else spare // asked)
+    return StudyPlan(
+        trials_at_once=asked,
+        cpus_each=cpus_each,
+        gpus_each=gpus_each,
+        augment_actors=(least, max(least, min(reach, most or reach))),
+        cpus_shared=cpus_shared,
+        cpus=cpus,
+        gpus=gpus,
+    )
+
+
+def local_cpus(resources: ResourcesConfig, *, cores: int, limit: int | None, shares_stream: bool) -> int:
+    """Logical CPUs for a Ray of one's own on a machine of `cores`: the operating system shares the real ones.
+
+    As many trials at once as there are cores for all of each, at least one; or the `limit` asked for.
+    """
+    alone, _ = _cpus(resources, shares_stream=False)
+    at_once = limit or max(1, floor(cores / alone))
+    cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
+    return max(cores, ceil(at_once * cpus_each + cpus_shared) + _FOR_RAY)
+
+
+def _cpus(resources: ResourcesConfig, *, shares_stream: bool) -> tuple[float, float]:
+    """Of a trial, and of what all trials share."""
+    train = resources.train_workers * resources.cpus_per_train_worker
+    augment = _actors(resources)[0] * resources.cpus_per_augment_actor
+    return (train, augment) if shares_stream else (train + augment, 0.0)
+
+
+def _actors(resources: ResourcesConfig) -> tuple[int, int | None]:
+    """Least and largest number of augment actors; None is no limit."""
+    actors = resources.augment_actors
+    if isinstance(actors, int):
+        return actors, actors
+    return actors if isinstance(actors, tuple) else (1, None)

@@ -1,0 +1,46 @@
+"""What one watches of a run while it runs, as gauges that Ray exports to Prometheus; deploy/grafana.json draws them.
+
+A sink of tracking/run_log.py, which only works within Ray. Ray puts `ray_` before each name.
+"""
+
+from collections.abc import Mapping
+
+from ray.util.metrics import Gauge
+
+from pipeline.tracking.sink import Sink, numbers
+
+PREFIX = "dinoray_"
+GAUGES = {
+    "step": "Steps done",
+    "total_steps": "Steps of the whole run",
+    "epoch": "Times that the images were seen",
+    "loss": "Cross-entropy of the last logged step",
+    "teacher_entropy": "Entropy of the teacher's targets in nats",
+    "images_per_second": "Images trained on per second, all workers",
+    "data_wait": "Share of the time that training waits for data, 0 to 1",
+    "bad_images": "Images that could not be used, so far",
+    "knn_20": "Accuracy of 20 nearest neighbours at the last evaluation, 0 to 1",
+    "nodes_head": "Head nodes",
+    "nodes_cpu": "Nodes without GPUs",
+    "nodes_gpu": "Nodes with GPUs",
+    "augment_actors": "Actors that augment",
+    "augment_target": "Actors that shall augment",
+    "dollars": "What the run has cost so far",
+}
+"""Name, without prefixes, and what it is."""
+
+
+class Gauges(Sink):
+    """Gauges of the run called `run`."""
+
+    def __init__(self, run: str, *, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in GAUGES.items()}
+        for gauge in self._gauges.values():
+            gauge.set_default_tags({"run": run})
+
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Set those that are among the values."""
+        for name, value in numbers({"step": step, "total_steps": self._total_steps, **values}).items():
+            if name in self._gauges:
+                self._gauges[name].set(float(value))

@@ -1,0 +1,77 @@
+"""TensorBoard's event files: scalars, crops and attention as images, and the projector's embeddings.
+
+A sink of tracking/run_log.py. The files of the run `runs/demo` lie in `runs/demo/tensorboard/demo`: TensorBoard names a
+run after the folder below `--logdir`. Event files are written to a folder of this machine, which for a run directory on
+S3 is a staging folder whose files `sync` uploads. No Ray here.
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.storage.files import Directory, is_s3
+from pipeline.tracking.projector import CONFIG, FOLDERS, write_projector
+from pipeline.tracking.scalar_names import grouped, with_group
+from pipeline.tracking.sink import Embedding, Sink, numbers
+
+_NAME = "tensorboard"
+_FULL_BYTES = 4 << 20
+"""On S3, an event file of this size is not added to: each upload is of the whole file."""
+
+
+class TensorBoard(Sink):
+    """Events of a run; those of an earlier start, at `purge_step` and after it, are no longer shown."""
+
+    def __init__(self, run: Directory, *, staging: Path, purge_step: int) -> None:
+        self._run, self._place = run, f"{_NAME}/{run.uri.rpartition('/')[2]}"
+        self._folder = staging / self._place
+        _move_old_files(run.child(_NAME), run.child(self._place))
+        self._events = SummaryWriter(str(self._folder), purge_step=purge_step)
+        self._uploaded: dict[Path, int] = {}
+
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+        """The numbers among them: a scalar each, in sections by subject."""
+        for name, value in grouped(numbers(values)).items():
+            self._events.add_scalar(name, value, step)
+
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        """An image; the slider above it goes through the steps."""
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        self._events.add_image(with_group(name), pixels, step, dataformats="HWC")
+
+    def embedding(self, step: int, embedding: Embedding) -> None:
+        """For the projector: that of the first evaluation and the newest are kept."""
+        write_projector(self._run.child(self._place), step, embedding)
+
+    def sync(self) -> None:
+        """Flush; on S3, upload the files that have grown."""
+        self._events.flush()
+        if not is_s3(self._run.uri):
+            return
+        grown = [p for p in sorted(self._folder.iterdir()) if p.stat().st_size != self._uploaded.get(p)]
+        for path in grown:
+            data = path.read_bytes()
+            self._run.write(f"{self._place}/{path.name}", data)
+            self._uploaded[path] = len(data)
+        if any(self._uploaded[path] >= _FULL_BYTES for path in grown):
+            self._events.close()
+            self._events = SummaryWriter(str(self._folder))
+
+    def close(self, *, failed: bool) -> None:
+        """Sync and let go."""
+        self.sync()
+        self._events.close()
+
+
+def _move_old_files(old: Directory, new: Directory) -> None:
+    """Move files that an earlier version put directly into tensorboard/, which TensorBoard shows as a run named `.`"""
+    names = [name for name in old.list() if name == CONFIG or name.startswith("events.out.")]
+    if CONFIG in names:
+        names += [f"{folder}/{name}" for folder in FOLDERS for name in old.child(folder).list()]
+    for name in names:
+        new.write(name, old.read(name))
+        old.delete(name)

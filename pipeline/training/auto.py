@@ -1,0 +1,106 @@
+"""What a config becomes once the images, or the weights that it starts from, are known.
+
+Where it says `auto`, `resolve` puts numbers in, by the number of images and the batch, and says why: a pure function
+of both, so a run that is continued gets the numbers that it began with. The rules restate what the field has found:
+small sets want few prototypes, sharp targets and a quick teacher, small batches a slow one.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from models.backbone import is_plain_vit
+from models.published.checkpoint import Weights
+from pipeline.training.config import DINOConfig, Schedule
+
+_SMALL, _LARGE = 20_000, 1_000_000
+"""Images between which temperature and momentum move, along the logarithm."""
+
+
+class Resolved(NamedTuple):
+    """A config without `auto`, and a line on each number that was put in."""
+
+    config: DINOConfig
+    reasons: list[str]
+
+
+def resolve(config: DINOConfig, *, num_images: int) -> Resolved:
+    """`config` with numbers where `head.out_dim`, `loss.teacher_temp` or `teacher.teacher_momentum` is auto."""
+    changes: dict[str, dict[str, Any]] = {"head": {}, "loss": {}, "teacher": {}}
+    reasons = []
+    if config.head.out_dim == "auto":
+        changes["head"]["out_dim"] = out_dim(num_images)
+        reasons.append(
+            f"head.out_dim={out_dim(num_images)}: the power of 2 nearest to a prototype for each 16 of "
+            f"{num_images} images, 1024 to 65536"
+        )
+    if config.loss.teacher_temp == "auto":
+        warms_up = config.loss.warmup_teacher_temp_epochs > 0
+        temp = teacher_temp(num_images, warms_up=warms_up)
+        changes["loss"] = {
+            "teacher_temp": temp,
+            "warmup_teacher_temp": min(config.loss.warmup_teacher_temp, temp),
+        }
+        limit = "" if warms_up else ", at most 0.06 without loss.warmup_teacher_temp_epochs"
+        reasons.append(
+            f"loss.teacher_temp={temp:g}: 0.02 up to {_SMALL} images, 0.07 from {_LARGE} on{limit}; "
+            f"there are {num_images}"
+        )
+    if config.teacher.teacher_momentum == "auto":
+        total_steps = Schedule(config, num_images=num_images).total_steps
+        momentum = teacher_momentum(
+            num_images, global_batch_size=config.train.global_batch_size, total_steps=total_steps
+        )
+        changes["teacher"]["teacher_momentum"] = momentum
+        reasons.append(
+            f"teacher.teacher_momentum={momentum:g}: 0.99 up to {_SMALL} images, 0.996 from {_LARGE} on, slower in "
+            f"proportion below a batch of 512, but within a tenth of the run; there are {num_images} images, "
+            f"batch {config.train.global_batch_size}, {total_steps} steps"
+        )
+    tree = config.model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    return Resolved(DINOConfig.model_validate(tree), reasons)
+
+
+def out_dim(num_images: int) -> int:
+    """Prototypes: the power of two nearest to num_images / 16, from 1024 to 65536."""
+    return 2 ** min(16, max(10, round(math.log2(max(1, num_images) / 16))))
+
+
+def teacher_temp(num_images: int, *, warms_up: bool) -> float:
+    """0.02 to 0.07 by the logarithm of the number of images; a constant one stays below what collapses (0.06)."""
+    temp = 0.02 + 0.05 * _between(num_images)
+    return round(temp if warms_up else min(temp, 0.06), 4)
+
+
+def teacher_momentum(num_images: int, *, global_batch_size: int, total_steps: int) -> float:
+    """0.99 to 0.996 by the number of images, slower with batches below 512.
+
+    1 - momentum is at least 10 / total_steps, so that the teacher follows within the run, and at most 0.1.
+    """
+    change = (1 - (0.99 + 0.006 * _between(num_images))) * min(1.0, global_batch_size / 512)
+    return round(1 - min(0.1, max(change, 10 / total_steps)), 6)
+
+
+def _between(num_images: int) -> float:
+    """0 at `_SMALL` images and below, 1 at `_LARGE` and above, even along the logarithm."""
+    share = math.log(max(1, num_images) / _SMALL) / math.log(_LARGE / _SMALL)
+    return min(1.0, max(0.0, share))
+
+
+def adapt(config: DINOConfig, weights: Weights) -> DINOConfig:
+    """Return `config` for networks that start from `weights`: published ViTs keep their grid and way of resizing it.
+
+    A backbone that is no plain ViT stays as it is; that the weights do not fit it is found when they are loaded.
+    """
+    pos_embed = weights.teacher.get("backbone.pos_embed")
+    patches = weights.teacher.get("backbone.patch_embed.proj.weight")
+    if not weights.official or pos_embed is None or patches is None or not is_plain_vit(config.backbone.name):
+        return config
+    side = math.isqrt(pos_embed.shape[1])
+    if side**2 != pos_embed.shape[1]:  # with a token for the class
+        side = math.isqrt(pos_embed.shape[1] - 1)
+    tree = config.model_dump()
+    tree["backbone"]["pos_embed"] = "official"
+    tree["backbone"]["kwargs"] = {"img_size": side * patches.shape[-1], **tree["backbone"]["kwargs"]}
+    return DINOConfig.model_validate(tree)

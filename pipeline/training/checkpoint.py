@@ -1,0 +1,227 @@
+"""What a run must remember, and where.
+
+A run directory (local or S3):
+
+    config.yaml                 the resolved config
+    environment.json            versions, hardware, git commit
+    manifest.parquet            the images, listed once
+    metrics.jsonl               one line per logged step and per evaluation
+    quarantine.jsonl            one line per image that could not be used
+    tensorboard/NAME/           the same metrics as event files; crops, attention, features for the projector
+    crops.png                   contact sheet of the crops
+    attention/                  step_00001000.png: the class token's attention at each evaluation
+    report.html                 all of that on one page
+    tracking.json               by what id MLflow and W&B know the run, if they follow it
+    result.json                 written last: the run is finished
+    checkpoints/
+      checkpoint_manager_snapshot.json    which checkpoints are committed (Ray Train's)
+      step_00001000/
+        student.safetensors     backbone.* and head.*
+        teacher.safetensors
+        train_state.pt          optimizer, center, health: tensors and numbers, loads with weights_only=True
+        meta.json               step, config and all else that rebuilds the model
+
+Progress is what is committed: a folder that is merely there may lack its other half. No Ray here, and no
+pickled objects.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow.fs
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+
+from models.backbone import build_backbone
+from models.errors import ConfigError, DataError, one_line
+from models.optim import restore_optimizer
+from models.settings import Settings
+from pipeline.storage.files import Directory, MissingObject
+from pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
+from pipeline.training.config import DINOConfig
+from pipeline.training.step import TrainState
+
+FORMAT = 2
+FILES = ("student.safetensors", "teacher.safetensors", "train_state.pt", "meta.json")
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int = Field(default=500, ge=1)
+    """Steps between checkpoints; a killed run repeats at most these, plus a few seconds."""
+    num_to_keep: int = Field(default=3, ge=1)
+    """The newest that are kept."""
+
+
+def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_images: dict[str, int]) -> None:
+    """Write the checkpoint files into `folder`. Call on one rank; all ranks hold the same values."""
+    save_file(_contiguous(state.dino.student), folder / "student.safetensors")
+    save_file(_contiguous(state.dino.teacher), folder / "teacher.safetensors")
+    torch.save(
+        {
+            "optimizer": state.optimizer.state_dict(),
+            "center": state.dino.center.cpu(),
+            "health": state.health.state_dict(),
+        },
+        folder / "train_state.pt",
+    )
+    meta = {
+        "format": FORMAT,
+        "step": state.step,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "positions": state.step * state.config.train.global_batch_size,
+        "total_steps": state.schedule.total_steps,
+        "num_images": num_images,
+        "bad_images": bad_images,
+        "torch": torch.__version__,
+        "config": state.config.model_dump(mode="json"),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def temporary_checkpoint(state: TrainState, *, num_images: int, bad_images: dict[str, int]) -> Path:
+    """`save_checkpoint` into a new folder of this machine, which whoever uploads it removes."""
+    folder = Path(tempfile.mkdtemp(prefix="dinoray-checkpoint-"))
+    try:
+        save_checkpoint(state, folder, num_images=num_images, bad_images=bad_images)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+@contextlib.contextmanager
+def own_copy(checkpoint: Any) -> Iterator[Path]:
+    """The files of one of Ray's checkpoints, in a folder of this process alone, or where they lie if that is local.
+
+    Ray's own temporary folder is one for all processes of a node: who comes late downloads the files again while
+    others read them, and those find them cut off.
+    """
+    if isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem):
+        yield Path(checkpoint.path)
+    else:
+        with tempfile.TemporaryDirectory(prefix="dinoray-checkpoint-") as folder:
+            yield Path(checkpoint.to_directory(folder))
+
+
+def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
+    """Restore `state` from `folder`, strictly, and return the meta data. Raises DataError when a part is missing."""
+    meta = read_meta(folder)
+    then, now = meta["config"]["optim"]["name"], state.config.optim.name
+    if then != now:
+        raise ConfigError(f"optim.name={now} cannot continue a run of {then}; set optim.name={then}")
+    try:
+        state.dino.student.load_state_dict(load_file(folder / "student.safetensors"))
+        state.dino.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
+        train_state = torch.load(folder / "train_state.pt", weights_only=True, map_location=state.device)
+        restore_optimizer(state.optimizer, train_state["optimizer"])
+        state.dino.center.copy_(train_state["center"])
+        state.health.load_state_dict(train_state["health"], device=state.device)
+    except Exception as error:  # a damaged file may raise anything
+        raise DataError(f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}") from error
+    state.step, state.skipped = meta["step"], meta["skipped"]
+    state.skipped_in_a_row = meta["skipped_in_a_row"]
+    return meta
+
+
+Which = Literal["teacher", "student"]
+"""Which of the two networks; the teacher is better during the whole run."""
+
+
+class Frozen(NamedTuple):
+    """A backbone as a checkpoint holds it: picklable, enough to rebuild it anywhere."""
+
+    config: DINOConfig
+    weights: dict[str, torch.Tensor]
+
+    def backbone(self, device: torch.device | str = "cpu") -> torch.nn.Module:
+        """The backbone in eval mode: float [n, 3, H, W] -> [n, D]."""
+        crops = self.config.crops
+        backbone = build_backbone(
+            self.config.backbone,
+            crop_sizes=crops.crop_sizes,
+            drop_path_rate=0.0,
+        )
+        backbone.load_state_dict(self.weights)
+        return backbone.to(device).eval()
+
+
+def read_frozen(folder: Path, which: Which = "teacher") -> Frozen:
+    """The backbone of the checkpoint in the local `folder`."""
+    prefix = "backbone."
+    try:
+        weights = load_file(folder / f"{which}.safetensors")
+    except Exception as error:  # a damaged file may raise anything
+        raise DataError(f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}") from error
+    return Frozen(
+        DINOConfig.model_validate(read_meta(folder)["config"]),
+        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
+    )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The checkpoint's meta.json, its format checked."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is no checkpoint: meta.json: {error}") from error
+    if meta.get("format") != FORMAT:
+        raise DataError(f"checkpoint {folder} has format {meta.get('format')}, this version reads {FORMAT}")
+    return meta
+
+
+class Found(NamedTuple):
+    """Where a checkpoint is: its name, its own folder, and the run directory it lies in, None for a lone copy."""
+
+    name: str
+    folder: Directory
+    run: Directory | None
+
+
+def find_checkpoint(address: str, step: int | None = None) -> Found:
+    """The checkpoint that `address`, local or S3, stands for: a checkpoint's own folder, or a run directory.
+
+    Of a run directory it is the committed checkpoint at `step`, or the newest.
+    """
+    here = Directory(address)
+    if here.exists("meta.json"):
+        parent, _, name = here.uri.rpartition("/")
+        run, _, between = parent.rpartition("/")
+        return Found(name, here, Directory(run) if between == "checkpoints" else None)
+    name = pick_checkpoint(here, step)
+    return Found(name, here.child("checkpoints").child(name), here)
+
+
+def download_checkpoint(folder: Directory, into: Path, files: Sequence[str] = FILES) -> Path:
+    """Copy files of the checkpoint in `folder` to the local folder `into`, made if needed; return `into`."""
+    into.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        try:
+            (into / file).write_bytes(folder.read(file))
+        except MissingObject as error:
+            raise DataError(f"checkpoint {folder.uri} lacks {file}") from error
+    return into
+
+
+def pick_checkpoint(run: Directory, step: int | None = None) -> str:
+    """Name of the committed checkpoint at `step`, or the newest; ConfigError names those that exist."""
+    names = committed_checkpoints(run)
+    if not names:
+        raise DataError(f"{run.uri} has no committed checkpoint; is it a run directory?")
+    if step is None:
+        return names[-1]
+    if checkpoint_name(step) not in names:
+        raise ConfigError(f"checkpoint step={step} is not among {', '.join(names)} of {run.uri}")
+    return checkpoint_name(step)
+
+
+def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}

@@ -1,0 +1,118 @@
+"""What is learnt, as one config, and every schedule of it as a function of step. No Ray, no files.
+
+The sections stand beside the parts that they configure; here they meet the length of an epoch, without which
+epochs are not steps and `auto` is not a number.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from models import schedules
+from models.backbone import BackboneConfig
+from models.dino import TeacherConfig
+from models.head import HeadConfig
+from models.loss import LossConfig
+from models.optim import OptimConfig, scaled_lr
+from models.settings import Settings, number
+from pipeline.augment.config import CropsConfig
+
+
+class TrainConfig(Settings):
+    """Length, batch and precision of the run."""
+
+    epochs: float = Field(default=100, gt=0, allow_inf_nan=False)
+    """Passes over the images; one epoch shows each image once, whatever the batch size."""
+    global_batch_size: int = Field(default=512, ge=1)
+    """Images per optimiser step over all train workers together."""
+    accumulate_steps: int = Field(default=1, ge=1)
+    """Equal parts in which a worker passes its share, to fit its memory; SK, KoLeo and batch norm see one at a time."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate, weight decay and teacher momentum follow a cosine to the run's end, or stay after warm-up."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast of the networks; auto is bf16 on a GPU and fp32 on a CPU. Head, loss and teacher update stay fp32."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds weights, order, crops and stochastic depth."""
+
+
+class DINOConfig(Settings):
+    """All that defines the algorithm, and nothing of where it runs."""
+
+    crops: CropsConfig = CropsConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    head: HeadConfig = HeadConfig()
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the schedules say for one step."""
+
+    lr: float
+    weight_decay: float
+    teacher_momentum: float
+    teacher_temp: float
+    freeze_last_layer: bool
+
+
+class Schedule:
+    """Every schedule of the run as a function of step. Epochs become steps here and nowhere else."""
+
+    def __init__(self, config: DINOConfig, *, num_images: int) -> None:
+        self._config = config
+        self._num_images = num_images
+        self.total_steps = max(1, math.floor(self.steps(config.train.epochs)))
+        self.warmup_steps = schedules.cap_warmup(
+            round(self.steps(config.optim.warmup_epochs)), self.total_steps
+        )
+        self.warmup_temp_epochs = schedules.cap_warmup(
+            config.loss.warmup_teacher_temp_epochs, math.ceil(config.train.epochs)
+        )
+        self.freeze_steps = round(self.steps(config.optim.freeze_last_layer_epochs))
+
+    def epoch(self, step: int) -> int:
+        """Epoch that the first image of `step` belongs to."""
+        return step * self._config.train.global_batch_size // self._num_images
+
+    def steps(self, epochs: float) -> float:
+        """Steps, not rounded, that `epochs` take."""
+        return epochs * self._num_images / self._config.train.global_batch_size
+
+    def settled_step(self) -> int:
+        """The first step at which both warm-ups, of the learning rate and of the teacher's temperature, are over."""
+        return max(self.warmup_steps, math.ceil(self.steps(self.warmup_temp_epochs)))
+
+    def at(self, step: int) -> StepSettings:
+        """Settings of the step about to run."""
+        c = self._config
+        return StepSettings(
+            lr=self._course(
+                step,
+                scaled_lr(c.optim.base_lr, c.train.global_batch_size),
+                c.optim.min_lr,
+                warmup_steps=self.warmup_steps,
+            ),
+            weight_decay=self._course(step, c.optim.weight_decay, c.optim.final_weight_decay),
+            teacher_momentum=self._course(
+                step, number(c.teacher.teacher_momentum), c.teacher.final_teacher_momentum
+            ),
+            teacher_temp=schedules.teacher_temp(
+                self.epoch(step),
+                base=number(c.loss.teacher_temp),
+                warmup=c.loss.warmup_teacher_temp,
+                warmup_epochs=self.warmup_temp_epochs,
+            ),
+            freeze_last_layer=step < self.freeze_steps,
+        )
+
+    def _course(self, step: int, base: float, final: float, *, warmup_steps: int = 0) -> float:
+        if self._config.train.schedule == "constant":
+            return schedules.warmup_constant(step, base=base, warmup_steps=warmup_steps)
+        return schedules.warmup_cosine(
+            step, base=base, final=final, total_steps=self.total_steps, warmup_steps=warmup_steps
+        )

@@ -1,0 +1,19 @@
+"""A student that is trained by several processes at once."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.backbone import has_batch_norm
+from models.dino import DINO
+from models.sync_batch_norm import synchronise_batch_norm
+from pipeline.training.distributed import world_size
+
+
+def distribute(dino: DINO, device: torch.device) -> nn.Module:
+    """Return the student wrapped in DDP, with batch norm over all processes in both networks; alone, the student."""
+    if world_size() == 1:
+        return dino.student
+    if has_batch_norm(dino.student):
+        synchronise_batch_norm(dino, device)
+    return DistributedDataParallel(dino.student, device_ids=[device] if device.type == "cuda" else None)

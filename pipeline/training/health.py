@@ -1,0 +1,223 @@
+"""Is the run alive: entropy, KL, mutual information, prototype use, centre, features, and a verdict on them.
+
+The training step hands over what it has computed anyway; once per logged step the sums are reduced over ranks and
+become a handful of numbers, and these a verdict with its remedy. All ranks come to the same verdict. No Ray here.
+Axes: K prototypes, D features.
+
+The two ways to collapse (DINO, section 5.3): the teacher's targets become uniform (entropy ln K), or the same single
+prototype for every image (entropy 0). In both the KL to the student goes to 0: targets that no longer depend on the
+image are easily matched. A healthy run starts near uniform as well, since an untrained network maps all images to
+nearly the same point: hence the grace, and persistence throughout.
+"""
+
+import math
+from collections import deque
+from enum import Enum
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from models.errors import DinorayError
+from models.settings import Settings
+from pipeline.training.distributed import all_reduce_sum
+
+_UNIFORM_ENTROPY = 0.98
+_LEFT_UNIFORM = 0.95
+_SINGLE_ENTROPY = 0.02
+_SINGLE_SHARE = 0.98
+_COLLAPSED_STD = 0.01
+"""Thresholds, as shares: entropies of ln K, the fourth of rows, the last of 1 / sqrt(D); see benchmarks/collapse.py."""
+
+
+class HealthConfig(Settings):
+    """When a run counts as collapsed, and what follows."""
+
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """Say so once and go on, or end the run with exit code 1."""
+    grace_steps: int | None = Field(default=None, ge=0)
+    """Steps before uniform targets count as collapse; None: until all warm-ups are over, and 10 % of the run."""
+    persistence: int = Field(default=5, ge=1)
+    """Logged steps in a row that must look collapsed."""
+    window: int = Field(default=10, ge=1)
+    """Logged steps over which mutual information and use of prototypes are taken."""
+    max_skipped: int = Field(default=3, ge=1)
+    """Non-finite steps in a row, all skipped, that send the run back to its last checkpoint, and then end it."""
+
+
+class Verdict(str, Enum):
+    """What is wrong with a run, if anything."""
+
+    HEALTHY = "healthy"
+    UNIFORM = "uniform collapse"
+    SINGLE = "single-prototype collapse"
+    NON_FINITE = "non-finite"
+
+    @property
+    def remedy(self) -> str:
+        """What a person can do about it."""
+        return _REMEDIES[self]
+
+
+_REMEDIES = {
+    Verdict.HEALTHY: "",
+    Verdict.UNIFORM: (
+        "all images get the same, even targets: sharpening is too weak; lower loss.teacher_temp, lengthen "
+        "loss.warmup_teacher_temp_epochs, or lower optim.base_lr"
+    ),
+    Verdict.SINGLE: (
+        "all images get the same prototype: centring is too slow or off; lower loss.center_momentum, set "
+        "loss.centering=center, or raise loss.teacher_temp"
+    ),
+    Verdict.NON_FINITE: (
+        "loss or gradients are not finite; lower optim.base_lr or optim.clip_grad, or set train.precision=fp32"
+    ),
+}
+
+
+class UnhealthyError(DinorayError):
+    """A run that was ended because of its health; `verdict` says what it died of."""
+
+    all_processes_raise_it = True
+
+    def __init__(self, message: str, verdict: Verdict) -> None:
+        super().__init__(message, verdict)  # both, so that it can be pickled
+        self.verdict = verdict
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Sums(NamedTuple):
+    """Sums over rows of teacher outputs, float32, that add up over parts, steps and ranks."""
+
+    probs: Tensor  # [K]
+    chosen: Tensor  # [K]: rows whose most likely prototype is k
+    features: Tensor  # [D], of L2-normalised features
+    squares: Tensor  # [D], of their squares
+    totals: Tensor  # [3]: rows, entropy, KL
+
+
+@torch.no_grad()
+def sums_of(probs: Tensor, features: Tensor, *, entropy: Tensor, kl: Tensor) -> Sums:
+    """Of a batch's targets [n, K] and teacher features [n, D]; `entropy` and `kl` are its means, in nats."""
+    z = F.normalize(features.float(), dim=-1)
+    chosen = torch.zeros_like(probs[0]).index_add_(0, probs.argmax(1), torch.ones_like(probs[:, 0]))
+    rows = torch.full_like(entropy, len(probs))
+    totals = torch.stack([rows, entropy * rows, kl * rows])
+    return Sums(probs.sum(0), chosen, z.sum(0), (z * z).sum(0), totals)
+
+
+class Health:
+    """Health of a run: `add` every step, `read` once per logged step, on all ranks alike."""
+
+    def __init__(self, config: HealthConfig, *, grace_steps: int) -> None:
+        self.config = config
+        self._judge = Judge(config, grace_steps=grace_steps)
+        self._sums: Sums | None = None
+        self._window: deque[tuple[Tensor, Tensor, float, float]] = deque(maxlen=config.window)
+        self._center: Tensor | None = None
+
+    def add(self, sums: Sums) -> None:
+        """One step's sums of this rank."""
+        self._sums = sums if self._sums is None else Sums(*map(torch.add, self._sums, sums))
+
+    def read(self, step: int, center: Tensor, *, skipped_in_a_row: int = 0) -> dict[str, Any]:
+        """Metrics since the last reading, and the `verdict`; starts over. Empty but for that when no step counted.
+
+        `entropy_ratio` (0 to 1, of ln K), `kl_mean` (nats), `mutual_information` (nats; of image and prototype, over
+        the window), `prototypes_used` (share chosen for some row of the window), `commonest_prototype` (share of rows
+        that choose it), `center_norm`, `center_drift`
+        (L2, since the last reading), `feature_std` (1 / sqrt(D) when spread evenly, 0 when all are one),
+        `collapsed_dims` (share of feature dimensions that hardly vary).
+        """
+        sizes = [len(center), len(center), 0, 0, 3]
+        metrics: dict[str, Any] = {}
+        if self._sums is not None:
+            sizes[2] = sizes[3] = len(self._sums.features)
+            flat = all_reduce_sum(torch.cat(self._sums))
+            metrics = self._measure(Sums(*flat.split(sizes)), center)
+            self._sums = None
+        if skipped_in_a_row >= self.config.max_skipped:
+            verdict = Verdict.NON_FINITE
+        else:
+            verdict = self._judge.judge(step, metrics)
+        return {**metrics, "verdict": verdict.value}
+
+    def _measure(self, sums: Sums, center: Tensor) -> dict[str, float]:
+        rows, entropy, kl = sums.totals.tolist()
+        self._window.append((sums.probs, sums.chosen, rows, entropy))
+        all_rows = sum(x[2] for x in self._window)
+        marginal = torch.stack([x[0] for x in self._window]).sum(0) / all_rows
+        chosen = torch.stack([x[1] for x in self._window]).sum(0)
+        information = float(torch.special.entr(marginal).sum()) - sum(x[3] for x in self._window) / all_rows
+        mean = sums.features / rows
+        std = (sums.squares / rows - mean * mean).clamp(min=0).sqrt()
+        before = torch.zeros_like(center) if self._center is None else self._center
+        self._center = center.clone()
+        return {
+            "entropy_ratio": entropy / rows / math.log(len(center)),
+            "kl_mean": kl / rows,
+            "mutual_information": max(0.0, information),
+            "prototypes_used": float((chosen > 0).float().mean()),
+            "commonest_prototype": float(sums.chosen.max()) / rows,
+            "center_norm": float(center.norm()),
+            "center_drift": float((center - before).norm()),
+            "feature_std": float(std.mean()),
+            "collapsed_dims": float((std < _COLLAPSED_STD / math.sqrt(len(std))).float().mean()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a continued run must know, of a moment just after `read`: tensors and numbers."""
+        return {
+            "window": [[p.cpu(), c.cpu(), rows, entropy] for p, c, rows, entropy in self._window],
+            "center": None if self._center is None else self._center.cpu(),
+            "judge": self._judge.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, device: torch.device) -> None:
+        """Go on from `state_dict`'s moment."""
+        self._window.clear()
+        self._window.extend(
+            (p.to(device), c.to(device), rows, entropy) for p, c, rows, entropy in state["window"]
+        )
+        self._center = None if state["center"] is None else state["center"].to(device)
+        self._judge.load_state_dict(state["judge"])
+
+
+class Judge:
+    """Turns the course of the metrics into a verdict: symptoms must last, and an untrained network is no collapse."""
+
+    def __init__(self, config: HealthConfig, *, grace_steps: int) -> None:
+        self._persistence, self._grace_steps = config.persistence, grace_steps
+        self._left_uniform = False
+        self._symptom, self._times = Verdict.HEALTHY, 0
+
+    def judge(self, step: int, metrics: dict[str, Any]) -> Verdict:
+        """The verdict after `step` steps; without metrics, nothing new is known."""
+        if metrics:
+            symptom = symptom_of(metrics)
+            self._left_uniform |= metrics["entropy_ratio"] < _LEFT_UNIFORM
+            if symptom is Verdict.UNIFORM and step < self._grace_steps and not self._left_uniform:
+                symptom = Verdict.HEALTHY
+            self._times = self._times + 1 if symptom is self._symptom else 1
+            self._symptom = symptom
+        return self._symptom if self._times >= self._persistence else Verdict.HEALTHY
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"left_uniform": self._left_uniform, "symptom": self._symptom.value, "times": self._times}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from them."""
+        self._left_uniform, self._times = state["left_uniform"], state["times"]
+        self._symptom = Verdict(state["symptom"])
+
+
+def symptom_of(metrics: dict[str, Any]) -> Verdict:
+    """What one reading looks like, whatever came before it."""
+    if metrics["entropy_ratio"] < _SINGLE_ENTROPY and metrics["commonest_prototype"] > _SINGLE_SHARE:
+        return Verdict.SINGLE
+    return Verdict.UNIFORM if metrics["entropy_ratio"] > _UNIFORM_ENTROPY else Verdict.HEALTHY

@@ -1,0 +1,229 @@
+"""Load the weights that a new run starts from: a published checkpoint, another program's file, or an earlier run.
+
+Reads a file or run into the one form that models/published/checkpoint.py knows, and starts a run's state from it. No
+Ray here.
+"""
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
+
+from models.errors import ConfigError, DataError, one_line
+from models.optim import restore_optimizer
+from models.published import checkpoint as interop
+from models.published.checkpoint import Loaded, Weights
+from models.settings import Settings
+from pipeline.storage.files import Directory, normal_uri
+from pipeline.storage.run_dir import committed_checkpoints
+from pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_meta
+from pipeline.training.step import TrainState
+
+_NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
+"""Ends of names of files that hold no weights, or weights of another kind of program."""
+
+
+_FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
+_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+"""How timm and transformers call the weights in a model's folder."""
+INIT_LINE = "init: "
+"""With this begins each line on what a run started from, on the screen and in its environment.json."""
+
+
+class InitConfig(Settings):
+    """What the networks start from."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """A .pth, .ckpt or .safetensors file, local or s3://, or a dinoray run or checkpoint; None starts from noise."""
+    load: Literal["backbone", "weights", "run"] = "weights"
+    """The backbone alone; all weights and the centre; or all of the run: optimiser and epoch as well."""
+
+    @field_validator("path")
+    @classmethod
+    def _path_is_an_address(cls, path: str | None) -> str | None:
+        if path is not None:
+            normal_uri(path)
+        return path
+
+
+def read_weights(path: str) -> Weights:
+    """The weights of a file, or of a dinoray run (its newest checkpoint) or checkpoint, whichever lies at `path`."""
+    uri = normal_uri(path)
+    folder, _, name = uri.rpartition("/")
+    here = Directory(folder or "/")
+    if not here.exists(name):
+        return _read_folder(path, Directory(uri))
+    if _NOT_WEIGHTS.search(uri):
+        raise ConfigError(
+            f"init.path={path} is no file of weights that training can start from; pass the .pth or .safetensors file "
+            "that it was made from, a run directory or a checkpoint folder"
+        )
+    data = here.read(name)
+    if not _is_safetensors(data):
+        return interop.read_weights(data, uri)
+    try:
+        state = load_safetensors(data)
+    except Exception as error:  # a damaged file may raise anything
+        raise DataError(
+            f"{uri} is no safetensors file: {one_line(error)}; save or download it anew"
+        ) from error
+    # timm's names and the published ones are alike: only a mark of ours tells how positions were resized.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    mark = header.get("__metadata__", {}).get(interop.MARK, "timm")
+    weights = interop.parse(state, uri)
+    return weights._replace(official=weights.official and mark == "official")
+
+
+def start_from(state: TrainState, weights: Weights, load: Literal["backbone", "weights", "run"]) -> list[str]:
+    """Put `weights` into a state at step 0; return lines on what was loaded, skipped and is new.
+
+    Raises ConfigError where the weights do not fit.
+    """
+    kwargs = state.config.backbone.kwargs
+    loaded = interop.load(state.dino, weights, backbone_only=load == "backbone", kwargs=kwargs)
+    lines = _network_lines(state, weights, loaded)
+    notes = [*weights.notes, *loaded.notes]
+    new = [part for part, is_there in (("head", loaded.head), ("centre", loaded.center)) if not is_there]
+    skipped = [*weights.skipped]
+    if weights.has_head and not loaded.head:
+        skipped.append("head")
+    if weights.center is not None and not loaded.center:
+        skipped.append(weights.places[2] or "centre")
+    if load == "run":
+        lines.append(_continue_from(state, weights))
+    else:
+        new.append("optimizer state")
+        skipped += [
+            k for k, v in (("optimizer", weights.optimizer), ("epoch", weights.epoch)) if v is not None
+        ]
+    lines.append(f"skipped: {_listed(skipped)}")
+    lines.append(f"new: {_listed(new)}")
+    return lines + notes
+
+
+def _network_lines(state: TrainState, weights: Weights, loaded: Loaded) -> list[str]:
+    """Which part of the file each network is from."""
+    student, teacher, center = (
+        f"'{place}' of {weights.name}" if place else weights.name for place in weights.places
+    )
+    num_tensors = len(state.dino.teacher.backbone.state_dict())
+    parts = f"backbone ({num_tensors} tensors)"
+    if loaded.head:
+        parts += f", head ({len(state.dino.teacher.head.state_dict())} tensors)"
+    lines = [f"student from {student}: {parts}", f"teacher from {teacher}: {parts}"]
+    if weights.student is weights.teacher:
+        lines = [f"student and teacher from {teacher}: {parts}"]
+    return lines + ([f"centre from {center}"] if loaded.center else [])
+
+
+def _continue_from(state: TrainState, weights: Weights) -> str:
+    """Restore optimizer and step; return a line on them."""
+    if weights.optimizer is None or weights.epoch is None:
+        raise ConfigError(
+            f"init.load=run needs optimizer and epoch, which {weights.name} lacks; set init.load=weights"
+        )
+    state.step = math.floor(state.schedule.steps(weights.epoch) + 1e-6)
+    if state.step >= state.schedule.total_steps:
+        raise ConfigError(
+            f"train.epochs={state.config.train.epochs:g} is not more than the {weights.epoch:g} epochs that "
+            f"{weights.name} has behind it; set train.epochs={math.floor(weights.epoch) + 1} or more, or "
+            "init.load=weights"
+        )
+    optim, then, why = state.config.optim, weights.args, ""
+    if not weights.is_own:
+        restored, fresh = interop.load_optimizer(state.optimizer, state.dino.student, weights.optimizer)
+    else:
+        changed = [
+            f"optim.{key}={getattr(optim, key)} is {then[key]} there"
+            for key in ("name", "layer_decay")
+            if then[key] != getattr(optim, key)
+        ]
+        if changed:
+            why = f" ({', '.join(changed)})"
+        else:
+            restore_optimizer(state.optimizer, weights.optimizer)
+        restored = len(state.optimizer.state)
+        fresh = sum(len(group["params"]) for group in state.optimizer.param_groups) - restored
+    values = [
+        v for saved in state.optimizer.state.values() for v in saved.values() if isinstance(v, torch.Tensor)
+    ]
+    if not all(bool(torch.isfinite(v).all()) for v in values):
+        raise DataError(
+            f"{weights.name} has NaN or infinite values in the optimizer's state; set init.load=weights"
+        )
+    return (
+        f"optimizer state of {restored} of {restored + fresh} parameters{why}; training continues "
+        f"at epoch {weights.epoch:g}, step {state.step}"
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """The first of them; each is short, but a file may hold thousands."""
+    shown = [one_line(ValueError(part), limit=60) for part in dict.fromkeys(parts)]
+    return (", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")) or "nothing"
+
+
+def _is_safetensors(data: bytes) -> bool:
+    """Whether the bytes begin as a safetensors file: the length of a header, and the header in JSON."""
+    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
+
+
+def _read_folder(path: str, folder: Directory) -> Weights:
+    """The weights of a run, of a checkpoint, or of a model that other libraries keep as a folder."""
+    names = folder.list()
+    if not names:
+        raise DataError(f"init.path={path}: there is no such file or folder; check the path")
+    if "meta.json" in names or "checkpoints" in names:
+        return _read_run(folder.uri)
+    for name in _MODEL_FILES:
+        if name in names:
+            return read_weights(folder.join(name))
+    files = [name for name in names if name.lower().endswith(_FILE_SUFFIXES)]
+    remedy = f"pass one of its files, such as {folder.join(files[0])}" if files else "pass a file of weights"
+    raise ConfigError(
+        f"init.path={path} is a folder but no dinoray run or checkpoint; {remedy}, or a run directory"
+    )
+
+
+def _read_run(address: str) -> Weights:
+    """The weights of a run's newest checkpoint, or of one checkpoint."""
+    here = Directory(address)
+    if not here.exists("meta.json") and not committed_checkpoints(here):
+        raise DataError(
+            f"init.path={address} is a run that has no checkpoint yet; wait for its first, or pass another run"
+        )
+    with tempfile.TemporaryDirectory(prefix="dinoray-init-") as scratch:
+        found = find_checkpoint(address)
+        folder = download_checkpoint(found.folder, Path(scratch))
+        meta = read_meta(folder)
+        try:
+            state = torch.load(folder / "train_state.pt", weights_only=True, map_location="cpu")
+            student, teacher = (
+                load_file(folder / f"{which}.safetensors") for which in ("student", "teacher")
+            )
+        except Exception as error:  # a damaged file may raise anything
+            raise DataError(
+                f"checkpoint {found.folder.uri} is damaged: {one_line(error)}; pass another checkpoint of the run"
+            ) from error
+        config = meta["config"]
+        backbone = {"name": config["backbone"]["name"].split(".")[0], "kwargs": config["backbone"]["kwargs"]}
+        return Weights(
+            student=student,
+            teacher=teacher,
+            center=state["center"],
+            optimizer=state["optimizer"],
+            epoch=meta["positions"] / meta["num_images"],
+            args={key: config["optim"][key] for key in ("name", "layer_decay")} | {"backbone": backbone},
+            official=config["backbone"]["pos_embed"] == "official",
+            name=found.folder.uri,
+            places=("student", "teacher", "center"),
+            is_own=True,
+        )

@@ -1,0 +1,298 @@
+"""The DINO training step and the plain loop around it. No Ray, no files.
+
+Batch (uint8, rows per image) -> to device -> crop-major pixels -> teacher, student -> loss -> optimiser, teacher,
+centre. `torch.distributed` is used when a process group exists, else the step is that of a single process.
+Axes: B images per process, G global crops, L local crops, V = G + L, K prototypes.
+"""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.dino import DINO, crop_major
+from models.errors import ConfigError, ResourceError
+from models.loss import batch_center, cross_entropy, koleo, sinkhorn_probs, teacher_probs, update_center
+from models.optim import build_optimizer, clip_per_parameter, drop_last_layer_grads, set_hyperparameters
+from models.published import checkpoint as interop
+from pipeline.augment.config import CropsConfig
+from pipeline.data.partition import check_parts
+from pipeline.training.auto import adapt, resolve
+from pipeline.training.config import DINOConfig, Schedule, StepSettings, TrainConfig
+from pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
+from pipeline.training.health import Health, HealthConfig, Sums, sums_of
+
+# Batches may be read-only views. Nothing writes to them, so torch need not warn.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+__all__ = [
+    "DINOConfig",
+    "Schedule",
+    "StepSettings",
+    "TrainConfig",
+    "TrainState",
+    "build_state",
+    "train",
+    "train_step",
+]
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes, and what it reads. `student` is `dino.student`, or its DDP wrapper.
+
+    `step` counts batches; those of which the loss or a gradient was not finite were skipped, and count in
+    `skipped` (and in `skipped_in_a_row` while nothing but such has come): schedules run on what was not.
+    """
+
+    config: DINOConfig
+    schedule: Schedule
+    dino: DINO
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    health: Health
+    student: nn.Module = field(init=False)
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    has_stepped: bool = field(default=False, init=False)
+    """In this process."""
+
+    def __post_init__(self) -> None:
+        self.student = self.dino.student
+
+
+def build_state(
+    config: DINOConfig,
+    *,
+    num_images: int,
+    device: torch.device | str = "cpu",
+    official: Mapping[str, Any] | None = None,
+    health: HealthConfig | None = None,
+    resumed: bool = False,
+) -> TrainState:
+    """Seeded networks, optimiser and schedules, at step 0. `num_images` is the length of an epoch.
+
+    `official`: a state dict as the published code saves it, which the networks (and the centre, where it has
+    one) start from: the whole of a checkpoint, one network's, or a bare backbone's; position embeddings are then
+    resized as published. `resumed`: a checkpoint will be loaded, so `backbone.pretrained` downloads nothing.
+    `auto` in the config becomes a number. Raises ConfigError where they do not fit, DataError without weights.
+    """
+    config = resolve(config, num_images=num_images).config
+    weights = None if official is None else interop.parse(official)
+    if weights is not None:
+        config = adapt(config, weights)
+    torch.manual_seed(config.train.seed)
+    dino = DINO(
+        config.backbone,
+        config.head,
+        crop_sizes=config.crops.crop_sizes,
+        pretrained=config.backbone.pretrained and not resumed,
+    ).to(device)
+    if weights is not None:
+        interop.load(dino, weights)
+    schedule = Schedule(config, num_images=num_images)
+    health = health or HealthConfig()
+    grace = max(schedule.settled_step(), schedule.total_steps // 10)
+    return TrainState(
+        config=config,
+        schedule=schedule,
+        dino=dino,
+        optimizer=build_optimizer(config.optim, dino.student),
+        device=torch.device(device),
+        health=Health(health, grace_steps=grace if health.grace_steps is None else health.grace_steps),
+    )
+
+
+def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
+    """One step on this process's share of the global batch; advances `state.step` by one.
+
+    `batch`: uint8 arrays or tensors `global_crops` [B, G, H, W, 3] and `local_crops` [B, L, h, w, 3]; never
+    written to. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
+    `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
+    A loss or gradient that is not finite on any process changes nothing but `state.step` and the skip counts.
+    Raises ConfigError for crops that are not those of the config, ResourceError when the GPU is too small for a first
+    step.
+    """
+    _check(batch, state.config.crops)
+    try:
+        metrics = _step(state, batch)
+    except torch.OutOfMemoryError as error:
+        if state.has_stepped:  # it did fit: something else has taken the memory
+            raise
+        parts = state.config.train.accumulate_steps
+        raise ResourceError(
+            f"{len(batch['global_crops'])} images a step, train.accumulate_steps={parts}, do not fit "
+            f"{torch.cuda.get_device_name(state.device)}; raise train.accumulate_steps or resources.train_workers, or "
+            "lower train.global_batch_size"
+        ) from error
+    state.has_stepped = True
+    return metrics
+
+
+def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
+    config, dino, now = state.config, state.dino, state.schedule.at(state.step - state.skipped)
+    set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
+    state.optimizer.zero_grad(set_to_none=True)
+    # Stochastic depth is a function of (seed, step, rank): a resumed run draws what the first one would have.
+    torch.manual_seed(((config.train.seed * 1_000_003 + state.step) * 65_537 + rank()) % (1 << 63))
+    statistics = [
+        (buffer, buffer.clone()) for net in (dino.student, dino.teacher) for buffer in net.buffers()
+    ]
+
+    seen: list[_Seen] = []
+    for part, is_last in _parts(batch, config.train.accumulate_steps):
+        with contextlib.nullcontext() if is_last else _without_sync(state.student):
+            seen.append(_backward(state, part, now))
+    grad_norm = clip_per_parameter(dino.student, config.optim.clip_grad)
+    if now.freeze_last_layer:
+        drop_last_layer_grads(dino.student.head)
+    # One collective: losses, then the centre's sum and count.
+    sums = all_reduce_sum(torch.stack([counted.sums for counted in seen]).sum(0))
+    loss, pairs_loss, entropy = (sums[:3] / sums[-1]).unbind()
+
+    state.step += 1
+    if bool(torch.isfinite(loss + grad_norm)):  # both the same on all processes
+        state.optimizer.step()
+        dino.update_teacher(now.teacher_momentum)
+        if config.loss.centering == "center":
+            dino.center.copy_(update_center(dino.center, sums[3:], momentum=config.loss.center_momentum))
+        for counted in seen:
+            state.health.add(counted.health)
+        state.skipped_in_a_row = 0
+    else:
+        for buffer, before in statistics:
+            buffer.copy_(before)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+    return {
+        "loss": loss,
+        "teacher_entropy": entropy,
+        "kl": pairs_loss - entropy,
+        "grad_norm": grad_norm,
+        "lr": now.lr,
+        "weight_decay": now.weight_decay,
+        "teacher_momentum": now.teacher_momentum,
+        "teacher_temp": now.teacher_temp,
+    }
+
+
+class _Seen(NamedTuple):
+    """What one part of a batch came to."""
+
+    sums: Tensor
+    """[3 + K + 1]: rows times loss, cross-entropy and entropy; then as `batch_center`."""
+    health: Sums
+
+
+def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> _Seen:
+    """Forward and backward of one of the batch's parts; gradients add up to those of the whole batch's mean."""
+    config, dino = state.config, state.dino
+    global_crops = pixels(part["global_crops"], config.crops, state.device)
+    local_crops = pixels(part["local_crops"], config.crops, state.device)
+    with autocast(config.train.precision, state.device):
+        teacher = dino.teacher_output(global_crops)
+        student = state.student([global_crops, local_crops] if len(local_crops) else [global_crops])
+    if config.loss.centering == "sinkhorn_knopp":
+        probs = sinkhorn_probs(
+            teacher.logits, now.teacher_temp, reduce_sum=all_reduce_sum, reduce_max=all_reduce_max
+        )
+    else:
+        probs = teacher_probs(teacher.logits, dino.center, now.teacher_temp)
+    num_global_crops = config.crops.num_global_crops
+    pairs_loss, entropy = cross_entropy(
+        probs, student.logits, student_temp=config.loss.student_temp, num_global_crops=num_global_crops
+    )
+    loss = pairs_loss
+    if config.loss.koleo_weight:
+        of_crops = student.features[: len(global_crops)].chunk(num_global_crops)
+        loss = loss + config.loss.koleo_weight * torch.stack([koleo(crop) for crop in of_crops]).sum()
+    (loss / config.train.accumulate_steps).backward()
+    losses = torch.stack([loss.detach(), pairs_loss.detach(), entropy]) * len(teacher.logits)
+    return _Seen(
+        torch.cat([losses, batch_center(teacher.logits)]),
+        sums_of(probs, teacher.features, entropy=entropy, kl=pairs_loss.detach() - entropy),
+    )
+
+
+def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
+    """ConfigError for crops that are not those of the config, before anything is computed with them."""
+    g, s = crops.global_crop_size, crops.local_crop_size
+    for name, shape in (
+        ("global_crops", (crops.num_global_crops, g, g, 3)),
+        ("local_crops", (crops.num_local_crops, s, s, 3)),
+    ):
+        found = batch.get(name)
+        if found is None or tuple(found.shape[1:]) != shape or str(found.dtype).rpartition(".")[2] != "uint8":
+            what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise ConfigError(
+                f"batch[{name!r}] is {what}, it must be uint8 [B, {', '.join(map(str, shape))}]"
+            )
+    rows = [len(batch[name]) for name in ("global_crops", "local_crops")]
+    if rows[0] != rows[1]:
+        raise ConfigError(
+            f"batch has {rows[0]} rows of global crops and {rows[1]} of local ones, not as many"
+        )
+
+
+def _parts(batch: Mapping[str, Any], num_parts: int) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yield `num_parts` microbatches of equal size, and whether each is the last one.
+
+    Microbatch m takes each `num_parts`-th image from m on. Over all processes it then holds the same images whatever
+    their number, and so do the statistics of batch norm.
+    """
+    check_parts(len(batch["global_crops"]), num_parts)
+    for first in range(num_parts):
+        rows = slice(first, None, num_parts)
+        yield {k: batch[k][rows] for k in ("global_crops", "local_crops")}, first == num_parts - 1
+
+
+def _without_sync(student: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return student.no_sync() if isinstance(student, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def train(
+    state: TrainState,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    on_step: Callable[[Mapping[str, Any], dict[str, Tensor | float], float], bool | None],
+) -> None:
+    """Run a step per batch; after each, call `on_step(batch, metrics, wait_seconds)`, and end early when that is True.
+
+    `wait_seconds` is how long the step waited for its batch.
+    """
+    iterator = iter(batches)
+    while True:
+        asked = time.perf_counter()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        wait_seconds = time.perf_counter() - asked
+        if on_step(batch, train_step(state, batch), wait_seconds):
+            return
+
+
+def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:
+    """uint8 [B, C, H, W, 3] -> normalised float32 [C*B, 3, H, W] on the device, crop-major; the input is not changed.
+
+    The only place where rows per image become rows per crop. Bytes cross to the device, floats do not.
+    """
+    x = crop_major(torch.as_tensor(crops).to(device, non_blocking=True)).float()
+    mean = torch.tensor(config.pixel_mean, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(config.pixel_std, device=device).view(3, 1, 1) * 255
+    return (x - mean) / std
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast where `precision` asks for it; auto means on a GPU."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()

@@ -1,0 +1,1 @@
+"""One Ray Train worker: restore, stream, train, evaluate, save."""

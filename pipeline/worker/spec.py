@@ -1,0 +1,57 @@
+"""What a train worker is told: one value, from the driver to each of them. See worker/worker.py."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import ObjectRef
+
+from models.published.checkpoint import Weights
+from pipeline.cluster.channel import Board
+from pipeline.cluster.cost import CostConfig
+from pipeline.data.source import Source
+from pipeline.evaluation.features import EvalConfig
+from pipeline.evaluation.probes import ProbeConfig
+from pipeline.storage.files import Directory
+from pipeline.stream.ray_data import StreamPlan
+from pipeline.stream.shared_stream import SharedStream
+from pipeline.tracking.run_log import LogConfig
+from pipeline.tracking.services import TrackConfig
+from pipeline.training.checkpoint import CheckpointConfig
+from pipeline.training.health import HealthConfig
+from pipeline.training.init_weights import InitConfig
+from pipeline.training.step import DINOConfig
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker needs to know; sent to each."""
+
+    name: str
+    """What gauges and trackers call the run."""
+    run: Directory
+    board: Board
+    config: DINOConfig
+    stream: StreamPlan
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    track: TrackConfig
+    params: Mapping[str, object]
+    """Settings by dotted key, for trackers."""
+    eval: EvalConfig
+    probe: ProbeConfig
+    health: HealthConfig
+    cost: CostConfig
+    init: InitConfig
+    init_weights: "ObjectRef[Weights] | None"
+    pictures: "ObjectRef[list[tuple[str, NDArray[np.uint8]]]]"
+    eval_sources: "tuple[ObjectRef[Source], ObjectRef[Source]] | None"
+    num_images: int
+    max_bad_fraction: float
+    prefetch_batches: int
+    can_restart: bool
+    shared: SharedStream | None = None
+    """The stream to take part in; None: one of its own."""
+    asks: bool = False
+    """Whether, after each evaluation, the workers wait on the board to be told if they go on."""
