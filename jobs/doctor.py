@@ -1,4 +1,4 @@
-"""Is everything there that a run needs? `python -m jobs.doctor [--address ADDRESS] [--json] [key=value ...]`.
+"""Check the cluster, data and storage of a run: `python -m jobs.doctor [--address ADDRESS] [--json] [key=value ...]`.
 
 One line for each thing that was looked at: ok, warn or FAIL, and what to do. Without an address it looks at this
 machine; with that of a dashboard (http://...) it sends itself to the cluster as a job and looks around there.

@@ -1,4 +1,4 @@
-"""Give a checkpoint to others: `python -m jobs.export RUN [--step N] [--format timm|state_dict|onnx|official]`.
+"""Export a checkpoint for other programs: `python -m jobs.export RUN [--step N] [--format FORMAT ...]`.
 
 Each format is a folder with a README.md, its model card. One JSON file beside the folders holds the same facts. Each
 file has been loaded back and compared before it is written. Runs in one process, without Ray.

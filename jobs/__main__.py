@@ -1,0 +1,20 @@
+"""List the commands: `python -m jobs`."""
+
+import ast
+from pathlib import Path
+
+ORDER = ("pretrain", "plan", "doctor", "submit", "tune", "evaluate", "attention", "embed", "export", "pack")
+
+
+def describe_commands() -> str:
+    """One line per command, read from its docstring: importing ten commands takes seconds."""
+    lines = ["Commands; `python -m jobs.NAME --help` lists the arguments of one:"]
+    for name in ORDER:
+        text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""
+        purpose, _, usage = text.partition("\n")[0].partition("`")
+        lines.append(f"  {name:<10} {purpose.rstrip(' :')}\n             {usage.partition('`')[0]}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe_commands())
