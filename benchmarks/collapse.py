@@ -26,8 +26,8 @@ from pipeline.augment.multicrop import crop_rng, limit_threads, multi_crop
 from pipeline.data.decode import decode
 from pipeline.data.demo_images import write_demo_images
 from pipeline.training.config import DINOConfig
-from pipeline.training.health import Verdict
 from pipeline.training.step import build_state, train_step
+from pipeline.training.verdict import Verdict
 
 EXPERIMENTS: dict[str, tuple[dict[str, Any], Verdict]] = {
     "centring alone": ({"centering": "center", "teacher_temp": 0.1}, Verdict.UNIFORM),

@@ -24,7 +24,7 @@ from pipeline.data.decode import BadImage, decode
 from pipeline.data.loader import load_batches
 from pipeline.data.manifest import DataConfig, build_manifest
 from pipeline.data.source import Source
-from pipeline.evaluation.features import subset
+from pipeline.evaluation.labels import subset
 from pipeline.figures.attention_animation import animation, read_frames
 from pipeline.figures.attention_sheet import MASS, figure, look, overlays
 from pipeline.figures.drawing import png_bytes

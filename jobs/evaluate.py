@@ -14,9 +14,9 @@ from jobs.cli.arguments import CommandLine
 from jobs.cli.config import load_run_config
 from jobs.cli.main import run_main, start_ray
 from jobs.runs.data_lines import unlabelled_warnings
+from jobs.runs.inputs import evaluated_images
 from jobs.runs.open_checkpoint import lone_config, open_network
 from jobs.runs.prober import LABEL_FREE, LABELLED, Prober
-from jobs.runs.train import evaluated_images
 from models.errors import ConfigError
 from pipeline.data.detection import AUTO
 from pipeline.data.manifest import build_manifest

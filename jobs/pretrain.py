@@ -17,10 +17,11 @@ from jobs.cli.keys import keep_detected
 from jobs.cli.main import run_main, start_ray
 from jobs.cli.print_config import describe_config
 from jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
+from jobs.runs.inputs import Inputs
 from jobs.runs.result import RESULT, describe_result, write_result
 from jobs.runs.run_files import draw_demo, note_hardware, write_about
 from jobs.runs.run_size import check_images, check_workers, length_warnings, warmup_warnings
-from jobs.runs.train import Inputs, check_run, run_training, what_is_learnt
+from jobs.runs.train import check_run, run_training, what_is_learnt
 from models.errors import ConfigError, DinorayError
 from pipeline.augment.config import describe_crops
 from pipeline.augment.multicrop import kernel_name
@@ -28,8 +29,8 @@ from pipeline.cluster.channel import Board, Event
 from pipeline.reporting.run_report import LiveReport, write_report
 from pipeline.storage.files import Directory
 from pipeline.storage.run_dir import committed_checkpoints
+from pipeline.training.config import Schedule
 from pipeline.training.published_weights import fetch_published_weights
-from pipeline.training.step import Schedule
 
 
 def main(argv: Sequence[str]) -> None:

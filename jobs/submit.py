@@ -22,8 +22,8 @@ from jobs.cli.keys import did_you_mean, flatten, leaf_fields, looks_secret
 from jobs.cli.main import run_main
 from jobs.cluster.job_server import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
 from jobs.cluster.upload import check_config_file, describe, named_files, pack, read_runtime_env
+from jobs.runs.commit import COMMIT, commit_of
 from jobs.runs.result import RESULT
-from jobs.runs.run_files import COMMIT, commit_of
 from jobs.studies.config import StudyArguments, study_config
 from models.errors import ConfigError, DinorayError, without_keys
 from pipeline.storage.files import Directory, is_reached_by_all

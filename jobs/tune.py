@@ -14,9 +14,10 @@ from jobs.cli.keys import keep_detected
 from jobs.cli.main import is_local, run_main
 from jobs.cli.print_config import describe_config
 from jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
+from jobs.runs.inputs import Inputs
 from jobs.runs.run_files import draw_demo, write_about
 from jobs.runs.run_size import check_workers
-from jobs.runs.train import Inputs, check_run
+from jobs.runs.train import check_run
 from jobs.studies.config import (
     FREE,
     NAME_SUFFIX,

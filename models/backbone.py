@@ -6,52 +6,19 @@ losses or data.
 
 import contextlib
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
 from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.backbone_names import name_hint
 from models.backbone_remedies import explain_failure, explain_refusal, refusal
+from models.config import BackboneConfig
 from models.errors import ConfigError
-from models.settings import Settings
-
-_DECIDED_ELSEWHERE = {
-    "drop_path_rate": "set backbone.drop_path_rate instead",
-    "pretrained": "set backbone.pretrained instead",
-    "num_classes": "the backbone has no classifier",
-    "in_chans": "images are decoded as RGB, 3 channels",
-    "features_only": "the head takes one vector per image",
-    "checkpoint_path": "set init.path instead",
-}
-
-
-class BackboneConfig(Settings):
-    """Which timm network is pretrained."""
-
-    name: str = "vit_small_patch16_224"
-    """Any name that `timm.list_models()` knows, with or without a tag of its weights (`.lvd142m`)."""
-    pretrained: bool = False
-    """Start from the weights that timm publishes under this name, downloaded once."""
-    pos_embed: Literal["timm", "official"] = "timm"
-    """How ViTs resize position embeddings: timm's way (antialiased), or that of the published DINO."""
-    drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
-    """Stochastic depth of the student, linear from 0 to this rate over the blocks; the teacher has none."""
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments for `timm.create_model`, e.g. `{patch_size: 8}`."""
-
-    @field_validator("kwargs")
-    @classmethod
-    def _are_not_decided_elsewhere(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        for name, where in _DECIDED_ELSEWHERE.items():
-            if name in kwargs:
-                raise ValueError(f"backbone.kwargs must not hold {name}: {where}; leave out {name}")
-        return kwargs
 
 
 def build_backbone(
@@ -99,13 +66,6 @@ def _create(
         with contextlib.suppress(TypeError):
             return timm.create_model(name, **{**base, **extra, **kwargs})
     return timm.create_model(name, **{**base, **kwargs})
-
-
-def argument_hint(name: str, value: str) -> str:
-    """`; ` and where an argument of `timm.create_model` is set; its name is no key of the config."""
-    if name in _DECIDED_ELSEWHERE:
-        return f"; leave out {name}: {_DECIDED_ELSEWHERE[name]}"
-    return f"; arguments of the network stand in backbone.kwargs: set backbone.kwargs.{name}={value}"
 
 
 def official_pos_embed(pos_embed: Tensor, height: int, width: int, *, num_prefix: int) -> Tensor:

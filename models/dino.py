@@ -4,24 +4,15 @@ Layers below: backbone, head. The loss is a set of pure functions beside it (los
 ties them together stands in pipeline/training/step.py.
 """
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from models.backbone import BackboneConfig, build_backbone, embed_dim, has_batch_norm
-from models.head import DINOHead, HeadConfig
-from models.settings import Auto, Settings, number
-
-
-class TeacherConfig(Settings):
-    """How the teacher follows the student."""
-
-    teacher_momentum: Annotated[float, Field(ge=0, le=1)] | Auto = 0.996
-    """EMA coefficient at the first step; 0.9995 suits long runs with a batch of 256 or less; auto: by both."""
-    final_teacher_momentum: float = Field(default=1.0, ge=0, le=1)
-    """EMA coefficient reached at the last step, along a cosine."""
+from models.backbone import build_backbone, embed_dim, has_batch_norm
+from models.config import BackboneConfig, HeadConfig
+from models.head import DINOHead
+from models.settings import number
 
 
 class Output(NamedTuple):

@@ -4,31 +4,13 @@ MLP -> L2-normalised bottleneck -> weight-normed linear layer without bias (DINO
 """
 
 import itertools
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from models.settings import Auto, Settings, number
-
-
-class HeadConfig(Settings):
-    """The projection head of student and teacher."""
-
-    out_dim: Annotated[int, Field(ge=2)] | Auto = 65536
-    """K, the number of prototypes; auto: by the number of images."""
-    hidden_dim: int = Field(default=2048, ge=1)
-    """Width of the MLP's hidden layers."""
-    bottleneck_dim: int = Field(default=256, ge=1)
-    """Width of the L2-normalised bottleneck."""
-    num_layers: int = Field(default=3, ge=1)
-    """Linear layers up to and including the bottleneck; the prototype layer is not counted."""
-    use_bn: bool = False
-    """Batch norm between the MLP's layers, over the batches of all workers."""
-    norm_last_layer: bool = True
-    """Keep the prototypes on the unit sphere (frozen magnitude): steadier. False lets the magnitude learn."""
+from models.config import HeadConfig
+from models.settings import number
 
 
 class PrototypeLayer(nn.Module):

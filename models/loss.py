@@ -5,55 +5,13 @@ Axes: B images, G global crops, V = G + L crops, K prototypes. Logits are crop-m
 """
 
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from models.settings import Auto, Settings
-
 _SINKHORN_ITERATIONS = 3
-
-
-class LossConfig(Settings):
-    """Temperatures and centring."""
-
-    student_temp: float = Field(default=0.1, gt=0)
-    """Temperature of the student's softmax."""
-    teacher_temp: Annotated[float, Field(gt=0)] | Auto = 0.04
-    """Temperature of the teacher's softmax after warm-up; above 0.07 runs become unstable; auto: by images."""
-    warmup_teacher_temp: float = Field(default=0.04, gt=0)
-    """Teacher temperature at the start."""
-    warmup_teacher_temp_epochs: int = Field(default=0, ge=0)
-    """Epochs from `warmup_teacher_temp` to `teacher_temp`, one linear stair per epoch; 0 starts at `teacher_temp`."""
-    center_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Share of the old centre kept at each step; 0.999 and above is known to collapse."""
-    centering: Literal["center", "sinkhorn_knopp", "none"] = "center"
-    """What keeps prototypes in use: the moving centre, Sinkhorn-Knopp in its place, or nothing, which collapses."""
-    koleo_weight: float = Field(default=0.0, ge=0)
-    """Weight of KoLeo, which spreads the features of each global crop over the batch; DINOv2 has 0.1."""
-
-    @model_validator(mode="after")
-    def _warmup_rises(self) -> "LossConfig":
-        if self.teacher_temp == "auto":
-            return self
-        if self.warmup_teacher_temp_epochs and self.warmup_teacher_temp > self.teacher_temp:
-            raise ValueError(
-                f"warmup_teacher_temp={self.warmup_teacher_temp} must not exceed teacher_temp={self.teacher_temp}; "
-                f"set loss.warmup_teacher_temp={self.teacher_temp} or lower"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _center_has_a_momentum(self) -> "LossConfig":
-        if self.centering != "center" and self.center_momentum != 0.9:
-            raise ValueError(
-                f"center_momentum={self.center_momentum} has no effect with centering={self.centering}: there is no "
-                "centre; set loss.centering=center, or leave out center_momentum"
-            )
-        return self
 
 
 class CrossEntropy(NamedTuple):

@@ -1,39 +1,11 @@
 """Parameter groups, optimisers, lr scaling by global batch, per-parameter clip, last-layer freeze."""
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from models.backbone import layer_depths
+from models.config import OptimConfig
 from models.lars import LARS
-from models.settings import Settings
-
-
-class OptimConfig(Settings):
-    """Optimiser and its schedules."""
-
-    name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """AdamW for ViTs; SGD or LARS for ResNets. Both of the latter use `momentum`."""
-    base_lr: float = Field(default=5e-4, gt=0)
-    """Peak learning rate at a global batch of 256; scaled linearly with the global batch."""
-    min_lr: float = Field(default=1e-6, ge=0)
-    """Learning rate that the cosine ends at; not scaled."""
-    warmup_epochs: float = Field(default=10, ge=0)
-    """Epochs of linear warm-up from 0."""
-    weight_decay: float = Field(default=0.04, ge=0)
-    """Weight decay at the first step; biases and 1-D parameters have none."""
-    final_weight_decay: float = Field(default=0.4, ge=0)
-    """Weight decay that the cosine ends at."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Momentum of SGD and LARS."""
-    clip_grad: float = Field(default=3.0, ge=0)
-    """Largest L2 norm of each parameter's gradient, tensor by tensor; 0 switches clipping off."""
-    freeze_last_layer_epochs: float = Field(default=1, ge=0)
-    """Epochs at the start in which the prototype layer gets no update."""
-    layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Learning rate of each block of the backbone as a share of the block's after it; 1 is the same for all."""
 
 
 def param_groups(student: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
@@ -84,11 +56,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
             "the optimizer's parameter groups differ from those saved; was optim.layer_decay changed?"
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
-
-
-def scaled_lr(base_lr: float, global_batch_size: int) -> float:
-    """Linear scaling rule: `base_lr` holds for a global batch of 256."""
-    return base_lr * global_batch_size / 256
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:

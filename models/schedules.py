@@ -32,3 +32,8 @@ def teacher_temp(epoch: int, *, base: float, warmup: float, warmup_epochs: int) 
 def cap_warmup(warmup: int, total: int) -> int:
     """A warm-up that would not end within the run is cut to 30 % of it, else returned as it is."""
     return warmup if warmup < total else int(0.3 * total)
+
+
+def scaled_lr(base_lr: float, global_batch_size: int) -> float:
+    """Linear scaling rule: `base_lr` holds for a global batch of 256."""
+    return base_lr * global_batch_size / 256

@@ -12,7 +12,8 @@ from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
 from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
 from pipeline.training.checkpoint import Frozen, save_checkpoint
-from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
+from pipeline.training.config import DINOConfig
+from pipeline.training.step import TrainState, build_state, train_step
 
 TINY_VIT: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 OWN_VIT: dict[str, Any] = {"patch_size": 4, **TINY_VIT}

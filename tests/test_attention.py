@@ -11,7 +11,8 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from models.attention import cls_attention, pad_to_patch, patch_size
-from models.backbone import BackboneConfig, build_backbone
+from models.backbone import build_backbone
+from models.config import BackboneConfig
 from models.errors import ConfigError
 
 SMALL = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}

@@ -34,7 +34,7 @@ from pipeline.figures.attention_sheet import (
     overlays,
 )
 from pipeline.figures.drawing import picture_places, png_bytes
-from pipeline.training.step import DINOConfig
+from pipeline.training.config import DINOConfig
 
 CROPS = tiny_config().crops
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_batch, tiny_config
 
-from pipeline.training.auto import adapt, out_dim, resolve, teacher_momentum, teacher_temp
+from pipeline.training.auto import out_dim, resolve, teacher_momentum, teacher_temp
 from pipeline.training.config import Schedule
+from pipeline.training.match_weights import adapt
 from pipeline.training.step import build_state, train_step
 
 AUTO = {

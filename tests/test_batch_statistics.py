@@ -21,13 +21,14 @@ from pipeline.data.demo_images import draw_demo_image
 from pipeline.data.manifest import DataConfig, build_manifest
 from pipeline.data.source import Source
 from pipeline.evaluation.batch_statistics import calibrated
+from pipeline.evaluation.config import ProbeConfig
 from pipeline.evaluation.features import embed_source
 from pipeline.evaluation.in_training import evaluate
-from pipeline.evaluation.probes import ProbeConfig
 from pipeline.reporting.run_report import build_report
 from pipeline.storage.files import Directory
+from pipeline.training.config import DINOConfig
 from pipeline.training.ddp import distribute
-from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
+from pipeline.training.step import TrainState, build_state, train_step
 
 LABELS = ("checks", "dots", "rings", "stripes")
 

@@ -18,7 +18,6 @@ from pipeline.evaluation.features import embed
 from pipeline.storage.files import Directory
 from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints
 from pipeline.training.checkpoint import (
-    CheckpointConfig,
     Found,
     download_checkpoint,
     find_checkpoint,
@@ -29,7 +28,8 @@ from pipeline.training.checkpoint import (
     read_meta,
     save_checkpoint,
 )
-from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
+from pipeline.training.config import CheckpointConfig, DINOConfig
+from pipeline.training.step import TrainState, build_state, train_step
 
 FILES = ("meta.json", "student.safetensors", "teacher.safetensors", "train_state.pt")
 NUM_STEPS = 6

@@ -11,7 +11,7 @@ from no_ray import RayStarted, forbid_ray
 
 from jobs import pretrain, tune
 from jobs.cli.config import load_config
-from jobs.runs.train import Inputs
+from jobs.runs.inputs import Inputs
 from models.errors import ConfigError
 from pipeline.data.demo_images import draw_demo_image
 from pipeline.data.manifest import DataConfig, build_manifest
@@ -19,7 +19,7 @@ from pipeline.data.parquet import read_column
 from pipeline.data.source import Source
 from pipeline.evaluation import class_names
 from pipeline.evaluation.class_names import Mismatch, class_mismatch
-from pipeline.evaluation.features import EvalConfig
+from pipeline.evaluation.config import EvalConfig
 from pipeline.storage.files import Directory
 
 

@@ -19,8 +19,8 @@ from pipeline.data.demo_images import draw_demo_image
 from pipeline.data.detection import folder_label
 from pipeline.data.manifest import DataConfig, build_manifest, load_or_build
 from pipeline.data.source import Source
-from pipeline.evaluation.features import EvalConfig, labelled_sources
-from pipeline.evaluation.labels import held_out
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.labels import held_out, labelled_sources
 from pipeline.storage.files import Directory
 
 ROWS = 12

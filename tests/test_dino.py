@@ -8,7 +8,8 @@ import torch
 from tiny import TINY_RESNET, tiny_batch, tiny_config
 from torch import Tensor, nn
 
-from models.dino import DINO, MultiCropNet, TeacherConfig, crop_major
+from models.config import TeacherConfig
+from models.dino import DINO, MultiCropNet, crop_major
 from pipeline.training.step import build_state
 
 

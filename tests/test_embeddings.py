@@ -32,7 +32,7 @@ from pipeline.export.embeddings import (
 )
 from pipeline.storage.files import Directory
 from pipeline.training.checkpoint import Frozen
-from pipeline.training.step import DINOConfig
+from pipeline.training.config import DINOConfig
 
 CONFIG = tiny_config()
 

@@ -22,16 +22,9 @@ from models.errors import ConfigError
 from pipeline.data.manifest import build_manifest
 from pipeline.data.source import Source
 from pipeline.evaluation.backbone_outputs import embed_views, with_blocks
-from pipeline.evaluation.features import (
-    EvalConfig,
-    Features,
-    KnnProblem,
-    class_numbers,
-    embed_source,
-    knn_accuracy,
-    labelled_sources,
-    subset,
-)
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.features import Features, KnnProblem, class_numbers, embed_source, knn_accuracy
+from pipeline.evaluation.labels import labelled_sources, subset
 from pipeline.evaluation.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
 from pipeline.storage.files import Directory
 from pipeline.training.checkpoint import Frozen, read_frozen

@@ -10,9 +10,11 @@ from tiny import tiny_config
 from pipeline.data.source import Source
 from pipeline.evaluation import in_training
 from pipeline.evaluation.backbone_outputs import embed_views
-from pipeline.evaluation.features import Features, embed_source, eval_batches, knn_accuracy, subset
+from pipeline.evaluation.config import ProbeConfig
+from pipeline.evaluation.features import Features, embed_source, eval_batches, knn_accuracy
 from pipeline.evaluation.in_training import Evaluation, evaluate
-from pipeline.evaluation.probes import ProbeConfig, lidar, rankme
+from pipeline.evaluation.labels import subset
+from pipeline.evaluation.probes import lidar, rankme
 
 CROPS = tiny_config().crops
 PROBE = ProbeConfig(lidar_images=6, lidar_views=3)

@@ -36,7 +36,8 @@ from pipeline.export.onnx_export import export_onnx, resize_matrix
 from pipeline.export.timm_export import timm_arguments
 from pipeline.export.weights import export_official, export_state_dict, official_args
 from pipeline.storage.files import Directory
-from pipeline.training.step import DINOConfig, build_state
+from pipeline.training.config import DINOConfig
+from pipeline.training.step import build_state
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED_HEAD = {"head": {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}}

@@ -19,8 +19,8 @@ from pipeline.data.decode import decode, eval_crop
 from pipeline.data.demo_images import draw_demo_image
 from pipeline.data.manifest import DataConfig, load_or_build
 from pipeline.data.source import Source
+from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.features import (
-    EvalConfig,
     Features,
     KnnProblem,
     embed,
@@ -29,10 +29,9 @@ from pipeline.evaluation.features import (
     eval_batches,
     knn_accuracy,
     knn_classify,
-    labelled_sources,
     merge,
-    subset,
 )
+from pipeline.evaluation.labels import labelled_sources, subset
 from pipeline.storage.files import Directory
 
 CROPS = tiny_config().crops

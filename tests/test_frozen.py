@@ -9,7 +9,8 @@ from ranks import labelled_source, seeded_backbone
 from tiny import TINY_RESNET, tiny_config
 from torch import nn
 
-from models.backbone import BackboneConfig, build_backbone
+from models.backbone import build_backbone
+from models.config import BackboneConfig
 from models.errors import ConfigError
 from pipeline.augment.multicrop import crop_rng, multi_crop
 from pipeline.data.decode import decode

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from tiny import tiny_batch, tiny_config
 from torch import Tensor
 
-from pipeline.training.health import Health, HealthConfig, Judge, UnhealthyError, Verdict, sums_of, symptom_of
+from pipeline.training.config import HealthConfig
+from pipeline.training.health import Health, Judge, sums_of, symptom_of
 from pipeline.training.step import build_state, train_step
+from pipeline.training.verdict import UnhealthyError, Verdict
 
 K, D = 8, 4
 CPU = torch.device("cpu")

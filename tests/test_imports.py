@@ -22,6 +22,10 @@ def loaded(code: str) -> set[str]:
         "pipeline.cluster.channel",
         "pipeline.evaluation.actors",  # packing, and embedding before a network comes
         "pipeline.augment.augmenter",
+        "jobs.cli.config",  # every setting
+        "jobs.doctor",
+        "jobs.pack",
+        "jobs.submit",
     ],
 )
 def test_processes_without_a_network_import_no_library_of_networks(module: str) -> None:

@@ -23,7 +23,7 @@ from pipeline.export.loading_code import FILES
 from pipeline.export.model_card import RunFacts, model_card, read_scores
 from pipeline.storage.files import Directory
 from pipeline.training.checkpoint import read_frozen, read_meta
-from pipeline.training.step import DINOConfig
+from pipeline.training.config import DINOConfig
 
 NAME = "teacher_step_00000003"
 FOLDERS = {form: f"{NAME}_{form}" for form in FILES} | {"official": "official_step_00000003"}

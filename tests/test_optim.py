@@ -9,19 +9,19 @@ from oracles import clip_one_by_one
 from tiny import tiny_config
 from torch import Tensor, nn
 
+from models.config import OptimConfig
 from models.dino import DINO
 from models.errors import ConfigError
 from models.lars import LARS
 from models.optim import (
-    OptimConfig,
     build_optimizer,
     clip_per_parameter,
     drop_last_layer_grads,
     param_groups,
     restore_optimizer,
-    scaled_lr,
     set_hyperparameters,
 )
+from models.schedules import scaled_lr
 
 
 def tiny_student(**head: object) -> Any:

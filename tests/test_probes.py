@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.errors import DataError
+from pipeline.evaluation.config import ProbeConfig
 from pipeline.evaluation.probes import (
-    ProbeConfig,
     collapsed_dims,
     feature_std,
     knn_vote,

@@ -16,7 +16,7 @@ from jobs.cli.recipes import RECIPES
 from models.backbone import build_backbone, embed_dim
 from pipeline.data.manifest import build_manifest
 from pipeline.data.partition import batch_size_per_worker
-from pipeline.training.step import Schedule
+from pipeline.training.config import Schedule
 
 NUM_IMAGES = 1_281_167
 """Training images of ImageNet-1k."""

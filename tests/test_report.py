@@ -25,7 +25,7 @@ from pipeline.reporting.plots import Curve, Level, chart, downsample
 from pipeline.reporting.run_report import LiveReport, build_report, write_report
 from pipeline.storage.files import Directory
 from pipeline.tracking.records import Records, Series, attention_figures, flat
-from pipeline.training.health import Verdict
+from pipeline.training.verdict import Verdict
 
 CONFIG = {"name": "first", "head": {"out_dim": 64}, "train": {"epochs": 4.0}, "data": {"path": "/images"}}
 

@@ -23,7 +23,7 @@ from jobs.studies.config import StudyArguments, StudyConfig, space_of, study_con
 from jobs.studies.resources import check_study_size
 from models.errors import ConfigError, ResourceError
 from pipeline.data.partition import batch_size_per_worker, check_parts
-from pipeline.training.step import Schedule
+from pipeline.training.config import Schedule
 
 on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 

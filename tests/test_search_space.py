@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.study.space import CENTER_MOMENTUM, Domain, at, default_space, grid, parse_space, place
-from pipeline.training.step import DINOConfig
+from pipeline.training.config import DINOConfig
 
 TEMP = Domain(kind="uniform", values=(0.02, 0.08))
 MOMENTUM = Domain(kind="one_minus_log", values=(0.5, 0.99))

@@ -20,7 +20,7 @@ from ray_head import RAY, RayHead, ray_head
 
 from jobs.cluster.job_server import attempts_at, connect
 from jobs.cluster.upload import MAX_BYTES, check_config_file, list_files, named_files, pack, read_runtime_env
-from jobs.runs.run_files import commit_of
+from jobs.runs.commit import commit_of
 from models.errors import ConfigError, DinorayError, ResourceError
 from pipeline.data.demo_images import PATTERNS, draw_demo_image
 from pipeline.storage.files import Directory

@@ -12,10 +12,12 @@ from timm.layers import BatchNormAct2d
 from tiny import NUM_IMAGES, TINY_RESNET
 from torch import Tensor, nn
 
-from models.backbone import BackboneConfig, build_backbone
+from models.backbone import build_backbone
+from models.config import BackboneConfig
 from models.sync_batch_norm import synchronise_batch_norm
+from pipeline.training.config import DINOConfig
 from pipeline.training.ddp import distribute
-from pipeline.training.step import DINOConfig, TrainState, build_state
+from pipeline.training.step import TrainState, build_state
 
 CPU = torch.device("cpu")
 NUM_ROWS = 10

@@ -21,10 +21,12 @@ from models.errors import DinorayError
 from models.published.checkpoint import MARK
 from pipeline.data.decode import eval_crop
 from pipeline.data.demo_images import draw_demo_image
-from pipeline.evaluation.features import EvalConfig, Features, embed, knn_accuracy
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.features import Features, embed, knn_accuracy
 from pipeline.export.timm_export import TimmExport, crop_share, export_timm, timm_arguments
 from pipeline.training.checkpoint import Frozen
-from pipeline.training.step import DINOConfig, pixels
+from pipeline.training.config import DINOConfig
+from pipeline.training.step import pixels
 
 
 def replace_kwargs(config: DINOConfig, **changes: Any) -> DINOConfig:

@@ -23,8 +23,9 @@ from models.errors import ConfigError
 from pipeline.reporting.run_report import build_report
 from pipeline.storage.files import Directory
 from pipeline.tracking import services
+from pipeline.tracking.config import TrackConfig
 from pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
-from pipeline.tracking.services import FILE, TrackConfig, Trackers, open_trackers
+from pipeline.tracking.services import FILE, Trackers, open_trackers
 from pipeline.tracking.sink import Sink
 
 MLFLOW = pytest.importorskip("mlflow")

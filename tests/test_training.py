@@ -21,16 +21,8 @@ from torch import Tensor, nn
 
 from models.errors import ConfigError, ResourceError
 from models.loss import koleo
-from pipeline.training.step import (
-    DINOConfig,
-    Schedule,
-    TrainState,
-    autocast,
-    build_state,
-    pixels,
-    train,
-    train_step,
-)
+from pipeline.training.config import DINOConfig, Schedule
+from pipeline.training.step import TrainState, autocast, build_state, pixels, train, train_step
 
 METRICS = {
     "loss",

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from models.errors import ConfigError, DataError
 from models.published.checkpoint import load, read_weights
-from pipeline.training.auto import adapt
 from pipeline.training.init_weights import read_weights as read_path
 from pipeline.training.init_weights import start_from
+from pipeline.training.match_weights import adapt
 from pipeline.training.step import TrainState, build_state
 
 HEAD: dict[str, Any] = {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}

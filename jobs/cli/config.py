@@ -20,15 +20,10 @@ from models.errors import ConfigError
 from pipeline.cluster.cost import CostConfig
 from pipeline.cluster.resources import ResourcesConfig
 from pipeline.data.manifest import DataConfig
-from pipeline.evaluation.features import EvalConfig
-from pipeline.evaluation.probes import ProbeConfig
+from pipeline.evaluation.config import EvalConfig, ProbeConfig
 from pipeline.storage.files import Directory, MissingObject, is_s3, split_s3_uri
-from pipeline.tracking.run_log import LogConfig
-from pipeline.tracking.services import TrackConfig
-from pipeline.training.checkpoint import CheckpointConfig
-from pipeline.training.health import HealthConfig
-from pipeline.training.init_weights import InitConfig
-from pipeline.training.step import DINOConfig
+from pipeline.tracking.config import LogConfig, TrackConfig
+from pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
 
 FREE_SECTIONS = frozenset(
     {"resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}

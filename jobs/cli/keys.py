@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from models.backbone import argument_hint
+from models.config import argument_hint
 from models.errors import without_keys
 
 Config = TypeVar("Config", bound=BaseModel)

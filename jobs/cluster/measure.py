@@ -15,7 +15,7 @@ from pydantic import model_validator
 from jobs.cli.arguments import Arguments
 from jobs.cli.config import Config, load
 from jobs.cli.main import is_local, join_ray
-from jobs.runs.train import Inputs
+from jobs.runs.inputs import Inputs
 from jobs.studies.config import schedule_of
 from models.errors import ConfigError, DataError, ResourceError
 from pipeline.augment.config import CropsConfig, crop_bytes

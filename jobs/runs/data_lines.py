@@ -2,10 +2,10 @@
 
 import pyarrow.compute as pc
 
-from jobs.runs.train import Inputs
+from jobs.runs.inputs import Inputs
 from pipeline.data.detection import AUTO
-from pipeline.evaluation.features import EvalConfig
 from pipeline.data.source import Source
+from pipeline.evaluation.config import EvalConfig
 
 
 def describe_data(images: Source) -> str:

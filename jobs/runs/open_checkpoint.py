@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jobs.cli.config import Config, apply_overrides, validate
 from models.errors import ConfigError
+from pipeline.storage.run_dir import checkpoint_name
 from pipeline.training.checkpoint import (
     Found,
     Frozen,
@@ -16,7 +17,6 @@ from pipeline.training.checkpoint import (
     read_frozen,
     read_meta,
 )
-from pipeline.storage.run_dir import checkpoint_name
 
 
 class Opened(NamedTuple):

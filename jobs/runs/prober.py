@@ -12,12 +12,13 @@ import torch
 from jobs.cli.config import Config
 from models.backbone import embed_dim
 from models.errors import DataError
-from pipeline.evaluation.actors import EmbedTask, embed_on_actors
-from pipeline.training.checkpoint import Frozen
-from pipeline.evaluation.features import Features, KnnProblem, class_numbers, embed_source, merge, subset
-from pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_blocks
-from pipeline.evaluation.probes import LinearScores, collapsed_dims, feature_std, lidar, linear_probe, rankme
 from pipeline.data.source import Source
+from pipeline.evaluation.actors import EmbedTask, embed_on_actors
+from pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_blocks
+from pipeline.evaluation.features import Features, KnnProblem, class_numbers, embed_source, merge
+from pipeline.evaluation.labels import subset
+from pipeline.evaluation.probes import LinearScores, collapsed_dims, feature_std, lidar, linear_probe, rankme
+from pipeline.training.checkpoint import Frozen
 
 LABELLED = ("knn", "linear")
 LABEL_FREE = ("rankme", "lidar", "std")

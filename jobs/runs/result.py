@@ -6,8 +6,8 @@ from typing import Any
 
 from jobs.cli.display import describe_calibration
 from models.errors import DataError
-from pipeline.training.health import Verdict
 from pipeline.storage.files import Directory
+from pipeline.training.verdict import Verdict
 
 RESULT = "result.json"
 """Written last: where it stands, the run is finished."""

@@ -3,8 +3,6 @@
 import json
 import os
 import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -15,22 +13,21 @@ import torch
 from rich.console import Console
 
 from jobs.cli.config import Config, load
-from jobs.cli.main import is_local
 from jobs.cli.keys import flatten
+from jobs.cli.main import is_local
 from jobs.cli.recipes import demo_data
-from jobs.runs.train import Inputs
-from pipeline.figures.contact_sheet import contact_sheet
+from jobs.runs.commit import COMMIT, commit_of
+from jobs.runs.inputs import Inputs
 from pipeline.augment.multicrop import crop_rng, multi_crop
+from pipeline.cluster.nodes import node_sorts
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.demo_images import demo_folder, write_demo_images
-from pipeline.cluster.nodes import node_sorts
+from pipeline.figures.contact_sheet import contact_sheet
+from pipeline.storage.files import Directory
 from pipeline.tracking.records import read_mapping
 from pipeline.training.init_weights import INIT_LINE
-from pipeline.storage.files import Directory
 
 ENVIRONMENT = "environment.json"
-COMMIT = "DINORAY_COMMIT"
-"""The environment variable by which jobs.submit names the commit of code that travels without its history."""
 
 
 def draw_demo(config: Config, console: Console) -> None:
@@ -122,15 +119,6 @@ def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:
         sort = json.dumps({key: value for key, value in row.items() if key != "nodes"}, sort_keys=True)
         known[sort] = row | {"nodes": max(row["nodes"], known[sort]["nodes"] if sort in known else 0)}
     run.write(ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())
-
-
-def commit_of(folder: Path) -> str | None:
-    """What is checked out there, `-dirty` if it was changed since; None without a history, or without git."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    asked = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

@@ -13,7 +13,7 @@ from jobs.cli.config import Config
 from jobs.cli.main import check_gpus, is_local
 from models.errors import ConfigError, ResourceError
 from pipeline.cluster.resources import ResourcesConfig
-from pipeline.training.step import Schedule
+from pipeline.training.config import Schedule
 
 FEW_IMAGES = 500
 """Below this many images a network that starts from noise learns little that carries over to others."""

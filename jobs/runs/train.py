@@ -7,100 +7,35 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from jobs.cli.config import Config
 from jobs.cli.keys import flatten
 from jobs.cli.lost_ray import LostRayError, error_to_print, last_words
+from jobs.runs.inputs import Inputs
 from models.backbone import build_backbone
 from models.errors import one_line
 from models.published.checkpoint import Weights
-from pipeline.training.auto import adapt, resolve
 from pipeline.cluster.channel import Board, Event, fatal_error
-from pipeline.evaluation.class_names import Mismatch, class_mismatch
-from pipeline.stream.ray_data import StreamPlan
-from pipeline.data.decode import BadImage, decode
-from pipeline.data.detection import AUTO
-from pipeline.evaluation.features import labelled_sources
-from pipeline.evaluation.labels import held_out
 from pipeline.data.partition import batch_size_per_worker, check_parts
-from pipeline.data.manifest import load_or_build
-from pipeline.data.order import Order
-from pipeline.reporting.run_report import write_report
-from pipeline.storage.run_dir import committed_checkpoints, committed_steps
-from pipeline.stream.shared_stream import SharedStream
 from pipeline.data.source import Source
-from pipeline.training.init_weights import INIT_LINE, read_weights, start_from
+from pipeline.reporting.run_report import write_report
 from pipeline.storage.files import Directory
+from pipeline.storage.run_dir import committed_checkpoints, committed_steps
+from pipeline.stream.ray_data import StreamPlan
+from pipeline.stream.shared_stream import SharedStream
 from pipeline.tracking.services import check_trackers
-from pipeline.training.step import DINOConfig, build_state
-from pipeline.worker.worker import fit
+from pipeline.training.auto import resolve
+from pipeline.training.config import DINOConfig
+from pipeline.training.init_weights import INIT_LINE, read_weights, start_from
+from pipeline.training.match_weights import adapt
+from pipeline.training.step import build_state
 from pipeline.worker.spec import WorkerSpec
-
-_NUM_PICTURES = 4
-"""Images whose attention is drawn at each evaluation."""
-
+from pipeline.worker.worker import fit
 
 _END_SECONDS = 60.0
 """Within which workers that all came to the same error have ended."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The images of a run: those that it learns from, and those that it is evaluated on, if any."""
-
-    images: Source
-    labelled: tuple[Source, Source] | None
-    mismatch: Mismatch | None = None
-    """Validation classes without training images; `labelled` is None where no class is shared."""
-
-    @classmethod
-    def open(cls, config: Config, directory: Directory) -> "Inputs":
-        """List them, or read the manifests that `directory` keeps of an earlier listing."""
-        images = Source(config.data, load_or_build(config.data, directory))
-        labelled = evaluated_images(config, images, directory)
-        mismatch = class_mismatch(*labelled, config.eval) if labelled else None
-        return cls(images, None if mismatch and mismatch.is_disjoint else labelled, mismatch)
-
-    def order(self, seed: int) -> Order:
-        """The order in which a run of this seed takes the images."""
-        manifest = self.images.manifest
-        # Parquet row groups among which rows are shuffled: as many as an augment actor can keep in memory.
-        window = 1
-        if manifest.group_bytes is not None:
-            window = max(
-                1, int(self.images.config.row_group_cache_bytes // max(1, manifest.group_bytes.max()))
-            )
-        return Order(
-            self.images.num_images, seed=seed, group_sizes=manifest.group_sizes, window_groups=window
-        )
-
-    def pictures(self) -> list[tuple[str, NDArray[np.uint8]]]:
-        """A handful, the same for each evaluation: evenly spaced ones of those that are classified, if any are."""
-        shown = self.labelled[1] if self.labelled else self.images
-        spaced = np.linspace(0, shown.num_images - 1, min(_NUM_PICTURES, shown.num_images)).astype(int)
-        pictures = []
-        for fetched in shown.fetch(spaced.tolist()):
-            with contextlib.suppress(BadImage):
-                if fetched.data is not None:
-                    pictures.append((fetched.key, decode(fetched.data, max_pixels=shown.config.max_pixels)))
-        return pictures
-
-
-def evaluated_images(
-    config: Config, images: Source | None, directory: Directory | None = None
-) -> tuple[Source, Source] | None:
-    """Labelled images that vote and labelled images that are classified: those that the settings name, else a held-out
-    part of `images`; None where there are no labels."""
-    named = labelled_sources(config.data, config.eval, directory)
-    if images is None or config.eval.val_path != AUTO:
-        return named
-    limits = {"max_train_images": config.eval.max_train_images, "max_val_images": config.eval.max_val_images}
-    return held_out(images, **limits)
 
 
 def check_run(config: Config) -> None:

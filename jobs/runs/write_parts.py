@@ -2,19 +2,21 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from rich.console import Console
 
 from jobs.cli.main import start_ray
-from pipeline.evaluation.actors import EmbedTask, Work, embed_on_actors
-from pipeline.training.checkpoint import Frozen
+from pipeline.cluster.resources import ResourcesConfig
 from pipeline.data.detection import AUTO
 from pipeline.data.manifest import DataConfig
-from pipeline.cluster.resources import ResourcesConfig
 from pipeline.data.source import Source
+from pipeline.evaluation.actors import EmbedTask, Work, embed_on_actors
 from pipeline.storage.files import Directory
+
+if TYPE_CHECKING:
+    from pipeline.training.checkpoint import Frozen
 
 _NOT_IN_ROWS = {"fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction"}
 """Settings of `data` that do not change what is written."""
@@ -28,7 +30,7 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
 
 def write_missing(
     work: Work,
-    network: Frozen | None,
+    network: "Frozen | None",
     source: Source,
     *,
     missing: Sequence[int],

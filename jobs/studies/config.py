@@ -13,8 +13,8 @@ from jobs.cli.arguments import Arguments
 from jobs.cli.config import Config, apply_tree, load, validate_as
 from jobs.cli.keys import did_you_mean, leaf_fields
 from jobs.studies.rules import scheduler_mistakes, warmup_mistakes
+from models.config import LossConfig
 from models.errors import ConfigError
-from models.loss import LossConfig
 from pipeline.data.detection import AUTO
 from pipeline.study.config import StudySettings
 from pipeline.study.objective import Objective, choose
@@ -29,7 +29,7 @@ from pipeline.study.space import (
     default_space,
 )
 from pipeline.training.auto import resolve
-from pipeline.training.step import DINOConfig, Schedule
+from pipeline.training.config import DINOConfig, Schedule
 
 FREE = (
     "tune.trials",

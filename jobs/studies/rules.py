@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from models.loss import LossConfig
+from models.config import LossConfig
 from pipeline.study.config import StudySettings
 from pipeline.study.space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Space
 

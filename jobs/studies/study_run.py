@@ -14,8 +14,9 @@ import ray
 from rich.console import Console
 
 from jobs.cli.main import join_ray
+from jobs.runs.inputs import Inputs
 from jobs.runs.run_files import note_hardware
-from jobs.runs.train import Inputs, stream_plan
+from jobs.runs.train import stream_plan
 from jobs.studies.config import StudyConfig, candidate, grace_steps, num_trials, schedule_of, trial_config
 from jobs.studies.lines import about_study, describe_search, trial_line
 from jobs.studies.resources import local_cores, lost_outcome, plan_of
@@ -133,9 +134,8 @@ class StudyRun:
                     asha = halving if tune.scheduler == "asha" else None
                     self._search(sharing, self._next_trial, {seed}, asha)
             while confirming := self._to_confirm():
-                self._console.print(
-                    f"confirming the best {tune.confirm_top} with {tune.confirm_seeds} seeds each"
-                )
+                top, seeds = tune.confirm_top, tune.confirm_seeds
+                self._console.print(f"confirming the best {top} with {seeds} seeds each")
                 self._confirm(runner, sorted({trial.seed for trial in confirming}))
         finally:
             ray.shutdown()

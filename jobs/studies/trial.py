@@ -13,9 +13,10 @@ from typing import Any
 
 import ray
 
+from jobs.runs.inputs import Inputs
 from jobs.runs.result import RESULT, write_result
 from jobs.runs.run_files import write_environment
-from jobs.runs.train import Inputs, run_training, what_is_learnt
+from jobs.runs.train import run_training, what_is_learnt
 from jobs.studies.config import StudyConfig, space_of, trial_config
 from models.errors import ConfigError, DataError, DinorayError, ResourceError
 from models.settings import number
@@ -41,7 +42,7 @@ from pipeline.study.trials import (
     write_trial,
 )
 from pipeline.tracking.records import read, read_records
-from pipeline.training.health import UnhealthyError, Verdict
+from pipeline.training.verdict import UnhealthyError, Verdict
 
 _COMMIT_SECONDS = 120.0
 """Ray commits a checkpoint some seconds after it was taken."""

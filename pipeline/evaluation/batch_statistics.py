@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.data.loader import load_batches
 from pipeline.data.source import Source
 from pipeline.evaluation.backbone_outputs import view_crops
-from pipeline.evaluation.features import embed, subset
+from pipeline.evaluation.features import embed
+from pipeline.evaluation.labels import subset
 from pipeline.training import distributed
 from pipeline.training.config import DINOConfig
 

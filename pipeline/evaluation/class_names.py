@@ -10,7 +10,8 @@ import numpy as np
 from pipeline.data.detection import AUTO
 from pipeline.data.parquet import CorruptShard, read_column
 from pipeline.data.source import Source
-from pipeline.evaluation.features import EvalConfig, subset
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.labels import subset
 from pipeline.storage.files import ChangedObject, MissingObject, Unreachable
 
 _NUM_NAMES = 3

@@ -13,57 +13,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 
 from models.errors import DataError, ResourceError
-from models.settings import Settings
 from pipeline.augment.config import CropsConfig
 from pipeline.data.decode import eval_crop
-from pipeline.data.detection import AUTO
 from pipeline.data.loader import load_batches
-from pipeline.data.manifest import DataConfig
-from pipeline.data.order import permute
 from pipeline.data.source import Source
-from pipeline.evaluation.labels import open_labelled
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.labels import subset
 from pipeline.evaluation.probes import knn_vote
-from pipeline.storage.files import Directory, normal_uri
 from pipeline.training import distributed
 from pipeline.training.step import autocast, pixels
-
-
-class EvalConfig(Settings):
-    """How good the teacher's features are, before, during and at the end of the run."""
-
-    val_path: str | None = "auto"
-    """Labelled images that are classified; auto: a fifth of `data.path`, if it has labels; null: no k-NN."""
-    train_path: str | None = None
-    """Labelled images that vote for those of `val_path`; None takes `data.path`."""
-    every_steps: int = Field(default=1000, ge=1)
-    """Steps between evaluations; there is one before the first step and one at the end as well."""
-    k: tuple[PositiveInt, ...] = Field(default=(10, 20), min_length=1)
-    """Numbers of neighbours that vote; one accuracy each."""
-    temperature: float = Field(default=0.07, gt=0)
-    """Temperature of the votes exp(cosine / temperature)."""
-    batch_size: int = Field(default=256, ge=1)
-    """Images per forward."""
-    max_train_images: int = Field(default=50_000, ge=1)
-    """Voters are a fixed random subset of at most this size."""
-    max_val_images: int = Field(default=10_000, ge=1)
-    """Classified images likewise."""
-    label_free: bool = True
-    """Where there are no labels: measure RankMe on `max_val_images` images of `data.path`."""
-    lidar: bool = False
-    """Measure LiDAR as well, on `probe.lidar_images` images of `data.path` by `probe.lidar_views` augmented views."""
-    image_size: int | None = Field(default=None, ge=8)
-    """Side of the centre crop in pixels; None takes the global crop size."""
-
-    @field_validator("val_path", "train_path")
-    @classmethod
-    def _path_is_an_address(cls, path: str | None) -> str | None:
-        if path is not None:
-            normal_uri(path)
-        return path
 
 
 class Features(NamedTuple):
@@ -76,30 +37,6 @@ class Features(NamedTuple):
 
 See = Callable[[NDArray[np.uint8], Features], None]
 """(uint8 [n, S, S, 3], their features) -> nothing: is shown each batch as it is embedded."""
-
-
-def labelled_sources(
-    data: DataConfig, config: EvalConfig, run: Directory | None = None
-) -> tuple[Source, Source] | None:
-    """Sources of voters and of classified images, read like `data`; None unless `eval.val_path` names some.
-
-    Their manifests are kept in the run directory, if one is given. ConfigError when one of them has no labels.
-    """
-    if config.val_path in (None, AUTO):
-        return None
-
-    def source(path: str, name: str, setting: str) -> Source:
-        at = DataConfig.model_validate(data.model_dump() | {"path": path})
-        return open_labelled(at, run, name, setting=setting)
-
-    return (
-        source(
-            config.train_path or data.path,
-            "manifest_eval_train.parquet",
-            "eval.train_path" if config.train_path else "data.path",
-        ),
-        source(config.val_path, "manifest_eval_val.parquet", "eval.val_path"),
-    )
 
 
 def eval_batches(
@@ -154,13 +91,6 @@ def embed(
             f"{len(images)} images of {images.shape[1]} px at once do not fit the GPU; lower the batch size"
         ) from error
     return output.float().cpu().numpy()
-
-
-def subset(num_images: int, limit: int) -> NDArray[np.int64]:
-    """A fixed random subset of at most `limit` image indices, ascending: the same for every run and rank."""
-    if num_images <= limit:
-        return np.arange(num_images)
-    return np.sort(permute(np.arange(limit), size=num_images, seed=0))
 
 
 def embed_source(

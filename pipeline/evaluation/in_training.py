@@ -11,8 +11,10 @@ from pipeline.augment.config import CropsConfig
 from pipeline.data.source import Source
 from pipeline.evaluation.backbone_outputs import embed_views
 from pipeline.evaluation.batch_statistics import calibrated
-from pipeline.evaluation.features import EvalConfig, Features, embed_sharded, knn_accuracy, subset
-from pipeline.evaluation.probes import ProbeConfig, lidar, rankme
+from pipeline.evaluation.config import EvalConfig, ProbeConfig
+from pipeline.evaluation.features import Features, embed_sharded, knn_accuracy
+from pipeline.evaluation.labels import subset
+from pipeline.evaluation.probes import lidar, rankme
 from pipeline.figures.attention_sheet import attention_figure
 from pipeline.figures.drawing import thumbnail
 from pipeline.tracking.sink import Embedding

@@ -16,6 +16,7 @@ from pipeline.data.manifest import DataConfig, build_manifest, load_or_build
 from pipeline.data.order import permute
 from pipeline.data.parquet import read_column
 from pipeline.data.source import Source
+from pipeline.evaluation.config import EvalConfig
 from pipeline.storage.files import Directory
 
 HELD_OUT_SHARE = 0.2
@@ -92,3 +93,34 @@ def held_out(images: Source, *, max_train_images: int, max_val_images: int) -> t
     chosen = np.arange(min(total, num_val + max_train_images))
     mixed = permute(chosen, size=total, seed=1)
     return labelled.select(np.sort(mixed[num_val:])), labelled.select(np.sort(mixed[:num_val]))
+
+
+def labelled_sources(
+    data: DataConfig, config: EvalConfig, run: Directory | None = None
+) -> tuple[Source, Source] | None:
+    """Sources of voters and of classified images, read like `data`; None unless `eval.val_path` names some.
+
+    Their manifests are kept in the run directory, if one is given. ConfigError when one of them has no labels.
+    """
+    if config.val_path in (None, AUTO):
+        return None
+
+    def source(path: str, name: str, setting: str) -> Source:
+        at = DataConfig.model_validate(data.model_dump() | {"path": path})
+        return open_labelled(at, run, name, setting=setting)
+
+    return (
+        source(
+            config.train_path or data.path,
+            "manifest_eval_train.parquet",
+            "eval.train_path" if config.train_path else "data.path",
+        ),
+        source(config.val_path, "manifest_eval_val.parquet", "eval.val_path"),
+    )
+
+
+def subset(num_images: int, limit: int) -> NDArray[np.int64]:
+    """A fixed random subset of at most `limit` image indices, ascending: the same for every run and rank."""
+    if num_images <= limit:
+        return np.arange(num_images)
+    return np.sort(permute(np.arange(limit), size=num_images, seed=0))

@@ -12,42 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from models.errors import DataError
 from models.schedules import warmup_cosine
-from models.settings import Settings
+from pipeline.evaluation.config import ProbeConfig
 
 Rows = Tensor | NDArray[np.floating]
-
-
-class ProbeConfig(Settings):
-    """What `jobs.evaluate` measures beside k-NN. Nothing here changes a run."""
-
-    max_images: int = Field(default=25_600, ge=2)
-    """RankMe and feature std: a fixed random subset of the images under `data.path`, of at most this size."""
-    lidar_images: int = Field(default=256, ge=2)
-    """LiDAR: images likewise; the rank found is below their number."""
-    lidar_views: int = Field(default=10, ge=2)
-    """LiDAR: augmented views of each."""
-    linear_blocks: int = Field(default=4, ge=1)
-    """Linear: class tokens of this many last blocks, side by side (published: ViT-S 4, ViT-B 1)."""
-    linear_mean_patches: bool = False
-    """Linear: the mean patch token beside them (published: ViT-B true)."""
-    linear_lrs: tuple[PositiveFloat, ...] = Field(
-        default=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1),
-        min_length=1,
-    )
-    """Linear: learning rates per 256 images that are tried, all in one training."""
-    linear_epochs: int = Field(default=100, ge=1)
-    """Linear: passes over the features."""
-    linear_batch_size: int = Field(default=256, ge=1)
-    """Linear: features per step."""
-    linear_holdout: float = Field(default=0.1, gt=0, lt=1)
-    """Linear: share of the training images kept out to choose the learning rate by."""
-    seed: int = Field(default=0, ge=0)
-    """Seeds the linear classifiers, the held-out share, and the views."""
 
 
 def knn_vote(

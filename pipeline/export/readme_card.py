@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from models.optim import scaled_lr
+from models.schedules import scaled_lr
 from pipeline.export.loading_code import loading_code
 
 MIN_TIMM = "1.0.26"

@@ -20,8 +20,9 @@ from pipeline.augment.multicrop import limit_threads, prepare_kernel
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Order
 from pipeline.data.source import Source
+from pipeline.training.config import DINOConfig
 from pipeline.training.distributed import set_up_device
-from pipeline.training.step import DINOConfig, TrainState, build_state, train_step
+from pipeline.training.step import TrainState, build_state, train_step
 
 _BLOCK_IMAGES = 64
 _REQUESTS = 24

@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.reporting.charts import Chart, drawn
 from pipeline.reporting.page import Html, explained, section, table
 from pipeline.tracking.records import Records
-from pipeline.training.health import Verdict
+from pipeline.training.verdict import Verdict
 
 _MAX_VERDICTS = 20
 _CHARTS = (

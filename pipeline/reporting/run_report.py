@@ -32,7 +32,7 @@ from pipeline.reporting.summary import count, course, header, next_commands
 from pipeline.reporting.throughput import cost_tiles, feeding
 from pipeline.storage.files import Directory
 from pipeline.tracking.records import Records, attention_figures, flat, read, read_mapping, read_records
-from pipeline.training.health import Verdict
+from pipeline.training.verdict import Verdict
 
 NAME = "report.html"
 _MAX_FIGURES = 6

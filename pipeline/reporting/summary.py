@@ -16,7 +16,7 @@ from pipeline.reporting.page import Html, commands, escape, section
 from pipeline.storage.files import Directory, is_s3
 from pipeline.storage.run_dir import committed_checkpoints
 from pipeline.tracking.records import Records, attention_figures, read_mapping
-from pipeline.training.health import Verdict
+from pipeline.training.verdict import Verdict
 
 _NEWEST = 20
 """Lines by which speed is told."""

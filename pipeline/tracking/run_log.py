@@ -13,21 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
-from models.settings import Settings
 from pipeline.storage.files import Directory, MissingObject, is_s3
 from pipeline.storage.run_dir import checkpoint_name
 from pipeline.tracking.records import attention_figures
 from pipeline.tracking.sink import Embedding, Sink
 from pipeline.tracking.tensorboard import TensorBoard
-
-
-class LogConfig(Settings):
-    """How often metrics are written."""
-
-    every_steps: int = Field(default=10, ge=1)
-    """Steps between logged steps; metrics are those of the step, rates are means since the last one."""
 
 
 class JsonLines:

@@ -15,11 +15,9 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
-from pydantic import Field
-
 from models.errors import ConfigError, one_line
-from models.settings import Settings
 from pipeline.storage.files import Directory, MissingObject
+from pipeline.tracking.config import TrackConfig
 from pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
 from pipeline.tracking.scalar_names import grouped
 from pipeline.tracking.sink import Sink, numbers
@@ -32,18 +30,6 @@ _PAUSES = (0.0, 5.0, 60.0)
 """Seconds before each time that something is tried."""
 _END_SECONDS = 30.0
 """How long a run that ends waits for what is still to be sent."""
-
-
-class TrackConfig(Settings):
-    """Services that follow a run, beside the files in its directory. Their addresses and keys come from the environment
-    of the train workers (MLFLOW_TRACKING_URI, WANDB_API_KEY, WANDB_MODE), never from here."""
-
-    mlflow: bool = False
-    """Log to MLflow."""
-    wandb: bool = False
-    """Log to Weights & Biases."""
-    project: str = Field(default="dinoray", min_length=1)
-    """The MLflow experiment and the W&B project that the run is filed under."""
 
 
 def asked_for(config: TrackConfig) -> list[str]:

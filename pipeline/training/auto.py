@@ -1,4 +1,4 @@
-"""What a config becomes once the images, or the weights that it starts from, are known.
+"""Numbers for the settings that are `auto`, once the images are known.
 
 Where it says `auto`, `resolve` puts numbers in, by the number of images and the batch, and says why: a pure function
 of both, so a run that is continued gets the numbers that it began with. The rules restate what the field has found:
@@ -8,8 +8,6 @@ small sets want few prototypes, sharp targets and a quick teacher, small batches
 import math
 from typing import Any, NamedTuple
 
-from models.backbone import is_plain_vit
-from models.published.checkpoint import Weights
 from pipeline.training.config import DINOConfig, Schedule
 
 _SMALL, _LARGE = 20_000, 1_000_000
@@ -86,21 +84,3 @@ def _between(num_images: int) -> float:
     """0 at `_SMALL` images and below, 1 at `_LARGE` and above, even along the logarithm."""
     share = math.log(max(1, num_images) / _SMALL) / math.log(_LARGE / _SMALL)
     return min(1.0, max(0.0, share))
-
-
-def adapt(config: DINOConfig, weights: Weights) -> DINOConfig:
-    """Return `config` for networks that start from `weights`: published ViTs keep their grid and way of resizing it.
-
-    A backbone that is no plain ViT stays as it is; that the weights do not fit it is found when they are loaded.
-    """
-    pos_embed = weights.teacher.get("backbone.pos_embed")
-    patches = weights.teacher.get("backbone.patch_embed.proj.weight")
-    if not weights.official or pos_embed is None or patches is None or not is_plain_vit(config.backbone.name):
-        return config
-    side = math.isqrt(pos_embed.shape[1])
-    if side**2 != pos_embed.shape[1]:  # with a token for the class
-        side = math.isqrt(pos_embed.shape[1] - 1)
-    tree = config.model_dump()
-    tree["backbone"]["pos_embed"] = "official"
-    tree["backbone"]["kwargs"] = {"img_size": side * patches.shape[-1], **tree["backbone"]["kwargs"]}
-    return DINOConfig.model_validate(tree)

@@ -35,13 +35,11 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow.fs
 import torch
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from models.backbone import build_backbone
 from models.errors import ConfigError, DataError, one_line
 from models.optim import restore_optimizer
-from models.settings import Settings
 from pipeline.storage.files import Directory, MissingObject
 from pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
 from pipeline.training.config import DINOConfig
@@ -49,15 +47,6 @@ from pipeline.training.step import TrainState
 
 FORMAT = 2
 FILES = ("student.safetensors", "teacher.safetensors", "train_state.pt", "meta.json")
-
-
-class CheckpointConfig(Settings):
-    """When checkpoints are written and how many stay."""
-
-    every_steps: int = Field(default=500, ge=1)
-    """Steps between checkpoints; a killed run repeats at most these, plus a few seconds."""
-    num_to_keep: int = Field(default=3, ge=1)
-    """The newest that are kept."""
 
 
 def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_images: dict[str, int]) -> None:

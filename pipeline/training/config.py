@@ -8,16 +8,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from models import schedules
-from models.backbone import BackboneConfig
-from models.dino import TeacherConfig
-from models.head import HeadConfig
-from models.loss import LossConfig
-from models.optim import OptimConfig, scaled_lr
+from models.config import BackboneConfig, HeadConfig, LossConfig, OptimConfig, TeacherConfig
+from models.schedules import scaled_lr
 from models.settings import Settings, number
 from pipeline.augment.config import CropsConfig
+from pipeline.storage.files import normal_uri
 
 
 class TrainConfig(Settings):
@@ -116,3 +114,43 @@ class Schedule:
         return schedules.warmup_cosine(
             step, base=base, final=final, total_steps=self.total_steps, warmup_steps=warmup_steps
         )
+
+
+class CheckpointConfig(Settings):
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int = Field(default=500, ge=1)
+    """Steps between checkpoints; a killed run repeats at most these, plus a few seconds."""
+    num_to_keep: int = Field(default=3, ge=1)
+    """The newest that are kept."""
+
+
+class HealthConfig(Settings):
+    """When a run counts as collapsed, and what follows."""
+
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """Say so once and go on, or end the run with exit code 1."""
+    grace_steps: int | None = Field(default=None, ge=0)
+    """Steps before uniform targets count as collapse; None: until all warm-ups are over, and 10 % of the run."""
+    persistence: int = Field(default=5, ge=1)
+    """Logged steps in a row that must look collapsed."""
+    window: int = Field(default=10, ge=1)
+    """Logged steps over which mutual information and use of prototypes are taken."""
+    max_skipped: int = Field(default=3, ge=1)
+    """Non-finite steps in a row, all skipped, that send the run back to its last checkpoint, and then end it."""
+
+
+class InitConfig(Settings):
+    """What the networks start from."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """A .pth, .ckpt or .safetensors file, local or s3://, or a dinoray run or checkpoint; None starts from noise."""
+    load: Literal["backbone", "weights", "run"] = "weights"
+    """The backbone alone; all weights and the centre; or all of the run: optimiser and epoch as well."""
+
+    @field_validator("path")
+    @classmethod
+    def _path_is_an_address(cls, path: str | None) -> str | None:
+        if path is not None:
+            normal_uri(path)
+        return path

@@ -12,17 +12,15 @@ nearly the same point: hence the grace, and persistence throughout.
 
 import math
 from collections import deque
-from enum import Enum
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from models.errors import DinorayError
-from models.settings import Settings
+from pipeline.training.config import HealthConfig
 from pipeline.training.distributed import all_reduce_sum
+from pipeline.training.verdict import Verdict
 
 _UNIFORM_ENTROPY = 0.98
 _LEFT_UNIFORM = 0.95
@@ -30,64 +28,6 @@ _SINGLE_ENTROPY = 0.02
 _SINGLE_SHARE = 0.98
 _COLLAPSED_STD = 0.01
 """Thresholds, as shares: entropies of ln K, the fourth of rows, the last of 1 / sqrt(D); see benchmarks/collapse.py."""
-
-
-class HealthConfig(Settings):
-    """When a run counts as collapsed, and what follows."""
-
-    on_collapse: Literal["warn", "stop"] = "warn"
-    """Say so once and go on, or end the run with exit code 1."""
-    grace_steps: int | None = Field(default=None, ge=0)
-    """Steps before uniform targets count as collapse; None: until all warm-ups are over, and 10 % of the run."""
-    persistence: int = Field(default=5, ge=1)
-    """Logged steps in a row that must look collapsed."""
-    window: int = Field(default=10, ge=1)
-    """Logged steps over which mutual information and use of prototypes are taken."""
-    max_skipped: int = Field(default=3, ge=1)
-    """Non-finite steps in a row, all skipped, that send the run back to its last checkpoint, and then end it."""
-
-
-class Verdict(str, Enum):
-    """What is wrong with a run, if anything."""
-
-    HEALTHY = "healthy"
-    UNIFORM = "uniform collapse"
-    SINGLE = "single-prototype collapse"
-    NON_FINITE = "non-finite"
-
-    @property
-    def remedy(self) -> str:
-        """What a person can do about it."""
-        return _REMEDIES[self]
-
-
-_REMEDIES = {
-    Verdict.HEALTHY: "",
-    Verdict.UNIFORM: (
-        "all images get the same, even targets: sharpening is too weak; lower loss.teacher_temp, lengthen "
-        "loss.warmup_teacher_temp_epochs, or lower optim.base_lr"
-    ),
-    Verdict.SINGLE: (
-        "all images get the same prototype: centring is too slow or off; lower loss.center_momentum, set "
-        "loss.centering=center, or raise loss.teacher_temp"
-    ),
-    Verdict.NON_FINITE: (
-        "loss or gradients are not finite; lower optim.base_lr or optim.clip_grad, or set train.precision=fp32"
-    ),
-}
-
-
-class UnhealthyError(DinorayError):
-    """A run that was ended because of its health; `verdict` says what it died of."""
-
-    all_processes_raise_it = True
-
-    def __init__(self, message: str, verdict: Verdict) -> None:
-        super().__init__(message, verdict)  # both, so that it can be pickled
-        self.verdict = verdict
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Sums(NamedTuple):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 
@@ -21,7 +20,6 @@ from models.errors import ConfigError, DataError, one_line
 from models.optim import restore_optimizer
 from models.published import checkpoint as interop
 from models.published.checkpoint import Loaded, Weights
-from models.settings import Settings
 from pipeline.storage.files import Directory, normal_uri
 from pipeline.storage.run_dir import committed_checkpoints
 from pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_meta
@@ -36,22 +34,6 @@ _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 """How timm and transformers call the weights in a model's folder."""
 INIT_LINE = "init: "
 """With this begins each line on what a run started from, on the screen and in its environment.json."""
-
-
-class InitConfig(Settings):
-    """What the networks start from."""
-
-    path: str | None = Field(default=None, min_length=1)
-    """A .pth, .ckpt or .safetensors file, local or s3://, or a dinoray run or checkpoint; None starts from noise."""
-    load: Literal["backbone", "weights", "run"] = "weights"
-    """The backbone alone; all weights and the centre; or all of the run: optimiser and epoch as well."""
-
-    @field_validator("path")
-    @classmethod
-    def _path_is_an_address(cls, path: str | None) -> str | None:
-        if path is not None:
-            normal_uri(path)
-        return path
 
 
 def read_weights(path: str) -> Weights:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import huggingface_hub
 
 from models.backbone import build_backbone
-from pipeline.training.step import DINOConfig
+from pipeline.training.config import DINOConfig
 
 _ANSWER_SECONDS = 10.0
 """How long the hub may take for its first answer, and a download for its next bytes."""

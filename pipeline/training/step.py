@@ -23,24 +23,14 @@ from models.optim import build_optimizer, clip_per_parameter, drop_last_layer_gr
 from models.published import checkpoint as interop
 from pipeline.augment.config import CropsConfig
 from pipeline.data.partition import check_parts
-from pipeline.training.auto import adapt, resolve
-from pipeline.training.config import DINOConfig, Schedule, StepSettings, TrainConfig
+from pipeline.training.auto import resolve
+from pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
 from pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
-from pipeline.training.health import Health, HealthConfig, Sums, sums_of
+from pipeline.training.health import Health, Sums, sums_of
+from pipeline.training.match_weights import adapt
 
 # Batches may be read-only views. Nothing writes to them, so torch need not warn.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
-__all__ = [
-    "DINOConfig",
-    "Schedule",
-    "StepSettings",
-    "TrainConfig",
-    "TrainState",
-    "build_state",
-    "train",
-    "train_step",
-]
 
 
 @dataclass

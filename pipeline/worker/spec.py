@@ -11,17 +11,12 @@ from models.published.checkpoint import Weights
 from pipeline.cluster.channel import Board
 from pipeline.cluster.cost import CostConfig
 from pipeline.data.source import Source
-from pipeline.evaluation.features import EvalConfig
-from pipeline.evaluation.probes import ProbeConfig
+from pipeline.evaluation.config import EvalConfig, ProbeConfig
 from pipeline.storage.files import Directory
 from pipeline.stream.ray_data import StreamPlan
 from pipeline.stream.shared_stream import SharedStream
-from pipeline.tracking.run_log import LogConfig
-from pipeline.tracking.services import TrackConfig
-from pipeline.training.checkpoint import CheckpointConfig
-from pipeline.training.health import HealthConfig
-from pipeline.training.init_weights import InitConfig
-from pipeline.training.step import DINOConfig
+from pipeline.tracking.config import LogConfig, TrackConfig
+from pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
 
 
 @dataclass(frozen=True)

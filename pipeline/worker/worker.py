@@ -37,9 +37,9 @@ from pipeline.training.bad_images import Quarantine
 from pipeline.training.checkpoint import load_checkpoint, own_copy, temporary_checkpoint
 from pipeline.training.ddp import distribute
 from pipeline.training.distributed import all_reduce_max, set_up_device
-from pipeline.training.health import UnhealthyError, Verdict
 from pipeline.training.init_weights import start_from
 from pipeline.training.step import build_state, train
+from pipeline.training.verdict import UnhealthyError, Verdict
 from pipeline.worker.spec import WorkerSpec
 from pipeline.worker.throughput import Meter, Pace
 

@@ -12,7 +12,7 @@ from pipeline.study.findings.regions import collapse_regions, good_trials, range
 from pipeline.study.findings.statistics import chance_share, chance_tau
 from pipeline.study.space import Domain
 from pipeline.study.trials import Tried
-from pipeline.training.health import Verdict
+from pipeline.training.verdict import Verdict
 
 _EDGE = 0.02
 _MAX_NAMES = 8

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from pipeline.study.config import Searcher
 from pipeline.study.space import Space, at, grid, place
@@ -65,6 +64,8 @@ def grid_size(space: Space, grid_points: int) -> int:
 
 def _even_point(space: Space, seed: int, nth: int) -> dict[str, float]:
     """The nth point of a scrambled Sobol sequence: any first n of them cover the cube evenly."""
+    import torch  # two seconds that few studies need
+
     engine = torch.quasirandom.SobolEngine(max(1, len(space)), scramble=True, seed=seed)
     point = (
         engine.fast_forward(nth).draw(1, dtype=torch.float64)[0]

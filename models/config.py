@@ -1,0 +1,136 @@
+"""The settings of networks, loss and optimiser. No torch here: commands that train nothing read them too."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from models.settings import Auto, Settings
+
+_DECIDED_ELSEWHERE = {
+    "drop_path_rate": "set backbone.drop_path_rate instead",
+    "pretrained": "set backbone.pretrained instead",
+    "num_classes": "the backbone has no classifier",
+    "in_chans": "images are decoded as RGB, 3 channels",
+    "features_only": "the head takes one vector per image",
+    "checkpoint_path": "set init.path instead",
+}
+
+
+class BackboneConfig(Settings):
+    """Which timm network is pretrained."""
+
+    name: str = "vit_small_patch16_224"
+    """Any name that `timm.list_models()` knows, with or without a tag of its weights (`.lvd142m`)."""
+    pretrained: bool = False
+    """Start from the weights that timm publishes under this name, downloaded once."""
+    pos_embed: Literal["timm", "official"] = "timm"
+    """How ViTs resize position embeddings: timm's way (antialiased), or that of the published DINO."""
+    drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
+    """Stochastic depth of the student, linear from 0 to this rate over the blocks; the teacher has none."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments for `timm.create_model`, e.g. `{patch_size: 8}`."""
+
+    @field_validator("kwargs")
+    @classmethod
+    def _are_not_decided_elsewhere(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        for name, where in _DECIDED_ELSEWHERE.items():
+            if name in kwargs:
+                raise ValueError(f"backbone.kwargs must not hold {name}: {where}; leave out {name}")
+        return kwargs
+
+
+def argument_hint(name: str, value: str) -> str:
+    """`; ` and where an argument of `timm.create_model` is set; its name is no key of the config."""
+    if name in _DECIDED_ELSEWHERE:
+        return f"; leave out {name}: {_DECIDED_ELSEWHERE[name]}"
+    return f"; arguments of the network stand in backbone.kwargs: set backbone.kwargs.{name}={value}"
+
+
+class HeadConfig(Settings):
+    """The projection head of student and teacher."""
+
+    out_dim: Annotated[int, Field(ge=2)] | Auto = 65536
+    """K, the number of prototypes; auto: by the number of images."""
+    hidden_dim: int = Field(default=2048, ge=1)
+    """Width of the MLP's hidden layers."""
+    bottleneck_dim: int = Field(default=256, ge=1)
+    """Width of the L2-normalised bottleneck."""
+    num_layers: int = Field(default=3, ge=1)
+    """Linear layers up to and including the bottleneck; the prototype layer is not counted."""
+    use_bn: bool = False
+    """Batch norm between the MLP's layers, over the batches of all workers."""
+    norm_last_layer: bool = True
+    """Keep the prototypes on the unit sphere (frozen magnitude): steadier. False lets the magnitude learn."""
+
+
+class LossConfig(Settings):
+    """Temperatures and centring."""
+
+    student_temp: float = Field(default=0.1, gt=0)
+    """Temperature of the student's softmax."""
+    teacher_temp: Annotated[float, Field(gt=0)] | Auto = 0.04
+    """Temperature of the teacher's softmax after warm-up; above 0.07 runs become unstable; auto: by images."""
+    warmup_teacher_temp: float = Field(default=0.04, gt=0)
+    """Teacher temperature at the start."""
+    warmup_teacher_temp_epochs: int = Field(default=0, ge=0)
+    """Epochs from `warmup_teacher_temp` to `teacher_temp`, one linear stair per epoch; 0 starts at `teacher_temp`."""
+    center_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the old centre kept at each step; 0.999 and above is known to collapse."""
+    centering: Literal["center", "sinkhorn_knopp", "none"] = "center"
+    """What keeps prototypes in use: the moving centre, Sinkhorn-Knopp in its place, or nothing, which collapses."""
+    koleo_weight: float = Field(default=0.0, ge=0)
+    """Weight of KoLeo, which spreads the features of each global crop over the batch; DINOv2 has 0.1."""
+
+    @model_validator(mode="after")
+    def _warmup_rises(self) -> "LossConfig":
+        if self.teacher_temp == "auto":
+            return self
+        if self.warmup_teacher_temp_epochs and self.warmup_teacher_temp > self.teacher_temp:
+            raise ValueError(
+                f"warmup_teacher_temp={self.warmup_teacher_temp} must not exceed teacher_temp={self.teacher_temp}; "
+                f"set loss.warmup_teacher_temp={self.teacher_temp} or lower"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _center_has_a_momentum(self) -> "LossConfig":
+        if self.centering != "center" and self.center_momentum != 0.9:
+            raise ValueError(
+                f"center_momentum={self.center_momentum} has no effect with centering={self.centering}: there is no "
+                "centre; set loss.centering=center, or leave out center_momentum"
+            )
+        return self
+
+
+class TeacherConfig(Settings):
+    """How the teacher follows the student."""
+
+    teacher_momentum: Annotated[float, Field(ge=0, le=1)] | Auto = 0.996
+    """EMA coefficient at the first step; 0.9995 suits long runs with a batch of 256 or less; auto: by both."""
+    final_teacher_momentum: float = Field(default=1.0, ge=0, le=1)
+    """EMA coefficient reached at the last step, along a cosine."""
+
+
+class OptimConfig(Settings):
+    """Optimiser and its schedules."""
+
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """AdamW for ViTs; SGD or LARS for ResNets. Both of the latter use `momentum`."""
+    base_lr: float = Field(default=5e-4, gt=0)
+    """Peak learning rate at a global batch of 256; scaled linearly with the global batch."""
+    min_lr: float = Field(default=1e-6, ge=0)
+    """Learning rate that the cosine ends at; not scaled."""
+    warmup_epochs: float = Field(default=10, ge=0)
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = Field(default=0.04, ge=0)
+    """Weight decay at the first step; biases and 1-D parameters have none."""
+    final_weight_decay: float = Field(default=0.4, ge=0)
+    """Weight decay that the cosine ends at."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD and LARS."""
+    clip_grad: float = Field(default=3.0, ge=0)
+    """Largest L2 norm of each parameter's gradient, tensor by tensor; 0 switches clipping off."""
+    freeze_last_layer_epochs: float = Field(default=1, ge=0)
+    """Epochs at the start in which the prototype layer gets no update."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of each block of the backbone as a share of the block's after it; 1 is the same for all."""

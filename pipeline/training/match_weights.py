@@ -1,0 +1,25 @@
+"""The position embeddings of a config as the weights that it starts from were trained with."""
+
+import math
+
+from models.backbone import is_plain_vit
+from models.published.checkpoint import Weights
+from pipeline.training.config import DINOConfig
+
+
+def adapt(config: DINOConfig, weights: Weights) -> DINOConfig:
+    """Return `config` for networks that start from `weights`: published ViTs keep their grid and way of resizing it.
+
+    A backbone that is no plain ViT stays as it is; that the weights do not fit it is found when they are loaded.
+    """
+    pos_embed = weights.teacher.get("backbone.pos_embed")
+    patches = weights.teacher.get("backbone.patch_embed.proj.weight")
+    if not weights.official or pos_embed is None or patches is None or not is_plain_vit(config.backbone.name):
+        return config
+    side = math.isqrt(pos_embed.shape[1])
+    if side**2 != pos_embed.shape[1]:  # with a token for the class
+        side = math.isqrt(pos_embed.shape[1] - 1)
+    tree = config.model_dump()
+    tree["backbone"]["pos_embed"] = "official"
+    tree["backbone"]["kwargs"] = {"img_size": side * patches.shape[-1], **tree["backbone"]["kwargs"]}
+    return DINOConfig.model_validate(tree)

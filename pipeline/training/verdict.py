@@ -1,0 +1,48 @@
+"""What is wrong with a run, if anything, and what a person can do about it. No torch here."""
+
+from enum import Enum
+
+from models.errors import DinorayError
+
+
+class Verdict(str, Enum):
+    """What is wrong with a run, if anything."""
+
+    HEALTHY = "healthy"
+    UNIFORM = "uniform collapse"
+    SINGLE = "single-prototype collapse"
+    NON_FINITE = "non-finite"
+
+    @property
+    def remedy(self) -> str:
+        """What a person can do about it."""
+        return _REMEDIES[self]
+
+
+_REMEDIES = {
+    Verdict.HEALTHY: "",
+    Verdict.UNIFORM: (
+        "all images get the same, even targets: sharpening is too weak; lower loss.teacher_temp, lengthen "
+        "loss.warmup_teacher_temp_epochs, or lower optim.base_lr"
+    ),
+    Verdict.SINGLE: (
+        "all images get the same prototype: centring is too slow or off; lower loss.center_momentum, set "
+        "loss.centering=center, or raise loss.teacher_temp"
+    ),
+    Verdict.NON_FINITE: (
+        "loss or gradients are not finite; lower optim.base_lr or optim.clip_grad, or set train.precision=fp32"
+    ),
+}
+
+
+class UnhealthyError(DinorayError):
+    """A run that was ended because of its health; `verdict` says what it died of."""
+
+    all_processes_raise_it = True
+
+    def __init__(self, message: str, verdict: Verdict) -> None:
+        super().__init__(message, verdict)  # both, so that it can be pickled
+        self.verdict = verdict
+
+    def __str__(self) -> str:
+        return str(self.args[0])
