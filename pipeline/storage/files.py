@@ -63,7 +63,7 @@ def is_reached_by_all(uri: str) -> bool:
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """`uri` as pyarrow wants it: a filesystem and a path within it; a relative local path becomes absolute.
 
-    For S3, endpoint, scheme and region are those that boto3 resolved and the credentials are left to the
+    For S3, endpoint, scheme and region are those that botocore resolved and the credentials are left to the
     same default chain, so a pickled filesystem carries no secret. DataError when the bucket is missing or
     forbidden: found here, by name, rather than by the first checkpoint.
     """
