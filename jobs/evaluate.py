@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> None:
     sides = None if asked.isdisjoint(LABELLED) else evaluated_images(config, images)
     for line in unlabelled_warnings(sides, config.eval):
         print(f"warning: {line}", flush=True)
+    paths = {"train_path": sides[0].config.path, "val_path": sides[1].config.path} if sides else {}
+    paths |= {"images_path": config.data.path} if wants_images else {}
     mismatch = class_mismatch(*sides, config.eval) if sides else None
     if mismatch:
         print(f"warning: {mismatch.text}", flush=True)
@@ -77,11 +79,13 @@ def main(argv: Sequence[str]) -> None:
         scores = prober.scores(probes, labelled=sides, images=images if wants_images else None)
     finally:
         ray.shutdown()
-    result = {"checkpoint": found.name, "which": arguments.which, **scores}
+    result = {"checkpoint": found.name, "which": arguments.which, **paths, **scores}
     suffix = "" if arguments.which == "teacher" else f"_{arguments.which}"
     file, folder = f"evaluation_{found.name}{suffix}.json", found.run or found.folder
-    before = json.loads(folder.read(file)) if folder.exists(file) else {}  # other probes', of another day
-    folder.write(file, json.dumps(before | result, indent=1).encode())
+    # Scores of other probes stay, unless they are of other images.
+    before = json.loads(folder.read(file)) if folder.exists(file) else {}
+    kept = before if all(before.get(name, path) == path for name, path in paths.items()) else {}
+    folder.write(file, json.dumps(kept | result, indent=1).encode())
     print("\n".join(summary(result, where=folder.join(file))))
 
 

@@ -135,6 +135,8 @@ def test_disjoint_classes_are_named_and_not_scored(run: Path, tmp_path: Path) ->
     val = tmp_path / "val"
     shutil.copytree(run.parent / "val" / "dots", val / "n01440764")
     checkpoint = shutil.copytree(run, tmp_path / "run")
+    of_other_images = {"val_path": str(run.parent / "val"), "knn_5": 0.9, "linear": 0.9}
+    (checkpoint / f"evaluation_{NAME}.json").write_text(json.dumps(of_other_images))
     output = run_job("jobs.evaluate", str(checkpoint), f"eval.val_path={val}")
     (first,) = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert first.startswith(
@@ -147,14 +149,18 @@ def test_disjoint_classes_are_named_and_not_scored(run: Path, tmp_path: Path) ->
     assert "rankme" in found
     assert "knn_5" not in found
     assert "linear" not in found
+    assert found["val_path"] == str(val)
 
 
 @pytest.mark.ray
 def test_a_lone_checkpoint_is_evaluated_where_the_overrides_say(run: Path, tmp_path: Path) -> None:
     lone = shutil.copytree(run / "checkpoints" / NAME, tmp_path / "best model")
     arguments = [str(lone), f"data.path={run.parent / 'val'}", "--which", "student", "--probes", "std,rankme"]
+    file = lone / "evaluation_best model_student.json"
+    file.write_text(json.dumps({"images_path": str(run.parent / "val"), "knn_5": 0.9}))
     run_job("jobs.evaluate", *arguments)
-    found = json.loads((lone / "evaluation_best model_student.json").read_text())
+    found = json.loads(file.read_text())
+    assert found["knn_5"] == 0.9, "a score of other probes is kept"
     config, network = frozen(run, "student")
     at = config.data.model_copy(update={"path": str(run.parent / "val")})
     features = embedded(config, network, Source(at, build_manifest(at)), 99, labelled=False).features
