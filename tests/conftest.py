@@ -18,6 +18,9 @@ from xdist.scheduler import LoadScopeScheduling
 hypothesis.settings.register_profile("dinoray", deadline=None)
 hypothesis.settings.load_profile("dinoray")
 
+# Before torch is imported: the cores are for several processes, whose threads would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Ray's workers are niced otherwise, and would starve beside tests that run at the same time.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own spelling)
 
