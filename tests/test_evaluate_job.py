@@ -183,8 +183,7 @@ def test_an_image_without_a_label_is_named_and_not_evaluated(run: Path, tmp_path
 
 
 @pytest.fixture
-def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def local_ray() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
     try:

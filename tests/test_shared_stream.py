@@ -64,7 +64,6 @@ def cluster() -> Iterator[Cluster]:
     """A head without CPUs, where consumers run, and a node of four, on which all actors find room."""
     folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_health_check_period_ms", "300")  # a lost node is noticed after five of them
         patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # of the workers

@@ -413,7 +413,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_head(head: RayHead, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> RayHead:
     """This process stands in the checkout, and its Ray clients go to the head."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.dashboard)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", MARKER)
     monkeypatch.chdir(checkout)
     return head

@@ -18,9 +18,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow]
 def test_a_trial_whose_node_is_lost_goes_on_from_its_checkpoint(
     images: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     temp_dir = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
     node = {"num_cpus": 3, "object_store_memory": 200 << 20}
     cluster = Cluster(
