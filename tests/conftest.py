@@ -1,16 +1,18 @@
-"""What tests share: a real S3 server, and a fresh bucket and clean AWS_* for each test."""
+"""What tests share: a Ray, a real S3 server, and a fresh bucket and clean AWS_* for each test."""
 
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 from faults import FaultProxy, fault_proxy
+from jobs_processes import ROOT
+from ray_head import RayHead, ray_head, run_job_on
 from servers import S3Server, aws_environment, s3_server
 from xdist.scheduler import LoadScopeScheduling
 
@@ -47,6 +49,26 @@ def _starts_ray(file: Path) -> bool:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndRay:
     """With -n."""
     return FilesAndRay(config, log)
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[S3Server]:
+    """The S3 server that the nodes of `cluster` are led to."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(store: S3Server) -> Iterator[RayHead]:
+    """A Ray that all jobs of this process's tests may share which do not need one of their own."""
+    with ray_head({**store.env, "PYTHONPATH": str(ROOT)}, num_cpus=6) as head:
+        yield head
+
+
+@pytest.fixture(scope="session")
+def run_here(cluster: RayHead) -> Callable[..., str]:
+    """`run_here("jobs.embed", *arguments, code=0)` runs a job to its end on `cluster` and returns what it printed."""
+    return partial(run_job_on, cluster)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,12 @@
 """A Ray head of the tests' own, with a dashboard: the smallest cluster that jobs can be submitted to."""
 
 import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,15 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs_processes import end_processes, processes_with
+import pytest
+import ray
+from jobs_processes import end_processes, foreign_lines, processes_with
 from servers import free_ports
+
+from jobs.cli.main import run_main
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @dataclass(frozen=True)
 class RayHead:
-    """A running head: its addresses, its files, and the environment that leads clients to it."""
+    """A running head: its addresses, its files, and the environment of its nodes, which leads clients to it."""
 
     dashboard: str
     gcs: str
@@ -72,7 +79,9 @@ def ray_head(
     address = f"http://127.0.0.1:{dashboard}"
     try:
         _wait_for_dashboard(address, process)
-        yield RayHead(address, gcs, Path(temp_dir), variables | {"RAY_API_SERVER_ADDRESS": address})
+        yield RayHead(
+            address, gcs, Path(temp_dir), {**variables, **(env or {}), "RAY_API_SERVER_ADDRESS": address}
+        )
     finally:
         process.kill()  # a polite stop takes many seconds, and nothing here is kept
         process.wait()
@@ -94,3 +103,37 @@ def _wait_for_dashboard(address: str, process: "subprocess.Popen[bytes]") -> Non
             assert process.poll() is None, "ray start ended"
             assert time.monotonic() < deadline, "the dashboard did not come up"
             time.sleep(0.2)
+
+
+def run_job_on(head: RayHead, module: str, *arguments: str, code: int = 0) -> str:
+    """As run_job, but the driver is this process and its Ray is `head`: no time goes into starting either.
+
+    For what is not about processes, their signals or their exit.
+    """
+    printed = io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name in [name for name in head.env if name.startswith("AWS_")]:
+            patch.setenv(name, head.env[name])
+        patch.setenv("RAY_ADDRESS", head.gcs)
+        patch.setattr(sys, "argv", [module, *arguments])
+        patch.setattr(ray._private.worker, "print_to_stdstream", ray._private.worker.print_to_stdstream)
+        try:
+            run_main(importlib.import_module(module).main)
+            ended: Any = 0
+        except SystemExit as end:
+            ended = end.code
+        finally:
+            ray.shutdown()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    output = printed.getvalue()
+    assert ended == code, output
+    assert foreign_lines(output) == [], output
+    return output

@@ -1,6 +1,7 @@
 """The embedding job in real processes: killed and continued, on S3, on forbidden and on bad images."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +79,9 @@ def vectors_by_hand(run: Path, source: Source) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def reference(world: Path) -> Path:
+def reference(world: Path, run_here: Callable[..., str]) -> Path:
     """Where a job that nothing interrupted wrote."""
-    output = run_job("jobs.embed", *arguments(world, world / "reference"))
+    output = run_here("jobs.embed", *arguments(world, world / "reference"))
     assert "120 images in = 118 vectors out + 2 quarantined" in output
     return world / "reference"
 
@@ -102,7 +103,9 @@ def test_every_readable_image_has_its_vector_and_every_other_its_reason(world: P
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_job_that_is_killed_continues_without_redoing_a_part(world: Path, reference: Path) -> None:
+def test_a_job_that_is_killed_continues_without_redoing_a_part(
+    world: Path, reference: Path, run_here: Callable[..., str]
+) -> None:
     out = world / "killed"
     with start_job("jobs.embed", *arguments(world, out)) as running:
         running.wait_until(lambda: len(parts(out)) >= 5)
@@ -111,7 +114,7 @@ def test_a_job_that_is_killed_continues_without_redoing_a_part(world: Path, refe
     assert 5 <= len(committed) < 120, "killed too late to prove anything"
     assert not (out / "_about/summary.json").exists()
 
-    output = run_job("jobs.embed", *arguments(world, out))
+    output = run_here("jobs.embed", *arguments(world, out))
 
     assert f"{120 - len(committed)} of 120 to do" in output
     assert "120 images in = 118 vectors out + 2 quarantined" in output
@@ -162,9 +165,11 @@ def test_another_network_is_refused(world: Path, reference: Path, tmp_path: Path
 
 
 @pytest.mark.ray
-def test_more_bad_images_than_allowed_end_the_job(world: Path, tmp_path: Path) -> None:
+def test_more_bad_images_than_allowed_end_the_job(
+    world: Path, tmp_path: Path, run_here: Callable[..., str]
+) -> None:
     strict = arguments(world, tmp_path / "out", "data.max_bad_fraction=0.01", "--rows-per-file=10")
-    output = run_job("jobs.embed", *strict, code=3)
+    output = run_here("jobs.embed", *strict, code=3)
     assert "Traceback" not in output
     last = output.splitlines()[-1]
     assert last.startswith("error: ")
@@ -197,8 +202,10 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.slow
-def test_parquet_on_s3_becomes_vectors_on_s3(world: Path, s3: S3Server, tmp_path: Path) -> None:
-    s3.client().create_bucket(Bucket="embed")
+def test_parquet_on_s3_becomes_vectors_on_s3(
+    world: Path, store: S3Server, tmp_path: Path, run_here: Callable[..., str]
+) -> None:
+    store.client().create_bucket(Bucket="embed")
     drawings = {f"{label} {i}": draw_demo_image(label, "val", i) for label in LABELS for i in range(6)}
     names = list(drawings)
     shards = {
@@ -207,7 +214,7 @@ def test_parquet_on_s3_becomes_vectors_on_s3(world: Path, s3: S3Server, tmp_path
         )
         for s, some in enumerate((names[:12], names[12:]))
     }
-    put_all(s3, "embed", shards)
+    put_all(store, "embed", shards)
     command = [
         str(world / "run" / "checkpoints" / NAME),
         "s3://embed/data",
@@ -216,10 +223,10 @@ def test_parquet_on_s3_becomes_vectors_on_s3(world: Path, s3: S3Server, tmp_path
         "data.key_column=name",
         "data.label_column=kind",
     ]
-    output = run_job("jobs.embed", *command, env=s3.env)
+    output = run_here("jobs.embed", *command)
     assert "24 images in = 24 vectors out + 0 quarantined" in output
     for name in ("_about/embed.json", *(f"part-{p:05d}.parquet" for p in range(5))):
-        body = s3.client().get_object(Bucket="embed", Key=f"vectors/{name}")["Body"].read()
+        body = store.client().get_object(Bucket="embed", Key=f"vectors/{name}")["Body"].read()
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(body)
     found = table(tmp_path)
@@ -233,17 +240,17 @@ def test_parquet_on_s3_becomes_vectors_on_s3(world: Path, s3: S3Server, tmp_path
 
     # A part that is gone is made again, and no other.
     def written() -> dict[str, object]:
-        listed = s3.client().list_objects_v2(Bucket="embed", Prefix="vectors/part")["Contents"]
+        listed = store.client().list_objects_v2(Bucket="embed", Prefix="vectors/part")["Contents"]
         return {entry["Key"]: entry["LastModified"] for entry in listed}
 
     before = written()
-    s3.client().delete_object(Bucket="embed", Key="vectors/part-00002.parquet")
-    assert "1 of 5 to do" in run_job("jobs.embed", *command, env=s3.env)
+    store.client().delete_object(Bucket="embed", Key="vectors/part-00002.parquet")
+    assert "1 of 5 to do" in run_here("jobs.embed", *command)
     after = written()
     assert after.keys() == before.keys()
     changed = [key for key in after if after[key] != before[key]]
     assert changed in ([], ["vectors/part-00002.parquet"])  # times are whole seconds
-    assert "is finished" in run_job("jobs.embed", *command, env=s3.env)
+    assert "is finished" in run_here("jobs.embed", *command)
 
 
 @pytest.mark.ray

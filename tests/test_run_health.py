@@ -1,11 +1,12 @@
-"""What a run does about its health, in real processes: stops on collapse, goes back when steps are not finite."""
+"""What a run does about its health, end to end: stops on collapse, goes back when steps are not finite."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from jobs_processes import TINY, run_job
+from jobs_processes import TINY
 from safetensors.torch import load_file
 from tiny_run import write_images
 
@@ -45,9 +46,11 @@ def readings(run: Path) -> list[dict]:
     return [line for line in lines if "loss" in line]
 
 
-def test_a_run_that_collapses_is_stopped_with_its_verdict_and_remedy(images: Path, tmp_path: Path) -> None:
+def test_a_run_that_collapses_is_stopped_with_its_verdict_and_remedy(
+    images: Path, tmp_path: Path, run_here: Callable[..., str]
+) -> None:
     flat = ["loss.teacher_temp=5", "health.on_collapse=stop", "health.grace_steps=4", "health.persistence=2"]
-    output = run_job("jobs.pretrain", *arguments(images, tmp_path, "flat", *flat), code=1)
+    output = run_here("jobs.pretrain", *arguments(images, tmp_path, "flat", *flat), code=1)
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert "uniform collapse at step 5" in errors[0]
@@ -60,9 +63,11 @@ def test_a_run_that_collapses_is_stopped_with_its_verdict_and_remedy(images: Pat
     assert "uniform collapse" in report
 
 
-def test_a_collapse_is_only_told_of_unless_asked_to_stop_for(images: Path, tmp_path: Path) -> None:
+def test_a_collapse_is_only_told_of_unless_asked_to_stop_for(
+    images: Path, tmp_path: Path, run_here: Callable[..., str]
+) -> None:
     flat = ["loss.teacher_temp=5", "health.grace_steps=4", "health.persistence=2"]
-    output = run_job("jobs.pretrain", *arguments(images, tmp_path, "told", *flat))
+    output = run_here("jobs.pretrain", *arguments(images, tmp_path, "told", *flat))
     assert output.count("warning: uniform collapse at step 5") == 1
     assert "health        uniform collapse: " in output
     assert readings(tmp_path / "told")[-1]["step"] == STEPS
@@ -73,10 +78,10 @@ def test_a_collapse_is_only_told_of_unless_asked_to_stop_for(images: Path, tmp_p
 
 
 def test_steps_that_are_not_finite_send_the_run_back_once_and_then_end_it(
-    images: Path, tmp_path: Path
+    images: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
     # The first step throws the weights so far that no later one is finite.
-    output = run_job(
+    output = run_here(
         "jobs.pretrain",
         *arguments(images, tmp_path, "thrown", "optim.base_lr=1e38", "health.max_skipped=2"),
         "resources.train_workers=2",  # both must agree
@@ -93,19 +98,19 @@ def test_steps_that_are_not_finite_send_the_run_back_once_and_then_end_it(
 
 
 @pytest.fixture(scope="module")
-def first(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(images: Path, tmp_path_factory: pytest.TempPathFactory, run_here: Callable[..., str]) -> Path:
     """The directory of a finished run."""
     runs = tmp_path_factory.mktemp("runs")
-    run_job("jobs.pretrain", *arguments(images, runs, "first"))
+    run_here("jobs.pretrain", *arguments(images, runs, "first"))
     return runs / "first"
 
 
 def test_a_run_starts_from_another_and_an_auto_setting_is_explained(
-    images: Path, first: Path, tmp_path: Path
+    images: Path, first: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
     still = ["optim.base_lr=1e-30", "optim.weight_decay=0", "optim.min_lr=0", "teacher.teacher_momentum=1"]
     still.append("teacher.final_teacher_momentum=1")
-    output = run_job(
+    output = run_here(
         "jobs.pretrain",
         *arguments(images, tmp_path, "second", *still, "loss.teacher_temp=auto"),
         "--init-from",
@@ -122,9 +127,9 @@ def test_a_run_starts_from_another_and_an_auto_setting_is_explained(
 
 
 def test_a_run_goes_on_from_where_another_ended_with_its_optimiser(
-    images: Path, first: Path, tmp_path: Path
+    images: Path, first: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
-    output = run_job(
+    output = run_here(
         "jobs.pretrain",
         *arguments(images, tmp_path, "longer", f"train.epochs={2 * STEPS * 8 / 24}", "init.load=run"),
         "--init-from",
