@@ -5,11 +5,12 @@ tests/earlier_run was written by `jobs.pretrain` before the modules stood in roo
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from jobs_processes import losses, run_job
+from jobs_processes import losses
 from tiny_run import write_images
 
 from pipeline.reporting.run_report import build_report
@@ -41,15 +42,18 @@ def test_it_is_reported(run: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_it_is_evaluated_and_resumed(run: Path) -> None:
+def test_it_is_evaluated_and_resumed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(run.parent)
     after = json.loads((run / "result.json").read_text())["after"]
     before = losses((run / "metrics.jsonl").read_bytes())
-    run_job("jobs.evaluate", run.name, "--probes=knn", cwd=run.parent)
+    run_here("jobs.evaluate", run.name, "--probes=knn")
     found = json.loads((run / f"evaluation_step_{LAST_STEP:08d}.json").read_text())
     assert found["knn_5"] == pytest.approx(after["knn_5"])
 
     arguments = [f"--config={run.name}/config.yaml", "--resume", "train.epochs=4"]
-    output = run_job("jobs.pretrain", *arguments, cwd=run.parent)
+    output = run_here("jobs.pretrain", *arguments)
     assert f"resuming from step {LAST_STEP}" in output
     assert committed_steps(Directory(str(run)))[-1] == LAST_STEP + 3
     resumed = losses((run / "metrics.jsonl").read_bytes())

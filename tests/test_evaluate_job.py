@@ -1,10 +1,9 @@
-"""The evaluation job in real processes: each score is the one that the same probe gives without Ray."""
+"""The evaluation job: each score is the one that the same probe gives without Ray."""
 
 import json
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from jobs_processes import run_job
+from ray_head import RayHead
 from tiny_run import NAME, STEP, write_images, write_run
 
 from jobs import evaluate
@@ -69,8 +68,8 @@ def close_to(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.ray
-def test_every_score_is_that_of_the_probe_without_ray(run: Path) -> None:
-    output = run_job("jobs.evaluate", str(run))
+def test_every_score_is_that_of_the_probe_without_ray(run: Path, run_here: Callable[..., str]) -> None:
+    output = run_here("jobs.evaluate", str(run))
     found = json.loads((run / f"evaluation_{NAME}.json").read_text())
     config, network = frozen(run)
     sources = labelled_sources(config.data, config.eval)
@@ -131,13 +130,15 @@ def test_every_score_is_that_of_the_probe_without_ray(run: Path) -> None:
 
 
 @pytest.mark.ray
-def test_disjoint_classes_are_named_and_not_scored(run: Path, tmp_path: Path) -> None:
+def test_disjoint_classes_are_named_and_not_scored(
+    run: Path, tmp_path: Path, run_here: Callable[..., str]
+) -> None:
     val = tmp_path / "val"
     shutil.copytree(run.parent / "val" / "dots", val / "n01440764")
     checkpoint = shutil.copytree(run, tmp_path / "run")
     of_other_images = {"val_path": str(run.parent / "val"), "knn_5": 0.9, "linear": 0.9}
     (checkpoint / f"evaluation_{NAME}.json").write_text(json.dumps(of_other_images))
-    output = run_job("jobs.evaluate", str(checkpoint), f"eval.val_path={val}")
+    output = run_here("jobs.evaluate", str(checkpoint), f"eval.val_path={val}")
     (first,) = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert first.startswith(
         "warning: k-NN and linear accuracy have no meaning, because the classes are disjoint"
@@ -153,12 +154,14 @@ def test_disjoint_classes_are_named_and_not_scored(run: Path, tmp_path: Path) ->
 
 
 @pytest.mark.ray
-def test_a_lone_checkpoint_is_evaluated_where_the_overrides_say(run: Path, tmp_path: Path) -> None:
+def test_a_lone_checkpoint_is_evaluated_where_the_overrides_say(
+    run: Path, tmp_path: Path, run_here: Callable[..., str]
+) -> None:
     lone = shutil.copytree(run / "checkpoints" / NAME, tmp_path / "best model")
     arguments = [str(lone), f"data.path={run.parent / 'val'}", "--which", "student", "--probes", "std,rankme"]
     file = lone / "evaluation_best model_student.json"
     file.write_text(json.dumps({"images_path": str(run.parent / "val"), "knn_5": 0.9}))
-    run_job("jobs.evaluate", *arguments)
+    run_here("jobs.evaluate", *arguments)
     found = json.loads(file.read_text())
     assert found["knn_5"] == 0.9, "a score of other probes is kept"
     config, network = frozen(run, "student")
@@ -172,10 +175,12 @@ def test_a_lone_checkpoint_is_evaluated_where_the_overrides_say(run: Path, tmp_p
 
 
 @pytest.mark.ray
-def test_an_image_without_a_label_is_named_and_not_evaluated(run: Path, tmp_path: Path) -> None:
+def test_an_image_without_a_label_is_named_and_not_evaluated(
+    run: Path, tmp_path: Path, run_here: Callable[..., str]
+) -> None:
     val = shutil.copytree(run.parent / "val", tmp_path / "val")
     shutil.copy(val / "dots" / "00.jpg", val / "stray.jpg")
-    output = run_job("jobs.evaluate", str(run), f"eval.val_path={val}", "--probes=knn")
+    output = run_here("jobs.evaluate", str(run), f"eval.val_path={val}", "--probes=knn")
     warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"warning: 1 image at {val} without a label: not evaluated; move")
@@ -183,18 +188,16 @@ def test_an_image_without_a_label_is_named_and_not_evaluated(run: Path, tmp_path
 
 
 @pytest.fixture
-def local_ray() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+def on_cluster(cluster: RayHead) -> Iterator[None]:
+    ray.init(address=cluster.gcs, log_to_driver=False)
     try:
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("on_cluster")
 def test_votes_counted_by_tasks_are_those_counted_here() -> None:
     rng = np.random.default_rng(0)
     train, val = (

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import use_aws
 from image_files import encode, pillow
-from jobs_processes import run_job, start_job
+from jobs_processes import start_job
 from PIL import Image
 from samples import parquet, put_all, write_all
 from servers import S3Server
@@ -78,7 +79,7 @@ def read_as_told(output: str) -> list[Fetched]:
 
 
 @pytest.fixture(scope="module")
-def packed(images: Path) -> Path:
+def packed(images: Path, run_here: Callable[..., str]) -> Path:
     """A directory that a job began, lost its driver over, and was started for again."""
     out = images.parent / "packed"
     with start_job("jobs.pack", *arguments(images, out)) as running:
@@ -88,7 +89,7 @@ def packed(images: Path) -> Path:
     assert 5 <= len(committed) < 120, "killed too late to prove anything"
     assert not (out / "_about/summary.json").exists()
 
-    output = run_job("jobs.pack", *arguments(images, out))
+    output = run_here("jobs.pack", *arguments(images, out))
 
     (images.parent / "output").write_text(output)
     assert f"{120 - len(committed)} of 120 to do" in output
@@ -235,8 +236,10 @@ def test_two_rows_of_one_key_are_refused_before_anything_is_packed(tmp_path: Pat
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.slow
-def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    s3.client().create_bucket(Bucket="pack")
+def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(
+    store: S3Server, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., str]
+) -> None:
+    store.client().create_bucket(Bucket="pack")
     names = [f"photo {i}" for i in range(24)]
     files = {name: photo(i) for i, name in enumerate(names)}
     kinds = [None if i == 5 else LABELS[i % 3] for i in range(24)]
@@ -245,18 +248,18 @@ def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(s3: S3Server, monkeypatch
         f"in/{s}.parquet": parquet({"photo": structs[rows], "name": names[rows], "kind": kinds[rows]})
         for s, rows in enumerate((slice(12), slice(12, 24)))
     }
-    put_all(s3, "pack", shards)
+    put_all(store, "pack", shards)
     command = [
         *("s3://pack/in", "--out=s3://pack/out", "--rows-per-file=5"),
         *("data.image_column=photo", "data.key_column=name", "data.label_column=kind"),
     ]
-    output = run_job("jobs.pack", *command, env=s3.env)
+    output = run_here("jobs.pack", *command)
     assert "their files stay as they are" in output
     assert "24 images in = 24 images out + 0 quarantined, 0 shrunk" in output
-    listed = s3.client().list_objects_v2(Bucket="pack", Prefix="out/part")["Contents"]
+    listed = store.client().list_objects_v2(Bucket="pack", Prefix="out/part")["Contents"]
     assert [entry["Key"] for entry in listed] == [f"out/part-{p:05d}.parquet" for p in range(5)]
 
-    use_aws(monkeypatch, s3.env)
+    use_aws(monkeypatch, store.env)
     read = read_as_told(output)
     assert [(image.key, image.data, image.label) for image in read] == [
         (name, files[name], kind) for name, kind in zip(names, kinds, strict=True)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,9 @@ class Bucket:
 
 
 @pytest.fixture(scope="module")
-def images(s3: S3Server) -> Bucket:
-    bucket = Bucket(s3, "pretrain-test")
-    s3.client().create_bucket(Bucket=bucket.name)
+def images(store: S3Server) -> Bucket:
+    bucket = Bucket(store, "pretrain-test")
+    store.client().create_bucket(Bucket=bucket.name)
     for split, count in (("train", NUM_PER_CLASS), ("val", 6)):
         for label in list(PATTERNS)[:4]:
             for i in range(count):
@@ -157,7 +158,9 @@ def test_mlflow_and_wandb_have_followed_the_run(images: Bucket, reference: str, 
     assert [*services.glob(f"wandb/offline-run-*-{number}/run-{number}.wandb")]
 
 
-def test_a_run_whose_driver_is_killed_ends_with_the_same_weights(images: Bucket, reference: str) -> None:
+def test_a_run_whose_driver_is_killed_ends_with_the_same_weights(
+    images: Bucket, reference: str, run_here: Callable[..., str]
+) -> None:
     arguments = images.pretrain_arguments("killed", SLOWLY)
     with start_job("jobs.pretrain", *arguments, env=images.server.env) as job:
         job.wait_until(lambda: "step_00000008" in images.committed("killed"))
@@ -165,7 +168,7 @@ def test_a_run_whose_driver_is_killed_ends_with_the_same_weights(images: Bucket,
     committed = images.committed("killed")
     assert committed[-1] < f"step_{STEPS:08d}", "killed too late to prove anything"
 
-    output = run_job("jobs.pretrain", *arguments, env=images.server.env)
+    output = run_here("jobs.pretrain", *arguments)
 
     assert f"resuming from step {int(committed[-1].removeprefix('step_'))}" in output
     # Each step once over both lives, each with the loss of the uninterrupted run: the same images, the same
@@ -189,28 +192,34 @@ def test_a_run_that_loses_a_worker_recovers_by_itself(images: Bucket, reference:
     assert_same_weights(images.final("lost"), images.final(reference))
 
 
-def test_the_number_of_workers_does_not_change_what_is_learnt(images: Bucket) -> None:
+def test_the_number_of_workers_does_not_change_what_is_learnt(
+    images: Bucket, run_here: Callable[..., str]
+) -> None:
     # Without what depends on the rank: stochastic depth, and batch norm, which on CPUs is each rank's own.
     alike = ["backbone.drop_path_rate=0", "head.use_bn=false", "train.epochs=3"]
     curves = []
     for workers in (1, 2):
         name = f"workers-{workers}"
         arguments = images.pretrain_arguments(name, f"resources.train_workers={workers}", *alike)
-        run_job("jobs.pretrain", *arguments, env=images.server.env)
+        run_here("jobs.pretrain", *arguments)
         curves.append(images.losses(name))
     assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
     assert np.abs(np.array(curves[0]) - np.array(curves[1])).max() < 1e-4
 
 
-def test_a_finished_run_says_so_and_does_nothing(images: Bucket, reference: str) -> None:
+def test_a_finished_run_says_so_and_does_nothing(
+    images: Bucket, reference: str, run_here: Callable[..., str]
+) -> None:
     before = images.get(f"runs/{reference}/metrics.jsonl")
-    output = run_job("jobs.pretrain", *images.pretrain_arguments(reference), env=images.server.env)
+    output = run_here("jobs.pretrain", *images.pretrain_arguments(reference))
     assert "is finished" in output
     assert images.get(f"runs/{reference}/metrics.jsonl") == before
 
 
-def test_evaluate_finds_the_accuracy_that_the_run_logged(images: Bucket, reference: str) -> None:
-    run_job("jobs.evaluate", f"s3://{images.name}/runs/{reference}", env=images.server.env)
+def test_evaluate_finds_the_accuracy_that_the_run_logged(
+    images: Bucket, reference: str, run_here: Callable[..., str]
+) -> None:
+    run_here("jobs.evaluate", f"s3://{images.name}/runs/{reference}")
     logged = json.loads(images.get(f"runs/{reference}/result.json"))["after"]
     found = json.loads(images.get(f"runs/{reference}/evaluation_step_{STEPS:08d}.json"))
     assert (found["num_train"], found["num_val"], found["num_unreadable"]) == (60, 24, 0)
@@ -219,7 +228,7 @@ def test_evaluate_finds_the_accuracy_that_the_run_logged(images: Bucket, referen
     }
 
 
-def test_bad_images_are_replaced_counted_and_named(images: Bucket) -> None:
+def test_bad_images_are_replaced_counted_and_named(images: Bucket, run_here: Callable[..., str]) -> None:
     good = draw_demo_image("dots", "train", 0)
     for i in range(30):
         images.put(f"spoilt/{i:02d}.jpg", draw_demo_image("dots", "train", i))
@@ -232,7 +241,7 @@ def test_bad_images_are_replaced_counted_and_named(images: Bucket) -> None:
         "eval.val_path=null",
         "train.epochs=2",
     )
-    run_job("jobs.pretrain", *arguments, "data.max_bad_fraction=0.1", env=images.server.env)
+    run_here("jobs.pretrain", *arguments, "data.max_bad_fraction=0.1")
     lines = [json.loads(x) for x in images.get("runs/spoilt/quarantine.jsonl").splitlines()]
     names = sorted(x["key"] for x in lines)
     assert names == ["spoilt/cut.jpg"] * 2 + ["spoilt/text.jpg"] * 2  # once per epoch, none twice
@@ -242,7 +251,7 @@ def test_bad_images_are_replaced_counted_and_named(images: Bucket) -> None:
     assert result["last"]["bad_images"] == 4
 
     strict = ["name=strict", "data.max_bad_fraction=0.01"]
-    output = run_job("jobs.pretrain", *arguments, *strict, env=images.server.env, code=3)
+    output = run_here("jobs.pretrain", *arguments, *strict, code=3)
     assert "error: " in output
     assert "max_bad_fraction=0.01" in output
     assert "Traceback" not in output

@@ -48,7 +48,7 @@ def arguments(images: Path, runs: Path, name: str, *more: str) -> list[str]:
         "tune.space={loss.teacher_temp: {log: [0.02, 6]}, loss.center_momentum: {one_minus_log: [0.5, 0.99]}}",
         f"tune.first={FIRST}",
         "tune.searcher=quasi",
-        "tune.trials=4",
+        "tune.trials=3",
         "tune.evaluations=3",
         "tune.confirm_top=1",
         "tune.confirm_seeds=2",
@@ -100,7 +100,7 @@ def test_every_trial_reports_all_metrics_and_the_best_is_confirmed_with_another_
 ) -> None:
     study, output = reference
     tried = read_trials(Directory(str(study)))
-    assert [t.trial.origin for t in tried] == ["first", "first", "first", "quasi", "confirm"]
+    assert [t.trial.origin for t in tried] == ["first", "first", "first", "confirm"]
     assert json.loads((study / "environment.json").read_text())["hardware"][0]["kind"] == "head"
     for t in tried:
         assert t.outcome is not None
@@ -109,7 +109,7 @@ def test_every_trial_reports_all_metrics_and_the_best_is_confirmed_with_another_
     base = tried[confirm.trial.confirms or 0]
     assert confirm.trial.params == base.trial.params
     assert (base.trial.seed, confirm.trial.seed) == (0, 1)
-    scores = [t.outcome.score for t in tried[:4] if t.outcome and t.outcome.status == "finished"]
+    scores = [t.outcome.score for t in tried[:3] if t.outcome and t.outcome.status == "finished"]
     assert base.outcome is not None
     assert base.outcome.score == max(scores)  # type: ignore[type-var]
     assert f"confirms {base.trial.name}" in output
@@ -196,16 +196,19 @@ def test_a_study_whose_driver_is_killed_goes_on_reruns_nothing_and_leaves_nothin
     again = arguments(images, tmp_path, "killed", "tune.max_concurrent=1")
     with start_job("jobs.tune", *again, env=head) as job:
         job.wait_until(
-            lambda: len(outcomes(study)) == 2 and list(study.glob("trials/0002/checkpoints/step_*/meta.json"))
+            lambda: (
+                len(outcomes(study)) == 2 and list(study.glob("trials/0002/checkpoints/step_*/meta.json"))
+            ),
+            timeout_seconds=400,
         )
         job.process.kill()
         job.process.wait()
     finished = {
         path: path.read_bytes() for name in outcomes(study) for path in study.glob(f"trials/{name}/*.json*")
     }
-    assert len(outcomes(study)) < 5
+    assert len(outcomes(study)) < 4
     with start_job("jobs.tune", *again, env=head) as job:  # and once more, while the best is being confirmed
-        job.wait_until(lambda: (study / "trials" / "0004" / "config.yaml").exists(), timeout_seconds=400)
+        job.wait_until(lambda: (study / "trials" / "0003" / "config.yaml").exists(), timeout_seconds=400)
         job.process.kill()
         job.process.wait()
 
