@@ -32,7 +32,8 @@ from stream import session_cpu
 from jobs.cli.arguments import CommandLine
 from jobs.cli.config import load
 from jobs.cli.main import run_main
-from jobs.cluster.measure import Measured, PlanConfig, measure, run_of
+from jobs.cluster.measure import Measured, measure, run_of
+from jobs.cluster.plan_config import PlanConfig
 from models.errors import ConfigError, DinorayError
 from pipeline.data.demo_images import demo_folder, write_demo_images
 from pipeline.planning.forecast import Forecast, forecast_here

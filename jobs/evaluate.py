@@ -4,30 +4,15 @@ Ray Data embeds images with the frozen backbone on a pool of actors. k-NN and a 
 ones; RankMe, LiDAR and feature std need no labels.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import ray
+from collections.abc import Sequence
 
 from jobs.cli.arguments import CommandLine
-from jobs.cli.config import load_run_config
-from jobs.cli.main import run_main, start_ray
-from jobs.runs.data_lines import unlabelled_warnings
-from jobs.runs.inputs import evaluated_images
-from jobs.runs.open_checkpoint import lone_config, open_network
-from jobs.runs.prober import LABEL_FREE, LABELLED, Prober
-from models.errors import ConfigError
-from pipeline.data.detection import AUTO
-from pipeline.data.manifest import build_manifest
-from pipeline.data.source import Source
-from pipeline.evaluation.backbone_outputs import check_size
-from pipeline.evaluation.class_names import class_mismatch
-from pipeline.storage.files import Directory
+from jobs.cli.main import run_main
+from pipeline.evaluation.config import LABEL_FREE, LABELLED
 
 
 def main(argv: Sequence[str]) -> None:
-    """Embed, probe, print a summary, and write all scores to the run directory (a lone checkpoint: its folder)."""
+    """Parse, embed and probe."""
     parser = CommandLine(prog="python -m jobs.evaluate", description="Probe the features of a checkpoint.")
     parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
     parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
@@ -43,100 +28,10 @@ def main(argv: Sequence[str]) -> None:
         "overrides", nargs="*", metavar="key=value", help="e.g. eval.val_path=s3://bucket/val"
     )
     arguments = parser.parse_args(argv)
+    # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
+    from jobs.runs.scoring import score
 
-    here = Directory(arguments.checkpoint)
-    # Of a run the settings come first: where they are missing, it is no run.
-    config = None if here.exists("meta.json") else load_run_config(here, arguments.overrides)
-    found, network, _ = open_network(arguments.checkpoint, arguments.step, arguments.which)
-    if config is None and found.run is not None and found.run.exists("config.yaml"):
-        config = load_run_config(found.run, arguments.overrides)
-    if config is None:
-        config = lone_config(network, {}, arguments.overrides)
-    check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
-    asked = set(_chosen(arguments.probes, labelled=True))
-    wants_images = not asked.isdisjoint(LABEL_FREE)
-    images = (
-        Source(config.data, build_manifest(config.data))
-        if wants_images or config.eval.val_path == AUTO
-        else None
-    )
-    sides = None if asked.isdisjoint(LABELLED) else evaluated_images(config, images)
-    for line in unlabelled_warnings(sides, config.eval):
-        print(f"warning: {line}", flush=True)
-    paths = {"train_path": sides[0].config.path, "val_path": sides[1].config.path} if sides else {}
-    paths |= {"images_path": config.data.path} if wants_images else {}
-    mismatch = class_mismatch(*sides, config.eval) if sides else None
-    if mismatch:
-        print(f"warning: {mismatch.text}", flush=True)
-    if mismatch and mismatch.is_disjoint and arguments.probes is None:
-        sides = None
-    probes = _chosen(arguments.probes, labelled=sides is not None)
-
-    no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
-    use_gpu, (_, actors) = start_ray(no_training, verbose=arguments.verbose)
-    try:
-        prober = Prober(config, network, actors=actors, use_gpu=use_gpu)
-        scores = prober.scores(probes, labelled=sides, images=images if wants_images else None)
-    finally:
-        ray.shutdown()
-    result = {"checkpoint": found.name, "which": arguments.which, **paths, **scores}
-    suffix = "" if arguments.which == "teacher" else f"_{arguments.which}"
-    file, folder = f"evaluation_{found.name}{suffix}.json", found.run or found.folder
-    # Scores of other probes stay, unless they are of other images.
-    before = json.loads(folder.read(file)) if folder.exists(file) else {}
-    kept = before if all(before.get(name, path) == path for name, path in paths.items()) else {}
-    folder.write(file, json.dumps(kept | result, indent=1).encode())
-    print("\n".join(summary(result, where=folder.join(file))))
-
-
-def _chosen(text: str | None, *, labelled: bool) -> list[str]:
-    """The probes that are asked for, or those that the data allows."""
-    if text is None:
-        return [*(LABELLED if labelled else ()), *LABEL_FREE]
-    probes = [probe.strip() for probe in text.split(",")]
-    for probe in probes:
-        if probe not in LABELLED + LABEL_FREE:
-            raise ConfigError(f"--probes: {probe!r} is none of {', '.join(LABELLED + LABEL_FREE)}")
-    if not labelled and set(probes) & set(LABELLED):
-        raise ConfigError(
-            "eval.val_path is not set, or the images of data.path have no labels; give labelled images, e.g. "
-            "eval.val_path=s3://bucket/val eval.train_path=s3://bucket/train, "
-            f"or ask for --probes {','.join(LABEL_FREE)}"
-        )
-    return probes
-
-
-def summary(result: Mapping[str, Any], *, where: str) -> list[str]:
-    """At most five lines; the file at `where` has all scores."""
-    lines = []
-    accuracies = {key: value for key, value in result.items() if key.startswith("knn_")}
-    if accuracies:
-        best = max(accuracies, key=accuracies.__getitem__)
-        guess = f"majority guess {result['majority']:.1%}"
-        lines.append(f"k-NN     {accuracies[best]:.1%}  best k={best.removeprefix('knn_')}, {guess}")
-    if "linear" in result:
-        lines.append(f"linear   {result['linear']:.1%}  learning rate {result['linear_lr']:g}")
-    ranks = [f"{name} {result[name.lower()]:.1f}" for name in ("RankMe", "LiDAR") if name.lower() in result]
-    if "feature_std" in result:
-        ranks.append(f"feature std {result['feature_std']:.3g} (healthy {result['feature_std_healthy']:.3g})")
-    if ranks:
-        lines.append(f"features {', '.join(ranks)}")
-    lines.append(f"images   {', '.join(_counts(result))}")
-    return [*lines, f"scores   {where}"]
-
-
-def _counts(result: Mapping[str, Any]) -> Iterator[str]:
-    for key, what in (
-        ("num_train", "training"),
-        ("num_val", "validation"),
-        ("num_unreadable", "unreadable"),
-        ("num_classes", "classes"),
-        ("num_images", "label-free"),
-        ("num_images_unreadable", "unreadable of these"),
-        ("lidar_images", "for LiDAR"),
-    ):
-        if result.get(key):
-            yield f"{result[key]:,} {what}"
+    score(arguments)
 
 
 if __name__ == "__main__":

@@ -4,50 +4,15 @@ Each format is a folder with a README.md, its model card. One JSON file beside t
 file has been loaded back and compared before it is written. Runs in one process, without Ray.
 """
 
-import json
-import re
-import shlex
-import tempfile
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import timm
 
 from jobs.cli.arguments import CommandLine
-from jobs.cli.config import load_run_config
 from jobs.cli.main import run_main
-from models.errors import ConfigError, DinorayError
-from pipeline.export.loading_code import FILES, create_model, quoted
-from pipeline.export.model_card import RunFacts, model_card, read_scores
-from pipeline.export.onnx_export import export_onnx
-from pipeline.export.readme_card import position_note, readme
-from pipeline.export.timm_export import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    evaluation_size,
-    export_timm,
-    largest_deviation,
-    other_sizes,
-    timm_arguments,
-)
-from pipeline.export.weights import export_official, export_state_dict
-from pipeline.storage.files import Directory, MissingObject, is_s3
-from pipeline.storage.run_dir import checkpoint_name
-from pipeline.training.checkpoint import Frozen, download_checkpoint, find_checkpoint, read_frozen, read_meta
-
-
-class Exported(NamedTuple):
-    """One export: the name of its folder, the files in it, and what the card says of this format alone."""
-
-    folder: str
-    files: dict[str, bytes]
-    facts: dict[str, Any]
+from pipeline.export.loading_code import FILES
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read one checkpoint, make the files, write them and their cards, print how they are loaded."""
+    """Parse, and export."""
     parser = CommandLine(
         prog="python -m jobs.export", description="Export a checkpoint for use in other programs."
     )
@@ -65,141 +30,10 @@ def main(argv: Sequence[str]) -> None:
         help="licence of the weights in the model card, e.g. apache-2.0 (default: unknown)",
     )
     arguments = parser.parse_args(argv)
-    license_id = _license_id(arguments.license)
+    # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
+    from jobs.runs.exporting import export
 
-    found = find_checkpoint(arguments.run, arguments.step)
-    if found.run is None and arguments.out is None:
-        raise ConfigError(f"{found.folder.uri} is a checkpoint outside a run directory; pass --out FOLDER")
-    out = Directory(arguments.out) if arguments.out or found.run is None else found.run.child("export")
-    with tempfile.TemporaryDirectory(prefix="dinoray-export-") as scratch:
-        folder = download_checkpoint(found.folder, Path(scratch))
-        frozen, meta = read_frozen(folder, arguments.which), read_meta(folder)
-        if arguments.step not in (None, meta["step"]):
-            raise ConfigError(
-                f"--step {arguments.step}, but {found.folder.uri} is of step {meta['step']}; leave --step out"
-            )
-        name = f"{arguments.which}_{checkpoint_name(meta['step'])}"
-        run = _run_facts(found.run)
-        exports = {
-            form: _export(form, frozen, folder, name=name, image_size=run.image_size, license_id=license_id)
-            for form in dict.fromkeys(arguments.format or ["timm"])
-        }
-    card = model_card(
-        frozen,
-        meta,
-        which=arguments.which,
-        version=_version(),
-        run=run,
-        scores={} if found.run is None else read_scores(found.run, meta["step"], arguments.which),
-        license_id=license_id,
-    )
-    card["files"] = _files_before(out, f"{name}.json") | {
-        form: {"file": f"{export.folder}/{FILES[form]}", **export.facts} for form, export in exports.items()
-    }
-    for form, export in exports.items():
-        address = out.child(export.folder)
-        lines = _loading_lines(card, form, address.uri, export.folder)
-        card["files"][form]["load"] = _loading_lines(card, form, export.folder, export.folder)[-1]
-        for file, data in {**export.files, "README.md": readme(card, form).encode()}.items():
-            address.write(file, data)
-        print(f"{address.uri}  ({sum(map(len, export.files.values())) / 1e6:.1f} MB)")
-        print("\n".join(f"    {line}" for line in lines))
-    out.write(f"{name}.json", json.dumps(card, indent=1).encode())
-    print(f"facts: {out.join(name)}.json; model card: README.md in each folder")
-    if license_id == "unknown":
-        print("licence: unknown; choose one with --license, e.g. --license apache-2.0")
-
-
-def _export(
-    form: str, frozen: Frozen, folder: Path, *, name: str, image_size: int | None, license_id: str
-) -> Exported:
-    file = FILES[form]
-    facts: dict[str, Any]
-    if form == "timm":
-        made = export_timm(frozen, image_size=image_size, license_id=license_id)
-        files = {CONFIG_FILE: made.config, WEIGHTS_FILE: made.weights}
-        return Exported(f"{name}_timm", files, {"deviations": made.deviations})
-    if form == "state_dict":
-        facts = {"deviations": _deviations_in_timm(frozen, image_size)}
-        return Exported(f"{name}_state_dict", {file: export_state_dict(frozen)}, facts)
-    if form == "official":
-        step = name.partition("_")[2]
-        facts = {"deviations": _deviations_in_timm(frozen, image_size)}
-        return Exported(f"official_{step}", {file: export_official(folder)}, facts)
-    onnx = export_onnx(frozen)
-    facts = {"max_deviation": onnx.deviation, "checked_sizes": onnx.sizes, "multiple_of": onnx.multiple_of}
-    return Exported(f"{name}_onnx", {file: onnx.data}, facts)
-
-
-def _deviations_in_timm(frozen: Frozen, image_size: int | None) -> dict[int, float]:
-    """How far features are off where timm's own network uses the weights; empty where they are the same."""
-    size = evaluation_size(frozen, image_size)
-    others = other_sizes(frozen, size)
-    if not others:
-        return {}
-    model = timm.create_model(frozen.config.backbone.name, num_classes=0, **timm_arguments(frozen))
-    model.load_state_dict(frozen.weights)
-    return largest_deviation(frozen, model.eval(), [size, *others])
-
-
-def _loading_lines(card: dict[str, Any], form: str, address: str, folder: str) -> list[str]:
-    """Lines for a person that load the export at `address`; the last one loads it from a local folder."""
-    local, lines = address, []
-    if is_s3(address):
-        local = folder
-        lines.append(f"aws s3 cp --recursive {shlex.quote(address)} {shlex.quote(folder)}")
-    file = f"{local}/{FILES[form]}"
-    note = position_note(card, form)
-    load = {
-        "timm": f"timm.create_model({quoted(f'local-dir:{local}')}, pretrained=True)",
-        "state_dict": f"model = {create_model(card)}; model.load_state_dict(torch.load({quoted(file)}))",
-        "onnx": f"onnxruntime.InferenceSession({quoted(file)})",
-        "official": f"cp {shlex.quote(file)} OUTPUT/checkpoint.pth && python main_dino.py --output_dir OUTPUT ...",
-    }[form]
-    return [*lines, f"{load}  # {note}" if note else load]
-
-
-def _license_id(text: str) -> str:
-    """`text` as an identifier of Hugging Face's hub."""
-    if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text.lower()) is None:
-        raise ConfigError(
-            f"--license {text!r} is no identifier of a licence; take one of "
-            "https://huggingface.co/docs/hub/repositories-licenses, e.g. apache-2.0, or other"
-        )
-    return text.lower()
-
-
-def _files_before(out: Directory, name: str) -> dict[str, Any]:
-    """What the card of an earlier export of the same network and step says of its files."""
-    try:
-        return dict(json.loads(out.read(name)).get("files", {}))
-    except (MissingObject, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _run_facts(run: Directory | None) -> RunFacts:
-    """What the run's config tells; nothing where it is gone or of another version."""
-    try:
-        if run is None:
-            return RunFacts()
-        config = load_run_config(run)
-    except DinorayError:
-        return RunFacts()
-    return RunFacts(
-        name=config.name,
-        recipe=config.recipe,
-        data_path=config.data.path,
-        image_size=config.eval.image_size,
-        init_path=config.init.path,
-        init_load=config.init.load,
-    )
-
-
-def _version() -> str:
-    try:
-        return version("dinoray")
-    except PackageNotFoundError:
-        return "source"
+    export(arguments)
 
 
 if __name__ == "__main__":

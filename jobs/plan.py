@@ -4,32 +4,12 @@ Figures, given or measured for some seconds -> nodes, hours, dollars, what limit
 run, and cluster.yaml filled in. Starts nothing itself, and rents nothing.
 """
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
-
-from rich.console import Console
 
 from jobs.cli.config import json_schema
 from jobs.cli.main import run_main
 from jobs.cli.print_config import describe_config
-from jobs.cluster.cluster_file import write_cluster_file
-from jobs.cluster.measure import BUCKET, PlanArguments, PlanConfig, measure, plan_config, run_of
-from jobs.cluster.plan_lines import (
-    cluster_rows,
-    command,
-    figure_rows,
-    machine_rows,
-    other_sizes,
-    settings_of,
-    show,
-    size_table,
-)
-from jobs.runs.run_files import draw_demo
-from jobs.runs.train import check_run
-from pipeline.planning.forecast import Forecast, forecast, forecast_here
+from jobs.cluster.plan_config import PlanArguments, PlanConfig, plan_config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,48 +22,10 @@ def main(argv: Sequence[str]) -> None:
         print(describe_config(PlanConfig, arguments), end="")
         return
     config = plan_config(arguments)
-    check_run(config)
-    progress = Console(stderr=True, highlight=False, soft_wrap=True)
-    if config.data.path != BUCKET:
-        draw_demo(config, progress)
-    measured = measure(config, progress.print, verbose=arguments.verbose)
-    run, cores = run_of(config, measured), os.cpu_count() or 1
-    if measured.on_gpus:
-        found = forecast(run, measured.figures, config.plan)
-        others, settings = other_sizes(config, run, measured), settings_of(config, found)
-    else:
-        found = forecast_here(run, measured.figures, config.plan, cores=cores)
-        others, settings = [], {}
-    made_from = write_cluster_file(arguments.out, config.plan, found) if arguments.out else None
-    start = command(arguments, config, settings)
-    if arguments.json:
-        facts = {"figures": measured.figures._asdict(), "num_images": measured.num_images}
-        facts |= {"sources": measured.sources, "plan": _facts(found), "command": start}
-        print(json.dumps({**facts, "other_sizes": [_facts(other) for other in others]}))
-        return
-    console = Console(highlight=False, soft_wrap=True, markup=False)
-    rows = figure_rows(measured)
-    rows += (
-        cluster_rows(config, run, measured, found) if measured.on_gpus else machine_rows(run, found, cores)
-    )
-    show(rows, console.print)
-    if others:
-        rate = measured.figures.images_per_second_per_gpu
-        console.print(
-            f"other numbers of GPUs, were each to train on {rate:,.0f} images/s and hold its share of the batch too:"
-        )
-        for line in size_table(others):
-            console.print(line)
-    if made_from:
-        console.print(f"{arguments.out} is {made_from}, filled in; lines marked EDIT are still yours")
-    console.print(start)
+    # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
+    from jobs.cluster.planning import plan
 
-
-def _facts(found: Forecast) -> dict[str, Any]:
-    """As JSON, with what is derived."""
-    facts = asdict(found)
-    facts["of_a_cpu_node"] = found.of_a_cpu_node._asdict()
-    return {**facts, "hours": found.hours, "total_dollars": found.total_dollars}
+    plan(config, arguments)
 
 
 if __name__ == "__main__":

@@ -7,36 +7,14 @@ for a grid, which is done when it is, and a population, in which each trial has 
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from jobs.cli.config import differences, json_schema, load_kept
 from jobs.cli.keys import keep_detected
-from jobs.cli.main import is_local, run_main
+from jobs.cli.main import run_main
 from jobs.cli.print_config import describe_config
-from jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
-from jobs.runs.inputs import Inputs
-from jobs.runs.run_files import draw_demo, write_about
-from jobs.runs.run_size import check_workers
-from jobs.runs.train import check_run
-from jobs.studies.config import (
-    FREE,
-    NAME_SUFFIX,
-    StudyArguments,
-    StudyConfig,
-    can_grow,
-    first_points,
-    objective_of,
-    space_of,
-    study_config,
-)
-from jobs.studies.resources import check_growth, check_study_size
-from jobs.studies.study_run import StudyRun
+from jobs.studies.config import FREE, NAME_SUFFIX, StudyArguments, StudyConfig, can_grow, study_config
 from models.errors import ConfigError
 from pipeline.storage.files import Directory
-from pipeline.study.page.study_report import describe_study
-from pipeline.study.search.progress import check_any_ran
 from pipeline.study.trials import STUDY
-from pipeline.training.published_weights import fetch_published_weights
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,41 +27,14 @@ def main(argv: Sequence[str]) -> None:
         print(describe_config(StudyConfig, arguments, name_suffix=NAME_SUFFIX), end="")
         return
     config = study_config(arguments)
-    console = Console(highlight=False, soft_wrap=True, markup=False)
     directory = Directory(config.storage_path).child(config.name)
     if directory.exists("config.yaml"):
         config = keep_detected(config, load_kept(StudyConfig, directory))
     _check_name(directory, config, resume=arguments.resume)
-    space = space_of(config)
-    first = first_points(config, space)
-    check_run(config)
-    warnings = check_workers(config)
-    draw_demo(config, console)
-    inputs = Inputs.open(config, directory)
-    if not directory.exists("config.yaml"):
-        warnings += check_study_size(config, space, inputs.images.num_images)
-    has_labels = inputs.labelled is not None or inputs.mismatch is not None
-    objective = objective_of(config, space, labelled=has_labels)
-    if inputs.mismatch and inputs.mismatch.is_disjoint and objective.metric.startswith("knn"):
-        raise ConfigError(f"{inputs.mismatch.text}, or take tune.objective=rankme")
-    warnings += evaluation_warnings(inputs, config.eval)
-    about_data = [describe_data(inputs.images), describe_evaluation(inputs, config.eval)]
-    write_about(
-        directory, config, inputs, [*about_data, f"tune.objective={objective.metric}: {objective.reason}"]
-    )
-    console.print("\n".join([*about_data, *(f"warning: {line}" for line in warnings)]))
-    study = StudyRun(config, directory, space, objective, first, inputs, console)
-    if study.is_done():
-        more = "more tune.trials extend it, " if can_grow(config) else ""
-        console.print(f"{directory.uri} is finished; {more}another name=... starts anew")
-    else:
-        check_growth(config, is_local=is_local())
-        if config.backbone.pretrained:
-            fetch_published_weights(config)
-        study.run(verbose=arguments.verbose)
-    study.write_findings()
-    console.print(describe_study(directory))
-    check_any_ran(directory)
+    # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
+    from jobs.studies.searching import search
+
+    search(config, directory, verbose=arguments.verbose)
 
 
 def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> None:

@@ -17,6 +17,7 @@ from tiny_run import NAME, STEP, write_images, write_run
 from jobs import evaluate
 from jobs.cli.config import Config, load_run_config
 from jobs.runs.prober import sharded_knn
+from jobs.runs.scoring import chosen_probes
 from models.errors import ConfigError
 from pipeline.data.manifest import build_manifest
 from pipeline.data.source import Source
@@ -226,9 +227,9 @@ def test_classifying_without_labelled_images_says_what_to_set(run: Path) -> None
 
 
 def test_without_labelled_images_what_needs_no_labels_is_left() -> None:
-    assert evaluate._chosen(None, labelled=False) == ["rankme", "lidar", "std"]
-    assert evaluate._chosen(None, labelled=True) == ["knn", "linear", "rankme", "lidar", "std"]
-    assert evaluate._chosen("std, knn", labelled=True) == ["std", "knn"]
+    assert chosen_probes(None, labelled=False) == ["rankme", "lidar", "std"]
+    assert chosen_probes(None, labelled=True) == ["knn", "linear", "rankme", "lidar", "std"]
+    assert chosen_probes("std, knn", labelled=True) == ["std", "knn"]
 
 
 def test_an_unknown_probe_is_named(run: Path) -> None:

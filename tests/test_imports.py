@@ -5,6 +5,8 @@ import json
 import pytest
 from fresh_python import run_python
 
+from jobs.__main__ import ORDER
+
 NETWORKS = {"torch", "torchvision", "timm"}
 
 
@@ -23,9 +25,7 @@ def loaded(code: str) -> set[str]:
         "pipeline.evaluation.actors",  # packing, and embedding before a network comes
         "pipeline.augment.augmenter",
         "jobs.cli.config",  # every setting
-        "jobs.doctor",
-        "jobs.pack",
-        "jobs.submit",
+        *(f"jobs.{command}" for command in ORDER),  # --help, and what is wrong on the command line
     ],
 )
 def test_processes_without_a_network_import_no_library_of_networks(module: str) -> None:

@@ -19,7 +19,8 @@ from tiny_run import write_images
 
 from jobs.cli.config import load_config
 from jobs.cluster.cluster_file import fill_in
-from jobs.cluster.measure import PlanArguments, PlanConfig, forwards_per_image, plan_config
+from jobs.cluster.measure import forwards_per_image
+from jobs.cluster.plan_config import PlanArguments, PlanConfig, plan_config
 from jobs.cluster.plan_lines import settings_of
 from models.errors import ConfigError, DataError, ResourceError
 from pipeline.augment.config import CropsConfig

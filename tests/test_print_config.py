@@ -19,7 +19,7 @@ from jobs.cli.config import Config, load, load_config
 from jobs.cli.keys import leaf_fields
 from jobs.cli.print_config import describe_config
 from jobs.cli.recipes import RECIPES
-from jobs.cluster.measure import PlanConfig
+from jobs.cluster.plan_config import PlanConfig
 from jobs.studies.config import NAME_SUFFIX, StudyConfig
 from models.errors import ConfigError
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.arguments import PretrainArguments, pretrain_config
-from jobs.cluster.measure import Measured, PlanArguments, plan_config, run_of
+from jobs.cluster.measure import Measured, run_of
+from jobs.cluster.plan_config import PlanArguments, plan_config
 from jobs.cluster.plan_lines import other_sizes
 from jobs.runs.train import check_run
 from jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config

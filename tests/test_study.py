@@ -56,8 +56,8 @@ def run_finished(folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *
     images = folder / "images"
     if not images.exists():
         write_images(images, "train", labels=tuple(PATTERNS)[:2], per_label=2)
-    monkeypatch.setattr(job.StudyRun, "is_done", lambda self: True)
-    monkeypatch.setattr(job.StudyRun, "run", lambda self, verbose: None)
+    monkeypatch.setattr(StudyRun, "is_done", lambda self: True)
+    monkeypatch.setattr(StudyRun, "run", lambda self, verbose: None)
     study_directory = Directory(str(folder / "s"))
     for one in ended:
         write_tried(study_directory, one)

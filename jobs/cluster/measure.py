@@ -3,21 +3,17 @@
 They are taken in this process, or, in a job on a cluster, by tasks on its nodes: the head has no CPUs to measure.
 """
 
-from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 import torch
-from pydantic import model_validator
 
-from jobs.cli.arguments import Arguments
-from jobs.cli.config import Config, load
 from jobs.cli.main import is_local, join_ray
+from jobs.cluster.plan_config import OF_IMAGES, PlanConfig, trains_on_gpus
 from jobs.runs.inputs import Inputs
 from jobs.studies.config import schedule_of
-from models.errors import ConfigError, DataError, ResourceError
+from models.errors import DataError, ResourceError
 from pipeline.augment.config import CropsConfig, crop_bytes
 from pipeline.cluster.channel import known_error
 from pipeline.data.detection import AUTO
@@ -29,41 +25,10 @@ from pipeline.planning.calibrate import gradient_bytes, listed, measure_crops, m
 from pipeline.planning.node_rates import Figures, Run
 from pipeline.planning.prices import PlanSettings
 
-BUCKET = "s3://BUCKET/images"
-"""Stands for `data.path` where a plan needs no images."""
-
 Say = Callable[[str], None]
 
-_OF_IMAGES = ("num_images", "bytes_per_image", "latency_ms", "images_per_second_per_cpu")
 _TASK_CPUS = 8
 """CPUs of the task that measures crops on a cluster."""
-
-
-class PlanConfig(Config):
-    """A run, and what it is planned with."""
-
-    plan: PlanSettings = PlanSettings()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _looks_at_no_images_if_all_is_given(cls, tree: dict[str, Any]) -> dict[str, Any]:
-        data, plan = tree.get("data"), tree.get("plan")
-        if not isinstance(data, dict) or not isinstance(plan, dict) or "path" in data:
-            return tree
-        missing = [f"plan.{name}" for name in _OF_IMAGES if plan.get(name) is None]
-        if missing and len(missing) < len(_OF_IMAGES):
-            raise ValueError(f"data.path: must be set, or in its place {', '.join(missing)} as well")
-        return tree if missing else {**tree, "data": {**data, "path": BUCKET}}
-
-
-class PlanArguments(Arguments):
-    """The command line of jobs.plan."""
-
-    def __init__(self) -> None:
-        super().__init__("python -m jobs.plan", "Say what a pretraining run will take.", resumes=False)
-        self.add_argument("--out", type=Path, metavar="FILE", help="write cluster.yaml, filled in, here")
-        self.add_argument("--json", action="store_true", help="print the plan as JSON")
-        self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
 
 class Measured(NamedTuple):
@@ -75,34 +40,6 @@ class Measured(NamedTuple):
     sources: dict[str, str]
     has_labels: bool = False
     """Of images that were looked at."""
-
-
-def plan_config(arguments: Namespace) -> PlanConfig:
-    """The config that a parsed command line asks for. ConfigError for what cannot be planned."""
-    config = load(PlanConfig, arguments.recipe, arguments.config, arguments.overrides)
-    given = config.plan.images_per_second_per_gpu
-    if given is not None and config.resources.use_gpu is False:
-        raise ConfigError(
-            f"plan.images_per_second_per_gpu={given:g} is for GPUs, but resources.use_gpu=false trains on CPUs; "
-            "leave out either"
-        )
-    if not is_local() and config.resources.use_gpu is False:
-        raise ConfigError(
-            "resources.use_gpu=false plans a run on one machine's CPUs, but this is a job on a cluster; plan it there"
-        )
-    if arguments.out is not None and not trains_on_gpus(config):
-        raise ConfigError(
-            f"--out {arguments.out} is for a cluster, but without a GPU here and without "
-            "plan.images_per_second_per_gpu the plan is of this machine; give that figure, or leave out --out"
-        )
-    return config
-
-
-def trains_on_gpus(config: PlanConfig) -> bool:
-    """Whether the plan is of a cluster with GPU nodes; else of this machine, training on its CPUs."""
-    if config.resources.use_gpu != "auto":
-        return config.resources.use_gpu
-    return config.plan.images_per_second_per_gpu is not None or torch.cuda.is_available() or not is_local()
 
 
 def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
@@ -117,7 +54,7 @@ def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
     known = {name: getattr(plan, name) for name in PlanSettings.model_fields if name in Figures._fields}
     known["num_images"] = plan.num_images
     sources = {name: "given" for name, value in known.items() if value is not None}
-    missing = [f"plan.{name}" for name in _OF_IMAGES if known[name] is None]
+    missing = [f"plan.{name}" for name in OF_IMAGES if known[name] is None]
     if not missing and known["images_per_request"] is None:
         known["images_per_request"], sources["images_per_request"] = 1.0, "as for objects"
     has_labels = False
@@ -129,7 +66,7 @@ def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
             try:
                 has_labels = _look_at_images(config, known, sources, say)
             except DataError as error:
-                if len(missing) == len(_OF_IMAGES):
+                if len(missing) == len(OF_IMAGES):
                     raise
                 why = known_error(error)  # which another node may have told of
                 instead = f"or give {', '.join(missing)} too: no image is looked at then"

@@ -10,7 +10,8 @@ from typing import Any
 
 from jobs.cli.config import read_file
 from jobs.cli.keys import flatten
-from jobs.cluster.measure import Measured, PlanConfig
+from jobs.cluster.measure import Measured
+from jobs.cluster.plan_config import PlanConfig
 from models.errors import ConfigError
 from pipeline.cluster.cost import CostConfig
 from pipeline.planning.forecast import HEADROOM, Forecast, forecast, with_workers

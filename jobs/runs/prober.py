@@ -20,9 +20,6 @@ from pipeline.evaluation.labels import subset
 from pipeline.evaluation.probes import LinearScores, collapsed_dims, feature_std, lidar, linear_probe, rankme
 from pipeline.training.checkpoint import Frozen
 
-LABELLED = ("knn", "linear")
-LABEL_FREE = ("rankme", "lidar", "std")
-
 
 class Prober:
     """What all probes of a network share: its settings and where it runs."""

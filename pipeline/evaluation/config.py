@@ -5,6 +5,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from models.settings import Settings
 from pipeline.storage.files import normal_uri
 
+LABELLED = ("knn", "linear")
+"""Probes that classify."""
+LABEL_FREE = ("rankme", "lidar", "std")
+"""Probes of the features alone."""
+
 
 class EvalConfig(Settings):
     """How good the teacher's features are, before, during and at the end of the run."""

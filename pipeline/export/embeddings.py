@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from pipeline.data.source import Source
 from pipeline.evaluation.backbone_outputs import has_tokens, with_patches
 from pipeline.evaluation.features import embed
 from pipeline.export import parquet_parts
+from pipeline.export.config import Dtype, Precision
 from pipeline.export.parquet_parts import SUMMARY, PartKind, PartWriter, Written, missing_parts, part_name
 from pipeline.storage.files import Directory
 from pipeline.training.checkpoint import Frozen
@@ -37,9 +38,7 @@ __all__ = [
     "MANIFEST",
     "SETTINGS",
     "SUMMARY",
-    "Dtype",
     "Plan",
-    "Precision",
     "check_bad",
     "check_settings",
     "choose_rows_per_file",
@@ -52,8 +51,6 @@ __all__ = [
 ]
 
 SETTINGS, MANIFEST = "_about/embed.json", "_about/manifest.parquet"
-Dtype = Literal["float16", "float32"]
-Precision = Literal["fp32", "bf16"]
 
 _KIND = PartKind(SETTINGS, b"dinoray.embeddings", rows="vectors", written="embedded")
 _AIM_BYTES, _MOST_BYTES = 64 << 20, 1 << 30

@@ -28,6 +28,7 @@ from pipeline.figures.attention_maps import (
     overlay,
     upsample,
 )
+from pipeline.figures.config import MASS
 from pipeline.figures.drawing import (
     FAINT,
     INK,
@@ -47,9 +48,6 @@ _CELL = 152
 _TITLE_HEIGHT, _NOTE_HEIGHT, _HEAD_HEIGHT, _CAPTION_HEIGHT = 24, 28, 30, 18
 _TITLE_FONT, _HEAD_FONT, _SMALL_FONT = 17, 14, 11
 _SUMMARY_COLUMNS = 3
-
-MASS = 0.6
-"""Share of a head's attention that its mask holds, as in the paper's figures."""
 
 
 class Looked(NamedTuple):

@@ -1,0 +1,148 @@
+"""Pictures of what a checkpoint attends to, of images that are named, and of a run's own as it learns."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from jobs.cli.config import load_run_config
+from jobs.runs.open_checkpoint import open_network
+from models.attention import patch_size
+from models.errors import ConfigError, DataError
+from pipeline.data.decode import BadImage, decode
+from pipeline.data.loader import load_batches
+from pipeline.data.manifest import DataConfig, build_manifest
+from pipeline.data.source import Source
+from pipeline.evaluation.labels import subset
+from pipeline.figures.attention_animation import animation, read_frames
+from pipeline.figures.attention_sheet import figure, look, overlays
+from pipeline.figures.config import MASS
+from pipeline.figures.drawing import png_bytes
+from pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
+from pipeline.training.checkpoint import find_checkpoint
+
+_EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}(?=#|$)")
+"""Of a file's name, also where the number of a Parquet row follows it."""
+
+Named = tuple[str, npt.NDArray[np.uint8]]
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """ConfigError for values that no run can take."""
+    if not 0 < arguments.mass <= 1:
+        raise ConfigError(f"--mass={arguments.mass} must be above 0 and at most 1, e.g. {MASS}")
+    for name, value, least in (
+        ("image-size", arguments.image_size, 8),
+        ("max-images", arguments.max_images, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"--{name}={value} must be at least {least}")
+    if not arguments.images and not arguments.animate:
+        raise ConfigError(
+            "there are no images to look at: name files or folders, or pass --animate for the run's own images"
+        )
+    if arguments.animate and _run(arguments) is None:
+        raise ConfigError(
+            f"--animate needs a run with its evaluations, {arguments.run} is a single checkpoint; "
+            "give the run directory"
+        )
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """A sheet of all images, and a folder of overlays for each."""
+    found, frozen, step = open_network(arguments.run, arguments.step, arguments.which)
+    patch_size(frozen.backbone())  # fails, where the network has no such attention, before any image is read
+    column = arguments.image_column or _image_column(found.run)
+    images = _read_images(arguments.images, column, arguments.max_images)
+    out = _out(arguments, found.run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    crops = frozen.config.crops
+    looked = list(look(frozen.backbone(device), images, crops, image_size=arguments.image_size))
+    title = f"{frozen.config.backbone.name}, {arguments.which}, step {step}"
+    name = f"attention_step_{step:08d}"
+    out.write(f"{name}.png", png_bytes(figure(looked, title=title, mass=arguments.mass)))
+    print(out.join(f"{name}.png"))
+    digits = max(3, len(str(len(looked) - 1)))
+    for number, one in enumerate(looked):
+        folder = out.child(name).child(f"{number:0{digits}}_{_folder_name(one.key)}")
+        for picture, image in overlays(one, arguments.mass).items():
+            folder.write(f"{picture}.png", png_bytes(image))
+        print(folder.uri)
+
+
+def animate(arguments: argparse.Namespace) -> None:
+    """A GIF of the figures that the run's evaluations have drawn, whatever checkpoints were kept."""
+    run = _run(arguments)
+    assert run is not None  # see check
+    frames, damaged = read_frames(run)
+    for name in damaged:
+        print(f"skipped {run.join(name)}: it cannot be read as PNG", file=sys.stderr)
+    out = _out(arguments, run)
+    out.write("attention.gif", animation(frames))
+    evaluations = "1 evaluation" if len(frames) == 1 else f"{len(frames)} evaluations"
+    steps = f"step {frames[0].step}" if len(frames) == 1 else f"steps {frames[0].step} to {frames[-1].step}"
+    print(f"{out.join('attention.gif')}  ({evaluations}, {steps}: the teacher on the run's own images)")
+
+
+def _run(arguments: argparse.Namespace) -> Directory | None:
+    """The run directory that the address stands for, also before its first checkpoint; None for a lone checkpoint."""
+    here = Directory(arguments.run)
+    return find_checkpoint(arguments.run).run if here.exists("meta.json") else here
+
+
+def _out(arguments: argparse.Namespace, run: Directory | None) -> Directory:
+    return Directory(arguments.out) if arguments.out else (run or Directory(".")).child("attention")
+
+
+def _image_column(run: Directory | None) -> str:
+    """The column that the run's own images are in; a checkpoint's copy or folder has no config.yaml to say so."""
+    if run is None or not run.exists("config.yaml"):
+        return DataConfig.model_fields["image_column"].default
+    return load_run_config(run).data.image_column
+
+
+def _read_images(addresses: Sequence[str], column: str, limit: int) -> list[Named]:
+    """The first `limit` readable images; what cannot be read is named. DataError when nothing can."""
+    images: list[Named] = []
+    for address in addresses:
+        for key, image, reason in _load(address, column, limit - len(images)):
+            if image is None:
+                print(f"skipped {key}: {reason}", file=sys.stderr)
+            else:
+                images.append((key, image))
+        if len(images) == limit:
+            break
+    if not images:
+        raise DataError(f"none of the images in {', '.join(addresses)} can be read; see the lines above")
+    return images
+
+
+def _load(address: str, column: str, limit: int) -> Iterator[tuple[str, npt.NDArray[np.uint8] | None, str]]:
+    """(key, image or None, reason): the file itself, or a fixed random choice of `limit` from what lies there."""
+    config = DataConfig(path=address, image_column=column)
+    path = normal_uri(address)
+    if is_s3(path) or os.path.isdir(path) or path.lower().endswith(".parquet"):
+        source = Source(config, build_manifest(config))
+        indices = subset(source.num_images, limit).tolist()
+        for batch in load_batches(source, indices, lambda image, _: image, batch_size=16):
+            for loaded in batch:
+                yield loaded.key, loaded.pixels, loaded.reason
+        return
+    folder, name = os.path.split(path)
+    try:
+        yield name, decode(Directory(folder).read(name), max_pixels=config.max_pixels), ""
+    except MissingObject:
+        yield address, None, "there is no such file or folder"
+    except (BadImage, DataError) as error:
+        yield address, None, str(error)
+
+
+def _folder_name(key: str) -> str:
+    """A part of a path that any system takes, made of an image's key without its extension."""
+    name = _EXTENSION.sub("", key.replace("\\", "/").rstrip("/").rpartition("/")[2])
+    return re.sub(r"[^A-Za-z0-9-]+", "_", name)[-60:].strip("_-") or "image"

@@ -1,0 +1,88 @@
+"""One pretraining run from its checks to its results: what needs no cluster is checked before Ray starts."""
+
+import contextlib
+
+import ray
+from rich.console import Console
+
+from jobs.cli.config import Config
+from jobs.cli.display import Display
+from jobs.cli.main import start_ray
+from jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
+from jobs.runs.inputs import Inputs
+from jobs.runs.result import describe_result, write_result
+from jobs.runs.run_files import draw_demo, note_hardware, write_about
+from jobs.runs.run_size import check_images, check_workers, length_warnings, warmup_warnings
+from jobs.runs.train import check_run, run_training, what_is_learnt
+from models.errors import DinorayError
+from pipeline.augment.config import describe_crops
+from pipeline.augment.multicrop import kernel_name
+from pipeline.cluster.channel import Board, Event
+from pipeline.reporting.run_report import LiveReport, write_report
+from pipeline.storage.files import Directory
+from pipeline.storage.run_dir import committed_checkpoints
+from pipeline.training.config import Schedule
+from pipeline.training.published_weights import fetch_published_weights
+
+
+def pretrain(config: Config, *, verbose: bool) -> None:
+    """Check, run to the end or from where the run was left, and say where the results are."""
+    console, run = Console(), Directory(config.storage_path).child(config.name)
+    check_run(config)
+    if config.backbone.pretrained and not committed_checkpoints(run):
+        fetch_published_weights(config)
+    warnings = check_workers(config)
+    draw_demo(config, console)
+    inputs = Inputs.open(config, run)
+    warnings += evaluation_warnings(inputs, config.eval)
+    num_images = inputs.images.num_images
+    if not run.exists("config.yaml"):
+        check_images(config, num_images)
+    warnings += [*length_warnings(config, num_images), *warmup_warnings(config, num_images)]
+    algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images)
+    about_data = [describe_data(inputs.images), describe_evaluation(inputs, config.eval)]
+    write_about(run, config, inputs, [*about_data, *reasons])
+    schedule = Schedule(algorithm, num_images=num_images)
+    chosen = "".join(f"{reason}\n" for reason in reasons)
+    console.print(
+        "".join(f"{line}\n" for line in about_data)
+        + "".join(f"warning: {line}\n" for line in warnings)
+        + f"{schedule.total_steps} steps of {config.train.global_batch_size} images, {config.backbone.name}\n"
+        f"{describe_crops(config.crops)}, "
+        f"{kernel_name(config.crops)} kernel\n"
+        f"{chosen}run directory {run.uri}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    use_gpu, augment_actors = start_ray(config.resources, verbose=verbose)
+    report = LiveReport(run)
+    try:
+        with Display(console, title=run.uri) as display:
+
+            def show(event: Event, _: Board) -> None:
+                if event.kind == "step":
+                    display.step(event.facts)
+                elif event.kind == "eval":
+                    display.eval(event.facts)
+                    with contextlib.suppress(DinorayError):  # at the end it is written in earnest
+                        note_hardware(run, ray.nodes())
+                        report.update()
+                elif event.kind == "note":
+                    display.note(event.facts["text"])
+
+            run_training(
+                config,
+                algorithm,
+                weights,
+                run,
+                inputs,
+                use_gpu=use_gpu,
+                augment_actors=augment_actors,
+                on_event=show,
+            )
+    finally:
+        ray.shutdown()
+    write_result(run)
+    write_report(run)
+    console.print(describe_result(run), highlight=False, soft_wrap=True)
