@@ -56,6 +56,7 @@ def ray_head(
     gcs = f"127.0.0.1:{port}"
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     variables |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    variables |= {"RAY_worker_niceness": "0"}  # else it starves beside tests that run at the same time
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"  # the job's `python`
     more = []
     if autoscaling is not None:
