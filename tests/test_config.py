@@ -1,6 +1,7 @@
 """The config: what is read from where, what cannot be read, what a run's file keeps, and the schema."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from jobs.cli.arguments import Arguments
+from jobs.cli.arguments import Arguments, PretrainArguments
 from jobs.cli.config import (
     Config,
     apply_overrides,
@@ -68,7 +69,7 @@ def test_the_later_override_wins() -> None:
 
 def test_the_recipe_may_be_named_on_the_command_line_in_an_override_or_in_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "recipe: photos_small\ndata: {path: /x}\n")
-    assert load_config(None, None, []).recipe == "demo"
+    assert load_config("demo", None, []).recipe == "demo"
     assert load_config(None, file, []).recipe == "photos_small"
     assert load_config(None, file, ["recipe=vit_base_imagenet"]).recipe == "vit_base_imagenet"
     assert load_config("resnet50_imagenet", file, ["recipe=vit_base_imagenet"]).recipe == "resnet50_imagenet"
@@ -149,16 +150,28 @@ def test_applying_overrides_leaves_the_tree_as_it_was() -> None:
 
 
 def test_options_may_stand_among_the_overrides() -> None:
-    parser = Arguments("pretrain", "")
+    parser = Arguments("pretrain", "", Config)
     arguments = parser.parse_args(["a=1", "--recipe", "demo", "b=2", "--resume", "c=3"])
     assert arguments.overrides == ["a=1", "b=2", "c=3"]
     assert (arguments.recipe, arguments.resume) == ("demo", True)
 
 
+def test_help_names_every_section_and_only_settings_that_exist() -> None:
+    text = PretrainArguments().format_help()
+    sections = {
+        name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")
+    }
+    assert sections <= set(re.findall(r"^  (\w+)  +[A-Z]", text, re.MULTILINE))
+    keys = dict(flatten(load_config("demo", None, []).model_dump()))
+    named = re.findall(r"^  ([\w.]+)=[A-Z]", text, re.MULTILINE)
+    assert "data.path" in named
+    assert set(named) <= set(keys)
+
+
 def test_a_wrong_option_is_a_config_error() -> None:
     for wrong in (["--optim.base_lr=1"], ["--recipe"]):
         with pytest.raises(ConfigError, match=f"{wrong[0]}.*values are set as section.key=value"):
-            Arguments("pretrain", "").parse_args(wrong)
+            Arguments("pretrain", "", Config).parse_args(wrong)
 
 
 # What is refused

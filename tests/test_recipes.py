@@ -293,7 +293,7 @@ def test_a_recipe_has_a_receipt(recipe: str) -> None:
 def test_the_command_on_a_receipt_runs_the_recipe(recipe: str) -> None:
     command = re.search(r"Command: python -m jobs.pretrain(.*)", RECIPES[recipe].__doc__ or "")
     assert command
-    arguments = Arguments("pretrain", "").parse_args(shlex.split(command[1]))
+    arguments = Arguments("pretrain", "", Config).parse_args(shlex.split(command[1]))
     assert load_config(arguments.recipe, arguments.config, arguments.overrides).recipe == recipe
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from jobs.cli.config import Config, load_config, load_kept
 from jobs.cli.recipes import RECIPES
 from models.errors import ConfigError
+from models.settings import Settings
 from pipeline.storage.files import Directory
 from pipeline.study.trials import BEST, STUDY
 
@@ -37,8 +38,13 @@ class CommandLine(argparse.ArgumentParser):
 class Arguments(CommandLine):
     """The command line that jobs with a config share."""
 
-    def __init__(self, prog: str, description: str, *, resumes: bool = True) -> None:
-        super().__init__(prog=prog, description=description, epilog="recipes: " + ", ".join(RECIPES))
+    def __init__(self, prog: str, description: str, config: type[Config], *, resumes: bool = True) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=_settings_help(config),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         self.add_argument("--recipe", default=None, help="named starting point (default: demo)")
         self.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
         self.add_argument(
@@ -56,11 +62,41 @@ class Arguments(CommandLine):
         self.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3")
 
 
+_FIRST_SETTINGS = """\
+  data.path=FOLDER_OR_S3        images; subfolders are taken for labels, which only evaluations use
+  storage_path=FOLDER_OR_S3     where run directories go (default: runs)
+  name=NAME                     of the run directory
+  backbone.name=TIMM_NAME       which network
+  train.epochs=N                passes over the images
+  train.global_batch_size=N     images per step, of all GPUs together
+  resources.train_workers=N     GPUs"""
+
+
+def _settings_help(config: type[Config]) -> str:
+    """The settings that most runs make, and the sections of all of them."""
+    sections = [
+        f"  {name:<12}{' '.join((field.annotation.__doc__ or '').split()).partition('. ')[0].rstrip('.')}"
+        for name, field in config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings)
+    ]
+    return "\n".join(
+        [
+            "settings that most runs make:",
+            _FIRST_SETTINGS,
+            "",
+            "sections of settings, set as section.key=value; --print-config prints all with meaning and default:",
+            *sections,
+            "",
+            "recipes: " + ", ".join(RECIPES),
+        ]
+    )
+
+
 class PretrainArguments(Arguments):
     """The command line of jobs.pretrain."""
 
     def __init__(self) -> None:
-        super().__init__("python -m jobs.pretrain", "Pretrain a vision backbone with DINO.")
+        super().__init__("python -m jobs.pretrain", "Pretrain a vision backbone with DINO.", Config)
         self.add_argument("--init-from", metavar="PATH", default=None, help="the same as init.path=PATH")
         self.add_argument(
             "--from-study", metavar="DIR", default=None, help="take the best config that a study has found"

@@ -40,7 +40,9 @@ class PlanArguments(Arguments):
     """The command line of jobs.plan."""
 
     def __init__(self) -> None:
-        super().__init__("python -m jobs.plan", "Say what a pretraining run will take.", resumes=False)
+        super().__init__(
+            "python -m jobs.plan", "Say what a pretraining run will take.", PlanConfig, resumes=False
+        )
         self.add_argument("--out", type=Path, metavar="FILE", help="write cluster.yaml, filled in, here")
         self.add_argument("--json", action="store_true", help="print the plan as JSON")
         self.add_argument("--verbose", action="store_true", help="show Ray's own logs")

@@ -69,7 +69,7 @@ class StudyArguments(Arguments):
     """The command line of jobs.tune."""
 
     def __init__(self) -> None:
-        super().__init__("python -m jobs.tune", "Search settings of a pretraining run.")
+        super().__init__("python -m jobs.tune", "Search settings of a pretraining run.", StudyConfig)
         self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
 
