@@ -48,7 +48,7 @@ ROOMS = {
     "pipeline/study/page": "storage tracking figures reporting study findings",
     "pipeline/study/search": "models storage cluster training study findings",
     "jobs/cli": "models storage cluster data tracking training evaluation study",
-    "jobs/runs": f"{_RUN} published augment figures evaluation reporting worker cli",
+    "jobs/runs": f"{_RUN} published augment figures evaluation export reporting worker cli",
     "jobs/studies": f"{_RUN} reporting study findings page search cli runs",
     "jobs/cluster": "models storage cluster data augment planning evaluation study cli runs studies",
 }
