@@ -23,6 +23,7 @@ RAY_FILES = {
     *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
     "pipeline/evaluation/actors.py",
     "pipeline/tracking/prometheus.py",
+    *(f"pipeline/ray_private/{name}.py" for name in ("core", "data", "jobs", "tune")),
 }
 _TRAINING = "models published storage data augment training"
 _RUN = "models storage cluster data tracking training stream"
@@ -30,13 +31,14 @@ _PAGES = "models storage data augment tracking training figures"
 ROOMS = {
     "models": "",
     "models/published": "models",
-    "pipeline/storage": "models",
-    "pipeline/cluster": "models",
+    "pipeline/ray_private": "models",
+    "pipeline/storage": "models ray_private",
+    "pipeline/cluster": "models ray_private",
     "pipeline/data": "models storage",
     "pipeline/augment": "models storage data",
     "pipeline/tracking": "models storage augment",
     "pipeline/training": "models published storage data augment",
-    "pipeline/stream": "models cluster data augment",
+    "pipeline/stream": "models cluster data augment ray_private",
     "pipeline/figures": "models storage augment tracking training",
     "pipeline/planning": "models data augment training",
     "pipeline/evaluation": _PAGES,
@@ -46,11 +48,11 @@ ROOMS = {
     "pipeline/study": "models storage tracking training",
     "pipeline/study/findings": "study training",
     "pipeline/study/page": "storage tracking figures reporting study findings",
-    "pipeline/study/search": "models storage cluster training study findings",
-    "jobs/cli": "models storage cluster data tracking training evaluation study",
+    "pipeline/study/search": "models storage cluster training study findings ray_private",
+    "jobs/cli": "models storage cluster data tracking training evaluation study ray_private",
     "jobs/runs": f"{_RUN} published augment figures evaluation export reporting worker cli",
     "jobs/studies": f"{_RUN} reporting study findings page search cli runs",
-    "jobs/cluster": "models storage cluster data augment planning evaluation study cli runs studies",
+    "jobs/cluster": "models storage cluster data augment planning evaluation study cli runs studies ray_private",
 }
 """Room -> the rooms that it imports, each of them above it in this list. The commands in jobs/ import any."""
 
@@ -174,9 +176,18 @@ def test_ray_is_known_in_few_places_alone() -> None:
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("data", {"pipeline/stream/ray_data.py", "pipeline/evaluation/actors.py"}),
+        (
+            "data",
+            {"pipeline/stream/ray_data.py", "pipeline/evaluation/actors.py", "pipeline/ray_private/data.py"},
+        ),
         ("train", {"pipeline/worker/worker.py"}),
-        ("tune", {f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")}),
+        (
+            "tune",
+            {
+                *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
+                "pipeline/ray_private/tune.py",
+            },
+        ),
     ],
 )
 def test_each_ray_library_has_its_users_and_no_others(library: str, owners: set[str]) -> None:
@@ -319,3 +330,22 @@ def test_every_setting_explains_itself() -> None:
             if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
                 silent.append(f"{section}.{ast.unparse(node.target)}")
     assert silent == []
+
+
+def test_private_names_of_ray_are_used_in_their_room_alone() -> None:
+    def private(path: Path) -> set[str]:
+        """Private modules of Ray that are imported, and private attributes of what is not this object or module."""
+        modules = {name for name in imports(path) if name.startswith("ray.") and "._" in name}
+        return modules | {
+            ast.unparse(node)
+            for node in ast.walk(parse(path))
+            if isinstance(node, ast.Attribute)
+            and node.attr.startswith("_")
+            and not node.attr.endswith("_")
+            and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+        }
+
+    files = [path for path in FILES if "ray" in packages(path)]
+    inside = {name_of(path) for path in files if private(path)}
+    assert {"pipeline/ray_private/core.py", "pipeline/ray_private/data.py"} <= inside
+    assert offenders([path for path in files if path.parent.name != "ray_private"], private) == {}

@@ -1,8 +1,13 @@
 """What Ray Data is told about the pool of augment actors. The whole of it, on a cluster: test_autoscaling.py."""
 
 from types import SimpleNamespace
+from typing import Any
 
-from pipeline.cluster.pool_control import DrainPolicy, pool_metrics, reservation
+import pytest
+import ray
+
+from pipeline.cluster.pool_control import DrainPolicy, PoolControl, pool_metrics, reservation
+from pipeline.cluster.pool_size import PoolSize
 
 
 def operator(*, running: int, most: int, in_flight: int) -> SimpleNamespace:
@@ -45,3 +50,39 @@ def test_nothing_is_logged_of_a_pool_before_it_is_known() -> None:
         "augment_actors": 2,
         "augment_target": 3,
     }
+
+
+class Notes:
+    """A board that keeps what is posted."""
+
+    def __init__(self) -> None:
+        self.posted: list[str] = []
+
+    def post(self, kind: str, *, text: str) -> None:
+        assert kind == "note"
+        self.posted.append(text)
+
+
+@pytest.mark.parametrize(
+    ("executor", "missing"),
+    [
+        (SimpleNamespace(), "_cluster_autoscaler"),
+        (SimpleNamespace(_cluster_autoscaler=SimpleNamespace()), "_topology"),
+    ],
+)
+def test_a_ray_without_the_private_names_leaves_the_pool_as_it_is_and_warns_once(
+    executor: Any, missing: str
+) -> None:
+    notes = Notes()
+    size = PoolSize(1, 4, target=1, cool_down_seconds=60)
+    control = PoolControl(notes, size)  # type: ignore[arg-type]
+    control.before_execution_starts(executor)
+    for _ in range(3):
+        control._next = 0.0
+        control.on_execution_step(executor)
+    (text,) = notes.posted
+    assert text.startswith(
+        f"warning: the pool of augment actors cannot be resized with Ray {ray.__version__}"
+    )
+    assert missing in text
+    assert text.endswith("set resources.augment_actors to one number")

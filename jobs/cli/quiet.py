@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import Any
 
-import ray._private.worker
+from pipeline.ray_private.core import silence_errors
 
 
 def quiet_ray(*, verbose: bool) -> dict[str, Any]:
@@ -21,13 +21,9 @@ def quiet_ray(*, verbose: bool) -> dict[str, Any]:
         logging.getLogger(name).setLevel(level)
     if not verbose:
         warnings.filterwarnings("ignore", module=r"ray\.")
-        ray._private.worker.print_to_stdstream = _print_nothing
+        silence_errors()
         _drop_native_stderr()
     return {"log_to_driver": verbose, "logging_level": level}
-
-
-def _print_nothing(*_: Any, **__: Any) -> None:
-    pass
 
 
 def _drop_native_stderr() -> None:

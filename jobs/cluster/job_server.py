@@ -22,6 +22,7 @@ from ray.job_submission import JobSubmissionClient
 
 from jobs.cli.main import wants_token
 from models.errors import ConfigError, ResourceError, one_line, without_keys
+from pipeline.ray_private.jobs import server_version
 
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _ANSWER_SECONDS = 10.0
@@ -96,7 +97,8 @@ def connect(address: str) -> JobSubmissionClient:
         client = JobSubmissionClient(address)
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    check_version(address, str(client._server_ray_version))
+    if version := server_version(client):
+        check_version(address, version)
     return client
 
 

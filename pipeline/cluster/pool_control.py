@@ -8,14 +8,16 @@ nodes for.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import ray
 
+from models.errors import one_line
 from pipeline.cluster.channel import Board
 from pipeline.cluster.pool_size import Actors, PoolSize, Reading
+from pipeline.ray_private import data as private
 
 _EVERY_SECONDS = 1.0
 _RESERVED_SECONDS = 180.0
@@ -64,44 +66,62 @@ def reservation(pool: Any, target: int) -> Reservation:
     Ray's autoscaler keeps what is asked for on whichever nodes it fits, be they idle, and the nodes at work beside
     them: asked for without a node, it would keep idle ones for ever.
     """
-    there = [{_NODE_LABEL: s.actor_location} for s in pool._running_actors.values() if not s.is_restarting]
+    there = [{_NODE_LABEL: node} for node in private.nodes_of_actors(pool)]
     to_come = max(0, target - len(there))
     bundle = {"CPU": pool.per_actor_resource_usage().cpu}
     return Reservation([bundle] * (len(there) + to_come), there + [{}] * to_come)
 
 
+def not_resized(why: str) -> str:
+    """The warning that the pool keeps to the rules of Ray Data."""
+    return (
+        f"warning: the pool of augment actors cannot be resized with Ray {ray.__version__} ({why}); "
+        "set resources.augment_actors to one number"
+    )
+
+
 class PoolControl:
     """An execution callback of Ray Data, by its hooks' names.
 
-    `shared`: kinds of resources of which a stream takes its share of what is left over, as Ray's own requests say it,
-    which may not be changed.
+    With a Ray that has other private names than `ray_private.data` uses, the pool stays as it is and a warning is
+    posted: an error in a hook would end the stream.
     """
 
-    def __init__(self, board: Board, size: PoolSize, shared: Sequence[str]) -> None:
-        self._board, self._size, self._shared = board, size, shared
+    def __init__(self, board: Board, size: PoolSize) -> None:
+        self._board, self._size = board, size
         self._next = 0.0
+        self._is_able = True
         self._answer: ray.ObjectRef[Reading] | None = None
         self._reserved, self._reserved_at = Reservation([], []), -math.inf
 
     def before_execution_starts(self, executor: Any) -> None:
         """Ray's own requests for nodes grow with a stream and are never taken back: ours stand in for them."""
-        executor._cluster_autoscaler.try_trigger_scaling = lambda: None
+        self._try(lambda: private.stop_requests(executor))
 
     def on_execution_step(self, executor: Any) -> None:
         """Every second: tell the board of the pool, take what it has of the trainer, set the pool's size."""
         now = time.time()  # which the next leg's process has too, on whichever node
-        if now < self._next:
+        if now >= self._next:
+            self._next = now + _EVERY_SECONDS
+            self._try(lambda: self._step(executor, now))
+
+    def _try(self, act: Callable[[], None]) -> None:
+        if not self._is_able:
             return
-        self._next = now + _EVERY_SECONDS
-        for pool in (
-            pool for operator in executor._topology for pool in operator.get_autoscaling_actor_pools()
-        ):
+        try:
+            act()
+        except private.MissingNameError as error:
+            self._is_able = False
+            self._board.post("note", text=not_resized(one_line(error)))
+
+    def _step(self, executor: Any, now: float) -> None:
+        for pool in private.pools(executor):
             lost = pool.num_restarting_actors()  # with their node; Ray counts them among the running
             actors = Actors(pool.num_running_actors() - lost, pool.num_pending_actors() + lost)
             self._size.see(actors, now)
             self._listen(now)
             size = self._size.target
-            pool._config = replace(pool._config, min_size=size, initial_size=size, max_size=size)
+            private.resize(pool, size)
             self._reserve(executor, reservation(pool, size), now)
             if self._answer is None:
                 self._answer = self._board.tell_pool({**asdict(actors), "target": size}, self._size)
@@ -111,9 +131,7 @@ class PoolControl:
         if wanted == self._reserved and now < self._reserved_at + _RENEWED_SECONDS:
             return
         self._reserved, self._reserved_at = wanted, now
-        executor._cluster_autoscaler._autoscaling_coordinator.request_resources(
-            **wanted._asdict(), expire_after_s=_RESERVED_SECONDS, request_remaining=self._shared
-        )
+        private.request_nodes(executor, *wanted, expire_after_seconds=_RESERVED_SECONDS)
 
     def _listen(self, now: float) -> None:
         if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:

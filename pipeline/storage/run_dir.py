@@ -1,10 +1,7 @@
 """The names in a run directory, and which of its checkpoints are committed. No Ray here."""
 
-import json
-
+from pipeline.ray_private.train import SNAPSHOT, committed
 from pipeline.storage.files import Directory, MissingObject
-
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def checkpoint_name(step: int) -> str:
@@ -13,12 +10,13 @@ def checkpoint_name(step: int) -> str:
 
 
 def committed_checkpoints(run: Directory) -> list[str]:
-    """Names of the run's committed checkpoints, oldest first; empty when there is none."""
+    """Names of the run's committed checkpoints, oldest first; empty when there is none. DataError as `committed`."""
+    file = f"checkpoints/{SNAPSHOT}"
     try:
-        snapshot = json.loads(run.read(f"checkpoints/{SNAPSHOT}"))
+        snapshot = run.read(file)
     except MissingObject:
         return []
-    return sorted({r["checkpoint_dir_name"] for r in snapshot.get("checkpoint_results", [])})
+    return committed(snapshot, file=run.join(file))
 
 
 def committed_steps(run: Directory) -> list[int]:

@@ -15,22 +15,18 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
-from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import STANDARD_RESOURCE_TYPES
-from ray.data._internal.execution.backpressure_policy import (
-    ENABLED_BACKPRESSURE_POLICIES,
-    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-)
 
 from models.errors import DinorayError
 from pipeline.augment.augmenter import Augmenter, crop_threads
 from pipeline.augment.config import CropsConfig, crop_bytes
 from pipeline.augment.multicrop import limit_threads, prepare_kernel
 from pipeline.cluster.channel import Board
-from pipeline.cluster.pool_control import DrainPolicy, PoolControl
+from pipeline.cluster.pool_control import DrainPolicy, PoolControl, not_resized
 from pipeline.cluster.pool_size import PoolSize
 from pipeline.data.order import Order
 from pipeline.data.partition import Layout
 from pipeline.data.source import Source
+from pipeline.ray_private import data as private
 
 _LEG_BLOCKS = 4096
 """Blocks per execution of the plan: Ray plans every block up front, at some 1.3 ms each."""
@@ -93,12 +89,12 @@ def open_splits(
     # A block of the plan must stay one block: twice its bytes never reaches the limit at which Ray cuts.
     rows = layout.steps_per_block * layout.batch_size_per_worker
     context.target_max_block_size = max(128 << 20, 2 * rows * crop_bytes(plan.crops))
-    context.custom_execution_callback_classes = [
-        partial(PoolControl, plan.board, size, STANDARD_RESOURCE_TYPES)
-    ]
-    context.set_config(
-        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, DrainPolicy]
-    )
+    if private.MISSING is None:
+        private.add_control(context, partial(PoolControl, plan.board, size), DrainPolicy)
+        actors = (size.target, size.target)
+    else:
+        plan.board.post("note", text=not_resized(private.MISSING))
+        actors = plan.augment_actors
     # Not range(): it would run a task per block just to make a number, at a fifth of what Ray takes for a block.
     numbers = [{"id": i} for i in range(layout.num_blocks)]
     with ray.data.DataContext.current(context):
@@ -108,8 +104,8 @@ def open_splits(
             batch_size=1,
             fn_constructor_args=(plan, layout),
             compute=ActorPoolStrategy(
-                min_size=size.target,
-                max_size=size.target,
+                min_size=actors[0],
+                max_size=actors[1],
                 enable_true_multi_threading=True,
                 max_concurrent_calls_per_actor=2,
             ),

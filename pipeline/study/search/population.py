@@ -21,10 +21,10 @@ import ray.util.state
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.schedulers.pb2 import PB2
 from ray.util.placement_group import PlacementGroup
 
 from models.errors import DinorayError, ResourceError, one_line
+from pipeline.ray_private.tune import OpenPB2, check_pb2
 from pipeline.storage.files import Directory
 from pipeline.study.search.tuner import Listener, Placements, Unsaved, run_tune, tell_error
 from pipeline.training.checkpoint import own_copy
@@ -101,6 +101,7 @@ def run_population(
 
 def check_population() -> None:
     """ResourceError unless PB2 has what it needs. On a Ray that is up."""
+    check_pb2()
     if importlib.util.find_spec("sklearn") is None:
         raise ResourceError(
             "tune.scheduler=pb2 needs scikit-learn: pip install 'dinoray[pb2]', or take tune.scheduler=asha"
@@ -185,7 +186,7 @@ class Rounds:
         }
 
 
-class _Population(Unsaved, PB2):
+class _Population(Unsaved, OpenPB2):
     """PB2 on the unit cube: it chooses the settings, Rounds the members. All of them fit at once: none is paused."""
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -199,7 +200,7 @@ class _Population(Unsaved, PB2):
         self._keys, self._rounds = list(keys), Rounds()
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
-        if trial in self._trial_state:  # its process has died and is started again: it is where it was
+        if self.knows(trial):  # its process has died and is started again: it is where it was
             return
         trial.config |= {key: trial.config["member"][key] for key in self._keys}
         super().on_trial_add(tune_controller, trial)
@@ -207,24 +208,21 @@ class _Population(Unsaved, PB2):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         if "score" not in result:  # an error is told
             return TrialScheduler.CONTINUE
-        self._save_trial_state(self._trial_state[trial], result["step"], result, trial)
+        self.note_result(trial, result["step"], result)
         living = {slot_of(str(one)): one for one in tune_controller.get_trials() if not one.is_finished()}
         member = slot_of(str(trial))
         donor = self._rounds.told(member, result["step"], result["score"], living)
         if donor is None:
             return TrialScheduler.CONTINUE
-        self._trial_state[living[donor]].last_checkpoint = _newest_checkpoint(living[donor])
-        self._exploit(tune_controller, trial, living[donor])
+        self.replace(tune_controller, trial, living[donor])
         self._rounds.took_over(member, donor)
         return TrialScheduler.NOOP  # it is to begin anew
 
-    def _get_new_config(
-        self, trial: TuneTrial, trial_to_clone: TuneTrial
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def new_config(self, trial: TuneTrial, donor: TuneTrial) -> tuple[dict[str, Any], dict[str, Any]]:
         """PB2's choice; of few scores that is now and then just where the donor is, and two that train alike teach
         nothing: then a step aside, as in plain population based training."""
-        config, operations = super()._get_new_config(trial, trial_to_clone)
-        if all(abs(config[key] - trial_to_clone.config[key]) < _ALIKE for key in self._keys):
+        config, operations = super().new_config(trial, donor)
+        if all(abs(config[key] - donor.config[key]) < _ALIKE for key in self._keys):
             aside = np.random.uniform(-_ASIDE, _ASIDE, len(self._keys))
             beside = np.array([config[key] for key in self._keys]) + aside
             moved = 1 - np.abs(1 - np.abs(beside))  # back from the edge that it would be beyond
@@ -232,13 +230,6 @@ class _Population(Unsaved, PB2):
             self.data.loc[self.data.index[-1], self._keys] = moved  # where PB2 has written down what it chose
             self.current[-1] = moved
         return config, operations
-
-
-def _newest_checkpoint(trial: TuneTrial) -> Any:
-    """That of the last report, which Tune may still be saving."""
-    saving = trial.temporary_state.saving_to
-    saved = saving.resolve() if saving else None
-    return saved.checkpoint if saved else trial.checkpoint
 
 
 class _MemberListener(Listener):

@@ -1,0 +1,2 @@
+"""Names of Ray that its public API does not have, one module per library: why each is needed, and what happens without
+it. All were read in Ray 2.60.0."""
