@@ -2,8 +2,8 @@
 
 A decoder's time depends on bits and pixels, the time of later stages on pixels alone. So a generated file has
 the size, the chroma subsampling and the bits per pixel of a common kind of photograph. It also has the
-statistics that cause such bits: overlapping objects, covered with noise of equal energy in every octave
-(1/f), and little colour in the fine octaves.
+statistics that cause such bits: overlapping objects, noise of equal energy in every octave (1/f) on them, and
+little colour in the fine octaves.
 """
 
 import io

@@ -14,8 +14,8 @@ STAGES = ("fetch", "decode", "crop", "serialise", "deliver", "collate", "idle")
 
 Serialise is an actor's time outside the first three: it builds blocks and copies them to the object store.
 Deliver is the scheduling and accounting of blocks: coordinator, raylet, GCS, driver. Collate is the
-consumers. Idle is the base load of the session's other processes, agents and statistics: constant per second
-whatever the stream does, and not much more on a large cluster.
+consumers. Idle is the base load of the session's other processes, agents and statistics. It is constant per
+second whatever the stream does, and not much larger on a large cluster.
 """
 _ROLES = {
     "MultiCropActor": "actor",

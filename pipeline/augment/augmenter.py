@@ -93,8 +93,8 @@ class BusyClock:
 class CropMemory:
     """Reuses the memory of released blocks, because fresh memory costs one page fault per page.
 
-    An array is handed out again once nothing else refers to it: neither a view of the array nor the Arrow
-    block that was made from it without a copy. Several threads may call `take` at once.
+    An array is handed out again once nothing else refers to it. A view of the array is such a reference, and
+    so is an Arrow block made from it without a copy. Several threads may call `take` at once.
     """
 
     def __init__(self) -> None:
@@ -130,10 +130,10 @@ class Augmenter:
     def block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the columns of crops for `positions` [n].
 
-        The columns are `global_crops` uint8 [n, G, H, W, 3], `local_crops` uint8 [n, L, h, w, 3], `position`
-        int64, `status` int8, `note`, `cpu_ms` float32 [n, 3] (see STAGES) and `busy_ms` float32 (see
-        BusyClock). `note` is JSON of key and reason where status is not OK, else empty. The means of `cpu_ms`
-        and `busy_ms` hold for the block.
+        The crops are `global_crops` uint8 [n, G, H, W, 3] and `local_crops` uint8 [n, L, h, w, 3]. Beside
+        them are `position` int64, `status` int8, `note`, `cpu_ms` float32 [n, 3] (see STAGES) and `busy_ms`
+        float32 (see BusyClock). `note` is JSON of key and reason where status is not OK, else empty. The
+        means of `cpu_ms` and `busy_ms` hold for the block.
 
         A bad image is replaced by the next readable image in the epoch's order, and its row records that.
         Raises DataError if none of the next 16 images is readable either. Several calls may run at once.

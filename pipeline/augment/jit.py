@@ -1,9 +1,8 @@
 """Compile the functions marked `compiled`, once per machine, where numba is available.
 
 Without numba, `compiled` leaves a function as it is, and multicrop.py uses the kernel that needs no compiler.
-The machine code is stored under the cache folder, in a folder named after the source files that it was
-compiled from: numba itself checks only the file of the requested function, not the files of the functions it
-calls. This module knows nothing of images.
+The machine code is stored under the cache folder, in a folder named after its source files. numba itself
+would check only the file of the requested function, not the files of the functions it calls. No images here.
 """
 
 import fcntl

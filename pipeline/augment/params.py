@@ -58,8 +58,8 @@ class OneCrop(NamedTuple):
 class CropParams(NamedTuple):
     """All parameters of the crops of one `width` x `height` image.
 
-    Use `crops` for reading; kernels use `table`: float64 [V, 17] with box, flip, four operations (0 is none)
-    and their factors, gray, sigma (-1 is none), level of solarization (256 is none), size.
+    Use `crops` for reading; kernels use `table`. It is float64 [V, 17] with box, flip, four operations (0 is
+    none) and their factors, gray, sigma (-1 is none), level of solarization (256 is none), size.
     """
 
     width: int

@@ -1,7 +1,7 @@
 """The random numbers of an image's crops: a function of (seed, epoch, key) alone, on any machine.
 
 numpy's Philox generator defines the numbers. Creating a generator takes longer than drawing from it, so the
-stream fills its rows with the same numbers in compiled code. This module knows nothing of crops.
+stream fills its rows with the same numbers in compiled code. No crops here.
 """
 
 import hashlib

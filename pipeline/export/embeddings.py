@@ -180,7 +180,7 @@ def collect(
     """Return (number of vectors, quarantined images by row) of some parts, as recorded in their files.
 
     Also writes quarantine.jsonl. Reads only the footer of each part. Raises DataError for a part that is
-    damaged, has other weights, or does not account for each of its rows: rows in = vectors out + quarantined.
+    damaged, has other weights, or does not account for all rows: rows in = vectors out + quarantined.
     """
     images = {part: plan.rows(part, num_images) for part in numbers}
     footers, bad = parquet_parts.collect(out, images, _KIND, {"weights": plan.weights})

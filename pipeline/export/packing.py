@@ -36,14 +36,14 @@ from pipeline.storage.files import ChangedObject, Directory, MissingObject, Unre
 QUALITY = 95
 """JPEG quality of the images that `shrink` writes, at full colour resolution.
 
-At 90 and half the colour resolution, crops of them are twice as far from crops of the photos themselves, for
-two thirds of the bytes.
+At 90 and half the colour resolution, files take two thirds of the bytes. Their crops are twice as far from
+crops of the photos themselves.
 """
 SLACK = 1.21
 """Pixels of the shrunk image per pixel of a crop's side, for a square region.
 
-The narrowest region of the same area, 3:4, has sqrt(4/3) = 1.155 times fewer pixels along its short side:
-still no fewer than the crop has.
+The narrowest region of the same area, 3:4, has sqrt(4/3) = 1.155 times fewer pixels along its short side.
+That is still no fewer than the crop has.
 """
 PART_BYTES = 128 << 20
 """Maximum bytes of a part, by sizes known in advance; actors hold two to three times as much in memory."""
@@ -57,7 +57,7 @@ Each row group is still large enough for one request.
 """
 
 _SHRUNK_BYTES_PER_PIXEL = 0.5  # of photos at this quality; accurate enough for planning
-_MOST_SIDE = 65_500  # of a JPEG, in libjpeg
+_MOST_SIDE = 65_500  # side of a JPEG, in libjpeg
 _SPREAD_PARTS, _LEAST_ROWS = 64, 256  # enough parts to share among actors, none of them tiny
 
 SETTINGS, MANIFEST = "_about/pack.json", "_about/_manifest.parquet"
@@ -239,7 +239,7 @@ def collect(out: Directory, plan: Plan, numbers: Sequence[int]) -> tuple[list[Fo
     """Return (footers, quarantined images by row) of some parts; also write quarantine.jsonl.
 
     Reads only the footer of each part. Raises DataError for a part that is damaged, has other settings, or
-    does not account for each of its rows: rows in = images out + quarantined.
+    does not account for all rows: rows in = images out + quarantined.
     """
     return parquet_parts.collect(out, {part: plan.rows(part) for part in numbers}, KIND, plan.identity)
 

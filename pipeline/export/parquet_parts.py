@@ -134,7 +134,7 @@ def collect(
 
     `images` are the manifest rows that each part must stand for; `identity` is the expected content of each
     part's note. Reads only the footer of each part. Raises DataError for a part that is damaged, has other
-    settings, or does not account for each of its rows: rows in = rows out + quarantined.
+    settings, or does not account for all rows: rows in = rows out + quarantined.
     """
     storage, path = filesystem(out.uri)
 

@@ -46,7 +46,7 @@ def mass_mask(attention: Map, mass: float = 0.6) -> Mask:
 def default_image_size(global_crop_size: int, patch: int) -> int:
     """Return the shorter side in pixels for attention maps: 480, as published, for patches of 16, crops of 224.
 
-    480 pixels are 30 patches. The result is kept within two to four global crops: a coarser map cannot be
+    480 pixels are 30 patches. The result is kept within two to four global crops. A coarser map cannot be
     read, and a network works worse the farther the size is from its training size.
     """
     return min(max(_PUBLISHED_PATCHES * patch, 2 * global_crop_size), 4 * global_crop_size)

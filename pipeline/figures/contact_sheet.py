@@ -1,7 +1,7 @@
 """A contact sheet of the network's input: a few images, each beside its crops, as one PNG.
 
-A job writes it at start, so that a person sees a wrong scale, swapped channels or a missing blur before an
-hour of GPU time is spent. There are no files, no storage and no Ray here.
+A job writes it at start. A wrong scale, swapped channels or a missing blur are then visible before an hour of
+GPU time is spent. There are no files, no storage and no Ray here.
 """
 
 from collections.abc import Sequence

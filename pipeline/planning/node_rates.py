@@ -25,7 +25,7 @@ BLOCKS_PER_ACTOR = 3
 
 
 class Figures(NamedTuple):
-    """Averages, measured or given. Training on CPUs, `images_per_second_per_gpu` is the rate of one CPU."""
+    """Averages, measured or given. `images_per_second_per_gpu` is per CPU if training is on CPUs."""
 
     images_per_second_per_cpu: float
     images_per_second_per_gpu: float

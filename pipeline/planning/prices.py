@@ -56,7 +56,7 @@ NODE_TYPES = {
     "p4d.24xlarge": _of(21.9576, 96, 8, 100, 1152),
     "p5.48xlarge": _of(55.04, 192, 8, 100, 2048),
 }
-"""Those of cluster.yaml and their neighbours."""
+"""Instance types of cluster.yaml, and their neighbours."""
 
 
 class PlanSettings(Settings):

@@ -1,8 +1,8 @@
 """Pixel operations of the fast kernel, in place on flat uint8 planes; opencv_colour.py is the OpenCV version.
 
-Each operation matches PIL, including its rounding: blends are float32 and truncated, HSV has 8 bits per
+Each operation matches PIL, including its rounding. Blends are float32 and truncated, HSV has 8 bits per
 channel, and the blur is six box passes, each rounded. The loops over a plane have no branches, so that LLVM
-vectorises them. This module knows nothing of the origin of pixels or the order of operations.
+vectorises them. The caller decides on the pixels and the order of operations.
 """
 
 import math
@@ -114,8 +114,8 @@ def box_weights(sigma: float) -> tuple[int, int, int]:
     """Return one of three equal boxes: (whole pixels on either side, their weight, weight of the two ends).
 
     Weights are in units of 2^-24. Gwosdek et al., Theoretical foundations of Gaussian convolution by extended
-    box filtering (SSVM 2011), eq. 7, 11 and 14; rounded to float32 wherever PIL rounds, so that the weights
-    equal PIL's.
+    box filtering (SSVM 2011), eq. 7, 11 and 14. Values are rounded to float32 wherever PIL rounds, so that
+    the weights equal PIL's.
     """
     variance = _F(sigma) * _F(sigma) / _F(3)
     length = _F(math.sqrt(12.0 * np.float64(variance) + 1.0))

@@ -1,6 +1,6 @@
 """The fast kernel: every crop of a decoded picture in one compiled call.
 
-Each crop is resampled from the picture into three planes in transposed order: x runs over rows, so that both
+Each crop is resampled from the picture into three transposed planes. There x runs over rows, so that both
 passes of the filter run along memory. The planes are then coloured, blurred across x, transposed back,
 blurred across y and interleaved to RGB. PIL rounds to 8 bits between the filter's passes; this kernel keeps 6
 more bits. It needs numba; torch_crops.py does not. There are no files, no decoding and no random numbers

@@ -38,7 +38,7 @@ def adjust_hue(image: Image, shift: float) -> Image:
     """Turn the hue by `shift` turns, in [-0.5, 0.5].
 
     The hue is turned in HSV. A rotation in RGB or YIQ by one matrix would be cheaper, but it is a different
-    augmentation: its result is farther from the HSV result than an unchanged hue is.
+    augmentation. Its result is farther from the HSV result than an unchanged hue is.
     """
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # wraps around, as hue does

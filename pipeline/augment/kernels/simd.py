@@ -1,8 +1,8 @@
 """The inner loops of the crop kernel, written in LLVM's portable vectors.
 
-LLVM alone does not vectorise a loop that sums in 16 bits over an unknown number of taps, and two such loops
-make up most of a crop's cost. LLVM compiles this code to AVX2, AVX-512 or NEON. Each function takes addresses
-and reads and writes whole vectors, also past the end of a row: the kernel leaves room for that. Needs numba.
+LLVM alone does not vectorise a loop that sums in 16 bits over an unknown number of taps. Two such loops make
+up most of a crop's cost. LLVM compiles this code to AVX2, AVX-512 or NEON. Each function takes addresses and
+reads and writes whole vectors, also past the end of a row: the kernel leaves room for that. Needs numba.
 """
 
 from collections.abc import Callable, Iterable

@@ -32,8 +32,9 @@ _T95 = {
 def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Return Kendall's tau-b of two rankings of the same items, -1 to 1; None if a ranking has only ties.
 
-    It is the number of pairs in the same order minus pairs in the opposite order, over the geometric mean of
-    the pairs that each ranking separates. Infinities are values; remove NaN before.
+    It is the number of pairs in the same order minus pairs in the opposite order. The divisor is the
+    geometric mean of the numbers of pairs that each ranking separates. Infinities are values; remove NaN
+    before.
     """
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
     known = ~(np.isnan(a) | np.isnan(b))

@@ -1,7 +1,8 @@
 """The number of concurrent trials and their resources, fixed before a study starts: no trial waits for ever.
 
-Two situations would block a trial: reserved trials that leave no CPU for Ray Data's own tasks, or more trials
-than fit, each holding resources that another trial needs. No Ray here: numbers in, numbers out.
+Two situations would block a trial. Trials may reserve every CPU, so that none is left for Ray Data's own
+tasks. Or more trials start than fit, each holding resources that another trial needs. No Ray here: numbers
+in, numbers out.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """A population of trials under PB2: weak members copy strong members' weights and continue with new settings.
 
-A member is a sequence of trials: each time it copies another member's weights it becomes a new trial, which
-starts at that member's checkpoint with parameters from PB2. Tune ends the process of a member that copies.
-The member's workers are removed here; Ray Train's monitor of them ends by itself if there is a dashboard.
+A member is a sequence of trials: each time it copies another member's weights it becomes a new trial. The new
+trial starts at the other member's checkpoint with parameters from PB2. Tune ends the process of a member that
+copies. The member's workers are removed here; Ray Train's monitor of them ends by itself if there is a
+dashboard.
 """
 
 import importlib.util

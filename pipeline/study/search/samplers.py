@@ -37,7 +37,7 @@ def sampler(
     num_trials: int,
     grid_points: int,
 ) -> Propose:
-    """Propose `first` in order, then by `kind`.
+    """Return a function that proposes `first` in order, then by `kind`.
 
     TPE begins with Sobol points: a third of `num_trials`, at most ten.
     """
