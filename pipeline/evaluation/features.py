@@ -201,7 +201,10 @@ class KnnProblem:
         return (guesses == torch.tensor(self.truth[part])).sum(dim=1).tolist()
 
     def scores(self, hits: Iterable[Sequence[int]]) -> dict[str, float]:
-        """Return top-1 accuracy per k (`knn_10`, ...) in [0, 1]; `majority` always guesses the commonest label."""
+        """Return top-1 accuracy per k (`knn_10`, ...) in [0, 1]; `majority` always guesses one label.
+
+        That label is the commonest voter label.
+        """
         totals = np.sum(list(hits), axis=0)
         scores = {f"knn_{k}": int(n) / len(self.truth) for k, n in zip(self.config.k, totals, strict=True)}
         commonest = Counter(self.bank_labels.tolist()).most_common(1)[0][0]

@@ -50,12 +50,11 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate a backbone and leave it unchanged.
 
-    Call on all ranks: each embeds its share, the first rank scores.
-
-    `labelled` is the result of `labelled_sources`. Without it, RankMe is measured on `images`; LiDAR always
-    takes augmented views of `images`. `pictures` are a few (key, image) of any size, drawn under `title`;
-    without them nothing is drawn. Returns None on other ranks. A backbone whose batch norm has not trained is
-    first calibrated on `calibration_images` of `images`.
+    Call on all ranks: each embeds its share, the first rank scores. `labelled` is the result of
+    `labelled_sources`. Without it, RankMe is measured on `images`; LiDAR always takes augmented views of
+    `images`. `pictures` are a few (key, image) of any size, drawn under `title`; without them nothing is
+    drawn. Returns None on other ranks. A backbone whose batch norm has not trained is first calibrated on
+    `calibration_images` of `images`.
     """
     crops, precision = algorithm.crops, algorithm.train.precision
     backbone, num_calibration_images = calibrated(backbone, images, algorithm)

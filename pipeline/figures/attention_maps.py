@@ -44,16 +44,16 @@ def mass_mask(attention: Map, mass: float = 0.6) -> Mask:
 
 
 def default_image_size(global_crop_size: int, patch: int) -> int:
-    """Return the shorter side in pixels for attention maps: 480, as published, for patches of 16, crops of 224.
+    """Return the shorter side in pixels for attention maps: 480 for patches of 16 on crops of 224.
 
-    480 pixels are 30 patches. The result is kept within two to four global crops. A coarser map cannot be
-    read, and a network works worse the farther the size is from its training size.
+    480 pixels, as published, are 30 patches. The result is kept within two to four global crops. A coarser
+    map cannot be read, and a network works worse the farther the size is from its training size.
     """
     return min(max(_PUBLISHED_PATCHES * patch, 2 * global_crop_size), 4 * global_crop_size)
 
 
 def fit_image(image: Image, short_side: int) -> Image:
-    """Resize the shorter side to `short_side` pixels, aspect kept; the longer side is at most 4 times that."""
+    """Resize the shorter side to `short_side` pixels, aspect kept; limit the longer side to 4 times that."""
     height, width = image.shape[:2]
     scale = min(short_side / min(height, width), _MAX_ASPECT * short_side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))

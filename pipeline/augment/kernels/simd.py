@@ -123,8 +123,8 @@ def weigh_rows(
 ) -> Any:
     """Sum `taps` weighted rows of 64 uint8, `stride` bytes apart: out int16 [64] = 128 * the sum.
 
-    Weights are int16 in 1/16384, since a weight at an edge may exceed 1; they sum to 1. Each product loses less
-    than one unit to truncation; `bias` compensates. Results are clamped to 0..255, as PIL does between passes.
+    Weights are int16 in 1/16384, since a weight at an edge may exceed 1; they sum to 1. Each product loses
+    less than one unit to truncation; `bias` compensates. Results are clamped to 0..255, as in PIL.
     """
 
     def write(

@@ -94,7 +94,7 @@ def _interpolate(region: Image, mode: str, **how: Any) -> Image:
 
 
 class _Span(NamedTuple):
-    """Whole source pixels [first, last): resized by `factor`, they hold the wanted pixels after `skip` others."""
+    """Whole source pixels [first, last); resized by `factor`, the wanted pixels follow `skip` others."""
 
     first: int
     last: int

@@ -162,10 +162,7 @@ class _Proposals(Unsaved, Searcher):
 
 
 class _Refereed(Unsaved, FIFOScheduler):
-    """First in, first out.
-
-    ASHA decides which trials continue; a trial gets the decision and is not killed.
-    """
+    """First in, first out; ASHA's stop decisions are sent to the trials, which are not killed."""
 
     def __init__(self, referee: Any, halving: Halving | None, search: Search) -> None:
         super().__init__()
