@@ -61,7 +61,7 @@ from pipeline.stream import ray_data
 
 MOST_ALONE = 4096
 """Maximum images per round for the kernel and the blocks, whose files are all in memory."""
-_DRAWN = ["data.row_group_cache_bytes=16777216"]  # larger data sets than this cache: few cache hits
+_DRAWN = ["data.row_group_cache_bytes=16777216"]  # data sets are larger than the cache: few hits
 
 
 def session_cpu(driver: int) -> dict[int, tuple[str, float]]:
@@ -155,7 +155,7 @@ def stream(plan: ray_data.StreamPlan, layout: Layout) -> dict[str, Any]:
 
 
 def edge_turns(actors: int, layout: Layout) -> int:
-    """Return a rank's blocks to omit at either end: more than are in progress (two per actor, one ahead)."""
+    """Return a rank's blocks to omit at either end: more than two in each actor and one ahead of each."""
     return -(-3 * actors // layout.world_size) + 2
 
 

@@ -15,7 +15,7 @@ Limit = Literal["training step", "augmentation", "network", "S3 latency", "objec
 
 
 STREAM_SHARE = 0.92
-"""Throughput through Ray over bare-CPU throughput, by the clock (benchmarks/RESULTS.md, The stream's cost)."""
+"""Ray throughput over bare-CPU throughput, by the clock (benchmarks/RESULTS.md, "The stream's cost")."""
 LINK_SHARE = 0.8
 """Share of a link's rate available to crops: an assumption, for headers and because blocks come in bursts."""
 STORE_SHARE = 0.3
