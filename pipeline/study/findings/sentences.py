@@ -186,7 +186,7 @@ def regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> Iterator[str
 
 
 def agreements(found: Sequence[Agreement], objective: str) -> Iterator[str]:
-    """Yield the agreement of metrics, limited to values of tau above chance."""
+    """Yield the agreement of metrics, limited to metrics with a tau over more than two trials."""
     told = [a for a in found if a.tau is not None and a.num_trials > 2]
     if not told:
         return
