@@ -1,4 +1,4 @@
-"""What the nodes of a run cost, by kind and hour. Read by cluster/nodes.py, which counts them."""
+"""Hourly prices of the nodes of a run, by kind. cluster/nodes.py reads them and counts the nodes."""
 
 from pydantic import Field
 
@@ -6,7 +6,10 @@ from models.settings import Settings
 
 
 class CostConfig(Settings):
-    """Prices of nodes, for the dollars on the status line; 0 is free, or not known. `jobs.plan` fills them in."""
+    """Prices of nodes, for the dollars on the status line; 0 is free, or not known.
+
+    `jobs.plan` fills them in.
+    """
 
     head_hourly: float = Field(default=0.0, ge=0)
     """Dollars an hour of the head."""
