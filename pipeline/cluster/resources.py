@@ -1,5 +1,4 @@
-"""Config of the processes of a run: their number and resources. No Ray here; worker/worker.py and jobs/ use
-it."""
+"""Config of a run's processes: their number and resources. No Ray here; worker/worker.py and jobs/ use it."""
 
 from typing import Literal
 
@@ -9,10 +8,7 @@ from models.settings import Settings
 
 
 class ResourcesConfig(Settings):
-    """Where the run runs.
-
-    Nothing here changes what is learnt, so all of it may differ when a run is resumed.
-    """
+    """Where the run runs. Nothing here changes what is learnt, so all of it may differ when a run is resumed."""
 
     train_workers: int = Field(default=1, ge=1)
     """DDP processes; the global batch is divided among them."""
@@ -21,8 +17,7 @@ class ResourcesConfig(Settings):
     cpus_per_train_worker: float = Field(default=1, ge=0)
     """CPUs reserved for each train worker."""
     augment_actors: PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] = "auto"
-    """CPU actors that fetch and crop: a number, a range [least, most] by the wait for data, or auto: all CPUs
-    left."""
+    """CPU actors that fetch and crop: a number, a range [least, most] by the wait for data, or auto: all CPUs left."""
     cpus_per_augment_actor: float = Field(default=1, gt=0)
     """CPUs reserved for each augment actor."""
     cool_down_seconds: float = Field(default=60, gt=0)
