@@ -1,7 +1,7 @@
 """LARS, as in DINO's published training of ResNets.
 
 Large-batch SGD with a learning rate per layer (arXiv 1708.03888). timm's LARS divides by |g| + wd * |p|, the
-published LARS by |g + wd * p|, so their results differ from the first step on.
+published LARS by |g + wd * p|. Their results differ from the first step on.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,8 +1,8 @@
 """The message channel between workers and driver: events to display, fatal errors, stop requests, decisions.
 
-It is an actor without CPUs that lives as long as its driver. Training does not wait for posts, with three
-exceptions: a fatal error is delivered before its worker ends, so is a worker's last post, and in a study
-workers wait after an evaluation for the decision whether the trial continues.
+It is an actor without CPUs that lives as long as its driver. Training does not wait for posts, except for a
+fatal error and a worker's last post, which arrive before the worker ends. In a study, workers also wait after
+an evaluation for the decision to continue or end the trial.
 """
 
 import asyncio

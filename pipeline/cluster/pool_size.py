@@ -18,7 +18,7 @@ _LOOK_SECONDS = 10.0
 _JUDGE_SECONDS = 30.0
 """Length of the readings after scaling up, before its effect is judged."""
 _LOOKS = 2
-"""Decisions in a row before a note says that scaling up did not help, or that the maximum is too small.
+"""Decisions in a row before a note that scaling up did not help, or that the maximum is too small.
 
 One is not enough: its readings may include a start.
 """

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from models.errors import one_line
 
-# Load all plugins now, because Pillow knows only loaded formats. An old Pillow has no AVIF.
+# Load all plugins now, because Pillow lists only loaded formats. An old Pillow has no AVIF.
 Image.init()
 _FORMATS = tuple(
     name

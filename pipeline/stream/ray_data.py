@@ -54,7 +54,7 @@ class StreamPlan:
 def open_augmenter(plan: StreamPlan) -> Augmenter:
     """Return an augmenter that is ready for its first image.
 
-    Also sets the process's threads and compiles kernels.
+    Also limits the whole process's threads and prepares the crop kernel.
     """
     limit_threads()
     prepare_kernel(plan.crops)

@@ -82,7 +82,7 @@ class RunFiles(Sink):
         self._metrics.sync()
 
     def close(self, *, failed: bool) -> None:
-        """Sync."""
+        """Upload the lines."""
         self.sync()
 
 

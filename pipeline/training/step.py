@@ -187,7 +187,7 @@ class _Seen(NamedTuple):
 def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> _Seen:
     """Run forward and backward of one microbatch.
 
-    The gradients of all add up to those of the batch's mean loss.
+    The gradients of all microbatches add up to the gradients of the batch's mean loss.
     """
     config, dino = state.config, state.dino
     global_crops = pixels(part["global_crops"], config.crops, state.device)

@@ -21,7 +21,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Reset, after a pause that is not training, such as an evaluation."""
+        """Reset the meter after a pause without training, such as an evaluation."""
         self._since = time.perf_counter()
         self._images = 0
         self._wait_seconds = 0.0
