@@ -16,12 +16,12 @@ clock. Prints tables for RESULTS.md.
 
 import os
 
-# Before anything that reads them once, at its import.
+# Set before the imports below, which read these variables only once.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["NUMBA_NUM_THREADS"] = "1"
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask the network for its newest version
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would query the network for its newest version
 
 import argparse
 import gc
@@ -52,11 +52,11 @@ from pipeline.augment.params import sample
 from pipeline.data.jpeg import open_image
 
 SHRUNK_PIXELS = 270_000
-"""What a stored image is shrunk to: as many pixels as make a local crop of the smallest share 116 px wide."""
+"""Pixels of a shrunk stored image: a local crop of the smallest share is then 116 px wide."""
 
 
 def ours(config: CropsConfig, *, kernel: Literal["numba", "torch"] = "numba") -> peers.Cut:
-    """The way of a file in training: header, random numbers of its own, parameters, decoding, crops in uint8."""
+    """Return the training path of a file: header, own random numbers, parameters, decoding, uint8 crops."""
     config = config.model_copy(update={"kernel": kernel})
     if kernel == "numba" and jit.MISSING:
         raise peers.CannotCut(f"no numba: {jit.MISSING}")
@@ -72,26 +72,29 @@ def ours(config: CropsConfig, *, kernel: Literal["numba", "torch"] = "numba") ->
 
 
 def ours_without_numba(config: CropsConfig) -> peers.Cut:
-    """Ours with the kernel that needs no compiler."""
+    """Return our pipeline with the kernel that needs no compiler."""
     return ours(config, kernel="torch")
 
 
 def shrink_once(config: CropsConfig) -> Callable[[bytes], bytes]:
-    """What `jobs.pack --shrink` makes of a file, to be stored and read instead."""
+    """Return the function of `jobs.pack --shrink`: its result is stored and read instead of the file."""
     from pipeline.export.packing import shrink
 
     return lambda data: shrink(data, max_pixels=SHRUNK_PIXELS)
 
 
 def decode_only(config: CropsConfig) -> peers.Cut:
-    """The whole image and nothing else: what no pipeline that decodes at full size can beat."""
+    """Return a pipeline that only decodes the whole image: the bound for all that decode at full size."""
     import simplejpeg
 
     return lambda data: simplejpeg.decode_jpeg(data, "RGB")
 
 
 def entropy_decode_only(config: CropsConfig) -> peers.Cut:
-    """An eighth of each side: nearly all of its time goes into reading bits, which every decoder must."""
+    """Return a pipeline that decodes at an eighth of each side.
+
+    Nearly all of its time is spent reading bits, which every decoder must do.
+    """
     import simplejpeg
 
     def cut(data: bytes) -> Any:
@@ -102,13 +105,13 @@ def entropy_decode_only(config: CropsConfig) -> peers.Cut:
 
 
 class Pipeline(NamedTuple):
-    """A row of the comparison."""
+    """A pipeline as a row of the comparison."""
 
     make: Callable[[CropsConfig], peers.Cut]
     cuts: bool = True
-    """False for what only decodes."""
+    """False for a pipeline that only decodes."""
     prepare: Callable[[CropsConfig], Callable[[bytes], bytes]] | None = None
-    """Makes what is done to each file once, before anything is timed."""
+    """Returns the function that is applied to each file once, before the timing."""
 
 
 PIPELINES = {
@@ -131,7 +134,7 @@ PIPELINES = {
 def make_all(
     names: Sequence[str], config: CropsConfig
 ) -> tuple[dict[str, peers.Cut], dict[str, Callable[[bytes], bytes]], dict[str, str]]:
-    """By name: the pipelines, what prepares files for some of them, and why others are left out."""
+    """Return, by name: pipelines, file preparations for some of them, and reasons for omitted pipelines."""
     cuts: dict[str, peers.Cut] = {}
     prepares: dict[str, Callable[[bytes], bytes]] = {}
     left_out: dict[str, str] = {}
@@ -149,7 +152,7 @@ def make_all(
 
 
 def warm_up(name: str, cut: peers.Cut, files: Sequence[bytes], config: CropsConfig) -> str:
-    """Run a pipeline until its caches and compilers are warm; return its crops' dtype, after a look at the crops."""
+    """Run a pipeline until its caches and compilers are warm; check its crops and return their dtype."""
     made = [cut(data) for data in [files[0], files[0], *files[1:3]]]
     return peers.look_at(name, made[0], made[1], config) if PIPELINES[name].cuts else ""
 
@@ -157,10 +160,10 @@ def warm_up(name: str, cut: peers.Cut, files: Sequence[bytes], config: CropsConf
 def measure(
     cuts: Mapping[str, peers.Cut], files: Mapping[str, Sequence[bytes]], *, rounds: int
 ) -> dict[str, list[float]]:
-    """CPU seconds by name, one per image: its mean over the rounds."""
+    """Return CPU seconds by name, one per image: the mean over the rounds."""
     count = min(map(len, files.values()))
     seconds = {name: [0.0] * count for name in cuts}
-    gc.disable()  # one pipeline's garbage is not to be collected in another's time
+    gc.disable()  # keeps one pipeline's garbage out of another's time
     for _ in range(rounds):
         for i in range(count):
             for name, cut in cuts.items():
@@ -173,7 +176,7 @@ def measure(
 
 
 def measure_threads(cut: peers.Cut, files: Sequence[bytes], *, threads: int, rounds: int) -> dict[str, Any]:
-    """Images per second by the clock in a pool of 1 and of `threads` threads in turn, and the median ratio."""
+    """Return images/s by the clock in alternating pools of 1 and `threads` threads, and the median ratio."""
 
     def images_per_second(pool: ThreadPoolExecutor) -> float:
         many = [*files] * 4
@@ -183,7 +186,7 @@ def measure_threads(cut: peers.Cut, files: Sequence[bytes], *, threads: int, rou
         return len(many) / (time.perf_counter() - begin)
 
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(threads) as several:
-        images_per_second(several)  # each thread has caches of its own
+        images_per_second(several)  # each thread has its own caches
         pairs = [(images_per_second(one), images_per_second(several)) for _ in range(rounds)]
     ratios = [several / one for one, several in pairs]
     return {
@@ -195,7 +198,7 @@ def measure_threads(cut: peers.Cut, files: Sequence[bytes], *, threads: int, rou
 
 
 def pin(cores: Sequence[int]) -> None:
-    """Keep this process, and threads that it will start, on these cores, where the system can."""
+    """Pin this process and its future threads to these cores, if the system supports it."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
 
@@ -219,7 +222,7 @@ def main(argv: Sequence[str]) -> None:
     for option, file in (("--json", arguments.json), ("--plot", arguments.plot)):
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"{option}={file}: there is no folder {file.parent}; make it first")
-    # This recipe leaves the crops at their defaults.
+    # This recipe keeps the defaults of the crops.
     config = load_config("vit_small_imagenet_vanilla", None, ["data.path=-", *arguments.overrides]).crops
     if config.interpolation != "bicubic":
         raise ConfigError(
@@ -271,7 +274,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read(folder: Path | None, title: str, count: int) -> list[bytes]:
-    """The files of a set, after a line that says what they are."""
+    """Return the files of a set, after printing a line that describes them."""
     if folder is None:
         files, others = augment_images.draw_photos(augment_images.KINDS[title], count), 0
     else:

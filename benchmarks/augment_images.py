@@ -1,9 +1,9 @@
-"""JPEG files in memory for benchmarks/augment.py: drawn ones with a photograph's statistics, or a folder's.
+"""JPEG files in memory for benchmarks/augment.py: generated with a photograph's statistics, or from a folder.
 
-A decoder's time goes with bits and pixels, the rest of a pipeline's with pixels alone. So a drawn file has the size,
-the chroma subsampling and the bits per pixel of a common kind of photograph, and the statistics that make such bits:
-objects in front of each other, with noise of equal energy in every octave (1/f) on them and little colour in the fine
-ones.
+A decoder's time depends on bits and pixels, the time of later stages on pixels alone. So a generated file has
+the size, the chroma subsampling and the bits per pixel of a common kind of photograph. It also has the
+statistics that cause such bits: overlapping objects, noise of equal energy in every octave (1/f) on them, and
+little colour in the fine octaves.
 """
 
 import io
@@ -21,12 +21,12 @@ Rng = np.random.Generator
 
 
 class Kind(NamedTuple):
-    """What the files of a drawn set have in common."""
+    """Common properties of the files in a generated set."""
 
     width: int
     height: int
     subsampling: int
-    """As Pillow numbers it: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0."""
+    """Numbers as in Pillow: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0."""
     bits_per_pixel: float
 
 
@@ -35,11 +35,11 @@ KINDS = {
     "3 MP": Kind(2048, 1536, 2, 1.3),
     "6 MP": Kind(3008, 2000, 1, 2.5),
 }
-"""ImageNet's median; photographs as the web shows them; as a camera writes them."""
+"""ImageNet's median; typical photographs on the web; photographs as written by a camera."""
 
 
 def draw_photos(kind: Kind, count: int) -> list[bytes]:
-    """JPEG files of `count` drawn pictures, every other one upright: the same bytes for the same Pillow."""
+    """Return JPEG files of `count` generated pictures, every other upright; the same for the same Pillow."""
     files = []
     for i in range(count):
         rng = np.random.default_rng([kind.width, kind.height, i])
@@ -49,9 +49,9 @@ def draw_photos(kind: Kind, count: int) -> list[bytes]:
 
 
 def read_photos(folder: Path, count: int) -> tuple[list[bytes], int]:
-    """The first `count` JPEG files below a folder, by name, gray or RGB; and how many others stood before them.
+    """Return the first `count` gray or RGB JPEG files below a folder, by name, and the number skipped.
 
-    DataError where there is none: only JPEG can be decoded at a fraction of its size, and by every peer.
+    Raises DataError if there is none: only JPEG can be decoded at a fraction of its size, and by every peer.
     """
     files: list[bytes] = []
     others = 0
@@ -69,7 +69,7 @@ def read_photos(folder: Path, count: int) -> tuple[list[bytes], int]:
 
 
 def num_pixels(file: bytes) -> int:
-    """Pixels of an image file, by its header."""
+    """Return the number of pixels of an image file, from its header."""
     with Image.open(io.BytesIO(file)) as image:
         return image.width * image.height
 
@@ -86,16 +86,16 @@ def _is_jpeg(data: bytes) -> bool:
 
 
 def _draw(rng: Rng, width: int, height: int) -> NDArray[np.uint8]:
-    """A picture, uint8 RGB [height,width,3]."""
+    """Return a picture, uint8 RGB [height,width,3]."""
     colours = np.zeros((height, width, 3), np.uint8)
     roughness = np.zeros((height, width), np.uint8)
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)])
     for i in range(80):
         outline = corners if i == 0 else _outline(rng, width, height)
         colour = rng.uniform(15, 240, 3)
-        colour += 0.6 * (colour.mean() - colour)  # the world is grayish
+        colour += 0.6 * (colour.mean() - colour)  # real scenes are grayish
         cv2.fillPoly(colours, [outline], colour.tolist(), cv2.LINE_AA)
-        # Sky and what is out of focus are smooth, little is rough.
+        # Sky and out-of-focus areas are smooth; few areas are rough.
         cv2.fillPoly(roughness, [outline], 5 + 85 * rng.random() ** 2, cv2.LINE_AA)
     picture = colours.astype(np.float32)
     picture += (_octaves(rng, width, height, finest=0) * (roughness / np.float32(6)))[..., None]
@@ -105,7 +105,7 @@ def _draw(rng: Rng, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def _outline(rng: Rng, width: int, height: int) -> NDArray[np.int32]:
-    """Corners of a polygon, or of an ellipse, in pixels; far more small ones than large ones, as among objects."""
+    """Return corners of a polygon or ellipse in pixels; small sizes are far more frequent than large ones."""
     corners = 40 if rng.random() < 0.5 else int(rng.integers(3, 9))
     angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
     if corners == 40:
@@ -116,7 +116,7 @@ def _outline(rng: Rng, width: int, height: int) -> NDArray[np.int32]:
 
 
 def _octaves(rng: Rng, width: int, height: int, *, finest: int) -> NDArray[np.float32]:
-    """1/f noise, float32 [height,width]: white noise of equal strength at every scale from 2**`finest` px on."""
+    """Return 1/f noise, float32 [height,width]: equal white noise at every scale from 2**`finest` px on."""
     field = np.zeros((1, 1), np.float32)
     for octave in range(int(np.log2(min(width, height))), finest - 1, -1):
         size = (-(-width // 2**octave), -(-height // 2**octave))
@@ -126,7 +126,7 @@ def _octaves(rng: Rng, width: int, height: int, *, finest: int) -> NDArray[np.fl
 
 
 def _encode(picture: NDArray[np.uint8], kind: Kind) -> bytes:
-    """The file of the highest quality that stays within the kind's bits per pixel."""
+    """Return the file of the highest quality that stays within the kind's bits per pixel."""
     image = Image.fromarray(picture)
     low, high = 1, 100
     data = b""

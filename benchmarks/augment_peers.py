@@ -1,9 +1,9 @@
-"""The pipelines that benchmarks/augment.py compares ours to: the published one, and libraries.
+"""The pipelines that benchmarks/augment.py compares with ours: the published pipeline, and libraries.
 
-Each function makes, from the config of the crops, a function from the bytes of a JPEG file to all crops of the image.
-It imports its library when it is called, so what is not installed leaves out its row alone. Every library draws its
-own random numbers and gets the fastest form of each operation that it has; where that form only approximates the
-published operation, it says so.
+Each function takes the config of the crops and returns a function from the bytes of a JPEG file to all crops
+of the image. It imports its library when it is called, so a missing library omits only its own row. Every
+library draws its own random numbers and uses its fastest form of each operation. If that form only
+approximates the published operation, the docstring states it.
 """
 
 import io
@@ -17,20 +17,23 @@ import numpy as np
 from pipeline.augment.config import CropKind, CropsConfig, crop_kinds
 
 Cut = Callable[[bytes], Any]
-"""From a file to its crops: one array per crop, or arrays that stack them."""
+"""Function from a file to its crops: one array per crop, or arrays that stack them."""
 
 _BLUR_TAPS = 9
-"""Where a library wants the width of the blur: DINOv2's. It cuts a sigma of 2 off, and costs less than what fits."""
+"""Blur width for libraries that need it, as in DINOv2.
+
+It truncates a sigma of 2, and costs less than the full width.
+"""
 
 
 class CannotCut(Exception):  # noqa: N818 (nothing went wrong)
-    """Why a library does not take part with these settings."""
+    """Reason why a library cannot take part with these settings."""
 
 
 def look_at(name: str, crops: Any, others: Any, config: CropsConfig) -> str:
-    """dtype of the crops that a pipeline made of an image; an error unless they are what the config asks for.
+    """Return the dtype of a pipeline's crops of an image; raise an error unless they match the config.
 
-    `others` are those that it made of the same image the next time: they must differ.
+    `others` are the pipeline's next crops of the same image: they must differ.
     """
     stacks, other_stacks = ([np.asarray(stack) for stack in made] for made in (crops, others))
     shapes = [
@@ -45,7 +48,7 @@ def look_at(name: str, crops: Any, others: Any, config: CropsConfig) -> str:
 
 
 def published(config: CropsConfig) -> Cut:
-    """DINO's augmentation as published: Pillow decodes, torchvision and Pillow transform Pillow images, float32."""
+    """Return DINO's published augmentation, float32, by Pillow and torchvision on Pillow images."""
     from PIL import Image, ImageFilter, ImageOps
     from torchvision import transforms as T
 
@@ -112,14 +115,14 @@ def _torchvision_v2(config: CropsConfig, decode: Callable[[bytes], Any]) -> Cut:
 
 
 def torchvision_pillow(config: CropsConfig) -> Cut:
-    """torchvision.transforms.v2 on Pillow images."""
+    """Return torchvision.transforms.v2 on Pillow images."""
     from PIL import Image
 
     return _torchvision_v2(config, lambda data: Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def torchvision_tensor(config: CropsConfig) -> Cut:
-    """torchvision.transforms.v2 on uint8 tensors, decoded by torchvision."""
+    """Return torchvision.transforms.v2 on uint8 tensors, decoded by torchvision."""
     return _torchvision_v2(config, _tensor_decoder())
 
 
@@ -127,14 +130,14 @@ def _tensor_decoder() -> Callable[[bytes], Any]:
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    # A copy, because torch warns of bytes that it could write to.
+    # A copy, because torch warns about read-only bytes.
     return lambda data: decode_jpeg(
         torch.from_numpy(np.frombuffer(data, np.uint8).copy()), mode=ImageReadMode.RGB
     )
 
 
 def albumentations(config: CropsConfig, *, antialias: bool = True) -> Cut:
-    """albumentations behind the fastest decoder there is, and uint8 out: the best that could be made of it.
+    """Return albumentations behind the fastest available decoder, with uint8 output: its best known setup.
 
     Its bicubic filter does not antialias: with `antialias` a crop that shrinks is resized by area instead.
     """
@@ -171,12 +174,15 @@ def albumentations(config: CropsConfig, *, antialias: bool = True) -> Cut:
 
 
 def albumentations_aliased(config: CropsConfig) -> Cut:
-    """albumentations at its fastest, with fine patterns in place of what a smaller crop cannot show."""
+    """Return albumentations at its fastest: fine patterns alias in smaller crops."""
     return albumentations(config, antialias=False)
 
 
 def lightly(config: CropsConfig) -> Cut:
-    """lightly's own DINOTransform on Pillow images. Its defaults are the published settings but for one."""
+    """Return lightly's own DINOTransform on Pillow images.
+
+    Its defaults are the published settings but for one.
+    """
     from lightly.transforms import DINOTransform
     from PIL import Image
 
@@ -188,7 +194,10 @@ def lightly(config: CropsConfig) -> Cut:
 
 
 def kornia(config: CropsConfig) -> Cut:
-    """kornia on float tensors, crops with the same settings as one batch. Its bicubic does not antialias."""
+    """Return kornia on float tensors; crops with equal settings form one batch.
+
+    Its bicubic does not antialias.
+    """
     import kornia.augmentation as K
     import torch
 
@@ -220,13 +229,14 @@ def kornia(config: CropsConfig) -> Cut:
 
 
 def dali(config: CropsConfig) -> Cut:
-    """NVIDIA DALI on the CPU, one decode for all crops.
+    """Return NVIDIA DALI on the CPU, one decode for all crops.
 
-    Contrast turns about mid-gray, hue is a linear map and comes with the others in one fixed order: DALI's own.
+    DALI's own definitions: contrast turns about mid-gray, and hue is a linear map in one fixed order with the
+    others.
     """
     from nvidia.dali import fn, pipeline_def, types
 
-    kinds = crop_kinds(config)  # not below: DALI rewrites what it finds there
+    kinds = crop_kinds(config)  # not below: DALI rewrites the function's source
 
     def jittered(strength: float, on: Any) -> Any:
         return 1 + on * fn.random.uniform(range=(max(-strength, -1.0), strength))

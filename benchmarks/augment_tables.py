@@ -1,6 +1,6 @@
-"""What benchmarks/augment.py measured, as rows: relations between them, a Markdown table, JSON, a chart.
+"""Results of benchmarks/augment.py as rows: ratios, a Markdown table, JSON, a chart.
 
-Knows CPU seconds by name and image, not where they come from.
+The input is CPU seconds by name and image, whatever their source.
 """
 
 import statistics
@@ -15,23 +15,23 @@ REFERENCE, OURS, FLOOR = "published", "ours", "decode only"
 
 
 class Row(NamedTuple):
-    """One pipeline on one set of images."""
+    """Results of one pipeline on one set of images."""
 
     name: str
     output: str
-    """dtype of the crops; empty for what makes none."""
+    """dtype of the crops; empty for a pipeline that makes none."""
     images_per_second: float
-    """Of one core, over all images together."""
+    """Images per second of one core, over all images together."""
     ratio_to_published: float | None
-    """How many times as fast as the published pipeline on the same image, median over the images."""
+    """Speed relative to the published pipeline on the same image, median over the images."""
     cpu_milliseconds: float
-    """An image's, median over the images."""
+    """CPU milliseconds per image, median over the images."""
     ratio_to_decode_only: float | None
-    """Speed as a share of the speed of decoding alone, median over the images."""
+    """Speed as a share of the decode-only speed, median over the images."""
 
 
 def rows_of(seconds: Mapping[str, Sequence[float]], outputs: Mapping[str, str]) -> list[Row]:
-    """Rows from CPU seconds by name, one per image, in the same order of images for every name."""
+    """Return rows from CPU seconds by name, one per image, in the same order of images for every name."""
     return [
         Row(
             name=name,
@@ -52,7 +52,7 @@ def _ratio(others: Sequence[float] | None, own: Sequence[float]) -> float | None
 
 
 def table(title: str, rows: Sequence[Row], left_out: Mapping[str, str]) -> str:
-    """Markdown for RESULTS.md."""
+    """Return Markdown for RESULTS.md."""
     lines = [
         f"| {title} | crops | images/s | x published | CPU ms, median | of decode only |",
         "|---|---|---|---|---|---|",
@@ -78,12 +78,12 @@ def table(title: str, rows: Sequence[Row], left_out: Mapping[str, str]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON has them."""
+    """Return the rows as JSON values."""
     return [row._asdict() for row in rows]
 
 
 def machine() -> dict[str, Any]:
-    """The processor, and the versions of what was compared."""
+    """Return the processor, and the versions of the compared packages."""
     libraries = {"torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "numba", "numpy"}
     libraries |= {"albumentations", "lightly", "kornia", "dinoray"}
     versions = {d.metadata["Name"].lower(): d.version for d in distributions()}
@@ -102,7 +102,7 @@ _COLOURS = {
 
 
 def plot(sets: Mapping[str, Sequence[Row]], file: Path) -> None:
-    """Bars of images per second, a panel per set, fastest on top; white bars make no crops."""
+    """Plot bars of images per second, one panel per set, fastest on top; white bars make no crops."""
     import matplotlib
     from matplotlib.figure import Figure
 

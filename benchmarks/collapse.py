@@ -34,7 +34,7 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], Verdict]] = {
     "sharpening alone": ({"centering": "none", "teacher_temp": 0.03}, Verdict.SINGLE),
     "both": ({"centering": "center", "teacher_temp": 0.03}, Verdict.HEALTHY),
 }
-"""By name: what differs in the loss (student_temp is 0.1: equal to it, nothing is sharpened), and the truth."""
+"""Loss settings by name (student_temp is 0.1: equal to it, nothing is sharpened), and the true verdict."""
 
 LOG_EVERY = 5
 Reading = dict[str, Any]
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def config(loss: dict[str, Any], *, seed: int, steps: int, num_images: int) -> DINOConfig:
-    """A net of 4 small blocks on 32 px crops, 32 images a step."""
+    """Return the config of a network of 4 small blocks on 32 px crops, 32 images per step."""
     batch = 32
     return DINOConfig.model_validate(
         {
@@ -106,7 +106,7 @@ def config(loss: dict[str, Any], *, seed: int, steps: int, num_images: int) -> D
 def run(
     images: list[tuple[str, NDArray[np.uint8]]], loss: dict[str, Any], *, seed: int, steps: int
 ) -> list[Reading]:
-    """Readings of a run's health, every `LOG_EVERY` steps."""
+    """Return readings of a run's health, every `LOG_EVERY` steps."""
     settings = config(loss, seed=seed, steps=steps, num_images=len(images))
     state = build_state(settings, num_images=len(images))
     course = []
@@ -122,7 +122,7 @@ def run(
 def batches(
     images: list[tuple[str, NDArray[np.uint8]]], settings: DINOConfig
 ) -> Iterator[dict[str, NDArray[np.uint8]]]:
-    """Endless batches of crops, cut on two threads."""
+    """Yield endless batches of crops, made on two threads."""
     seed, size = settings.train.seed, settings.train.global_batch_size
     order = np.random.default_rng(seed)
     with ThreadPoolExecutor(2) as pool:
@@ -145,7 +145,7 @@ def batches(
 
 
 def draw(courses: dict[str, list[list[Reading]]]) -> Figure:
-    """Entropy and KL over steps, a line per run."""
+    """Plot entropy and KL over steps, one line per run."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
     for color, (name, runs) in zip(("tab:orange", "tab:red", "tab:blue"), courses.items(), strict=True):

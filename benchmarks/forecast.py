@@ -43,19 +43,19 @@ _SAMPLE_SECONDS = 0.5
 
 
 def say(text: str) -> None:
-    """Beside the table, which goes to a file."""
+    """Print to stderr, because the table goes to a file."""
     print(text, file=sys.stderr, flush=True)
 
 
 def plan(config: PlanConfig, before: Measured, after: Measured) -> Forecast:
-    """The forecast from the mean of two measurements."""
+    """Return the forecast from the mean of two measurements."""
     pairs = zip(before.figures, after.figures, strict=True)
     mean = before._replace(figures=Figures(*(statistics.mean(pair) for pair in pairs)))
     return forecast_here(run_of(config, mean), mean.figures, config.plan, cores=os.cpu_count() or 1)
 
 
 class Ran(NamedTuple):
-    """What a run came to: images/s and seconds by the clock, and the shares of all CPUs that others took meanwhile."""
+    """Result of a run: images/s and seconds by the clock, and the CPU shares of other programs."""
 
     rate: float
     seconds: float
@@ -64,7 +64,7 @@ class Ran(NamedTuple):
 
 
 def train(recipe: str, overrides: list[str], folder: Path) -> Ran:
-    """Run it, and watch who uses the CPUs."""
+    """Run the training and record CPU use by process."""
     command = [sys.executable, "-m", "jobs.pretrain", "--recipe", recipe, *overrides]
     begin = time.time()
     process = subprocess.Popen([*command, f"storage_path={folder}", "name=run"], stdout=sys.stderr)
@@ -72,7 +72,7 @@ def train(recipe: str, overrides: list[str], folder: Path) -> Ran:
     while process.poll() is None:
         own |= {
             pid: seconds for pid, (_, seconds) in session_cpu(process.pid).items()
-        }  # the ended ones' stay
+        }  # ended processes keep theirs
         used = psutil.cpu_times()
         samples.append((time.time(), sum(own.values()), used.user + used.nice + used.system))
         time.sleep(_SAMPLE_SECONDS)
@@ -81,7 +81,7 @@ def train(recipe: str, overrides: list[str], folder: Path) -> Ran:
         raise DinorayError(f"the run ended with exit code {process.returncode}")
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
-    # The meter leaves pauses out, so its rates say how long the steps took.
+    # The meter excludes pauses, so its rates give the duration of the steps.
     counted = [(after["step"] - before["step"], after) for before, after in itertools.pairwise(steps)]
     took = sum(count / record["images_per_second"] for count, record in counted)
     within = [sample for sample in samples if steps[0]["time"] <= sample[0] <= steps[-1]["time"]]
@@ -91,7 +91,7 @@ def train(recipe: str, overrides: list[str], folder: Path) -> Ran:
 
 
 def share_of_others(samples: list[tuple[float, float, float]]) -> float:
-    """Of all CPUs, what was used and not by the run, between the first and the last (time, own CPU s, all CPU s)."""
+    """Return the share of all CPUs used by other programs, from samples (time, own CPU s, all CPU s)."""
     (begin, own_before, all_before), (end, own_after, all_after) = samples[0], samples[-1]
     others = all_after - all_before - (own_after - own_before)
     return max(0.0, others) / (end - begin) / (os.cpu_count() or 1)

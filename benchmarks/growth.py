@@ -18,7 +18,7 @@ from growing_run import Growth, images_per_second, waits, watch_growth  # noqa: 
 
 
 def timeline(seen: Growth) -> list[str]:
-    """A line of a table for each stretch of time with the same nodes and actors."""
+    """Return one table line for each period with the same nodes and actors."""
     start = seen.records[0]["time"]
     near = seen.records[seen.far]["time"]
 
@@ -38,7 +38,7 @@ def timeline(seen: Growth) -> list[str]:
 
 
 def main() -> None:
-    """Watch once, print the table."""
+    """Observe one run and print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seen = watch_growth(Path(folder), settle_seconds=90, latest_seconds=45)

@@ -52,13 +52,13 @@ Open = Callable[[], Iterator[dict[str, Any]]]
 
 @ray.remote(num_cpus=0)
 class Consumer:
-    """An actor, so that all can be up before the first of them begins."""
+    """A consumer as an actor, so that all consumers can be up before the first begins."""
 
     def is_up(self) -> bool:
         return True
 
     def consume(self, open_batches: Open) -> list[float]:
-        """When each batch came."""
+        """Return the arrival time of each batch."""
         times = []
         batches = open_batches()
         for batch in batches:
@@ -69,7 +69,7 @@ class Consumer:
 
 
 def cpu_by_role(driver: int) -> dict[str, float]:
-    """CPU seconds of the session so far, but for the driver, whose only work is this question."""
+    """Return CPU seconds of the session so far, without the driver, which only runs this query."""
     found: dict[str, float] = {}
     for role, seconds in session_cpu(driver).values():
         if role != "driver":
@@ -78,7 +78,7 @@ def cpu_by_role(driver: int) -> dict[str, float]:
 
 
 def run(opens: Sequence[Open], *, edge: int, batch: int) -> dict[str, float]:
-    """All consumers at once: images/s of each, and CPU milliseconds per image and consumer."""
+    """Run all consumers at once; return images/s of each, and CPU milliseconds per image and consumer."""
     consumers = [Consumer.remote() for _ in opens]
     ray.get([consumer.is_up.remote() for consumer in consumers])
     started = [
@@ -107,7 +107,7 @@ def run(opens: Sequence[Open], *, edge: int, batch: int) -> dict[str, float]:
 
 
 def separate(plans: Sequence[ray_data.StreamPlan], layout: Layout) -> dict[str, float]:
-    """Each consumer with a plan of its own."""
+    """Run each consumer with its own plan."""
     opens = []
     for plan in plans:
         (split,) = ray_data.open_splits(plan, layout)
@@ -116,7 +116,7 @@ def separate(plans: Sequence[ray_data.StreamPlan], layout: Layout) -> dict[str, 
 
 
 def shared(plan: ray_data.StreamPlan, consumers: int, actors: int, layout: Layout) -> dict[str, float]:
-    """All with one stream, whose window holds what two consumers may be apart: all that is under way, twice."""
+    """Run all consumers on one stream, whose window holds the largest lag: twice all blocks in progress."""
     edge = edge_turns(actors, layout)
     window = 2 * edge * layout.batch_size_per_worker * crop_bytes(plan.crops)
     stream = shared_stream.SharedStream(plan, num_actors=actors, window_bytes=window)
@@ -128,7 +128,7 @@ def shared(plan: ray_data.StreamPlan, consumers: int, actors: int, layout: Layou
 
 
 def table(measured: dict[str, list[dict[str, float]]]) -> str:
-    """Medians over the rounds, their range, and how many times less the shared stream takes."""
+    """Return a table of medians over the rounds, their range, and the saving factor of the shared stream."""
 
     def cell(values: Sequence[float], digits: int) -> str:
         low, middle, high = min(values), statistics.median(values), max(values)

@@ -24,18 +24,18 @@ from pipeline.export.packing import shrink, shrink_pixels
 
 
 def distance(a: Crops, b: Crops) -> list[float]:
-    """Mean absolute difference of each crop."""
+    """Return the mean absolute difference of each crop."""
     pairs = zip([*a.global_crops, *a.local_crops], [*b.global_crops, *b.local_crops], strict=True)
     return [float(np.abs(x.astype(int) - y.astype(int)).mean()) for x, y in pairs]
 
 
 def pixels_of(data: bytes) -> np.ndarray:
-    """The whole picture."""
+    """Return the pixels of the whole picture."""
     return open_image(data).decode(1, lambda size: np.empty(size, np.uint8)).pixels
 
 
 def moved(params: CropParams, pixels: np.ndarray) -> CropParams:
-    """The same regions of a smaller picture."""
+    """Return the same regions of a smaller picture."""
     height, width = pixels.shape[:2]
     table = params.table.copy()
     table[:, : WIDTH + 1 : 2] *= height / params.height  # top and height

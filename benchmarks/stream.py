@@ -60,12 +60,12 @@ from pipeline.data.source import Source
 from pipeline.stream import ray_data
 
 MOST_ALONE = 4096
-"""Images of a round that the kernel and the blocks take: their files are all in memory."""
-_DRAWN = ["data.row_group_cache_bytes=16777216"]  # a data set is larger than its cache: few of these are hits
+"""Maximum images per round for the kernel and the blocks, whose files are all in memory."""
+_DRAWN = ["data.row_group_cache_bytes=16777216"]  # data sets are larger than the cache: few hits
 
 
 def session_cpu(driver: int) -> dict[int, tuple[str, float]]:
-    """Process id -> (role, CPU seconds so far) for the driver and all that it started, which is the Ray session."""
+    """Return process id -> (role, CPU seconds so far) for the driver and its descendants: the Ray session."""
     found = {}
     root = psutil.Process(driver)
     for process in [root, *root.children(recursive=True)]:
@@ -80,7 +80,7 @@ def session_cpu(driver: int) -> dict[int, tuple[str, float]]:
 
 
 def touch(batch: dict[str, Any]) -> None:
-    """Read a byte of each page of the crops, which maps it here."""
+    """Read one byte of each page of the crops, which maps the page in this process."""
     for name in ("global_crops", "local_crops"):
         batch[name].reshape(-1)[::4096].max(initial=0)
 
@@ -89,7 +89,7 @@ def touch(batch: dict[str, Any]) -> None:
 def consume(
     split: ray.data.DataIterator, layout: Layout, rank: int, edge: int, driver: int
 ) -> dict[str, Any]:
-    """What one rank saw between the arrivals of its `edge`-th block and of its `edge`-th last; rank 0 tells more."""
+    """Return a rank's totals from its `edge`-th block to its `edge`-th last; rank 0 adds session data."""
     turns = layout.num_blocks // layout.world_size
     rows, rows_in_all, waited = 0, 0, 0.0
     begin = end = 0.0
@@ -114,7 +114,7 @@ def consume(
         rows_in_all += len(batch["position"])
         touch(batch)
         del batch  # a view pins its block
-    next(batches, None)  # which checks that there is no more
+    next(batches, None)  # checks that the stream has ended
     seconds = end - begin
     cpu: dict[str, float] = {}
     for process, (role, cpu_seconds) in after.items():
@@ -131,12 +131,12 @@ def consume(
 
 
 def stream(plan: ray_data.StreamPlan, layout: Layout) -> dict[str, Any]:
-    """Images/s over all ranks, CPU milliseconds per image by process and by stage, and what Ray Data says itself."""
+    """Return images/s over all ranks, CPU ms per image by process and stage, and Ray Data's statistics."""
     splits = ray_data.open_splits(plan, layout)
     edge = edge_turns(plan.augment_actors[0], layout)
     me = os.getpid()
     parts = ray.get([consume.remote(split, layout, rank, edge, me) for rank, split in enumerate(splits)])
-    # Ranks take turns block by block, so that each had as many rows in rank 0's time as rank 0 itself.
+    # Ranks alternate block by block, so each rank had as many rows in rank 0's time as rank 0 itself.
     images = parts[0]["rows"] * layout.world_size
     by_process = {role: 1000 * seconds / images for role, seconds in parts[0]["cpu"].items()}
     in_actor = sum(part["stages"] for part in parts) / sum(part["rows"] for part in parts)
@@ -155,12 +155,12 @@ def stream(plan: ray_data.StreamPlan, layout: Layout) -> dict[str, Any]:
 
 
 def edge_turns(actors: int, layout: Layout) -> int:
-    """Blocks of a rank left out at either end: more than can be under way, two in each actor and one ahead of each."""
+    """Return a rank's blocks to omit at either end: more than two in each actor and one ahead of each."""
     return -(-3 * actors // layout.world_size) + 2
 
 
 def layout_of(arguments: argparse.Namespace, config: Config, consumers: int, actors: int) -> Layout:
-    """One round's steps; ConfigError when that is too little to leave out what is at its ends."""
+    """Return the layout of one round; raise ConfigError if it is too short to omit both of its ends."""
     steps = steps_per_block(arguments.batch, crop_bytes(config.crops))
     if arguments.block_images:
         steps = max(1, arguments.block_images // arguments.batch)
@@ -186,7 +186,7 @@ def layout_of(arguments: argparse.Namespace, config: Config, consumers: int, act
 def measure(
     work: Work, pool: tuple[int, int], layout: Layout, rounds: int, alone: ProcessPoolExecutor
 ) -> dict[str, Any]:
-    """All rounds of one pool and number of consumers."""
+    """Measure all rounds of one pool and number of consumers."""
     actors, threads = pool
     plan = ray_data.StreamPlan(
         source=ray.put(work.source),
@@ -213,7 +213,7 @@ def measure(
 
 
 def draw(folder: Path, count: int, layout: str) -> None:
-    """Write `count` drawn photographs of 0.2 megapixels as files, or as one Parquet shard."""
+    """Write `count` generated photographs of 0.2 megapixels as files, or as one Parquet shard."""
     files = augment_images.draw_photos(augment_images.KINDS["0.2 MP"], count)
     if layout == "folder":
         for number, data in enumerate(files):
@@ -227,7 +227,7 @@ def draw(folder: Path, count: int, layout: str) -> None:
 
 
 def pool_of(text: str) -> tuple[int, int]:
-    """`2x4` is 2 actors of 4 threads."""
+    """Parse a pool: `2x4` is 2 actors of 4 threads."""
     actors, _, threads = text.partition("x")
     if not (actors.isdecimal() and threads.isdecimal() and int(actors) and int(threads)):
         raise argparse.ArgumentTypeError(f"{text!r} is not actors x threads, such as 2x4")
@@ -286,7 +286,7 @@ def main(argv: list[str]) -> None:
             verbose=False,
         )
         measured = []
-        spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        spawn = multiprocessing.get_context("spawn")  # forking a process with threads may hang
         with ProcessPoolExecutor(1, mp_context=spawn) as alone:
             for (pool, _), layout in zip(lines, layouts, strict=True):
                 measured.append(measure(work, pool, layout, arguments.rounds, alone))

@@ -1,4 +1,4 @@
-"""The two sides of benchmarks/stream.py that do without Ray: the kernel on files in memory, and an actor's blocks."""
+"""The two sides of benchmarks/stream.py without Ray: the kernel on files in memory, and an actor's blocks."""
 
 import os
 import time
@@ -20,7 +20,7 @@ from pipeline.data.source import Source
 
 @dataclass(frozen=True)
 class Work:
-    """What is cropped, and how; all three sides do just this."""
+    """Images to crop, with settings; all three sides do the same work."""
 
     source: Source
     order: Order
@@ -28,7 +28,7 @@ class Work:
 
 
 def kernel_alone(work: Work, positions: NDArray[np.int64], core: int) -> dict[str, Any]:
-    """Images/s of a core and CPU milliseconds per image of cropping files that lie in memory."""
+    """Return images/s of a core and CPU milliseconds per image for cropping files in memory."""
     pin([core])
     limit_threads()
     prepare_kernel(work.crops)
@@ -57,10 +57,10 @@ def kernel_alone(work: Work, positions: NDArray[np.int64], core: int) -> dict[st
 
 
 def blocks_alone(work: Work, blocks: list[NDArray[np.int64]], cores: list[int]) -> dict[str, Any]:
-    """The same of an actor's code, fetching included, on as many threads as there are cores."""
+    """Return the same for an actor's code, including fetching, on as many threads as cores."""
     pin(cores)
     augmenter = Augmenter(work.source, work.order, work.crops, seed=0, num_threads=len(cores))
-    augmenter.block(blocks[0])  # each thread has caches of its own
+    augmenter.block(blocks[0])  # each thread has its own caches
     begin, cpu_begin = time.perf_counter(), time.process_time()
     count = sum(len(augmenter.block(positions)["position"]) for positions in blocks)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
@@ -68,13 +68,13 @@ def blocks_alone(work: Work, blocks: list[NDArray[np.int64]], cores: list[int]) 
 
 
 def pin(cores: list[int]) -> None:
-    """Keep this thread, and those that it will start, on these cores, where the system can."""
+    """Pin this thread and its future threads to these cores, if the system supports it."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
 
 
 def available_cores() -> list[int]:
-    """The cores that this process may use."""
+    """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

@@ -1,4 +1,7 @@
-"""What benchmarks/stream.py measured, as ratios and Markdown tables. Knows figures, not where they come from."""
+"""Results of benchmarks/stream.py as ratios and Markdown tables.
+
+The input is figures, whatever their source.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -7,10 +10,13 @@ from typing import Any
 from pipeline.data.partition import Layout
 
 STAGES = ("fetch", "decode", "crop", "serialise", "deliver", "collate", "idle")
-"""Where an image's CPU time goes. Serialise is what an actor does beside the first three: it builds blocks and copies
-them to the object store. Deliver is who schedules blocks and keeps account of them: coordinator, raylet, GCS, driver.
-Collate is the consumers. Idle is what the session's other processes, agents and statistics, take for being there: so
-much a second whatever the stream does, and not much more on a large cluster."""
+"""Stages of an image's CPU time.
+
+Serialise is an actor's time outside the first three: it builds blocks and copies them to the object store.
+Deliver is the scheduling and accounting of blocks: coordinator, raylet, GCS, driver. Collate is the
+consumers. Idle is the base load of the session's other processes, agents and statistics. It is constant per
+second whatever the stream does, and not much larger on a large cluster.
+"""
 _ROLES = {
     "MultiCropActor": "actor",
     "consume": "consumers",
@@ -22,14 +28,14 @@ PROCESSES = (*_ROLES.values(), "driver", "others")
 
 
 def role_of(title: str) -> str | None:
-    """Which part a process of the session plays, by its command line; None for what stays outside Ray."""
+    """Return the role of a process of the session, from its command line; None outside Ray."""
     if "multiprocessing" in title:
         return None
     return next((role for part, role in _ROLES.items() if part in title), "others")
 
 
 def by_stage(in_actor: Mapping[str, float], by_process: Mapping[str, float]) -> dict[str, float]:
-    """CPU milliseconds per image in each of STAGES; they add up to those of all processes."""
+    """Return CPU milliseconds per image in each of STAGES; they sum to the total of all processes."""
     return {
         **in_actor,
         "serialise": by_process["actor"] - sum(in_actor.values()),
@@ -42,7 +48,7 @@ def by_stage(in_actor: Mapping[str, float], by_process: Mapping[str, float]) -> 
 def summary(
     pool: tuple[int, int], layout: Layout, measured: Mapping[str, list[dict[str, Any]]], *, image_bytes: int
 ) -> dict[str, Any]:
-    """Medians over the rounds, ratios round by round, and the rounds themselves."""
+    """Return medians over the rounds, ratios round by round, and the rounds themselves."""
     actors, threads = pool
     kernel, block, stream = (measured[side] for side in ("kernel", "block", "stream"))
 
@@ -86,12 +92,12 @@ def summary(
 
 
 def name_of(line: Mapping[str, Any]) -> str:
-    """The pool and the consumers of a line of the tables."""
+    """Return the pool and the consumers of a table line."""
     return f"{line['actors']}x{line['threads']}, {line['consumers']} consumer{'s' * (line['consumers'] > 1)}"
 
 
 def rates(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Images/s of the three sides, and the two ratios."""
+    """Return a table of images/s of the three sides, and the two ratios."""
     head = [
         "actors x threads", "images a block", "kernel, one core", "blocks, no Ray", "stream", "by the clock",
         "by CPU", "actors' cores", "consumers waited",
@@ -116,7 +122,7 @@ def rates(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def stages(lines: Sequence[Mapping[str, Any]]) -> str:
-    """CPU milliseconds per image: the kernel's, the blocks', and the stream's by stage."""
+    """Return a table of CPU milliseconds per image: kernel, blocks, and the stream by stage."""
     head = ["CPU ms an image", "kernel", "blocks", *(f"stream: {STAGES[0]}", *STAGES[1:]), "sum"]
     return markdown(
         head,
@@ -130,7 +136,7 @@ def stages(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def processes(lines: Sequence[Mapping[str, Any]]) -> str:
-    """CPU milliseconds per image, and seconds per GB of crops, of each process of the session."""
+    """Return a table of CPU ms per image, and seconds per GB of crops, for each process of the session."""
     head = ["CPU ms an image (s a GB)", *PROCESSES, "sum"]
 
     def cell(ms: float, image_bytes: int) -> str:
@@ -155,5 +161,5 @@ def _ratio(line: Mapping[str, Any], name: str) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])

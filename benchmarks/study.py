@@ -59,7 +59,7 @@ Found = dict[str, tuple[list[Tried], Findings]]
 
 
 def outcomes(found: Found) -> Iterator[str]:
-    """How trials ended, and the best against the median of all that were tried."""
+    """Yield how trials ended, and the best score against the median of all tried parameters."""
     yield "| study | trials | finished | given up | collapsed | failed | median k-NN | best, over its seeds | ties |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, (tried, result) in found.items():
@@ -79,7 +79,7 @@ def outcomes(found: Found) -> Iterator[str]:
 
 
 def cost(found: Found) -> Iterator[str]:
-    """What the searches took, and what running every trial to its end would have."""
+    """Yield the cost of the searches, and the cost of running every trial to its end."""
     yield "| study | steps trained | of all | CPU-hours | saved by collapse | by giving up | start of a trial | wall |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, (tried, result) in found.items():
@@ -93,7 +93,7 @@ def cost(found: Found) -> Iterator[str]:
 
 
 def agreement(found: Found) -> Iterator[str]:
-    """Kendall's tau of metrics with k-NN, in each study and over the trials of all: they were trained alike."""
+    """Yield Kendall's tau of metrics with k-NN, per study and over all trials, which were trained alike."""
     yield "| study | metric | collapsed trials | tau with k-NN | trials |"
     yield "|---|---|---|---|---|"
     together = [t for tried, _ in found.values() for t in tried]
@@ -107,7 +107,7 @@ def agreement(found: Found) -> Iterator[str]:
 
 
 def confirmed(found: Found) -> Iterator[str]:
-    """The candidates that were run with several seeds."""
+    """Yield the candidates that were run with several seeds."""
     yield "| study | trial | parameters | k-NN by seed | standing |"
     yield "|---|---|---|---|---|"
     for name, (_, result) in found.items():

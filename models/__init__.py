@@ -1,1 +1,2 @@
-"""The DINO algorithm: backbones, head, loss, schedules, optimiser. Knows torch and timm, nothing of Ray or storage."""
+"""The DINO algorithm: backbones, head, loss, schedules, optimiser. Uses torch and timm; no Ray, no
+storage."""

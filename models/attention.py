@@ -1,7 +1,7 @@
-"""Where the class token looks: its self-attention over the patches in the last block of a ViT.
+"""The class token's self-attention over the patches, in the last block of a ViT.
 
-Reads a backbone and leaves it as it was. Knows timm's two families of ViT (VisionTransformer, and Eva, which
-DINOv3 belongs to); nothing of files or pictures. Axes: B images, h w patches, N = prefix + h*w tokens.
+Does not change the backbone. Supports timm's two families of ViT (VisionTransformer, and Eva, which includes
+DINOv3). No files and no pictures here. Axes: B images, h w patches, N = prefix + h*w tokens.
 """
 
 import contextlib
@@ -17,7 +17,10 @@ _SUPPORTED = "attention maps need a ViT with a class token, e.g. vit_small_patch
 
 
 def patch_size(backbone: nn.Module) -> int:
-    """Side of a patch in pixels. ConfigError when there are no square patches or no class token that attends."""
+    """Return the side of a patch in pixels.
+
+    Raises ConfigError without square patches or class-token attention.
+    """
     _last_attention(backbone)
     sides = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     if not isinstance(sides, tuple) or len(set(sides)) != 1:
@@ -27,19 +30,19 @@ def patch_size(backbone: nn.Module) -> int:
 
 @torch.no_grad()
 def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """The last block's softmax row of the class token, per head, over the patches: [B,3,H,W] -> [B,heads,H/p,W/p].
+    """Return the class token's softmax row over the patches in the last block, per head.
 
-    float32. What the class token gives to itself and to registers is left out and the rest not scaled up, so a
-    map sums to less than one. Always in eval mode without gradients; the backbone's own modes, hooks and
-    kernels are as before afterwards. H and W must be multiples of the patch (`pad_to_patch`). ConfigError when
-    the backbone has no such attention, or takes images of one size alone and this is another.
+    [B,3,H,W] -> float32 [B,heads,H/p,W/p]. The attention to the class token itself and to registers is left
+    out without rescaling, so a map sums to less than one. Runs in eval mode without gradients, then restores
+    the backbone's modes, hooks and kernels. H and W must be multiples of the patch (see `pad_to_patch`).
+    Raises ConfigError if the backbone has no such attention, or takes only images of another size.
     """
     attention, patch = _last_attention(backbone), patch_size(backbone)
     height, width = images.shape[-2:]
     if height % patch or width % patch:
         raise ValueError(f"images of {width}x{height} px: sides must be multiples of the patch, {patch} px")
     seen: list[Tensor] = []
-    # The fused kernel never forms the probabilities; the plain one passes them through its dropout.
+    # The fused kernel never forms the probabilities; the plain kernel passes them through its dropout.
     with _eval_mode(backbone), _unfused(attention):
         hook = attention.get_submodule("attn_drop").register_forward_pre_hook(
             lambda _, inputs: seen.append(inputs[0])
@@ -64,18 +67,21 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
 
 
 def pad_to_patch(images: Tensor, patch: int) -> tuple[Tensor, tuple[int, int]]:
-    """Continue [B,3,H,W] to the right and below up to multiples of `patch`; return it and (H, W).
+    """Pad [B,3,H,W] at the right and bottom to multiples of `patch`; return it and (H, W).
 
-    Less than one patch is added, so every patch holds some of the image, and maps scaled up by `patch` are cut
-    back to [:H, :W]. The border is repeated: a reflection would show what lies there twice and be looked at,
-    zeros would draw an edge.
+    Less than one patch is added, so every patch contains a part of the image. Maps scaled up by `patch` are
+    then cropped to [:H, :W]. The border pixels are repeated: a reflection would show content twice and
+    attract attention, and zeros would make an edge.
     """
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % patch, 0, -height % patch), mode="replicate"), (height, width)
 
 
 def _last_attention(backbone: nn.Module) -> nn.Module:
-    """The attention layer of the last block, known to be able to do without the fused kernel."""
+    """Return the last block's attention layer.
+
+    Raises ConfigError if it cannot run without the fused kernel.
+    """
     blocks = getattr(backbone, "blocks", None)
     layer = getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
     if (
@@ -91,7 +97,7 @@ def _last_attention(backbone: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode throughout, then each part's own mode again: parts of a network may differ in it."""
+    """Set eval mode inside the block, then restore each part's own mode: parts may have different modes."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,7 +1,7 @@
 """Any timm model as a feature extractor at any crop size.
 
-First stop of a crop inside the network: pixels [B, 3, H, W] -> features [B, D]. Knows timm; nothing of heads,
-losses or data.
+The first part of the network: pixels [B, 3, H, W] -> features [B, D]. Uses timm; no heads, losses or data
+here.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ def build_backbone(
 ) -> nn.Module:
     """Create the timm model without a classifier, able to take square crops of every size in `crop_sizes`.
 
-    `crop_sizes`: `crops.global_crop_size`, `crops.local_crop_size` and `eval.image_size`, as many as there are. The
-    first sets the native grid of learned position embeddings; other sizes are reached by interpolation
-    (`dynamic_img_size`) where the model has such embeddings. The result maps float [B, 3, H, W] to [B, D],
-    D = `embed_dim(model)`. With `pretrained`, timm downloads its weights.
+    `crop_sizes`: `crops.global_crop_size`, `crops.local_crop_size` and `eval.image_size`, or the first of
+    these. The first size sets the native grid of learned position embeddings; if the model has them, they are
+    interpolated for other sizes (`dynamic_img_size`). The result maps float [B, 3, H, W] to [B, D], D =
+    `embed_dim(model)`. With `pretrained`, timm downloads its weights.
 
-    Raises ConfigError for an unknown name, unknown kwargs, or a model that cannot take one of the sizes, DataError for
-    weights that cannot be had. Each names a remedy that was tried.
+    Raises ConfigError for an unknown name, unknown kwargs, or a model that cannot take one of the sizes.
+    Raises DataError if weights cannot be downloaded. Each message has a remedy that was tried.
     """
     if not timm.is_model(config.name.split(".")[0]):
         raise ConfigError(f"backbone.name={config.name!r} is not a timm model{name_hint(config.name)}")
@@ -41,7 +41,7 @@ def build_backbone(
     create = partial(_create, config.name, more)
     try:
         model = create(crop_sizes[0], config.kwargs, pretrained=pretrained)
-    except Exception as failure:  # whatever a model's constructor, or a download, makes of its arguments
+    except Exception as failure:  # a model's constructor or a download may raise anything
         raise explain_failure(create, config.name, config.kwargs, crop_sizes[0], failure) from failure
     for size in dict.fromkeys(crop_sizes):
         if cause := refusal(model, size):
@@ -58,9 +58,9 @@ def build_backbone(
 def _create(
     name: str, more: dict[str, Any], native: int, kwargs: dict[str, Any], *, pretrained: bool = False
 ) -> nn.Module:
-    """The timm model with a native image size, if it has one. Raises whatever its constructor does."""
+    """Create the timm model with a native image size, if it has one. Raises what its constructor raises."""
     base = {"pretrained": pretrained, "num_classes": 0, **more}
-    # Only the model's own constructor knows whether it has position embeddings to interpolate: ViTs take
+    # Only a model's constructor shows whether it has position embeddings to interpolate: ViTs take
     # both arguments, some families only img_size, convolutional networks neither.
     for extra in ({"img_size": native, "dynamic_img_size": True}, {"img_size": native}):
         with contextlib.suppress(TypeError):
@@ -69,10 +69,10 @@ def _create(
 
 
 def official_pos_embed(pos_embed: Tensor, height: int, width: int, *, num_prefix: int) -> Tensor:
-    """Position embeddings [1, num_prefix + n * n, D] for a grid of `height` x `width` patches, as published.
+    """Resize position embeddings [1, num_prefix + n * n, D] to `height` x `width` patches, as published.
 
-    Bicubic without antialias, and by a scale factor (size + 0.1) / n rather than by size: the 0.1, there against
-    rounding down, moves the sampling points a little, so weights trained with it want it again.
+    Bicubic without antialias, by a scale factor (size + 0.1) / n rather than by size. The 0.1 prevents
+    rounding down and shifts the sampling points slightly, so weights that were trained with it need it.
     """
     side = round((pos_embed.shape[1] - num_prefix) ** 0.5)
     if (height, width) == (side, side):
@@ -100,13 +100,16 @@ class _OfficialViT(VisionTransformer):
 
 
 def is_plain_vit(name: str) -> bool:
-    """Whether timm builds the model of this name from its plain ViT, which `pos_embed=official` is for."""
+    """Return True if timm builds this model from its plain ViT, as `pos_embed=official` requires."""
     name = name.split(".")[0]
     return timm.is_model(name) and timm.model_entrypoint(name).__module__ == VisionTransformer.__module__
 
 
 def layer_depths(backbone: nn.Module) -> dict[str, int]:
-    """Parameter name -> depth, 0 for the stem and rising by one a block, as timm groups them. ConfigError without."""
+    """Return parameter name -> depth by timm's groups: 0 for the stem, then one more per block.
+
+    Raises ConfigError if timm has no groups for the backbone.
+    """
     if not hasattr(backbone, "group_matcher"):
         raise ConfigError(
             f"optim.layer_decay needs a backbone whose blocks timm tells apart, {type(backbone).__name__} is none; "
@@ -117,10 +120,10 @@ def layer_depths(backbone: nn.Module) -> dict[str, int]:
 
 
 def embed_dim(backbone: nn.Module) -> int:
-    """Width D of the features that the backbone returns."""
+    """Return the width D of the backbone's features."""
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether any layer keeps batch statistics."""
+    """Return True if any layer is a batch norm."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())

@@ -1,4 +1,5 @@
-"""What timm calls a backbone that torch.hub, the published scripts, Hugging Face or torchvision name otherwise."""
+"""Find timm's name for a backbone named as in torch.hub, the published scripts, Hugging Face or
+torchvision."""
 
 import difflib
 import re
@@ -16,7 +17,7 @@ _TAGS = {"dino": "dino", "dinov2": "lvd142m", "dinov3": "lvd1689m"}
 
 
 def name_hint(name: str) -> str:
-    """`; ` and what to set in place of a name that timm does not know; empty where nothing is like it."""
+    """Return `; ` and a suggested setting in place of a name that timm does not have."""
     plain = re.sub(r"^(hf[-_]hub:)?(timm|facebook|facebookresearch)/", "", name.strip()).lower()
     for other in (plain, plain.replace("-", "_")):
         if other != name and timm.is_model(other.split(".")[0]):
@@ -38,7 +39,7 @@ def name_hint(name: str) -> str:
 
 
 def _plain(name: str) -> str | None:
-    """timm's name for an architecture of the published scripts or of torchvision."""
+    """Return timm's name for an architecture of the published scripts or of torchvision, else None."""
     if match := re.fullmatch(
         r"(?:vit|deit)_?(tiny|small|base|large|huge|[tsblh])(?:_?(?:patch)?(8|14|16|32))?", name
     ):
@@ -51,7 +52,7 @@ def _plain(name: str) -> str | None:
 
 
 def _published(name: str) -> tuple[str, bool] | None:
-    """timm's name for a network of the DINO family, and whether timm has its weights."""
+    """Return timm's name for a network of the DINO family, and True if timm has its weights; else None."""
     if match := re.fullmatch(r"dinov3[_-]convnext[_-](tiny|small|base|large)(?:[_-].*)?", name):
         return f"convnext_{match[1]}.dinov3_lvd1689m", True
     if match := re.fullmatch(r"dino[_-](resnet50|xcit_(?:small_12|medium_24)_p(?:8|16))", name):

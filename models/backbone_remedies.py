@@ -1,6 +1,6 @@
-"""Why timm does not build a backbone, or why it takes no crops of a size, and a remedy that was tried.
+"""Explain why timm cannot build a backbone, or why it takes no crops of a size, with a remedy that was tried.
 
-Stands beside backbone.py, which calls it after a failure. Each remedy is found by building the model with it.
+backbone.py calls it after a failure. Each remedy is tested by building the model with it.
 """
 
 import contextlib
@@ -18,21 +18,21 @@ Create = Callable[[int, dict[str, Any]], nn.Module]
 
 _SETTINGS = ("crops.global_crop_size", "crops.local_crop_size", "eval.image_size")
 _STEPS = (4, 7, 8, 14, 16, 32, 64)
-"""Sizes of patches, windows and strides: other crop sizes that are tried are multiples of them."""
+"""Sizes of patches, windows and strides; the crop sizes that are tried are multiples of them."""
 _MOST_BUILDS = 6
-"""Other native sizes that a model is built for in search of a remedy, besides its own."""
+"""Largest number of native sizes that a model is built for in search of a remedy, besides its own."""
 _ANOTHER = "choose another backbone.name, e.g. vit_small_patch16_224 or resnet50"
 _SEVERAL = "or choose a backbone that takes two crop sizes, e.g. backbone.name=vit_small_patch16_224"
 
 
 def refusal(model: nn.Module, size: int) -> str | None:
-    """Why the model makes no [B, D] of crops of `size` px; None if it does."""
+    """Return why the model does not map crops of `size` px to [B, D]; None if it does."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             features = model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
-    except Exception as failure:  # whatever a model makes of a size that it was not built for
+    except Exception as failure:  # a model may raise anything for a size that it was not built for
         return one_line(failure) if str(failure) else "its layers do not accept this size"
     finally:
         model.train(was_training)
@@ -49,7 +49,7 @@ def refusal(model: nn.Module, size: int) -> str | None:
 def explain_failure(
     create: Create, name: str, kwargs: Mapping[str, Any], native: int, failure: Exception
 ) -> DinorayError:
-    """The error for a constructor that raised `failure`."""
+    """Return the error for a constructor that raised `failure`."""
     cause = one_line(failure)
     if "drop_path_rate" in cause:
         return ConfigError(
@@ -77,7 +77,7 @@ def explain_refusal(
     size: int,
     cause: str,
 ) -> ConfigError:
-    """The error for a model that refuses crops of `size` px for `cause`."""
+    """Return the error for a model that refuses crops of `size` px because of `cause`."""
     what = f"backbone.name={name} cannot take crops of {size} px"
     if size != crop_sizes[0]:
         what += f" beside those of {crop_sizes[0]} px"
@@ -92,7 +92,7 @@ def explain_refusal(
 
 
 def _explain_weights(name: str, kwargs: Mapping[str, Any], failure: Exception) -> DinorayError:
-    """The error for a model that can be built without the weights that timm publishes, but not with them."""
+    """Return the error for a model that can be built without timm's published weights, but not with them."""
     cause = one_line(failure)
     what = f"backbone.pretrained=true: the weights that timm publishes for {name}"
     noise = "set backbone.pretrained=false"
@@ -113,7 +113,7 @@ def _explain_weights(name: str, kwargs: Mapping[str, Any], failure: Exception) -
 
 
 def _kwargs_to_leave_out(kwargs: Mapping[str, Any], works: Callable[[dict[str, Any]], bool]) -> str:
-    """The one argument without which it works, or all of them; empty where that does not help either."""
+    """Return the one argument without which it works, or all arguments; empty if neither helps."""
     for name in kwargs:
         if works({key: value for key, value in kwargs.items() if key != name}):
             return name
@@ -131,7 +131,7 @@ def _fits(create: Create, kwargs: Mapping[str, Any], crop_sizes: Iterable[int]) 
 
 
 def _try(create: Create, native: int, kwargs: Mapping[str, Any]) -> nn.Module | None:
-    """The model without memory for its weights, if its constructor can do that; None where it cannot be built."""
+    """Build the model, without memory for weights if its constructor allows that; None if it fails."""
     for device in ("meta", "cpu"):
         with contextlib.suppress(Exception), torch.device(device):
             return create(native, dict(kwargs))
@@ -141,9 +141,9 @@ def _try(create: Create, native: int, kwargs: Mapping[str, Any]) -> nn.Module | 
 def _find_sizes(
     create: Create, kwargs: Mapping[str, Any], wanted: Sequence[int], model: nn.Module | None
 ) -> list[int] | None:
-    """Sizes that the model takes together, as near to the wanted ones as a short search finds; None for none.
+    """Return sizes that one model takes, as near to `wanted` as a short search finds; None if there are none.
 
-    `model` is the one for `wanted[0]`, if it could be built.
+    `model`: the model for `wanted[0]`, if it could be built.
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     native = int(cfg.get("input_size", (3, 224, 224))[-1])
@@ -161,9 +161,9 @@ def _find_sizes(
 
 
 def _nearby(size: int) -> list[int]:
-    """Other sizes from three quarters to twice as large, the nearest first.
+    """Return other sizes from three quarters of `size` to twice `size`, nearest first.
 
-    Far smaller ones may pass by accident: a grid of one patch broadcasts against any position embeddings.
+    Far smaller sizes may pass by accident: a grid of one patch broadcasts against any position embeddings.
     """
     multiples = {(size // step + more) * step for step in _STEPS for more in range(-2, 3)}
     return sorted(

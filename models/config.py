@@ -1,4 +1,4 @@
-"""The settings of networks, loss and optimiser. No torch here: commands that train nothing read them too."""
+"""Settings of networks, loss and optimiser. No torch here, since commands without training read them too."""
 
 from typing import Annotated, Any, Literal
 
@@ -40,7 +40,7 @@ class BackboneConfig(Settings):
 
 
 def argument_hint(name: str, value: str) -> str:
-    """`; ` and where an argument of `timm.create_model` is set; its name is no key of the config."""
+    """Return `; ` and the setting for an argument of `timm.create_model` that is no key of the config."""
     if name in _DECIDED_ELSEWHERE:
         return f"; leave out {name}: {_DECIDED_ELSEWHERE[name]}"
     return f"; arguments of the network stand in backbone.kwargs: set backbone.kwargs.{name}={value}"

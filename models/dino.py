@@ -1,7 +1,7 @@
 """DINO(nn.Module): student, teacher and centre; the multi-crop forward; the only EMA.
 
-Layers below: backbone, head. The loss is a set of pure functions beside it (loss.py); the training step that
-ties them together stands in pipeline/training/step.py.
+Layers below: backbone, head. The loss is a set of pure functions in loss.py. The training step in
+pipeline/training/step.py combines them.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from models.settings import number
 
 
 class Output(NamedTuple):
-    """What a network makes of n crops: logits [n, K] float32 and the backbone's features [n, D] below them."""
+    """Output for n crops: logits [n, K] float32 and the backbone's features [n, D]."""
 
     logits: Tensor
     features: Tensor
@@ -31,10 +31,10 @@ class MultiCropNet(nn.Module):
         self.head = head
 
     def forward(self, crops: list[Tensor]) -> Output:
-        """[N_i, 3, H_i, W_i] per size -> logits [sum N_i, K] and features [sum N_i, D] in the order given.
+        """Map [N_i, 3, H_i, W_i] per size to logits [sum N_i, K] and features [sum N_i, D], in that order.
 
-        One backbone forward per resolution; neighbouring groups of one size share it (their batch-norm
-        statistics too, as published). One head forward on everything.
+        One backbone forward per resolution: neighbouring groups of one size share it, and its batch-norm
+        statistics, as published. One head forward for all crops.
         """
         groups: list[list[Tensor]] = []
         for x in crops:
@@ -47,7 +47,7 @@ class MultiCropNet(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student, teacher and centre, the two networks bit-identical at the start.
+    """Student, teacher and centre. The two networks are bit-identical at the start.
 
     `center` [K] float32 is a buffer here and outside of `student`, so wrapping the student in DDP never
     broadcasts it.
@@ -74,26 +74,32 @@ class DINO(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "DINO":
-        """Student in `mode`; the teacher evaluates, but for batch norm, which normalises by its own batch."""
+        """Set the student to `mode`.
+
+        The teacher is in eval mode, unless it has batch norm: then it uses `mode`.
+        """
         super().train(mode)
         self.teacher.train(mode and has_batch_norm(self.teacher))
         return self
 
     @torch.no_grad()
     def teacher_output(self, global_crops: Tensor) -> Output:
-        """[G*B, 3, H, W] -> logits [G*B, K] and features; the teacher sees global crops only."""
+        """Map global crops [G*B, 3, H, W] to logits [G*B, K] and features.
+
+        The teacher gets no local crops.
+        """
         return self.teacher([global_crops])
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, over parameters, in float32."""
+        """Set teacher <- momentum * teacher + (1 - momentum) * student, over parameters, in float32."""
         torch._foreach_lerp_(
             list(self.teacher.parameters()), list(self.student.parameters()), weight=1.0 - momentum
         )
 
 
 def crop_major(crops: Tensor) -> Tensor:
-    """[B, C, H, W, 3] rows per image -> [C*B, 3, H, W] rows per crop: the layout that the loss works in."""
+    """Convert [B, C, H, W, 3] (rows per image) to [C*B, 3, H, W] (rows per crop), the layout of the loss."""
     return crops.permute(1, 0, 4, 2, 3).flatten(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The errors that a person can act on, and the exit code that a job ends with.
+"""Errors that a user can fix, and the exit code that a job ends with.
 
 DinorayError          1
   ConfigError         2   a value in the config, on the command line or in a run directory is wrong
@@ -10,7 +10,7 @@ import re
 
 _KEYS = re.compile(
     r"(?<=://)(?:"
-    # A name, a colon and a key, which may have any sign in it; no port, no ARN and no IPv6 address.
+    # A name, a colon and a key, which may contain any character; no port, no ARN and no IPv6 address.
     r"(?!arn:)[^/\s:@\[]+:(?!\d+(?:/|$|\s))\S*"
     r"|(?<!ssh://)[^/\s]+"
     r")(?=@)"
@@ -18,11 +18,14 @@ _KEYS = re.compile(
 
 
 class DinorayError(Exception):
-    """One line for a person: name, value, rule, remedy. `exit_code` is the process's exit status."""
+    """An error with a one-line message: name, value, rule, remedy.
+
+    `exit_code` is the process's exit status.
+    """
 
     exit_code = 1
     all_processes_raise_it = False
-    """Whether all train workers come to it at the same step, so that each of them can end by itself."""
+    """True if all train workers raise the error at the same step, so that each of them can end by itself."""
 
 
 class ConfigError(DinorayError, ValueError):
@@ -45,16 +48,16 @@ class ResourceError(DinorayError):
 
 
 def error_of(message: str, exit_code: int) -> DinorayError:
-    """The error that a process ended with, as another one was told of it."""
+    """Return the error of another process, from its message and exit code."""
     kinds: dict[int, type[DinorayError]] = {k.exit_code: k for k in (ConfigError, DataError, ResourceError)}
     return kinds.get(exit_code, DinorayError)(message)
 
 
 def one_line(error: BaseException | None, *, limit: int = 200) -> str:
-    """What another library's error says, on one line of at most `limit` characters; its type where it says nothing."""
+    """Return an error's message on one line of at most `limit` characters; its type if it has no message."""
     return without_keys(" ".join(str(error).split()))[:limit] or type(error).__name__
 
 
 def without_keys(text: str) -> str:
-    """`text`, where what stands before the @ of an address, a name and a password, is `...`; not the user of SSH."""
+    """Replace name and password before the @ of addresses in `text` by `...`; a user name of SSH stays."""
     return _KEYS.sub("...", text)

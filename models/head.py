@@ -16,12 +16,12 @@ from models.settings import number
 class PrototypeLayer(nn.Module):
     """Weight-normed linear layer without bias: `x @ (g * v / |v|).T`.
 
-    Parameters carry the published checkpoints' names: `weight_g` [K, 1], `weight_v` [K, bottleneck].
+    Parameters have the published checkpoints' names: `weight_g` [K, 1], `weight_v` [K, bottleneck].
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, frozen_magnitude: bool) -> None:
         super().__init__()
-        # In this order, which decides the parameters' numbers in a saved optimiser.
+        # The order of the parameters determines their numbers in a saved optimiser.
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not frozen_magnitude)
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
 
@@ -30,7 +30,7 @@ class PrototypeLayer(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """[N, D] features -> [N, K] float32 logits."""
+    """Maps features [N, D] to float32 logits [N, K]."""
 
     def __init__(self, config: HeadConfig, *, in_dim: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class DINOHead(nn.Module):
                     layers.append(nn.BatchNorm1d(n_in))
                 layers.append(nn.GELU())
             layers.append(nn.Linear(n_in, n_out))
-        # A head of one layer is a bare Linear in the published code: the same state-dict names.
+        # In the published code a head of one layer is a bare Linear; this gives the same state-dict names.
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
         self.mlp.apply(_init_linear)
         self.last_layer = PrototypeLayer(
@@ -51,7 +51,8 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mlp(x)
-        # From the bottleneck on in float32: at a temperature of 0.04 a bfloat16 logit is off by up to 0.06.
+        # float32 from the bottleneck on: at a temperature of 0.04 a bfloat16 logit has an error of up to
+        # 0.06.
         with torch.autocast(x.device.type, enabled=False):
             return self.last_layer(F.normalize(x.float(), dim=-1))
 

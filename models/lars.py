@@ -1,7 +1,7 @@
-"""LARS as DINO's published training of ResNets uses it.
+"""LARS, as in DINO's published training of ResNets.
 
-Large-batch SGD with a rate per layer (arXiv 1708.03888). timm's own LARS divides by |g| + wd * |p|, the published
-one by |g + wd * p|: runs with the two part at the first step.
+Large-batch SGD with a learning rate per layer (arXiv 1708.03888). timm's LARS divides by |g| + wd * |p|, the
+published LARS by |g + wd * p|. Their results differ from the first step on.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,9 +14,9 @@ _TRUST = 0.001
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum in which each parameter of two or more axes has its own rate lr * 0.001 * |p| / |update|.
+    """SGD with momentum; a parameter p of two or more axes has the rate lr * 0.001 * |p| / |update|.
 
-    Parameters of one axis take plain momentum steps without decay. State: `mu`, the momentum of each parameter.
+    Parameters of one axis use plain momentum without decay. State: `mu`, the momentum of each parameter.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float) -> None:
@@ -24,7 +24,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -48,7 +48,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _adapted(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
-    """Gradients with decay, each scaled to its parameter's norm; left as it is where either norm is 0."""
+    """Return gradients with decay, each scaled by its parameter's norm; not scaled if either norm is 0."""
     updates = list(torch._foreach_add(grads, params, alpha=weight_decay))
     ours = torch.stack(torch._foreach_norm(params))
     theirs = torch.stack(torch._foreach_norm(updates))

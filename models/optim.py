@@ -9,11 +9,12 @@ from models.lars import LARS
 
 
 def param_groups(student: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
-    """Parameters in groups of one `lr_scale` each, those that are decayed before those that are not (`decays`).
+    """Return parameter groups, each with one `lr_scale`; groups with weight decay (`decays`) come first.
 
-    Not decayed: biases and 1-D parameters; frozen ones are left out. With a `layer_decay` of 1 there are the two
-    groups of the published optimiser, in its order. Else block i of N blocks of `student.backbone` has the scale
-    `layer_decay ** (N + 1 - i)`: the stem is block 0, the final norm goes with the last one, the head has 1.
+    Biases and 1-D parameters are not decayed; frozen parameters are left out. With a `layer_decay` of 1 there
+    are the two groups of the published optimiser, in its order. Otherwise block i of the N blocks of
+    `student.backbone` has the scale `layer_decay ** (N + 1 - i)`: the stem is block 0, the final norm belongs
+    to the last block, and the head has the scale 1.
     """
     scales = {}
     if layer_decay != 1:
@@ -35,7 +36,7 @@ def param_groups(student: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
 
 
 def build_optimizer(config: OptimConfig, student: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser over `param_groups(student)`; lr and weight decay are set before each step."""
+    """Build the optimiser over `param_groups(student)`; lr and weight decay are set before each step."""
     groups = param_groups(student, layer_decay=config.layer_decay)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0)
@@ -45,9 +46,9 @@ def build_optimizer(config: OptimConfig, student: nn.Module) -> torch.optim.Opti
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load a `state_dict` of the same parameters; hyper-parameters stay those of `optimizer`.
+    """Load a `state_dict` of the same parameters; `optimizer` keeps its hyper-parameters.
 
-    Raises ValueError where the groups do not match.
+    Raises ValueError if the groups do not match.
     """
     own = optimizer.state_dict()["param_groups"]
     theirs = saved["param_groups"]
@@ -59,7 +60,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Write this step's values: lr, by each group's scale; weight decay into the groups that are decayed."""
+    """Set this step's values: lr times each group's scale, and weight decay in the groups that decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
@@ -67,7 +68,9 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_d
 
 @torch.no_grad()
 def clip_per_parameter(student: nn.Module, max_norm: float) -> Tensor:
-    """Clip each gradient tensor to `max_norm` (0: leave it), without a host sync; return the global norm before.
+    """Clip each gradient tensor to `max_norm` (0: no clipping); return the global norm before clipping.
+
+    Needs no host sync.
 
     Differs from `torch.nn.utils.clip_grad_norm_`, which scales all gradients by one norm.
     """
@@ -79,6 +82,6 @@ def clip_per_parameter(student: nn.Module, max_norm: float) -> Tensor:
 
 
 def drop_last_layer_grads(head: nn.Module) -> None:
-    """Freeze the prototype layer for this step: no gradient means no update, no decay and no optimiser moments."""
+    """Freeze the prototype layer for this step: without a gradient it has no update, decay or moments."""
     for p in head.last_layer.parameters():  # type: ignore[union-attr]
         p.grad = None

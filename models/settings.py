@@ -1,4 +1,4 @@
-"""The base of every config section: each stands beside the thing that it configures, so the base stands lowest."""
+"""The base class of every config section. It is in the lowest package, since all rooms define sections."""
 
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from models.errors import without_keys
 
 Auto: TypeAlias = Literal["auto"]
-"""Stands for a number that follows from the number of images; pipeline/training/auto.py puts it in."""
+"""Placeholder for a number that depends on the number of images; pipeline/training/auto.py replaces it."""
 
 
 Number = TypeVar("Number", int, float)
@@ -30,7 +30,7 @@ class Settings(BaseModel):
 
 
 def number(value: Number | Auto) -> Number:
-    """`value`, which must no longer be `auto`."""
+    """Return `value`. Raises ValueError if it is still `auto`."""
     if value == "auto":
         raise ValueError("a value is still auto; pipeline.training.auto.resolve puts the number in")
     return value

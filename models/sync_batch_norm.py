@@ -1,8 +1,8 @@
 """Batch norm over the batches of all processes, on CPUs as well as on GPUs.
 
-On GPUs, timm's conversion replaces the modules. torch's synchronised modules refuse CPU tensors, so on CPUs each
-module keeps its parameters, buffers and names, and only the `F.batch_norm` inside its forward is replaced. Knows
-torch.distributed; nothing of heads, losses or data. Axes: N rows, C channels, W processes.
+On GPUs, timm's conversion replaces the modules. torch's synchronised modules refuse CPU tensors, so on CPUs
+each module keeps its parameters, buffers and names, and only the `F.batch_norm` inside its forward is
+replaced. Uses torch.distributed; no heads, losses or data here. Axes: N rows, C channels, W processes.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
-    """Make the layers of a network take batch statistics over all processes; state-dict names stay the same.
+    """Make a network's layers use batch statistics over all processes; state-dict names stay the same.
 
-    Each process must then run the same forwards and backwards in training mode. Eval mode needs no other process.
+    Each process must then run the same forwards and backwards in training mode. Eval mode needs no other
+    process.
     """
     if device.type == "cuda":
         # torch's own conversion loses the activation of timm's BatchNormAct2d.
@@ -34,7 +35,7 @@ def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
 
 
 class _Synchronised(nn.Module):
-    """Mixin before a batch-norm class: its forward, with `F.batch_norm` over all processes."""
+    """Mixin before a batch-norm class that runs its forward with `F.batch_norm` over all processes."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -51,7 +52,7 @@ def _synchronised(kind: Any) -> Any:
 
 
 class _OverAllProcesses(TorchFunctionMode):
-    """Replace `F.batch_norm` inside the block; leave all other functions as they are."""
+    """Replaces `F.batch_norm` inside the block; all other functions stay unchanged."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -69,7 +70,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm` in training mode, with the mean and variance of the rows of all processes."""
+    """Compute `F.batch_norm` in training mode, with the mean and variance of all processes' rows."""
     mean, var, count = _global_statistics(input.detach())
     if count < 2:
         raise ValueError(
@@ -84,9 +85,9 @@ def _batch_norm(
 
 
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """[N, C, ...] -> mean [C] and biased variance [C] in float64, and the number of values per channel.
+    """Return mean [C] and biased variance [C] of [N, C, ...] in float64, and the values per channel.
 
-    One collective. All processes add the same numbers in the same order, so their results are equal bit for bit.
+    One collective. All processes add the same numbers in the same order, so their results are bit-identical.
     """
     x, num_channels = _precise(x), x.shape[1]
     num_values = x.numel() // num_channels
@@ -130,7 +131,7 @@ class _Normalise(torch.autograd.Function):
         grad, x_dtype = _precise(gradients[0]), x.dtype
         x, inverse_std = _precise(x), (var + ctx.eps).rsqrt()
         grad_weight = grad_bias = inverse_std.new_zeros(len(mean))
-        if x.numel():  # torch's kernel divides by it
+        if x.numel():  # torch's kernel divides by the number of values
             # sum(grad * (x - mean) / std) and sum(grad) of this process, in one pass
             statistics = mean.to(x.dtype), var.to(x.dtype), None, None, False, ctx.eps
             _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -147,7 +148,7 @@ class _Normalise(torch.autograd.Function):
             grad_x.mul_(_per_channel(-scale * inverse_std * through_std, x))
             grad_x.addcmul_(grad, _per_channel(scale, x)).sub_(_per_channel(scale * through_mean, x))
             grad_x = grad_x.to(x_dtype)
-        # Of this process's rows alone: DDP adds the gradients of parameters.
+        # Only from this process's rows, because DDP sums the gradients of parameters.
         own = [
             total.to(weight.dtype) if needed and weight is not None else None
             for total, needed in zip((grad_weight, grad_bias), ctx.needs_input_grad[1:3], strict=True)
@@ -156,10 +157,10 @@ class _Normalise(torch.autograd.Function):
 
 
 def _precise(x: Tensor) -> Tensor:
-    """At least float32."""
+    """Return `x` in float32, or unchanged if it is float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """[C] -> a shape and dtype that broadcast over `x`."""
+    """Return `values` [C] in the dtype of `x` and in a shape that broadcasts over `x`."""
     return values.to(x.dtype).view(-1, *[1] * (x.dim() - 2))

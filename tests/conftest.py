@@ -31,6 +31,13 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own spelling)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Jobs take minutes, and more beside others: they have longer than other tests before they count as hanging."""
+    for item in items:
+        if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 class FilesAndRay(LoadScopeScheduling):
     """What one of several processes takes as a whole: a file, whose tests share servers, or all files with tests that
     start Ray, because two of those at once are slower than one after the other."""

@@ -87,16 +87,12 @@ def watch_growth(folder: Path, *, settle_seconds: float = 16, latest_seconds: fl
             before = _workers(head)
             settings = [*_SETTINGS, "name=grows", f"storage_path={folder}"]
             with start_job("jobs.pretrain", *settings, env=env | {"RAY_ADDRESS": head.gcs}) as job:
-                job.wait_until(
-                    lambda: any(r["augment_actors"] == MOST_ACTORS for r in logged(run)), timeout_seconds=300
-                )
+                job.wait_until(lambda: any(r["augment_actors"] == MOST_ACTORS for r in logged(run)))
                 few = [r for r in logged(run) if r["augment_actors"] == 1]
-                many = job.wait_until(
-                    lambda: _faster(run, few, settle_seconds, latest_seconds), timeout_seconds=300
-                )
+                many = job.wait_until(lambda: _faster(run, few, settle_seconds, latest_seconds))
                 far = len(logged(run))
                 store.delay_seconds = 0.0
-                job.wait_until(lambda: logged(run)[-1]["nodes_cpu"] < MOST_ACTORS, timeout_seconds=450)
+                job.wait_until(lambda: logged(run)[-1]["nodes_cpu"] < MOST_ACTORS)
                 job.process.terminate()
                 job.wait()
             deadline = time.monotonic() + 120

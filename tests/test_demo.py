@@ -10,7 +10,7 @@ import pytest
 from jobs_processes import run_job
 from PIL import Image
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def check(output: str, run: Path) -> dict[str, Any]:
@@ -36,13 +36,13 @@ def check(output: str, run: Path) -> dict[str, Any]:
 
 
 def test_the_first_epochs_of_the_demo_need_nothing_but_the_machine(tmp_path: Path) -> None:
-    output = run_job("jobs.pretrain", "train.epochs=3", cwd=tmp_path, timeout_seconds=600)
+    output = run_job("jobs.pretrain", "train.epochs=3", cwd=tmp_path)
     assert check(output, tmp_path / "runs" / "demo")["steps"] == 101
 
 
 @pytest.mark.nightly
 def test_the_demo_learns_without_any_argument(tmp_path: Path) -> None:
-    output = run_job("jobs.pretrain", cwd=tmp_path, timeout_seconds=900)
+    output = run_job("jobs.pretrain", cwd=tmp_path)
     run = tmp_path / "runs" / "demo"
     result = check(output, run)
     assert result["after"]["knn_20"] > result["before"]["knn_20"] + 0.1

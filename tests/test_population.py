@@ -38,7 +38,6 @@ def test_weak_members_go_on_from_strong_ones_with_other_settings(images: Path, t
         "tune.scheduler=pb2",
         f"tune.trials={members}",
         "tune.objective=rankme",  # no two of them are equal
-        timeout_seconds=550,
     )
     study = Directory(str(tmp_path / "population"))
     tried = {t.trial.number: t for t in read_trials(study)}

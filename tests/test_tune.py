@@ -78,7 +78,7 @@ def steps_logged(trial: Path) -> list[int]:
 def reference(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The directory of a study that nothing interrupted, and what it printed; without a dashboard."""
     runs = tmp_path_factory.mktemp("runs")
-    output = run_job("jobs.tune", *arguments(images, runs, "reference"), timeout_seconds=500)
+    output = run_job("jobs.tune", *arguments(images, runs, "reference"))
     return runs / "reference", output
 
 
@@ -170,7 +170,7 @@ def test_trials_that_share_one_stream_learn_what_they_learn_alone(
         "tune.scheduler=none",
     ]
     shared = ["tune.share_stream=true", "tune.max_concurrent=2"]
-    output = run_job("jobs.tune", *arguments(images, tmp_path, "shared", *two, *shared), timeout_seconds=400)
+    output = run_job("jobs.tune", *arguments(images, tmp_path, "shared", *two, *shared))
     assert "plan: 2 trials at once, 1 CPUs each, 1 CPUs augment for all of them" in output
     for number, alone in (("0000", "0000"), ("0001", "0002")):
         pair = [
@@ -196,10 +196,7 @@ def test_a_study_whose_driver_is_killed_goes_on_reruns_nothing_and_leaves_nothin
     again = arguments(images, tmp_path, "killed", "tune.max_concurrent=1")
     with start_job("jobs.tune", *again, env=head) as job:
         job.wait_until(
-            lambda: (
-                len(outcomes(study)) == 2 and list(study.glob("trials/0002/checkpoints/step_*/meta.json"))
-            ),
-            timeout_seconds=400,
+            lambda: len(outcomes(study)) == 2 and list(study.glob("trials/0002/checkpoints/step_*/meta.json"))
         )
         job.process.kill()
         job.process.wait()
@@ -208,11 +205,11 @@ def test_a_study_whose_driver_is_killed_goes_on_reruns_nothing_and_leaves_nothin
     }
     assert len(outcomes(study)) < 4
     with start_job("jobs.tune", *again, env=head) as job:  # and once more, while the best is being confirmed
-        job.wait_until(lambda: (study / "trials" / "0003" / "config.yaml").exists(), timeout_seconds=400)
+        job.wait_until(lambda: (study / "trials" / "0003" / "config.yaml").exists())
         job.process.kill()
         job.process.wait()
 
-    output = run_job("jobs.tune", *again, env=head, timeout_seconds=400)
+    output = run_job("jobs.tune", *again, env=head)
 
     assert {path: path.read_bytes() for path in finished} == finished
     assert steps_logged(study / "trials" / "0002")[-1] in (STEPS, 4, 8)

@@ -1,1 +1,1 @@
-"""Checkpoints of other programs: read without running anything in them, fitted to a network, written back."""
+"""Checkpoints of other programs: read without running their code, fitted to a network, written back."""

@@ -1,4 +1,4 @@
-"""Which timm models a checkpoint's tensors may belong to, by names and shapes alone."""
+"""List the timm models that a checkpoint's tensors may belong to, by names and shapes alone."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -49,7 +49,7 @@ _XCIT = [
 
 
 def vit_shape(state: State) -> tuple[int, int, int] | None:
-    """Return (width, number of blocks, patch) of a ViT's state dict, None of any other."""
+    """Return (width, number of blocks, patch) of a ViT's state dict, None for any other state dict."""
     patches = state.get("patch_embed.proj.weight")
     blocks = [int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.norm1\.", k)]
     if patches is None or patches.ndim != 4 or not blocks:
@@ -62,9 +62,9 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Yield models to try, the likeliest first: named in the file, known by shape, then of one family.
 
-    `args` are those that the checkpoint was trained with; `backbone` in it is that section of a dinoray run.
-    `like` is the model that is configured now: a ViT of no published shape keeps its name if it can. No shape shows
-    the number of attention heads; without `num_heads` they get 64 channels each, as is usual.
+    `args`: the arguments that the checkpoint was trained with; its `backbone` is that section of a dinoray
+    config. `like`: the configured model; a ViT without a published shape keeps this name if possible. Shapes
+    do not show the number of attention heads; without `num_heads`, each head gets the usual 64 channels.
     """
     if "backbone" in args:
         yield args["backbone"]["name"], args["backbone"]["kwargs"]
@@ -84,7 +84,7 @@ def candidates(
 
 
 def _own_vits(state: State, shape: tuple[int, int, int], like: str, num_heads: int) -> Iterator[Candidate]:
-    """ViTs with arguments that give them this shape."""
+    """Yield ViTs with arguments that give them this shape."""
     width, depth, patch = shape
     kwargs: dict[str, Any] = {"patch_size": patch}
     if re.match(r"vit_\w+$", like) and timm.is_model(like):
@@ -105,5 +105,5 @@ def _own_vits(state: State, shape: tuple[int, int, int], like: str, num_heads: i
 
 
 def _num_heads(width: int) -> int:
-    """Heads of 64 channels, as ViTs usually have them, or the next number that divides the width."""
+    """Return the number of heads of the usual 64 channels, or the next lower divisor of the width."""
     return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)

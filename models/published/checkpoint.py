@@ -1,7 +1,7 @@
-"""Checkpoints of the published DINO code and of other programs <-> ours.
+"""Read checkpoints of the published DINO code and of other programs, and write the published form.
 
-`read_weights` and `parse` read a file into `Weights`. `load` and `load_optimizer` put them into networks and
-optimizer. `to_official` writes the published form. What stands below: restricted_load.py reads bytes,
+`read_weights` and `parse` read a file into `Weights`. `load` and `load_optimizer` load them into networks and
+optimizer. `to_official` writes the published form. The modules below: restricted_load.py reads bytes,
 networks_in_files.py finds the networks, fit.py and optimizer.py match names and shapes.
 
 A full checkpoint, as the published code saves it:
@@ -40,18 +40,18 @@ __all__ = [
 ]
 
 MARK = "pos_embed"
-"""Key of the metadata, and of `args`, in which our exports say how position embeddings are resized."""
+"""Key, in the metadata and `args` of dinoray's exports, of the way to resize position embeddings."""
 
 _CLASSIFIERS = ("head.weight", "fc.weight")
 _REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
 
 
 class Weights(NamedTuple):
-    """What a file holds, in our names: `backbone.*`, and `head.*` where there is a head."""
+    """The contents of a file in dinoray's names: `backbone.*`, and `head.*` if there is a head."""
 
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
-    """The same object as `student` where the file has one network."""
+    """The same object as `student` if the file has one network."""
     center: Tensor | None
     """[K]"""
     optimizer: dict[str, Any] | None
@@ -59,24 +59,24 @@ class Weights(NamedTuple):
     """The next epoch to run."""
     args: dict[str, Any]
     official: bool
-    """Position embeddings are to be resized as the published code does it."""
+    """True if position embeddings must be resized as in the published code."""
     name: str = "the checkpoint"
     places: tuple[str, str, str] = ("", "", "")
-    """Where in the file student, teacher and centre are."""
+    """Places of student, teacher and centre in the file."""
     skipped: tuple[str, ...] = ()
     """Parts of the file that no run can use."""
     notes: tuple[str, ...] = ()
     is_own: bool = False
-    """Of a dinoray run, whose optimizer state is in our own form."""
+    """True for a dinoray run, whose optimizer state is in dinoray's own form."""
 
     @property
     def has_head(self) -> bool:
-        """Whether both networks have a DINO head."""
+        """True if both networks have a DINO head."""
         return all("head.last_layer.weight_v" in network for network in (self.student, self.teacher))
 
 
 class Loaded(NamedTuple):
-    """Which parts `load` has put into the networks beside the backbones, and what it changed on the way."""
+    """The parts that `load` has loaded besides the backbones, and notes on its changes."""
 
     head: bool
     center: bool
@@ -84,9 +84,9 @@ class Loaded(NamedTuple):
 
 
 def read_weights(data: bytes, name: str) -> Weights:
-    """Return the weights in the bytes of a `.pth` or `.ckpt` file; `name` stands in errors.
+    """Return the weights in the bytes of a `.pth` or `.ckpt` file; `name` is used in errors.
 
-    Nothing in the file is run. Raises DataError for a file that wants it, and for one that cannot be read.
+    No code in the file is run. Raises DataError for a file that requires running code or cannot be read.
     """
     state = restricted_load(data, name)
     if not isinstance(state, Mapping):
@@ -98,11 +98,11 @@ def read_weights(data: bytes, name: str) -> Weights:
 
 
 def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
-    """Return what a loaded file holds, in our names; tensors are shared with `state`, which stays as it is.
+    """Return the contents of a loaded file in dinoray's names; `state` is not changed and shares its tensors.
 
-    Of a file with one network, student and teacher both get it. `official` is true for published ViTs, whole
-    checkpoints or bare backbones, and false for files of timm, ours and others that say or show so. Raises
-    DataError when no weights are found.
+    A single network becomes both student and teacher. `official` is true for published ViTs, whole
+    checkpoints or bare backbones, and false for files of timm, dinoray and others that are marked or
+    recognised as such. Raises DataError if there are no weights.
     """
     found = find_networks(state)
     if found is None:
@@ -119,7 +119,8 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
     is_part = isinstance(state.get(place), Mapping)
     holder = state[place] if is_part else state
     mark = args.get(MARK) or _mark(holder)
-    # The published code saves both networks, or a backbone's state dict alone. Our own state dict has a centre.
+    # The published code saves both networks, or only a backbone's state dict. dinoray's state dict has a
+    # centre.
     published = place in ("student", "teacher") if is_part else "center" not in state
     read = (
         {"args", "arch"}
@@ -151,12 +152,11 @@ def load(
     backbone_only: bool = False,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """Put the weights into student and teacher, strictly, and the centre with the head.
+    """Load the weights strictly into student and teacher, and the centre with the head.
 
-    With `backbone_only`, or without a head in the file, heads and centre stay as they are. `kwargs` are the
-    configured `backbone.kwargs`, for errors. Raises ConfigError, one
-    line per mistake, that names the setting that does not fit and the value that does; DataError for values that
-    are not finite. Nothing is loaded then.
+    With `backbone_only`, or without a head in the file, heads and centre stay unchanged. `kwargs`: the
+    configured `backbone.kwargs`, for errors. Raises ConfigError with one line per setting that does not fit
+    and its right value, and DataError for values that are not finite; nothing is loaded then.
     """
     notes: list[str] = []
     loads_head = weights.has_head and not backbone_only
@@ -193,9 +193,10 @@ def load(
 def to_official(
     dino: DINO, optimizer: torch.optim.Optimizer, *, epoch: int, args: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The full checkpoint of the published code, to be written by `torch.save`. `epoch` is the next to run.
+    """Return the full checkpoint of the published code, for `torch.save`. `epoch` is the next epoch to run.
 
-    The teacher's names get `module.` too when the networks have batch norm: the published code wraps it then.
+    With batch norm the teacher's names also start with `module.`, because the published code then wraps the
+    teacher.
     """
 
     def names(network: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -206,13 +207,13 @@ def to_official(
         "teacher": names(dino.teacher, "module." if has_batch_norm(dino.teacher) else ""),
         "optimizer": official_state(optimizer, dino.student),
         "epoch": epoch,
-        "args": dict(args),  # torch.load refuses a Namespace unless it is told to trust it
+        "args": dict(args),  # torch.load refuses a Namespace by default
         "dino_loss": {"center": dino.center.detach().cpu()[None]},
     }
 
 
 def _check_finite(name: str, which: str, state: Mapping[str, Tensor]) -> None:
-    """Raise DataError that names the tensors with NaN or infinity."""
+    """Raise DataError with the names of the tensors that contain NaN or infinity."""
     wrong = [
         k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v.float()).all())
     ]
@@ -226,7 +227,7 @@ def _check_finite(name: str, which: str, state: Mapping[str, Tensor]) -> None:
 
 
 def _optimizer(state: Any) -> dict[str, Any] | None:
-    """The optimizer's state in plain values: moments by parameter number, and each group's numbers."""
+    """Return the optimizer's state as plain values: moments by parameter number, and each group's numbers."""
     if not isinstance(state, Mapping):
         return None
     moments, groups = state.get("state"), state.get("param_groups")
@@ -252,7 +253,7 @@ def _epoch(epoch: Any) -> int | None:
 
 
 def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are numbers, texts, or short sequences of those."""
+    """Return the arguments that are numbers, texts, or short sequences of numbers and texts."""
 
     def is_plain(value: Any) -> bool:
         if type(value) in (list, tuple):
@@ -263,19 +264,19 @@ def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether it is a text that may be shown on a terminal."""
+    """Return True for a text that can be printed on a terminal."""
     return isinstance(value, str) and value.isprintable()
 
 
 def _mark(state: Mapping[str, Any]) -> Any:
-    """What a state dict that we exported says of its position embeddings; nothing in all others."""
+    """Return the position embeddings' mark in a state dict that dinoray exported; None for all others."""
     metadata = getattr(state, "_metadata", None)
     own = metadata.get("") if isinstance(metadata, Mapping) else None
     return own.get(MARK) if isinstance(own, Mapping) else None
 
 
 def _is_published_vit(network: dict[str, Tensor]) -> bool:
-    """Whether the position embeddings are of a kind that the published code resizes: no registers, no classifier."""
+    """Return True if the published code resizes such position embeddings: no registers, no classifier."""
     names = {name.removeprefix("backbone.") for name in network}
     is_vit = {"cls_token", "pos_embed"} <= names and any(name.startswith("blocks.") for name in names)
     return is_vit and not names & {*_CLASSIFIERS, *_REGISTERS}

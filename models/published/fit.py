@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint -> exactly those that one of our networks has, or an error that says which setting to change.
+"""Fit a checkpoint's tensors to a dinoray network, or raise an error with the setting to change.
 
-Stands below checkpoint.py, which knows the files. Names are those inside a backbone or a head, without a prefix.
-Before an error names a backbone that fits, that backbone is built without memory and the tensors are tried on it.
+Stands below checkpoint.py, which handles files. Names are inside a backbone or a head, without a prefix.
+Before an error suggests a backbone, that backbone is built without memory and the tensors are tried on it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _NOT_OF_BACKBONE = re.compile(
     r"|decoder_|(mask_token|masked_embed|position_ids)$"
 )
 _ARCHITECTURES = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
-"""The published code's ViTs: width, and the attention heads, which no tensor's shape shows."""
+"""The published code's ViTs: width, and number of attention heads, which tensor shapes do not show."""
 
 _FIRST = (
     "patch_embed.proj.weight",
@@ -47,10 +47,10 @@ def fit_backbone(
     kwargs: Mapping[str, Any] | None = None,
     notes: list[str] | None = None,
 ) -> dict[str, Tensor]:
-    """The backbone's state dict made of `state`: names become timm's, a classifier is dropped, the grid is fitted.
+    """Return `state` as the backbone's state dict: timm's names, no classifier, a fitted grid.
 
-    `args` are those that the checkpoint was trained with, where known; `kwargs` the configured `backbone.kwargs`.
-    Each change adds a line to `notes`. Raises ConfigError when the two are different networks.
+    `args`: the arguments that the checkpoint was trained with, if known. `kwargs`: the configured
+    `backbone.kwargs`. Each change adds a line to `notes`. Raises ConfigError if the networks are different.
     """
     notes = [] if notes is None else notes
     own = backbone.state_dict()
@@ -72,7 +72,10 @@ def fit_backbone(
 
 
 def fit_head(state: State, head: nn.Module, *, notes: list[str] | None = None) -> dict[str, Tensor]:
-    """The head's state dict made of `state`. ConfigError names each `head.*` setting that differs, and its value."""
+    """Return `state` as the head's state dict.
+
+    A ConfigError lists the values of differing `head.*` settings.
+    """
     own = head.state_dict()
     theirs, ours = _head_settings(state), _head_settings(own)
     what = {"out_dim": "prototypes", "bottleneck_dim": "channels in the bottleneck", "num_layers": "layers"}
@@ -105,7 +108,7 @@ def fit_head(state: State, head: nn.Module, *, notes: list[str] | None = None) -
 
 
 def _in_timms_names(state: State, backbone: nn.Module) -> dict[str, Tensor]:
-    """What timm itself makes of other publishers' files of this model."""
+    """Return the tensors as timm itself converts other publishers' files of this model."""
     modules = (sys.modules[cls.__module__] for cls in type(backbone).__mro__)
     rename = next((m.checkpoint_filter_fn for m in modules if hasattr(m, "checkpoint_filter_fn")), None)
     if rename is None:
@@ -113,27 +116,27 @@ def _in_timms_names(state: State, backbone: nn.Module) -> dict[str, Tensor]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # timm's filters print
             return dict(rename(dict(state), backbone))
-    except Exception:  # not made for this file: what does not fit is named below
+    except Exception:  # the filter is not for this file; the caller reports the misfit
         return dict(state)
 
 
 def _chunks_joined(state: State) -> dict[str, Tensor]:
-    """DINOv2 saves its blocks in chunks, each block under its own number."""
+    """Remove the chunk numbers from the names of DINOv2's blocks; each block has its own number."""
     return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in state.items()}
 
 
 def _matched(named: State, backbone: nn.Module) -> dict[str, Tensor]:
-    """The tensors under the backbone's names as far as timm knows them, without what is no part of a backbone."""
+    """Return the tensors in the backbone's names, as far as timm can convert them, without other modules."""
     own = backbone.state_dict()
     bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
     if any(_differences(bare, own)):
-        named = _in_timms_names(named, backbone)  # with what is left out: timm knows files by it
+        named = _in_timms_names(named, backbone)  # all tensors: timm recognises files by the others
         bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
     return bare
 
 
 def _check_vit(state: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
-    """ConfigError when `state` is that of a ViT of another width, depth or patch size, before timm resizes patches."""
+    """Raise ConfigError for a ViT of other width, depth or patch size, before timm would resize patches."""
     theirs, ours = vit_shape(state), vit_shape(backbone.state_dict())
     name = _name(backbone)
     if theirs and ours and theirs != ours:
@@ -154,7 +157,7 @@ def _check_vit(state: State, backbone: nn.Module, args: Mapping[str, Any], kwarg
 def _misfit(
     named: State, bare: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> str:
-    """The error for tensors that are not the backbone's."""
+    """Return the error message for tensors that do not fit the backbone."""
     arch = f" (arch={args['arch']})" if args.get("arch") else ""
     return (
         f"the checkpoint{arch} does not fit backbone.name={_name(backbone)}: it "
@@ -163,9 +166,9 @@ def _misfit(
 
 
 def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
-    """The settings of a backbone that takes these tensors, tried here; other weights where none does.
+    """Return settings of a backbone that takes these tensors, tried here; or suggest other weights.
 
-    `kwargs` are the configured `backbone.kwargs`, which stay unless a setting replaces them.
+    `kwargs`: the configured `backbone.kwargs`, which stay unless a setting replaces them.
     """
     like, shape = _name(backbone), vit_shape(named)
     own_heads = _num_heads(backbone) if shape and shape[0] == embed_dim(backbone) else None
@@ -178,7 +181,7 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
                 model = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
             own = model.state_dict()
             fits = vit_shape(own) == shape and not any(_differences(_matched(named, model), own))
-        except Exception:  # whatever a model's constructor makes of arguments that are not for it
+        except Exception:  # a model's constructor may raise anything for unsuitable arguments
             continue
         if fits:
             changed = {k: v for k, v in wanted.items() if name != like or kwargs.get(k) != v}
@@ -204,13 +207,13 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
 
 
 def _num_heads(backbone: nn.Module) -> int | None:
-    """Attention heads of a ViT; None of any other network."""
+    """Return the number of a ViT's attention heads; None for any other network."""
     attention = next((m for m in backbone.modules() if hasattr(m, "num_heads") and hasattr(m, "qkv")), None)
     return None if attention is None else int(attention.num_heads)  # type: ignore[arg-type]
 
 
 def _head_settings(state: State) -> dict[str, int | bool | None]:
-    """The `head.*` settings that a head's tensors tell, None where they do not."""
+    """Return the `head.*` settings that follow from a head's tensors, None for settings that do not."""
     prototypes = state.get("last_layer.weight_v")
     linear = [v for k, v in state.items() if k.startswith("mlp.") and k.endswith("weight") and v.ndim == 2]
     return {
@@ -218,13 +221,13 @@ def _head_settings(state: State) -> dict[str, int | bool | None]:
         "bottleneck_dim": None if prototypes is None else prototypes.shape[1],
         "num_layers": len(linear) or None,
         "hidden_dim": linear[0].shape[0] if len(linear) > 1 else None,
-        # Between layers only: with a single one there is nowhere to have it.
+        # Batch norm is between layers only, so a single layer never has it.
         "use_bn": any(k.endswith("running_mean") for k in state) if len(linear) > 1 else None,
     }
 
 
 def _differences(state: State, own: State) -> tuple[list[str], list[str], list[str]]:
-    """Names that are missing, that are too many, and whose shapes differ."""
+    """Return the names that are missing, unexpected, and of different shape."""
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     return (
         missing,
@@ -234,7 +237,7 @@ def _differences(state: State, own: State) -> tuple[list[str], list[str], list[s
 
 
 def _problems(state: State, own: State) -> str:
-    """How the names and shapes differ, in words; empty if they do not."""
+    """Describe how names and shapes differ; empty if they do not."""
     missing, unexpected, reshaped = _differences(state, own)
     shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in reshaped]
     return "; it ".join(
@@ -243,7 +246,7 @@ def _problems(state: State, own: State) -> str:
 
 
 def _in_order(state: State, own: State) -> dict[str, Tensor]:
-    """The tensors of `own`'s names; counters of batches that old files lack stay."""
+    """Return the tensors in the order of `own`; batch counters, which old files lack, keep their value."""
     return {k: state.get(k, own[k]) for k in own}
 
 

@@ -1,8 +1,8 @@
-"""Find the student's and the teacher's tensors in what a file holds, whichever program has written it.
+"""Find the student's and the teacher's tensors in a file of any program.
 
-All tensors of a file get one name each, its place in the file: `student.module.backbone.cls_token`,
-`state_dict.momentum_backbone.conv1.weight`. Networks are found by names that only the stem of a backbone has. What
-stands before such a name is the network's prefix, and the words in the prefix tell which network it is.
+Each tensor is named by its place in the file: `student.module.backbone.cls_token`,
+`state_dict.momentum_backbone.conv1.weight`. Networks are found by names that only the stem of a backbone has.
+The text before such a name is the network's prefix, and the words in the prefix identify the network.
 """
 
 import re
@@ -16,7 +16,7 @@ _STEM = re.compile(
     r"(?:^|(?<=\.))(?:cls_token$|class_token$|pos_embed$|patch_embed\.|blocks\.\d|embeddings\.|conv_proj\.|conv1\.weight"
     r"|conv_stem\.|layer1\.|stem\.|stem_0\.|stages\.0|stages_0|downsample_layers\.|features\.)"
 )
-"""Where the names inside a backbone begin."""
+"""Matches the start of the names inside a backbone."""
 _EMA = {"ema", "averaged", "avg", "swa", "shadow"}
 _TEACHER = {"teacher", "momentum", "target", "k"}
 _STUDENT = {"student", "online", "q", "query"}
@@ -32,23 +32,23 @@ _MAX_DEPTH = 8
 
 
 class Networks(NamedTuple):
-    """The two networks under our names: `backbone.*`, and `head.*` where there is a DINO head."""
+    """The two networks in dinoray's names: `backbone.*`, and `head.*` if there is a DINO head."""
 
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
     student_from: str
-    """The student's place in the file, without a dot at the end; empty for a bare state dict."""
+    """The student's place in the file, without a final dot; empty for a bare state dict."""
     teacher_from: str
     center: Tensor | None
     """[K]"""
     center_from: str
     skipped: list[str]
-    """Places in the file that hold tensors of neither network."""
+    """Places in the file with tensors of neither network."""
     notes: list[str]
 
 
 def find_networks(state: Mapping[str, Any]) -> Networks | None:
-    """Return the networks in `state`, None where there are none. A file with one network gives it to both."""
+    """Return the networks in `state`, or None. A single network becomes both student and teacher."""
     tensors = dict(_tensors(state))
     prefixes = _prefixes(tensors)
     heads = [] if not prefixes else _heads(tensors)
@@ -91,7 +91,7 @@ def find_networks(state: Mapping[str, Any]) -> Networks | None:
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the file with values in memory, each with its place."""
+    """Yield all tensors of the file that have values in memory, each with its place."""
     seen: set[int] = set()
 
     def walk(part: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
@@ -109,7 +109,7 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
-    """What stands before the names of each backbone in the file."""
+    """Return the prefix of each backbone's names in the file."""
     found: dict[str, None] = {}
     for name in tensors:
         if match := _STEM.search(name):
@@ -118,7 +118,7 @@ def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _guessed_prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The prefix of a backbone whose stem is unknown: all that wrappers of many programs put before names."""
+    """Return the prefix of a backbone with an unknown stem: all that usual wrappers put before names."""
     wrapper = re.compile(r"(?:(?:module|_orig_mod|student|teacher|state_dict|model|backbone)\.)*")
     found: dict[str, None] = {}
     for name in tensors:
@@ -128,7 +128,7 @@ def _guessed_prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _heads(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Prefixes of DINO heads: what has a `last_layer` and a perceptron before it."""
+    """Return the prefixes of DINO heads: those with a `last_layer` and a perceptron before it."""
     found: dict[str, None] = {}
     for name in tensors:
         match = _LAST_LAYER.search(name)
@@ -149,7 +149,7 @@ def _role(prefix: str) -> str:
 def _choose(
     prefixes: list[str], tensors: Mapping[str, Tensor], heads: list[str]
 ) -> tuple[str, str, list[str]]:
-    """The prefixes of student and teacher, and notes on a choice that a person may want to know of."""
+    """Return the prefixes of student and teacher, and notes on the choice."""
 
     def shapes(prefix: str) -> dict[str, torch.Size]:
         names = (name for name in tensors if _is_of(name, prefix, prefixes, heads))
@@ -180,7 +180,7 @@ def _are_alike(a: Mapping[str, torch.Size], b: Mapping[str, torch.Size]) -> bool
 
 
 def _is_of(name: str, prefix: str, prefixes: list[str], heads: list[str]) -> bool:
-    """Whether the tensor is one of the backbone with this prefix."""
+    """Return True if the tensor belongs to the backbone with this prefix."""
     if not name.startswith(prefix) or _CENTER.search(name):
         return False
     others = [other for other in [*prefixes, *heads] if other != prefix and other.startswith(prefix)]
@@ -188,7 +188,7 @@ def _is_of(name: str, prefix: str, prefixes: list[str], heads: list[str]) -> boo
 
 
 def _of_head(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A head's tensor under our names. Prototypes are `weight_g` [K, 1] and `weight_v` however they are stored."""
+    """Return a head's tensor in dinoray's names. Prototypes become `weight_g` [K, 1] and `weight_v`."""
     layer = "head.last_layer."
     match name:
         case "last_layer.weight_g" | "last_layer.parametrizations.weight.original0":
@@ -201,7 +201,7 @@ def _of_head(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _skipped(tensors: Mapping[str, Tensor], used: set[str]) -> list[str]:
-    """The places of all tensors that are not used, each as short as it can be."""
+    """Return the places of all unused tensors, each as short as possible."""
     taken = {name[: match.start()] for name in used for match in re.finditer(r"\.", name)}
     places: dict[str, None] = {}
     for name in tensors:

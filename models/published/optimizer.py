@@ -1,7 +1,8 @@
-"""The optimiser's state in the published checkpoints' numbering <-> ours.
+"""Convert the optimiser's state from and to the published checkpoints' numbering.
 
-There a parameter's state is known by its number: first the decayed parameters, then biases and 1-D ones, each in
-the order of `named_parameters()`. Ours may be in more groups (optim.layer_decay) and in another optimiser.
+Published checkpoints number the parameters: first the decayed parameters, then biases and 1-D parameters,
+each in the order of `named_parameters()`. dinoray's optimiser may have more groups (optim.layer_decay) and
+another type.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,11 +26,11 @@ Named = list[tuple[str, nn.Parameter]]
 def load_optimizer(
     optimizer: torch.optim.Optimizer, student: nn.Module, state: Mapping[str, Any]
 ) -> tuple[int, int]:
-    """Restore moments from a published optimiser's state; return how many parameters (got theirs, start fresh).
+    """Restore moments from a published optimiser's state; return the numbers of (restored, fresh) parameters.
 
-    `student` has `backbone` and `head`. Where the file's head is another, the backbone's are restored alone; a
-    parameter whose moments are not there, or of another shape or optimiser, starts fresh. Hyper-parameters stay
-    as they are.
+    `student` has `backbone` and `head`. If the file's head is different, only the backbone's moments are
+    restored. A parameter starts fresh if its moments are missing or of another shape or optimiser.
+    Hyper-parameters stay unchanged.
     """
     moments = _MOMENTS[type(optimizer)]
     restored = 0
@@ -50,17 +51,17 @@ def load_optimizer(
 
 
 def official_state(optimizer: torch.optim.Optimizer, student: nn.Module) -> dict[str, Any]:
-    """`optimizer`'s state dict in the published groups and numbering, on the CPU."""
+    """Return `optimizer`'s state dict in the published groups and numbering, on the CPU."""
     groups = [[p for _, p in group] for group in _groups(student)]
     numbers = {p: i for i, p in enumerate(p for group in groups for p in group)}
     settings = {
         k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "decays", "lr_scale")
     }
-    # The published code has one rate for all: that of the head here.
+    # The published code has one learning rate for all parameters; here the head's.
     whole = max(optimizer.param_groups, key=lambda group: group.get("lr_scale", 1.0))
     decay = max(group["weight_decay"] for group in optimizer.param_groups)
     settings |= {"lr": whole["lr"], "weight_decay": decay}
-    if isinstance(optimizer, LARS):  # what the published one looks up in its groups
+    if isinstance(optimizer, LARS):  # the published LARS reads these from its groups
         settings |= {"eta": 0.001, "weight_decay_filter": None, "lars_adaptation_filter": None}
     return {
         "state": {
@@ -78,7 +79,7 @@ def official_state(optimizer: torch.optim.Optimizer, student: nn.Module) -> dict
 def _groups(
     student: nn.Module, *, without: Iterable[str] = (), also: Iterable[str] = ()
 ) -> tuple[Named, Named]:
-    """Parameters that train, as the published code groups them: decayed, and not."""
+    """Return the parameters that train in the published code's groups: decayed, and not decayed."""
     decayed: Named = []
     plain: Named = []
     for name, p in student.named_parameters():
@@ -88,16 +89,16 @@ def _groups(
 
 
 def _pairs(student: nn.Module, state: Mapping[str, Any]) -> list[tuple[nn.Parameter, Mapping[str, Any]]]:
-    """Our parameters that train, each with the state that the file has for it."""
+    """Return the parameters that train, each with its state in the file."""
     numbers = [list(group["params"]) for group in state["param_groups"]]
     if len(numbers) != 2:
         return []
-    # The magnitude of the prototypes trained there or did not, whatever it does here.
+    # The prototypes' magnitude may have been trained or not, independent of this run's setting.
     for groups in (_groups(student, also=[_MAGNITUDE]), _groups(student, without=[_MAGNITUDE])):
         if [len(group) for group in groups] == [len(group) for group in numbers]:
             break
     else:
-        # Another head: the backbone's parameters come first in both groups, if it is the same backbone.
+        # A different head: if the backbone is the same, its parameters come first in both groups.
         decayed, plain = _groups(student)
         groups = _of_backbone(decayed), _of_backbone(plain)
         extra = [len(theirs) - len(ours) for ours, theirs in zip(groups, numbers, strict=True)]
@@ -109,14 +110,17 @@ def _pairs(student: nn.Module, state: Mapping[str, Any]) -> list[tuple[nn.Parame
             saved = state["state"].get(number, {})
             shapes = {v.shape for v in saved.values() if isinstance(v, Tensor) and v.ndim}
             if name.startswith("backbone.") and shapes - {p.shape}:
-                return []  # another backbone, numbered otherwise
+                return []  # a different backbone with another numbering
             if p.requires_grad:
                 pairs.append((p, saved))
     return pairs
 
 
 def _is_of_a_head(decayed: int, plain: int) -> bool:
-    """Whether a DINO head may have so many parameters: weights and biases, batch norm's, one or two of prototypes."""
+    """Return True if a DINO head may have so many parameters.
+
+    They are weights and biases, batch norm's parameters, and one or two of the prototypes.
+    """
     return any(layers > 0 and plain in (layers, 3 * layers - 2) for layers in (decayed - 1, decayed - 2))
 
 

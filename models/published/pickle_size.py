@@ -1,8 +1,8 @@
-"""Refuse a torch file that is small and takes immense memory or time once it is read.
+"""Refuse a small torch file that would need immense memory or time to read.
 
-A pickle may refer to one object many times. Twenty tuples that each hold the next one a hundred times are a few
-kilobytes, but hashing or printing them takes for ever. The objects are counted here, each reference anew, and
-nothing is built. torch's zip files are stored as they are, so a compressed part is refused too.
+A pickle may refer to one object many times. Twenty tuples that each contain the next tuple a hundred times
+are a few kilobytes, but hashing or printing them would never end. This module counts the objects, once per
+reference, and builds nothing. torch never compresses its zip files, so a compressed part is also refused.
 """
 
 import io
@@ -10,16 +10,16 @@ import pickletools
 import zipfile
 
 _LIMIT = 50_000_000
-"""Objects, each reference counted anew. A checkpoint of a large ViT has some 100,000."""
+"""Largest number of objects, counted once per reference. A checkpoint of a large ViT has about 100,000."""
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""With this pickled number torch's older format begins; five pickles follow each other."""
+"""The pickled number with which torch's older format begins; it consists of five pickles."""
 _MARK = -1
 _ALLOCATES = {"builtins bytearray", "__builtin__ bytearray"}
-"""torch's restricted unpickler lets a file call these with a number of bytes."""
+"""Functions that torch's restricted unpickler allows a file to call with a number of bytes."""
 
 
 def check_size(data: bytes) -> None:
-    """Raise ValueError for a torch file that takes more memory or time than any checkpoint of its length."""
+    """Raise ValueError if a torch file needs more memory or time than any checkpoint of its length."""
     if data.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
@@ -37,7 +37,7 @@ def check_size(data: bytes) -> None:
 
 
 def _check(file: io.BytesIO) -> None:
-    """Read one pickle from `file`."""
+    """Check one pickle in `file`."""
     children: list[list[int]] = []
     stack: list[int] = []
     memo: dict[int, int] = {}
@@ -70,7 +70,10 @@ def _check(file: io.BytesIO) -> None:
 
 
 def _check_graph(children: list[list[int]]) -> None:
-    """Sum sizes from the leaves up. A reference to an object that holds the referrer counts as one."""
+    """Sum sizes from the leaves up.
+
+    A reference back to an object that contains the referrer counts as one.
+    """
     sizes = [0] * len(children)
     for root in range(len(children)):
         waiting = [(root, False)]

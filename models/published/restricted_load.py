@@ -1,8 +1,9 @@
-"""Read the bytes of a torch file without running anything that the file names.
+"""Read the bytes of a torch file without running any code that the file refers to.
 
-torch's restricted unpickler (`weights_only=True`) reads both of torch's formats. It calls only what is on its list.
-The stand-ins below join that list under the names of numpy, argparse, pathlib and of the libraries that training
-programs keep their settings in. They return plain values or nothing: none of those libraries is ever called.
+torch's restricted unpickler (`weights_only=True`) reads both of torch's formats. It calls only functions on
+its list. The stand-ins below join that list under the names of numpy, argparse, pathlib and of the libraries
+in which training programs keep their settings. They return plain values or nothing; no function of these
+libraries is ever called.
 """
 
 import argparse
@@ -25,15 +26,15 @@ _GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
 _NUMBER = re.compile(r"b1|[iu][1248]|f(?:2|4|8|12|16)|c(?:8|16)|[?bBhHiIlLqQefdgFD]")
 _TEXT = re.compile(r"[SaU]\d{0,6}")
 _LOCK = threading.Lock()
-"""torch keeps its list of allowed names per process: one file is read at a time."""
+"""Only one file is read at a time, because torch's list of allowed names is per process."""
 
 
 class _RefusedError(Exception):
-    """The file wants something of a stand-in that the stand-in does not do."""
+    """The file requests something that a stand-in does not support."""
 
 
 class _Opaque:
-    """Any object that is not weights: it is made, and holds nothing."""
+    """Stand-in for any object that is not weights; it stays empty."""
 
     def __new__(cls, *_: Any) -> "_Opaque":
         return object.__new__(cls)
@@ -43,14 +44,14 @@ class _Opaque:
 
 
 class _DictLike:
-    """A class that derives from dict: a plain dict takes its place."""
+    """Stand-in for a class that derives from dict; creates a plain dict."""
 
     def __new__(cls, *_: Any) -> "OrderedDict[Any, Any]":  # type: ignore[misc]
         return OrderedDict()
 
 
 class _Namespace:
-    """argparse.Namespace, with what the file says is in it."""
+    """Stand-in for argparse.Namespace, with the values in the file."""
 
     def __new__(cls, *_: Any) -> "_Namespace":
         return object.__new__(cls)
@@ -62,7 +63,10 @@ class _Namespace:
 
 
 class _DType:
-    """numpy.dtype of numbers or text. Any other kind is refused: an object dtype could hold anything."""
+    """Stand-in for a numpy.dtype of numbers or text.
+
+    Other dtypes are refused: an object dtype could hold anything.
+    """
 
     code: str
     order: str
@@ -84,7 +88,7 @@ class _DType:
 
 
 class _Array:
-    """numpy.ndarray: no array is made, because weights are tensors."""
+    """Stand-in for numpy.ndarray; no array is created, because weights are tensors."""
 
     def __new__(cls, *_: Any) -> "_Array":
         return object.__new__(cls)
@@ -94,7 +98,7 @@ class _Array:
 
 
 def _scalar(dtype: Any = None, data: Any = None, *more: Any) -> bool | int | float | complex | str | bytes:
-    """numpy.core.multiarray.scalar: the Python value of one numpy number or text."""
+    """Stand-in for numpy.core.multiarray.scalar; return the Python value of one numpy number or text."""
     if type(dtype) is not _DType or type(data) is not bytes or more:
         raise _RefusedError("a numpy scalar of strange parts")
     if _TEXT.fullmatch(dtype.code):
@@ -117,21 +121,21 @@ def _array(*_: Any) -> _Array:
 
 
 def _no_bytes(*parts: Any) -> bytes:
-    """The class bytes, which pickles call for bytes of length 0 alone."""
+    """Stand-in for the class bytes, which pickles call only for bytes of length 0."""
     if parts:
         raise _RefusedError("bytes by number")
     return b""
 
 
 def _path(*parts: Any) -> str:
-    """A path of pathlib, as text."""
+    """Stand-in for the paths of pathlib; return the path as text."""
     if not all(type(part) is str for part in parts):
         raise _RefusedError("a path of other parts than text")
     return "/".join(parts).replace("//", "/")
 
 
 def _stand_ins() -> list[tuple[Callable[..., Any], str]]:
-    """Each stand-in with the name that files know it by."""
+    """Return each stand-in with its name in files."""
     table: dict[Callable[..., Any], list[str]] = {
         _Namespace: ["argparse.Namespace"],
         _DType: ["numpy.dtype"],
@@ -161,7 +165,7 @@ def _stand_ins() -> list[tuple[Callable[..., Any], str]]:
             *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Integer", "Float", "Boolean", "String")),
         ],
     }
-    for numpy in ("numpy.core", "numpy._core"):  # the old name and that of numpy 2
+    for numpy in ("numpy.core", "numpy._core"):  # the old name, and the name in numpy 2
         table[_scalar].append(f"{numpy}.multiarray.scalar")
         table[_array].append(f"{numpy}.multiarray._reconstruct")
     kinds = [f"{sign}{bits}" for sign in ("Int", "UInt") for bits in (8, 16, 32, 64)]
@@ -187,15 +191,15 @@ _STAND_INS = _stand_ins()
 
 
 def restricted_load(data: bytes, name: str) -> Any:
-    """Return what a `.pth` or `.ckpt` file holds: tensors on the CPU and plain values; `name` stands in errors.
+    """Return the contents of a `.pth` or `.ckpt` file: CPU tensors and plain values. `name`: for errors.
 
-    numpy numbers come as Python numbers, paths as text, an argparse.Namespace as the stand-in that `values_of`
-    opens. Raises DataError for a file that wants anything else to be called, and for a damaged one.
+    numpy numbers become Python numbers, paths become text, and an argparse.Namespace becomes the stand-in
+    that `values_of` reads. Raises DataError for a damaged file and for a file that requires any other call.
     """
     try:
         check_size(data)
         with _LOCK, warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
-            warnings.simplefilter("ignore")  # what is wrong with a file is said below
+            warnings.simplefilter("ignore")  # problems of a file are reported below
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, _RefusedError) as error:
         found = _GLOBAL.search(str(error))
@@ -219,7 +223,7 @@ def restricted_load(data: bytes, name: str) -> Any:
 
 
 def values_of(arguments: Any) -> dict[str, Any]:
-    """The named values of an argparse.Namespace, as read here or as torch.load returns it, or of a dict."""
+    """Return the named values of a dict or an argparse.Namespace, as read here or by torch.load."""
     if isinstance(arguments, argparse.Namespace):
         return dict(vars(arguments))
     arguments = getattr(arguments, "values", None) if isinstance(arguments, _Namespace) else arguments
@@ -230,7 +234,7 @@ _KEYS = ("student", "teacher", "dino_loss", "state_dict", "state_dict_ema", "mod
 
 
 def _anew(name: str) -> str:
-    """The remedy: a command that saves the weights alone, in an environment that trusts the file."""
+    """Return the remedy: a command that saves only the weights, run where the file is trusted."""
     command = (
         f"import torch; s = torch.load({_file(name)!r}, map_location='cpu', weights_only=False); "
         "d = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; s = d(s); "
@@ -240,7 +244,7 @@ def _anew(name: str) -> str:
 
 
 def _file(name: str) -> str:
-    """A local path as it is; of an object in a bucket, the name that it has once it is downloaded."""
+    """Return a local path unchanged; for an object in a bucket, the file name after its download."""
     return name.rpartition("/")[2] if "://" in name else name
 
 

@@ -1,4 +1,5 @@
-"""Rename the tensors of a ViT from the names of the transformers library to timm's; recognise names of others."""
+"""Rename a ViT's tensors from the transformers library's names to timm's; recognise other libraries'
+names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -30,13 +31,13 @@ _LIBRARIES = {
     "MMPretrain": r"patch_embed\.projection\.|layers\.\d+\.(?:ln1|ffn)\.",
     "open_clip": r"(?:visual\.)?(?:class_embedding$|transformer\.resblocks\.)",
 }
-"""Name of a library -> names that only its networks have."""
+"""Name of a library -> pattern of names that only its networks have."""
 
 
 def in_timms_names(network: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a network's tensors under timm's names; as they are unless transformers has named them.
+    """Return a network's tensors in timm's names; unchanged unless the names are from transformers.
 
-    The three projections of each attention become one, `attn.qkv`, as timm has it.
+    The three projections of each attention become one, `attn.qkv`, as in timm.
     """
     if "backbone.embeddings.patch_embeddings.projection.weight" not in network:
         return network
@@ -52,7 +53,7 @@ def in_timms_names(network: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def publisher(names: Iterable[str]) -> str | None:
-    """Return the library whose names these are, None for timm's own and for unknown ones."""
+    """Return the library that uses these names, None for timm's names and for unknown names."""
     found = set(names)
     for library, pattern in _LIBRARIES.items():
         if any(re.match(pattern, name) for name in found):
@@ -61,14 +62,14 @@ def publisher(names: Iterable[str]) -> str | None:
 
 
 def _joined(named: Mapping[str, Tensor], before: str, after: str) -> Tensor:
-    """Query, key and value of one attention; one that has no bias gets zeros."""
+    """Return query, key and value of one attention as one tensor; a missing bias becomes zeros."""
     parts = [named.get(f"{before}{which}{after}") for which in "qkv"]
     some = next(part for part in parts if part is not None)
     return torch.cat([torch.zeros_like(some) if part is None else part for part in parts])
 
 
 def _renamed(name: str) -> str:
-    """The name of one tensor, with `backbone.` before it."""
+    """Return timm's name of one tensor, prefixed with `backbone.`."""
     inside = name.removeprefix("backbone.")
     for pattern, replacement in _RENAMED:
         inside, times = re.subn(f"^{pattern}", replacement, inside)

@@ -1,8 +1,9 @@
-"""What an augment actor does: positions in, columns of crops out. Fetches ahead, crops on threads. No Ray here.
+"""The work of one augment actor: positions in, columns of crops out. No Ray here.
 
-Stands between the source and the blocks that Ray Data carries (stream/ray_data.py). The kernels work without the
-interpreter's lock, so one actor with n CPUs crops on n threads, each with its own scratch memory, while other
-threads fetch; a node needs few actors and a block is written in place by all threads.
+This module stands between the source and the blocks that Ray Data carries (stream/ray_data.py). It fetches
+images ahead and crops them on threads. The kernels release the interpreter's lock, so one actor with n CPUs
+crops on n threads while other threads fetch. Each cropping thread has its own scratch memory. All threads
+write a block in place. A node therefore needs few actors.
 """
 
 import json
@@ -29,23 +30,23 @@ from pipeline.data.source import Fetched, Source, Status
 _MAX_SUBSTITUTES = 16
 
 STAGES = ("fetch", "decode", "crop")
-"""What the column `cpu_ms` tells of each image: CPU milliseconds of the thread that did it."""
+"""Stages timed in the column `cpu_ms`: CPU milliseconds per image, of the thread that did the work."""
 
 
 def crop_threads(cpus: float) -> int:
-    """Threads that crop in an actor of so many CPUs: one per whole CPU, at least one."""
+    """Return the number of cropping threads of an actor: one per whole CPU, at least one."""
     return max(1, int(cpus))
 
 
 class Croppers:
-    """The threads of an actor that decode and crop."""
+    """Threads of an actor that decode and crop."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, "crop")
 
     def for_each(self, work: Any, items: Iterator[Any]) -> None:
-        """Call `work` with each item as it comes, on all threads; the first error ends it and is raised."""
+        """Call `work` with each item as it arrives, on all threads; stop at the first error and raise it."""
         turn, failed = threading.Lock(), threading.Event()
 
         def loop() -> None:
@@ -65,18 +66,18 @@ class Croppers:
 
 
 class BusyClock:
-    """Seconds in which an actor had at least one call to work on: what it could do more of is told by the rest."""
+    """Measures the seconds in which an actor had a call in progress; the rest is its spare capacity."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls, self._since, self._seconds = 0, 0.0, 0.0
 
     def begin(self) -> None:
-        """A call comes in."""
+        """Record that a call has started."""
         self._count(+1)
 
     def end(self) -> float:
-        """A call is done; the busy seconds since one was done before."""
+        """Record that a call has ended; return the busy seconds since the previous call ended."""
         self._count(-1)
         with self._lock:
             seconds, self._seconds = self._seconds, 0.0
@@ -90,10 +91,10 @@ class BusyClock:
 
 
 class CropMemory:
-    """Memory of blocks that are gone, for the next ones: fresh memory costs a page fault for each of its pages.
+    """Reuses the memory of released blocks, because fresh memory costs one page fault per page.
 
-    An array is handed out again once nothing else refers to it, neither a view of it nor the Arrow block that was
-    made of it without a copy. Several threads may take at once.
+    An array is handed out again once nothing else refers to it. A view of the array is such a reference, and
+    so is an Arrow block made from it without a copy. Several threads may call `take` at once.
     """
 
     def __init__(self) -> None:
@@ -101,23 +102,24 @@ class CropMemory:
         self._arrays: list[NDArray[np.uint8]] = []
 
     def take(self, num_bytes: int) -> NDArray[np.uint8]:
-        """An array with anything in it. As many are kept as were in use at once."""
+        """Return an array with arbitrary content. The pool keeps as many arrays as were in use at once."""
         new = np.empty(0, np.uint8)
         with self._lock:
-            # Two know `new`, this function and the list; and two know a free one, its pool and the list.
+            # `new` has two references: this function and the list. A free array also has two: its pool and
+            # the list.
             counts = [sys.getrefcount(array) for array in [*self._arrays, new]]
             free = [array for array, count in zip(self._arrays, counts, strict=False) if count <= counts[-1]]
             for array in free:
                 if len(array) == num_bytes:
                     return array
-            # Blocks have one size but for the last: free ones of another are of no more use.
+            # All blocks but the last have one size, so free arrays of another size are of no more use.
             self._arrays = [array for array in self._arrays if not any(array is other for other in free)]
             self._arrays.append(np.empty(num_bytes, np.uint8))
             return self._arrays[-1]
 
 
 class Augmenter:
-    """Crops the images at given positions of the stream. A function of (seed, epoch, key) in what it makes."""
+    """Crops the images at given positions of the stream. Output is a function of (seed, epoch, key)."""
 
     def __init__(
         self, source: Source, order: Order, crops: CropsConfig, *, seed: int, num_threads: int
@@ -126,12 +128,15 @@ class Augmenter:
         self._croppers, self._memory, self._busy = Croppers(num_threads), CropMemory(), BusyClock()
 
     def block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Positions [n] -> columns `global_crops` [n, G, H, W, 3], `local_crops` [n, L, h, w, 3] uint8,
-        `position` int64, `status` int8, `note` (JSON of key and reason where status is not OK, else empty),
-        `cpu_ms` float32 [n, 3], see STAGES, and `busy_ms` float32, see BusyClock; their means are those of the block.
+        """Return the columns of crops for `positions` [n].
 
-        A bad image is replaced by the next readable one in the epoch's order and its row says so. Raises
-        DataError when none of the next 16 is readable either. Several calls may run at once.
+        The crops are `global_crops` uint8 [n, G, H, W, 3] and `local_crops` uint8 [n, L, h, w, 3]. Beside
+        them are `position` int64, `status` int8, `note`, `cpu_ms` float32 [n, 3] (see STAGES) and `busy_ms`
+        float32 (see BusyClock). `note` is JSON of key and reason where status is not OK, else empty. The
+        means of `cpu_ms` and `busy_ms` hold for the block.
+
+        A bad image is replaced by the next readable image in the epoch's order, and its row records that.
+        Raises DataError if none of the next 16 images is readable either. Several calls may run at once.
         """
         self._busy.begin()
         try:
@@ -165,7 +170,7 @@ class Augmenter:
                 return
             for attempt in range(1, _MAX_SUBSTITUTES + 1):
                 other = self._source.fetch([self._order.substitute(int(positions[row]), attempt)])[0]
-                # The key of the image that was asked for seeds the crops: a stand-in never repeats its own.
+                # The key of the requested image seeds the crops, so a substitute never repeats its own crops.
                 if self._crop(other, fetched.key, epoch, out, cpu_ms) is None:
                     break
             else:
@@ -183,7 +188,7 @@ class Augmenter:
     def _crop(
         self, image: Fetched, key: str, epoch: int, out: Crops, cpu_ms: NDArray[np.float32]
     ) -> str | None:
-        """Crop an image into `out` as `key` says; the reason if that cannot be."""
+        """Crop an image into `out` with the random numbers of `key`; return the reason if it fails."""
         if image.data is None:
             return image.reason
         begin = time.thread_time()

@@ -1,7 +1,7 @@
-"""How many crops are cut from an image, of which size, and what is done to their pixels: settings and their table.
+"""Settings of multi-crop and their table: number and size of the crops, and the changes to their pixels.
 
-Stands before params.py, which draws what happens to each crop of one image. Knows nothing of pixels, random
-numbers, files or Ray.
+This module stands before params.py, which draws the parameters of each crop of one image. It uses no pixels,
+random numbers, files or Ray.
 """
 
 import math
@@ -132,12 +132,12 @@ class CropsConfig(Settings):
 
     @property
     def crop_sizes(self) -> tuple[int, ...]:
-        """Sides of the crops that are cut, the globals' first."""
+        """Sides of the crops in use, in pixels: global first, then local if there are any."""
         return (self.global_crop_size, self.local_crop_size)[: 2 if self.num_local_crops else 1]
 
 
 class CropKind(NamedTuple):
-    """Settings in effect for one crop of an image; what sampling reads and the printed table shows."""
+    """Settings in effect for one crop of an image, read by sampling and shown in the printed table."""
 
     name: str
     size: int
@@ -157,7 +157,7 @@ class CropKind(NamedTuple):
 
 
 def crop_kinds(config: CropsConfig) -> list[CropKind]:
-    """One entry per crop of an image: the global crops, then the local ones."""
+    """Return one entry per crop of an image: the global crops, then the local crops."""
     c = config
     return [
         _kind(c, 0, f"global {i + 1}", c.global_crop_size, c.global_crop_scale, blur_prob, solarize_prob)
@@ -196,7 +196,7 @@ def _kind(
 
 
 def crop_shapes(config: CropsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """[G,S,S,3] and [L,S,S,3] of an image's crops."""
+    """Return the shapes of one image's crops: global [G,S,S,3] and local [L,S,S,3]."""
     c = config
     return (
         (c.num_global_crops, c.global_crop_size, c.global_crop_size, 3),
@@ -205,12 +205,12 @@ def crop_shapes(config: CropsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def crop_bytes(config: CropsConfig) -> int:
-    """Bytes that the crops of one image take."""
+    """Return the size of one image's crops in bytes."""
     return sum(3 * kind.size**2 for kind in crop_kinds(config))
 
 
 def describe_crops(config: CropsConfig) -> str:
-    """Lay out the settings in effect: a row for each run of equal crops, then the strengths."""
+    """Format the settings in effect: one row for each run of equal crops, then the strengths."""
     kinds = crop_kinds(config)
     rows: list[tuple[str, ...]] = [("crop", "size", "scale", "flip", "jitter", "gray", "blur", "solarize")]
     first = 0
@@ -248,12 +248,12 @@ def _describe_strengths(kind: CropKind) -> tuple[str, str]:
 
 
 def _of(value: Value | tuple[Value, ...], index: int) -> Value:
-    """The entry of one that may stand for all."""
+    """Return the entry at `index`, or the single value that applies to all."""
     return value[index] if isinstance(value, tuple) else value
 
 
 def _ranges(value: Range | tuple[Range, Range]) -> tuple[Range, Range]:
-    """The global and the local crops' ranges, of one that may stand for both."""
+    """Return the ranges of the global and the local crops, from one range for both or from a pair."""
     first, second = value
     if isinstance(first, tuple) and isinstance(second, tuple):
         return first, second

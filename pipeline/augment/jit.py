@@ -1,8 +1,8 @@
-"""Compiles what pipeline/ marks as `compiled`, once per machine, where numba can be had.
+"""Compile the functions marked `compiled`, once per machine, where numba is available.
 
-Where it cannot, `compiled` leaves a function as it is, and multicrop.py takes the kernel that needs no compiler.
-The machine code lies under the cache folder, in a folder named after the sources that it was made of: numba
-itself looks only at the file of the function it was asked for, not at those it calls. Knows nothing of images.
+Without numba, `compiled` leaves a function as it is, and multicrop.py uses the kernel that needs no compiler.
+The machine code is stored under the cache folder, in a folder named after its source files. numba itself
+would check only the file of the requested function, not the files of the functions it calls. No images here.
 """
 
 import fcntl
@@ -18,10 +18,10 @@ from models.errors import one_line
 from pipeline.storage.cache import cache_folder
 
 MISSING = ""
-"""Why there is no numba; empty where there is."""
+"""Reason why numba is unavailable; empty if it is available."""
 try:
     import numba
-# An ImportError too where its version does not go with numpy's, and anything where its library does not load.
+# ImportError also occurs if numba's version does not match numpy's; a broken library can raise anything.
 except Exception as error:
     MISSING = one_line(error)
 
@@ -38,14 +38,14 @@ _SOURCES = (
 
 
 def compiled(function: Function) -> Function:
-    """The function as machine code that runs without the interpreter's lock; inlined into what calls it."""
+    """Compile the function to machine code that releases the interpreter's lock; callers inline it."""
     if MISSING:
         return function
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def compiled_and_kept(function: Function) -> Function:
-    """As `compiled`, and kept on disk: for what Python itself calls."""
+    """Compile as `compiled` does and cache on disk: for functions that Python itself calls."""
     if MISSING:
         return function
     dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
@@ -60,7 +60,7 @@ def compiled_and_kept(function: Function) -> Function:
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Hold this machine's lock on compiling: of many processes that start together one compiles, the rest load."""
+    """Hold this machine's lock on compiling: one of many starting processes compiles, the rest load."""
     folder = _kernel_folder()
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,9 +1,9 @@
-"""Multi-crop: one image -> a few large global crops and many small local ones (DINO, arXiv 2104.14294).
+"""Multi-crop: one image -> a few large global crops and many small local crops (DINO, arXiv 2104.14294).
 
-Stands between the encoded image and the batch. params.py draws what happens to each crop, this file does it, and no
-random number is drawn while it does. One of two kernels makes the pixels: augment/kernels/numba_crops.py where numba
-is, else augment/kernels/torch_crops.py. Everything is uint8 RGB, height x width x channel; normalisation is the
-device's. Knows nothing of storage or Ray.
+This module stands between the encoded image and the batch. params.py draws the parameters of each crop; this
+file applies them and draws no random number. One of two kernels makes the pixels:
+augment/kernels/numba_crops.py where numba is available, else augment/kernels/torch_crops.py. Everything is
+uint8 RGB, height x width x channel; the device normalises later. There is no storage and no Ray here.
 
 Axis letters: G global crops, L local crops, H W the image, S the side of a crop.
 """
@@ -39,20 +39,21 @@ class Crops(NamedTuple):
 
 
 def apply(image: bytes | Encoded, params: CropParams, *, out: Crops | None = None) -> Crops:
-    """Make all crops of an image file, globals first, in `out` if that is given.
+    """Make all crops of an image file, globals first, in `out` if it is given.
 
-    The parameters are for its upright size, which `open_image(file)` knows as `width` and `height`. Raises BadImage
-    for what cannot be decoded, ValueError for parameters of an image of another size.
+    The parameters refer to the upright size of the image, which `open_image(file)` returns as `width` and
+    `height`. Raises BadImage if the image cannot be decoded, ValueError if the parameters belong to an image
+    of another size.
     """
     encoded = image if isinstance(image, Encoded) else open_image(image)
     return cut(decode_for(params, encoded), params, out)
 
 
 def decode_for(params: CropParams, image: Encoded) -> Decoded:
-    """Decode as much of an image as its crops need; raises as `apply`.
+    """Decode as much of an image as its crops need; raise the same errors as `apply`.
 
-    A JPEG is decoded at a fraction of its size where all regions keep `decode_slack` pixels to one of their crop's
-    side. The pixels last until this thread's next image.
+    A JPEG is decoded at a fraction of its size if every region keeps `decode_slack` pixels per pixel of its
+    crop's side. The pixels are valid until this thread decodes its next image.
     """
     if (image.width, image.height) != (params.width, params.height):
         raise ValueError(
@@ -62,17 +63,17 @@ def decode_for(params: CropParams, image: Encoded) -> Decoded:
 
 
 def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops:
-    """Make all crops of a decoded image, in `out` if that is given.
+    """Make all crops of a decoded image, in `out` if it is given.
 
-    Raises ValueError for a picture, parameters or `out` that are not of one another: the compiled kernel would read
-    and write beyond them.
+    Raises ValueError if the picture, the parameters and `out` do not match: the compiled kernel would
+    otherwise read and write out of bounds.
     """
     c = params.config
     if out is None:
         out = Crops(*(np.empty(shape, np.uint8) for shape in crop_shapes(c)))
     _check(picture, params, out)
     if kernel_name(c) == "torch":
-        # Here, because it needs torch: some hundred MB that the other kernel does without.
+        # Imported here because it needs torch: some hundred MB that the other kernel does not use.
         from pipeline.augment.kernels import torch_crops
 
         torch_crops.cut(picture, params, out)
@@ -114,13 +115,13 @@ def multi_crop(image: Image, rng: np.random.Generator, config: CropsConfig) -> C
 
 
 def decode_denominator(params: CropParams) -> int:
-    """Largest of 1, 2, 4 and 8 that leaves each region `decode_slack` pixels to one of its crop's side."""
+    """Return the largest of 1, 2, 4 and 8 that leaves `decode_slack` region pixels per pixel of crop side."""
     least = measure(params.table)[0] / params.config.decode_slack
     return max((d for d in DENOMINATORS if d <= least), default=1)
 
 
 def kernel_name(config: CropsConfig) -> str:
-    """The kernel in effect, numba or torch. Raises ConfigError for a numba that is not there."""
+    """Return the kernel in effect, numba or torch; raise ConfigError if numba is required but unavailable."""
     if config.kernel == "numba" and jit.MISSING:
         raise ConfigError(
             f"crops.kernel=numba, but numba cannot be used ({jit.MISSING}); install it, or set crops.kernel=torch"
@@ -129,21 +130,21 @@ def kernel_name(config: CropsConfig) -> str:
 
 
 def prepare_kernel(config: CropsConfig) -> None:
-    """Compile or load what this process needs, so that the first image costs what the others cost; say which."""
+    """Compile or load the kernel and log its name. The first image then costs no more than later images."""
     if kernel_name(config) == "torch":
         why = f": no numba ({jit.MISSING})" if config.kernel == "auto" else ""
         logger.info("crops are made by the torch kernel%s", why)
         return
     with jit.one_at_a_time():
         multi_crop(np.zeros((32, 32, 3), np.uint8), crop_rng(0, 0, ""), config)
-        sample_image(0, 0, "", 32, 32, config)  # the stream's own way to the same parameters
+        sample_image(0, 0, "", 32, 32, config)  # the stream draws the same parameters through this function
     logger.info("crops are made by the numba kernel")
 
 
 def limit_threads() -> None:
-    """Give this process one thread for OpenCV and one for torch: augment actors are the parallelism."""
+    """Give OpenCV and torch one thread each in this process: the augment actors provide the parallelism."""
     cv2.setNumThreads(0)
-    os.environ["OMP_NUM_THREADS"] = "1"  # which torch reads if it is imported later
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads this if it is imported later
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
@@ -154,7 +155,7 @@ def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:
     num_bytes = picture.pixels.nbytes
     flat = scratch.bytes("picture", num_bytes + numba_crops.SLACK)
     if picture.pixels.ctypes.data != flat.ctypes.data:
-        flat[:num_bytes] = picture.pixels.ravel()  # with room behind it
+        flat[:num_bytes] = picture.pixels.ravel()  # with readable bytes behind it
     table = params.table
     if picture.denominator > 1:
         table = table.copy()
@@ -177,7 +178,7 @@ def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:
 
 @cache
 def _crop_kernel() -> Any:
-    from pipeline.augment.kernels import numba_crops  # here, because it needs numba
+    from pipeline.augment.kernels import numba_crops  # imported here because it needs numba
 
     return numba_crops
 
@@ -186,14 +187,14 @@ _of_this_thread = threading.local()
 
 
 def _scratch() -> Any:
-    """This thread's memory for the kernel."""
+    """Return this thread's memory for the kernel."""
     if not hasattr(_of_this_thread, "scratch"):
         _of_this_thread.scratch = _crop_kernel().Scratch()
     return _of_this_thread.scratch
 
 
 def _picture_memory(num_bytes: int) -> Image:
-    """Where the next picture of this thread is decoded to."""
+    """Return the memory into which this thread decodes its next picture."""
     if jit.MISSING:
         return np.empty(num_bytes, np.uint8)
     return _scratch().bytes("picture", num_bytes + _crop_kernel().SLACK)

@@ -1,8 +1,9 @@
-"""What will happen to each crop of one image, drawn from a random generator.
+"""Draw the parameters of every crop of one image from a random generator.
 
-Stands between config.py and multicrop.py, which applies the parameters to pixels. Sampling sees an image's width
-and height and a generator, never a pixel: so distributions are tested by the million, and every way to apply the
-parameters, the slow one of the tests too, gets the same ones. Knows nothing of pixels, files or Ray.
+This module stands between config.py and multicrop.py, which applies the parameters to pixels. Sampling uses
+the width and height of an image and a generator, never a pixel. So millions of draws can test the
+distributions, and every implementation, including the slow one in the tests, gets the same parameters. There
+are no files and no Ray here.
 """
 
 import itertools
@@ -31,13 +32,13 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = 1, 2, 3, 4
 _ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))
 
 _TRIES = 10
-# Each crop owns a fixed row of uniform numbers, whether it uses them or not. So a changed probability,
-# strength or number of crops leaves every other draw as it was.
+# Each crop owns a fixed row of uniform numbers and need not use them all. So a changed probability, strength
+# or number of crops leaves every other draw unchanged.
 _NUM_UNIFORMS = 2 * _TRIES + 13
 
 
 class OneCrop(NamedTuple):
-    """All that happens to one crop. The box is in pixels of the image."""
+    """All parameters of one crop. The box is in pixels of the image."""
 
     top: int
     left: int
@@ -55,10 +56,10 @@ class OneCrop(NamedTuple):
 
 
 class CropParams(NamedTuple):
-    """All that happens to the crops of one `width` x `height` image; `crops` is for reading, `table` for kernels.
+    """All parameters of the crops of one `width` x `height` image.
 
-    `table` is float64 [V, 17]: box, flip, four operations (0 is none) and their factors, gray, sigma (-1 is none),
-    level of solarization (256 is none), size.
+    Use `crops` for reading; kernels use `table`. It is float64 [V, 17] with box, flip, four operations (0 is
+    none) and their factors, gray, sigma (-1 is none), level of solarization (256 is none), size.
     """
 
     width: int
@@ -68,18 +69,18 @@ class CropParams(NamedTuple):
 
     @property
     def crops(self) -> tuple[OneCrop, ...]:
-        """One entry per crop, in the order of `crop_kinds`."""
+        """Return one entry per crop, in the order of `crop_kinds`."""
         return tuple(_one_crop(row) for row in self.table.tolist())
 
     def with_crops(self, crops: list[OneCrop]) -> "CropParams":
-        """The same image with other crops: the inverse of `crops`, for parameters that were not drawn."""
+        """Return the same image with other crops: the inverse of `crops`, for parameters not drawn."""
         return self._replace(table=np.array([_row(crop) for crop in crops], np.float64))
 
 
 def sample(rng: np.random.Generator, width: int, height: int, config: CropsConfig) -> CropParams:
     """Draw the parameters of every crop of a `width` x `height` image, in the order of `crop_kinds`.
 
-    The size is that of the upright picture; `pipeline.data.jpeg.open_image(file)` tells it without decoding.
+    The size is the upright size; `pipeline.data.jpeg.open_image(file)` returns it without decoding.
     """
     if min(width, height) < 1:
         raise ValueError(f"an image has at least one pixel, not {width}x{height}")
@@ -90,7 +91,7 @@ def sample(rng: np.random.Generator, width: int, height: int, config: CropsConfi
 
 
 def sample_image(seed: int, epoch: int, key: str, width: int, height: int, config: CropsConfig) -> CropParams:
-    """`sample` with `crop_rng(seed, epoch, key)`, faster where code is compiled."""
+    """Return `sample` with `crop_rng(seed, epoch, key)`; faster where code is compiled."""
     if MISSING:
         return sample(crop_rng(seed, epoch, key), width, height, config)
     kinds = _kinds_table(config)
@@ -100,7 +101,7 @@ def sample_image(seed: int, epoch: int, key: str, width: int, height: int, confi
     return CropParams(width, height, table, config)
 
 
-# Columns of what _draw reads: the settings of each crop.
+# Columns of the table that _draw reads: the settings of each crop.
 (
     _SCALE, _LOG_ASPECT, _ASPECT, _FLIP_PROB, _JITTER_PROB, _SPANS, _GRAY_PROB, _BLUR_PROB, _BLUR_SIGMA,
     _SOLARIZE_PROB, _THRESHOLD, _SIDE,
@@ -134,8 +135,9 @@ def _between(low: float, high: float, uniform: float) -> float:
 def _draw_box(u: Table, width: int, height: int, kind: Table, crop: Table) -> None:
     """Draw a region as torchvision's RandomResizedCrop does.
 
-    Area is uniform in the scale, aspect ratio log-uniform; ten tries to fit inside the image, then the largest
-    centred region of an allowed aspect ratio. Every image of at least one pixel has an answer.
+    The area is uniform in the scale; the aspect ratio is log-uniform. After ten regions that do not fit
+    inside the image, take the largest centred region of an allowed aspect ratio. Every image of at least one
+    pixel has a result.
     """
     for i in range(_TRIES):
         area = width * height * _between(kind[_SCALE], kind[_SCALE + 1], u[i])
@@ -188,7 +190,7 @@ def _draw_from(
     orders: npt.NDArray[np.int64],
     table: Table,
 ) -> None:
-    """`_draw` with the random numbers of an image."""
+    """Run `_draw` with the random numbers of an image."""
     uniforms = np.empty((len(table), _NUM_UNIFORMS))
     fill_uniform(digest[0], digest[1], uniforms)
     _draw(uniforms, width, height, kinds, orders, table)
@@ -196,7 +198,7 @@ def _draw_from(
 
 @compiled_and_kept
 def measure(table: Table) -> tuple[float, float, int, float]:
-    """(lowest side of a region per pixel of its crop, highest, highest size, highest sigma)."""
+    """Return (lowest and highest region side per pixel of its crop's side, highest size, highest sigma)."""
     least, most, size, sigma = math.inf, 0.0, 0.0, 0.0
     for v in range(len(table)):
         crop = table[v]
@@ -210,7 +212,7 @@ def measure(table: Table) -> tuple[float, float, int, float]:
 def first_outside(
     table: Table, width: int, height: int, num_global_crops: int, global_size: int, local_size: int
 ) -> int:
-    """The first crop that is not inside a picture of this size, or not of its config's size; -1 if all are."""
+    """Return the first crop that exceeds the picture or lacks its config's size; -1 if there is none."""
     for v in range(len(table)):
         crop = table[v]
         size = global_size if v < num_global_crops else local_size

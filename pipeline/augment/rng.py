@@ -1,7 +1,7 @@
 """The random numbers of an image's crops: a function of (seed, epoch, key) alone, on any machine.
 
-numpy's Philox generator says what they are. Making one takes longer than drawing from it, so the stream fills its
-rows with the same numbers in compiled code. Knows nothing of crops.
+numpy's Philox generator defines the numbers. Creating a generator takes longer than drawing from it, so the
+stream fills its rows with the same numbers in compiled code. No crops here.
 """
 
 import hashlib
@@ -20,22 +20,23 @@ _LOW, _HALF, _MANTISSA = _U64(0xFFFFFFFF), _U64(32), _U64(11)
 
 
 def image_digest(seed: int, epoch: int, key: str) -> bytes:
-    """16 bytes that name an image in an epoch."""
+    """Return 16 bytes that identify an image in an epoch."""
     # surrogatepass: the name of a local file need not be valid text.
     text = f"{seed}/{epoch}/{key}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def crop_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """Random numbers for one image in one epoch."""
+    """Return the random generator of one image in one epoch."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(image_digest(seed, epoch, key), "little")))
 
 
 @compiled
 def fill_uniform(low: Any, high: Any, rows: npt.NDArray[np.float64]) -> None:
-    """Fill `rows` as `crop_rng(...).random(rows.shape)` does, whose digest has these 64 bits, `low` first.
+    """Fill `rows` with the numbers of `crop_rng(...).random(rows.shape)`.
 
-    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011): Philox-4x64-10.
+    `low` and `high` are the lower and upper 64 bits of that generator's digest. Philox-4x64-10: Salmon et
+    al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """
     flat = rows.reshape(-1)
     for block in range(0, len(flat), 4):
@@ -53,7 +54,7 @@ def fill_uniform(low: Any, high: Any, rows: npt.NDArray[np.float64]) -> None:
 
 @compiled
 def _product(x: Any, y: Any) -> tuple[Any, Any]:
-    """Upper and lower 64 bits of a product of 64-bit numbers."""
+    """Return the upper and lower 64 bits of the product of two 64-bit numbers."""
     x_low, x_high, y_low, y_high = x & _LOW, x >> _HALF, y & _LOW, y >> _HALF
     low, cross = x_low * y_low, x_high * y_low
     middle = cross + (low >> _HALF)

@@ -1,1 +1,1 @@
-"""What a run asks of a cluster, and what there is of it: resources, nodes, actors, the channel to the driver."""
+"""The resources of a run and the state of its cluster: nodes, costs, actor pool, channel to the driver."""

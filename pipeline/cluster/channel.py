@@ -1,8 +1,8 @@
-"""The one channel between the workers and the driver: what to show a person, errors that end the run, and its end.
+"""The message channel between workers and driver: events to display, fatal errors, stop requests, decisions.
 
-An actor without CPUs that lives as long as its driver. Training never waits for it: posts are not awaited,
-but for a fatal error, which is delivered before the worker dies of it, and the answer after an evaluation where a
-study decides whether the run goes on.
+It is an actor without CPUs that lives as long as its driver. Training does not wait for posts, except for a
+fatal error and a worker's last post, which arrive before the worker ends. In a study, workers also wait after
+an evaluation for the decision to continue or end the trial.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened: `kind` and its facts."""
+    """One event: its kind and its data."""
 
     kind: Kind | Literal["fatal"]
     facts: dict[str, Any]
@@ -64,7 +64,7 @@ class _Events:
         self._stop = True
 
     async def answer(self, step: int, go_on: bool) -> None:
-        if not self._answers[step].done():  # a step that was lost with its workers is asked for again
+        if not self._answers[step].done():  # after lost workers restart, a step is decided a second time
             self._answers[step].set_result(go_on)
 
     async def goes_on(self, step: int | None) -> bool:
@@ -78,82 +78,84 @@ class _Events:
 
 
 class Board:
-    """Handle to the channel; picklable."""
+    """Picklable handle to the channel."""
 
     def __init__(self) -> None:
         self._actor = actor_here(_Events)
 
     def post(self, kind: Kind, **facts: Any) -> None:
-        """Send without waiting."""
+        """Send an event without waiting."""
         self._actor.post.remote(Event(kind, facts))
 
     def post_last(self, kind: Kind, **facts: Any) -> None:
-        """Send what a worker that is about to end has to say; returns when it, and all posted before, has arrived."""
+        """Send a worker's last event; return once it and all events posted before have arrived."""
         ray.get(self._actor.post.remote(Event(kind, facts)))
 
     def post_fatal(self, error: DinorayError) -> None:
-        """Send an error that ends the run; returns when it has arrived."""
-        # As bytes: the actor, which only hands it on, then need not import what defines the error.
+        """Send an error that ends the run; return once it has arrived."""
+        # As bytes, so that the actor, which only forwards the error, need not import the module that defines
+        # it.
         ray.get(self._actor.post.remote(Event("fatal", {"error": pickle.dumps(error)})))
 
     def stop(self) -> None:
-        """Ask the workers to end the run at the next step that they log, with a checkpoint."""
+        """Request the workers to end the run, with a checkpoint, at the next step that they log."""
         ray.get(self._actor.stop.remote())
 
     def answer(self, step: int, *, go_on: bool) -> None:
-        """Tell the workers, who wait for it, whether to go on after the evaluation at `step`."""
+        """Send the waiting workers the decision after the evaluation at `step`: continue or end."""
         self._actor.answer.remote(step, go_on)
 
     def goes_on(self, step: int | None) -> bool:
-        """Whether the run goes on: no stop was asked for, and the answer for `step`, if given, says so.
+        """Return True unless a stop was requested or the decision for `step` is to end the run.
 
-        Returns when that answer is there.
+        If `step` is given, waits for its decision.
         """
         return ray.get(self._actor.goes_on.remote(step))
 
     def claim(self, what: str) -> int:
-        """How many times, with this one, `what` was asked for since the driver started: 1 for the first."""
+        """Count the claims of `what` since the driver started and return the count: 1 for the first claim."""
         return ray.get(self._actor.claim.remote(what))
 
     def tell_pace(self, reading: Reading) -> None:
-        """Say what the trainer did since this was last called; the pool asks for it."""
+        """Add the trainer's reading since the last call. The actor pool collects the sum in `tell_pool`."""
         self._actor.tell_pace.remote(reading)
 
     def tell_pool(self, pool: dict[str, int], size: PoolSize) -> "ray.ObjectRef[Reading]":
-        """Say how the pool of augment actors stands; the answer is what the trainer read since this was last called."""
+        """Send the state of the augment actor pool; return the trainer's reading since the last call."""
         return self._actor.tell_pool.remote(pool, size)
 
     def pool(self) -> dict[str, int]:
-        """`running`, `pending` and `target` of the augment actors, as told last; empty before that."""
+        """Return `running`, `pending` and `target` of the augment actors as last sent; empty before that."""
         return ray.get(self._actor.pool.remote())
 
     def pool_size(self) -> PoolSize | None:
-        """What decides on the pool's size, as told last: the next leg's pool goes on with it."""
+        """Return the PoolSize that was last sent. The pool of the next leg continues with it."""
         return ray.get(self._actor.pool_size.remote())
 
     def take(self, *, timeout_seconds: float) -> Event | None:
-        """The next event, or None after `timeout_seconds`."""
+        """Return the next event, or None after `timeout_seconds`."""
         return ray.get(self._actor.take.remote(timeout_seconds))
 
 
 def actor_here(cls: type, *arguments: Any, **options: Any) -> Any:
-    """An actor without CPUs on this process's own node: another one may be lost while this process lives."""
+    """Start an actor without CPUs on this process's node, since any other node may be lost before it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here, **options)(cls).remote(*arguments)
 
 
 def fatal_error(event: Event) -> DinorayError:
-    """The error that a `fatal` event tells of, as it was where it happened."""
+    """Return the original error of a `fatal` event."""
     error: DinorayError = pickle.loads(event.facts["error"])
     return error
 
 
 def known_error(error: BaseException | None) -> DinorayError | None:
-    """The error of ours that `error` is or was caused by, through Ray's wrapping."""
+    """Return the DinorayError that `error` is or was caused by, without Ray's wrapping; else None."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        # Ray wraps a task's error in a class derived from it, whose text is the whole traceback.
+        # Ray wraps a task's error in a subclass of its class, and the text of that error is the whole
+        # traceback.
         if isinstance(error, DinorayError) and not isinstance(error, ray.exceptions.RayError):
             return error
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""What the nodes of a run cost, by kind and hour. Read by cluster/nodes.py, which counts them."""
+"""Hourly prices of the nodes of a run, by kind. cluster/nodes.py reads them and counts the nodes."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""The nodes that are up, by kind, and what they have cost so far."""
+"""Count the nodes that are up, by kind, and add up their cost."""
 
 import time
 from collections import Counter
@@ -10,14 +10,14 @@ import ray
 from pipeline.cluster.cost import CostConfig
 
 Kind = Literal["head", "cpu", "gpu"]
-"""The head, whatever it has; of the other nodes those without GPUs, and those with."""
+"""head: the head node, with or without GPUs; cpu: other nodes without GPUs; gpu: other nodes with GPUs."""
 
 _EVERY_SECONDS = 5.0
 _HEAD, _MODEL = "node:__internal_head__", "accelerator_type:"
 
 
 def count_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[Kind, int]:
-    """How many of `ray.nodes()` are alive, of each kind."""
+    """Return the number of living nodes of each kind; `nodes` as `ray.nodes()` returns them."""
     kinds = Counter(_kind(node["Resources"]) for node in nodes if node["Alive"])
     return {kind: kinds[kind] for kind in ("head", "cpu", "gpu")}
 
@@ -25,16 +25,16 @@ def count_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[Kind, int]:
 def node_sorts(
     nodes: Iterable[Mapping[str, Any]], *, machine_cpus: int | None = None
 ) -> list[dict[str, Any]]:
-    """The same nodes by what they have: a row for each sort, with the model of its GPUs where Ray knows it.
+    """Group living nodes with identical resources: one row per group, with the GPU model if Ray reports it.
 
-    `machine_cpus`: CPUs of this machine where the head is a local Ray, which may have more logical CPUs than that.
+    `machine_cpus`: CPUs of this machine if the head is a local Ray, which may declare more logical CPUs.
     """
     sorts: Counter[tuple[tuple[str, Any], ...]] = Counter()
     for node in nodes:
         if node["Alive"]:
             has = node["Resources"]
             models = sorted(name.removeprefix(_MODEL) for name in has if name.startswith(_MODEL))
-            # What tasks may have, and what objects may.
+            # Memory for tasks plus memory for objects.
             memory = (has.get("memory", 0) + has.get("object_store_memory", 0)) / 2**30
             is_local = machine_cpus is not None and _kind(has) == "head"
             row = {
@@ -53,27 +53,27 @@ def _kind(resources: Mapping[str, Any]) -> Kind:
 
 
 def dollars_per_hour(cost: CostConfig, nodes: Mapping[Kind, int]) -> float:
-    """What so many nodes of each kind cost an hour."""
+    """Return the cost per hour, in dollars, of the given number of nodes of each kind."""
     hourly = {"head": cost.head_hourly, "cpu": cost.cpu_hourly, "gpu": cost.gpu_hourly}
     return sum(hourly[kind] * count for kind, count in nodes.items())
 
 
 class NodeWatch:
-    """Counts nodes, and adds up their cost while a run runs. What they cost while it does not is not seen."""
+    """Counts nodes and adds up their cost during a run. Cost between two starts of a run is not counted."""
 
     def __init__(self, cost: CostConfig, *, dollars: float) -> None:
-        """`dollars`: what the run has come to before; see `spent`."""
+        """`dollars`: cost of the run before this start; see `spent`."""
         self._cost, self._dollars, self._since = cost, dollars, time.monotonic()
         self._nodes = count_nodes(ray.nodes())
 
     def read(self) -> dict[str, float]:
-        """`nodes_head`, `nodes_cpu`, `nodes_gpu`, and where prices are known `dollars` so far.
+        """Return `nodes_head`, `nodes_cpu`, `nodes_gpu` and, if prices are set, `dollars` so far.
 
-        Counted every few seconds at most: it asks Ray's head.
+        Counts at most every few seconds, because each count is a request to Ray's head.
         """
         now = time.monotonic()
         if now - self._since >= _EVERY_SECONDS:
-            # A node is paid for from when it was seen: one that came and went between readings is not.
+            # A node's cost counts from the reading that first saw it, so shorter lives are not counted.
             self._dollars += dollars_per_hour(self._cost, self._nodes) * (now - self._since) / 3600
             self._nodes, self._since = count_nodes(ray.nodes()), now
         found: dict[str, float] = {f"nodes_{kind}": count for kind, count in self._nodes.items()}

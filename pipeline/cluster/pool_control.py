@@ -1,9 +1,8 @@
-"""Brings Ray Data's pool of augment actors to the size that pool_size.py decides on. See stream/ray_data.py, which
-asks for it.
+"""Ray Data callback that resizes the augment actor pool to the size that pool_size.py decides on.
 
-Ray calls the hooks of an execution callback on its executor's thread, beside the train worker of rank 0. The pool's
-least and most are set to the size, and Ray does the rest: actors that find no place are what its autoscaler starts
-nodes for.
+stream/ray_data.py installs it. Ray calls the hooks of an execution callback on its executor's thread, in the
+process of the train worker of rank 0. The pool's minimum and maximum are set to the size, and Ray starts or
+stops actors. Ray's autoscaler starts nodes for the actors that do not fit.
 """
 
 import math
@@ -26,14 +25,15 @@ _NODE_LABEL = "ray.io/node-id"
 
 
 def pool_metrics(pool: Mapping[str, int]) -> dict[str, float]:
-    """`augment_actors` that run, and `augment_target`: how many should; nothing before the pool is told of."""
+    """Return `augment_actors` (running) and `augment_target`; empty before the pool's first state."""
     return {"augment_actors": pool["running"], "augment_target": pool["target"]} if pool else {}
 
 
 class DrainPolicy:
-    """A backpressure policy of Ray Data, by its methods' names: a pool that is too large gets less to do.
+    """Backpressure policy of Ray Data that gives less work to a pool that is too large.
 
-    Ray lets only idle actors go, and there are none as long as it gives each of them blocks that nobody takes.
+    Ray stops only idle actors, and no actor is idle while Ray gives all of them blocks that are not yet
+    consumed. Method names are Ray's.
     """
 
     name = "Drain"
@@ -42,29 +42,29 @@ class DrainPolicy:
         pass
 
     def can_add_input(self, operator: Any) -> bool:
-        """Whether the operator may begin with one more block."""
+        """Return True if the operator may start one more block."""
         return all(
             pool.num_running_actors() <= pool.max_size() or pool.num_tasks_in_flight() < pool.max_size()
             for pool in operator.get_autoscaling_actor_pools()
         )
 
     def max_task_output_bytes_to_read(self, operator: Any) -> int | None:
-        """No limit of its own."""
+        """Return None: this policy sets no limit."""
         return None
 
 
 class Reservation(NamedTuple):
-    """What is asked for of the cluster for a pool, a bundle and its node's label for each actor."""
+    """Resources to request for a pool: one bundle and one node label selector per actor."""
 
     resources: list[dict[str, float]]
     label_selectors: list[dict[str, str]]
 
 
 def reservation(pool: Any, target: int) -> Reservation:
-    """Of actors that run, each on its own node; of those that are still to come, anywhere.
+    """Return bundles for `target` actors: running actors on their own nodes, missing actors on any node.
 
-    Ray's autoscaler keeps what is asked for on whichever nodes it fits, be they idle, and the nodes at work beside
-    them: asked for without a node, it would keep idle ones for ever.
+    Ray's autoscaler keeps every node on which a request fits, even an idle one, in addition to the nodes in
+    use. Requests for running actors without a node label would therefore keep idle nodes for ever.
     """
     there = [{_NODE_LABEL: node} for node in private.nodes_of_actors(pool)]
     to_come = max(0, target - len(there))
@@ -73,7 +73,7 @@ def reservation(pool: Any, target: int) -> Reservation:
 
 
 def not_resized(why: str) -> str:
-    """The warning that the pool keeps to the rules of Ray Data."""
+    """Return the warning that the pool is left to the rules of Ray Data."""
     return (
         f"warning: the pool of augment actors cannot be resized with Ray {ray.__version__} ({why}); "
         "set resources.augment_actors to one number"
@@ -81,10 +81,10 @@ def not_resized(why: str) -> str:
 
 
 class PoolControl:
-    """An execution callback of Ray Data, by its hooks' names.
+    """Execution callback of Ray Data; its hooks have Ray's names.
 
-    With a Ray that has other private names than `ray_private.data` uses, the pool stays as it is and a warning is
-    posted: an error in a hook would end the stream.
+    If this version of Ray lacks a private name that `ray_private.data` uses, the pool keeps its size and a
+    warning is posted: an error in a hook would end the stream.
     """
 
     def __init__(self, board: Board, size: PoolSize) -> None:
@@ -95,12 +95,15 @@ class PoolControl:
         self._reserved, self._reserved_at = Reservation([], []), -math.inf
 
     def before_execution_starts(self, executor: Any) -> None:
-        """Ray's own requests for nodes grow with a stream and are never taken back: ours stand in for them."""
+        """Disable Ray's own node requests, which grow with a stream and never shrink.
+
+        `_reserve` replaces them.
+        """
         self._try(lambda: private.stop_requests(executor))
 
     def on_execution_step(self, executor: Any) -> None:
-        """Every second: tell the board of the pool, take what it has of the trainer, set the pool's size."""
-        now = time.time()  # which the next leg's process has too, on whichever node
+        """Once a second, send the pool's state to the board, get the trainer's reading and set the size."""
+        now = time.time()  # wall time, which is valid in the next leg's process too, on any node
         if now >= self._next:
             self._next = now + _EVERY_SECONDS
             self._try(lambda: self._step(executor, now))
@@ -116,7 +119,7 @@ class PoolControl:
 
     def _step(self, executor: Any, now: float) -> None:
         for pool in private.pools(executor):
-            lost = pool.num_restarting_actors()  # with their node; Ray counts them among the running
+            lost = pool.num_restarting_actors()  # lost with their node; Ray counts them as running
             actors = Actors(pool.num_running_actors() - lost, pool.num_pending_actors() + lost)
             self._size.see(actors, now)
             self._listen(now)
@@ -127,7 +130,7 @@ class PoolControl:
                 self._answer = self._board.tell_pool({**asdict(actors), "target": size}, self._size)
 
     def _reserve(self, executor: Any, wanted: Reservation, now: float) -> None:
-        """Keep what the pool takes for this stream, beside others on the cluster; told again before it expires."""
+        """Reserve the pool's resources for this stream. The request is renewed before it expires."""
         if wanted == self._reserved and now < self._reserved_at + _RENEWED_SECONDS:
             return
         self._reserved, self._reserved_at = wanted, now
@@ -144,7 +147,7 @@ class PoolControl:
             self._board.post("note", text=self._size.note)
 
     def after_execution_succeeds(self, executor: Any) -> None:
-        """Nothing is left to do."""
+        """Do nothing; Ray calls this hook."""
 
     def after_execution_fails(self, executor: Any, error: Exception) -> None:
-        """Nothing is left to do."""
+        """Do nothing; Ray calls this hook."""

@@ -1,36 +1,41 @@
-"""How many augment actors there should be: up when the trainer waits for data, down when actors have nothing to do.
+"""Choose the number of augment actors: scale up when the trainer waits for data, down when actors are idle.
 
-Pure: readings in, a number out; no Ray here (cluster/pool_control.py brings the two together). Ray Data's own signal,
-how many blocks lie queued at the pool, knows nothing of the trainer: while buffers fill it asks for every actor
-allowed, and lets them go once they are full. The share of time that the trainer waits is what a missing actor costs.
+Pure: readings in, a number out; no Ray here (cluster/pool_control.py applies the number). Ray Data's own
+signal, the number of blocks queued at the pool, does not depend on the trainer. It requests every allowed
+actor while buffers fill and releases the actors once buffers are full. The trainer's data wait measures the
+cost of a missing actor.
 """
 
 import math
 from dataclasses import dataclass, field
 
 STARVED = 0.05
-"""Share of time spent waiting for data from which on there are too few actors."""
+"""Data wait, as a share of time, at and above which there are too few actors."""
 FED = 0.03
-"""Share below which there may be too many."""
+"""Data wait at and below which there may be too many actors."""
 _LOOK_SECONDS = 10.0
-"""Time to look at before a decision: crops come in blocks, and between two blocks a trainer waits or has plenty."""
+"""Length of the readings before a decision. Crops arrive in blocks, so data wait varies between blocks."""
 _JUDGE_SECONDS = 30.0
-"""The same after growth, which is judged by what it brought."""
+"""Length of the readings after scaling up, before its effect is judged."""
 _LOOKS = 2
-"""As many must find that growth brought too little, or that all actors are too few: the first may be of a start."""
+"""Decisions in a row before a note that scaling up did not help, or that the maximum is too small.
+
+One is not enough: its readings may include a start.
+"""
 _LONG_AGO = 10
-"""Cool-downs in a row without waiting after which a size that starved may be tried again."""
+"""Cool-downs in a row without data wait, after which a size that was too small may be tried again."""
 _HEADROOM = 1.25
-"""Actors that are kept for each one that is busy."""
+"""Actors kept per busy actor."""
 _MOST_GROWTH = 4
-"""Times that the pool may grow at once: from one reading, far away, the way is only guessed."""
+"""Largest factor of one scale-up: an extrapolation further than this from one reading is a guess."""
 _LEAST_GAIN = 0.25
-"""Share of what more actors should have brought, below which they are no remedy: the network or the disk is full."""
+"""Share of the expected gain of a scale-up. A smaller gain means another bottleneck: the network or the
+disk."""
 
 
 @dataclass(frozen=True)
 class Actors:
-    """What there is of the pool at one moment."""
+    """Numbers of running and pending actors of the pool at one moment."""
 
     running: int
     pending: int
@@ -38,15 +43,15 @@ class Actors:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the trainer did in some time; readings add up to that of a longer time."""
+    """Totals of the trainer over a period. The sum of two readings is the reading of both periods."""
 
     seconds: float = 0.0
     wait_seconds: float = 0.0
-    """Of those, how long it waited for data."""
+    """The part of `seconds` that the trainer waited for data."""
     images: float = 0.0
-    """Over all workers."""
+    """Images consumed by all workers."""
     busy_seconds: float = 0.0
-    """How long those images kept actors busy, one actor a second each."""
+    """Time that actors were busy with these images, in actor-seconds."""
 
     def __add__(self, other: "Reading") -> "Reading":
         return Reading(
@@ -58,27 +63,28 @@ class Reading:
 
     @property
     def data_wait(self) -> float:
-        """Share of the time, 0 to 1."""
+        """Share of the period that the trainer waited for data, 0 to 1."""
         return self.wait_seconds / self.seconds
 
     @property
     def images_per_second(self) -> float:
-        """Over all workers."""
+        """Throughput of all workers."""
         return self.images / self.seconds
 
     @property
     def busy_actors(self) -> float:
-        """As many actors as are kept busy all the time by what the trainer takes."""
+        """Number of fully busy actors that the trainer's throughput corresponds to."""
         return self.busy_seconds / self.seconds
 
 
 @dataclass
 class PoolSize:
-    """The number of actors to have, within [low, high]. All times in seconds of one monotonic clock.
+    """Target number of actors, within [low, high]. All times are in seconds of one clock.
 
-    Up: with R actors the trainer works 1 - w of the time, so it takes R / (1 - w) for it to work all the time.
-    Decided on readings alone that began when all actors asked for were up. Down: after `cool_down_seconds` in which
-    the trainer never waited, to as many as it kept busy and some headroom. So sizes come in steps and do not swing.
+    Scale up: with R actors and data wait w the trainer works 1 - w of the time, so R / (1 - w) actors would
+    keep it working all the time. Only readings that began when all requested actors were up count. Scale
+    down: after `cool_down_seconds` without data wait, to the number of busy actors plus headroom. So the size
+    changes in steps and does not oscillate.
     """
 
     low: int
@@ -86,7 +92,7 @@ class PoolSize:
     target: int
     cool_down_seconds: float
     note: str | None = field(default=None, init=False)
-    """What a person should hear of the latest decision."""
+    """Message about the latest decision, for the driver's output."""
     _seen: Actors = field(default=Actors(0, 0), init=False)
     _settled_at: float | None = field(default=None, init=False)
     _changed_at: float = field(default=-math.inf, init=False)
@@ -95,15 +101,15 @@ class PoolSize:
     _fed: Reading = field(default=Reading(), init=False)
     _grown_from: tuple[int, float] | None = field(default=None, init=False)
     _in_vain: int = field(default=0, init=False)
-    """Looks in a row at what the last growth brought that found too little."""
+    """Decisions in a row that found too small a gain from the last scale-up."""
     _at_most: int = field(default=0, init=False)
-    """Looks that found the trainer starved by all the actors there may be."""
+    """Decisions that found the trainer starved with the maximum number of actors."""
     _too_few: int = field(default=0, init=False)
-    """A size that starved, not long ago: shrinking to it would only bring growth again."""
+    """A size that was recently too small. Scaling down to it would only cause a scale-up again."""
     _calm: int = field(default=0, init=False)
 
     def see(self, actors: Actors, now: float) -> None:
-        """The pool as it is; called every second or so."""
+        """Record the state of the pool; called about every second."""
         self._seen = actors
         if actors.pending or actors.running < self.target:
             self._settled_at = None
@@ -111,10 +117,10 @@ class PoolSize:
             self._settled_at = now
 
     def heed(self, reading: Reading, now: float) -> None:
-        """Decide on what was read since the last decision, `reading` being the latest of it."""
+        """Add `reading` to the readings since the last decision, and decide once they are long enough."""
         self.note = None
         if self._began is None or self._began < max(self._changed_at, self._settled_at or -math.inf):
-            self._began, self._reading = now, Reading()  # it was of another size
+            self._began, self._reading = now, Reading()  # the readings so far are of another size
             return
         self._reading += reading
         if self._reading.seconds < (_LOOK_SECONDS if self._grown_from is None else _JUDGE_SECONDS):
@@ -127,10 +133,10 @@ class PoolSize:
         elif reading.data_wait > FED:
             self._fed = Reading()
             if not self._in_vain:
-                self._grown_from = None  # it brought what it should
+                self._grown_from = None  # the scale-up had the expected effect
         else:
             self._in_vain, self._grown_from = 0, None
-            if self._at_most < _LOOKS:  # beyond, it was told, which is once
+            if self._at_most < _LOOKS:  # otherwise the note was already given, and is given once only
                 self._at_most = 0
             self._fed += reading
             if self._fed.seconds >= self.cool_down_seconds:
@@ -144,7 +150,7 @@ class PoolSize:
             hoped, gain = running / before - 1, reading.images_per_second / max(images_per_second, 1e-9) - 1
             self._in_vain = self._in_vain + 1 if gain < _LEAST_GAIN * hoped else 0
             if self._in_vain == _LOOKS:
-                # Not taken back: crops of the new actors may be under way for longer than this was looked at.
+                # Not scaled down again: crops of the new actors may arrive later than the readings cover.
                 self.note = (
                     f"{running} augment actors instead of {before} brought {gain:+.0%} images/s: it is not "
                     "CPUs that are short; look at the network of the train nodes and at the storage, and lower "

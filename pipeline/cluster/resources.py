@@ -1,4 +1,4 @@
-"""Where a run runs: how many processes of which kind. Knows no Ray; worker/worker.py and jobs/ act on it."""
+"""Config of a run's processes: their number and resources. No Ray here; worker/worker.py and jobs/ use it."""
 
 from typing import Literal
 

@@ -1,1 +1,1 @@
-"""Which images there are, where their bytes come from, and in which order."""
+"""The images of a data set: their list, their bytes and their order."""

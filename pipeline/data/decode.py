@@ -1,14 +1,14 @@
-"""Bytes of an image file -> uint8 RGB pixels, or BadImage with a reason; never half a picture.
+"""Decode an image file's bytes to uint8 RGB pixels, or raise BadImage with a reason; never half a picture.
 
-Stands between the source, whose bytes may be anything, and augment/multicrop.py, which takes any picture. The header is
-read first, so a file that claims too many pixels costs nothing; then the content decides which decoder runs,
-never a file name:
+Stands between the source, whose bytes may be anything, and augment/multicrop.py, which takes any picture. The
+header is read first, so a file that claims too many pixels costs nothing. The decoder is chosen by content,
+never by file name:
 
-    OpenCV   JPEG, PNG, WebP, BMP in gray, RGB or CMYK, of 8 or 16 bits: right there, and the fastest
+    OpenCV   JPEG, PNG, WebP, BMP in gray, RGB or CMYK, of 8 or 16 bits: correct for these, and the fastest
     Pillow   the rest: GIF, TIFF, JPEG 2000, AVIF, PPM, palettes, and transparency, laid over white
 
-Of an animation comes the first frame. EXIF orientation is applied. 16-bit samples keep their high byte.
-Pixels that have no fixed range (float, 32-bit, Lab) are refused. Knows nothing of files, storage or Ray.
+For an animation the first frame is decoded. EXIF orientation is applied. 16-bit samples keep their high byte.
+Pixels without a fixed range (float, 32-bit, Lab) are refused. No files, no storage and no Ray here.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from models.errors import one_line
 
-# All plugins now: in a list of formats Pillow finds only what is loaded. An old Pillow has no AVIF.
+# Load all plugins now, because Pillow lists only loaded formats. An old Pillow has no AVIF.
 Image.init()
 _FORMATS = tuple(
     name
@@ -48,7 +48,7 @@ _TURNS: dict[int, Callable[[Any], Any]] = {
 
 
 class BadImage(Exception):  # noqa: N818 (it is the image that is bad)
-    """These bytes give no picture. `reason` is one line for a person."""
+    """The bytes cannot be decoded to a picture. `reason` is one line for the log."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -70,7 +70,7 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
         pixels = _decode_opencv(data) if _opencv_is_right(header) else _decode_pillow(header)
     except BadImage:
         raise
-    # Bytes from anywhere reach a dozen parsers here, each with errors of its own.
+    # Arbitrary bytes reach a dozen parsers here, and each parser has its own exceptions.
     except Exception as error:
         raise BadImage(f"damaged or cut off {header.format}: {one_line(error)}") from error
     if pixels.shape not in {(height, width, 3), (width, height, 3)}:
@@ -79,7 +79,7 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
 
 
 def check_size(width: int, height: int, *, max_pixels: int, min_side: int) -> None:
-    """Raise BadImage for a picture of too many pixels or too few."""
+    """Raise BadImage if a picture has more than `max_pixels` pixels or a side shorter than `min_side`."""
     if width * height > max_pixels:
         raise BadImage(f"too large: {width}x{height} pixels, max_pixels={max_pixels}")
     if min(width, height) < min_side:
@@ -87,11 +87,11 @@ def check_size(width: int, height: int, *, max_pixels: int, min_side: int) -> No
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """EXIF orientation of a JPEG, 1 to 8; 1 where nothing sensible is said."""
+    """Return the EXIF orientation of a JPEG, 1 to 8; 1 if it is missing or invalid."""
     if not _has_exif(data):
         return 1
     exif = Image.Exif()
-    # A damaged EXIF block says nothing about the pixels: they stay as they lie.
+    # A damaged EXIF block does not mean damaged pixels: they are used as stored.
     try:
         exif.load(Image.open(io.BytesIO(data), formats=("JPEG", "MPO")).info["exif"])
         orientation = exif.get(_ORIENTATION)
@@ -101,12 +101,12 @@ def jpeg_orientation(data: bytes) -> int:
 
 
 def turn_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    """The picture as people see it, C-contiguous, of one stored with an EXIF orientation from 1 to 8."""
+    """Return a picture stored with an EXIF orientation from 1 to 8 as upright and C-contiguous."""
     return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation > 1 else pixels
 
 
 def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint8]:
-    """Take the centre of an image (uint8 [H,W,3]) for evaluation: uint8 [size,size,3].
+    """Return the centre crop of an image (uint8 [H,W,3]) for evaluation: uint8 [size,size,3].
 
     DINO's protocol: shorter side to size * 256 / 224 (bicubic, antialiased), then the central square.
     """
@@ -117,7 +117,7 @@ def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint
     )
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     x_scale, y_scale = width / new_width, height / new_height
-    # Only the square is computed: the whole of a 1 x 5000 image would be 256 x 1,280,000 pixels.
+    # Only the square is computed: a whole 1 x 5000 image would become 256 x 1,280,000 pixels.
     box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
@@ -131,18 +131,21 @@ def _read_header(data: bytes) -> Image.Image:
         raise BadImage(f"too large: {one_line(error)}") from error
     except Image.UnidentifiedImageError as error:
         raise BadImage(f"not an image: starts with {data[:8]!r}") from error
-    except Exception as error:  # as in decode(): any parser, any error
+    except Exception as error:  # as in decode(): any parser may raise any exception
         raise BadImage(f"damaged header: {one_line(error)}") from error
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a segment before a JPEG's pixels is EXIF: most files have none, and Pillow takes its time to say so."""
+    """Return True if a JPEG has an EXIF segment before its pixels.
+
+    Most files have none, and Pillow is slow to check.
+    """
     place = 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == 0xDA:  # the pixels
             return False
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # a fill byte
             place += 1
             continue
         if data.startswith(_EXIF, place + 4):
@@ -152,27 +155,30 @@ def _has_exif(data: bytes) -> bool:
 
 
 def _opencv_is_right(header: Image.Image) -> bool:
-    """Tell whether OpenCV decodes such a file to the picture that people see."""
+    """Return True if OpenCV decodes such a file correctly: upright, first frame, without transparency."""
     if header.format not in _OPENCV_FORMATS or header.mode not in _OPENCV_MODES:
         return False
     if header.has_transparency_data:
         return False
-    # Versions of OpenCV differ in which picture of an animated PNG comes first, and in whether a WebP is
-    # turned upright.
+    # Versions of OpenCV differ in the first picture of an animated PNG, and only some turn a WebP upright.
     if header.format == "PNG" and getattr(header, "is_animated", False):
         return False
     return not (header.format == "WEBP" and "exif" in header.info)
 
 
 def _stops_between_tiles(data: bytes) -> bool:
-    """Tell whether a JPEG 2000 file has no end, which its decoder takes for a picture with black tiles."""
-    # Tile data hold no FF followed by more than 8F: after the last start of a tile, FF D9 can only be the end.
+    """Return True if a JPEG 2000 file has no end marker.
+
+    Its decoder would return a picture with black tiles.
+    """
+    # Tile data contain no FF followed by more than 8F: after the last tile start, FF D9 can only be the end.
     return not 0 <= data.rfind(b"\xff\x90") < data.rfind(b"\xff\xd9")
 
 
 def _decode_opencv(data: bytes) -> npt.NDArray[np.uint8]:
-    # This flag came with OpenCV 4.11, the first that refuses a JPEG cut off half-way instead of graying it.
-    # A JPEG is turned here, since libraries differ in how they read a damaged EXIF block.
+    # IMREAD_COLOR_RGB came with OpenCV 4.11, the first version that refuses a truncated JPEG; older versions
+    # fill the rest with gray. A JPEG is turned here, since libraries differ in how they read a damaged EXIF
+    # block.
     is_jpeg = data[:2] == b"\xff\xd8"
     flags = cv2.IMREAD_COLOR_RGB | (cv2.IMREAD_IGNORE_ORIENTATION if is_jpeg else 0)
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -184,11 +190,11 @@ def _decode_opencv(data: bytes) -> npt.NDArray[np.uint8]:
 def _decode_pillow(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Decode the first frame of an opened file, upright."""
     image.load()
-    # A damaged EXIF block says nothing about the pixels: they stay as they lie.
+    # A damaged EXIF block does not mean damaged pixels: they are used as stored.
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        # By hand, because convert() clips 16 bits to white.
+        # Shifted here, because convert() clips 16-bit samples to white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         picture = image.convert("RGBA")

@@ -1,7 +1,7 @@
-"""A labelled image set made by drawing: what the demo trains on, so that a first run needs no data.
+"""Generate the labelled demo images, so that a first run needs no data.
 
-Twelve classes of pattern. Colours, scale, rotation, lighting and noise are drawn independently of the class, so
-colour tells nothing; only shape does. JPEG objects in one folder per class, written once under the cache.
+Twelve classes of pattern. Colours, scale, rotation, lighting and noise are drawn independently of the class,
+so only shape identifies the class. JPEG files in one folder per class, written once under the cache folder.
 """
 
 import math
@@ -28,14 +28,15 @@ Rng = np.random.Generator
 
 
 def demo_folder() -> Path:
-    """Where the images are kept."""
+    """Return the folder of the demo images."""
     return cache_folder() / f"demo-v{VERSION}"
 
 
 def write_demo_images(folder: Path) -> int:
-    """Write `train/<class>/*.jpg` and `val/<class>/*.jpg` unless they are there; return the number of images.
+    """Write `train/<class>/*.jpg` and `val/<class>/*.jpg` unless they exist; return the number of images.
 
-    Written beside the target and renamed, so an interrupted first run leaves nothing half done.
+    They are written to a temporary folder that is then renamed, so an interrupted first run leaves no partial
+    set.
     """
     total = len(PATTERNS) * (NUM_TRAIN_PER_CLASS + NUM_VAL_PER_CLASS)
     if folder.exists():
@@ -46,7 +47,7 @@ def write_demo_images(folder: Path) -> int:
         _write_all(partial)
         partial.rename(folder)
     except OSError:
-        if not folder.exists():  # else another process finished first: its images are the same
+        if not folder.exists():  # otherwise another process finished first, with the same images
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +65,7 @@ def _write_all(folder: Path) -> None:
 
 
 def draw_demo_image(label: str, split: str, index: int) -> bytes:
-    """JPEG of one image: a function of its name alone."""
+    """Return the JPEG of one image: a function of its name alone."""
     rng = np.random.default_rng([VERSION, list(PATTERNS).index(label), ("train", "val").index(split), index])
     mask = np.zeros((_CANVAS, _CANVAS), np.uint8)
     PATTERNS[label](mask, rng)
@@ -85,10 +86,10 @@ def draw_demo_image(label: str, split: str, index: int) -> bytes:
 
 
 def _two_colours(rng: Rng) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A light and a dark tone, either of them the ink, under one faint tint.
+    """Return ink and paper: a light and a dark tone, in random order, with one faint tint.
 
     All images have about the same tones. With vivid colours, crops of one image could be matched by colour
-    and a network would learn to see colour, which says nothing of the class.
+    and a network would learn colour, which carries no information about the class.
     """
     tint = rng.normal(0, 8, 3)
     dark, light = 80 + tint + rng.normal(0, 8), 175 + tint + rng.normal(0, 8)

@@ -1,6 +1,7 @@
-"""Detect labels and columns where the settings of `data` are auto: rules on folder names, schemas and statistics.
+"""Detect labels and columns for settings of `data` that are auto, from folder names, schemas and statistics.
 
-Used once, when the manifest is built, which keeps the result. Pure functions; no storage and no Ray here.
+Used once, when the manifest is built; the manifest stores the result. Pure functions; no storage and no Ray
+here.
 """
 
 import json
@@ -17,7 +18,7 @@ AUTO = "auto"
 SPLIT_FOLDERS = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "holdout"}
 )
-"""Folders of these names hold parts of a data set, not classes."""
+"""Names of folders that hold parts of a data set, not classes."""
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes")
 _LABEL_COLUMNS = (
@@ -35,13 +36,13 @@ _IMAGE_STARTS = (
     b"MM\0*",
     b"\xff\x4f\xff\x51",
 )
-_BOX_TYPES = (b"ftyp", b"jP  ")  # of AVIF and JPEG 2000, behind a length
+_BOX_TYPES = (b"ftyp", b"jP  ")  # of AVIF and JPEG 2000, after 4 bytes of length
 _NO_CLASSES = re.compile(r"[\d\s_.-]{4,}")
-"""Years, dates and numbered shards."""
+"""Folder names that are no classes: years, dates and numbered shards."""
 
 
 class Columns(NamedTuple):
-    """The columns of a Parquet data set, and remarks on the choice."""
+    """The columns of a Parquet data set, and notes on how they were chosen."""
 
     image: str
     key: str | None
@@ -50,7 +51,7 @@ class Columns(NamedTuple):
 
 
 def folder_label(folders: Sequence[str]) -> str | None:
-    """The label that the folders around a file name: `dog` of `pets/dog` and of `label=dog/split=1`; None without."""
+    """Return the label in a file's folders, or None: `dog` for both `pets/dog` and `label=dog/split=1`."""
     for folder in reversed(folders):
         name, is_pair, value = folder.partition("=")
         if is_pair and name.lower() in _LABEL_COLUMNS:
@@ -59,17 +60,17 @@ def folder_label(folders: Sequence[str]) -> str | None:
 
 
 def has_label_pair(folders: Sequence[str]) -> bool:
-    """Whether one of the folders is `label=value`, as partitioned tables are written."""
+    """Return True if one of the folders is `label=value`, as in partitioned tables."""
     return any("=" in folder and folder.partition("=")[0].lower() in _LABEL_COLUMNS for folder in folders)
 
 
 def is_class(label: str | None) -> bool:
-    """Whether a folder of this name may be a class."""
+    """Return True if a folder of this name may be a class."""
     return label is not None and label.lower() not in SPLIT_FOLDERS
 
 
 def labels_from_folders(counts: Mapping[str | None, int]) -> tuple[bool, str]:
-    """Whether folder names are labels, and why; `counts`: number of images by the name of their folder."""
+    """Return True if folder names are labels, and the reason. `counts`: number of images per folder name."""
     classes = {name: number for name, number in counts.items() if is_class(name)}
     labelled, total = sum(classes.values()), sum(counts.values())
     override = "data.label_from_parent=true takes folder names as labels"
@@ -88,13 +89,13 @@ def labels_from_folders(counts: Mapping[str | None, int]) -> tuple[bool, str]:
 
 
 def part_of(folders: Sequence[str], name: str) -> str | None:
-    """The part of a data set that a file belongs to: its topmost folder, or `train-` of a shard `train-00000-of-2`."""
+    """Return the part of a data set that a file is in: its top folder, or `train-` of `train-00000-of-2`."""
     split, dash, _ = name.partition("-")
     return folders[0] if folders else f"{split}-" if dash and split.lower() in SPLIT_FOLDERS else None
 
 
 def note_on_parts(parts: Collection[str | None], path: str, *, labelled: bool) -> list[str]:
-    """A remark where parts for training and for evaluation lie side by side at `path`: all of it is trained on."""
+    """Return a note if `path` holds training and evaluation parts side by side, since all are trained on."""
     splits = sorted(part for part in parts if part is not None and part.rstrip("-").lower() in SPLIT_FOLDERS)
     splits.sort(key=lambda part: not part.lower().startswith("train"))
     if len(splits) < 2 or not splits[0].lower().startswith("train"):
@@ -117,10 +118,10 @@ def detect_columns(
     first_bytes: Callable[[str], bytes | None],
     is_unique: Callable[[str], bool],
 ) -> Columns:
-    """The columns of a shard at `uri`; a name or None is taken as it is, `auto` is detected.
+    """Return the columns of the shard at `uri`. A name or None is kept; `auto` is detected.
 
-    `first_bytes` reads the first value of a column of bytes, `is_unique` whether the first rows of a column differ.
-    ConfigError where no column holds images.
+    `first_bytes` reads the first value of a column of bytes. `is_unique` returns True if the first rows of a
+    column differ. Raises ConfigError if no column holds images.
     """
     notes: list[str] = []
     if image == AUTO:
@@ -141,7 +142,7 @@ def detect_columns(
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    """Binary itself, or the {bytes, path} struct that image data sets on the Hugging Face Hub use."""
+    """Return True for binary, and for the {bytes, path} struct of image data sets on the Hugging Face Hub."""
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and is_bytes(kind.field(index).type)
@@ -175,7 +176,10 @@ def _begins_as_an_image(data: bytes) -> bool:
 
 
 def _all_named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | None = None) -> list[str]:
-    """Columns that are called so, in the order of `names`; one value per row, unless `among` says which may be."""
+    """Return the columns with one of `names`, in the order of `names`.
+
+    Candidates are the columns in `among`, or all columns of plain values if it is None.
+    """
     plain = [field.name for field in schema if _is_plain(field.type)] if among is None else list(among)
     return [column for name in names for column in plain if column.lower() == name]
 
@@ -185,7 +189,7 @@ def _named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | Non
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether a value names a key or a class: text, whole numbers, booleans."""
+    """Return True if values of this type can be keys or classes: text, integers, booleans."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     is_kind = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
@@ -193,7 +197,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Column -> feature, of a file that Hugging Face's `datasets` has written; else nothing."""
+    """Return column -> feature for a file written by Hugging Face's `datasets`; otherwise an empty dict."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}

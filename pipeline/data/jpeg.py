@@ -1,8 +1,8 @@
-"""An image file whose size is known, and which can be decoded at a fraction of it.
+"""Open an image file: find its size, then decode it, a JPEG also at a fraction of its size.
 
-Stands between the source and augment/multicrop.py. A JPEG in gray or YCbCr goes to simplejpeg, which skips what a
-smaller picture does not need and writes into memory that is there; what it refuses, and every other file, goes to
-decode.py, which has the last word. Knows nothing of crops, storage or Ray.
+Stands between the source and augment/multicrop.py. simplejpeg decodes JPEGs in gray or YCbCr: it skips the
+work that a smaller picture does not need and writes into existing memory. decode.py decodes all other files
+and those that simplejpeg refuses, and its verdict is final. No crops, no storage and no Ray here.
 """
 
 from collections.abc import Callable
@@ -15,22 +15,22 @@ from pipeline.data.decode import BadImage, check_size, decode, jpeg_orientation,
 
 try:
     import simplejpeg
-except ImportError:  # no wheel for this platform: OpenCV decodes JPEGs then, at full size
+except ImportError:  # no wheel for this platform: OpenCV then decodes JPEGs, at full size
     simplejpeg = None
 
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000
-"""Largest image that is decoded unless another number is given."""
+"""Default size of the largest image that is decoded, in pixels."""
 DENOMINATORS = (1, 2, 4, 8)
-"""Fractions of its size at which a JPEG is decoded: the ones whose inverse transforms are fast."""
+"""Denominators of the fractions at which a JPEG is decoded; their inverse transforms are fast."""
 
 _MIRRORED_X, _MIRRORED_Y = (2, 3, 6, 7), (3, 4, 7, 8)
-"""EXIF orientations whose upright picture has the stored one's last pixels first, in x or in y."""
+"""EXIF orientations whose upright picture starts with the last pixels of the stored picture, in x or in y."""
 
 
 class Decoded(NamedTuple):
-    """A picture, uint8 RGB [H,W,3], and where the pixels of the whole image lie in it: x / denominator + shift."""
+    """A picture, uint8 RGB [H,W,3]. A pixel x of the whole image lies at x / denominator + shift."""
 
     pixels: Pixels
     denominator: int
@@ -39,9 +39,10 @@ class Decoded(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An image file; `width` and `height` are those of the upright picture.
+    """An image file; `width` and `height` are of the upright picture.
 
-    `pixels` is there already unless the file is a JPEG that can be decoded at a fraction of its size.
+    `pixels` is None only for a JPEG that can be decoded at a fraction of its size; other files are decoded
+    already.
     """
 
     data: bytes
@@ -52,10 +53,10 @@ class Encoded(NamedTuple):
     pixels: Pixels | None
 
     def decode(self, denominator: int, memory: Callable[[int], Pixels]) -> Decoded:
-        """Decode at 1/`denominator` where the file allows it, upright, C-contiguous.
+        """Decode upright and C-contiguous, at 1/`denominator` of the size if the file allows it.
 
-        `memory` gives a flat array of at least that many bytes, in which the pixels may lie afterwards. Raises
-        BadImage for what is not a whole image.
+        `memory` returns a flat array of at least the given number of bytes; the result may be a view of it.
+        Raises BadImage if the file is not a whole image.
         """
         if self.pixels is not None:
             return Decoded(self.pixels, 1, 0.0, 0.0)
@@ -82,25 +83,26 @@ class Encoded(NamedTuple):
                 buffer=memory(3 * small_width * small_height),
             )
         except ValueError:
-            return None  # decode() says whether that is damage, and why
+            return None  # decode() then finds out if the file is damaged, and why
         if pixels.shape != (small_height, small_width, 3):
             return None
         if self.orientation == 1:
             return Decoded(pixels, denominator, 0.0, 0.0)
         pixels = turn_upright(pixels, self.orientation)
-        # The last column of a reduced picture may stand for fewer pixels than the others. Mirrored, it comes first.
+        # The last column of a reduced picture may cover fewer pixels than the others. Mirroring puts it
+        # first.
         left_shift = pixels.shape[1] - self.width / denominator if self.orientation in _MIRRORED_X else 0.0
         top_shift = pixels.shape[0] - self.height / denominator if self.orientation in _MIRRORED_Y else 0.0
         return Decoded(pixels, denominator, left_shift, top_shift)
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) -> Encoded:
-    """Find the size of an image file, from its header where that is enough. Raises BadImage as `decode` does."""
+    """Find the size of an image file, from its header if possible. Raises BadImage as `decode` does."""
     if simplejpeg is not None and data[:2] == b"\xff\xd8":
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
-            space = ""  # decode() says what is wrong with it
+            space = ""  # decode() then raises the reason
         if space in ("YCbCr", "Gray"):
             check_size(width, height, max_pixels=max_pixels, min_side=min_side)
             orientation = jpeg_orientation(data)

@@ -1,7 +1,7 @@
-"""What lies under `data.path`, and which of it is an image by its name.
+"""List the objects under `data.path` and classify them by name.
 
-Feeds the manifest: a stream of entries, in whatever order the store lists them, and one rule per key. Never
-opens an object: content decides later, in the decoder, whatever the suffix said. No Ray here.
+Feeds the manifest: a stream of entries, in the store's order, and one rule per key. Never opens an object:
+the decoder checks the content later, whatever the suffix is. No Ray here.
 """
 
 import os
@@ -30,7 +30,7 @@ _BATCH_ROWS = 65_536
 
 
 class Entry(NamedTuple):
-    """One object or file: its key, its size in bytes, and what changes when its content does."""
+    """One object or file: its key, its size in bytes, and a tag that changes with its content."""
 
     key: str
     size: int
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Entries, the address that their keys are relative to, and the part of each key that is the folder."""
+    """Entries, the address that their keys are relative to, and the folder prefix of each key."""
 
     root: str
     prefix: str
@@ -46,7 +46,7 @@ class Listing(NamedTuple):
 
 
 class EntryTable:
-    """Entries and their labels gathered into Arrow batches: as Python objects they take far more memory."""
+    """Entries and labels in Arrow batches, because Python objects would need far more memory."""
 
     schema = pa.schema(
         {"key": pa.large_string(), "size": pa.int64(), "etag": pa.string(), "label": pa.string()}
@@ -66,7 +66,7 @@ class EntryTable:
             self._flush()
 
     def table(self) -> pa.Table:
-        """All rows so far, in the order they were added: key, size, etag, label."""
+        """Return all rows so far, in the order they were added: key, size, etag, label."""
         if self._pending:
             self._flush()
         return pa.Table.from_batches(self._batches, schema=self.schema)
@@ -79,12 +79,12 @@ class EntryTable:
 
 
 def list_entries(path: str, *, attempts: int = 5) -> Listing:
-    """Everything under a folder, an `s3://` prefix (taken as a folder, too), or the one file of that name.
+    """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
     Keys are full object keys on S3 (root `s3://bucket`) and slash-separated paths relative to the folder on a
-    disk. Links to files are followed, links to folders are not (they may form loops); pipes, sockets and
-    devices are passed over. A link that leads nowhere is listed with size 0: its image is missing, not
-    unwanted. DataError when the folder or bucket is missing or closed to us; on S3 only once iterated.
+    disk. Links to files are followed; links to folders are not, because they may form loops. Pipes, sockets
+    and devices are skipped. A broken link is listed with size 0, so that its image counts as missing. Raises
+    DataError if the folder or bucket is missing or access is denied; on S3 only during iteration.
     """
     path = normal_uri(path)
     if is_s3(path):
@@ -100,11 +100,11 @@ def list_entries(path: str, *, attempts: int = 5) -> Listing:
 
 
 def role_of(key: str) -> Role:
-    """What a key is by its name: an image, an object without a suffix ("bare": an image unless the data set
-    turns out to be Parquet), a Parquet shard, or something to ignore.
+    """Return the role of a key by its name: "image", "bare", "parquet", or "other", which is ignored.
 
-    Suffixes count in any case, with spaces after them; a leading dot or underscore alone hides nothing, but
-    macOS's `._x.jpg`, system files, Spark's `_SUCCESS` and folder markers (`x/`) are no images.
+    A "bare" key has no suffix; it is an image unless the data set is Parquet. Suffixes match in upper and
+    lower case and with trailing spaces. An image name may start with a dot or an underscore. But macOS's
+    `._x.jpg`, system files, Spark's `_SUCCESS` and folder markers (`x/`) are "other".
     """
     name = key.rsplit("/", 1)[-1].rstrip(" ").lower()
     suffix = posixpath.splitext(name)[1]
@@ -118,7 +118,10 @@ def role_of(key: str) -> Role:
 
 
 def _is_unicode(key: str) -> bool:
-    """Disks allow names that are no UTF-8; neither a manifest nor a log can hold them."""
+    """Return True if a key is valid UTF-8.
+
+    Disks allow other names, but manifests and logs cannot hold them.
+    """
     try:
         key.encode()
     except UnicodeEncodeError:
@@ -153,7 +156,7 @@ def _files(root: str) -> Iterator[Entry]:
 
 
 def _entry(path: str, key: str) -> Entry | None:
-    """A file as it stands on the disk; None for what would block or never end when read."""
+    """Return the entry of a file on disk; None for special files, whose reading could block or never end."""
     try:
         status = os.stat(path)
     except OSError:
@@ -164,5 +167,5 @@ def _entry(path: str, key: str) -> Entry | None:
 
 
 def _refuse(error: OSError) -> None:
-    """Without this os.walk passes over folders that it cannot read, and their images are lost in silence."""
+    """Raise DataError. Without this, os.walk silently skips folders that it cannot read, and their images."""
     raise DataError(f"{error.filename}: {error.strerror}; make the folder readable") from error

@@ -1,7 +1,7 @@
-"""Images of a source as pixels, in batches, each made while the one before it is used. No Ray here.
+"""Load images of a source as pixels, in batches; the next batch loads while the current one is used.
 
-Stands between source.py (bytes by index) and a frozen backbone: fetch, decode, prepare, on threads. An image
-that cannot be used is a row with a reason, never an exception.
+Stands between source.py (bytes by index) and a frozen backbone: fetches, decodes and prepares on threads. An
+unusable image is a row with a reason, never an exception. No Ray here.
 """
 
 import os
@@ -16,11 +16,11 @@ from pipeline.data.decode import BadImage, decode
 from pipeline.data.source import Fetched, Source, Status
 
 Prepare = Callable[[NDArray[np.uint8], str], NDArray[np.uint8]]
-"""(uint8 [H, W, 3], key) -> what the network is to see of it."""
+"""(uint8 [H, W, 3], key) -> the network's input image, uint8."""
 
 
 class Loaded(NamedTuple):
-    """One image: `pixels` as prepared, or None and the `status` and `reason` why not."""
+    """One image: prepared `pixels`, or None with `status` and `reason`."""
 
     key: str
     label: str | None
@@ -32,9 +32,9 @@ class Loaded(NamedTuple):
 def load_batches(
     source: Source, indices: Sequence[int], prepare: Prepare, *, batch_size: int
 ) -> Iterator[list[Loaded]]:
-    """The images at `indices`, in that order, `batch_size` at a time; the next batch is under way meanwhile.
+    """Yield the images at `indices`, in that order, `batch_size` at a time; the next batch loads meanwhile.
 
-    DataError, naming the object, when storage refuses us.
+    Raises DataError with the object's name if storage denies access.
     """
     starts = range(0, len(indices), batch_size)
     with ThreadPoolExecutor(os.cpu_count()) as decoders, ThreadPoolExecutor(1) as ahead:

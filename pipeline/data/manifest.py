@@ -1,15 +1,15 @@
 """The list of all images of a data set, made once: one row per image object, or per Parquet row group.
 
 First in the flow: `data.path` -> manifest -> order (positions) -> source (bytes). A listing takes minutes for
-millions of objects and may change between two runs, so the manifest is kept in the run directory and reused:
-an index means the same image for as long as the run lives. Reads no image; no Ray here.
+millions of objects and may change between two starts. So the manifest is stored in the run directory and
+reused: an index refers to the same image during the whole run. Reads no image; no Ray here.
 
 Columns of the table, sorted by key in byte order:
 
     kind images    key  size  etag  label
     kind parquet   key  size  etag  row_group  num_rows  num_bytes  num_unlabelled  label?
 
-Settings of `data` that are auto are decided here, by the rules of detection.py, and kept with the table.
+Settings of `data` that are auto are resolved here, by the rules of detection.py, and stored with the table.
 """
 
 import contextlib
@@ -84,9 +84,9 @@ class DataConfig(Settings):
 class Manifest:
     """All images of a data set in one fixed order; an image is its index in [0, num_images).
 
-    `root` is the address that keys are relative to (`s3://bucket` or a folder), `num_ignored` counts what was
-    listed and is no image, `listed_as` holds the config values that decided what is in the table, `detected` the
-    values that were found for those of them that are auto, `notes` what a person should know of these.
+    `root` is the address that keys are relative to (`s3://bucket` or a folder). `num_ignored` counts listed
+    objects that are no images. `listed_as` has the config values that determine the table, `detected` the
+    values found for its auto settings, `notes` messages about them.
     """
 
     table: pa.Table
@@ -98,7 +98,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
 
     def settle(self, config: DataConfig) -> DataConfig:
-        """`config` with the values of this manifest where it is auto."""
+        """Return `config` with its auto settings replaced by the values of this manifest."""
         values = {name: value for name, value in self._values.items() if getattr(config, name) == AUTO}
         return config.model_copy(update=values)
 
@@ -108,12 +108,12 @@ class Manifest:
 
     @property
     def path(self) -> str:
-        """The data set's address: `data.path` in its one normal spelling."""
+        """The data set's address: `data.path`, normalised."""
         return str(self.listed_as["path"])
 
     @property
     def num_images(self) -> int:
-        """Image objects, or rows of all row groups together."""
+        """Number of image objects, or of rows in all row groups."""
         sizes = self.group_sizes
         return self.table.num_rows if sizes is None else int(sizes.sum())
 
@@ -124,15 +124,15 @@ class Manifest:
 
     @property
     def group_bytes(self) -> np.ndarray | None:
-        """Bytes per row group once in memory, int64 [num_groups], for Parquet; None for image objects."""
+        """Bytes per row group in memory, int64 [num_groups], for Parquet; None for image objects."""
         return self.table["num_bytes"].to_numpy() if self.kind == "parquet" else None
 
     def uri(self, key: str) -> str:
-        """The full address of the object or file that `key` names."""
+        """Return the full address of the object or file at `key`."""
         return f"{self.root.rstrip('/')}/{key}"
 
     def to_bytes(self) -> bytes:
-        """A Parquet file that `from_bytes` reads back, and any other Parquet reader too."""
+        """Return the bytes of a Parquet file, which `from_bytes` and any Parquet reader can read."""
         about = {
             "version": _VERSION,
             "kind": self.kind,
@@ -149,9 +149,9 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, config: DataConfig, *, has_begun: bool = True) -> "Manifest":
-        """The manifest in `data`; ConfigError when it was listed for other values than `config` has.
+        """Return the manifest in `data`. Raises ConfigError if it was listed with values not in `config`.
 
-        A value that is auto now takes whatever a run that `has_begun` was listed with.
+        If the run `has_begun`, a setting that is auto in `config` accepts any value of the manifest.
         """
         try:
             table = pq.read_table(pa.BufferReader(data)).combine_chunks()
@@ -181,10 +181,10 @@ class Manifest:
 def load_or_build(
     config: DataConfig, directory: Directory, name: str = "manifest.parquet", *, begun: str = "config.yaml"
 ) -> Manifest:
-    """The manifest that the run directory keeps under `name`; listed and written there the first time.
+    """Return the manifest stored as `name` in the run directory; the first call lists the data and writes it.
 
-    Until the run has begun (the file `begun` is written then), one that was listed for other values is replaced:
-    an attempt that failed on a wrong setting must not hold on to it.
+    Before the run has begun (it then writes the file `begun`), a manifest listed with other values is
+    replaced: an attempt that failed on a wrong setting must not fix that setting.
     """
     with contextlib.suppress(MissingObject):
         data, has_begun = directory.read(name), directory.exists(begun)
@@ -199,10 +199,10 @@ def load_or_build(
 
 
 def build_manifest(config: DataConfig) -> Manifest:
-    """List `config.path` (all pages, all folders), keep what is an image by its name, sort by key.
+    """List `config.path` (all pages, all folders), keep images by name, and sort by key.
 
-    DataError when nothing is there or it cannot be listed, or a Parquet shard is damaged; ConfigError when
-    image objects and Parquet shards lie side by side, or a column or option does not fit what is there.
+    Raises DataError if there are no images, listing fails, or a Parquet shard is damaged. Raises ConfigError
+    if image objects and Parquet shards are mixed, or a column or option does not fit the data.
     """
     listing = list_entries(config.path, attempts=config.fetch_attempts)
     found = {role: EntryTable() for role in ("image", "bare", "parquet")}
@@ -222,7 +222,7 @@ def build_manifest(config: DataConfig) -> Manifest:
     path = normal_uri(config.path)
     num_images, num_shards = len(found["image"]), len(found["parquet"])
     if num_images and num_shards and not hold_images(found["parquet"].table(), listing.root):
-        num_ignored, num_shards = num_ignored + num_shards, 0  # tables about the images
+        num_ignored, num_shards = num_ignored + num_shards, 0  # the shards are metadata about the images
     if num_images and num_shards:
         raise ConfigError(
             f"data.path={path} holds {num_images} images and {num_shards} Parquet shards; "
@@ -242,12 +242,12 @@ def build_manifest(config: DataConfig) -> Manifest:
 
 
 def _sorted(table: pa.Table, *columns: str) -> pa.Table:
-    """In byte order of the key, as Arrow compares strings; stores differ in how they order a listing."""
+    """Sort in byte order of the key, as Arrow compares strings, because stores list in different orders."""
     return table.sort_by([(column, "ascending") for column in columns]).combine_chunks()
 
 
 _Found = tuple[pa.Table, dict[str, Any], list[str]]
-"""A manifest's table, what was detected, and notes on it."""
+"""A manifest's table, the detected values, and notes on them."""
 
 
 def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) -> _Found:

@@ -2,7 +2,7 @@
 
 A position counts images from the start of the run over all epochs, so one integer is the whole state of the
 data stream. Within an epoch the order is a seeded permutation, evaluated point by point: nothing is shuffled
-in memory, nothing is stored, and position 10^9 costs as much as position 0. Knows nothing of files or Ray.
+in memory, nothing is stored, and position 10^9 costs as much as position 0. No files and no Ray here.
 """
 
 from functools import lru_cache
@@ -15,10 +15,10 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 def permute(index: ArrayLike, *, size: int, seed: int) -> NDArray[np.int64]:
-    """Image of `index` (int array, each in [0, size)) under a seeded permutation of range(size).
+    """Map `index` (int array, each in [0, size)) by a seeded permutation of range(size).
 
-    A balanced Feistel network over the next even power of two, walked until it lands inside the range
-    (cycle walking): a bijection by construction, whatever the round function is.
+    A balanced Feistel network over the next even power of two, applied until the value is in the range (cycle
+    walking). It is a bijection by construction, for any round function.
     """
     x = np.asarray(index, dtype=np.uint64)
     if x.size and int(x.max()) >= size:
@@ -41,9 +41,9 @@ def permute(index: ArrayLike, *, size: int, seed: int) -> NDArray[np.int64]:
 class Order:
     """The order of `num_images` images over endless epochs.
 
-    Without `group_sizes` each epoch permutes all images. With them (rows per Parquet row group), groups are
-    permuted, taken in windows of `window_groups`, and rows are permuted within a window: neighbouring
-    positions then need few groups, and a reader that caches one window reads each group once.
+    Without `group_sizes` each epoch permutes all images. With `group_sizes` (rows per Parquet row group),
+    groups are permuted and taken in windows of `window_groups`, and rows are permuted within a window.
+    Neighbouring positions then need few groups, and a reader that caches one window reads each group once.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Order:
             self._group_starts = np.concatenate([[0], np.cumsum(group_sizes)])
 
     def locate(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Positions (int array, >= 0) -> (epochs, image indices), each int64 of the same shape."""
+        """Map positions (int array, >= 0) to (epochs, image indices), each int64 of the same shape."""
         epochs, ranks = np.divmod(np.asarray(positions, dtype=np.int64), self.num_images)
         images = np.empty_like(ranks)
         for epoch in np.unique(epochs):
@@ -75,7 +75,7 @@ class Order:
         return epochs, images
 
     def substitute(self, position: int, attempt: int) -> int:
-        """Image that stands in for an unreadable one: the `attempt`-th next in the same epoch's order, cyclic."""
+        """Return the substitute of an unreadable image: the `attempt`-th next in its epoch, cyclic."""
         epoch, rank = divmod(position, self.num_images)
         rank = (rank + attempt) % self.num_images
         return int(self._within_epoch(epoch, np.array([rank]))[0])
@@ -105,7 +105,7 @@ class Order:
 def _windows(
     group_sizes: bytes, window_groups: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """One epoch's permuted groups, the running end of their rows, and the start of each window (plus the end)."""
+    """Return one epoch's permuted groups, the cumulative ends of their rows, and window starts plus end."""
     sizes = np.frombuffer(group_sizes, dtype=np.int64)
     groups = permute(np.arange(len(sizes)), size=len(sizes), seed=seed)
     row_ends = np.cumsum(sizes[groups])

@@ -1,8 +1,8 @@
-"""Parquet shards as sources of images: what their footers say, and one row group at a time.
+"""Read Parquet shards of images: their footers, and one row group at a time.
 
-Stands between storage and the manifest (footers, read once) and the source (row groups, read as they are
-needed). A shard on S3 is read in ranged GETs through our own client, so it obeys the same retries and raises
-the same errors as any object. Decodes no image; no Ray here.
+Stands between storage and two readers: the manifest (footers, read once) and the source (row groups, on
+demand). A shard on S3 is read in ranged GETs through the project's client, so it has the same retries and
+errors as any object. Decodes no image; no Ray here.
 """
 
 import threading
@@ -22,7 +22,7 @@ from pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
 
 
 class RowGroup(NamedTuple):
-    """One row group as the footer describes it; `num_bytes` counts the wanted columns, uncompressed."""
+    """One row group, from the footer; `num_bytes` is the uncompressed size of the wanted columns."""
 
     row_group: int
     num_rows: int
@@ -30,11 +30,11 @@ class RowGroup(NamedTuple):
 
 
 class CorruptShard(DataError):  # noqa: N818
-    """The object is not Parquet, or no longer is what its footer says."""
+    """The object is not Parquet, or no longer matches its footer."""
 
 
 class Footer(NamedTuple):
-    """What the footer of one shard says: its columns, and its row groups with sizes and statistics."""
+    """The footer of one shard: its columns, and its row groups with sizes and statistics."""
 
     uri: str
     schema: pa.Schema
@@ -42,15 +42,16 @@ class Footer(NamedTuple):
 
 
 def read_footer(uri: str, num_bytes: int, *, attempts: int = 5) -> Footer:
-    """Read the footer of one shard: one ranged GET on S3. CorruptShard when the object is no Parquet file."""
+    """Read the footer of one shard: one ranged GET on S3. Raises CorruptShard if it is not a Parquet file."""
     with _open_shard(uri, num_bytes, attempts) as shard:
         return Footer(uri, shard.schema_arrow, shard.metadata)
 
 
 def row_groups(footer: Footer, *, image_column: str, other_columns: Sequence[str]) -> list[RowGroup]:
-    """The row groups of one shard that hold rows.
+    """Return the row groups of one shard that hold rows.
 
-    ConfigError when a column is missing or `image_column` holds no bytes, naming shard, column and what is there.
+    Raises ConfigError if a column is missing or `image_column` holds no bytes. The message has the shard, the
+    column and the existing columns or types.
     """
     uri, schema, metadata = footer
     for column in (image_column, *other_columns):
@@ -81,16 +82,16 @@ def row_groups(footer: Footer, *, image_column: str, other_columns: Sequence[str
 
 
 class ColumnFacts(NamedTuple):
-    """What statistics say of a column in one row group: its least and greatest value, and how many rows have none."""
+    """Statistics of a column in one row group: its least and greatest value, and its number of nulls."""
 
     ends: frozenset[Any] | None
-    """None where the values are not known."""
+    """None if the values are unknown."""
     num_nulls: int | None
-    """None where it is not known."""
+    """None if the number is unknown."""
 
 
 def column_facts(footer: Footer, group: int, column: str) -> ColumnFacts:
-    """The statistics of a column that is not nested."""
+    """Return the statistics of a column that is not nested."""
     metadata = footer.metadata.row_group(group)
     for number in range(metadata.num_columns):
         chunk = metadata.column(number)
@@ -112,9 +113,10 @@ def read_row_group(
     other_columns: Sequence[str],
     attempts: int = 5,
 ) -> pa.Table:
-    """The wanted columns of one row group: `image_column` as plain (large) binary, the others as text.
+    """Read columns of one row group: `image_column` as plain (large) binary, the others as text.
 
-    MissingObject, Unreachable or DataError from the store; CorruptShard when the bytes cannot be parsed.
+    Raises MissingObject, Unreachable or DataError from the store, and CorruptShard if the bytes cannot be
+    parsed.
     """
     with _open_shard(uri, num_bytes, attempts) as shard:
         table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
@@ -126,7 +128,7 @@ def read_row_group(
 
 
 def read_column(uri: str, num_bytes: int, group: int, *, column: str, attempts: int = 5) -> list[str | None]:
-    """One column of one row group as text; raises as `read_row_group`."""
+    """Read one column of one row group as text; raises as `read_row_group`."""
     with _open_shard(uri, num_bytes, attempts) as shard:
         table = shard.read_row_group(group, columns=[column], use_threads=False)
         texts: list[str | None] = table[column].cast(pa.string()).to_pylist()
@@ -134,7 +136,7 @@ def read_column(uri: str, num_bytes: int, group: int, *, column: str, attempts: 
 
 
 class RowGroupCache:
-    """The row groups used last: what fits in `max_bytes`, but always the latest. Safe for many threads."""
+    """Cache of the most recently used row groups: up to `max_bytes`, but always the latest. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -143,19 +145,19 @@ class RowGroupCache:
 
     @property
     def num_bytes(self) -> int:
-        """What is held now."""
+        """Bytes in the cache."""
         with self._lock:
             return sum(table.nbytes for table in self._tables.values())
 
     def get(self, group: int) -> pa.Table | None:
-        """The table of a row group, which thereby becomes the latest used; None when it is not held."""
+        """Return the table of a row group and mark it as the latest used; None if it is not cached."""
         with self._lock:
             if group in self._tables:
                 self._tables.move_to_end(group)
             return self._tables.get(group)
 
     def put(self, group: int, table: pa.Table) -> None:
-        """Hold a table and let go of those unused for longest."""
+        """Add a table and drop the least recently used tables."""
         with self._lock:
             self._tables[group] = table
             self._tables.move_to_end(group)

@@ -1,9 +1,9 @@
-"""Which positions go to which rank at which step, and how they travel: a pure function of a few integers.
+"""Assign positions to steps, ranks and blocks: a pure function of a few integers.
 
-Step s consumes positions [s * global_batch_size, (s + 1) * global_batch_size): after any step the images seen
-are a prefix of the position stream, whatever the number of ranks, so the step is the whole data state. Rank r
+Step s consumes positions [s * global_batch_size, (s + 1) * global_batch_size). After any step the images seen
+are a prefix of the position stream, for any number of ranks, so the step is the whole data state. Rank r
 takes the r-th slice of each step. A block holds several steps of one rank; blocks alternate over ranks in the
-order in which the stream is split. Knows nothing of images or Ray.
+order in which the stream is split. No images and no Ray here.
 """
 
 from dataclasses import dataclass
@@ -33,20 +33,20 @@ class Layout:
         return -(-(self.last_step - self.first_step) // self.steps_per_block) * self.world_size
 
     def block(self, index: int) -> NDArray[np.int64]:
-        """Positions of block `index`, [steps in the block * batch_size_per_worker], in the order of consumption."""
+        """Return the positions of block `index` in order of use, [steps in block * batch_size_per_worker]."""
         turn, rank = divmod(index, self.world_size)
         start = self.first_step + turn * self.steps_per_block
         stop = min(start + self.steps_per_block, self.last_step)
         return np.concatenate([self.positions(step, rank) for step in range(start, stop)])
 
     def positions(self, step: int, rank: int) -> NDArray[np.int64]:
-        """Positions that `rank` consumes at `step`, [batch_size_per_worker]."""
+        """Return the positions that `rank` consumes at `step`, [batch_size_per_worker]."""
         first = (step * self.world_size + rank) * self.batch_size_per_worker
         return np.arange(first, first + self.batch_size_per_worker)
 
 
 def lay_out(steps: range, *, world_size: int, global_batch_size: int, image_bytes: int) -> Layout:
-    """These steps of a run over its ranks, in blocks of a good size."""
+    """Return the layout of `steps` over the ranks of a run; `steps_per_block` chooses the block size."""
     per_worker = batch_size_per_worker(global_batch_size, world_size)
     return Layout(
         first_step=steps.start,
@@ -58,7 +58,10 @@ def lay_out(steps: range, *, world_size: int, global_batch_size: int, image_byte
 
 
 def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
-    """Each worker's equal share; ConfigError proposes the nearest batch sizes that divide."""
+    """Return each worker's equal share.
+
+    Otherwise raise ConfigError with the nearest divisible batch sizes.
+    """
     if global_batch_size % train_workers:
         low = global_batch_size // train_workers * train_workers
         near = " or ".join(str(n) for n in (low, low + train_workers) if n)
@@ -70,7 +73,7 @@ def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
 
 
 def check_parts(batch_size: int, num_parts: int) -> None:
-    """ConfigError unless a worker's `batch_size` images of a step can be passed in `num_parts` equal parts."""
+    """Raise ConfigError unless a worker's `batch_size` images per step are `num_parts` equal microbatches."""
     if batch_size % num_parts:
         nearest = max(n for n in range(1, min(num_parts, batch_size) + 1) if batch_size % n == 0)
         raise ConfigError(
@@ -80,10 +83,10 @@ def check_parts(batch_size: int, num_parts: int) -> None:
 
 
 def steps_per_block(batch_size_per_worker: int, image_bytes: int) -> int:
-    """Steps of one rank that a block holds: as many as fit 100 MiB and 256 images, at least one.
+    """Return the number of steps per block: as many as fit in 100 MiB and 256 images, at least one.
 
-    Below some 60 MB the cost of scheduling a block outweighs that of its bytes; above 256 images of a small
-    recipe the first batch would wait for a block that takes seconds to augment.
+    Below about 60 MB, scheduling a block costs more than its bytes. Above 256 images of a small recipe, the
+    first batch would wait seconds until its block is augmented.
     """
     rows = min(_MAX_BLOCK_ROWS, _TARGET_BLOCK_BYTES // image_bytes)
     return max(1, rows // batch_size_per_worker)

@@ -1,7 +1,7 @@
-"""The row groups of all Parquet shards of a data set, as a table, and the columns that hold images, keys and labels.
+"""Tabulate the row groups of a data set's Parquet shards, and find its columns of images, keys and labels.
 
-Stands between the listing of shards and the manifest. Reads footers, and rows only where a column is ambiguous. No Ray
-here.
+Stands between the listing of shards and the manifest. Reads footers; reads rows only if a column is
+ambiguous. No Ray here.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Asked(NamedTuple):
 
 
 class RowGroups(NamedTuple):
-    """A row per row group, the columns, and whether the folders around shards are labels."""
+    """One table row per row group, the columns, and a flag: the folders of the shards are labels."""
 
     table: pa.Table
     columns: Columns
@@ -58,10 +58,10 @@ class RowGroups(NamedTuple):
 def list_row_groups(
     shards: pa.Table, *, path: str, root: str, asked: Asked, concurrency: int, attempts: int
 ) -> RowGroups:
-    """The row groups of `shards`: columns key, size, etag and label (of the folders around them), sorted by key.
+    """Return the row groups of `shards`, a table sorted by key: key, size, etag and label (from its folders).
 
-    Footers are read `concurrency` at a time. ConfigError when a column or setting does not fit what is there,
-    DataError when there are no rows.
+    Reads `concurrency` footers at a time. Raises ConfigError if a column or setting does not fit the shards,
+    and DataError if they hold no rows.
     """
     from_folders = _is_labelled_by_folders(shards, path, asked)
     rows = shards.to_pylist()
@@ -96,7 +96,7 @@ def list_row_groups(
         try:
             found = [group for part in pool.map(read, rows) for group in part]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # the first damaged shard ends it: read no more
+            pool.shutdown(wait=False, cancel_futures=True)  # stop reading after the first damaged shard
             raise
     if not found:
         raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows")
@@ -109,7 +109,7 @@ def list_row_groups(
 
 
 def hold_images(shards: pa.Table, root: str) -> bool:
-    """Whether Parquet shards have a column of bytes, by the first of them; a damaged one may have."""
+    """Return True if the first Parquet shard has a column of bytes, or is damaged and may have one."""
     shard = shards.sort_by("key").slice(0, 1).to_pylist()[0]
     try:
         footer = read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"])
@@ -119,7 +119,7 @@ def hold_images(shards: pa.Table, root: str) -> bool:
 
 
 def _is_labelled_by_folders(shards: pa.Table, path: str, asked: Asked) -> bool:
-    """Whether the folders around shards are their labels."""
+    """Return True if the folders of shards are their labels."""
     labels = shards["label"]
     if asked.from_folders is not True:
         several = not labels.null_count and len(labels.unique()) > 1
@@ -166,7 +166,7 @@ def _columns(footer: Footer, num_bytes: int, asked: Asked, attempts: int) -> Col
 
 
 def _without_useless_label(columns: Columns, facts: Sequence[ColumnFacts]) -> Columns:
-    """The columns without a detected label column that is empty or holds one class."""
+    """Return the columns, without the detected label column if it is empty or holds only one class."""
     ends = [found.ends for found in facts if found.ends is not None]
     if len(ends) < len(facts) or len(frozenset().union(*ends)) > 1:
         num_nulls = sum(found.num_nulls or 0 for found in facts)

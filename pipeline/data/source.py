@@ -1,8 +1,8 @@
-"""Bytes of images by index: the manifest says where each one is, this fetches many at once.
+"""Fetch the bytes of images by index, many at once, from the addresses in the manifest.
 
-Stands between the manifest and the decoder, inside every augmentation actor. One bad image is a status in
-its place, never an exception, so positions stay what they are; storage that is closed to us ends the run at
-once. Delivers encoded bytes and knows nothing of decoding, of order, or of Ray.
+Stands between the manifest and the decoder, inside every augmentation actor. A bad image becomes a status,
+never an exception, so positions do not shift; storage that denies access ends the run at once. Returns
+encoded bytes; no decoding, no order and no Ray here.
 """
 
 import os
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 class Status(IntEnum):
-    """What became of one image: a small number that travels beside it to the trainer."""
+    """Result of reading one image: a small number that is sent with it to the trainer."""
 
     OK = 0
     MISSING = 1
@@ -41,7 +41,7 @@ class Status(IntEnum):
 
 
 class Fetched(NamedTuple):
-    """One image as it was fetched: `data` is None, and `reason` says why, unless `status` is OK."""
+    """One fetched image. Unless `status` is OK, `data` is None and `reason` is the reason."""
 
     key: str
     data: bytes | None
@@ -51,9 +51,9 @@ class Fetched(NamedTuple):
 
 
 class Source:
-    """The images of a manifest, or those of them that `selected` names, by index in [0, num_images).
+    """The images of a manifest, or only the `selected` images, by index in [0, num_images).
 
-    Pickles as its arguments: threads, connections and cached rows stay in the process.
+    A pickle contains only the arguments: threads, connections and cached rows stay in the process.
     """
 
     def __init__(
@@ -71,57 +71,57 @@ class Source:
 
     @property
     def num_images(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return self._reader.num_images if self._selected is None else len(self._selected)
 
     @property
     def has_labels(self) -> bool:
-        """Whether the settings, or what was detected, say where labels are."""
+        """True if the settings or the detected values define labels."""
         return self.config.label_column is not None or self.config.label_from_parent is True
 
     def select(self, indices: NDArray[np.int64]) -> "Source":
-        """The images at these indices alone."""
+        """Return a source of only the images at these indices."""
         chosen = indices if self._selected is None else self._selected[indices]
         return Source(self.config, self.manifest, chosen)
 
     def key(self, index: int) -> str:
-        """The name of an image without reading it: the object's key, or `shard#row` for Parquet.
+        """Return the name of an image without reading it: the object's key, or `shard#row` for Parquet.
 
-        With a `key_column`, `Fetched.key` is the column's value instead, which only reading can tell.
+        With a `key_column`, `Fetched.key` is the column's value instead, which requires a read.
         """
         return self._reader.key(int(self.in_manifest([index])[0]))
 
     def fetch(self, indices: Sequence[int]) -> list[Fetched]:
-        """The images at `indices`, in that order, with up to `fetch_concurrency` requests in flight.
+        """Fetch the images at `indices`, in that order, with up to `fetch_concurrency` requests in flight.
 
-        An image that is missing, empty, too large or unreachable after all attempts comes back with its
-        status. DataError, at once and naming the object, when storage refuses us or the bucket is gone.
+        An image that is missing, empty, too large or unreachable after all attempts is returned with its
+        status. Raises DataError with the object's name at once if the bucket is missing or denies access.
         """
         fetched = dict(self.arrivals(indices))
         return [fetched[place] for place in range(len(indices))]
 
     def arrivals(self, indices: Sequence[int]) -> Iterator[tuple[int, Fetched]]:
-        """As `fetch`, but (place in `indices`, image) as they arrive. All requests are under way on return."""
+        """As `fetch`, but yield (place in `indices`, image) on arrival; requests start before it returns."""
         if is_s3(self.manifest.root):
-            s3_client()  # made here, once, rather than by all threads together
+            s3_client()  # made here once, so that the threads do not all make one
         return self._reader.arrivals(self.in_manifest(indices).tolist(), self._begin)
 
     def in_manifest(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """The indices [n] of images in the manifest, which may have more images."""
+        """Return the manifest's indices [n] of these images; the manifest may have more images."""
         own = np.asarray(indices, np.int64)
-        wrong = own[(own < 0) | (own >= self.num_images)]  # negative ones must not count from the end here
+        wrong = own[(own < 0) | (own >= self.num_images)]  # a negative index must not count from the end
         if len(wrong):
             raise IndexError(f"image {wrong[0]} of {self.num_images}")
         return own if self._selected is None else self._selected[own]
 
     def take_cpu_seconds(self) -> float:
-        """CPU time that fetching has taken since the last call."""
+        """Return the CPU time spent on fetching since the last call, in seconds."""
         with self._lock:
             seconds, self._cpu_seconds = self._cpu_seconds, 0.0
         return seconds
 
     def _begin(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        """(place, `work` of the item) as they end; the first exception is raised and what has not begun dropped."""
+        """Yield (place, result of `work`) as calls end; the first exception cancels calls not yet begun."""
 
         def timed(item: Item) -> Result:
             begin = time.thread_time()
@@ -191,7 +191,7 @@ class _Objects:
 
 
 class _Rows:
-    """One image per row of Parquet shards, read by whole row groups, the latest of which are kept."""
+    """One image per row of Parquet shards. Whole row groups are read and the latest are cached."""
 
     def __init__(self, config: DataConfig, manifest: Manifest) -> None:
         self._config = config
@@ -224,7 +224,7 @@ class _Rows:
         return rows()
 
     def _waves(self, groups: Iterable[int]) -> Iterator[list[int]]:
-        """The distinct groups in portions that the cache could hold, so that memory stays near twice that."""
+        """Yield the distinct groups in portions that fit the cache, so memory stays near twice its size."""
         wave: list[int] = []
         num_bytes = 0
         for group in dict.fromkeys(groups):
@@ -237,7 +237,7 @@ class _Rows:
             yield wave
 
     def _table(self, group: int) -> pa.Table | DataError:
-        """The rows of a group, from the cache or the shard, or the error that all its images share."""
+        """Return the rows of a group, from the cache or the shard, or the error that all its images share."""
         table = self._cache.get(group)
         if table is not None:
             return table
@@ -268,7 +268,7 @@ class _Rows:
             table[column][row].as_py() if column is not None else None
             for column in (self._config.key_column, self._config.label_column)
         )
-        label = label or self._groups[group].get("label")  # of the folder around the shard
+        label = label or self._groups[group].get("label")  # the label of the shard's folder
         data = table[self._config.image_column][row].as_py()
         return _whole(name if key is None else key, data, label, self._config.max_object_bytes)
 
@@ -289,7 +289,7 @@ _BAD_IMAGE: dict[type[DataError], Status] = {
 
 
 def _whole(key: str, data: bytes | None, label: str | None, limit: int) -> Fetched:
-    """An image that was read: good unless there is nothing in it or too much."""
+    """Return a read image: OK unless it has no bytes or more than `limit` bytes."""
     if not data:
         return Fetched(key, None, label, Status.CORRUPT, "null" if data is None else "0 bytes")
     if len(data) > limit:

@@ -1,1 +1,1 @@
-"""What the features of a frozen backbone are worth."""
+"""Evaluation of a frozen backbone's features."""

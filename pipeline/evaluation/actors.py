@@ -1,6 +1,6 @@
-"""A map over numbered items on Ray actors that hold a network, or none: evaluations, embeddings and packing.
+"""A map over numbered items on Ray actors, with or without a network: evaluations, embeddings and packing.
 
-Knows what an item and its result are only as far as they can be pickled.
+The only requirement for items and results is that they can be pickled.
 """
 
 import pickle
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.training.checkpoint import Frozen
 
 _MOST_BLOCKS = 4096
-"""Ray plans every block up front, at some 1.3 ms each."""
+"""Limit on blocks: Ray plans every block up front, at some 1.3 ms each."""
 
 
 Work = Callable[[Any, Source, Any], Any]
@@ -28,7 +28,7 @@ Work = Callable[[Any, Source, Any], Any]
 
 
 class EmbedTask(NamedTuple):
-    """What is to be made of the images of one source: `work`, item by item."""
+    """Task for the images of one source: call `work` item by item."""
 
     work: Work
     source: Source
@@ -36,7 +36,7 @@ class EmbedTask(NamedTuple):
 
 
 class EmbedActor:
-    """Numbers of items in, what the work makes of them out. An error that a person can mend is a result too."""
+    """Maps item numbers to results of the work. An error that the user can fix is returned as a result."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class EmbedActor:
         tasks: "Sequence[ray.ObjectRef[EmbedTask]]",
         device: str,
     ) -> None:
-        # In a list, since Ray warns of references that are arguments themselves.
+        # In a list, because Ray warns about references passed directly as arguments.
         frozen = ray.get(network)[0]
         self._backbone = None if frozen is None else frozen.backbone(device)
         self._tasks = [ray.get(task) for task in tasks]
@@ -59,7 +59,7 @@ class EmbedActor:
             try:
                 result = task.work(self._backbone, task.source, task.items[item])
             except DinorayError as error:
-                result = error  # as it is: Ray would pass on its text alone, inside a traceback
+                result = error  # unchanged: Ray would pass on only its text, inside a traceback
             results[row] = pickle.dumps((place, result))
         return {"result": results}
 
@@ -72,9 +72,9 @@ def embed_on_actors(
     use_gpu: bool,
     in_order: bool = True,
 ) -> Iterator[tuple[int, Any]]:
-    """(number of the task, result) for each item of each task, on up to `actors` actors, or on one per GPU.
+    """Yield (task number, result) for each item of each task, on up to `actors` actors, or one per GPU.
 
-    Raises the first DinorayError that an item comes to. Not `in_order`, results come as they are ready.
+    Raises the first DinorayError that an item causes. If not `in_order`, results come as they are ready.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = in_order

@@ -1,7 +1,8 @@
-"""What a frozen backbone tells beside its output: the last blocks, the patches, and what it makes of augmented views.
+"""Outputs of a frozen backbone: last blocks, patch tokens, and features of augmented views.
 
-Work for the embed actors of stream/ray_data.py and the jobs behind them. The forwards keep the output itself in the
-first D columns, bit for bit what `backbone(x)` gives. No Ray here. Axes: B images, N patches, D embed.
+This is work for the embed actors of evaluation/actors.py and the jobs that use them. Every forward function
+keeps the output itself in the first D columns, bit-identical to `backbone(x)`. No Ray here. Axes: B images, N
+patches, D embed.
 """
 
 import inspect
@@ -24,7 +25,7 @@ from pipeline.training.checkpoint import Frozen
 
 
 def check_size(network: Frozen, image_size: int) -> None:
-    """ConfigError when the network cannot take square images of `image_size` pixels: one is tried."""
+    """Try one square image of `image_size` pixels; raise ConfigError if the network rejects the size."""
     try:
         with torch.no_grad():
             network.backbone()(torch.zeros(1, 3, image_size, image_size))
@@ -37,7 +38,7 @@ def check_size(network: Frozen, image_size: int) -> None:
 
 
 def has_tokens(backbone: nn.Module) -> bool:
-    """Whether it is a vision transformer: a class token and patch tokens that can be read from every block."""
+    """Return true for a vision transformer: a class token, and patch tokens readable from every block."""
     inner = getattr(backbone, "forward_intermediates", None)
     return (
         inner is not None
@@ -48,10 +49,10 @@ def has_tokens(backbone: nn.Module) -> bool:
 
 
 def with_blocks(backbone: Any, x: Tensor, *, num_blocks: int, mean_patches: bool) -> Tensor:
-    """[B, 3, H, W] -> [B, D + E]: the output, then the class tokens of the last blocks, oldest first.
+    """Map [B, 3, H, W] to [B, D + E]: the output, then the class tokens of the last blocks, oldest first.
 
-    Each block's tokens pass the network's last norm. `mean_patches` adds the mean patch token of the last
-    block. A network that `has_tokens` is not true of gives its output twice: E = D.
+    Each block's tokens pass through the network's last norm. `mean_patches` adds the mean patch token of the
+    last block. For a network without tokens (see `has_tokens`), the output is repeated: E = D.
     """
     if not has_tokens(backbone):
         output = backbone(x)
@@ -70,9 +71,9 @@ def with_blocks(backbone: Any, x: Tensor, *, num_blocks: int, mean_patches: bool
 
 
 def with_patches(backbone: Any, x: Tensor) -> Tensor:
-    """[B, 3, H, W] -> [B, D + N * D]: the output, then all patch tokens, row by row of the picture.
+    """Map [B, 3, H, W] to [B, D + N * D]: the output, then all patch tokens, row by row of the picture.
 
-    Only for a network that `has_tokens` is true of.
+    Only for a network for which `has_tokens` is true.
     """
     tokens = backbone.forward_features(x)
     return torch.cat(
@@ -83,11 +84,12 @@ def with_patches(backbone: Any, x: Tensor) -> Tensor:
 def view_crops(
     image: NDArray[np.uint8], key: str, *, crops: CropsConfig, num_views: int, seed: int
 ) -> NDArray[np.uint8]:
-    """Augmented views of an image, uint8 [num_views, S, S, 3]: view v is a global crop of epoch v in training.
+    """Return augmented views of an image, uint8 [num_views, S, S, 3].
 
-    The kinds of global crop take turns, since they are augmented differently.
+    View v is a global crop of epoch v in training. The kinds of global crop alternate, because they are
+    augmented differently.
     """
-    alone = crops.model_copy(update={"num_local_crops": 0})  # globals are drawn first: they stay the same
+    alone = crops.model_copy(update={"num_local_crops": 0})  # global crops are drawn first: unchanged
     return np.stack(
         [
             multi_crop(image, crop_rng(seed, view, key), alone).global_crops[view % crops.num_global_crops]
@@ -107,7 +109,7 @@ def embed_views(
     batch_size: int,
     precision: str,
 ) -> NDArray[np.float32]:
-    """Features of the views of the readable images at `indices`: float32 [n, num_views, D]."""
+    """Return features of the views of the readable images at `indices`: float32 [n, num_views, D]."""
     prepare = partial(view_crops, crops=crops, num_views=num_views, seed=seed)
     rows: list[NDArray[np.float32]] = []
     for batch in load_batches(source, indices, prepare, batch_size=max(1, batch_size // num_views)):

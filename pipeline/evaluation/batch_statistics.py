@@ -1,7 +1,8 @@
-"""Batch-norm statistics of a network that has not trained, so that it can be evaluated. No Ray here.
+"""Batch-norm statistics of an untrained network, so that it can be evaluated. No Ray here.
 
-A new network has running means of 0 and variances of 1, which fit no data. An evaluation with them measures this and
-not the features. Calibration passes global crops of training images through the backbone and learns nothing.
+A new network has running means of 0 and variances of 1, which fit no data. An evaluation would measure this
+mismatch and not the features. Calibration passes global crops of training images through the backbone and
+learns nothing.
 """
 
 import copy
@@ -22,22 +23,22 @@ from pipeline.training import distributed
 from pipeline.training.config import DINOConfig
 
 _NUM_IMAGES = 512
-"""Training images to calibrate on, and one batch at least."""
+"""Number of training images for calibration; at least one batch is used."""
 
 
 def calibrated(backbone: nn.Module, images: Source, config: DINOConfig) -> tuple[nn.Module, int]:
-    """Return a copy of the backbone with statistics of training images, and how many of them were used.
+    """Return a copy of the backbone calibrated on training images, and the number of images used.
 
-    Batches are those of the teacher in training: all global crops of as many images, over all processes. Layers
-    whose statistics are trained keep them. Without layers to calibrate, it is the backbone itself, and 0. Call on all
-    processes.
+    Batches equal the teacher's batches in training: all global crops of as many images, over all processes.
+    Layers with trained statistics keep them. Without layers to calibrate, the result is the backbone itself,
+    and 0. Call on all processes.
     """
     if not _untrained(backbone):
         return backbone, 0
     backbone = copy.deepcopy(backbone).eval()
     for layer in _untrained(backbone):
         layer.reset_running_stats()
-        layer.momentum = None  # the mean over all batches
+        layer.momentum = None  # use the mean over all batches
         layer.train()
     mine, batch_size = _share(images.num_images, config)
     crops, num_views = config.crops, config.crops.num_global_crops
@@ -55,7 +56,7 @@ def calibrated(backbone: nn.Module, images: Source, config: DINOConfig) -> tuple
 
 
 def _untrained(backbone: nn.Module) -> list[_BatchNorm]:
-    """Layers whose running statistics are those of a new layer."""
+    """Return the layers whose running statistics still have their initial values."""
     layers = [layer for layer in backbone.modules() if isinstance(layer, _BatchNorm)]
     return [
         layer
@@ -68,9 +69,9 @@ def _untrained(backbone: nn.Module) -> list[_BatchNorm]:
 
 
 def _share(num_images: int, config: DINOConfig) -> tuple[NDArray[np.int64], int]:
-    """This process's images, batch after batch, and how many of them a batch has.
+    """Return this process's images, batch after batch, and the number of images per batch.
 
-    Each batch is spread over the whole data set, because neighbours are often of one class.
+    Each batch is spread over the whole data set, because neighbouring images are often of one class.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     batch_size = config.train.global_batch_size // config.train.accumulate_steps

@@ -1,4 +1,7 @@
-"""Compare the class names of an evaluation's training and validation images. Reads labels alone; no Ray here."""
+"""Compare the class names of an evaluation's training and validation images.
+
+Reads only labels; no Ray here.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,22 +22,23 @@ _NAME_LENGTH = 40
 
 
 class Mismatch(NamedTuple):
-    """Validation classes without training images: `text` for a person, and whether all classes are such."""
+    """Validation classes without training images: a message `text`, and a flag if no class matches."""
 
     text: str
     is_disjoint: bool
 
 
 def class_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch | None:
-    """Compare the images that an evaluation takes from each side; None where each validation class can be found.
+    """Compare the images that an evaluation takes from each side; return None if no class is missing.
 
-    A held-out part of one data set is not compared: its classes are those of the rest, except for the rarest.
+    A held-out part of one data set is not compared: its classes also occur in the rest, except for the
+    rarest.
     """
     if config.val_path == AUTO:
         return None
     classified = Counter(name for names in _names(val, config.max_val_images) for name in names)
     missing, known = set(classified), set[str]()
-    if not missing:  # the evaluation refuses images without labels
+    if not missing:  # the evaluation rejects images without labels
         return None
     for names in _names(train, config.max_train_images):
         known |= set(names)
@@ -64,7 +68,7 @@ def class_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch |
 
 
 def _classes(names: Iterable[str]) -> str:
-    """`12 classes ('a', 'b', 'c' and 9 more)`."""
+    """Format class names as `12 classes ('a', 'b', 'c' and 9 more)`."""
     number = len(set(names))
     shown = f" ({_some(names)})" if number else ""
     return f"{number} class{'' if number == 1 else 'es'}{shown}"
@@ -77,7 +81,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _names(source: Source, limit: int) -> Iterator[list[str]]:
-    """The labels of the subset that an evaluation takes, in parts; images without a label are left out."""
+    """Yield the labels of the subset that an evaluation takes, in parts; omit images without a label."""
     indices = source.in_manifest(subset(source.num_images, limit))
     sizes = source.manifest.group_sizes
     if sizes is None:
@@ -88,7 +92,7 @@ def _names(source: Source, limit: int) -> Iterator[list[str]]:
     groups = np.searchsorted(starts, indices, side="right") - 1
     wanted, at_once = np.unique(groups), source.config.fetch_concurrency
     with ThreadPoolExecutor(at_once) as pool:
-        # Few at a time: most often the first ones have all classes.
+        # A few row groups at a time: most often the first row groups contain all classes.
         for first in range(0, len(wanted), at_once):
             wave = wanted[first : first + at_once]
             for group, labels in zip(wave, pool.map(lambda group: _read(source, group), wave), strict=True):
@@ -98,10 +102,10 @@ def _names(source: Source, limit: int) -> Iterator[list[str]]:
 
 
 def _read(source: Source, group: int) -> list[str | None]:
-    """The labels of a row group; none where its images count as unreadable."""
+    """Return the labels of a row group; none if its images count as unreadable."""
     shard, config = source.manifest.table.slice(group, 1).to_pylist()[0], source.config
     if config.label_column is None:
-        return [shard["label"]] * shard["num_rows"]  # of the folder around the shard
+        return [shard["label"]] * shard["num_rows"]  # label of the folder around the shard
     try:
         return read_column(
             source.manifest.uri(shard["key"]),

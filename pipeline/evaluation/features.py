@@ -1,7 +1,7 @@
 """Frozen-teacher features, and the weighted k-NN accuracy on them. No Ray here.
 
-Labelled images -> clean eval crops -> backbone -> features [n, D] -> k-NN. Used inside a training worker (each
-rank embeds its share) and by the evaluate job (Ray Data embeds).
+Labelled images -> clean eval crops -> backbone -> features [n, D] -> k-NN. Used inside a train worker, where
+each rank embeds its share, and by the evaluate job, where Ray Data embeds.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ from pipeline.training.step import autocast, pixels
 
 
 class Features(NamedTuple):
-    """`features` float32 [n, D], their labels, and how many images could not be read."""
+    """Features float32 [n, D], their labels, and the number of unreadable images."""
 
     features: NDArray[np.float32]
     labels: list[str]
@@ -36,15 +36,15 @@ class Features(NamedTuple):
 
 
 See = Callable[[NDArray[np.uint8], Features], None]
-"""(uint8 [n, S, S, 3], their features) -> nothing: is shown each batch as it is embedded."""
+"""Callback (uint8 [n, S, S, 3], their features) -> None, called with each batch after it is embedded."""
 
 
 def eval_batches(
     source: Source, indices: Sequence[int], *, size: int, batch_size: int, labelled: bool = True
 ) -> Iterator[tuple[NDArray[np.uint8], list[str], int]]:
-    """Batches of (uint8 [n, size, size, 3], labels, number of unreadable images left out).
+    """Yield batches of (uint8 [n, size, size, 3], labels, number of unreadable images omitted).
 
-    Labels are "" where there is none. DataError for a readable image without one when they must be `labelled`.
+    A missing label is "". If `labelled`, raises DataError for a readable image without a label.
     """
 
     def prepare(image: NDArray[np.uint8], _: str) -> NDArray[np.uint8]:
@@ -75,9 +75,9 @@ def embed(
     precision: str,
     forward: Forward | None = None,
 ) -> NDArray[np.float32]:
-    """Crops uint8 [n, S, S, 3] -> float32 [n, D]: the output of a backbone in eval mode, or that of `forward`.
+    """Map crops uint8 [n, S, S, 3] to float32 [n, D]: the backbone's output in eval mode, or `forward`'s.
 
-    Raises ResourceError when they do not fit the GPU together.
+    Raises ResourceError if the crops do not fit on the GPU together.
     """
     device = next(backbone.parameters()).device
     if not len(images):
@@ -105,7 +105,7 @@ def embed_source(
     labelled: bool = True,
     see: See | None = None,
 ) -> Features:
-    """Features and labels of the readable images at `indices`, by `embed`; all of them must be `labelled`, if so."""
+    """Return features and labels of the readable images at `indices`; if `labelled`, all need a label."""
     size = config.image_size or crops.global_crop_size
     parts: list[Features] = []
     for images, labels, num_bad in eval_batches(
@@ -119,7 +119,7 @@ def embed_source(
 
 
 def merge(parts: Sequence[Features]) -> Features:
-    """Parts in their order, as one."""
+    """Concatenate parts in their order."""
     rows = [p.features for p in parts if len(p.features)]
     features = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
     return Features(features, [x for p in parts for x in p.labels], sum(p.num_bad for p in parts))
@@ -136,7 +136,7 @@ def embed_sharded(
     labelled: bool = True,
     see: See | None = None,
 ) -> Features:
-    """Like `embed_source` on a `subset`, each rank of the process group embedding its share; all get the whole."""
+    """Run `embed_source` on a `subset`: each rank embeds its share and gets all features."""
     indices = subset(source.num_images, limit)
     mine = indices[distributed.rank() :: distributed.world_size()]
     part = embed_source(
@@ -148,17 +148,17 @@ def embed_sharded(
 def knn_classify(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float, num_classes: int
 ) -> Tensor:
-    """Weighted k-NN: [n, D] bank with int labels [n], [m, D] queries -> predicted labels [m], by cosine."""
+    """Classify queries [m, D] by weighted cosine k-NN: bank [n, D], int labels [n] -> int labels [m]."""
     similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(bank.float(), dim=-1).T
     return knn_vote(similarity, bank_labels, ks=(k,), temperature=temperature, num_classes=num_classes)[0]
 
 
 @dataclass(frozen=True)
 class KnnProblem:
-    """k-NN cut into blocks of queries that can be counted anywhere, in any order, with the same result.
+    """k-NN in blocks of queries that can be counted anywhere, in any order, with the same result.
 
-    Rows of unit length, float32: the voters' `bank` [n, D] with int64 labels [n], the `queries` [m, D] with
-    their true labels [m]. Arrays, which tasks on one node share.
+    Rows are float32 of unit length: the voters' `bank` [n, D] with int64 labels [n], and the `queries` [m, D]
+    with their true labels [m]. All are arrays, which tasks on one node share.
     """
 
     bank: NDArray[np.float32]
@@ -170,7 +170,7 @@ class KnnProblem:
 
     @classmethod
     def of(cls, train: Features, val: Features, config: EvalConfig) -> "KnnProblem":
-        """DataError when a side has no readable image."""
+        """Build the problem from two sets of features. Raises DataError if a set has no readable image."""
         classes = class_numbers(train, val)
 
         def side(features: Features) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -181,7 +181,7 @@ class KnnProblem:
 
     @property
     def blocks(self) -> list[int]:
-        """First query of each block."""
+        """Return the first query of each block."""
         return list(range(0, len(self.queries), self._block_size))
 
     @property
@@ -189,7 +189,7 @@ class KnnProblem:
         return max(1, min(1024, (1 << 27) // len(self.bank)))  # at most 512 MiB of cosines
 
     def hits(self, block: int) -> list[int]:
-        """Right answers per k among the queries of the block that starts at `block`."""
+        """Return the correct answers per k among the queries of the block that starts at `block`."""
         part = slice(block, block + self._block_size)
         guesses = knn_vote(
             torch.from_numpy(self.queries[part] @ self.bank.T),
@@ -201,7 +201,10 @@ class KnnProblem:
         return (guesses == torch.tensor(self.truth[part])).sum(dim=1).tolist()
 
     def scores(self, hits: Iterable[Sequence[int]]) -> dict[str, float]:
-        """Top-1 accuracy per k (`knn_10`, ...) in [0, 1], beside `majority`: always the commonest voter label."""
+        """Return top-1 accuracy per k (`knn_10`, ...) in [0, 1]; `majority` always guesses one label.
+
+        That label is the commonest voter label.
+        """
         totals = np.sum(list(hits), axis=0)
         scores = {f"knn_{k}": int(n) / len(self.truth) for k, n in zip(self.config.k, totals, strict=True)}
         commonest = Counter(self.bank_labels.tolist()).most_common(1)[0][0]
@@ -209,7 +212,7 @@ class KnnProblem:
 
 
 def class_numbers(train: Features, val: Features) -> dict[str, int]:
-    """Label -> number, in the order in which they are met, voters first. DataError when a side is empty."""
+    """Number labels in order of appearance, voters first. Raises DataError if a set is empty."""
     for side, features in (("eval.train_path", train), ("eval.val_path", val)):
         if not features.labels:
             raise DataError(f"{side} has no readable labelled image ({features.num_bad} unreadable)")
@@ -217,6 +220,9 @@ def class_numbers(train: Features, val: Features) -> dict[str, int]:
 
 
 def knn_accuracy(train: Features, val: Features, config: EvalConfig) -> dict[str, float]:
-    """The scores of a `KnnProblem`, counted here. A class that only the val set has counts as wrong."""
+    """Compute the scores of a `KnnProblem` in this process.
+
+    A class that only the val set has counts as wrong.
+    """
     problem = KnnProblem.of(train, val, config)
     return problem.scores(problem.hits(block) for block in problem.blocks)

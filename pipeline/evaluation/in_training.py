@@ -22,12 +22,15 @@ from pipeline.training import distributed
 from pipeline.training.config import DINOConfig
 
 _NUM_EMBEDDED = 500
-"""Images in an `Embedding`."""
+"""Maximum number of images in an `Embedding`."""
 _THUMBNAIL_SIZE = 32
 
 
 class Evaluation(NamedTuple):
-    """`scores` by name; `attention` as PNG, None for networks without; both pictures None where none are asked for."""
+    """Scores by name and two pictures, which are None if not requested.
+
+    `attention` is PNG; it is also None for networks without class-token attention.
+    """
 
     scores: dict[str, float]
     attention: bytes | None
@@ -45,12 +48,13 @@ def evaluate(
     config: EvalConfig,
     probe: ProbeConfig,
 ) -> Evaluation | None:
-    """Evaluate a backbone, which stays as it is. Call on all ranks: each embeds its share, the first one scores.
+    """Evaluate a backbone and leave it unchanged.
 
-    `labelled` are the two of `labelled_sources`; without them RankMe is that of `images`, of which LiDAR takes
-    augmented views in any case. `pictures` are a handful of (key, image) of any
-    size, drawn under `title`; without them nothing is drawn at all. None on other ranks.
-    A backbone whose batch norm has not trained is calibrated first, on `calibration_images` of `images`.
+    Call on all ranks: each embeds its share, the first rank scores. `labelled` is the result of
+    `labelled_sources`. Without it, RankMe is measured on `images`; LiDAR always takes augmented views of
+    `images`. `pictures` are a few (key, image) of any size, drawn under `title`; without them nothing is
+    drawn. Returns None on other ranks. A backbone whose batch norm has not trained is first calibrated on
+    `calibration_images` of `images`.
     """
     crops, precision = algorithm.crops, algorithm.train.precision
     backbone, num_calibration_images = calibrated(backbone, images, algorithm)
@@ -91,24 +95,24 @@ def evaluate(
 
 
 class _Shown:
-    """Evenly spaced ones, at most `_NUM_EMBEDDED`, of the `num_images` images that the ranks embed together."""
+    """Evenly spaced sample, at most `_NUM_EMBEDDED`, of the `num_images` images that all ranks embed."""
 
     def __init__(self, num_images: int) -> None:
-        # Each rank takes its share of these, and counts by itself.
+        # Each rank samples its share of the images and counts by itself.
         mine = -(-num_images // distributed.world_size())
         kept = max(1, _NUM_EMBEDDED // distributed.world_size())
         self._apart, self._num_seen = -(-mine // kept), 0
         self._rows: list[tuple[NDArray[np.float32], str, NDArray[np.uint8]]] = []
 
     def see(self, images: NDArray[np.uint8], features: Features) -> None:
-        """Keep some of a batch."""
+        """Keep some images of a batch."""
         for row in range(-self._num_seen % self._apart, len(images), self._apart):
             small = thumbnail(images[row], width=_THUMBNAIL_SIZE, height=_THUMBNAIL_SIZE)
             self._rows.append((features.features[row], features.labels[row], np.asarray(small)))
         self._num_seen += len(images)
 
     def share(self) -> Embedding | None:
-        """What all ranks have kept; None where that is nothing."""
+        """Return the samples of all ranks; None if there are none."""
         rows = [row for rows in distributed.gather(self._rows) for row in rows][:_NUM_EMBEDDED]
         if not rows:
             return None
@@ -125,7 +129,7 @@ def _views(
     *,
     precision: str,
 ) -> NDArray[np.float32]:
-    """Features of augmented views of a fixed random subset, each rank embedding its share; all get the whole."""
+    """Embed augmented views of a fixed random subset: each rank embeds its share and gets all."""
     mine = subset(images.num_images, probe.lidar_images)[distributed.rank() :: distributed.world_size()]
     part = embed_views(
         backbone,

@@ -1,6 +1,6 @@
-"""The labelled images of a data set: all of them, a set that was named for evaluation, or a held-out part.
+"""The labelled images of a data set: all images, a set named for evaluation, or a held-out part.
 
-Stands between sources and the evaluation. Reads labels at most, no image; no Ray here.
+This module stands between sources and the evaluation. It reads at most labels, no images; no Ray here.
 """
 
 import contextlib
@@ -20,22 +20,24 @@ from pipeline.evaluation.config import EvalConfig
 from pipeline.storage.files import Directory
 
 HELD_OUT_SHARE = 0.2
-"""Share of the labelled images that is classified where no set for evaluation is named."""
+"""Share of the labelled images that is classified if no evaluation set is named."""
 
 
 def open_source(config: DataConfig, run: Directory | None, name: str) -> Source:
-    """The images of `config`; their manifest is kept in the run directory under `name`, if one is given."""
+    """Open the images of `config`; keep their manifest in the run directory, if given, under `name`."""
     return Source(config, load_or_build(config, run, name) if run else build_manifest(config))
 
 
 def open_labelled(config: DataConfig, run: Directory | None, name: str, *, setting: str) -> Source:
-    """The labelled images of `config`, whose path `setting` names. ConfigError where there are none.
+    """Open the labelled images of `config`, whose path comes from `setting`.
 
-    A set that is named for evaluation is labelled: folders are classes there, however few images they hold.
+    Raises ConfigError if there are none.
+
+    A set named for evaluation counts as labelled: its folders are classes, however few images they hold.
     """
     source = open_source(config, run, name)
     if not source.has_labels and setting != "data.path" and config.label_from_parent == AUTO:
-        with contextlib.suppress(ConfigError):  # there are no folders
+        with contextlib.suppress(ConfigError):  # the path has no folders
             source = open_source(config.model_copy(update={"label_from_parent": True}), run, name)
     labelled = with_labels(source)
     if not source.has_labels or not labelled.num_images:
@@ -48,7 +50,7 @@ def open_labelled(config: DataConfig, run: Directory | None, name: str, *, setti
 
 
 def with_labels(source: Source) -> Source:
-    """The images of a source without those that lie outside of class folders or in rows without a label."""
+    """Return the source without images outside of class folders and without rows that lack a label."""
     table = source.manifest.table
     if source.config.label_column is not None:
         return _rows_with_labels(source, source.config.label_column)
@@ -58,7 +60,7 @@ def with_labels(source: Source) -> Source:
 
 
 def _rows_with_labels(source: Source, column: str) -> Source:
-    """Reads the labels of those row groups alone that may lack some."""
+    """Drop rows without a label; read only the labels of row groups that may lack some."""
     groups = source.manifest.table.to_pylist()
     unlabelled = [group.get("num_unlabelled") for group in groups]
     if not any(number != 0 for number in unlabelled):
@@ -81,9 +83,10 @@ def _rows_with_labels(source: Source, column: str) -> Source:
 
 
 def held_out(images: Source, *, max_train_images: int, max_val_images: int) -> tuple[Source, Source] | None:
-    """A fixed random split of the labelled images: (those that vote, those that are classified); None without labels.
+    """Split the labelled images at random: (voters, classified images); None without labels.
 
-    The same for every run, rank and seed. All of them are trained on too, without their labels.
+    The split is the same for every run, rank and seed. All images are also used for training, without their
+    labels.
     """
     labelled = with_labels(images)
     total = labelled.num_images
@@ -98,9 +101,10 @@ def held_out(images: Source, *, max_train_images: int, max_val_images: int) -> t
 def labelled_sources(
     data: DataConfig, config: EvalConfig, run: Directory | None = None
 ) -> tuple[Source, Source] | None:
-    """Sources of voters and of classified images, read like `data`; None unless `eval.val_path` names some.
+    """Return the sources of voters and classified images, read like `data`; None without `eval.val_path`.
 
-    Their manifests are kept in the run directory, if one is given. ConfigError when one of them has no labels.
+    Their manifests are kept in the run directory, if one is given. Raises ConfigError if one source has no
+    labels.
     """
     if config.val_path in (None, AUTO):
         return None
@@ -120,7 +124,7 @@ def labelled_sources(
 
 
 def subset(num_images: int, limit: int) -> NDArray[np.int64]:
-    """A fixed random subset of at most `limit` image indices, ascending: the same for every run and rank."""
+    """Return a fixed random subset of at most `limit` image indices, ascending; all runs and ranks get it."""
     if num_images <= limit:
         return np.arange(num_images)
     return np.sort(permute(np.arange(limit), size=num_images, seed=0))

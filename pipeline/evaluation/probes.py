@@ -1,7 +1,7 @@
-"""Probes of frozen features: k-NN votes, a linear classifier, and three that need no labels. Pure functions.
+"""Probes of frozen features: k-NN, a linear classifier, and three label-free probes. Pure functions.
 
-Features [n, D] in, numbers out; nothing of images, files or Ray. Axes: n images, D feature, C classes, R learning
-rates, q views of an image.
+Features [n, D] in, numbers out; there are no images, files or Ray here. Axes: n images, D feature, C classes,
+R learning rates, q views of an image.
 """
 
 import math
@@ -24,14 +24,15 @@ Rows = Tensor | NDArray[np.floating]
 def knn_vote(
     similarity: Tensor, bank_labels: Tensor, *, ks: Sequence[int], temperature: float, num_classes: int
 ) -> Tensor:
-    """Weighted k-NN for each k: cosines [m, n] of queries with a bank labelled [n] -> predicted labels [len(ks), m].
+    """Classify by weighted k-NN for each k: cosines [m, n] to a bank with labels [n] -> labels [len(ks), m].
 
-    Each of the k nearest votes for its label with exp(cosine / temperature); the first label wins a tie. A k
-    beyond the bank's size means all of it.
+    Each of the k nearest neighbours votes for its label with exp(cosine / temperature); the first label wins
+    a tie. A k beyond the bank's size means the whole bank.
     """
     cosine, nearest = similarity.topk(min(max(ks), similarity.shape[1]), dim=-1)
     labels = bank_labels[nearest]
-    # Relative to the nearest: the same votes but for a factor, and no overflow at small temperatures.
+    # Relative to the nearest neighbour: the same votes up to a factor, without overflow at small
+    # temperatures.
     weights = ((cosine - cosine[:, :1]) / temperature).exp()
     guesses = []
     for k in ks:
@@ -41,20 +42,20 @@ def knn_vote(
 
 
 def rankme(features: Rows) -> float:
-    """Effective rank of features [n, D] (RankMe, arXiv 2210.02885), in [1, min(n, D)]; they are not centred.
+    """Return the effective rank of uncentred features [n, D] (RankMe, arXiv 2210.02885), in [1, min(n, D)].
 
-    exp of the entropy of p_k = sigma_k / sum(sigma) + 1e-7 over the singular values sigma.
+    It is exp of the entropy of p_k = sigma_k / sum(sigma) + 1e-7 over the singular values sigma.
     """
     sigma = torch.linalg.svdvals(_doubles(features))
     return _exp_entropy(sigma, epsilon=1e-7)
 
 
 def lidar(views: Rows, *, delta: float = 1e-4) -> float:
-    """Effective rank of what tells images apart across their views [n, q, D] (LiDAR, arXiv 2312.04000).
+    """Return the effective rank of the features [n, q, D] that separate images (LiDAR, arXiv 2312.04000).
 
-    exp of the entropy of p_k = lambda_k / sum(lambda) + 1e-8 over the eigenvalues lambda of
-    Sw^-1/2 Sb Sw^-1/2: Sb the covariance of the images' means, Sw that of views around them plus delta I, both
-    unbiased. DataError for less than two images or views.
+    It is exp of the entropy of p_k = lambda_k / sum(lambda) + 1e-8 over the eigenvalues lambda of Sw^-1/2 Sb
+    Sw^-1/2. Sb is the covariance of the images' means. Sw is the covariance of views around these means plus
+    delta I. Both are unbiased. Raises DataError for fewer than two images or views.
     """
     n, q, d = views.shape
     if n < 2 or q < 2:
@@ -64,25 +65,25 @@ def lidar(views: Rows, *, delta: float = 1e-4) -> float:
     within = (x - means[:, None]).flatten(0, 1)
     sw = within.T @ within / (n * (q - 1)) + delta * torch.eye(d, dtype=x.dtype, device=x.device)
     between = (means - means.mean(dim=0)).T / math.sqrt(n - 1)  # Sb = between @ between.T
-    # With Sw = L L^T, the eigenvalues of L^-1 Sb L^-T are the same, and never need Sb itself.
+    # With Sw = L L^T, the eigenvalues of L^-1 Sb L^-T are the same and never need Sb itself.
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(sw), between, upper=False)
     eigenvalues = torch.linalg.svdvals(whitened) ** 2
     return _exp_entropy(F.pad(eigenvalues, (0, d - len(eigenvalues))), epsilon=1e-8)
 
 
 def feature_std(features: Rows) -> float:
-    """Mean over dimensions of the std of z / |z|: 1/sqrt(D) when features point everywhere, 0 at collapse."""
+    """Return the mean over dimensions of std(z / |z|): 1/sqrt(D) for isotropic features, 0 at collapse."""
     return float(_unit_std(features).mean())
 
 
 def collapsed_dims(features: Rows, *, threshold: float = 0.01) -> float:
-    """Share of the D dimensions whose std of z / |z| is below `threshold` / sqrt(D)."""
+    """Return the share of the D dimensions whose std of z / |z| is below `threshold` / sqrt(D)."""
     std = _unit_std(features)
     return float((std < threshold / math.sqrt(len(std))).double().mean())
 
 
 class LinearScores(NamedTuple):
-    """Accuracies in [0, 1] per learning rate; `best` is the one that the held-out training images chose."""
+    """Accuracies in [0, 1] per learning rate; `best` is the index chosen on the held-out training images."""
 
     lrs: tuple[float, ...]
     holdout: tuple[float, ...]
@@ -100,10 +101,10 @@ def linear_probe(
     config: ProbeConfig,
     device: str = "cpu",
 ) -> LinearScores:
-    """Linear classifiers on frozen features, one per learning rate, scored on images they did not see.
+    """Train linear classifiers on frozen features, one per learning rate, and score them on unseen images.
 
-    The held-out share of the training features chooses the learning rate, so the accuracy on `val` of that
-    choice is not the best of many. DataError for less than two training features.
+    The held-out share of the training features chooses the learning rate, so its accuracy on `val` is not the
+    best of many. Raises DataError for fewer than two training features.
     """
     x, y = torch.as_tensor(train).float(), train_labels
     if len(x) < 2:
@@ -123,8 +124,9 @@ def train_heads(
 ) -> tuple[Tensor, Tensor]:
     """Train R linear classifiers in one pass per epoch: weights [D, R, C] and biases [R, C], on `device`.
 
-    SGD with momentum 0.9 and no weight decay, cosine to 0, peak lr * batch / 256; all start from the same
-    weights and see the same batches, so each ends as if trained alone. Deterministic in `config.seed`.
+    SGD with momentum 0.9 and no weight decay, cosine to 0, peak lr * batch / 256. All classifiers start from
+    the same weights and see the same batches, so each ends as if trained alone. Deterministic in
+    `config.seed`.
     """
     x, y = features.to(device), labels.to(device)
     n, d, r = len(x), x.shape[1], len(config.linear_lrs)
@@ -151,12 +153,12 @@ def train_heads(
 
 
 def _logits(x: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
-    """[b, D] -> [b, R, C], as one product of matrices."""
+    """Map [b, D] to logits [b, R, C] by one matrix product."""
     return (x @ weights.flatten(1)).view(len(x), *biases.shape) + biases
 
 
 def _accuracies(heads: tuple[Tensor, Tensor], features: Tensor, labels: Tensor) -> list[float]:
-    """Share of right answers per learning rate; what is not finite is no answer."""
+    """Return the share of correct answers per learning rate; non-finite logits count as wrong."""
     hits = torch.zeros(len(heads[1]), dtype=torch.long)
     for x, y in zip(features.split(4096), labels.split(4096), strict=True):
         logits = _logits(x.to(heads[0].device), *heads)
@@ -166,7 +168,7 @@ def _accuracies(heads: tuple[Tensor, Tensor], features: Tensor, labels: Tensor) 
 
 
 def _doubles(rows: Rows) -> Tensor:
-    """float64; DataError when something is not finite."""
+    """Convert to float64; raise DataError if a value is not finite."""
     x = torch.as_tensor(rows).double()
     if not x.isfinite().all():
         raise DataError("the features are not all finite; the checkpoint is damaged or its training diverged")

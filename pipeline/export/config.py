@@ -1,8 +1,8 @@
-"""What users can set of embeddings."""
+"""Settings of embeddings."""
 
 from typing import Literal
 
 Dtype = Literal["float16", "float32"]
-"""Of the vectors in the parts."""
+"""dtype of the vectors in the parts."""
 Precision = Literal["fp32", "bf16"]
-"""Of the forward that makes them."""
+"""Precision of the forward pass."""

@@ -1,9 +1,9 @@
-"""Vectors of a data set as Parquet parts: what is in them, and how one of them is made.
+"""Embeddings of a data set as Parquet parts: the content of a part, and how to write it.
 
-A directory of embeddings, local or on S3, is one of parquet_parts.py:
+A directory of embeddings, local or on S3, follows parquet_parts.py:
 
     part-00000.parquet        key, vector, label?, patch_tokens?; row r of the manifest is in part r // rows_per_file
-    _about/embed.json         what decided the vectors: another command is refused
+    _about/embed.json         settings that decide the vectors; a command with other settings is refused
 
 No Ray here.
 """
@@ -58,12 +58,15 @@ _AIM_BYTES, _MOST_BYTES = 64 << 20, 1 << 30
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what is in the parts, beside the images. `weights` identifies the network."""
+    """All settings that decide the content of the parts, beside the images.
+
+    `weights` identifies the network.
+    """
 
     weights: str
     embed_dim: int
     num_patches: int
-    """Patch tokens per image; 0: they are not kept."""
+    """Patch tokens per image; 0 stores none."""
     image_size: int
     dtype: Dtype
     precision: Precision
@@ -72,15 +75,15 @@ class Plan:
     with_labels: bool
 
     def num_parts(self, num_images: int) -> int:
-        """How many parts the images of a manifest make."""
+        """Return the number of parts for the images of a manifest."""
         return -(-num_images // self.rows_per_file)
 
     def rows(self, part: int, num_images: int) -> range:
-        """The manifest's rows that a part holds."""
+        """Return the manifest's rows that belong to a part."""
         return range(part * self.rows_per_file, min((part + 1) * self.rows_per_file, num_images))
 
     def schema(self) -> pa.Schema:
-        """Columns of every part."""
+        """Return the columns of every part."""
         number = pa.float16() if self.dtype == "float16" else pa.float32()
         fields = {"key": pa.string(), "vector": pa.list_(number, self.embed_dim)}
         if self.with_labels:
@@ -91,7 +94,7 @@ class Plan:
 
 
 def weights_digest(network: Frozen) -> str:
-    """Identity of what a network computes: a digest of its weights, its architecture and its pixel scale."""
+    """Return the identity of a network's function: a digest of its weights, architecture and pixel scale."""
     crops = network.config.crops
     architecture = network.config.backbone.model_dump(mode="json"), crops.pixel_mean, crops.pixel_std
     digest = hashlib.blake2b(json.dumps(architecture, sort_keys=True).encode(), digest_size=16)
@@ -102,7 +105,10 @@ def weights_digest(network: Frozen) -> str:
 
 
 def measure(network: Frozen, image_size: int, *, patch_tokens: bool) -> tuple[int, int]:
-    """(embed_dim, number of patch tokens to keep) at this size; ConfigError when there are no patch tokens."""
+    """Return (embed_dim, number of patch tokens to store) at this size.
+
+    Raises ConfigError without patch tokens.
+    """
     backbone = network.backbone()
     width = embed_dim(backbone)
     if not patch_tokens:
@@ -116,7 +122,7 @@ def measure(network: Frozen, image_size: int, *, patch_tokens: bool) -> tuple[in
 
 
 def choose_rows_per_file(asked: int | None, *, row_bytes: int, num_images: int) -> int:
-    """`asked` if its parts are bounded, else some 64 parts of 256 to 10,000 rows and at most 64 MiB."""
+    """Return `asked` if its parts are bounded, else about 64 parts of 256 to 10,000 rows, at most 64 MiB."""
     if asked is None:
         most = max(1, min(10_000, _AIM_BYTES // row_bytes))
         return min(most, max(256, -(-num_images // 64)))
@@ -129,9 +135,10 @@ def choose_rows_per_file(asked: int | None, *, row_bytes: int, num_images: int) 
 
 
 def check_settings(out: Directory, settings: Mapping[str, Any]) -> bool:
-    """Whether `out` was begun with these settings (those it knows of); False for an empty one.
+    """Return true if `out` was begun with these settings, false for an empty directory.
 
-    ConfigError, naming what differs, when it holds vectors of other settings, or parts that nothing explains.
+    Only the given settings are compared. Raises ConfigError, naming the difference, if `out` holds vectors of
+    other settings, or parts without recorded settings.
     """
     return parquet_parts.check_settings(out, settings, _KIND)
 
@@ -141,7 +148,7 @@ def write_part(
 ) -> Written:
     """Embed the images of one part and write it, in one step.
 
-    DataError when storage refuses us, or the vectors are not finite in the asked dtype.
+    Raises DataError if storage denies access, or if the vectors are not finite in the requested dtype.
     """
     rows = plan.rows(part, source.num_images)
     writer = PartWriter(_KIND, part, rows, plan.schema())
@@ -170,10 +177,10 @@ def write_part(
 def collect(
     out: Directory, plan: Plan, num_images: int, numbers: Iterable[int]
 ) -> tuple[int, list[dict[str, Any]]]:
-    """(vectors, quarantined images by row) of some parts, as their files say; also written to quarantine.jsonl.
+    """Return (number of vectors, quarantined images by row) of some parts, as recorded in their files.
 
-    Reads each part's footer alone. DataError for a part that is damaged, of other weights, or does not account
-    for each of its rows: rows in = vectors out + quarantined.
+    Also writes quarantine.jsonl. Reads only the footer of each part. Raises DataError for a part that is
+    damaged, has other weights, or does not account for all rows: rows in = vectors out + quarantined.
     """
     images = {part: plan.rows(part, num_images) for part in numbers}
     footers, bad = parquet_parts.collect(out, images, _KIND, {"weights": plan.weights})
@@ -181,12 +188,12 @@ def collect(
 
 
 def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory) -> None:
-    """DataError when more than this share of all images could not be used."""
+    """Raise DataError if more than the share `limit` of all images could not be used."""
     parquet_parts.check_bad(num_bad, num_images, limit=limit, out=out, kind=_KIND)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-    """What a reader of one part may want to know: patch_tokens is a row of num_patches * embed_dim numbers."""
+    """Return facts for readers of one part: patch_tokens is a row of num_patches * embed_dim numbers."""
     facts = asdict(plan)
     return {k: facts[k] for k in ("weights", "embed_dim", "num_patches", "image_size", "precision")}
 
@@ -194,7 +201,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _vectors(
     backbone: nn.Module, images: NDArray[np.uint8], keys: Sequence[str], crops: CropsConfig, plan: Plan
 ) -> NDArray[np.floating]:
-    """[n, (1 + num_patches) * embed_dim] in the asked dtype, finite."""
+    """Return [n, (1 + num_patches) * embed_dim] in the requested dtype, finite."""
     forward = with_patches if plan.num_patches else None
     with np.errstate(over="ignore"):
         rows = embed(backbone, images, crops, precision=plan.precision, forward=forward).astype(plan.dtype)

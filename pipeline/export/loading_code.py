@@ -1,6 +1,7 @@
 """Python code that loads an exported network and embeds one image, for each format of export.
 
-The code needs nothing of dinoray. Its preprocessing is that of evaluations: upright, shorter side resized, centre crop.
+The code does not import dinoray. Its preprocessing equals the evaluations': upright, shorter side resized,
+centre crop.
 """
 
 import json
@@ -13,7 +14,7 @@ FILES = {
     "onnx": "model.onnx",
     "official": "checkpoint.pth",
 }
-"""Format -> name of the file with the weights in the folder of the export."""
+"""Format -> name of the weights file in the export folder."""
 
 _OPEN = """\
 image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
@@ -79,7 +80,10 @@ images = ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
 
 
 def loading_code(card: Mapping[str, Any], form: str) -> str:
-    """Return code that embeds `photo.jpg`; it runs in the folder of the export. `card` is a `model_card`."""
+    """Return code that embeds `photo.jpg` and runs in the export folder.
+
+    `card` is the result of `model_card`.
+    """
     values = {
         **{key: card["input"][key] for key in ("size", "shorter_side", "mean", "std")},
         "embed_dim": card["embed_dim"],
@@ -93,7 +97,7 @@ def loading_code(card: Mapping[str, Any], form: str) -> str:
 
 
 def create_model(card: Mapping[str, Any]) -> str:
-    """Return the call of timm that builds the network without weights."""
+    """Return the timm call that builds the network without weights."""
     arguments = [quoted(card["model"]), *(f"{k}={v!r}" for k, v in card["create_model_kwargs"].items())]
     return f"timm.create_model({', '.join(arguments)})"
 

@@ -22,7 +22,7 @@ _NO_SCORES = ("linear_table",)
 
 
 class RunFacts(NamedTuple):
-    """Settings that a run's config.yaml holds and its checkpoints do not; None where the run is not known."""
+    """Settings that a run's config.yaml holds and its checkpoints do not; None if the run is unknown."""
 
     name: str | None = None
     recipe: str | None = None
@@ -43,7 +43,10 @@ def model_card(
     scores: dict[str, Any],
     license_id: str = "unknown",
 ) -> dict[str, Any]:
-    """Return all that a user of an export must know, as plain JSON values. `meta` is the checkpoint's."""
+    """Return all facts that a user of an export needs, as plain JSON values.
+
+    `meta` is the checkpoint's meta.json.
+    """
     config, crops = frozen.config, frozen.config.crops
     size, backbone = evaluation_size(frozen, run.image_size), frozen.backbone()
     short = round(size * 256 / 224)
@@ -81,10 +84,11 @@ def model_card(
 
 
 def read_scores(run: Directory, step: int, which: str) -> dict[str, Any]:
-    """Return the network's scores that the run directory holds.
+    """Return the network's scores from the run directory.
 
-    `during_training` has those at `step`, or the last before it, with their step; only the teacher is evaluated then.
-    `evaluation` has what `jobs.evaluate` measured at `step`. Either is missing where there is nothing.
+    `during_training` holds the scores at `step`, or the last before it, with their step; only the teacher is
+    evaluated during training. `evaluation` holds the measurements of `jobs.evaluate` at `step`. A key without
+    scores is missing.
     """
     found = {"during_training": _logged_scores(run, step) if which == "teacher" else None}
     suffix = "" if which == "teacher" else f"_{which}"
@@ -105,7 +109,7 @@ def _logged_scores(run: Directory, step: int) -> dict[str, Any] | None:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:  # cut off by a kill
+        except ValueError:  # truncated when the run was killed
             continue
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
@@ -121,7 +125,7 @@ def _scores_in(record: Any) -> dict[str, Any]:
 
 
 def _initial_weights(frozen: Frozen, run: RunFacts) -> dict[str, Any] | None:
-    """Where the networks' first weights came from; None where the run is not known."""
+    """Return the source of the networks' initial weights; None if the run is unknown."""
     backbone = frozen.config.backbone
     if run.init_path is not None:
         return {"path": without_keys(run.init_path), "load": run.init_load}

@@ -1,8 +1,9 @@
-"""A frozen backbone as ONNX, checked against itself before anybody gets it. No Ray, no files.
+"""Export of a frozen backbone to ONNX, checked against PyTorch before the file is returned. No Ray, no files.
 
-The batch size stays open; so do height and width of ViTs, networks with rotary embeddings and convolutional ones.
-A ViT's resized position embeddings would put a Resize operator with a fixed size into the graph; here they are
-products with two small matrices that are computed from the image's size (`resize_matrix`).
+The batch size stays variable. Height and width stay variable for ViTs, networks with rotary embeddings and
+convolutional networks. A ViT's resized position embeddings would put a Resize operator with a fixed size into
+the graph. Here they are products with two small matrices that are computed from the image's size
+(`resize_matrix`).
 """
 
 import contextlib
@@ -24,24 +25,27 @@ from models.errors import ConfigError, DinorayError, one_line
 from pipeline.training.checkpoint import Frozen
 
 TOLERANCE = 1e-4
-"""Largest deviation from PyTorch, as a share of the largest feature, with which a file is given out."""
+"""Largest accepted deviation from PyTorch, as a share of the largest feature."""
 _BATCH_SIZES = (1, 2, 5)
 
 
 class Onnx(NamedTuple):
-    """An ONNX model: input `images` float [batch, 3, height, width], normalised; output `features` [batch, D]."""
+    """ONNX: input `images` float [batch, 3, height, width], normalised; output `features` [batch, D]."""
 
     data: bytes
     deviation: float
-    """Largest difference from PyTorch over all sizes that were tried, as a share of the largest feature."""
+    """Largest difference from PyTorch over all tested sizes, as a share of the largest feature."""
     sizes: list[tuple[int, int]]
-    """Heights and widths that were tried, each at batch sizes of 1, 2 and 5; one if the size is fixed."""
+    """Tested heights and widths, each at batch sizes of 1, 2 and 5; one entry if the size is fixed."""
     multiple_of: int | None
-    """Height and width must be multiples of this, and the graph refuses other sizes; None when they are fixed."""
+    """Height and width must be multiples of this; the graph rejects other sizes. None if they are fixed."""
 
 
 def export_onnx(frozen: Frozen) -> Onnx:
-    """Export, run with onnxruntime, compare. ConfigError without the packages, DinorayError when it goes wrong."""
+    """Export a backbone, run it with onnxruntime and compare with PyTorch.
+
+    Raises ConfigError without the packages, DinorayError if the export or the comparison fails.
+    """
     _require("onnx", "onnxscript", "onnxruntime")
     backbone = frozen.backbone()
     crops = frozen.config.crops
@@ -52,7 +56,7 @@ def export_onnx(frozen: Frozen) -> Onnx:
         try:
             graph = _graph(backbone, sizes[-1], patch=patch, fixed=False)
         except DinorayError:
-            # Some take other sizes in PyTorch alone. Of ViTs it is known how to let them.
+            # Some networks take other sizes in PyTorch only. ViTs are known to export with variable sizes.
             if isinstance(backbone, VisionTransformer):
                 raise
             sizes = sizes[:1]
@@ -70,26 +74,27 @@ def export_onnx(frozen: Frozen) -> Onnx:
 
 
 def resize_matrix(length: int, grid: int, *, pos_embed: str) -> Tensor:
-    """float32 [length, grid] that resizes `grid` values to `length` as F.interpolate's bicubic modes do, row by row.
+    """Return the matrix [length, grid] that resizes `grid` values to `length` like bicubic F.interpolate.
 
-    `timm` is antialiased, by size; `official` is plain, by the scale factor (length + 0.1) / grid, but nothing is
-    resized where `length` is `grid`. `length` may be symbolic: everything is computed by operators.
+    The matrix is float32. `timm` is antialiased, by size. `official` is plain, by the scale factor (length +
+    0.1) / grid, and resizes nothing if `length` is `grid`. `length` may be symbolic: everything is computed
+    by operators.
     """
     ends = torch.ones(length).sum()  # `length` as a tensor
     rows = torch.arange(length, dtype=torch.float32)[:, None]
     if pos_embed == "timm":
         centers = (rows + 0.5) * (grid / ends)
-        widening = (grid / ends).clamp(min=1.0)  # of the kernel, when there are fewer rows than values
+        widening = (grid / ends).clamp(min=1.0)  # of the kernel, if there are fewer rows than values
         weights = _cubic((torch.arange(grid) + 0.5 - centers) / widening, -0.5)
         return weights / weights.sum(1, keepdim=True)
     centers = (rows + 0.5) * (grid / (ends + 0.1)) - 0.5
-    beyond = torch.arange(-2, grid + 2)  # positions that four taps reach; those outside count for the edge
+    beyond = torch.arange(-2, grid + 2)  # reached by four taps; beyond the edge, the edge counts
     edge = (beyond.clamp(0, grid - 1)[:, None] == torch.arange(grid)).float()
     return _cubic(beyond - centers, -0.75) @ edge
 
 
 def _cubic(distance: Tensor, a: float) -> Tensor:
-    """The cubic convolution kernel (Keys 1981)."""
+    """Return the cubic convolution kernel (Keys 1981)."""
     x = distance.abs()
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
@@ -97,7 +102,7 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
 
 
 def _resizing_by_products(vit: VisionTransformer, pos_embed: str) -> VisionTransformer:
-    """A copy whose position embeddings are resized by `resize_matrix`; otherwise the same function."""
+    """Return a copy that resizes its position embeddings by `resize_matrix`; otherwise the same function."""
 
     def with_pos_embed(self: Any, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
@@ -123,7 +128,7 @@ def _resizing_by_products(vit: VisionTransformer, pos_embed: str) -> VisionTrans
 
 
 def _unless_native(resized: Tensor, grid: Tensor) -> Tensor:
-    """`grid` where its height and width are those of `resized`, which the published code leaves as it is."""
+    """Return `grid` if `resized` has its height and width: the published code leaves it unchanged then."""
     height, width = (torch.ones(n).sum() for n in resized.shape[:2])
     is_native = (height == grid.shape[0]) & (width == grid.shape[1])
     unit_rows = (torch.arange(resized.shape[0])[:, None] == torch.arange(grid.shape[0])).float()
@@ -139,10 +144,10 @@ def patch_size(backbone: nn.Module) -> int:
 
 
 def _sizes(backbone: nn.Module, crop_sizes: tuple[int, ...], patch: int) -> list[tuple[int, int]]:
-    """Sizes to try: that of the global crops alone where sizes must stay fixed, or several, the last not square."""
+    """Return the sizes to test: the global crop size if it is fixed, else several, the last not square."""
     native = crop_sizes[0]
     is_convolutional = not hasattr(backbone, "patch_embed")
-    # Windows and the like are padded by rules that an export may take for numbers.
+    # Windows and similar structures are padded by rules that an export may freeze to constants.
     is_open = isinstance(backbone, VisionTransformer) or getattr(backbone, "rope", None) or is_convolutional
     others = [(size, size) for size in crop_sizes[1:]]
     if is_convolutional:
@@ -153,7 +158,7 @@ def _sizes(backbone: nn.Module, crop_sizes: tuple[int, ...], patch: int) -> list
         with torch.no_grad():
             for height, width in others if is_open else []:
                 backbone(torch.zeros(1, 3, height, width))
-    except Exception:  # a fixed size: whatever the model makes of others
+    except Exception:  # a fixed size; each model raises its own error for other sizes
         is_open = False
     return list(dict.fromkeys([(native, native), *others])) if is_open else [(native, native)]
 
@@ -179,13 +184,13 @@ def _graph(backbone: nn.Module, size: tuple[int, int], *, patch: int, fixed: boo
                 verbose=False,
             )
         proto = program.model_proto  # type: ignore[union-attr]
-        del proto.graph.value_info[:]  # speaks of sizes by the exporter's names
+        del proto.graph.value_info[:]  # holds sizes under the exporter's names
         names = ["batch"] if fixed else ["batch", None, "height", "width"]
         for dim, name in zip(proto.graph.input[0].type.tensor_type.shape.dim, names, strict=False):
             if name:
                 dim.dim_param = name
         return proto.SerializeToString()
-    except Exception as error:  # the exporter's many
+    except Exception as error:  # the exporter raises many types
         reason = one_line(error.__cause__ or error)
         raise DinorayError(
             f"{type(backbone).__name__} cannot be exported to ONNX: {reason}; export it with --format timm"
@@ -195,9 +200,9 @@ def _graph(backbone: nn.Module, size: tuple[int, int], *, patch: int, fixed: boo
 def _refusing_other_sizes(graph: bytes, patch: int) -> bytes:
     """Make the graph fail for heights and widths that are no multiples of `patch`, as PyTorch does.
 
-    A strided convolution drops the pixels beyond the last whole patch without an error. Here the remainders of
-    height and width index a list whose only element is 0, so any other remainder is out of bounds. The names of the
-    nodes appear in the runtime's error.
+    A strided convolution drops the pixels beyond the last whole patch without an error. Here the remainders
+    of height and width index a list whose only element is 0, so any other remainder is out of bounds. The
+    names of the nodes appear in the runtime's error.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -243,7 +248,7 @@ def _deviation(graph: bytes, backbone: nn.Module, sizes: list[tuple[int, int]]) 
                 theirs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
                 scale = float(ours.abs().max()) or 1.0
                 worst = max(worst, float((ours - theirs).abs().max()) / scale)
-    except Exception as error:  # onnxruntime's own
+    except Exception as error:  # onnxruntime's own types
         reason = one_line(error)
         raise DinorayError(
             f"the ONNX file of {type(backbone).__name__} does not run: {reason}; export it with --format timm"
@@ -253,7 +258,7 @@ def _deviation(graph: bytes, backbone: nn.Module, sizes: list[tuple[int, int]]) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its progress in pages; an error says what matters."""
+    """Silence the exporter, which logs its progress in pages; an error still names the cause."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

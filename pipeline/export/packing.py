@@ -1,13 +1,13 @@
-"""Images as Parquet parts that pretraining reads best, shrunk on request to what its crops need of them.
+"""Images as Parquet parts in the layout that pretraining reads fastest, optionally shrunk for its crops.
 
-Stands between a source of any kind and the next run's `data.path`. A packed directory, local or on S3, is one of
-parquet_parts.py:
+This module stands between a source of any kind and the next run's `data.path`. A packed directory, local or
+on S3, follows parquet_parts.py:
 
     part-00000.parquet        image, key, label?, in the manifest's order and in row groups of a few MiB
-    _about/pack.json          what decided them: another command is refused
-    _about/_manifest.parquet  the images, listed once; `data.path` passes over files, not folders, named so
+    _about/pack.json          settings that decide the rows; a command with other settings is refused
+    _about/_manifest.parquet  the images, listed once; `data.path` skips files, not folders, with such names
 
-Knows where the images are through the source alone; no Ray here.
+The location of the images is known only to the source; no Ray here.
 """
 
 import io
@@ -34,29 +34,38 @@ from pipeline.export.parquet_parts import Footer, PartKind, PartWriter, Written
 from pipeline.storage.files import ChangedObject, Directory, MissingObject, Unreachable
 
 QUALITY = 95
-"""Of the JPEGs that `shrink` writes, at full colour resolution. At 90 and half the colour resolution, crops of them
-are twice as far from crops of the photos themselves, for two thirds of the bytes."""
-SLACK = 1.21
-"""Pixels of the shrunk image to one of a crop's side, for a square region. The narrowest region of the same area,
-3:4, has sqrt(4/3) = 1.155 times less along its short side: that still is no fewer than the crop has."""
-PART_BYTES = 128 << 20
-"""Most of what a part holds, by what is known before: two to three times as much is in each actor's memory."""
-PART_ROWS = 10_000
-"""Most images in a part: of tiny ones it would otherwise take an actor many minutes to commit anything."""
-ROW_GROUP_BYTES = 4 << 20
-"""Most of what a row group holds, unless one image is more. Images are shuffled among the row groups that
-`data.row_group_cache_bytes` holds at a time: 64 of these by default, and each is still one request worth making."""
+"""JPEG quality of the images that `shrink` writes, at full colour resolution.
 
-_SHRUNK_BYTES_PER_PIXEL = 0.5  # of photos at this quality, near enough to plan with
-_MOST_SIDE = 65_500  # of a JPEG, in libjpeg
-_SPREAD_PARTS, _LEAST_ROWS = 64, 256  # parts enough to share among actors, none of them tiny
+At 90 and half the colour resolution, files take two thirds of the bytes. Their crops are twice as far from
+crops of the photos themselves.
+"""
+SLACK = 1.21
+"""Pixels of the shrunk image per pixel of a crop's side, for a square region.
+
+The narrowest region of the same area, 3:4, has sqrt(4/3) = 1.155 times fewer pixels along its short side.
+That is still no fewer than the crop has.
+"""
+PART_BYTES = 128 << 20
+"""Maximum bytes of a part, by sizes known in advance; actors hold two to three times as much in memory."""
+PART_ROWS = 10_000
+"""Maximum images in a part: with tiny images an actor would otherwise take many minutes per part."""
+ROW_GROUP_BYTES = 4 << 20
+"""Maximum bytes of a row group, unless one image is larger.
+
+Images are shuffled among the row groups that `data.row_group_cache_bytes` holds at a time: 64 by default.
+Each row group is still large enough for one request.
+"""
+
+_SHRUNK_BYTES_PER_PIXEL = 0.5  # of photos at this quality; accurate enough for planning
+_MOST_SIDE = 65_500  # side of a JPEG, in libjpeg
+_SPREAD_PARTS, _LEAST_ROWS = 64, 256  # enough parts to share among actors, none of them tiny
 
 SETTINGS, MANIFEST = "_about/pack.json", "_about/_manifest.parquet"
 KIND = PartKind(SETTINGS, b"dinoray.packed", rows="images", written="packed")
 FACTS = ("num_shrunk", "bytes_in", "bytes_out")
-"""What the note of each part counts."""
+"""Counts in the note of each part."""
 SCHEMA = pa.schema({"image": pa.binary(), "key": pa.string(), "label": pa.string()})
-# Page checksums: bit rot in a JPEG would be decoded without a word. Encoded images do not compress further.
+# Page checksums: bit rot in a JPEG would be decoded without an error. Encoded images do not compress further.
 _PARQUET = {
     "compression": {"image": "none", "key": "zstd", "label": "zstd"},
     "use_dictionary": ["label"],
@@ -67,31 +76,34 @@ _PARQUET = {
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides what is in the parts, beside the images. `manifest` identifies their list."""
+    """All settings that decide the content of the parts, beside the images.
+
+    `manifest` identifies the image list.
+    """
 
     manifest: str
     edges: tuple[int, ...]
-    """First row of each part in the manifest, and at the end the number of all rows."""
+    """First row of each part in the manifest, and at the end the total number of rows."""
     max_pixels: int | None
-    """Larger images are shrunk to this; None: every file stays as it is."""
+    """Larger images are shrunk to this; None leaves every file unchanged."""
 
     @property
     def num_parts(self) -> int:
-        """How many parts there are."""
+        """Return the number of parts."""
         return len(self.edges) - 1
 
     def rows(self, part: int) -> range:
-        """The manifest's rows that a part holds."""
+        """Return the manifest's rows that belong to a part."""
         return range(self.edges[part], self.edges[part + 1])
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the note of each part says of it."""
+        """Return the settings recorded in the note of each part."""
         return {"manifest": self.manifest, "max_pixels": self.max_pixels}
 
 
 def shrink_pixels(crops: CropsConfig, *, slack: float = SLACK) -> int:
-    """Pixels that an image needs for each crop, at the lowest share of the area, to find `slack` times its own side.
+    """Return the pixels an image needs: each crop, at its lowest area share, gets `slack` times its side.
 
     96 px of 5 % at a slack of 1.21: 96^2 / 0.05 * 1.21^2 = 269,863.
     """
@@ -99,7 +111,7 @@ def shrink_pixels(crops: CropsConfig, *, slack: float = SLACK) -> int:
 
 
 def shrunk_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """The size, in whole pixels, at which an image of this size has at most `max_pixels`; never a larger one."""
+    """Return the size, in whole pixels, at which an image has at most `max_pixels`; never a larger size."""
     if width > height:
         return shrunk_size(height, width, max_pixels)[::-1]
     if width * height <= max_pixels:
@@ -110,17 +122,18 @@ def shrunk_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
 
 
 def shrink(data: bytes, *, max_pixels: int, quality: int = QUALITY, most_pixels: int = 100_000_000) -> bytes:
-    """An image file of at most `max_pixels`: the very same bytes, or a smaller, upright JPEG without metadata.
+    """Return an image file of at most `max_pixels`: the same bytes, or a smaller upright JPEG, no metadata.
 
-    A file that would not get smaller stays as it is, whatever its size. Raises BadImage for anything that is no
-    whole image of at most `most_pixels` pixels.
+    A file that would not get smaller stays unchanged, whatever its size. Raises BadImage unless `data` is a
+    complete image of at most `most_pixels` pixels.
     """
     image = open_image(data, max_pixels=most_pixels)
     width, height = shrunk_size(image.width, image.height, max_pixels)
     if (width, height) == (image.width, image.height):
-        image.decode(DENOMINATORS[-1], _memory)  # reads the file to its end, which tells whether it is whole
+        image.decode(DENOMINATORS[-1], _memory)  # reads the whole file, which detects truncation
         return data
-    # Twice as many pixels as are wanted leave the filter below all that it would see of the full picture.
+    # Twice as many pixels as requested leave the filter below all detail that it would use of the full
+    # picture.
     most = min(image.width / width, image.height / height) / 2
     picture = image.decode(max((d for d in DENOMINATORS if d <= most), default=1), _memory)
     left, top = picture.left_shift, picture.top_shift
@@ -128,16 +141,18 @@ def shrink(data: bytes, *, max_pixels: int, quality: int = QUALITY, most_pixels:
     small = Image.fromarray(picture.pixels).resize(
         (width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom), reducing_gap=None
     )
-    # Pillow, since TurboJPEG's own interface, on which simplejpeg stands, encodes with an inexact transform below 96.
+    # Pillow, because TurboJPEG's own interface, used by simplejpeg, encodes with an inexact transform below
+    # 96.
     file = io.BytesIO()
     small.save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
     return file.getvalue() if file.tell() < len(data) else data
 
 
 def cut_parts(manifest: Manifest, *, max_pixels: int | None, rows_per_file: int | None) -> tuple[int, ...]:
-    """`Plan.edges` for parts of `rows_per_file` images each, else of about `PART_BYTES`, or less where images are few.
+    """Return `Plan.edges` for parts of `rows_per_file` images each, by default of about `PART_BYTES`.
 
-    Row groups of a source are not divided between parts unless they are larger than one: each is read once.
+    Parts are smaller if there are few images. Row groups of a source are not divided between parts unless
+    they are larger than a part, so that each is read once.
     """
     num_images = manifest.num_images
     if rows_per_file is not None:
@@ -150,7 +165,7 @@ def cut_parts(manifest: Manifest, *, max_pixels: int | None, rows_per_file: int 
     weights = np.maximum(weights, rows * (PART_BYTES // PART_ROWS))
     total = int(weights.sum())
     most = min(PART_BYTES, max(total // _SPREAD_PARTS, ceil(_LEAST_ROWS * total / num_images)))
-    # As floats, which are exact here, because that is how np.interp takes them.
+    # As floats, which are exact here, because np.interp takes floats.
     row_ends, weight_ends = (np.concatenate([[0.0], np.cumsum(values)]) for values in (rows, weights))
     edges = [0]
     while edges[-1] < num_images:
@@ -163,7 +178,7 @@ def cut_parts(manifest: Manifest, *, max_pixels: int | None, rows_per_file: int 
 
 
 def check_keys(source: Source) -> None:
-    """ConfigError, naming it, when two rows of Parquet have one key; image objects cannot."""
+    """Raise ConfigError, naming the key, if two Parquet rows have one key; image objects cannot."""
     config, manifest = source.config, source.manifest
     column = config.key_column
     if manifest.kind != "parquet" or column is None:
@@ -176,7 +191,7 @@ def check_keys(source: Source) -> None:
                 uri, size, row_group, image_column=column, other_columns=[], attempts=config.fetch_attempts
             )
         except (MissingObject, Unreachable, ChangedObject, CorruptShard):
-            return pa.chunked_array([], pa.string())  # its images will be among the bad ones
+            return pa.chunked_array([], pa.string())  # its images will be among the bad images
         return table[column].cast(pa.string())
 
     with ThreadPoolExecutor(config.fetch_concurrency) as pool:
@@ -192,7 +207,7 @@ def check_keys(source: Source) -> None:
 
 
 def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan) -> Written:
-    """Pack the images of one part and write it, in one step. DataError when storage refuses us."""
+    """Pack the images of one part and write it, in one step. Raises DataError if storage denies access."""
     writer = PartWriter(KIND, part, plan.rows(part), SCHEMA)
     rows: list[tuple[bytes, str, str | None]] = []
     facts = dict.fromkeys(FACTS, 0)
@@ -221,10 +236,10 @@ def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan)
 
 
 def collect(out: Directory, plan: Plan, numbers: Sequence[int]) -> tuple[list[Footer], list[dict[str, Any]]]:
-    """(footers, quarantined images by row) of some parts; the latter also written to quarantine.jsonl.
+    """Return (footers, quarantined images by row) of some parts; also write quarantine.jsonl.
 
-    Reads each part's footer alone. DataError for a part that is damaged, of other settings, or does not account
-    for each of its rows: rows in = images out + quarantined.
+    Reads only the footer of each part. Raises DataError for a part that is damaged, has other settings, or
+    does not account for all rows: rows in = images out + quarantined.
     """
     return parquet_parts.collect(out, {part: plan.rows(part) for part in numbers}, KIND, plan.identity)
 
@@ -234,7 +249,7 @@ def _memory(num_bytes: int) -> Pixels:
 
 
 def _fetch_ahead(source: Source, rows: range) -> Iterator[Fetched]:
-    """The images at these rows of the manifest, in that order; the next ones are under way meanwhile."""
+    """Yield the images at these rows of the manifest, in order, while the next images are being fetched."""
     step = source.config.fetch_concurrency
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(source.fetch, rows[:step])

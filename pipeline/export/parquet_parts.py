@@ -1,15 +1,15 @@
-"""A table as Parquet parts that are written once, each whole: which are there, what they say, that no row is lost.
+"""A table as Parquet parts, each written once and atomically: missing parts, footers, accounting for rows.
 
-What embeddings.py and packing.py share of a directory, local or on S3:
+Shared by embeddings.py and packing.py. A directory, local or on S3, holds:
 
-    part-00000.parquet        rows; its footer says which images they stand for, and which could not be used
-    _about/                   readers of Parquet folders pass over names that begin so
+    part-00000.parquet        rows; its footer records the images that they stand for, and the unusable images
+    _about/                   readers of Parquet folders skip names that begin with an underscore
       ....parquet             the manifest, listed once: each part stands for a range of its rows
       quarantine.jsonl        the unusable images of all parts
       summary.json            written last: rows in, rows out, quarantined
-      ....json                what decided the rows: another command is refused
+      ....json                settings that decide the rows; a command with other settings is refused
 
-A part is committed by its one atomic write, quarantine included, so what lies there is progress. No Ray here.
+A part is committed by one atomic write, quarantine included, so existing parts are progress. No Ray here.
 """
 
 import json
@@ -32,27 +32,27 @@ _PART = re.compile(r"part-(\d{5,})\.parquet")
 
 
 class PartKind(NamedTuple):
-    """Where parts of one kind say what they are, and how a person is told of them."""
+    """Names of one kind of part: where its metadata is stored, and the words for messages."""
 
     settings: str
-    """File of what decided the rows."""
+    """File of the settings that decide the rows."""
     metadata: bytes
     """Name of the note in each part's footer."""
     rows: str
-    """What the rows are, in the plural."""
+    """Noun for the rows, in the plural."""
     written: str
-    """What was done to those that are there."""
+    """Verb for rows that exist already."""
 
 
 class Footer(NamedTuple):
-    """What the footer of a part says: how many rows it has, and the note that `PartWriter.commit` left."""
+    """Content of a part's footer: its number of rows, and the note that `PartWriter.commit` wrote."""
 
     num_rows: int
     note: dict[str, Any]
 
 
 class Written(NamedTuple):
-    """A part as it was written: images that became rows, and unusable ones."""
+    """Counts of a written part: images that became rows, and unusable images."""
 
     part: int
     num_rows: int
@@ -60,7 +60,7 @@ class Written(NamedTuple):
 
 
 class PartWriter:
-    """One part in the making, for the images at `images` of the manifest; in memory, unseen before `commit`."""
+    """Builds one part in memory for manifest rows `images`; nothing is visible before `commit`."""
 
     def __init__(self, kind: PartKind, part: int, images: range, schema: pa.Schema) -> None:
         self._kind, self._part, self._images, self._schema = kind, part, images, schema
@@ -68,15 +68,15 @@ class PartWriter:
         self._quarantined: list[dict[str, Any]] = []
 
     def write(self, rows: pa.Table) -> None:
-        """Add rows, as a row group of their own."""
+        """Add rows as one row group."""
         self._row_groups.append(rows)
 
     def quarantine(self, image: int, key: str, status: Status, reason: str) -> None:
-        """Note that the image at this row of the manifest has no row here."""
+        """Record that the image at this row of the manifest has no row in the part."""
         self._quarantined.append({"row": image, "key": key, "status": status.name.lower(), "reason": reason})
 
     def commit(self, out: Directory, facts: Mapping[str, Any], **options: Any) -> Written:
-        """Write the part in one step; `facts`, which JSON can hold, go into its note, `options` to Parquet."""
+        """Write the part in one step; `facts` (JSON values) go into its note, `options` to Parquet."""
         about = {"part": self._part, "first_row": self._images.start, "num_rows": len(self._images)}
         note = json.dumps({**about, **facts, "quarantined": self._quarantined})
         sink = pa.BufferOutputStream()
@@ -84,7 +84,7 @@ class PartWriter:
         with pq.ParquetWriter(
             sink, self._schema.with_metadata({self._kind.metadata: note}), **options
         ) as parquet:
-            while self._row_groups:  # let go of as they are written: a part may be large
+            while self._row_groups:  # released while they are written: a part may be large
                 rows = self._row_groups.pop(0)
                 parquet.write_table(rows)
                 num_rows += rows.num_rows
@@ -93,20 +93,21 @@ class PartWriter:
 
 
 def part_name(part: int) -> str:
-    """File name of a part."""
+    """Return the file name of a part."""
     return f"part-{part:05d}.parquet"
 
 
 def missing_parts(out: Directory, num_parts: int) -> list[int]:
-    """Numbers of the parts that are not there, ascending."""
+    """Return the numbers of the missing parts, ascending."""
     there = {int(match[1]) for name in out.list() if (match := _PART.fullmatch(name))}
     return [part for part in range(num_parts) if part not in there]
 
 
 def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartKind) -> bool:
-    """Whether `out` was begun with these settings (those it knows of); False for an empty one.
+    """Return true if `out` was begun with these settings, false for an empty directory.
 
-    ConfigError, naming what differs, when it holds rows of other settings, or parts that nothing explains.
+    Only the given settings are compared. Raises ConfigError, naming the difference, if `out` holds rows of
+    other settings, or parts without recorded settings.
     """
     try:
         known = json.loads(out.read(kind.settings))
@@ -129,11 +130,11 @@ def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartKind) 
 def collect(
     out: Directory, images: Mapping[int, range], kind: PartKind, identity: Mapping[str, Any]
 ) -> tuple[list[Footer], list[dict[str, Any]]]:
-    """(footers, quarantined images by row) of some parts; the latter also written to quarantine.jsonl.
+    """Return (footers, quarantined images by row) of some parts; also write quarantine.jsonl.
 
-    `images` are the rows of the manifest that each part is to stand for, `identity` what each part's note has to
-    say. Reads each part's footer alone. DataError for a part that is damaged, of other settings, or does not
-    account for each of its rows: rows in = rows out + quarantined.
+    `images` are the manifest rows that each part must stand for; `identity` is the expected content of each
+    part's note. Reads only the footer of each part. Raises DataError for a part that is damaged, has other
+    settings, or does not account for all rows: rows in = rows out + quarantined.
     """
     storage, path = filesystem(out.uri)
 
@@ -164,7 +165,7 @@ def collect(
 
 
 def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory, kind: PartKind) -> None:
-    """DataError when more than this share of all images could not be used."""
+    """Raise DataError if more than the share `limit` of all images could not be used."""
     if num_bad > limit * num_images:
         raise DataError(
             f"{num_bad} of {num_images} images could not be used, more than data.max_bad_fraction={limit}; "
@@ -174,5 +175,5 @@ def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory, ki
 
 
 def _enough(share: float) -> float:
-    """The least whole number of percent that allows for `share`."""
+    """Return the smallest whole percentage that allows for `share`."""
     return math.ceil(share * 100) / 100

@@ -1,6 +1,6 @@
-"""The README.md of an export, as a model card with the header that Hugging Face's hub reads.
+"""The README.md of an export: a model card with the header that the Hugging Face Hub reads.
 
-Stands after model_card.py, whose facts it prints, and loading_code.py. No files here.
+This module stands after model_card.py, whose facts it prints, and loading_code.py. No files here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _CITATION = """\
 
 
 def readme(card: Mapping[str, Any], form: str) -> str:
-    """Return the README.md of the export `form` of a `model_card`, whose `files` tell what is special about it."""
+    """Return the README.md of the export `form` of a `model_card`; `files` holds the facts on each format."""
     sections = {
         "Model": _model(card, form),
         "Training": _training(card),
@@ -45,7 +45,7 @@ def readme(card: Mapping[str, Any], form: str) -> str:
 
 
 def position_note(card: Mapping[str, Any], form: str) -> str:
-    """Return where the position embeddings make features differ from those of the run; "" where they do not."""
+    """Return how position embeddings make features differ from the run's features; "" if they do not."""
     deviations = card["files"][form].get("deviations") or {}
     if deviations:
         worst = max(deviations, key=lambda size: deviations[size])

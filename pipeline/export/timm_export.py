@@ -1,7 +1,9 @@
-"""A frozen backbone as a folder that timm loads: config.json and model.safetensors. No Ray, no writing to a run.
+"""A frozen backbone as a folder that timm loads: config.json and model.safetensors.
 
-timm writes the folder. `timm.create_model("local-dir:...")` then loads it, and its features are compared with those
-of the backbone before anybody gets the files.
+No Ray, no writing to a run.
+
+timm writes the folder. `timm.create_model("local-dir:...")` then loads it, and its features are compared with
+the backbone's features before the files are returned.
 """
 
 import math
@@ -22,28 +24,28 @@ from models.published.checkpoint import MARK
 from pipeline.training.checkpoint import Frozen
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-"""timm's names."""
+"""File names that timm expects."""
 
 
 class TimmExport(NamedTuple):
-    """A folder for timm: the bytes of its two files."""
+    """A folder for timm: the content of its two files."""
 
     config: bytes
     weights: bytes
     image_size: int
-    """Side of the square images, in pixels, that its preprocessing makes; its features are bit-identical there."""
+    """Side in pixels of its preprocessed square images; at this size features are bit-identical."""
     deviations: dict[int, float]
     """Image size -> largest difference from our backbone, as a share of the largest feature."""
 
 
 def timm_arguments(frozen: Frozen) -> dict[str, Any]:
-    """Keyword arguments with which `timm.create_model(name, num_classes=0, ...)` builds this backbone."""
+    """Return keyword arguments for `timm.create_model(name, num_classes=0, ...)` that build this backbone."""
     config, size = frozen.config.backbone, frozen.config.crops.global_crop_size
     for extra in ({"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}):
         arguments = {**extra, **config.kwargs}
         try:
             timm.create_model(config.name, pretrained=False, num_classes=0, **arguments)
-        except TypeError:  # this family has no such argument
+        except TypeError:  # this family lacks the argument
             continue
         return arguments
     raise DinorayError(
@@ -54,8 +56,8 @@ def timm_arguments(frozen: Frozen) -> dict[str, Any]:
 def export_timm(frozen: Frozen, *, image_size: int | None = None, license_id: str = "unknown") -> TimmExport:
     """Return a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads strictly.
 
-    `image_size` is the side of the centre crops that the run evaluates on (default: its global crop size). timm has
-    no rule like `pos_embed=official`, so position embeddings are stored as they are resized to that size.
+    `image_size` is the side of the centre crops that the run evaluates on (default: its global crop size).
+    timm has no rule like `pos_embed=official`, so position embeddings are stored resized to that size.
     """
     size = evaluation_size(frozen, image_size)
     name, arguments = frozen.config.backbone.name, timm_arguments(frozen)
@@ -90,19 +92,19 @@ def export_timm(frozen: Frozen, *, image_size: int | None = None, license_id: st
 
 
 def evaluation_size(frozen: Frozen, image_size: int | None) -> int:
-    """Return `image_size` where the backbone accepts it, else the global crop size, which it always accepts."""
+    """Return `image_size` if the backbone accepts it, else the global crop size, which it always accepts."""
     if image_size is not None:
         try:
             with torch.no_grad():
                 frozen.backbone()(torch.zeros(1, 3, image_size, image_size))
             return image_size
-        except Exception:  # each family refuses sizes in its own way
+        except Exception:  # each family rejects sizes in its own way
             pass
     return frozen.config.crops.global_crop_size
 
 
 def other_sizes(frozen: Frozen, size: int) -> list[int]:
-    """Return sizes at which timm's position embeddings differ from those of training; none where they agree."""
+    """Return sizes at which timm's position embeddings differ from the training ones; none if they agree."""
     config, crop_sizes = frozen.config.backbone, frozen.config.crops.crop_sizes
     if config.pos_embed == "timm":
         return []
@@ -131,7 +133,7 @@ def crop_share(size: int) -> float:
 
 
 def _resized(frozen: Frozen, size: int) -> Tensor:
-    """Position embeddings [1, prefix + n * n, D] as the backbone uses them for square images of `size` pixels."""
+    """Return the backbone's position embeddings [1, prefix + n * n, D] for square images of `size` pixels."""
     backbone: Any = frozen.backbone()
     rows, columns = (size // side for side in backbone.patch_embed.patch_size)
     num_prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
@@ -143,7 +145,7 @@ def _resized(frozen: Frozen, size: int) -> Tensor:
 def _pretrained_cfg(
     model: Any, frozen: Frozen, size: int, arguments: dict[str, Any], license_id: str
 ) -> dict[str, Any]:
-    """What timm keeps of a model's weights: these weights', not those that timm publishes under the same name."""
+    """Return timm's metadata for these weights, not for timm's published weights of the same name."""
     crops, published = frozen.config.crops, model.pretrained_cfg
     return PretrainedCfg(
         architecture=frozen.config.backbone.name.split(".")[0],

@@ -1,7 +1,7 @@
-"""A checkpoint as `torch.save` writes it: a backbone's state dict, or all of it for the published code.
+"""A checkpoint in `torch.save` format: a backbone's state dict, or a full checkpoint for the published code.
 
-Stands after training/checkpoint.py. timm_export.py and onnx_export.py write the other formats, model_card.py
-describes all of them. No Ray here, and no writing to a run.
+This module stands after training/checkpoint.py. timm_export.py and onnx_export.py write the other formats,
+model_card.py describes all of them. No Ray here, and no writing to a run.
 """
 
 import io
@@ -27,24 +27,26 @@ _OFFICIAL_NAMES = re.compile(
 
 
 def export_state_dict(frozen: Frozen) -> bytes:
-    """The backbone's state dict as `torch.save` writes it; loads with weights_only=True."""
+    """Return the backbone's state dict in `torch.save` format; it loads with weights_only=True."""
     state = OrderedDict((k, v.contiguous()) for k, v in frozen.weights.items())
-    # Where torch keeps versions there is room to say how position embeddings are resized.
+    # torch's slot for versions has room for the resizing rule of position embeddings.
     state._metadata = {"": {"version": 1, MARK: frozen.config.backbone.pos_embed}}  # type: ignore[attr-defined]
     return _saved(state)
 
 
 def export_official(folder: Path) -> bytes:
-    """The checkpoint in the local `folder`, whole, as the published code saves and resumes it.
+    """Return the whole checkpoint in the local `folder` in the format of the published code, which resumes
+    it.
 
-    ConfigError for a backbone that the published code lacks: it knows plain ViTs and torchvision's ResNets.
+    Raises ConfigError for a backbone that the published code lacks: it supports plain ViTs and torchvision's
+    ResNets.
     """
     meta = read_meta(folder)
     config = DINOConfig.model_validate(meta["config"])
     state = build_state(config, num_images=meta["num_images"], resumed=True)
     load_checkpoint(state, folder)
     strange = [k for k in state.dino.student.backbone.state_dict() if not _OFFICIAL_NAMES.fullmatch(k)]
-    if strange:  # the published code would leave them out without a word
+    if strange:  # the published code would silently leave them out
         raise ConfigError(
             f"--format official: the published code has no network with {strange[0]}, which {config.backbone.name} "
             "has; take --format timm"
@@ -54,9 +56,9 @@ def export_official(folder: Path) -> bytes:
 
 
 def official_args(config: DINOConfig) -> dict[str, Any]:
-    """The settings under the names of the published code's parser, for as much as it knows of them.
+    """Return the settings under the names of the published code's parser, as far as it has such settings.
 
-    `arch` is timm's name where the published code has none for the backbone.
+    `arch` is timm's name if the published code has no name for the backbone.
     """
     c = config
     arch, patch_size = _official_arch(config)
@@ -92,7 +94,7 @@ def official_args(config: DINOConfig) -> dict[str, Any]:
 
 
 def _official_arch(config: DINOConfig) -> tuple[str, int]:
-    """The published code's name of the backbone and its patch size; timm's name where it has none."""
+    """Return the published code's name of the backbone and its patch size; timm's name if it has none."""
     name, kwargs = config.backbone.name, config.backbone.kwargs
     found = re.match(r"(vit_(?:tiny|small|base))_patch(\d+)_224", name)
     if found is None:

@@ -1,1 +1,1 @@
-"""Pictures: crops, attention, and the colours of all of them."""
+"""Pictures: crops, attention maps, and the colours of all pictures."""

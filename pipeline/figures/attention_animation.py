@@ -1,7 +1,7 @@
-"""An animation of where the teacher looks over a run: one frame for each evaluation, with its step.
+"""An animation of the teacher's attention over a run: one frame per evaluation, labelled with its step.
 
-Evaluations draw attention/step_*.png, all of the same images; checkpoints are not needed, of which a run keeps only
-the newest. Local or S3; no network and no Ray here.
+Evaluations write attention/step_*.png, always of the same images. The animation needs no checkpoints, because
+a run keeps only its newest checkpoints. Files are local or on S3; there is no network and no Ray here.
 """
 
 import io
@@ -18,22 +18,22 @@ from pipeline.tracking.records import attention_figures
 
 _TOTAL_MS, _SHORTEST_MS, _LONGEST_MS = 12_000, 200, 1000
 _REST = 3
-"""The last frame stays so many times as long as the others."""
+"""Duration of the last frame, as a multiple of the other frames' duration."""
 _PALETTE_FRAMES = 8
 _STRIP, _MARGIN, _FONT, _STEP_WIDTH = 52, 24, 20, 150
 
 
 class Frame(NamedTuple):
-    """A sheet, and the step of its evaluation."""
+    """An attention sheet and the step of its evaluation."""
 
     step: int
     sheet: Image.Image
 
 
 def read_frames(run: Directory) -> tuple[list[Frame], list[str]]:
-    """The sheets that evaluations have drawn, by step; and the names of files that cannot be read.
+    """Return the sheets that evaluations wrote, sorted by step, and the names of unreadable files.
 
-    DataError when a run has no sheet.
+    Raises DataError if a run has no sheet.
     """
     frames, damaged = [], []
     for step, name in attention_figures(run):
@@ -52,7 +52,7 @@ def read_frames(run: Directory) -> tuple[list[Frame], list[str]]:
 
 
 def animation(frames: Sequence[Frame]) -> bytes:
-    """An endless GIF, a format that is shown everywhere: all frames last equally long, and the last one longer.
+    """Return an endless GIF, a format that every viewer shows; the last frame lasts longer than the others.
 
     The frames share one palette without dithering, so that unchanged parts do not flicker.
     """
@@ -79,7 +79,7 @@ def animation(frames: Sequence[Frame]) -> bytes:
 
 
 def _with_step(frame: Frame, steps: Sequence[int], size: tuple[int, int]) -> Image.Image:
-    """The sheet above a strip with its step, in words and as a mark on a line from the first step to the last."""
+    """Return the sheet above a strip that shows its step as text and as a mark on a time line."""
     picture = Image.new("RGB", size, PAPER)
     picture.paste(frame.sheet, (0, 0))
     draw = ImageDraw.Draw(picture)

@@ -1,8 +1,9 @@
-"""Attention maps as numbers and as pixels: which patches hold most of a head's attention, heat, masks.
+"""Attention maps as numbers and as pixels: masks of the most attended patches, heat, regions of heads.
 
-Stands between models/attention.py, which gives a map per head and patch, and attention_sheet.py, which arranges
-pictures. Pure functions on NumPy arrays: images uint8 RGB [H,W,3], maps float [heads,h,w] with one value per
-patch, w patches being W pixels and at most one patch more. Knows nothing of networks, files or Ray.
+This module stands between models/attention.py, which computes one map per head, and attention_sheet.py, which
+arranges pictures. Pure functions on NumPy arrays: images are uint8 RGB [H,W,3]; maps are float [heads,h,w]
+with one value per patch. w patches cover W pixels and extend at most one patch beyond them. There are no
+networks, files or Ray here.
 """
 
 import colorsys
@@ -25,16 +26,16 @@ _LIGHTNESS = (0.56, 0.38, 0.76)
 
 
 def mass_mask(attention: Map, mass: float = 0.6) -> Mask:
-    """The fewest patches that hold `mass` (0 to 1) of each head's attention: [heads,h,w] -> bool [heads,h,w].
+    """Return the fewest patches that hold `mass` (0 to 1) of each head's attention: bool [heads,h,w].
 
-    Of patches with equal attention the one that comes first, row by row, is taken first. A head whose
-    attention is zero everywhere, or not finite, has none.
+    Among patches of equal attention the first in row order is taken first. The mask is empty for a head whose
+    attention is zero everywhere or not finite.
     """
     flat = np.asarray(attention, np.float64).reshape(len(attention), -1)
     order = np.argsort(-flat, axis=1, kind="stable")
     held = np.cumsum(np.take_along_axis(flat, order, axis=1), axis=1)
     total = held[:, -1:]
-    # Patch k is needed when those before it hold too little.
+    # Patch k is needed if the patches before it hold too little.
     before = np.concatenate([np.zeros_like(total), held[:, :-1]], axis=1)
     needed = before < mass * total
     mask = np.zeros(flat.shape, bool)
@@ -43,16 +44,16 @@ def mass_mask(attention: Map, mass: float = 0.6) -> Mask:
 
 
 def default_image_size(global_crop_size: int, patch: int) -> int:
-    """Shorter side, in pixels, at which images are looked at: 480 for patches of 16 on crops of 224, as published.
+    """Return the shorter side in pixels for attention maps: 480 for patches of 16 on crops of 224.
 
-    That is 30 patches, kept within two to four global crops: a coarser map cannot be read, and farther from
-    the size that it was trained at a network sees less.
+    480 pixels, as published, are 30 patches. The result is kept within two to four global crops. A coarser
+    map cannot be read, and a network works worse the farther the size is from its training size.
     """
     return min(max(_PUBLISHED_PATCHES * patch, 2 * global_crop_size), 4 * global_crop_size)
 
 
 def fit_image(image: Image, short_side: int) -> Image:
-    """Resize to `short_side` pixels at the shorter side, aspect kept; the longer one is four times that at most."""
+    """Resize the shorter side to `short_side` pixels, aspect kept; limit the longer side to 4 times that."""
     height, width = image.shape[:2]
     scale = min(short_side / min(height, width), _MAX_ASPECT * short_side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -60,9 +61,9 @@ def fit_image(image: Image, short_side: int) -> Image:
 
 
 def upsample(maps: npt.NDArray, patch: int, size: tuple[int, int], *, smooth: bool) -> npt.NDArray:
-    """Maps or masks of patches [heads,h,w] to pixels [heads,H,W], (H, W) = `size`, cut at the right and below.
+    """Scale maps or masks of patches [heads,h,w] to pixels [heads,H,W] = [heads, *size], cut right and below.
 
-    Sharp (every pixel has its patch's value) or smooth (bicubic, never below zero; for heat).
+    Sharp: every pixel has its patch's value. Smooth: bicubic and never below zero, for heat.
     """
     if not smooth:
         return maps.repeat(patch, axis=1).repeat(patch, axis=2)[:, : size[0], : size[1]]
@@ -72,30 +73,31 @@ def upsample(maps: npt.NDArray, patch: int, size: tuple[int, int], *, smooth: bo
 
 
 def heat_colours(heat: Map) -> Image:
-    """Colours of values, dark at 0 to bright at the 99th percentile and above: [H,W] -> [H,W,3].
+    """Return the colours of values, dark at 0 to bright at the 99th percentile and above: [H,W] -> [H,W,3].
 
-    Not from the least value to the largest: attention to everything alike would look like noise, and a single
-    patch could leave the rest in the dark. For the former, bright is at least three times the mean.
+    The scale does not run from minimum to maximum: uniform attention would look like noise, and a single
+    bright patch could leave the rest dark. To keep uniform attention dark, bright is at least three times the
+    mean.
     """
     return cv2.cvtColor(cv2.applyColorMap(_levels(heat), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
 
 
 def overlay(image: Image, heat: Map) -> Image:
-    """The image lit by heat [H,W]: dim and gray where there is none, in the colours of heat where there is."""
+    """Colour the image by heat [H,W]; areas without heat are dim and gray."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] * 0.6
-    # Colours are nearly opaque from half the brightest value on: thinner, they turn to mud on a photo.
+    # Colours are nearly opaque from half the maximum on: more transparent colours look muddy on a photo.
     share = (_levels(heat)[..., None] / 255 * 1.6).clip(max=0.85)
     return (gray * (1 - share) + heat_colours(heat) * share).round().astype(np.uint8)
 
 
 def masked_image(image: Image, mask: Mask) -> Image:
-    """The image where `mask` [H,W] is true, dim and gray elsewhere."""
+    """Return the image where `mask` [H,W] is true, dim and gray elsewhere."""
     gray = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] // 4, 3, axis=2)
     return np.where(mask[..., None], image, gray)
 
 
 def head_colours(num_heads: int) -> list[tuple[int, int, int]]:
-    """One colour per head: neighbours far apart in hue, and each six lighter or darker than those before."""
+    """Return one colour per head: neighbours differ in hue, and every six heads the lightness changes."""
     return [
         tuple(  # type: ignore[misc]
             round(255 * part)
@@ -106,9 +108,9 @@ def head_colours(num_heads: int) -> list[tuple[int, int, int]]:
 
 
 def head_regions(attention: Map, masks: Mask) -> npt.NDArray[np.int64]:
-    """For each patch the head whose mask it is in, -1 for none: [heads,h,w] -> [h,w].
+    """Return for each patch the head whose mask contains it, -1 for none: [heads,h,w] -> [h,w].
 
-    Of several heads the one that gives the patch the largest share of its own attention.
+    Among several heads, the head that gives the patch the largest share of its own attention wins.
     """
     values = np.asarray(attention, np.float64)
     total = values.sum(axis=(1, 2), keepdims=True)
@@ -117,7 +119,7 @@ def head_regions(attention: Map, masks: Mask) -> npt.NDArray[np.int64]:
 
 
 def coloured_heads(image: Image, regions: npt.NDArray[np.int64], num_heads: int) -> Image:
-    """The image, gray, tinted where `regions` [H,W] names a head, each head in its colour."""
+    """Return the image in gray, tinted in each head's colour where `regions` [H,W] names that head."""
     gray = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2).astype(np.float64)
     colours = np.array([*head_colours(num_heads), (0, 0, 0)], np.float64)[regions]
     tinted = np.where((regions >= 0)[..., None], 0.45 * gray + 0.55 * colours, 0.45 * gray)

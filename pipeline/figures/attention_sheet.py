@@ -1,7 +1,7 @@
-"""Pictures of where a backbone looks: one sheet for a handful of images, and overlays of each.
+"""Pictures of a backbone's attention: one sheet for a few images, and overlays of each image.
 
-Images -> models/attention.py -> attention_maps.py -> here. Called by a training worker at each evaluation and by
-the attention job. Knows nothing of files or Ray.
+Images -> models/attention.py -> attention_maps.py -> this module. Each evaluation in a train worker and the
+attention job call it. There are no files and no Ray here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ _SUMMARY_COLUMNS = 3
 
 
 class Looked(NamedTuple):
-    """An image [H,W,3] as the network saw it, and the class token's attention [heads,h,w] over its patches."""
+    """The network's input [H,W,3], and the class token's attention [heads,h,w] over its patches."""
 
     key: str
     image: npt.NDArray[np.uint8]
@@ -60,19 +60,19 @@ class Looked(NamedTuple):
 
     @property
     def mean(self) -> npt.NDArray[np.float32]:
-        """Mean over heads in pixels [H,W], smooth."""
+        """Return the mean over heads in pixels [H,W], smooth."""
         return self._pixels(self.attention.mean(axis=0, keepdims=True), smooth=True)[0]
 
     def heads(self) -> npt.NDArray[np.float32]:
-        """Every head in pixels [heads,H,W], smooth."""
+        """Return the attention of every head in pixels [heads,H,W], smooth."""
         return self._pixels(self.attention, smooth=True)
 
     def masks(self, mass: float) -> npt.NDArray[np.bool_]:
-        """The patches that hold `mass` of each head, in pixels [heads,H,W]."""
+        """Return the patches that hold `mass` of each head's attention, in pixels [heads,H,W]."""
         return self._pixels(mass_mask(self.attention, mass), smooth=False)
 
     def regions(self, mass: float) -> npt.NDArray[np.int64]:
-        """The head that each pixel [H,W] belongs to, or -1."""
+        """Return the head of each pixel [H,W], or -1."""
         return self._pixels(
             head_regions(self.attention, mass_mask(self.attention, mass))[None], smooth=False
         )[0]
@@ -88,9 +88,9 @@ def look(
     *,
     image_size: int | None = None,
 ) -> Iterator[Looked]:
-    """Attention of a backbone over (key, image) of any size, resized to `image_size` at the shorter side.
+    """Yield a backbone's attention over (key, image), resized to `image_size` at the shorter side.
 
-    One image at a time: of an image of N patches the last block forms heads * N * N probabilities.
+    Images are processed one at a time: for N patches the last block forms heads * N * N probabilities.
     """
     patch = patch_size(backbone)
     size = image_size or default_image_size(crops.global_crop_size, patch)
@@ -109,10 +109,10 @@ def attention_figure(
     title: str = "",
     image_size: int | None = None,
 ) -> bytes | None:
-    """The sheet for a few (key, image) as PNG; None without images or without attention of a class token.
+    """Return the sheet for a few (key, image) as PNG; None without images or without class-token attention.
 
-    For use inside a run: the backbone, its modes and the random numbers of the process are as before, and where
-    the GPU has no room left there is no picture rather than no run.
+    Safe inside a run: the backbone, its modes and the process's random state are left unchanged. If the GPU
+    runs out of memory, the picture is omitted and the run continues.
     """
     try:
         looked = list(look(backbone, images, crops, image_size=image_size))
@@ -122,7 +122,7 @@ def attention_figure(
 
 
 def figure(looked: Sequence[Looked], *, title: str = "", mass: float = MASS) -> Image.Image:
-    """A row per image: the image, the mean over heads, the heads' masks in colour, the heat of each head."""
+    """Return one row per image: image, mean over heads, the heads' masks in colour, heat of each head."""
     num_heads = len(looked[0].attention)
     lefts = _column_lefts(num_heads)
     rows = [_pictures(one, mass) for one in looked]
@@ -144,7 +144,7 @@ def figure(looked: Sequence[Looked], *, title: str = "", mass: float = MASS) -> 
 
 
 def overlays(looked: Looked, mass: float = MASS) -> dict[str, Image.Image]:
-    """The pictures of one image at its own size, by name: image, mean, heads, and heat and mask of each head."""
+    """Return the pictures of one image at its own size: image, mean, heads, heat and mask per head."""
     image = looked.image
     pictures = {
         "image": image,
@@ -169,7 +169,7 @@ def _pictures(looked: Looked, mass: float) -> list[Image.Image]:
 
 
 def _column_lefts(num_heads: int) -> list[int]:
-    """Left edge of each column; the heads stand apart from what sums them up."""
+    """Return the left edge of each column; a wider gap separates the heads from the summary columns."""
     return [
         _MARGIN + column * (_CELL + _GAP) + (_GROUP_GAP - _GAP if column >= _SUMMARY_COLUMNS else 0)
         for column in range(_SUMMARY_COLUMNS + num_heads)

@@ -1,4 +1,4 @@
-"""What users can set of figures."""
+"""Settings of figures."""
 
 MASS = 0.6
 """Share of a head's attention that its mask holds, as in the paper's figures."""

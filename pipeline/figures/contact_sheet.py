@@ -1,7 +1,7 @@
-"""A picture of what the network is fed: a few images, each beside its crops, as one PNG.
+"""A contact sheet of the network's input: a few images, each beside its crops, as one PNG.
 
-Stands beside the flow: a job draws it at start, so that a person sees a wrong scale, swapped channels or a
-missing blur before an hour of GPU time is spent. Knows nothing of files, storage or Ray.
+A job writes it at start. A wrong scale, swapped channels or a missing blur are then visible before an hour of
+GPU time is spent. There are no files, no storage and no Ray here.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ _TITLE_FONT, _HEAD_FONT, _SMALL_FONT = 17, 14, 11
 
 
 def contact_sheet(samples: Sequence[tuple[str, npt.NDArray[np.uint8], Crops]], config: CropsConfig) -> bytes:
-    """Draw one row for each (key, image uint8 [H,W,3], its crops); returns the bytes of a PNG.
+    """Draw one row for each (key, image uint8 [H,W,3], its crops); return the bytes of a PNG.
 
-    All crops are shown at one size; the heads of the columns name the settings in which crops differ.
+    All crops are shown at one size; the column headings name the settings in which crops differ.
     """
     lefts = _column_lefts(config)
     top = _MARGIN + _TITLE_HEIGHT + _HEAD_HEIGHT
@@ -44,7 +44,7 @@ def contact_sheet(samples: Sequence[tuple[str, npt.NDArray[np.uint8], Crops]], c
 
 
 def _column_lefts(config: CropsConfig) -> list[int]:
-    """Left edge of each crop's column; the globals and the locals stand apart."""
+    """Return the left edge of each crop's column; a wider gap separates global from local crops."""
     left = _MARGIN + _SOURCE_WIDTH + _GROUP_GAP
     lefts = []
     for crop in range(config.num_global_crops + config.num_local_crops):

@@ -1,7 +1,7 @@
-"""Drawn sheets: one line of text of a given width, one picture in a given box, and the sheet as PNG.
+"""Drawing of sheets: one line of text of a given width, one picture in a given box, and the sheet as PNG.
 
-A sheet keeps the places of its pictures, so that a page can show its text in other colours. Knows nothing of what
-the sheets show.
+A sheet stores the boxes of its pictures, so that a page can show its text in other colours. The content of
+the sheets is decided elsewhere.
 """
 
 import io
@@ -26,7 +26,7 @@ PAPER, INK, FAINT, RULE = (255, 255, 255), (24, 24, 27), (113, 113, 122), (212, 
 
 
 def thumbnail(pixels: npt.NDArray[np.uint8], *, width: int, height: int) -> Image.Image:
-    """Scale a picture [H,W,3], up or down, to the largest that fits into `width` x `height`."""
+    """Scale a picture [H,W,3] up or down to the largest size that fits into `width` x `height`."""
     scale = min(width / pixels.shape[1], height / pixels.shape[0])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
@@ -41,9 +41,9 @@ def draw_text(
     *,
     width: int,
 ) -> None:
-    """Write one line, its middle left out where it is longer than `width` pixels."""
+    """Write one line of text; omit its middle if it is longer than `width` pixels."""
     font = _font(font_size)
-    # A key may hold line feeds, and surrogates that no font takes.
+    # A key may hold line feeds, and surrogates that no font supports.
     text = " ".join(text.encode("utf-8", "replace").decode().splitlines())
 
     def shortened(kept: int) -> str:
@@ -58,18 +58,18 @@ def draw_text(
 
 
 def paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int]) -> None:
-    """Put a picture on a sheet, and note its place."""
+    """Paste a picture on a sheet and record its box."""
     sheet.paste(picture, corner)
     note_picture(sheet, (*corner, corner[0] + picture.width, corner[1] + picture.height))
 
 
 def note_picture(sheet: Image.Image, box: Box) -> None:
-    """Note that `box` holds colours which must stay as they are."""
+    """Record that the colours in `box` must stay unchanged."""
     sheet.info.setdefault(_PLACES, []).append(box)
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """The bytes of a PNG, the same for the same picture; the places of pictures go along."""
+    """Return the bytes of a PNG, deterministic for a given picture; they include the boxes of pictures."""
     file, about = io.BytesIO(), PngInfo()
     if places := image.info.get(_PLACES):
         about.add_text(_PLACES, json.dumps(places))
@@ -78,7 +78,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def picture_places(sheet: Image.Image) -> Sequence[Box]:
-    """The places of the pictures on a sheet that was read from a PNG; none where the file does not have them."""
+    """Return the boxes of the pictures on a sheet read from a PNG; none if the file does not store them."""
     try:
         places = json.loads(sheet.info.get(_PLACES, "[]"))
         return [(int(left), int(top), int(right), int(bottom)) for left, top, right, bottom in places]
@@ -87,7 +87,7 @@ def picture_places(sheet: Image.Image) -> Sequence[Box]:
 
 
 def split_sheet(sheet: Image.Image) -> tuple[Image.Image, Image.Image] | None:
-    """A sheet as two see-through layers: text and rules in ink, and the pictures; None where places are unknown."""
+    """Split a sheet into two transparent layers, text and rules in ink, and pictures; None without boxes."""
     places = picture_places(sheet)
     if not places:
         return None

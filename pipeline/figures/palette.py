@@ -1,7 +1,7 @@
-"""The colours of pages and pictures, by name, for light and dark.
+"""The colours of pages and pictures, by name, for light and dark mode.
 
-A drawing inside a page is drawn in colours that no other thing has, the tokens, which then become the page's
-variables; a picture that stands alone takes the light ones.
+A drawing inside a page uses unique placeholder colours, the tokens, which are then replaced by the page's
+variables. A standalone picture uses the light colours.
 """
 
 import re
@@ -22,7 +22,7 @@ LIGHT: Palette = {
     "series-2": "#d9622b",
     "series-3": "#16876b",
     "series-4": "#a33ea1",
-    # From bad to good: further and further from the paper.
+    # From bad to good: with growing contrast to the paper.
     "scale-1": "#d7efb3",
     "scale-2": "#b0e0b7",
     "scale-3": "#7dcdbb",
@@ -60,12 +60,12 @@ NUM_SCALE = 9
 
 
 def scale(palette: Palette) -> list[str]:
-    """Colours from bad to good."""
+    """Return the colours from bad to good."""
     return [palette[f"scale-{i + 1}"] for i in range(NUM_SCALE)]
 
 
 def css_variables() -> str:
-    """What makes tokens colours: `--ink` and so on, in light and dark."""
+    """Return the CSS that defines the variables, `--ink` and so on, for light and dark mode."""
     light, dark = (
         " ".join(f"--{name}: {colour};" for name, colour in palette.items()) for palette in (LIGHT, DARK)
     )
@@ -74,7 +74,7 @@ def css_variables() -> str:
 
 
 def themed(svg: str) -> str:
-    """The <svg> element alone, undated, in the page's colours, as wide as its place."""
+    """Return the <svg> element alone, without date, in the page's colours, as wide as its container."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", svg, count=1)

@@ -1,1 +1,1 @@
-"""What a run will take: time, nodes, cost."""
+"""Forecasts of a run: time, nodes, cost."""

@@ -1,7 +1,8 @@
-"""Short measurements that a plan is made from: what a CPU crops, what a request takes, what a device trains. No Ray.
+"""Short measurements for a plan: crops per CPU, latency of a request, training rate of a device. No Ray.
 
-CPUs are measured by the CPU time of this process: neither a slow line to storage nor other programs count. Crops are
-made on all of them at once, since a virtual CPU is worth less beside a busy one. A GPU is measured by the clock.
+CPUs are measured by the CPU time of this process, so neither slow storage nor other programs count. Crops are
+made on all CPUs at once, because a virtual CPU is slower beside a busy one. A GPU is measured by wall-clock
+time.
 """
 
 import os
@@ -30,7 +31,7 @@ _LEAST_STEPS = 3
 
 
 class Listed(NamedTuple):
-    """What the listing of images says."""
+    """Result of listing the images."""
 
     num_images: int
     bytes_per_image: float
@@ -38,7 +39,7 @@ class Listed(NamedTuple):
 
 
 class Cropped(NamedTuple):
-    """What fetching, decoding and cropping take; `cpu_ms` by stage, of an image."""
+    """Measured cost of fetching, decoding and cropping; `cpu_ms` is CPU milliseconds per image, by stage."""
 
     images_per_second_per_cpu: float
     cpu_ms: dict[str, float]
@@ -47,7 +48,7 @@ class Cropped(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What training takes on one device; on CPUs the rate is that of one of them."""
+    """Measured training rate of one device; on CPUs, the rate of one CPU."""
 
     images_per_second: float
     device: str
@@ -55,7 +56,7 @@ class Trained(NamedTuple):
 
 
 def listed(manifest: Manifest) -> Listed:
-    """Images, bytes of each, and how many come at once: one from an object, a row group's from Parquet."""
+    """Return the number of images, bytes per image, and images per request: an object or a row group."""
     sizes, group_bytes = manifest.group_sizes, manifest.group_bytes
     if sizes is None or group_bytes is None:
         return Listed(manifest.num_images, float(manifest.table["size"].to_numpy().mean()), 1.0)
@@ -65,16 +66,16 @@ def listed(manifest: Manifest) -> Listed:
 def measure_crops(
     source: Source, order: Order, crops: CropsConfig, *, seed: int, seconds: float, threads: int | None = None
 ) -> Cropped:
-    """Crop images of the run's first epoch on `threads`, all CPUs by default, for some seconds.
+    """Crop images of the run's first epoch for some seconds on `threads` threads; the default is all CPUs.
 
-    Sets up the whole process as an augment actor does. Raises as `Augmenter.block`.
+    Sets up the whole process like an augment actor. Raises the same errors as `Augmenter.block`.
     """
     limit_threads()
     prepare_kernel(crops)
     threads = threads or os.cpu_count() or 1
     augmenter = Augmenter(source, order, crops, seed=seed, num_threads=threads)
     blocks = _blocks(source.num_images)
-    augmenter.block(next(blocks)[: 2 * threads])  # opens connections, and compiles what is not in the cache
+    augmenter.block(next(blocks)[: 2 * threads])  # opens connections, compiles what is not cached
     images, stages = 0, np.zeros(len(STAGES))
     end, cpu_seconds = time.monotonic() + seconds, -time.process_time()
     while not images or time.monotonic() < end:
@@ -87,7 +88,7 @@ def measure_crops(
 
 
 def _blocks(num_images: int) -> Iterator[NDArray[np.int64]]:
-    """Positions of the stream, a block at a time, over and over the first epoch."""
+    """Yield positions of the stream, one block at a time, repeating the first epoch."""
     size, first = min(_BLOCK_IMAGES, num_images), 0
     while True:
         yield np.arange(first, first + size)
@@ -95,26 +96,26 @@ def _blocks(num_images: int) -> Iterator[NDArray[np.int64]]:
 
 
 def measure_latency(source: Source) -> float:
-    """Milliseconds from asking for one image to having it, the median of a few, one after the other."""
+    """Return the latency of one image in milliseconds: the median of a few sequential requests."""
     spaced = np.linspace(0, source.num_images - 1, min(_REQUESTS, source.num_images)).astype(int)
     took = []
     for index in spaced.tolist():
         begin = time.perf_counter()
         source.fetch([index])
         took.append(time.perf_counter() - begin)
-    return 1000 * statistics.median(took[1:] or took)  # the first one also connects
+    return 1000 * statistics.median(took[1:] or took)  # the first request also connects
 
 
 def measure_step(
     config: DINOConfig, *, num_images: int, batch_size: int, seconds: float, on_gpu: bool
 ) -> Trained:
-    """Train for some seconds on noise in the shape of crops, `batch_size` images a step, on one GPU or one CPU.
+    """Train for some seconds on noise shaped like crops, `batch_size` images per step, on one GPU or CPU.
 
-    Gradients that GPUs exchange are not in it. Raises as `train_step`.
+    The time to exchange gradients between GPUs is not included. Raises the same errors as `train_step`.
     """
     device = torch.device("cuda" if on_gpu else "cpu")
     set_up_device(device)
-    # Threads of one step wait for one another by spinning, and CPU time would count that.
+    # Threads of one step wait for one another by spinning, which CPU time would include.
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     shapes = zip(("global_crops", "local_crops"), crop_shapes(config.crops), strict=True)
@@ -126,7 +127,7 @@ def measure_step(
 
 
 def _step_times(state: TrainState, batch: dict[str, NDArray[np.uint8]], seconds: float) -> list[float]:
-    """Of steps after the first two: seconds by the clock on a GPU, of CPU time on CPUs."""
+    """Return the times of the steps after the first two: wall-clock seconds on a GPU, CPU seconds on CPUs."""
     on_gpu = state.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
 
@@ -147,6 +148,6 @@ def _step_times(state: TrainState, batch: dict[str, NDArray[np.uint8]], seconds:
 
 
 def gradient_bytes(config: DINOConfig, *, num_images: int) -> int:
-    """What each step's gradients take, which GPUs on several nodes send to one another."""
+    """Return the bytes of one step's gradients, which GPUs on different nodes exchange."""
     student = build_state(config, num_images=num_images, resumed=True).dino.student
     return sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)

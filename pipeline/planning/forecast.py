@@ -1,7 +1,7 @@
-"""What a run will take: images/s, nodes, hours, dollars, and what limits it. Figures in, a forecast out; no Ray here.
+"""Forecast of a run: images/s, nodes, hours, dollars and the bottleneck. Pure arithmetic; no Ray here.
 
-GPU nodes augment on the CPUs that they have left; CPU nodes do the rest, with a fifth to spare. The run goes as fast as
-its GPUs train, unless their links, or a ceiling on augment actors, hold it.
+GPU nodes augment on their spare CPUs. CPU nodes do the rest, with 20% headroom. GPU speed limits the run,
+unless network links or a ceiling on augment actors limit it further.
 """
 
 import math
@@ -23,18 +23,18 @@ from pipeline.planning.node_rates import (
 from pipeline.planning.prices import PlanSettings
 
 HEADROOM = 1.2
-"""CPUs beyond the demand, for what varies: image sizes, lost spot nodes, evaluation beside them."""
+"""CPUs as a multiple of the demand, to cover variation: image sizes, lost spot nodes, evaluations."""
 LOCAL_SHARE = 0.75
-"""Of one machine's cores, what crops and steps get: Ray takes a fifth, and workers wait for one another each step."""
+"""Share of one machine's cores for crops and steps; Ray takes a fifth, and workers wait for each other."""
 LOCAL_STARTUP_SECONDS = 30.0
-"""Until a run on one machine trains: Ray, the workers, the first block."""
+"""Seconds until a run on one machine trains: Ray, the workers, the first block."""
 _DISK_BYTES_PER_SECOND = 500e6
-"""At which a checkpoint is written before training goes on."""
+"""Rate at which a checkpoint is written before training continues."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take. Rates are images/s, `*_gbit` those of one node, dollars by what they are paid for."""
+    """Forecast of a run. Rates are images/s, `*_gbit` is per node, dollars are split by item."""
 
     train_workers: int
     gpu_nodes: int
@@ -59,17 +59,17 @@ class Forecast:
 
     @property
     def hours(self) -> float:
-        """From the start of the nodes to the end of the last."""
+        """Return the hours from the start of the nodes to the end of the last node."""
         return (self.training_seconds + self.pause_seconds + self.startup_seconds) / 3600
 
     @property
     def total_dollars(self) -> float:
-        """The sum of its parts."""
+        """Return the sum of all cost items."""
         return sum(self.dollars.values())
 
 
 def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
-    """The forecast for `run.train_workers` GPUs. ConfigError where a GPU node cannot hold its train workers."""
+    """Return the forecast for `run.train_workers` GPUs; raise ConfigError if a GPU node cannot hold them."""
     gpu, workers = plan.gpu, run.train_workers
     workers_per_node = min(gpu.gpus, workers)
     if workers_per_node * run.cpus_per_train_worker > gpu.cpus:
@@ -120,7 +120,7 @@ def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
 
     home_least = math.ceil(rate / at_home.images_per_second * at_home.actors) if at_home.actors else 0
     home_most = math.ceil(HEADROOM * home_least)
-    if cpu_nodes:  # so many that all nodes are asked for at once; the rest follow demand
+    if cpu_nodes:  # request all nodes at once at start; the remaining actors follow demand
         most = int(min(cap, home_actors + cpu_nodes * away.actors))
         least = int(min(most, home_actors + (cpu_nodes - 1) * away.actors + 1))
     else:
@@ -165,18 +165,19 @@ def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
 
 
 def _pause_seconds(run: Run, figures: Figures, *, decoding_cpus: float) -> float:
-    """Evaluations, each worker embedding its share, and what checkpoints hold up."""
+    """Return the seconds of evaluations, each worker embedding its share, and of writing checkpoints."""
     embedded = run.train_workers * figures.images_per_second_per_gpu * run.forwards_per_image
     rate = min(embedded, decoding_cpus * figures.images_per_second_per_cpu)
-    # Student, teacher and the optimiser's two moments, each as large as the gradients.
+    # Student, teacher and the optimizer's two moments, each as large as the gradients.
     saved = 4 * run.gradient_bytes / _DISK_BYTES_PER_SECOND
     return run.evaluations * run.images_per_evaluation / rate + run.checkpoints * saved
 
 
 def forecast_here(run: Run, figures: Figures, plan: PlanSettings, *, cores: int) -> Forecast:
-    """The forecast for a run whose workers train on the CPUs of this machine, beside its augment actors.
+    """Return the forecast for a run whose workers train on this machine's CPUs, beside its augment actors.
 
-    An image takes the time of its crops and of its step, on whichever core; no more cores than there are processes.
+    An image takes the time of its crops and of its step, on any core. At most as many cores as processes are
+    used.
     """
     crop, step = 1 / figures.images_per_second_per_cpu, 1 / figures.images_per_second_per_gpu
     rate = LOCAL_SHARE * cores / (crop + step)
@@ -214,12 +215,12 @@ def forecast_here(run: Run, figures: Figures, plan: PlanSettings, *, cores: int)
 
 
 def with_workers(run: Run, workers: int) -> Run:
-    """The same run on so many GPUs."""
+    """Return the same run on `workers` GPUs."""
     return replace(run, train_workers=workers)
 
 
 def _remedy(bottleneck: Limit, plan: PlanSettings) -> str:
-    """One sentence: what would lift it."""
+    """Return one sentence with the remedy for a bottleneck."""
     return {
         "training step": "the devices that train are busy: more train workers, or faster ones",
         "augmentation": "raise resources.augment_actors, or make images smaller once with jobs.pack --shrink",

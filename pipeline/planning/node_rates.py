@@ -1,7 +1,7 @@
-"""What one node can do for a run: crop, fetch, hold blocks, send and receive them. The arithmetic under forecast.py.
+"""Rates of one node: cropping, fetching, storing blocks, sending, receiving. Arithmetic for forecast.py.
 
-A node that augments is held by the first of four things: its CPUs, requests in flight to storage, the object store
-that blocks wait in, its link. What comes into a GPU node from others, crops and gradients, must fit its link. No Ray.
+One of four limits holds an augmenting node: its CPUs, requests in flight to storage, the object store that
+holds waiting blocks, or its link. A GPU node's link must carry the incoming crops and gradients. No Ray.
 """
 
 import math
@@ -15,17 +15,17 @@ Limit = Literal["training step", "augmentation", "network", "S3 latency", "objec
 
 
 STREAM_SHARE = 0.92
-"""Of what a bare CPU crops, what comes through Ray (benchmarks/RESULTS.md, "The stream's cost", by the clock)."""
+"""Ray throughput over bare-CPU throughput, by the clock (benchmarks/RESULTS.md, "The stream's cost")."""
 LINK_SHARE = 0.8
-"""Of a link's rate, what crops get: an assumption, for headers and because blocks come in bursts."""
+"""Share of a link's rate available to crops: an assumption, for headers and because blocks come in bursts."""
 STORE_SHARE = 0.3
-"""Of a node's memory, what Ray takes for its object store."""
+"""Share of a node's memory that Ray takes for its object store."""
 BLOCKS_PER_ACTOR = 3
-"""Blocks of an augment actor that lie in the store: two under way, one that waits to be taken."""
+"""Blocks per augment actor in the object store: two in progress, one waiting to be taken."""
 
 
 class Figures(NamedTuple):
-    """Averages, measured or given. `images_per_second_per_gpu` is that of a CPU where training is on CPUs."""
+    """Averages, measured or given. `images_per_second_per_gpu` is per CPU if training is on CPUs."""
 
     images_per_second_per_cpu: float
     images_per_second_per_gpu: float
@@ -36,7 +36,7 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What the config says of a run, in numbers. `most_actors`: the ceiling on augment actors, if there is one."""
+    """Numbers of a run from its config. `most_actors` is the ceiling on augment actors, if there is one."""
 
     total_steps: int
     global_batch_size: int
@@ -55,18 +55,18 @@ class Run:
 
     @property
     def images(self) -> int:
-        """Images over all epochs."""
+        """Return the number of images over all epochs."""
         return self.total_steps * self.global_batch_size
 
     @property
     def block_bytes(self) -> int:
-        """Of one block of crops, as data/partition.py cuts them."""
+        """Return the bytes of one block of crops, as partitioned by data/partition.py."""
         per_worker = batch_size_per_worker(self.global_batch_size, self.train_workers)
         return steps_per_block(per_worker, self.crop_bytes) * per_worker * self.crop_bytes
 
 
 class Augmenting(NamedTuple):
-    """What one node crops: images/s, what holds it there, its actors, and the CPUs that are then busy."""
+    """Cropping rate of one node in images/s, its limit, its actors, and the CPUs that are then busy."""
 
     images_per_second: float
     limit: Limit
@@ -75,12 +75,12 @@ class Augmenting(NamedTuple):
 
 
 def carried(gbit: float, crop_bytes: int) -> float:
-    """Images/s whose crops a link of so many Gbit/s carries."""
+    """Return the images/s whose crops a link of `gbit` Gbit/s carries."""
     return LINK_SHARE * gbit * 1e9 / 8 / crop_bytes
 
 
 def augmenting(node: NodeType, cpus: float, run: Run, figures: Figures, *, sends: bool) -> Augmenting:
-    """What a node crops on `cpus` of its CPUs; it `sends` all of it elsewhere, or uses it."""
+    """Return the cropping rate of a node on `cpus` of its CPUs; with `sends`, all crops leave the node."""
     actors = math.floor(cpus / run.cpus_per_augment_actor + 1e-9)
     if not actors:
         return Augmenting(0.0, "augmentation", 0, 0.0)
@@ -91,7 +91,7 @@ def augmenting(node: NodeType, cpus: float, run: Run, figures: Figures, *, sends
         "S3 latency": actors * fetched_per_actor(run, figures),
         "object store": max(1, room) * per_actor,
     }
-    if sends:  # images come in while crops go out, each way as fast
+    if sends:  # images come in while crops go out, at full rate in each direction
         limits["network"] = carried(node.gbit, max(run.crop_bytes, math.ceil(figures.bytes_per_image)))
     limit = min(limits, key=lambda name: limits[name])
     busy = limits[limit] / limits["augmentation"] * actors * run.cpus_per_augment_actor
@@ -99,17 +99,17 @@ def augmenting(node: NodeType, cpus: float, run: Run, figures: Figures, *, sends
 
 
 def fetched_per_actor(run: Run, figures: Figures) -> float:
-    """Images/s that the requests which an augment actor has in flight bring."""
+    """Return the images/s fetched by the requests that one augment actor has in flight."""
     if not figures.latency_ms:
         return math.inf
     return run.fetch_concurrency * figures.images_per_request * 1000 / figures.latency_ms
 
 
 def bytes_into_a_gpu_node(run: Run, figures: Figures, *, share: float, made: float, home: float) -> float:
-    """Bytes into one GPU node for each image that the run trains on.
+    """Return the bytes into one GPU node for each image that the run trains on.
 
-    `share` of the workers are on it, and `home` of the `made` crops; gradients go round in a ring of all workers, which
-    enters each node once.
+    `share` is the share of workers on the node; `home` of the `made` crops are made there. Gradients travel
+    in a ring of all workers, which enters each node once.
     """
     local = home / made if made else 0.0
     crops = share * (1 - local) * run.crop_bytes

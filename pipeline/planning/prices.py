@@ -1,6 +1,6 @@
-"""What can be rented, and what a plan is given: instance types with their prices, and figures that need no measuring.
+"""Instance types with their prices, and the settings of a plan, with figures that replace measurements.
 
-Read by forecast.py, which does the arithmetic. Knows no Ray and asks nobody: prices change, so check them.
+forecast.py does the arithmetic. There is no Ray here and no price service: prices change, so check them.
 """
 
 import re
@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from models.settings import Settings
 
 PRICED = "list prices of us-east-1, Linux, on demand, as noted in November 2026"
-"""What the table below holds; a plan says it beside its dollars."""
+"""Source of the table below; a plan prints it beside its dollars."""
 
 
 class NodeType(Settings):
@@ -56,7 +56,7 @@ NODE_TYPES = {
     "p4d.24xlarge": _of(21.9576, 96, 8, 100, 1152),
     "p5.48xlarge": _of(55.04, 192, 8, 100, 2048),
 }
-"""Those of cluster.yaml and their neighbours."""
+"""Instance types of cluster.yaml, and their neighbours."""
 
 
 class PlanSettings(Settings):
@@ -140,21 +140,21 @@ class PlanSettings(Settings):
         return self
 
     def named(self, *, with_gpus: bool) -> list[str]:
-        """Names of the instance types that have GPUs, or of those without, the cheapest first."""
+        """Return the names of instance types with or without GPUs, the cheapest first."""
         names = [name for name, node in self.prices.items() if (node.gpus > 0) is with_gpus]
         return sorted(names, key=lambda name: self.prices[name].hourly)
 
     @property
     def head(self) -> NodeType:
-        """The head's type."""
+        """Return the instance type of the head."""
         return self.prices[self.head_node]
 
     @property
     def cpu(self) -> NodeType:
-        """The type of nodes that augment."""
+        """Return the instance type of the nodes that augment."""
         return self.prices[self.cpu_node]
 
     @property
     def gpu(self) -> NodeType:
-        """The type of nodes that train."""
+        """Return the instance type of the nodes that train."""
         return self.prices[self.gpu_node]

@@ -10,7 +10,7 @@ import ray._private.worker
 
 
 def silence_errors() -> None:
-    """Drop what Ray's own thread would print in this process."""
+    """Drop the lines that Ray's own thread would print in this process."""
     if hasattr(ray._private.worker, "print_to_stdstream"):
         ray._private.worker.print_to_stdstream = _print_nothing
 

@@ -1,7 +1,7 @@
-"""Files behind one name: a local folder or `s3://bucket/prefix`, whose files are read and written whole.
+"""One interface to local folders and `s3://bucket/prefix`, whose files are read and written whole.
 
-Run directories, checkpoints and manifests stand on it. Nothing here holds a secret (storage/s3.py), so
-everything here can be pickled and sent to any node. Knows nothing of images, manifests or Ray.
+Run directories, checkpoints and manifests use it. Nothing here holds a secret (see storage/s3.py), so
+everything here can be pickled and sent to any node. No images, no manifests and no Ray here.
 """
 
 import contextlib
@@ -48,24 +48,24 @@ _AWS_HOST = re.compile(r"s3([.-][a-z0-9-]+)*\.amazonaws\.com(\.cn)?")
 
 
 def normal_uri(uri: str) -> str:
-    """The one spelling of a folder: `s3://` without a trailing slash, a local path absolute, `~` expanded."""
+    """Normalise a folder's address: `s3://` without a trailing slash; a local path absolute, `~` expanded."""
     if is_s3(uri):
-        split_s3_uri(uri)  # else s3:// would lose its slashes and become a local path
+        split_s3_uri(uri)  # raises for a bare s3://, which would lose its slashes and become a local path
         return uri.rstrip("/")
     return os.path.abspath(os.path.expanduser(uri))
 
 
 def is_reached_by_all(uri: str) -> bool:
-    """Whether each node may find the same folder there: not where a relative path would lie beside the job's code."""
+    """Return True for S3 and absolute paths. A relative path is in the job's own code folder on each node."""
     return is_s3(uri) or os.path.isabs(os.path.expanduser(uri))
 
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """`uri` as pyarrow wants it: a filesystem and a path within it; a relative local path becomes absolute.
+    """Return a pyarrow filesystem and the path of `uri` in it; a relative local path becomes absolute.
 
-    For S3, endpoint, scheme and region are those that botocore resolved and the credentials are left to the
-    same default chain, so a pickled filesystem carries no secret. DataError when the bucket is missing or
-    forbidden: found here, by name, rather than by the first checkpoint.
+    For S3, botocore resolves endpoint, scheme and region, and credentials come from the same default chain,
+    so a pickled filesystem contains no secret. Raises DataError with the bucket's name if it is missing or
+    forbidden, so that the first checkpoint does not fail later.
     """
     if not is_s3(uri):
         return pyarrow.fs.LocalFileSystem(), normal_uri(uri)
@@ -78,7 +78,7 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         virtual = (client.meta.config.s3 or {}).get("addressing_style") == "virtual"
         options |= {"endpoint_override": endpoint.netloc, "force_virtual_addressing": virtual}
     if os.environ.get("AWS_CA_BUNDLE"):
-        options["tls_ca_file_path"] = os.environ["AWS_CA_BUNDLE"]  # pyarrow does not look at it by itself
+        options["tls_ca_file_path"] = os.environ["AWS_CA_BUNDLE"]  # pyarrow does not read it
     s3 = pyarrow.fs.S3FileSystem(
         region=answer.get("BucketRegion") or client.meta.region_name,
         scheme=endpoint.scheme,
@@ -92,10 +92,10 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 @dataclass(frozen=True)
 class Directory:
-    """A folder, local or on S3, whose files are small and read and written whole; picklable, no secrets.
+    """A folder, local or on S3, with small files that are read and written whole; picklable, no secrets.
 
-    Folders are not made or seen apart from the files in them. Every failure is a DataError with the file's
-    full name: MissingObject for a file that is not there.
+    A folder exists only through its files. Every failure is a DataError with the file's full name; a missing
+    file is a MissingObject.
     """
 
     uri: str
@@ -104,15 +104,15 @@ class Directory:
         object.__setattr__(self, "uri", normal_uri(self.uri))
 
     def join(self, *parts: str) -> str:
-        """The full address of something in this folder; `parts` are relative, with forward slashes."""
+        """Return the full address of a path in this folder; `parts` are relative, with forward slashes."""
         return "/".join([self.uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
     def child(self, name: str) -> "Directory":
-        """The folder `name` in this one."""
+        """Return the folder `name` in this folder."""
         return Directory(self.join(name))
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file; MissingObject when it is not there."""
+        """Return the bytes of a file. Raises MissingObject if it does not exist."""
         uri = self.join(name)
         if is_s3(uri):
             return read_object(*split_s3_uri(uri))
@@ -120,7 +120,7 @@ class Directory:
             return file.read()
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a file in one step: a reader, or a run killed meanwhile, finds the old bytes or the new."""
+        """Replace a file atomically: a reader gets the old or new bytes, even if the writer is killed."""
         uri = self.join(name)
         if is_s3(uri):
             bucket, key = split_s3_uri(uri)
@@ -141,7 +141,7 @@ class Directory:
                 raise
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file (not a folder) of this name."""
+        """Return True if a file (not a folder) of this name exists."""
         uri = self.join(name)
         if not is_s3(uri):
             return os.path.isfile(uri)
@@ -153,7 +153,7 @@ class Directory:
         return True
 
     def list(self) -> list[str]:
-        """The names of the files and folders directly in this folder, sorted; none when it does not exist."""
+        """Return the sorted names of files and folders directly in this folder, [] if it does not exist."""
         if is_s3(self.uri):
             bucket, prefix = split_s3_uri(self.join(""))
             names: set[str] = set()
@@ -167,7 +167,7 @@ class Directory:
             return sorted(name for name in os.listdir(self.uri) if not name.endswith(_TEMPORARY))
 
     def delete(self, name: str) -> None:
-        """Remove a file; one that is not there is no error."""
+        """Remove a file; a missing file is no error."""
         uri = self.join(name)
         if is_s3(uri):
             bucket, key = split_s3_uri(uri)
@@ -179,7 +179,7 @@ class Directory:
 
 @contextlib.contextmanager
 def _local_errors(path: str) -> Iterator[None]:
-    """Local disks fail with the same exceptions as S3."""
+    """Raise the same exceptions for local disks as for S3."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,11 +1,11 @@
-"""One policy for what goes wrong between us and an object store: what is tried again, what ends the run.
+"""One policy for failed requests to an object store: which are retried and which end the run.
 
-Every request to S3 in this project passes through `retrying`, which repeats the *whole* operation: the S3
-client itself stops retrying once a body starts to arrive, so only the caller of the whole GET can mend a
-body cut short. Knows botocore's and urllib3's exceptions; knows no client, no bucket, no Ray.
+Every request to S3 in this project passes through `retrying`, which repeats the *whole* operation. The S3
+client itself stops retrying once a body starts to arrive, so a truncated body requires that the whole GET is
+repeated. Handles botocore's and urllib3's exceptions; no client, no bucket and no Ray here.
 
     transient   5xx, throttling, timeouts, broken connections, short or damaged bodies
-                -> again, after a random pause; Unreachable when the attempts are used up
+                -> retried after a random pause; Unreachable when no attempts are left
     missing     the object does not exist                              -> MissingObject, at once
     permanent   403, no such bucket, bad or expired credentials, ...   -> DataError, at once
 """
@@ -26,25 +26,25 @@ from models.errors import DataError, one_line
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Apart from the global generator: seeding that one for training must neither make all actors pause alike
-# nor be disturbed by how often the network failed.
+# Separate from the global generator: its seed must not give all actors the same pauses, and network failures
+# must not change its state.
 _jitter = random.SystemRandom().random
 
 
-class MissingObject(DataError):  # noqa: N818  (a state of the object, as a reader says it)
-    """The object (or file) is not there; the bucket (or folder) may well be."""
+class MissingObject(DataError):  # noqa: N818  (the name is a state of the object)
+    """The object (or file) does not exist; the bucket (or folder) may exist."""
 
 
 class Unreachable(DataError):  # noqa: N818
-    """Storage kept failing for as many attempts as we allow."""
+    """All allowed attempts to reach the storage failed."""
 
 
 class ChangedObject(DataError):  # noqa: N818
-    """The object is not the one that was listed: its size is another."""
+    """The object's size differs from the listed size."""
 
 
 class ObjectTooLarge(DataError):  # noqa: N818
-    """The object is larger than the caller is willing to read."""
+    """The object is larger than the caller's limit."""
 
 
 _TRANSIENT_CODES = frozenset(
@@ -56,12 +56,12 @@ _TRANSIENT_CODES = frozenset(
 )
 _MISSING_CODES = frozenset({"NoSuchKey", "NotFound", "404"})
 _TRANSIENT_ERRORS = (
-    boto.HTTPClientError,  # read timeouts, closed connections, streams that break
+    boto.HTTPClientError,  # read timeouts, closed connections, broken streams
     boto.ConnectionError,  # connect timeouts, refused, DNS, TLS
     boto.IncompleteReadError,
     boto.FlexibleChecksumError,
     boto.ChecksumError,
-    ResponseParserError,  # an XML body that was cut short, or a proxy's HTML
+    ResponseParserError,  # a truncated XML body, or a proxy's HTML
     urllib3.exceptions.HTTPError,
     http.client.HTTPException,
     ConnectionError,
@@ -106,11 +106,11 @@ def retrying(
     rng: Callable[[], float] = _jitter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Call `operation` until it succeeds, at most `attempts` times; `what` names the object, for messages.
+    """Call `operation` until it succeeds, at most `attempts` times. `what`: the object's name, for messages.
 
     The pause after attempt i (from 0) is uniform in [0, min(max_seconds, base_seconds * 2**i)] ("full
-    jitter": actors that failed together do not come back together). Raises MissingObject, Unreachable or
-    DataError as in the module's table; any other exception is a bug and passes through as it is.
+    jitter": actors that failed together do not retry together). Raises MissingObject, Unreachable or
+    DataError as in the module's table. Any other exception is a bug and is not caught.
     """
     for attempt in range(attempts):
         try:
@@ -132,7 +132,7 @@ def retrying(
 
 
 def _permanent(error: Exception, what: str) -> DataError | None:
-    """The error to raise instead of `error`, or None when trying again may help."""
+    """Return the error to raise instead of `error`, or None if a retry may succeed."""
     if isinstance(error, boto.ClientError):
         return _permanent_answer(error, what)
     if isinstance(error, _TRANSIENT_ERRORS):
@@ -143,7 +143,7 @@ def _permanent(error: Exception, what: str) -> DataError | None:
 
 
 def _permanent_answer(error: Any, what: str) -> DataError | None:
-    """The same for an answer of the store: its HTTP status and its error code decide."""
+    """As `_permanent`, for an error response of the store: by its HTTP status and error code."""
     code = str(error.response.get("Error", {}).get("Code", "unknown"))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
@@ -152,7 +152,7 @@ def _permanent_answer(error: Any, what: str) -> DataError | None:
         code = "NoSuchBucket"
     if code in _MISSING_CODES:
         return MissingObject(f"{what}: there is no such object ({code})")
-    if status == 416:  # a range of the size that was listed
+    if status == 416:  # the requested range fits the listed size, so the size has changed
         return ChangedObject(f"{what}: its size changed after it was listed; {LIST_AGAIN}")
     if code in _REMEDIES:
         remedy = _REMEDIES[code]

@@ -1,16 +1,16 @@
-"""The names in a run directory, and which of its checkpoints are committed. No Ray here."""
+"""File names in a run directory, and its committed checkpoints. No Ray here."""
 
 from pipeline.ray_private.train import SNAPSHOT, committed
 from pipeline.storage.files import Directory, MissingObject
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint taken before `step` runs."""
+    """Return the folder name of the checkpoint that is taken before `step` runs."""
     return f"step_{step:08d}"
 
 
 def committed_checkpoints(run: Directory) -> list[str]:
-    """Names of the run's committed checkpoints, oldest first; empty when there is none. DataError as `committed`."""
+    """Return the names of the run's committed checkpoints, oldest first. DataError as in `committed`."""
     file = f"checkpoints/{SNAPSHOT}"
     try:
         snapshot = run.read(file)
@@ -20,5 +20,5 @@ def committed_checkpoints(run: Directory) -> list[str]:
 
 
 def committed_steps(run: Directory) -> list[int]:
-    """Steps of the run's committed checkpoints, ascending."""
+    """Return the steps of the run's committed checkpoints, ascending."""
     return sorted(int(name.removeprefix("step_")) for name in committed_checkpoints(run))

@@ -1,8 +1,8 @@
-"""One S3 client per process, and the reads that everything else is made of: an object, a range, a listing.
+"""One S3 client per process, and the basic reads: an object, a range, a listing.
 
-Stands between botocore and the rest of pipeline/. Credentials, region and endpoint come from the AWS default
-chain (environment, profile, role; AWS_ENDPOINT_URL included) and from nowhere else: no secret passes through
-our hands. Every request goes through `retrying`. Knows nothing of images, run directories or Ray.
+Stands between botocore and the rest of pipeline/. Credentials, region and endpoint come only from the AWS
+default chain (environment, profile, role; AWS_ENDPOINT_URL included), so this code handles no secret. Every
+request goes through `retrying`. No images, no run directories and no Ray here.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from models.errors import ConfigError, DataError, one_line, without_keys
 from pipeline.storage.retry import LIST_AGAIN, SET_CREDENTIALS, ChangedObject, ObjectTooLarge, retrying
 
 CONNECT_SECONDS = 5.0
-"""How long a connection may take to open; then it counts as failed and is tried again."""
+"""Time limit to open a connection; after it the attempt fails and is retried."""
 READ_SECONDS = 20.0
-"""How long a store may be silent within an answer; then the request counts as failed and is tried again."""
+"""Longest pause within a response; after it the request fails and is retried."""
 MAX_CONNECTIONS = 512
-"""Connections kept open at most; no fewer than a source may have requests in flight."""
+"""Largest number of open connections; at least the number of requests that a source may have in flight."""
 
 _clients: dict[tuple[Any, ...], Any] = {}
 _clients_lock = threading.Lock()
 
 
 def _forget_clients() -> None:
-    """In a forked child the parent's sockets must not be shared, and the lock may be held by nobody."""
+    """Drop the clients in a forked child: it must not share sockets, and the lock may be held for ever."""
     global _clients_lock
     _clients_lock = threading.Lock()
     _clients.clear()
@@ -42,7 +42,7 @@ os.register_at_fork(after_in_child=_forget_clients)
 
 
 def is_s3(uri: str) -> bool:
-    """Whether `uri` is an `s3://` address rather than a local path; ConfigError for any other scheme."""
+    """Return True for an `s3://` address, False for a local path. Raises ConfigError for any other scheme."""
     scheme, separator, _ = uri.partition("://")
     if not separator or not scheme.isalnum():
         return False
@@ -52,7 +52,7 @@ def is_s3(uri: str) -> bool:
 
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
-    """`s3://bucket/key` as ("bucket", "key"); the key may be empty and is taken as it is, not unquoted."""
+    """Split `s3://bucket/key` into ("bucket", "key"); the key may be empty and is not unquoted."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not is_s3(uri) or not bucket:
         raise ConfigError(f"{uri!r} is not an S3 address; write s3://bucket/prefix")
@@ -62,11 +62,11 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
 
 
 def s3_client() -> Any:
-    """The S3 client of this process: one for all threads, made anew after a fork or a change of AWS_*.
+    """Return this process's S3 client: one for all threads, recreated after a fork or a change of AWS_*.
 
-    botocore's own retries are off (`retrying` is the only policy). A custom endpoint gets path-style
-    addresses, which botocore chooses by itself. DataError without credentials, ConfigError for an
-    unusable endpoint.
+    botocore's own retries are off (`retrying` is the only policy). botocore itself chooses path-style
+    addresses for a custom endpoint. Raises DataError without credentials, ConfigError for an unusable
+    endpoint.
     """
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _clients_lock:
@@ -80,8 +80,8 @@ def _new_client() -> Any:
     session = botocore.session.Session()
     try:
         if session.get_config_variable("metadata_service_num_attempts") == 1:
-            # Many actors starting at once on one node throttle its metadata service, and botocore's single
-            # attempt turns that into "no credentials".
+            # The metadata service of a node throttles many actors that start at once. botocore makes one
+            # attempt only and would then report missing credentials.
             session.set_config_variable("metadata_service_num_attempts", 3)
         if session.get_credentials() is None:
             raise DataError(f"no AWS credentials found; {SET_CREDENTIALS}")
@@ -110,10 +110,11 @@ def read_object(
     max_bytes: int | None = None,
     attempts: int = 5,
 ) -> bytes:
-    """The bytes of one object, or bytes [first, last] of it, both included; the whole GET is what is retried.
+    """Return the bytes of one object, or its bytes [first, last], both included; retry the whole GET.
 
-    Raises MissingObject, Unreachable, DataError; with nothing read, ObjectTooLarge when the store announces
-    more than `max_bytes`, and ChangedObject when a range's object no longer has `listed_bytes` in all.
+    Raises MissingObject, Unreachable or DataError. Before reading the body, raises ObjectTooLarge if its
+    length is over `max_bytes`, and ChangedObject if the object of a range no longer has `listed_bytes` in
+    total.
     """
     client = s3_client()
     uri = f"s3://{bucket}/{key}"
@@ -140,7 +141,7 @@ def read_object(
 def list_pages(
     bucket: str, prefix: str, *, delimiter: str | None = None, attempts: int = 5
 ) -> Iterator[dict[str, Any]]:
-    """The answers of ListObjectsV2 for all keys that start with `prefix`, each page retried by itself."""
+    """Yield the ListObjectsV2 pages of all keys that start with `prefix`; each page is retried separately."""
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
     if delimiter:
         request["Delimiter"] = delimiter
@@ -156,7 +157,7 @@ def list_pages(
 class ObjectFile(io.RawIOBase):
     """One S3 object as a seekable, read-only file for pyarrow: each read is one ranged GET, retried whole.
 
-    `num_bytes` is the size that the listing gave, so opening costs no request.
+    `num_bytes` is the listed size, so opening needs no request.
     """
 
     def __init__(self, bucket: str, key: str, num_bytes: int, *, attempts: int = 5) -> None:

@@ -1,8 +1,8 @@
 """The Ray Data plan: block numbers -> CPU actor pool (fetch, decode, crop) -> one split per train worker.
 
-One fused actor does fetch, decode and multi-crop, so full-size images never travel; what travels is uint8 crops, a
-block of them at a time. Blocks are cut by data/partition.py so that splits
-alternate over ranks and every batch a rank receives is the one its step calls for: `batches` checks that.
+One fused actor fetches, decodes and crops. Only blocks of uint8 crops are transferred, never full-size
+images. data/partition.py cuts the blocks so that splits alternate over ranks and each rank receives the batch
+of its step. `batches` checks this.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,12 +29,12 @@ from pipeline.data.source import Source
 from pipeline.ray_private import data as private
 
 _LEG_BLOCKS = 4096
-"""Blocks per execution of the plan: Ray plans every block up front, at some 1.3 ms each."""
+"""Blocks per execution of the plan: Ray plans all blocks before it starts, at about 1.3 ms per block."""
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """All that defines the stream but the steps it covers; sent to each augment actor."""
+    """Definition of the stream, without the steps that it covers; sent to each augment actor."""
 
     source: "ray.ObjectRef[Source]"
     board: Board
@@ -42,13 +42,16 @@ class StreamPlan:
     crops: CropsConfig
     seed: int
     augment_actors: tuple[int, int]
-    """Least and most; in between, cluster/pool_size.py decides."""
+    """Least and most; cluster/pool_size.py chooses the number within this range."""
     cpus_per_augment_actor: float
     cool_down_seconds: float
 
 
 def open_augmenter(plan: StreamPlan) -> Augmenter:
-    """What an actor's process needs to crop, ready for its first image. Sets up the whole process."""
+    """Return an augmenter that is ready for its first image.
+
+    Also limits the whole process's threads and prepares the crop kernel.
+    """
     limit_threads()
     prepare_kernel(plan.crops)
     threads = crop_threads(plan.cpus_per_augment_actor)
@@ -57,9 +60,10 @@ def open_augmenter(plan: StreamPlan) -> Augmenter:
 
 
 class MultiCropActor:
-    """Block numbers in, crops out. A function of (seed, epoch, key): retries and other actors give the same bytes.
+    """Map block numbers to crops.
 
-    Ray calls it twice at once: while one block is cropped, the next one's images are fetched.
+    The crops are a function of (seed, epoch, key), so retries and other actors return the same bytes. Ray
+    makes two concurrent calls: one call fetches the images of the next block while the other crops its block.
     """
 
     def __init__(self, plan: StreamPlan, layout: Layout) -> None:
@@ -71,7 +75,7 @@ class MultiCropActor:
         try:
             return self._augmenter.block(positions)
         except DinorayError as error:
-            # Told here, where it is known: Ray passes on the text of an actor's error, not the error.
+            # Posted from here because Ray forwards only the text of an actor's error, not the error itself.
             self._board.post_fatal(error)
             raise
 
@@ -79,14 +83,14 @@ class MultiCropActor:
 def open_splits(
     plan: StreamPlan, layout: Layout, *, locality_hints: list[str] | None = None
 ) -> list[DataIterator]:
-    """Start the plan for `layout` and return one iterator per rank, picklable. Call on one rank."""
-    # A pool that was opened before goes on with what it had come to know.
+    """Start the plan for `layout` and return one picklable iterator per rank. Call on one rank only."""
+    # If an earlier pool has posted its state, the new pool starts from it.
     low, high = plan.augment_actors
     size = plan.board.pool_size() or PoolSize(low, high, target=low, cool_down_seconds=plan.cool_down_seconds)
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # splits alternate over ranks only in this order
     context.enable_progress_bars = False
-    # A block of the plan must stay one block: twice its bytes never reaches the limit at which Ray cuts.
+    # Ray must not cut a block of the plan: a limit of twice the block's bytes is never reached.
     rows = layout.steps_per_block * layout.batch_size_per_worker
     context.target_max_block_size = max(128 << 20, 2 * rows * crop_bytes(plan.crops))
     if private.MISSING is None:
@@ -95,7 +99,8 @@ def open_splits(
     else:
         plan.board.post("note", text=not_resized(private.MISSING))
         actors = plan.augment_actors
-    # Not range(): it would run a task per block just to make a number, at a fifth of what Ray takes for a block.
+    # Not ray.data.range(): it runs one task per block to make a number, a fifth of Ray's overhead for a
+    # block.
     numbers = [{"id": i} for i in range(layout.num_blocks)]
     with ray.data.DataContext.current(context):
         blocks = ray.data.from_items(numbers, override_num_blocks=len(numbers))
@@ -110,14 +115,15 @@ def open_splits(
                 max_concurrent_calls_per_actor=2,
             ),
             num_cpus=plan.cpus_per_augment_actor,
-            # Else Ray asks for the bytes of a block too, and starts no node of a type that states no memory.
+            # Otherwise Ray also requests the bytes of a block, and never starts a node type that declares no
+            # memory.
             memory=0,
         )
         return crops.streaming_split(layout.world_size, equal=True, locality_hints=locality_hints)
 
 
 def legs(layout: Layout) -> Iterator[Layout]:
-    """`layout` cut into consecutive executions of a bounded number of blocks."""
+    """Yield `layout` cut into consecutive executions with a bounded number of blocks each."""
     steps = max(1, _LEG_BLOCKS // layout.world_size) * layout.steps_per_block
     for first in range(layout.first_step, layout.last_step, steps):
         yield replace(layout, first_step=first, last_step=min(first + steps, layout.last_step))
@@ -126,7 +132,10 @@ def legs(layout: Layout) -> Iterator[Layout]:
 def batches(
     split: DataIterator, layout: Layout, *, rank: int, prefetch_batches: int
 ) -> Iterator[dict[str, Any]]:
-    """One batch of columns per step for `rank`, as read-only numpy views of the object store; see `in_step`."""
+    """Return one batch of columns per step for `rank`, as read-only numpy views of the object store.
+
+    Each batch is checked by `in_step`.
+    """
     received = split.iter_batches(
         batch_size=layout.batch_size_per_worker,
         batch_format="numpy",
@@ -137,10 +146,10 @@ def batches(
 
 
 def in_step(received: Iterable[dict[str, Any]], layout: Layout, *, rank: int) -> Iterator[dict[str, Any]]:
-    """The batches that `rank` received, each checked.
+    """Check and yield the batches that `rank` received.
 
-    Raises DinorayError when a batch is not the one that its step calls for: an image lost or repeated on the
-    way would otherwise pass unseen.
+    Raises DinorayError if a batch does not hold the positions of its step: without this check, a lost or
+    repeated image would not be noticed.
     """
     step = layout.first_step
     for batch in received:

@@ -1,13 +1,13 @@
-"""One augmented stream for several training runs that take the same images, order, seed and crops.
+"""One augmented stream for several training runs that use the same images, order, seed and crops.
 
-A study of hyper-parameters trains several times on the same crops. What is at a position is a function of
-(seed, order, crops) alone, so a block that one run asked for serves all: a server, which the study's driver starts,
-keeps a pool of actors that crop, has each block made once and gives every run a reference to it. Blocks lie in the
-object store and go from there to the runs; the server sees positions and references only.
+The crops at a position are a function of (seed, order, crops) alone, so all trials of a study can use a block
+that one trial requested. The study's driver starts a server with a pool of augment actors. The server has
+each block made once and gives every run a reference to it. Runs read blocks from the object store; the server
+handles only positions and references.
 
-Runs may be at different steps, come late, leave early and come again. Blocks are forgotten, those that were not
-asked for the longest first, when they exceed a window of bytes; one that is asked for again is made again, to the
-same bytes. Nobody waits for a slower run: one further behind than the window costs what it would have cost alone.
+Runs may be at different steps, start late, end early and start again. When blocks exceed a window of bytes,
+the least recently requested are dropped, and made again, with the same bytes, if requested again. No run
+waits for a slower run: a run that is behind by more than the window costs as much as it would alone.
 """
 
 import asyncio
@@ -33,50 +33,50 @@ from pipeline.data.partition import Layout
 from pipeline.stream.ray_data import StreamPlan, in_step, open_augmenter
 
 _CALLS = 2
-"""Calls under way in an actor: while one block is cropped, the next one's images are fetched."""
+"""Concurrent calls per actor: one call fetches images while the other crops the block before."""
 
 _TRIES = 4
-"""Times that a block is made for a consumer which cannot get it, and for each lot of actors that died of it."""
+"""Tries to deliver a block to a consumer; tries to make a block, in addition to one per actor."""
 
 
 class SharedStats(NamedTuple):
-    """What the server did since it was started. Alone, the runs would have made each block that was given."""
+    """Counts since the server started. Without sharing, each block that was given would have been made."""
 
     blocks_made: int
     blocks_given: int
     cpu_seconds: float
-    """CPU time of fetching, decoding and cropping what was made."""
+    """CPU time of fetching, decoding and cropping the blocks that were made."""
 
 
 class SharedStream:
-    """Handle to the server; picklable. The server ends with its last handle, or with the driver that made it."""
+    """Picklable handle to the server, which ends with its last handle or with the driver that made it."""
 
     def __init__(self, plan: StreamPlan, *, num_actors: int, window_bytes: int) -> None:
         self._num_actors, self._window_bytes = num_actors, window_bytes
         self._image_bytes = crop_bytes(plan.crops)
-        # Started again the server knows no blocks, which are then made again, nor the plan: it comes with each call.
+        # A restarted server has no blocks (they are made again) and no plan, so each call passes the plan.
         self._plan = ray.put(plan)
-        # On this node: it owns all blocks, and lost with another node they would all have to be made again.
+        # On this node: the server owns all blocks, so losing it with another node would lose them all.
         figures = (num_actors, plan.cpus_per_augment_actor, self._image_bytes, window_bytes)
         self._server = actor_here(_Server, *figures, max_restarts=-1, max_task_retries=-1)
         self._server.open.remote([self._plan])
 
     def close(self) -> None:
-        """End the server and its actors. Whoever keeps a handle for good, as Tune does, keeps them too until then."""
+        """End the server and its actors. Otherwise a handle that is kept, as Tune does, keeps them alive."""
         ray.kill(self._server)
 
     def stats(self) -> SharedStats:
-        """Figures of what sharing saved."""
+        """Return the server's counts."""
         return ray.get(self._server.stats.remote())
 
     def ask(self, positions: NDArray[np.int64]) -> "Coming":
-        """Have a block made, if it is not there yet. Does not wait."""
+        """Request the block of `positions`, which is made if it does not exist yet. Does not wait."""
         return Coming(self._server, self._plan, positions)
 
     def blocks_ahead(self, layout: Layout, pulled: int) -> int:
-        """Blocks that a rank asks for beyond the one in hand: `pulled`, and so many more that no actor idles.
+        """Return how many blocks a rank requests in advance: `pulled`, plus its share of all actors' calls.
 
-        At least one; else no more than the window holds, so that whoever comes next finds them there.
+        At least one; otherwise at most what the window holds, so that the next run still finds the blocks.
         """
         busy = -(-_CALLS * self._num_actors // layout.world_size)
         rows = layout.steps_per_block * layout.batch_size_per_worker * layout.world_size
@@ -86,13 +86,13 @@ class SharedStream:
 def batches(
     stream: SharedStream, layout: Layout, *, rank: int, prefetch_batches: int
 ) -> Iterator[dict[str, Any]]:
-    """One batch of columns per step for `rank`, as stream/ray_data.py gives them without sharing.
+    """Yield one batch of columns per step for `rank`, as stream/ray_data.py does without sharing.
 
-    Blocks of this many batches are sent to this node ahead of their turn; see also `in_step`.
+    Blocks that hold the next `prefetch_batches` batches are sent to this node in advance. See also `in_step`.
     """
     if not layout.num_blocks:
         return
-    # Runs that begin at different steps still ask for the same blocks.
+    # Start at a block boundary, so that runs that begin at different steps request the same blocks.
     skipped = layout.first_step % layout.steps_per_block
     whole = replace(layout, first_step=layout.first_step - skipped)
     received = _received(stream, whole, rank=rank, pulled=-(-prefetch_batches // layout.steps_per_block))
@@ -100,7 +100,7 @@ def batches(
 
 
 def _received(stream: SharedStream, layout: Layout, *, rank: int, pulled: int) -> Iterator[dict[str, Any]]:
-    """The batches of `rank`, with blocks asked for ahead and the next `pulled` of them sent here."""
+    """Yield the batches of `rank`; request blocks in advance and have the next `pulled` sent here."""
     coming = (stream.ask(layout.block(i)) for i in range(rank, layout.num_blocks, layout.world_size))
     asked = deque(islice(coming, stream.blocks_ahead(layout, pulled)))
     while asked:
@@ -111,11 +111,11 @@ def _received(stream: SharedStream, layout: Layout, *, rank: int, pulled: int) -
             for following in islice(asked, pulled):
                 following.pull()
             yield {name: column[row : row + layout.batch_size_per_worker] for name, column in block.items()}
-        del first, block  # they would keep the block in the object store while the next is waited for
+        del first, block  # otherwise they keep the block in the object store while the next one is awaited
 
 
 class Coming:
-    """A block that a consumer asked for. It is kept in the object store, wherever it was made, as long as this is."""
+    """A requested block. It stays in the object store as long as this object exists."""
 
     def __init__(self, server: ActorHandle, plan: ray.ObjectRef, positions: NDArray[np.int64]) -> None:
         self._server, self._question = server, ([plan], positions)
@@ -123,24 +123,24 @@ class Coming:
         self._is_pulled = False
 
     def pull(self) -> None:
-        """Have the block sent to this node, if it is made. Does not wait."""
+        """Have the block sent to this node, if it is already made. Does not wait."""
         if self._is_pulled or not ray.wait([self._answer], timeout=0)[0]:
             return
         self._is_pulled = True
-        with contextlib.suppress(RayError):  # which get() will meet in its turn
+        with contextlib.suppress(RayError):  # get() meets the same error and handles it
             found = ray.get(self._answer)
             if not isinstance(found, DinorayError):
-                ray.wait(found, timeout=0)  # Ray goes on sending after this returned
+                ray.wait(found, timeout=0)  # Ray keeps transferring after this call returns
 
     def get(self) -> dict[str, NDArray[Any]]:
-        """Its columns, see Augmenter.block, as views of the object store. Raises what it could not be made for."""
+        """Return Augmenter.block's columns as views of the object store. Raises the error of making them."""
         for attempt in range(_TRIES):
             found = ray.get(self._answer)
             if isinstance(found, DinorayError):
                 raise found
             try:
                 return ray.get(found[0])
-            except RayError:  # it was made, and lost with the node that it was on
+            except RayError:  # the block was made, but its node was lost
                 if attempt + 1 == _TRIES:
                     raise
                 self._answer = self._server.block.remote(*self._question, lost=found[0].hex())
@@ -148,26 +148,26 @@ class Coming:
 
 
 class SharedMultiCropActor:
-    """Positions in, (CPU seconds, columns) out; an error that a person can mend is a result too."""
+    """Map positions to (CPU seconds, columns). A DinorayError is returned as a result, not raised."""
 
     def __init__(self, plan: StreamPlan) -> None:
         self._plan, self._lock = plan, threading.Lock()
         self._augmenter: Augmenter | None = None
 
     def prepare(self) -> None:
-        """Get ready for the first block."""
+        """Open the augmenter before the first block."""
         self._ready()
 
     def block(self, positions: NDArray[np.int64]) -> tuple[float | DinorayError, Any]:
-        """Two results, of which the server looks at the first."""
+        """Return CPU seconds or an error, and the columns. The server reads only the first result."""
         try:
             columns = self._ready().block(positions)
         except DinorayError as error:
-            return error, None  # as it is: Ray would pass on its text alone, inside a traceback
+            return error, None  # if it were raised, Ray would forward only its text, in a traceback
         return float(columns["cpu_ms"].sum()) / 1000, columns
 
     def _ready(self) -> Augmenter:
-        # Not in __init__: an error there would be the actor's death and not a result.
+        # Not in __init__: an error there would kill the actor instead of becoming a result.
         with self._lock:
             if self._augmenter is None:
                 self._augmenter = open_augmenter(self._plan)
@@ -175,14 +175,14 @@ class SharedMultiCropActor:
 
 
 class _Server:
-    """Knows which blocks there are, which are under way, and what each actor has to do."""
+    """Tracks the existing blocks, the blocks in progress and the calls of each actor."""
 
     def __init__(self, num_actors: int, cpus_per_actor: float, image_bytes: int, window_bytes: int) -> None:
         self._num_actors, self._cpus_per_actor = num_actors, cpus_per_actor
         self._image_bytes, self._window_bytes = image_bytes, window_bytes
         self._plan: ray.ObjectRef | None = None
         self._blocks: OrderedDict[bytes, asyncio.Task[Any]] = OrderedDict()
-        self._calls: dict[ActorHandle, int] = {}  # under way, of each actor that is up
+        self._calls: dict[ActorHandle, int] = {}  # calls in progress of each actor that is up
         self._has_changed = asyncio.Condition()
         self._joining: set[asyncio.Task[None]] = set()
         self._made, self._given, self._cpu_seconds = 0, 0, 0.0
@@ -199,9 +199,9 @@ class _Server:
     async def block(
         self, plan: "list[ray.ObjectRef]", positions: NDArray[np.int64], lost: str | None = None
     ) -> "list[ray.ObjectRef] | DinorayError":
-        """A reference to the block of these positions, in a list; returns when it is made.
+        """Return a list with a reference to the block of `positions`, once the block is made.
 
-        `lost` is the reference that was given before and leads nowhere.
+        `lost`: the reference that was returned before and whose object no longer exists.
         """
         await self.open(plan)
         key = positions.tobytes()
@@ -211,7 +211,7 @@ class _Server:
         self._blocks.move_to_end(key)
         while len(self._blocks) > 1 and self._num_bytes() > self._window_bytes:
             self._blocks.popitem(last=False)
-        found = await asyncio.shield(made)  # others wait for it too
+        found = await asyncio.shield(made)  # other consumers may await the same task
         if isinstance(found, DinorayError):
             return found
         self._given += 1
@@ -222,7 +222,7 @@ class _Server:
         return positions * self._image_bytes
 
     async def _make(self, key: bytes, positions: NDArray[np.int64]) -> "ray.ObjectRef | DinorayError":
-        """Have an actor make the block, another if it dies of it. What fails is not remembered."""
+        """Have an actor make the block, and another actor if the first one dies. Failures are not kept."""
         try:
             found = await self._made_by_an_actor(positions)
         except BaseException:
@@ -233,7 +233,7 @@ class _Server:
         return found
 
     async def _made_by_an_actor(self, positions: NDArray[np.int64]) -> "ray.ObjectRef | DinorayError":
-        # Each actor may have died before, which is only noticed when it is called.
+        # Each actor may have died earlier; its death is only noticed when it is called.
         tries = self._num_actors + _TRIES
         for _ in range(tries):
             async with self._least_busy() as actor:
@@ -258,7 +258,7 @@ class _Server:
 
     @contextlib.asynccontextmanager
     async def _least_busy(self) -> AsyncIterator[ActorHandle]:
-        """The actor with the fewest calls under way, once one has less than it can take."""
+        """Yield the actor with the fewest calls in progress, once an actor has room for a call."""
         async with self._has_changed:
             await self._has_changed.wait_for(lambda: min(self._calls.values(), default=_CALLS) < _CALLS)
             actor = min(self._calls, key=self._calls.__getitem__)
@@ -276,19 +276,19 @@ class _Server:
         options = {"num_cpus": self._cpus_per_actor, "max_concurrency": _CALLS}
         actor = actor_class.options(**options).remote(self._plan)
         joining = asyncio.ensure_future(self._join(actor))
-        self._joining.add(joining)  # the loop itself keeps no task alive
+        self._joining.add(joining)  # the event loop holds only weak references to tasks
         joining.add_done_callback(self._joining.discard)
 
     async def _join(self, actor: ActorHandle) -> None:
-        """Give the actor work as soon as it is up: one that waits for a node must hold up no block."""
-        with contextlib.suppress(RayError):  # which its first block will meet again, and be told of
+        """Add the actor once it is up: an actor that waits for a node must not delay a block."""
+        with contextlib.suppress(RayError):  # its first block meets the same error and reports it
             await actor.prepare.remote()
         async with self._has_changed:
             self._calls[actor] = 0
             self._has_changed.notify(_CALLS)
 
     def _replace(self, actor: ActorHandle) -> None:
-        if self._calls.pop(actor, None) is not None:  # else another call has found it dead before
+        if self._calls.pop(actor, None) is not None:  # otherwise another call has already replaced it
             with contextlib.suppress(RayError):
-                ray.kill(actor)  # it may only be out of reach
+                ray.kill(actor)  # it may be alive but unreachable
             self._start_actor()

@@ -1,1 +1,1 @@
-"""Studies: which settings are good, by trials that are runs of their own; searched, remembered, and found."""
+"""Hyper-parameter studies: each trial is a run of its own; search, stored trials and findings."""

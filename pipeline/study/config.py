@@ -1,4 +1,4 @@
-"""What a study is asked to do: the section `tune`. Knows no Ray."""
+"""Settings of a study: the config section `tune`. No Ray here."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

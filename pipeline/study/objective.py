@@ -1,9 +1,9 @@
-"""By what the trials of a study are ranked: one metric of their evaluations, as a score of which more is better.
+"""The objective of a study: one metric of the trials' evaluations, as a score where larger is better.
 
-The loss is entropy + KL: a sharper teacher lowers it for nothing, so runs whose temperatures or prototypes differ
-cannot be compared by it, and a search that minimised it would walk into collapse. k-NN accuracy ranks wherever
-there are labels; without any, the rank of the features does, once collapse is ruled out by the health of the run.
-No Ray here.
+The loss is entropy + KL: a sharper teacher lowers it without better features. So the loss cannot compare runs
+with different temperatures or prototypes, and a search that minimised it would end in collapse. k-NN accuracy
+ranks trials if there are labels. Without labels the rank of the features does, once the health check has
+excluded collapse. No Ray here.
 """
 
 import math
@@ -26,30 +26,30 @@ _CHANGE_WHAT_RANKME_SEES = ("optim.", "crops.", "teacher.")
 
 
 class Objective(NamedTuple):
-    """A metric's name in the records of evaluations, and why it was chosen."""
+    """Name of a metric in the records of evaluations, and the reason for its choice."""
 
     metric: str
     reason: str
 
     def score(self, scores: Mapping[str, float]) -> float | None:
-        """More is better; None when the metric is missing or not finite."""
+        """Return the score, larger is better; None if the metric is missing or not finite."""
         value = scores.get(self.metric)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return None
         return -value if self.metric == "loss" else float(value)
 
     def worst(self, out_dim: int) -> float:
-        """The score of a run that has collapsed: no better than guessing, one dimension, or a uniform target."""
+        """Return the score of a collapsed run: chance accuracy, one dimension, or a uniform target."""
         if self.metric == "loss":
             return -math.log(out_dim)
         return 0.0 if self.metric.startswith("knn") else 1.0
 
 
 def choose(asked: str, *, keys: Iterable[str], labelled: bool, k: int) -> Objective:
-    """The objective for a study over the settings `keys`; `asked` is auto or one of METRICS, `k` that of k-NN.
+    """Return the objective of a study over the settings `keys`; `asked` is auto or in METRICS; `k` is k-NN's.
 
-    ConfigError where it cannot rank such trials: k-NN without labels, and the loss where what varies is part of
-    the loss itself.
+    Raises ConfigError if the objective cannot rank such trials: k-NN without labels, and the loss if a
+    searched setting is part of the loss itself.
     """
     varied = list(keys)
     if asked == "knn" and not labelled:

@@ -1,9 +1,9 @@
-"""What a study searches: dotted keys of the run's config, each with a domain; and points of it.
+"""The search space of a study: dotted keys of the run's config, each with a domain, and points of the space.
 
-A domain maps [0, 1] onto values along the scale on which equal distances matter, so that whoever proposes points
-(study/search/samplers.py), and whoever draws them, works on the unit cube and knows nothing of scales. The defaults
-enclose what the published ablations of temperature and centre found to work (arXiv 2104.14294, appendix). No Ray
-here.
+A domain maps [0, 1] to values on the scale on which equal distances matter. So samplers
+(study/search/samplers.py) and plots work on the unit cube without knowledge of scales. The defaults enclose
+the values of temperature and centre that worked in the published ablations (arXiv 2104.14294, appendix). No
+Ray here.
 """
 
 import itertools
@@ -58,11 +58,11 @@ class Domain(Settings):
 
     @property
     def is_continuous(self) -> bool:
-        """Whether there are values between any two."""
+        """Return true if there are values between any two values."""
         return self.kind in ("uniform", "log", "one_minus_log")
 
     def at(self, u: float) -> Any:
-        """The value at `u` of [0, 1] along the scale; numbers as short as they can be read (4 digits)."""
+        """Return the value at `u` of [0, 1] on the scale, numbers rounded to 4 digits."""
         if self.kind == "choice":
             return self.values[min(len(self.values) - 1, int(u * len(self.values)))]
         low, high = self.values
@@ -78,7 +78,10 @@ class Domain(Settings):
         return min(max(value, low), high)
 
     def place(self, value: Any) -> float:
-        """The `u` of a value, the middle of its share where there are few; ValueError when it is outside."""
+        """Return the `u` of a value: the middle of its share for discrete domains.
+
+        Raises ValueError outside the domain.
+        """
         if not self.holds(value):
             raise ValueError(f"{value!r} is not within {self.kind}: {list(self.values)}")
         if self.kind == "choice":
@@ -93,13 +96,13 @@ class Domain(Settings):
         return math.log((1 - value) / (1 - low)) / math.log((1 - high) / (1 - low))
 
     def holds(self, value: Any) -> bool:
-        """Whether the value is one of the domain's."""
+        """Return true if the value belongs to the domain."""
         if self.kind == "choice":
             return value in self.values
         return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
 
     def grid(self, num_points: int) -> list[Any]:
-        """Values at even distances, ends included; all values where there are no more than `num_points`."""
+        """Return values at equal distances, ends included; all values if there are at most `num_points`."""
         if self.kind == "choice":
             return list(self.values)
         if self.kind == "int" and self.values[1] - self.values[0] < num_points:
@@ -114,7 +117,10 @@ Space = Mapping[str, Domain]
 
 
 def parse_space(tree: Any) -> dict[str, Domain]:
-    """Domains from a config's tree, dotted or nested; a plain list is a choice. ValueError says which is wrong."""
+    """Return the domains of a config tree, dotted or nested; a plain list is a choice.
+
+    Raises ValueError for a bad domain.
+    """
     if not isinstance(tree, Mapping):
         raise ValueError(f"{tree!r} must be a mapping of settings to domains, e.g. {_EXAMPLE}")
     space: dict[str, Domain] = {}
@@ -147,7 +153,7 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def default_space(config: DINOConfig) -> dict[str, Domain]:
-    """Teacher temperature, its warm-up over 10 to 30 % of the run, and, where there is a centre, its momentum."""
+    """Return teacher temperature, its warm-up (10 to 30 % of the run), and any center momentum."""
     space = {TEACHER_TEMP: Domain(kind="uniform", values=(0.02, 0.08))}
     least, most = math.ceil(0.1 * config.train.epochs), math.floor(0.3 * config.train.epochs)
     if 1 <= least < most:
@@ -158,18 +164,18 @@ def default_space(config: DINOConfig) -> dict[str, Domain]:
 
 
 def grid(space: Space, num_points: int) -> list[dict[str, Any]]:
-    """All combinations of each domain's `grid`, the first key slowest."""
+    """Return all combinations of each domain's `grid`; the first key varies slowest."""
     axes = [domain.grid(num_points) for domain in space.values()]
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
 
 
 def at(space: Space, cube: Mapping[str, float]) -> dict[str, Any]:
-    """The values at a point of the unit cube, which may hold more than this space's keys."""
+    """Return the values at a point of the unit cube, which may hold additional keys."""
     return {key: domain.at(cube[key]) for key, domain in space.items()}
 
 
 def place(space: Space, params: Mapping[str, Any]) -> dict[str, float]:
-    """The point of the unit cube where values lie."""
+    """Return the point of the unit cube for these values."""
     return {key: domain.place(params[key]) for key, domain in space.items()}
 
 

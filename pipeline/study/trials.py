@@ -1,20 +1,20 @@
-"""What a study remembers: its trials, each a run directory with its parameters and what became of it.
+"""The stored state of a study: its trials, each a run directory with its parameters and outcome.
 
 A study directory (local or S3):
 
     config.yaml               the resolved config, with the section `tune`
     environment.json          versions, hardware, git commit
     manifest.parquet          the images, listed once for all trials
-    study.json                what is searched, by which objective, over how many steps
+    study.json                space, objective and steps of the study
     trials/
       0000/                   a run directory (training/checkpoint.py), and in it
         trial.json            parameters and seed; written before the trial starts
         outcome.json          written when it has ended: the trial is never run again
-    study.html  study.csv  study.png    what was found
+    study.html  study.csv  study.png    findings
     best.yaml                 the best config, as jobs.pretrain --config takes it
 
-Progress is these files and nothing else: a study that is killed is continued from them, whatever had been in
-anybody's memory. No Ray here.
+These files are the only progress: a killed study resumes from them, and no state in memory is needed. No Ray
+here.
 """
 
 import json
@@ -35,59 +35,59 @@ BEST = "best.yaml"
 Record = TypeVar("Record", "Trial", "Outcome")
 
 Status = Literal["finished", "stopped", "collapsed", "failed"]
-"""Trained to its end; given up for better ones, or replaced by one that went on from a better; collapsed; failed."""
+"""Trained to the end; early-stopped, or replaced by a member with better weights; collapsed; failed."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of parameters to be tried: values by dotted key of the run's config."""
+    """One set of parameters to train with: values by dotted key of the run's config."""
 
     number: int
     params: dict[str, Any]
     seed: int
     origin: str
-    """Who proposed it: `recipe`, `first`, `random`, `quasi`, `grid`, `tpe`, `pb2`, or `confirm`."""
+    """Source of the parameters: `recipe`, `first`, `random`, `quasi`, `grid`, `tpe`, `pb2`, or `confirm`."""
     confirms: int | None = None
-    """The trial whose parameters it repeats with another seed."""
+    """Trial whose parameters this trial repeats with another seed."""
     continues: int | None = None
-    """The trial from whose weights it goes on, with other parameters."""
+    """Trial from whose weights this trial starts, with other parameters."""
     from_step: int = 0
-    """The checkpoint of that trial which it goes on from."""
+    """Step of the checkpoint of that trial from which this trial starts."""
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Return the name of its folder."""
         return f"{self.number:04d}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial."""
+    """Outcome of a trial."""
 
     status: Status
     score: float | None
-    """The objective, larger is better, at its last evaluation; the worst there is after a collapse; None: failed."""
+    """Objective at the last evaluation, larger is better; the worst possible if collapsed; None if failed."""
     step: int
-    """Steps that it was trained for."""
+    """Number of trained steps."""
     verdict: str = "healthy"
-    """Of its health, training/health.py."""
+    """Health verdict, see training/health.py."""
     message: str = ""
-    """What went wrong, in words."""
+    """Error message of a failed trial."""
     scores: dict[str, float] = field(default_factory=dict)
-    """All metrics of its last evaluation, and `loss`."""
+    """All metrics of the last evaluation, and `loss`."""
     seconds: float = 0.0
-    """Wall time over all attempts."""
+    """Wall-clock time over all attempts."""
     start_seconds: float = 0.0
-    """Of these, until the first step was trained."""
+    """Part of `seconds` before the first step was trained."""
     cpu_hours: float = 0.0
-    """CPUs it had reserved times the hours it had them."""
+    """CPU-hours: reserved CPUs times hours of reservation."""
     gpu_hours: float = 0.0
-    """GPUs likewise."""
+    """GPU-hours: reserved GPUs times hours of reservation."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial, its outcome if it has ended, and the metrics it has logged."""
+    """A trial, its outcome if it has ended, and its logged metrics."""
 
     trial: Trial
     outcome: Outcome | None
@@ -95,27 +95,27 @@ class Tried:
 
     @property
     def status(self) -> str:
-        """Of the outcome, or `unfinished`."""
+        """Return the status of the outcome, or `unfinished`."""
         return self.outcome.status if self.outcome else "unfinished"
 
 
 def trial_directory(study: Directory, trial: Trial) -> Directory:
-    """The trial's run directory."""
+    """Return the run directory of the trial."""
     return study.child("trials").child(trial.name)
 
 
 def write_trial(study: Directory, trial: Trial) -> None:
-    """Remember that the trial is to be run."""
+    """Store the trial before it is run."""
     trial_directory(study, trial).write(TRIAL, json.dumps(asdict(trial), indent=1).encode())
 
 
 def write_outcome(study: Directory, trial: Trial, outcome: Outcome) -> None:
-    """Remember that it has ended."""
+    """Store the outcome of a trial."""
     trial_directory(study, trial).write(OUTCOME, json.dumps(asdict(outcome), indent=1).encode())
 
 
 def read_trials(study: Directory, *, ended: Mapping[int, Tried] | None = None) -> list[Tried]:
-    """All trials of the study, by number; those in `ended` are taken from there, unread."""
+    """Return all trials of the study, by number; trials in `ended` are not read again."""
     found = []
     for name in study.child("trials").list():
         if ended and name.isdecimal() and int(name) in ended:
@@ -123,13 +123,13 @@ def read_trials(study: Directory, *, ended: Mapping[int, Tried] | None = None) -
             continue
         run = study.child("trials").child(name)
         trial = _read(Trial, run, TRIAL)
-        if trial is not None:  # else the folder was made and its trial lost before it was begun
+        if trial is not None:  # None: the folder exists, but its trial was never stored or started
             found.append(Tried(trial, _read(Outcome, run, OUTCOME), read_records(run)))
     return sorted(found, key=lambda tried: tried.trial.number)
 
 
 def _read(kind: type[Record], run: Directory, name: str) -> Record | None:
-    """DataError for a file that holds something else: a trial must not be run twice because of it."""
+    """Read a record; raise DataError for other content: the trial must not be run twice because of it."""
     data = read(run, name)
     if data is None:
         return None
@@ -142,7 +142,7 @@ def _read(kind: type[Record], run: Directory, name: str) -> Record | None:
 
 
 def evaluations(records: Records) -> dict[int, dict[str, float]]:
-    """Metrics by step at which a trial was evaluated, in order, and the loss there; what is not finite is left out."""
+    """Return metrics and loss by step of evaluation, in order; omit values that are not finite."""
     found: dict[int, dict[str, float]] = {}
     for name in records.names(r"knn_\d+|majority|rankme|lidar"):
         series = records.series(name)
@@ -157,10 +157,10 @@ def evaluations(records: Records) -> dict[int, dict[str, float]]:
 
 
 def write_study(study: Directory, about: Mapping[str, Any]) -> None:
-    """study.json."""
+    """Write study.json."""
     study.write(STUDY, json.dumps(about, indent=1).encode())
 
 
 def read_study(study: Directory) -> dict[str, Any]:
-    """study.json; empty when there is none."""
+    """Return the content of study.json; empty if there is none."""
     return json.loads(read(study, STUDY) or b"{}")

@@ -1,1 +1,1 @@
-"""Where the numbers and pictures of a run go, and how they are read again."""
+"""Sinks for the numbers and pictures of a run, and a reader of its logs."""

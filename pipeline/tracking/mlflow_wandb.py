@@ -1,7 +1,7 @@
-"""What MLflow and Weights & Biases are told of a run, in their own words. Both are imported when a run uses them.
+"""Log a run to MLflow and Weights & Biases through their own APIs. Each is imported only if a run uses it.
 
-Steps that a resumed run repeats are not told again: both services keep what they were told first, which is the same,
-since a resumed run repeats what it did. Errors of any kind come out of here; tracking/services.py deals with them.
+Steps that a resumed run repeats are not sent again. Both services keep the first values, and the repeated
+values are the same. Any kind of error may be raised here; tracking/services.py handles them.
 """
 
 import io
@@ -19,12 +19,12 @@ from pipeline.storage.run_dir import checkpoint_name
 
 _TAG = "dinoray.id"
 _PARAM_LENGTH, _PARAMS_AT_ONCE = 500, 100
-"""What every MLflow server takes."""
+"""Limits that every MLflow server accepts."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run: what people call it, by what id it is known, where it is filed, its settings, and its directory."""
+    """A run: its name, its id in the services, its project, its settings and its directory."""
 
     name: str
     id: str
@@ -34,29 +34,29 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """One service that follows one run; each call returns when the service has it, or fails."""
+    """One service for one run; each call returns once the service has the data, or raises."""
 
     def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Values as of `step` steps done, which was at `seconds` since 1970."""
+        """Log values after `step` steps, at `seconds` since 1970."""
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """A picture."""
+        """Log a picture."""
 
     def page(self, html: str) -> None:
-        """The page about the run."""
+        """Log the HTML report of the run."""
 
     def close(self, failed: bool) -> None:
-        """The run ends."""
+        """Mark the run as ended."""
 
 
 class MLflow:
-    """A run of the experiment; the one with our id goes on."""
+    """A run of the MLflow experiment; an existing run with the same id is resumed."""
 
     def __init__(self, run: TrackedRun) -> None:
         quiet = {
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-            # Its own, two minutes and seven times, are longer than anyone wants to not know.
+            # MLflow's defaults, two minutes and seven retries, would report a failure too late.
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         }
@@ -82,13 +82,14 @@ class MLflow:
         self._id = found.info.run_id
         self._old_metrics = set(found.data.metrics)
         self._last_steps: dict[str, int] = {}
-        # A parameter cannot be changed: what a continued run may do differently stays as it was first told.
+        # MLflow cannot change a parameter, so settings that a resumed run changed keep their first value
+        # there.
         new = [Param(k, str(v)[:_PARAM_LENGTH]) for k, v in run.params.items() if k not in found.data.params]
         for start in range(0, len(new), _PARAMS_AT_ONCE):
             self._client.log_batch(self._id, params=new[start : start + _PARAMS_AT_ONCE])
 
     def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Points of curves, those that are not there yet."""
+        """Log the points that the curves do not have yet."""
         points = [
             self._metric(name, value, int(seconds * 1000), step)
             for name, value in values.items()
@@ -98,20 +99,20 @@ class MLflow:
             self._client.log_batch(self._id, metrics=points)
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """An artifact in a folder of this name; the same step's again replaces it."""
+        """Log an artifact in the folder `name`; it replaces an artifact of the same step."""
         image = Image.open(io.BytesIO(png))
         self._client.log_image(self._id, image, artifact_file=f"{name}/{checkpoint_name(step)}.png")
 
     def page(self, html: str) -> None:
-        """An artifact."""
+        """Log the report as an artifact."""
         self._client.log_text(self._id, html, "report.html")
 
     def close(self, failed: bool) -> None:
-        """The run's status."""
+        """Set the run's status."""
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
     def _last_step(self, name: str) -> int:
-        """Up to which step the curve was there when we came."""
+        """Return the last step that the curve had when this process opened the run; -1 if none."""
         if name not in self._old_metrics:
             return -1
         if name not in self._last_steps:
@@ -121,9 +122,10 @@ class MLflow:
 
 
 def _artifact_location(run: TrackedRun) -> str | None:
-    """Beside run directories where there is a database and no server, which knows by itself: None.
+    """Return a folder beside the run directories for a database without a server; None for a server.
 
-    MLflow would take the folder that a worker happens to run in, which Ray removes.
+    A server has a location of its own. For a database MLflow would use the worker's current folder, which Ray
+    removes.
     """
     kind = os.environ["MLFLOW_TRACKING_URI"].partition(":")[0].partition("+")[0]
     is_database = kind in ("sqlite", "postgresql", "mysql", "mssql")
@@ -131,7 +133,10 @@ def _artifact_location(run: TrackedRun) -> str | None:
 
 
 class WandB:
-    """A run of the project; the one with our id goes on. W&B itself leaves out steps before its last one."""
+    """A run of the W&B project; an existing run with the same id is resumed.
+
+    W&B itself skips earlier steps.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -159,23 +164,23 @@ class WandB:
         )
 
     def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """A row of the history; several of one step make one row."""
+        """Log a row of the history; calls with the same step are merged into one row."""
         self._step = step
         self._run.log(dict(values), step=step)
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """An image of the row."""
+        """Log an image in the row of `step`."""
         self._step = step
         self._run.log({name: self._wandb.Image(Image.open(io.BytesIO(png)))}, step=step)
 
     def page(self, html: str) -> None:
-        """A panel of the last row."""
+        """Log the report as a panel of the last row."""
         self._run.log({"report": self._wandb.Html(html, inject=False)}, step=self._step)
 
     def close(self, failed: bool) -> None:
-        """Send what is left."""
+        """Send all remaining data and end the run."""
         self._run.finish(exit_code=int(failed))
 
 
 OPEN: dict[str, Callable[[TrackedRun], Tracker]] = {"mlflow": MLflow, "wandb": WandB}
-"""How to begin with each, by name."""
+"""Service name -> class that opens it."""

@@ -1,8 +1,8 @@
-"""The files that TensorBoard's projector reads: features, labels and small pictures of some hundred images.
+"""Write the files of TensorBoard's projector: features, labels and thumbnails of a few hundred images.
 
-Two sets are kept, of the newest evaluation and of the first: the projector opens the newest, and a long run leaves no
-more files than a short one. SummaryWriter.add_embedding keeps all sets, and those from before a resume are lost to it.
-No Ray here.
+Two sets are kept, from the first and the newest evaluation. The projector opens the newest set, and a long
+run has no more files than a short run. SummaryWriter.add_embedding would keep all sets, and lose earlier sets
+on a resume. No Ray here.
 """
 
 import io
@@ -18,14 +18,14 @@ from pipeline.storage.files import Directory, MissingObject
 from pipeline.tracking.sink import Embedding
 
 CONFIG = "projector_config.pbtxt"
-"""The name that TensorBoard looks for beside event files."""
+"""The file name that TensorBoard reads beside event files."""
 FOLDERS = ("projector_first", "projector_newest")
 _FIRST, _NEWEST = "start: teacher, step ", "newest: teacher, step "
-"""Titles of the sets, without the step. The projector opens the set whose title comes first in the alphabet."""
+"""Titles of the sets, without the step. The projector opens the set whose title is first in the alphabet."""
 
 
 def write_projector(folder: Directory, step: int, embedding: Embedding) -> None:
-    """Add a set to those in the folder of the event files; it replaces sets of its step and of later steps."""
+    """Add a set to the folder of the event files; it replaces the sets of its step and of later steps."""
     earlier = [info for info in _read(folder).embeddings if _step(info) < step]
     kept = sorted(earlier, key=_step)[:1]
     for one in kept:
@@ -42,7 +42,7 @@ def write_projector(folder: Directory, step: int, embedding: Embedding) -> None:
     info.sprite.image_path = f"{place}/sprite.png"
     info.sprite.single_image_dim.extend([embedding.thumbnails.shape[2], embedding.thumbnails.shape[1]])
     folder.write(info.sprite.image_path, _sprite(embedding.thumbnails))
-    # Written last, so that the files that it names are there.
+    # Written last, so that the files named in it exist.
     config = ProjectorConfig(embeddings=[info, *kept])
     folder.write(CONFIG, text_format.MessageToString(config).encode())
 
@@ -59,7 +59,7 @@ def _read(folder: Directory) -> ProjectorConfig:
 
 
 def _sprite(thumbnails: NDArray[np.uint8]) -> bytes:
-    """[n, S, S, 3] row by row in the smallest square that holds them, as PNG."""
+    """Return a PNG of the thumbnails [n, S, S, 3], row by row in the smallest square grid that holds them."""
     n, height, width, _ = thumbnails.shape
     side = math.ceil(math.sqrt(n))
     cells = np.zeros((side * side, height, width, 3), np.uint8)

@@ -1,6 +1,6 @@
-"""What one watches of a run while it runs, as gauges that Ray exports to Prometheus; deploy/grafana.json draws them.
+"""Gauges of a live run, which Ray exports to Prometheus; deploy/grafana.json draws them.
 
-A sink of tracking/run_log.py, which only works within Ray. Ray puts `ray_` before each name.
+A sink of tracking/run_log.py that works only within Ray. Ray prefixes each name with `ray_`.
 """
 
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ GAUGES = {
     "augment_target": "Actors that shall augment",
     "dollars": "What the run has cost so far",
 }
-"""Name, without prefixes, and what it is."""
+"""Name, without prefixes -> description."""
 
 
 class Gauges(Sink):
-    """Gauges of the run called `run`."""
+    """Gauges of the run named `run`."""
 
     def __init__(self, run: str, *, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -40,7 +40,7 @@ class Gauges(Sink):
             gauge.set_default_tags({"run": run})
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Set those that are among the values."""
+        """Set the gauges that have a value."""
         for name, value in numbers({"step": step, "total_steps": self._total_steps, **values}).items():
             if name in self._gauges:
                 self._gauges[name].set(float(value))

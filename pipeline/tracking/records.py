@@ -1,8 +1,8 @@
-"""What a run has written down so far, as far as it can be read: metrics, verdicts, config, pictures.
+"""Read what a run has logged so far: metrics, verdicts, config, pictures.
 
-Between the run directory, which another process may be writing to, and reporting/run_report.py. Whatever is missing
-or damaged is left out, and damage is counted, never raised; storage that is closed to us still is an error. No Ray
-here.
+Stands between the run directory, which another process may be writing to, and reporting/run_report.py.
+Missing or damaged data are left out; damage is counted, never raised. Storage that denies access is still an
+error. No Ray here.
 """
 
 import json
@@ -22,9 +22,9 @@ _FIGURE = re.compile(r"step_(\d{8,})\.png")
 
 
 class Series(NamedTuple):
-    """One metric over the run: `steps` ascending, `values` with NaN where it was not finite.
+    """One metric over the run: `steps` ascending, `values` with NaN for non-finite values.
 
-    A point whose step is NaN as well is a break: what lies before is not joined to what follows.
+    A point whose step is also NaN is a break: plots do not join the points before and after it.
     """
 
     steps: Floats
@@ -32,13 +32,13 @@ class Series(NamedTuple):
 
     @property
     def last(self) -> float:
-        """The newest value that is a number; NaN when there is none."""
+        """The newest finite value; NaN if there is none."""
         finite = self.values[np.isfinite(self.values)]
         return float(finite[-1]) if len(finite) else math.nan
 
 
 class Records:
-    """The lines of a metrics.jsonl."""
+    """The lines of a metrics.jsonl file."""
 
     def __init__(self, data: bytes) -> None:
         self._lines: list[dict[str, Any]] = []
@@ -50,7 +50,7 @@ class Records:
                 self._lines.append(record)
             elif (
                 line.strip() and line is not last
-            ):  # the last one is being written, or was when the run was killed
+            ):  # the last line is being written, or was when the run was killed
                 self.num_damaged += 1
         self._lines.sort(key=lambda record: record["step"])
         self._names = {name for record in self._lines for name in record}
@@ -61,18 +61,18 @@ class Records:
 
     @property
     def last_step(self) -> int | None:
-        """The newest step with metrics; None before the first."""
+        """The newest step with metrics; None if there is none."""
         return self._lines[-1]["step"] if self._lines else None
 
     def names(self, pattern: str) -> list[str]:
-        """Metrics whose whole name matches, sorted, numbers by their size."""
+        """Return metrics whose whole name matches, sorted so that numbers in names are in numeric order."""
         found = {name for name in self._names if re.fullmatch(pattern, name)}
         return sorted(found, key=lambda name: (len(name), name))
 
     def series(self, name: str, *, over: str = "step") -> Series:
-        """A metric wherever it was logged, over steps or another number that its lines have.
+        """Return all logged values of a metric, over steps or another number in the same lines.
 
-        Of two values at one place the later counts.
+        If two values have the same place, the later value is used.
         """
         if (name, over) not in self._series:
             self._series[name, over] = self._collect(name, over)
@@ -91,7 +91,7 @@ class Records:
         return Series(places[order], values[order])
 
     def verdicts(self) -> list[tuple[int, str]]:
-        """(step from which it holds, verdict), one per change."""
+        """Return (first step, verdict) for each change of the verdict."""
         changes: list[tuple[int, str]] = []
         for record in self._lines:
             verdict = record.get("verdict")
@@ -101,12 +101,12 @@ class Records:
 
 
 def read_records(run: Directory) -> Records:
-    """metrics.jsonl; no lines when there is none yet."""
+    """Read metrics.jsonl; if it does not exist yet, the result has no lines."""
     return Records(read(run, "metrics.jsonl") or b"")
 
 
 def read(run: Directory, name: str) -> bytes | None:
-    """A file of the run; None when it is not there."""
+    """Return the bytes of a file of the run; None if it does not exist."""
     try:
         return run.read(name)
     except MissingObject:
@@ -114,10 +114,10 @@ def read(run: Directory, name: str) -> bytes | None:
 
 
 def read_mapping(run: Directory, name: str) -> dict[str, Any]:
-    """A YAML or JSON file that holds a mapping; empty when it is missing, damaged or something else."""
+    """Return the mapping in a YAML or JSON file; empty if it is missing, damaged or not a mapping."""
     try:
         text = (read(run, name) or b"{}").decode()
-        # YAML takes 1e-05, which JSON writes, for text.
+        # The YAML parser reads 1e-05, which JSON writes, as text.
         tree = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError):
         return {}
@@ -125,25 +125,25 @@ def read_mapping(run: Directory, name: str) -> dict[str, Any]:
 
 
 def read_head(run: Directory, name: str, limit: int) -> tuple[list[dict[str, Any]], int]:
-    """The objects in the first `limit` lines of a JSON Lines file, and how many there are in all.
+    """Return the objects in the first `limit` lines of a JSON Lines file, and the total number of objects.
 
-    What lies behind them is counted by its line ends: the file of a long run may have millions.
+    Further objects are only counted, by line ends: the file of a long run may have millions of lines.
     """
     *lines, rest = (read(run, name) or b"").split(b"\n", limit)
-    if b"\n" not in rest:  # the last line, which may be whole
+    if b"\n" not in rest:  # the last line, which may be complete
         lines.append(rest)
     rows = [row for line in lines if isinstance(row := _json(line), dict)]
     return rows, len(rows) + rest.count(b"\n")
 
 
 def attention_figures(run: Directory) -> list[tuple[int, str]]:
-    """(step, file name) of the attention figures that evaluations have drawn, by step."""
+    """Return (step, file name) of each evaluation's attention figure, by step."""
     matches = [match for name in run.child("attention").list() if (match := _FIGURE.fullmatch(name))]
     return sorted((int(match[1]), f"attention/{match[0]}") for match in matches)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of a tree of mappings by their dotted names."""
+    """Return the leaves of a tree of mappings by their dotted names."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -158,8 +158,8 @@ def _json(line: bytes) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Numbers, and the strings that stand for numbers that JSON has not."""
-    return type(value) in (float, int) or value in ("nan", "inf", "-inf")  # True is neither
+    """Return True for numbers, and for the strings of non-finite numbers, which JSON lacks."""
+    return type(value) in (float, int) or value in ("nan", "inf", "-inf")  # a bool is neither
 
 
 def _number(value: Any) -> float:
@@ -170,6 +170,6 @@ def _number(value: Any) -> float:
 
 
 def spent(run: Directory) -> float:
-    """Dollars that earlier lives of the run have come to, those of steps that are repeated included."""
+    """Return the dollars that earlier starts of the run cost, including steps that are repeated."""
     values = read_records(run).series("dollars").values
     return float(values.max()) if len(values) else 0.0

@@ -1,8 +1,8 @@
-"""What a run writes of itself, by one way to every sink: JSON lines, pictures, TensorBoard, gauges, trackers.
+"""Log a run to every sink: JSON lines, pictures, TensorBoard, gauges, trackers.
 
-Written by rank 0 only. For a local run directory the files are appended to in place; for
-S3, which cannot append, they are staged in a temporary folder and uploaded by `sync`. A resumed run first drops the
-lines and the pictures of steps after its checkpoint, because it is about to repeat those steps.
+Only rank 0 writes. In a local run directory, files are appended in place. S3 cannot append, so there files
+are staged in a temporary folder and uploaded by `sync`. A resumed run first drops the lines and pictures of
+steps after its checkpoint, because it repeats those steps.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pipeline.tracking.tensorboard import TensorBoard
 
 
 class JsonLines:
-    """A file of one JSON object per line that can be appended to, wherever it is kept."""
+    """A file with one JSON object per line that can be appended to, local or on S3."""
 
     def __init__(
         self, run: Directory, name: str, *, keep: Callable[[dict[str, Any]], bool], staging: Path
@@ -31,20 +31,20 @@ class JsonLines:
             old = run.read(name).decode()
         except MissingObject:
             old = ""
-        # What follows the last line end was cut off by a kill, unless only the line end was.
+        # The text after the last line end was cut off by a kill, unless only its line end is missing.
         whole, _, last = old.rpartition("\n")
         kept = [line for line in [*whole.split("\n"), *_if_whole(last)] if line and keep(json.loads(line))]
         self._path.write_text("".join(f"{line}\n" for line in kept))
         self._dirty = bool(old)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one object as a line. Non-finite numbers become strings, since JSON has none."""
+        """Append one object as a line. Non-finite numbers become strings, since JSON has none."""
         with self._path.open("a") as file:
             file.write(json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n")
         self._dirty = True
 
     def sync(self) -> None:
-        """Upload if anything changed; nothing to do for a local run directory."""
+        """Upload the file if it changed; a local run directory needs no upload."""
         if self._dirty and is_s3(self._run.uri):
             self._run.write(self._name, self._path.read_bytes())
         self._dirty = False
@@ -58,7 +58,7 @@ def _if_whole(line: str) -> list[str]:
 
 
 class RunFiles(Sink):
-    """metrics.jsonl of a run that continues at `first_step`, and its pictures as files."""
+    """metrics.jsonl of a run that starts or resumes at `first_step`, and its pictures as files."""
 
     def __init__(self, run: Directory, *, first_step: int, staging: Path) -> None:
         self._run = run
@@ -70,26 +70,26 @@ class RunFiles(Sink):
                 run.delete(name)
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """A line."""
+        """Append a line."""
         self._metrics.append({"step": step, **values})
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """A file in the folder of this name."""
+        """Write a file in the folder `name`."""
         self._run.write(f"{name}/{checkpoint_name(step)}.png", png)
 
     def sync(self) -> None:
-        """Upload the lines; pictures are written at once."""
+        """Upload the lines; pictures are already written."""
         self._metrics.sync()
 
     def close(self, *, failed: bool) -> None:
-        """Sync."""
+        """Upload the lines."""
         self.sync()
 
 
 class MetricsLog(Sink):
-    """All that a run which continues at `first_step` writes of itself: quarantine.jsonl, and the rest by its sinks.
+    """The log of a run that starts or resumes at `first_step`: quarantine.jsonl, and sinks for all the rest.
 
-    These are its files, TensorBoard and, after them, `others`.
+    The sinks are its files, TensorBoard and then `others`.
     """
 
     def __init__(
@@ -111,37 +111,37 @@ class MetricsLog(Sink):
                     sink.picture("crops", 0, crops)
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Write `values` as of `step` steps done."""
+        """Log `values` after `step` steps."""
         for sink in self._sinks:
             sink.log(step, values)
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """Show a picture as of `step` steps done."""
+        """Log a picture after `step` steps."""
         for sink in self._sinks:
             sink.picture(name, step, png)
 
     def embedding(self, step: int, embedding: Embedding) -> None:
-        """Show features as of `step` steps done."""
+        """Log features after `step` steps."""
         for sink in self._sinks:
             sink.embedding(step, embedding)
 
     def quarantine(self, records: list[dict[str, Any]]) -> None:
-        """Name images that could not be used."""
+        """Append records of bad images to quarantine.jsonl."""
         for record in records:
             self._quarantine.append(record)
 
     def sync(self) -> None:
-        """Make everything written so far safe in the run directory."""
+        """Write everything logged so far to the run directory."""
         self._quarantine.sync()
         for sink in self._sinks:
             sink.sync()
 
     def close(self, *, failed: bool = False) -> None:
-        """Sync and let go, once; `failed`: the run did not come to where it wanted to."""
+        """Sync and close all sinks; later calls do nothing. `failed`: the run ended with an error."""
         if self._closed:
             return
         self._closed = True
-        with contextlib.ExitStack() as last:  # each is closed whatever another one raises
+        with contextlib.ExitStack() as last:  # each sink is closed even if another raises
             if self._temporary:
                 last.callback(self._temporary.cleanup)
             for sink in reversed(self._sinks):

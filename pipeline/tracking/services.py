@@ -1,8 +1,8 @@
-"""MLflow and Weights & Biases beside a run, each on a thread of its own: whatever they do, the run goes on.
+"""Send a run's values to MLflow and W&B, each on its own thread, without blocking or failing the run.
 
-A sink of tracking/run_log.py. What is to be sent waits in a queue of bounded length; what fails is told of once, tried
-again a few times and then counted; at the end there is a limit to how long the last of it is waited for. What the two
-services are told, and how, stands in tracking/mlflow_wandb.py. Knows no Ray.
+A sink of tracking/run_log.py. Messages wait in a bounded queue. The first failure is printed; a failed
+message is retried a few times and then counted as lost. At the end of a run there is a time limit for unsent
+messages. tracking/mlflow_wandb.py has the calls to the two services. No Ray here.
 """
 
 import importlib.util
@@ -23,22 +23,22 @@ from pipeline.tracking.scalar_names import grouped
 from pipeline.tracking.sink import Sink, numbers
 
 FILE = "tracking.json"
-"""In the run directory: the id by which a service knows the run, so that a resumed run is the same run there; and
-whether its curves have names with groups, which runs of earlier versions have not."""
+"""File in the run directory with the run's id in the services, so that a resumed run continues there, and
+`grouped`: true if its curves have names with groups, which runs of earlier versions do not have."""
 _QUEUE_LENGTH = 1000
 _PAUSES = (0.0, 5.0, 60.0)
-"""Seconds before each time that something is tried."""
+"""Seconds before each attempt to send a message."""
 _END_SECONDS = 30.0
-"""How long a run that ends waits for what is still to be sent."""
+"""Longest time that a run waits at its end for unsent messages."""
 
 
 def asked_for(config: TrackConfig) -> list[str]:
-    """The names of the services that are to follow the run."""
+    """Return the names of the enabled services."""
     return [name for name, asked in (("mlflow", config.mlflow), ("wandb", config.wandb)) if asked]
 
 
 def check_trackers(config: TrackConfig) -> None:
-    """ConfigError when one is asked for that is not installed, or that nothing says the address of."""
+    """Raise ConfigError if an enabled service is not installed or has no address."""
     mistakes = [
         f"track.{name}=true needs {name}, which is not installed: pip install 'dinoray[{name}]' here and on the nodes"
         for name in asked_for(config)
@@ -55,7 +55,7 @@ def check_trackers(config: TrackConfig) -> None:
 
 def _is_installed(name: str) -> bool:
     spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None  # else it is a mere folder of this name
+    return spec is not None and spec.origin is not None  # a mere folder of this name has no origin
 
 
 def open_trackers(
@@ -67,9 +67,9 @@ def open_trackers(
     page: Callable[[Directory], str],
     tell: Callable[[str], None],
 ) -> list[Sink]:
-    """The sink for those asked for, in a list; none where there are none.
+    """Return a list with the sink for the enabled services; empty if none is enabled.
 
-    `page` makes the page about the run, as HTML; `tell` takes a line for a person.
+    `page` returns the HTML report of a run; `tell` prints one line.
     """
     names = asked_for(config)
     if not names:
@@ -88,7 +88,7 @@ def open_trackers(
 
 
 class Trackers(Sink):
-    """Hands everything on to services, by name, and waits for none; `end_seconds` at the end, for all together."""
+    """Forwards everything to the services without waiting; at the end it waits `end_seconds` in total."""
 
     def __init__(
         self,
@@ -106,17 +106,17 @@ class Trackers(Sink):
         self._lines = [_Line(name, run, opener, tell, pauses) for name, opener in openers.items()]
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """The numbers among them; a run keeps the names that its curves have begun with."""
+        """Send the numbers. A run keeps the names with which its curves began."""
         found, now = numbers(values), time.time()
         found = grouped(found) if self._is_grouped else found
         self._put(lambda tracker: tracker.log(step, found, now))
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """The picture."""
+        """Send the picture."""
         self._put(lambda tracker: tracker.picture(name, step, png))
 
     def close(self, *, failed: bool) -> None:
-        """The page about the run, the end, and what is still to be sent, as far as it goes in time."""
+        """Send the report, the end and all unsent messages, within the time limit."""
         self._put(lambda tracker: tracker.page(self._page(self._run.directory)))
         self._put(lambda tracker: tracker.close(failed))
         deadline = time.monotonic() + self._end_seconds
@@ -131,7 +131,7 @@ class Trackers(Sink):
 
 
 class _Line:
-    """What is to be told to one service, in its order, and the thread that tells it."""
+    """The queue of messages to one service, in order, and the thread that sends them."""
 
     def __init__(
         self,
@@ -147,12 +147,12 @@ class _Line:
         self._lock = threading.Lock()
         self._num_lost, self._has_told = 0, False
         self._tracker: Tracker | None = None
-        # A daemon: Python waits for the others before it ends.
+        # A daemon thread, because Python waits for all other threads before it exits.
         self._thread = threading.Thread(target=self._send_all, name=f"dinoray-{name}", daemon=True)
         self._thread.start()
 
     def put(self, job: Callable[[Tracker], None]) -> None:
-        """Take a job in, without waiting; where there is no room, the oldest is given up."""
+        """Queue a job without waiting; if the queue is full, drop the oldest job."""
         while True:
             try:
                 return self._jobs.put_nowait(job)
@@ -165,12 +165,12 @@ class _Line:
                 pass
 
     def end(self) -> None:
-        """No job comes any more."""
+        """Mark the end of the queue: no job follows."""
         self._ending.set()
         self.put(lambda tracker: None)  # wakes the thread
 
     def wait(self, seconds: float) -> None:
-        """Until all is sent or given up, but no longer; tells what was not sent."""
+        """Wait until all jobs are sent or dropped, at most `seconds`; print the number of lost messages."""
         self._thread.join(seconds)
         num_lost = self._num_lost + (self._jobs.qsize() if self._thread.is_alive() else 0)
         if self._thread.is_alive():
@@ -184,7 +184,7 @@ class _Line:
         while not (self._ending.is_set() and self._jobs.empty()):
             if not self._send(self._jobs.get()):
                 self._lose()
-                if self._ending.is_set():  # what is left would only meet the same
+                if self._ending.is_set():  # the remaining jobs would fail in the same way
                     self._num_lost += max(0, self._jobs.qsize() - 1)
                     return
 
@@ -211,5 +211,5 @@ class _Line:
             self._say(f"{text}; the run goes on without it for now")
 
     def _say(self, text: str) -> None:
-        # An address may hold a password, and an error the address.
+        # An error may contain an address, and an address may contain a password.
         self._tell(f"warning: {self._name}: {re.sub(r'//[^/@ ]+@', '//...@', text)}")

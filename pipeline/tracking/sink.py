@@ -1,6 +1,7 @@
-"""What a place that a run's numbers and pictures go to can be given: the one shape of all of them.
+"""The interface of all sinks, the destinations of a run's numbers and pictures.
 
-tracking/run_log.py hands everything to each sink; files, TensorBoard, gauges and trackers are sinks. No Ray here.
+tracking/run_log.py passes everything to each sink. Files, TensorBoard, gauges and trackers are sinks. No Ray
+here.
 """
 
 from collections.abc import Mapping
@@ -11,8 +12,7 @@ from numpy.typing import NDArray
 
 
 class Embedding(NamedTuple):
-    """Some images as the teacher sees them: `features` float32 [n, D], labels ("" for none), `thumbnails` uint8
-    [n, S, S, 3]."""
+    """The teacher's `features` float32 [n, D], labels ("" for none) and `thumbnails` uint8 [n, S, S, 3]."""
 
     features: NDArray[np.float32]
     labels: list[str]
@@ -20,24 +20,24 @@ class Embedding(NamedTuple):
 
 
 class Sink:
-    """Takes what it can show, and lets the rest pass."""
+    """Base class that ignores everything; a sink overrides the methods for the data that it can use."""
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Values as of `step` steps done."""
+        """Log values after `step` steps."""
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """One of the pictures of this name, by step."""
+        """Log a picture after `step` steps; pictures of one `name` form a series."""
 
     def embedding(self, step: int, embedding: Embedding) -> None:
-        """Features as of `step` steps done."""
+        """Log features after `step` steps."""
 
     def sync(self) -> None:
-        """Make everything so far safe."""
+        """Store everything logged so far."""
 
     def close(self, *, failed: bool) -> None:
-        """The run ends here, or is about to be started again by Ray; nothing comes after."""
+        """Close the sink: the run ends or Ray is about to restart it. No call follows."""
 
 
 def numbers(values: Mapping[str, float | str]) -> dict[str, float]:
-    """Those values that can be drawn."""
+    """Return the values that are numbers."""
     return {name: value for name, value in values.items() if not isinstance(value, str)}

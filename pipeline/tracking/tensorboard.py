@@ -1,8 +1,8 @@
 """TensorBoard's event files: scalars, crops and attention as images, and the projector's embeddings.
 
-A sink of tracking/run_log.py. The files of the run `runs/demo` lie in `runs/demo/tensorboard/demo`: TensorBoard names a
-run after the folder below `--logdir`. Event files are written to a folder of this machine, which for a run directory on
-S3 is a staging folder whose files `sync` uploads. No Ray here.
+A sink of tracking/run_log.py. The files of the run `runs/demo` are in `runs/demo/tensorboard/demo`, because
+TensorBoard names a run after the folder below `--logdir`. Event files are written to a local folder. For a
+run directory on S3 this is a staging folder whose files `sync` uploads. No Ray here.
 """
 
 import io
@@ -20,11 +20,11 @@ from pipeline.tracking.sink import Embedding, Sink, numbers
 
 _NAME = "tensorboard"
 _FULL_BYTES = 4 << 20
-"""On S3, an event file of this size is not added to: each upload is of the whole file."""
+"""On S3, size at which a new event file is started, because each upload transfers a whole file."""
 
 
 class TensorBoard(Sink):
-    """Events of a run; those of an earlier start, at `purge_step` and after it, are no longer shown."""
+    """Events of a run. Events of earlier starts at `purge_step` or later are no longer shown."""
 
     def __init__(self, run: Directory, *, staging: Path, purge_step: int) -> None:
         self._run, self._place = run, f"{_NAME}/{run.uri.rpartition('/')[2]}"
@@ -34,17 +34,17 @@ class TensorBoard(Sink):
         self._uploaded: dict[Path, int] = {}
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """The numbers among them: a scalar each, in sections by subject."""
+        """Write each number as a scalar, in sections by group."""
         for name, value in grouped(numbers(values)).items():
             self._events.add_scalar(name, value, step)
 
     def picture(self, name: str, step: int, png: bytes) -> None:
-        """An image; the slider above it goes through the steps."""
+        """Write an image; TensorBoard shows a slider over the steps."""
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
         self._events.add_image(with_group(name), pixels, step, dataformats="HWC")
 
     def embedding(self, step: int, embedding: Embedding) -> None:
-        """For the projector: that of the first evaluation and the newest are kept."""
+        """Write a set for the projector; the sets of the first and the newest evaluation are kept."""
         write_projector(self._run.child(self._place), step, embedding)
 
     def sync(self) -> None:
@@ -62,13 +62,13 @@ class TensorBoard(Sink):
             self._events = SummaryWriter(str(self._folder))
 
     def close(self, *, failed: bool) -> None:
-        """Sync and let go."""
+        """Sync and close the event file."""
         self.sync()
         self._events.close()
 
 
 def _move_old_files(old: Directory, new: Directory) -> None:
-    """Move files that an earlier version put directly into tensorboard/, which TensorBoard shows as a run named `.`"""
+    """Move an earlier version's files out of tensorboard/ itself; TensorBoard shows them as a run `.`."""
     names = [name for name in old.list() if name == CONFIG or name.startswith("events.out.")]
     if CONFIG in names:
         names += [f"{folder}/{name}" for folder in FOLDERS for name in old.child(folder).list()]

@@ -1,1 +1,1 @@
-"""The DINO step and all that a run of it must remember: plain Python and torch, no Ray."""
+"""The DINO training step, its schedules, health and checkpoints: plain Python and torch, no Ray."""

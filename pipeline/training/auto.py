@@ -1,8 +1,8 @@
-"""Numbers for the settings that are `auto`, once the images are known.
+"""Choose numbers for settings that are `auto`, from the number of images and the batch size.
 
-Where it says `auto`, `resolve` puts numbers in, by the number of images and the batch, and says why: a pure function
-of both, so a run that is continued gets the numbers that it began with. The rules restate what the field has found:
-small sets want few prototypes, sharp targets and a quick teacher, small batches a slow one.
+`resolve` replaces each `auto` by a number and returns the reason. It is a pure function, so a resumed run
+gets the numbers that it began with. The rules follow published experience: small data sets need few
+prototypes, sharp targets and a fast teacher; small batches need a slow teacher.
 """
 
 import math
@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 from pipeline.training.config import DINOConfig, Schedule
 
 _SMALL, _LARGE = 20_000, 1_000_000
-"""Images between which temperature and momentum move, along the logarithm."""
+"""Numbers of images between which temperature and momentum change, linearly in the logarithm."""
 
 
 class Resolved(NamedTuple):
-    """A config without `auto`, and a line on each number that was put in."""
+    """A config without `auto`, and one line per number with its reason."""
 
     config: DINOConfig
     reasons: list[str]
 
 
 def resolve(config: DINOConfig, *, num_images: int) -> Resolved:
-    """`config` with numbers where `head.out_dim`, `loss.teacher_temp` or `teacher.teacher_momentum` is auto."""
+    """Replace auto by numbers in `head.out_dim`, `loss.teacher_temp` and `teacher.teacher_momentum`."""
     changes: dict[str, dict[str, Any]] = {"head": {}, "loss": {}, "teacher": {}}
     reasons = []
     if config.head.out_dim == "auto":
@@ -61,18 +61,21 @@ def resolve(config: DINOConfig, *, num_images: int) -> Resolved:
 
 
 def out_dim(num_images: int) -> int:
-    """Prototypes: the power of two nearest to num_images / 16, from 1024 to 65536."""
+    """Return the number of prototypes: the power of two nearest to num_images / 16, from 1024 to 65536."""
     return 2 ** min(16, max(10, round(math.log2(max(1, num_images) / 16))))
 
 
 def teacher_temp(num_images: int, *, warms_up: bool) -> float:
-    """0.02 to 0.07 by the logarithm of the number of images; a constant one stays below what collapses (0.06)."""
+    """Return 0.02 to 0.07, linear in the log of the number of images; at most 0.06 without warm-up.
+
+    A constant temperature above 0.06 collapses.
+    """
     temp = 0.02 + 0.05 * _between(num_images)
     return round(temp if warms_up else min(temp, 0.06), 4)
 
 
 def teacher_momentum(num_images: int, *, global_batch_size: int, total_steps: int) -> float:
-    """0.99 to 0.996 by the number of images, slower with batches below 512.
+    """Return 0.99 to 0.996, by the number of images; higher for batches below 512.
 
     1 - momentum is at least 10 / total_steps, so that the teacher follows within the run, and at most 0.1.
     """
@@ -81,6 +84,6 @@ def teacher_momentum(num_images: int, *, global_batch_size: int, total_steps: in
 
 
 def _between(num_images: int) -> float:
-    """0 at `_SMALL` images and below, 1 at `_LARGE` and above, even along the logarithm."""
+    """Return 0 up to `_SMALL` images, 1 from `_LARGE` on, and linear in the logarithm between them."""
     share = math.log(max(1, num_images) / _SMALL) / math.log(_LARGE / _SMALL)
     return min(1.0, max(0.0, share))

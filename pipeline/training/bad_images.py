@@ -1,6 +1,6 @@
-"""The ledger of images that could not be used: counted exactly, named in a file, bounded by config.
+"""Count images that could not be used, record them for quarantine.jsonl, and check the configured limit.
 
-Each rank notes the bad rows of its batches; `share` merges all ranks' notes. No Ray here.
+Each rank notes the bad rows of its batches; `share` merges the records of all ranks. No Ray here.
 """
 
 import json
@@ -16,20 +16,20 @@ from pipeline.training.distributed import gather
 
 
 class TooManyBadImagesError(DataError):
-    """The run cannot go on with so many; all ranks count alike, so all raise it at the same step."""
+    """Too many bad images to continue. All ranks have the same counts, so all raise it at the same step."""
 
     all_processes_raise_it = True
 
 
 class Quarantine:
-    """Counts of bad images by status over the whole run, and what was found since the last `share`."""
+    """Counts of bad images by status over the whole run, and records since the last `share`."""
 
     def __init__(self, counts: Mapping[str, int]) -> None:
         self.counts = Counter(counts)
         self._found: list[dict[str, Any]] = []
 
     def note(self, batch: Mapping[str, Any]) -> None:
-        """Take up the rows of a batch whose `status` is not OK."""
+        """Record the rows of a batch whose `status` is not OK."""
         for row in np.flatnonzero(batch["status"]):
             self._found.append(
                 {
@@ -40,7 +40,7 @@ class Quarantine:
             )
 
     def share(self) -> list[dict[str, Any]]:
-        """What all ranks found since the last call, by position; every rank counts it. A collective call."""
+        """Return all ranks' records since the last call, by position, and count them. A collective call."""
         found = gather(self._found)
         self._found = []
         records = sorted((r for part in found for r in part), key=lambda r: r["position"])
@@ -48,7 +48,7 @@ class Quarantine:
         return records
 
     def check(self, *, num_seen: int, num_images: int, limit: float, file: str) -> None:
-        """TooManyBadImagesError when more than `limit` of them are bad, of a first thousand (or epoch) or more."""
+        """Raise TooManyBadImagesError if a share above `limit` is bad, from 1000 images (or an epoch) on."""
         bad = self.counts.total()
         if num_seen >= min(1000, num_images) and bad > limit * num_seen:
             raise TooManyBadImagesError(

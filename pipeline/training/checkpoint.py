@@ -1,4 +1,4 @@
-"""What a run must remember, and where.
+"""Save, find and load checkpoints; the files of a run directory.
 
 A run directory (local or S3):
 
@@ -10,19 +10,19 @@ A run directory (local or S3):
     tensorboard/NAME/           the same metrics as event files; crops, attention, features for the projector
     crops.png                   contact sheet of the crops
     attention/                  step_00001000.png: the class token's attention at each evaluation
-    report.html                 all of that on one page
-    tracking.json               by what id MLflow and W&B know the run, if they follow it
+    report.html                 all of this on one page
+    tracking.json               the run's id in MLflow and W&B, if they are enabled
     result.json                 written last: the run is finished
     checkpoints/
-      checkpoint_manager_snapshot.json    which checkpoints are committed (Ray Train's)
+      checkpoint_manager_snapshot.json    the committed checkpoints (Ray Train's file)
       step_00001000/
         student.safetensors     backbone.* and head.*
         teacher.safetensors
         train_state.pt          optimizer, center, health: tensors and numbers, loads with weights_only=True
-        meta.json               step, config and all else that rebuilds the model
+        meta.json               step, config and all else that is needed to rebuild the model
 
-Progress is what is committed: a folder that is merely there may lack its other half. No Ray here, and no
-pickled objects.
+Only committed checkpoints count as progress: any other checkpoint folder may be incomplete. No Ray here, and
+no pickled objects.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_ima
 
 
 def temporary_checkpoint(state: TrainState, *, num_images: int, bad_images: dict[str, int]) -> Path:
-    """`save_checkpoint` into a new folder of this machine, which whoever uploads it removes."""
+    """Run `save_checkpoint` into a new local folder and return it; the uploader must remove it."""
     folder = Path(tempfile.mkdtemp(prefix="dinoray-checkpoint-"))
     try:
         save_checkpoint(state, folder, num_images=num_images, bad_images=bad_images)
@@ -89,10 +89,10 @@ def temporary_checkpoint(state: TrainState, *, num_images: int, bad_images: dict
 
 @contextlib.contextmanager
 def own_copy(checkpoint: Any) -> Iterator[Path]:
-    """The files of one of Ray's checkpoints, in a folder of this process alone, or where they lie if that is local.
+    """Yield a folder with the files of a Ray checkpoint: its own if local, else a copy for this process.
 
-    Ray's own temporary folder is one for all processes of a node: who comes late downloads the files again while
-    others read them, and those find them cut off.
+    All processes of a node share Ray's own temporary folder. A late process downloads the files again while
+    others read them, and the others then read truncated files.
     """
     if isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem):
         yield Path(checkpoint.path)
@@ -102,7 +102,10 @@ def own_copy(checkpoint: Any) -> Iterator[Path]:
 
 
 def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
-    """Restore `state` from `folder`, strictly, and return the meta data. Raises DataError when a part is missing."""
+    """Restore `state` strictly from `folder` and return the meta data.
+
+    Raises DataError if a part is missing.
+    """
     meta = read_meta(folder)
     then, now = meta["config"]["optim"]["name"], state.config.optim.name
     if then != now:
@@ -122,17 +125,17 @@ def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
 
 
 Which = Literal["teacher", "student"]
-"""Which of the two networks; the teacher is better during the whole run."""
+"""The network to read; the teacher is better during the whole run."""
 
 
 class Frozen(NamedTuple):
-    """A backbone as a checkpoint holds it: picklable, enough to rebuild it anywhere."""
+    """A checkpoint's backbone in picklable form, with all that is needed to rebuild it."""
 
     config: DINOConfig
     weights: dict[str, torch.Tensor]
 
     def backbone(self, device: torch.device | str = "cpu") -> torch.nn.Module:
-        """The backbone in eval mode: float [n, 3, H, W] -> [n, D]."""
+        """Return the backbone in eval mode: float [n, 3, H, W] -> [n, D]."""
         crops = self.config.crops
         backbone = build_backbone(
             self.config.backbone,
@@ -144,7 +147,7 @@ class Frozen(NamedTuple):
 
 
 def read_frozen(folder: Path, which: Which = "teacher") -> Frozen:
-    """The backbone of the checkpoint in the local `folder`."""
+    """Read the backbone of the checkpoint in the local `folder`."""
     prefix = "backbone."
     try:
         weights = load_file(folder / f"{which}.safetensors")
@@ -157,7 +160,7 @@ def read_frozen(folder: Path, which: Which = "teacher") -> Frozen:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The checkpoint's meta.json, its format checked."""
+    """Read the checkpoint's meta.json and check its format."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError) as error:
@@ -168,7 +171,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 class Found(NamedTuple):
-    """Where a checkpoint is: its name, its own folder, and the run directory it lies in, None for a lone copy."""
+    """Location of a checkpoint: name, folder, and run directory (None for a copy outside a run)."""
 
     name: str
     folder: Directory
@@ -176,9 +179,9 @@ class Found(NamedTuple):
 
 
 def find_checkpoint(address: str, step: int | None = None) -> Found:
-    """The checkpoint that `address`, local or S3, stands for: a checkpoint's own folder, or a run directory.
+    """Find the checkpoint at `address`, local or S3: a checkpoint's own folder, or a run directory.
 
-    Of a run directory it is the committed checkpoint at `step`, or the newest.
+    For a run directory, find the committed checkpoint at `step`, or the newest.
     """
     here = Directory(address)
     if here.exists("meta.json"):
@@ -190,7 +193,7 @@ def find_checkpoint(address: str, step: int | None = None) -> Found:
 
 
 def download_checkpoint(folder: Directory, into: Path, files: Sequence[str] = FILES) -> Path:
-    """Copy files of the checkpoint in `folder` to the local folder `into`, made if needed; return `into`."""
+    """Copy files of the checkpoint in `folder` into the local folder `into`, which is created if needed."""
     into.mkdir(parents=True, exist_ok=True)
     for file in files:
         try:
@@ -201,7 +204,7 @@ def download_checkpoint(folder: Directory, into: Path, files: Sequence[str] = FI
 
 
 def pick_checkpoint(run: Directory, step: int | None = None) -> str:
-    """Name of the committed checkpoint at `step`, or the newest; ConfigError names those that exist."""
+    """Return the name of the committed checkpoint at `step`, or the newest. A ConfigError lists all names."""
     names = committed_checkpoints(run)
     if not names:
         raise DataError(f"{run.uri} has no committed checkpoint; is it a run directory?")

@@ -1,7 +1,7 @@
-"""What is learnt, as one config, and every schedule of it as a function of step. No Ray, no files.
+"""The config of the DINO algorithm, and all its schedules as functions of step. No Ray, no files.
 
-The sections stand beside the parts that they configure; here they meet the length of an epoch, without which
-epochs are not steps and `auto` is not a number.
+Each section is defined beside the part that it configures. The schedules need the length of an epoch: it
+converts epochs to steps and `auto` to numbers.
 """
 
 import math
@@ -49,7 +49,7 @@ class DINOConfig(Settings):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedules say for one step."""
+    """Values of the schedules at one step."""
 
     lr: float
     weight_decay: float
@@ -59,7 +59,7 @@ class StepSettings:
 
 
 class Schedule:
-    """Every schedule of the run as a function of step. Epochs become steps here and nowhere else."""
+    """All schedules of the run as functions of step. Only this class converts epochs to steps."""
 
     def __init__(self, config: DINOConfig, *, num_images: int) -> None:
         self._config = config
@@ -74,19 +74,19 @@ class Schedule:
         self.freeze_steps = round(self.steps(config.optim.freeze_last_layer_epochs))
 
     def epoch(self, step: int) -> int:
-        """Epoch that the first image of `step` belongs to."""
+        """Return the epoch of the first image of `step`."""
         return step * self._config.train.global_batch_size // self._num_images
 
     def steps(self, epochs: float) -> float:
-        """Steps, not rounded, that `epochs` take."""
+        """Return the number of steps in `epochs`, not rounded."""
         return epochs * self._num_images / self._config.train.global_batch_size
 
     def settled_step(self) -> int:
-        """The first step at which both warm-ups, of the learning rate and of the teacher's temperature, are over."""
+        """Return the first step after the warm-ups of both the learning rate and the teacher temperature."""
         return max(self.warmup_steps, math.ceil(self.steps(self.warmup_temp_epochs)))
 
     def at(self, step: int) -> StepSettings:
-        """Settings of the step about to run."""
+        """Return the settings of `step`, the step about to run."""
         c = self._config
         return StepSettings(
             lr=self._course(

@@ -1,4 +1,4 @@
-"""A student that is trained by several processes at once."""
+"""Wrap the student for training in several processes."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from pipeline.training.distributed import world_size
 
 
 def distribute(dino: DINO, device: torch.device) -> nn.Module:
-    """Return the student wrapped in DDP, with batch norm over all processes in both networks; alone, the student."""
+    """Return the student wrapped in DDP, unless alone; make both networks' batch norm use all processes."""
     if world_size() == 1:
         return dino.student
     if has_batch_norm(dino.student):

@@ -1,6 +1,6 @@
-"""The processes that train together: what each does with its device, sums and maxima over them.
+"""Collectives over the training processes, and the setup of each process's device.
 
-A process on its own is all of them.
+A process without a process group counts as rank 0 of 1.
 """
 
 import os
@@ -12,22 +12,22 @@ from torch import Tensor
 
 
 def is_distributed() -> bool:
-    """Whether there is a process group."""
+    """Return True if there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return this process's rank."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def gather(mine: Any) -> list[Any]:
-    """What each process holds, picklable, by rank: the same list everywhere."""
+    """Return the picklable values of all processes, by rank; the list is the same on all processes."""
     if not is_distributed():
         return [mine]
     held: list[Any] = [None] * world_size()
@@ -36,21 +36,21 @@ def gather(mine: Any) -> list[Any]:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over processes, in place; the input itself when there is no process group."""
+    """Sum over processes, in place; without a process group, return the input."""
     if is_distributed():
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_max(values: Tensor) -> Tensor:
-    """Maximum over processes, likewise."""
+    """Take the maximum over processes, in place; without a process group, return the input."""
     if is_distributed():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
 def set_up_device(device: torch.device) -> None:
-    """TF32 on a GPU; on a CPU this process's share of the machine's cores."""
+    """Enable TF32 on a GPU; on a CPU, limit torch's threads to this process's share of the cores."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:

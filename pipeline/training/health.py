@@ -1,13 +1,14 @@
-"""Is the run alive: entropy, KL, mutual information, prototype use, centre, features, and a verdict on them.
+"""Detect collapse: entropy, KL, mutual information, prototype use, centre, features, and a verdict on them.
 
-The training step hands over what it has computed anyway; once per logged step the sums are reduced over ranks and
-become a handful of numbers, and these a verdict with its remedy. All ranks come to the same verdict. No Ray here.
-Axes: K prototypes, D features.
+The training step passes sums that it computes anyway. Once per logged step they are reduced over ranks to a
+few numbers, which give a verdict with its remedy. All ranks get the same verdict. No Ray here. Axes: K
+prototypes, D features.
 
-The two ways to collapse (DINO, section 5.3): the teacher's targets become uniform (entropy ln K), or the same single
-prototype for every image (entropy 0). In both the KL to the student goes to 0: targets that no longer depend on the
-image are easily matched. A healthy run starts near uniform as well, since an untrained network maps all images to
-nearly the same point: hence the grace, and persistence throughout.
+There are two ways to collapse (DINO, section 5.3): the teacher's targets become uniform (entropy ln K), or
+the same single prototype for every image (entropy 0). In both the KL to the student goes to 0, because
+targets that do not depend on the image are easy to match. A healthy run also starts near uniform, since an
+untrained network maps all images to nearly the same point. So uniform targets have a grace period, and every
+symptom must persist.
 """
 
 import math
@@ -27,22 +28,25 @@ _LEFT_UNIFORM = 0.95
 _SINGLE_ENTROPY = 0.02
 _SINGLE_SHARE = 0.98
 _COLLAPSED_STD = 0.01
-"""Thresholds, as shares: entropies of ln K, the fourth of rows, the last of 1 / sqrt(D); see benchmarks/collapse.py."""
+"""Thresholds, as shares: the three entropies of ln K, _SINGLE_SHARE of rows, _COLLAPSED_STD of 1 / sqrt(D).
+
+See benchmarks/collapse.py.
+"""
 
 
 class Sums(NamedTuple):
-    """Sums over rows of teacher outputs, float32, that add up over parts, steps and ranks."""
+    """Sums over rows of teacher outputs, float32; additive over microbatches, steps and ranks."""
 
     probs: Tensor  # [K]
     chosen: Tensor  # [K]: rows whose most likely prototype is k
-    features: Tensor  # [D], of L2-normalised features
-    squares: Tensor  # [D], of their squares
+    features: Tensor  # [D]: L2-normalised features
+    squares: Tensor  # [D]: their squares
     totals: Tensor  # [3]: rows, entropy, KL
 
 
 @torch.no_grad()
 def sums_of(probs: Tensor, features: Tensor, *, entropy: Tensor, kl: Tensor) -> Sums:
-    """Of a batch's targets [n, K] and teacher features [n, D]; `entropy` and `kl` are its means, in nats."""
+    """Sum over targets [n, K] and teacher features [n, D]; `entropy` and `kl`: the batch's means, in nats."""
     z = F.normalize(features.float(), dim=-1)
     chosen = torch.zeros_like(probs[0]).index_add_(0, probs.argmax(1), torch.ones_like(probs[:, 0]))
     rows = torch.full_like(entropy, len(probs))
@@ -51,7 +55,7 @@ def sums_of(probs: Tensor, features: Tensor, *, entropy: Tensor, kl: Tensor) -> 
 
 
 class Health:
-    """Health of a run: `add` every step, `read` once per logged step, on all ranks alike."""
+    """Health of a run: call `add` every step and `read` once per logged step, on all ranks."""
 
     def __init__(self, config: HealthConfig, *, grace_steps: int) -> None:
         self.config = config
@@ -61,16 +65,16 @@ class Health:
         self._center: Tensor | None = None
 
     def add(self, sums: Sums) -> None:
-        """One step's sums of this rank."""
+        """Add the sums of one step on this rank."""
         self._sums = sums if self._sums is None else Sums(*map(torch.add, self._sums, sums))
 
     def read(self, step: int, center: Tensor, *, skipped_in_a_row: int = 0) -> dict[str, Any]:
-        """Metrics since the last reading, and the `verdict`; starts over. Empty but for that when no step counted.
+        """Return metrics since the last reading and the `verdict`, and reset. No steps: only the verdict.
 
-        `entropy_ratio` (0 to 1, of ln K), `kl_mean` (nats), `mutual_information` (nats; of image and prototype, over
-        the window), `prototypes_used` (share chosen for some row of the window), `commonest_prototype` (share of rows
-        that choose it), `center_norm`, `center_drift`
-        (L2, since the last reading), `feature_std` (1 / sqrt(D) when spread evenly, 0 when all are one),
+        `entropy_ratio` (0 to 1, of ln K), `kl_mean` (nats), `mutual_information` (nats; of image and
+        prototype, over the window), `prototypes_used` (share chosen for some row of the window),
+        `commonest_prototype` (share of rows that choose it), `center_norm`, `center_drift` (L2, since the
+        last reading), `feature_std` (1 / sqrt(D) if features are spread evenly, 0 if all are equal),
         `collapsed_dims` (share of feature dimensions that hardly vary).
         """
         sizes = [len(center), len(center), 0, 0, 3]
@@ -110,7 +114,7 @@ class Health:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continued run must know, of a moment just after `read`: tensors and numbers."""
+        """Return the state that a resumed run needs, as tensors and numbers. Call it right after `read`."""
         return {
             "window": [[p.cpu(), c.cpu(), rows, entropy] for p, c, rows, entropy in self._window],
             "center": None if self._center is None else self._center.cpu(),
@@ -118,7 +122,7 @@ class Health:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, device: torch.device) -> None:
-        """Go on from `state_dict`'s moment."""
+        """Restore the state that `state_dict` returned."""
         self._window.clear()
         self._window.extend(
             (p.to(device), c.to(device), rows, entropy) for p, c, rows, entropy in state["window"]
@@ -128,7 +132,7 @@ class Health:
 
 
 class Judge:
-    """Turns the course of the metrics into a verdict: symptoms must last, and an untrained network is no collapse."""
+    """Derives verdicts from metrics over time: symptoms must persist; an untrained network is no collapse."""
 
     def __init__(self, config: HealthConfig, *, grace_steps: int) -> None:
         self._persistence, self._grace_steps = config.persistence, grace_steps
@@ -136,7 +140,7 @@ class Judge:
         self._symptom, self._times = Verdict.HEALTHY, 0
 
     def judge(self, step: int, metrics: dict[str, Any]) -> Verdict:
-        """The verdict after `step` steps; without metrics, nothing new is known."""
+        """Return the verdict after `step` steps; without metrics, it stays as it is."""
         if metrics:
             symptom = symptom_of(metrics)
             self._left_uniform |= metrics["entropy_ratio"] < _LEFT_UNIFORM
@@ -147,17 +151,17 @@ class Judge:
         return self._symptom if self._times >= self._persistence else Verdict.HEALTHY
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the state as plain values."""
         return {"left_uniform": self._left_uniform, "symptom": self._symptom.value, "times": self._times}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from them."""
+        """Restore the state from plain values."""
         self._left_uniform, self._times = state["left_uniform"], state["times"]
         self._symptom = Verdict(state["symptom"])
 
 
 def symptom_of(metrics: dict[str, Any]) -> Verdict:
-    """What one reading looks like, whatever came before it."""
+    """Return the verdict on one reading alone."""
     if metrics["entropy_ratio"] < _SINGLE_ENTROPY and metrics["commonest_prototype"] > _SINGLE_SHARE:
         return Verdict.SINGLE
     return Verdict.UNIFORM if metrics["entropy_ratio"] > _UNIFORM_ENTROPY else Verdict.HEALTHY

@@ -1,7 +1,7 @@
-"""Load the weights that a new run starts from: a published checkpoint, another program's file, or an earlier run.
+"""Load a new run's initial weights from a published checkpoint, another program's file, or an earlier run.
 
-Reads a file or run into the one form that models/published/checkpoint.py knows, and starts a run's state from it. No
-Ray here.
+Reads a file or run into the form of models/published/checkpoint.py, and loads it into a run's state. No Ray
+here.
 """
 
 import json
@@ -26,18 +26,18 @@ from pipeline.training.checkpoint import download_checkpoint, find_checkpoint, r
 from pipeline.training.step import TrainState
 
 _NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
-"""Ends of names of files that hold no weights, or weights of another kind of program."""
+"""Suffixes of files that hold no weights, or weights of another kind of program."""
 
 
 _FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-"""How timm and transformers call the weights in a model's folder."""
+"""File names that timm and transformers give to the weights in a model's folder."""
 INIT_LINE = "init: "
-"""With this begins each line on what a run started from, on the screen and in its environment.json."""
+"""Prefix of each line about a run's initial weights, in the output and in its environment.json."""
 
 
 def read_weights(path: str) -> Weights:
-    """The weights of a file, or of a dinoray run (its newest checkpoint) or checkpoint, whichever lies at `path`."""
+    """Read the weights at `path`: a file, a dinoray run (its newest checkpoint) or a checkpoint."""
     uri = normal_uri(path)
     folder, _, name = uri.rpartition("/")
     here = Directory(folder or "/")
@@ -57,7 +57,7 @@ def read_weights(path: str) -> Weights:
         raise DataError(
             f"{uri} is no safetensors file: {one_line(error)}; save or download it anew"
         ) from error
-    # timm's names and the published ones are alike: only a mark of ours tells how positions were resized.
+    # timm's names equal the published names. Only dinoray's mark shows how position embeddings were resized.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     mark = header.get("__metadata__", {}).get(interop.MARK, "timm")
     weights = interop.parse(state, uri)
@@ -65,9 +65,9 @@ def read_weights(path: str) -> Weights:
 
 
 def start_from(state: TrainState, weights: Weights, load: Literal["backbone", "weights", "run"]) -> list[str]:
-    """Put `weights` into a state at step 0; return lines on what was loaded, skipped and is new.
+    """Load `weights` into a state at step 0; return lines on the loaded, skipped and new parts.
 
-    Raises ConfigError where the weights do not fit.
+    Raises ConfigError if the weights do not fit.
     """
     kwargs = state.config.backbone.kwargs
     loaded = interop.load(state.dino, weights, backbone_only=load == "backbone", kwargs=kwargs)
@@ -92,7 +92,7 @@ def start_from(state: TrainState, weights: Weights, load: Literal["backbone", "w
 
 
 def _network_lines(state: TrainState, weights: Weights, loaded: Loaded) -> list[str]:
-    """Which part of the file each network is from."""
+    """Return lines with the part of the file that each network was loaded from."""
     student, teacher, center = (
         f"'{place}' of {weights.name}" if place else weights.name for place in weights.places
     )
@@ -107,7 +107,7 @@ def _network_lines(state: TrainState, weights: Weights, loaded: Loaded) -> list[
 
 
 def _continue_from(state: TrainState, weights: Weights) -> str:
-    """Restore optimizer and step; return a line on them."""
+    """Restore optimizer and step; return a line about them."""
     if weights.optimizer is None or weights.epoch is None:
         raise ConfigError(
             f"init.load=run needs optimizer and epoch, which {weights.name} lacks; set init.load=weights"
@@ -148,18 +148,18 @@ def _continue_from(state: TrainState, weights: Weights) -> str:
 
 
 def _listed(parts: Sequence[str]) -> str:
-    """The first of them; each is short, but a file may hold thousands."""
+    """Join the first parts, each shortened, because a file may hold thousands."""
     shown = [one_line(ValueError(part), limit=60) for part in dict.fromkeys(parts)]
     return (", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")) or "nothing"
 
 
 def _is_safetensors(data: bytes) -> bool:
-    """Whether the bytes begin as a safetensors file: the length of a header, and the header in JSON."""
+    """Return True if the bytes begin like a safetensors file: the length of a header, and a JSON header."""
     return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
 
 
 def _read_folder(path: str, folder: Directory) -> Weights:
-    """The weights of a run, of a checkpoint, or of a model that other libraries keep as a folder."""
+    """Read the weights of a run, of a checkpoint, or of another library's model folder."""
     names = folder.list()
     if not names:
         raise DataError(f"init.path={path}: there is no such file or folder; check the path")
@@ -176,7 +176,7 @@ def _read_folder(path: str, folder: Directory) -> Weights:
 
 
 def _read_run(address: str) -> Weights:
-    """The weights of a run's newest checkpoint, or of one checkpoint."""
+    """Read the weights of a run's newest checkpoint, or of a checkpoint."""
     here = Directory(address)
     if not here.exists("meta.json") and not committed_checkpoints(here):
         raise DataError(

@@ -1,6 +1,6 @@
-"""Fetch the weights that timm publishes before a run starts, in bounded time, with or without a network.
+"""Download the weights that timm publishes before a run starts, in bounded time, with or without a network.
 
-The weights land in the cache of this machine, where the train workers of a local Ray find them. No Ray here.
+The weights are stored in this machine's cache, where the train workers of a local Ray find them. No Ray here.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from models.backbone import build_backbone
 from pipeline.training.config import DINOConfig
 
 _ANSWER_SECONDS = 10.0
-"""How long the hub may take for its first answer, and a download for its next bytes."""
+"""Time limit for the hub's first response, and for the next bytes of a download."""
 
 
 def fetch_published_weights(config: DINOConfig) -> None:
     """Download the weights of `backbone.pretrained=true`, unless they are in the cache.
 
-    A hub that does not answer is left alone from then on, by this process and by its children. DataError where the
-    weights cannot be had, ConfigError where there are none or where they do not fit.
+    If the hub does not respond, this process and its children make no further requests to it. Raises
+    DataError if the weights cannot be downloaded, ConfigError if they do not exist or do not fit.
     """
     if not huggingface_hub.constants.HF_HUB_OFFLINE and not _hub_answers():
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # its own retries take minutes
@@ -40,14 +40,14 @@ def fetch_published_weights(config: DINOConfig) -> None:
 def _hub_answers() -> bool:
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_ANSWER_SECONDS)
-    except Exception:  # of httpx or of requests, as the version has it
+    except Exception:  # of httpx or requests, depending on the version
         return False
     return True
 
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """Sockets with a time limit, and without the hub's own warnings."""
+    """Set a time limit for sockets and silence the hub's own warnings inside the block."""
     logger = logging.getLogger("huggingface_hub")
     limit, level = socket.getdefaulttimeout(), logger.level
     socket.setdefaulttimeout(_ANSWER_SECONDS)

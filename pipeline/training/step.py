@@ -1,8 +1,8 @@
 """The DINO training step and the plain loop around it. No Ray, no files.
 
-Batch (uint8, rows per image) -> to device -> crop-major pixels -> teacher, student -> loss -> optimiser, teacher,
-centre. `torch.distributed` is used when a process group exists, else the step is that of a single process.
-Axes: B images per process, G global crops, L local crops, V = G + L, K prototypes.
+Batch (uint8, rows per image) -> to device -> crop-major pixels -> teacher, student -> loss -> optimiser,
+teacher, centre. `torch.distributed` is used if a process group exists; otherwise the step runs in a single
+process. Axes: B images per process, G global crops, L local crops, V = G + L, K prototypes.
 """
 
 import contextlib
@@ -29,16 +29,17 @@ from pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
 from pipeline.training.health import Health, Sums, sums_of
 from pipeline.training.match_weights import adapt
 
-# Batches may be read-only views. Nothing writes to them, so torch need not warn.
+# Batches may be read-only views. Nothing writes to them, so torch's warning is not needed.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 @dataclass
 class TrainState:
-    """Everything that a step changes, and what it reads. `student` is `dino.student`, or its DDP wrapper.
+    """Everything that a step reads and changes. `student` is `dino.student`, or its DDP wrapper.
 
-    `step` counts batches; those of which the loss or a gradient was not finite were skipped, and count in
-    `skipped` (and in `skipped_in_a_row` while nothing but such has come): schedules run on what was not.
+    `step` counts batches. A batch with a non-finite loss or gradient is skipped and counts in `skipped`;
+    `skipped_in_a_row` counts the latest consecutive skips. Schedules advance with the batches that are not
+    skipped.
     """
 
     config: DINOConfig
@@ -52,7 +53,7 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     has_stepped: bool = field(default=False, init=False)
-    """In this process."""
+    """True after the first step in this process."""
 
     def __post_init__(self) -> None:
         self.student = self.dino.student
@@ -67,12 +68,13 @@ def build_state(
     health: HealthConfig | None = None,
     resumed: bool = False,
 ) -> TrainState:
-    """Seeded networks, optimiser and schedules, at step 0. `num_images` is the length of an epoch.
+    """Build seeded networks, optimiser and schedules, at step 0. `num_images` is the length of an epoch.
 
-    `official`: a state dict as the published code saves it, which the networks (and the centre, where it has
-    one) start from: the whole of a checkpoint, one network's, or a bare backbone's; position embeddings are then
-    resized as published. `resumed`: a checkpoint will be loaded, so `backbone.pretrained` downloads nothing.
-    `auto` in the config becomes a number. Raises ConfigError where they do not fit, DataError without weights.
+    `official`: a state dict of the published code that the networks, and the centre if present, start from.
+    It may be a whole checkpoint, one network or a bare backbone; position embeddings are then resized as
+    published. `resumed`: a checkpoint will be loaded, so `backbone.pretrained` downloads nothing. `auto` in
+    the config becomes a number. Raises ConfigError if the weights do not fit, DataError if `official` holds
+    none.
     """
     config = resolve(config, num_images=num_images).config
     weights = None if official is None else interop.parse(official)
@@ -101,20 +103,20 @@ def build_state(
 
 
 def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
-    """One step on this process's share of the global batch; advances `state.step` by one.
+    """Run one step on this process's share of the global batch; advance `state.step` by one.
 
     `batch`: uint8 arrays or tensors `global_crops` [B, G, H, W, 3] and `local_crops` [B, L, h, w, 3]; never
     written to. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
     `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
-    A loss or gradient that is not finite on any process changes nothing but `state.step` and the skip counts.
-    Raises ConfigError for crops that are not those of the config, ResourceError when the GPU is too small for a first
-    step.
+    If the loss or a gradient is not finite on any process, only `state.step` and the skip counts change.
+    Raises ConfigError if the crops do not match the config, ResourceError if the first step does not fit the
+    GPU.
     """
     _check(batch, state.config.crops)
     try:
         metrics = _step(state, batch)
     except torch.OutOfMemoryError as error:
-        if state.has_stepped:  # it did fit: something else has taken the memory
+        if state.has_stepped:  # a step did fit before: something else uses the memory now
             raise
         parts = state.config.train.accumulate_steps
         raise ResourceError(
@@ -130,7 +132,7 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     config, dino, now = state.config, state.dino, state.schedule.at(state.step - state.skipped)
     set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
-    # Stochastic depth is a function of (seed, step, rank): a resumed run draws what the first one would have.
+    # Stochastic depth is a function of (seed, step, rank): a resumed run makes the same draws.
     torch.manual_seed(((config.train.seed * 1_000_003 + state.step) * 65_537 + rank()) % (1 << 63))
     statistics = [
         (buffer, buffer.clone()) for net in (dino.student, dino.teacher) for buffer in net.buffers()
@@ -143,12 +145,12 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     grad_norm = clip_per_parameter(dino.student, config.optim.clip_grad)
     if now.freeze_last_layer:
         drop_last_layer_grads(dino.student.head)
-    # One collective: losses, then the centre's sum and count.
+    # One collective for the losses and the centre's sum and count.
     sums = all_reduce_sum(torch.stack([counted.sums for counted in seen]).sum(0))
     loss, pairs_loss, entropy = (sums[:3] / sums[-1]).unbind()
 
     state.step += 1
-    if bool(torch.isfinite(loss + grad_norm)):  # both the same on all processes
+    if bool(torch.isfinite(loss + grad_norm)):  # both are equal on all processes
         state.optimizer.step()
         dino.update_teacher(now.teacher_momentum)
         if config.loss.centering == "center":
@@ -175,15 +177,18 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
 
 
 class _Seen(NamedTuple):
-    """What one part of a batch came to."""
+    """Result of one microbatch."""
 
     sums: Tensor
-    """[3 + K + 1]: rows times loss, cross-entropy and entropy; then as `batch_center`."""
+    """[3 + K + 1]: rows times loss, cross-entropy and entropy; then the vector of `batch_center`."""
     health: Sums
 
 
 def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> _Seen:
-    """Forward and backward of one of the batch's parts; gradients add up to those of the whole batch's mean."""
+    """Run forward and backward of one microbatch.
+
+    The gradients of all microbatches add up to the gradients of the batch's mean loss.
+    """
     config, dino = state.config, state.dino
     global_crops = pixels(part["global_crops"], config.crops, state.device)
     local_crops = pixels(part["local_crops"], config.crops, state.device)
@@ -213,7 +218,7 @@ def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> 
 
 
 def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
-    """ConfigError for crops that are not those of the config, before anything is computed with them."""
+    """Raise ConfigError if the crops do not match the config, before anything is computed with them."""
     g, s = crops.global_crop_size, crops.local_crop_size
     for name, shape in (
         ("global_crops", (crops.num_global_crops, g, g, 3)),
@@ -233,10 +238,10 @@ def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
 
 
 def _parts(batch: Mapping[str, Any], num_parts: int) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yield `num_parts` microbatches of equal size, and whether each is the last one.
+    """Yield `num_parts` microbatches of equal size, each with a flag that marks the last one.
 
-    Microbatch m takes each `num_parts`-th image from m on. Over all processes it then holds the same images whatever
-    their number, and so do the statistics of batch norm.
+    Microbatch m takes each `num_parts`-th image from m on. Over all processes, its images and its batch-norm
+    statistics are then the same for any number of processes.
     """
     check_parts(len(batch["global_crops"]), num_parts)
     for first in range(num_parts):
@@ -254,9 +259,9 @@ def train(
     *,
     on_step: Callable[[Mapping[str, Any], dict[str, Tensor | float], float], bool | None],
 ) -> None:
-    """Run a step per batch; after each, call `on_step(batch, metrics, wait_seconds)`, and end early when that is True.
+    """Run a step per batch, each followed by `on_step(batch, metrics, wait_seconds)`; end if it returns True.
 
-    `wait_seconds` is how long the step waited for its batch.
+    `wait_seconds`: time that the step waited for its batch.
     """
     iterator = iter(batches)
     while True:
@@ -271,9 +276,10 @@ def train(
 
 
 def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:
-    """uint8 [B, C, H, W, 3] -> normalised float32 [C*B, 3, H, W] on the device, crop-major; the input is not changed.
+    """Convert uint8 [B, C, H, W, 3] to normalised float32 [C*B, 3, H, W] on the device, crop-major.
 
-    The only place where rows per image become rows per crop. Bytes cross to the device, floats do not.
+    The input is not changed. This is the only place where rows per image become rows per crop. Bytes are
+    copied to the device, not floats.
     """
     x = crop_major(torch.as_tensor(crops).to(device, non_blocking=True)).float()
     mean = torch.tensor(config.pixel_mean, device=device).view(3, 1, 1) * 255
@@ -282,7 +288,7 @@ def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast where `precision` asks for it; auto means on a GPU."""
+    """Return bf16 autocast if `precision` is bf16, or auto on a GPU; otherwise a null context."""
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

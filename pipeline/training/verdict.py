@@ -1,4 +1,4 @@
-"""What is wrong with a run, if anything, and what a person can do about it. No torch here."""
+"""Verdicts on the health of a run, and the remedy for each. No torch here."""
 
 from enum import Enum
 
@@ -6,7 +6,7 @@ from models.errors import DinorayError
 
 
 class Verdict(str, Enum):
-    """What is wrong with a run, if anything."""
+    """The health of a run: healthy, or its failure."""
 
     HEALTHY = "healthy"
     UNIFORM = "uniform collapse"
@@ -15,7 +15,7 @@ class Verdict(str, Enum):
 
     @property
     def remedy(self) -> str:
-        """What a person can do about it."""
+        """Text of the suggested changes; empty if the run is healthy."""
         return _REMEDIES[self]
 
 
@@ -36,7 +36,7 @@ _REMEDIES = {
 
 
 class UnhealthyError(DinorayError):
-    """A run that was ended because of its health; `verdict` says what it died of."""
+    """The run was ended because of its `verdict`."""
 
     all_processes_raise_it = True
 

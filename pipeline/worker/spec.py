@@ -1,4 +1,4 @@
-"""What a train worker is told: one value, from the driver to each of them. See worker/worker.py."""
+"""Arguments of a train worker: one value, sent from the driver to each worker. See worker/worker.py."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig,
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """All that a worker needs to know; sent to each."""
+    """All arguments of a train worker; the same for each worker."""
 
     name: str
-    """What gauges and trackers call the run."""
+    """The run's name in gauges and trackers."""
     run: Directory
     board: Board
     config: DINOConfig
@@ -47,6 +47,6 @@ class WorkerSpec:
     prefetch_batches: int
     can_restart: bool
     shared: SharedStream | None = None
-    """The stream to take part in; None: one of its own."""
+    """The shared stream that the run uses; None: a stream of its own."""
     asks: bool = False
-    """Whether, after each evaluation, the workers wait on the board to be told if they go on."""
+    """If True, the workers wait after each evaluation for the decision, on the board, to continue or end."""

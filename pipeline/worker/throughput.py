@@ -1,4 +1,4 @@
-"""The rates of a train worker: images per second, the wait for data, and what an image costs the CPUs."""
+"""Rates of a train worker: throughput in images per second, data wait, and CPU time per image."""
 
 import time
 from collections.abc import Callable
@@ -14,15 +14,14 @@ _PACE_SECONDS = 2.0
 
 
 class Meter:
-    """Images per second, the share of time spent waiting for data, and what an image costs the CPUs, since the last
-    reading."""
+    """Measures throughput, data wait (share of time) and CPU time per image since the last reading."""
 
     def __init__(self) -> None:
         self.reading = Reading()
         self.restart()
 
     def restart(self) -> None:
-        """Start over: after a pause that is not training, such as an evaluation."""
+        """Reset the meter after a pause without training, such as an evaluation."""
         self._since = time.perf_counter()
         self._images = 0
         self._wait_seconds = 0.0
@@ -32,7 +31,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Since the last reading."""
+        """Time since the last reading."""
         return time.perf_counter() - self._since
 
     def add(
@@ -42,10 +41,10 @@ class Meter:
         cpu_ms: NDArray[np.float32],
         busy_ms: NDArray[np.float32],
     ) -> None:
-        """One step of `num_images` images over all workers, which waited `wait_seconds` for its batch.
+        """Add one step of `num_images` images over all workers, which waited `wait_seconds` for its batch.
 
-        `cpu_ms` [n, 3] is what this worker's part of it took in each of STAGES on the augment actors, `busy_ms` [n]
-        how long it kept one busy.
+        `cpu_ms` [n, 3]: CPU time of this worker's n images on the augment actors, per stage in STAGES.
+        `busy_ms` [n]: time that each image kept an actor busy.
         """
         self._images += num_images
         self._wait_seconds += wait_seconds
@@ -54,9 +53,9 @@ class Meter:
         self._cropped += len(cpu_ms)
 
     def read(self) -> dict[str, float]:
-        """`images_per_second`, `data_wait` (share of wall time, 0 to 1), `fetch_cpu_ms` and so on (per image).
+        """Return `images_per_second`, `data_wait` (share of wall time, 0 to 1) and `fetch_cpu_ms` and so on.
 
-        What the first two are made of stays in `reading`.
+        The CPU times are per image. `reading` keeps the totals behind the first two.
         """
         seconds = max(self.seconds, 1e-9)
         busy_seconds = self._busy_ms / max(1, self._cropped) / 1000 * self._images
@@ -75,14 +74,14 @@ class Meter:
 
 
 class Pace(Meter):
-    """A meter that tells what it read, every few seconds, however seldom steps are logged."""
+    """A meter that passes its reading to `tell` every few seconds, independent of the logged steps."""
 
     def __init__(self, tell: Callable[[Reading], None]) -> None:
         super().__init__()
         self._tell = tell
 
     def add(self, *step: Any) -> None:
-        """See Meter."""
+        """Add one step (see Meter) and pass on the reading if it is due."""
         super().add(*step)
         if self.seconds >= _PACE_SECONDS:
             self.read()

@@ -1,6 +1,6 @@
-"""What one Ray Train worker does: device, DDP, restore, stream, train, evaluate, report.
+"""One Ray Train worker: device, DDP, restore, stream, train, evaluate, report.
 
-The only user of ray.train. `fit` starts the workers from the driver; `work` is what each of them runs.
+The only user of ray.train. `fit` starts the workers from the driver; each worker runs `work`.
 """
 
 import contextlib
@@ -45,11 +45,11 @@ from pipeline.worker.throughput import Meter, Pace
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
-    """Run the training to its end; a run directory that holds committed checkpoints is continued from the newest."""
+    """Run the training to its end; resume from the newest committed checkpoint, if the run has one."""
     storage, path = filesystem(spec.run.uri)
     ray.train.torch.TorchTrainer(
         work,
-        # By reference: Ray's controller reads this dictionary, and would import all that training needs.
+        # By reference: Ray's controller unpickles this dictionary, and would import all modules of the spec.
         train_loop_config={"spec": ray.put(spec)},
         scaling_config=ScalingConfig(
             num_workers=resources.train_workers,
@@ -68,9 +68,9 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
 
 
 def work(loop_config: dict[str, Any]) -> None:
-    """One train worker, from start to finish. An error that a person must mend ends the run at once.
+    """Run one train worker from start to finish. A DinorayError ends the run at once.
 
-    One that all workers come to alike is told and no more: Ray would start them again if it were raised.
+    An error that all workers raise is posted only: if it were raised, Ray would restart the workers.
     """
     spec: WorkerSpec = ray.get(loop_config["spec"])
     log = None
@@ -79,7 +79,7 @@ def work(loop_config: dict[str, Any]) -> None:
         log = worker.log
         worker.run()
     except Exception as error:
-        # Before it is told, which ends the run: the files that an error names are to have it all.
+        # Before the post, which ends the run: the files named in the error message must be complete.
         with contextlib.suppress(Exception):
             if log:
                 log.close(failed=True)
@@ -92,7 +92,7 @@ def work(loop_config: dict[str, Any]) -> None:
 
 
 class _Worker:
-    """One worker's share of the run. Rank 0 also writes: metrics, quarantine, checkpoints."""
+    """One worker's share of the run. Rank 0 also writes metrics, quarantine and checkpoints."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         context = ray.train.get_context()
@@ -138,7 +138,7 @@ class _Worker:
         self.spec.board.post_last("note", text=text)
 
     def run(self) -> None:
-        """Train from the restored step to the last."""
+        """Train from the restored step to the last step."""
         state, total = self.state, self.state.schedule.total_steps
         if self.is_new:
             self._evaluate()
@@ -151,14 +151,14 @@ class _Worker:
                 self.spec.board.post_last("stopped", step=state.step)
 
     def _initialise(self) -> dict[str, int]:
-        """Start from the weights that the config names, if any; no bad images were counted yet."""
+        """Load the configured initial weights, if any; return empty counts of bad images."""
         spec = self.spec
         if spec.init_weights is not None:
             start_from(self.state, ray.get(spec.init_weights), spec.init.load)  # printed before Ray starts
         return {}
 
     def _restore(self) -> dict[str, int]:
-        """Load the newest committed checkpoint; return the bad images counted so far."""
+        """Load the newest committed checkpoint; return its counts of bad images."""
         with own_copy(ray.train.get_checkpoint()) as folder:
             meta = load_checkpoint(self.state, folder)
         if self.rank == 0:
@@ -198,13 +198,14 @@ class _Worker:
         if evaluates:
             self._evaluate()
         self.stopped = logs and not ends and self._is_told_to_stop(step if evaluates and spec.asks else None)
-        # What is gone back to must be good.
+        # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
+        # saved.
         if (saves or self.stopped) and (ends or not state.skipped_in_a_row):
             self._save()
         return self.stopped
 
     def _is_told_to_stop(self, step: int | None) -> bool:
-        """Whether the run ends here, before its last step; `step` when that depends on its evaluation. On all ranks."""
+        """Return True on all ranks if the run must end now; await the decision on `step` unless None."""
         told = bool(self.log) and not self.spec.board.goes_on(step)
         return bool(all_reduce_max(torch.tensor(float(told), device=self.state.device)))
 
@@ -230,7 +231,7 @@ class _Worker:
         self._heed(Verdict(metrics["verdict"]))
 
     def _heed(self, verdict: Verdict) -> None:
-        """Tell of a verdict when it changes; end the run on a collapse if that is asked for. The same on all ranks."""
+        """Post a changed verdict; raise it on a collapse if configured. All ranks do the same."""
         changed, self.verdict = verdict is not self.verdict, verdict
         if verdict is Verdict.HEALTHY or not changed:
             return
@@ -241,7 +242,7 @@ class _Worker:
             self.spec.board.post("note", text=f"warning: {message}")
 
     def _go_back(self) -> None:
-        """Leave, so that Ray starts all workers again from the last checkpoint; the second time, end the run."""
+        """Raise, so that Ray restarts all workers from the last checkpoint; the second time, end the run."""
         number = self.spec.board.claim("go back") if self.rank == 0 else None
         number = ray.train.collective.broadcast_from_rank_zero(number)
         steps = f"{self.state.skipped_in_a_row} steps in a row, up to step {self.state.step}, were not finite"
@@ -271,7 +272,7 @@ class _Worker:
                 self.log.embedding(step, found.embedding)
             if found.scores:
                 self.log.log(step, found.scores)
-            self.log.sync()  # the report is written of what is in the run directory
+            self.log.sync()  # the report is made from the files in the run directory
             spec.board.post("eval", step=step, **found.scores)
         self.meter.restart()
         self.pace.restart()
@@ -279,7 +280,7 @@ class _Worker:
     def _save(self) -> None:
         checkpoint, name = None, checkpoint_name(self.state.step)
         if self.log:
-            self.log.sync()  # before the commit: what a checkpoint continues from must already be written
+            self.log.sync()  # before the commit: a checkpoint's metrics must be written before it
             bad_images = dict(self.quarantine.counts)
             folder = temporary_checkpoint(self.state, num_images=self.spec.num_images, bad_images=bad_images)
             checkpoint = Checkpoint.from_directory(str(folder))
@@ -296,4 +297,4 @@ class _Worker:
 
 
 class _GoingBackError(RuntimeError):
-    """Ends a worker so that Ray starts it again; no error that a person must mend."""
+    """Ends a worker so that Ray restarts it; it needs no action by the user."""

@@ -1,8 +1,8 @@
-"""Pixel operations of the fast kernel, on flat planes of uint8, in place. opencv_colour.py says the same with OpenCV.
+"""Pixel operations of the fast kernel, in place on flat uint8 planes; opencv_colour.py is the OpenCV version.
 
-Each means what PIL means, to the rounding: its blends are float32 and cut off, its HSV has 8 bits a channel and
-its blur is six box passes, rounded each. The loops over a plane have no branches, so that LLVM vectorises them.
-Knows nothing of where pixels come from or which operation is due.
+Each operation matches PIL, including its rounding. Blends are float32 and truncated, HSV has 8 bits per
+channel, and the blur is six box passes, each rounded. The loops over a plane have no branches, so that LLVM
+vectorises them. The caller decides on the pixels and the order of operations.
 """
 
 import math
@@ -20,7 +20,7 @@ _F, _I, _U8, _U32 = np.float32, np.int32, np.uint8, np.uint32
 
 @compiled
 def blend(plane: Plane, n: int, level: float, factor: float) -> None:
-    """level + factor * (value - level)."""
+    """Set each value to level + factor * (value - level)."""
     base, slope = _F(level), _F(factor)
     for i in range(n):
         value = base + slope * (_F(plane[i]) - base)
@@ -29,21 +29,24 @@ def blend(plane: Plane, n: int, level: float, factor: float) -> None:
 
 @compiled
 def luma(red: float, green: float, blue: float) -> float:
-    """ITU-R 601 luma in PIL's fixed point: all numbers here are whole and below 2^24, so float32 holds them."""
+    """Return the ITU-R 601 luma in PIL's fixed point.
+
+    All numbers here are whole and below 2^24, so float32 holds them exactly.
+    """
     total = _F(red) * _F(19595) + _F(green) * _F(38470) + _F(blue) * _F(7471) + _F(32768)
     return _F(_I(total * _F(1 / 65536)))
 
 
 @compiled
 def mean_luma(red: Plane, green: Plane, blue: Plane, size: int, pitch: int) -> int:
-    """Mean luma of the `size` x `size` pixels, rounded."""
+    """Return the mean luma of the `size` x `size` pixels, rounded."""
     total = 0
     for row in range(0, size * pitch, pitch):
-        # Views, since an index that may count from the end keeps a loop from being vectorised.
+        # Views, because an index that may count from the end keeps numba from vectorising a loop.
         r, g, b = red[row : row + size], green[row : row + size], blue[row : row + size]
         row_total = _I(0)
         for i in range(size):
-            row_total = _I(row_total + _I(luma(r[i], g[i], b[i])))  # else numba counts in 64 bits
+            row_total = _I(row_total + _I(luma(r[i], g[i], b[i])))  # otherwise numba counts in 64 bits
         total += row_total
     return int(total / (size * size) + 0.5)
 
@@ -61,14 +64,14 @@ def saturate(red: Plane, green: Plane, blue: Plane, n: int, factor: float) -> No
 
 @compiled
 def to_gray(red: Plane, green: Plane, blue: Plane, n: int) -> None:
-    """Write the luma over the first plane."""
+    """Overwrite the first plane with the luma."""
     for i in range(n):
         red[i] = _U8(_I(luma(red[i], green[i], blue[i])))
 
 
 @compiled
 def turn_hue(red: Plane, green: Plane, blue: Plane, n: int, shift: int) -> None:
-    """Turn the hue by `shift` 256ths, in HSV of 8 bits a channel."""
+    """Turn the hue by `shift` 256ths, in HSV with 8 bits per channel."""
     turn = _F(shift)
     for i in range(n):
         r, g, b = _F(red[i]), _F(green[i]), _F(blue[i])
@@ -81,7 +84,7 @@ def turn_hue(red: Plane, green: Plane, blue: Plane, n: int, shift: int) -> None:
         h = h * _F(1 / 6) + _F(1)
         h = _F(_I((h - _F(_I(h))) * _F(255))) + turn
         h = (h - _F(256) if h >= _F(256) else h) * _F(6 / 255)
-        # v times the saturation, which has 8 bits: what the lowest channel lacks.
+        # v times the 8-bit saturation: the difference between v and the lowest channel.
         lack = _F(_I(chroma / max(v, _F(1)) * _F(255))) * _F(1 / 255) * v
         red[i] = _U8(_I(v - lack * _share(h + _F(5)) + _F(0.5)))
         green[i] = _U8(_I(v - lack * _share(h + _F(3)) + _F(0.5)))
@@ -90,7 +93,10 @@ def turn_hue(red: Plane, green: Plane, blue: Plane, n: int, shift: int) -> None:
 
 @compiled
 def _share(h: float) -> float:
-    """The part of the lack of a channel whose own hue is 5 on a circle of 6: all of it from 1 to 3, none at 4 to 6."""
+    """Return the share of the lack for a channel whose own hue is 5 on a circle of 6.
+
+    The share is 1 from 1 to 3 and 0 from 4 to 6.
+    """
     h = h - _F(6) if h >= _F(6) else h
     return max(_F(0), min(min(h, _F(4) - h), _F(1)))
 
@@ -105,10 +111,11 @@ def solarize(plane: Plane, n: int, threshold: int) -> None:
 
 @compiled
 def box_weights(sigma: float) -> tuple[int, int, int]:
-    """(whole pixels either side, their weight, that of the two at the ends) in 2^-24, of one of three boxes.
+    """Return one of three equal boxes: (whole pixels on either side, their weight, weight of the two ends).
 
-    Gwosdek et al., Theoretical foundations of Gaussian convolution by extended box filtering (SSVM 2011), eq. 7,
-    11 and 14; rounded to float32 wherever PIL does, so that the weights are its own.
+    Weights are in units of 2^-24. Gwosdek et al., Theoretical foundations of Gaussian convolution by extended
+    box filtering (SSVM 2011), eq. 7, 11 and 14. Values are rounded to float32 wherever PIL rounds, so that
+    the weights equal PIL's.
     """
     variance = _F(sigma) * _F(sigma) / _F(3)
     length = _F(math.sqrt(12.0 * np.float64(variance) + 1.0))
@@ -122,14 +129,14 @@ def box_weights(sigma: float) -> tuple[int, int, int]:
 
 @compiled
 def copy(source: Plane, out: Plane, n: int) -> None:
-    """The first `n` bytes."""
+    """Copy the first `n` bytes."""
     for i in range(n):
         out[i] = source[i]
 
 
 @compiled
 def blur_rows(a: Plane, b: Plane, size: int, pitch: int, whole: int, inner: int, outer: int) -> None:
-    """Three box passes across rows, from `a` to `b`, whose first row stands `whole` + 1 rows down in both."""
+    """Apply three box passes across rows, from `a` to `b`; the first row of both is `whole` + 1 rows down."""
     first = (whole + 1) * pitch
     source, out = a, b
     for _ in range(3):
@@ -158,7 +165,7 @@ def transpose(source_at: int, out_at: int, pitch: int) -> None:
 def blur_and_transpose(
     plane: Plane, out: Plane, a: Plane, b: Plane, size: int, pitch: int, sigma: float
 ) -> None:
-    """Blur across the rows of `plane`, transpose, blur across the rows of that: `out`. `a` and `b` are scratch."""
+    """Blur `plane` across rows, transpose it, blur across rows again into `out`; `a` and `b` are scratch."""
     whole, inner, outer = box_weights(sigma)
     first = (whole + 1) * pitch
     copy(plane, a[first:], size * pitch)

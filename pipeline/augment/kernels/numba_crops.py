@@ -1,9 +1,10 @@
 """The fast kernel: every crop of a decoded picture in one compiled call.
 
-Each crop is resampled from the picture into three planes that lie on their side (x runs over rows, so that both
-passes of the filter run along memory), coloured, blurred across x, stood upright, blurred across y, and woven into
-RGB. PIL rounds to 8 bits between the filter's passes; here 6 more bits are kept. Needs numba; torch_crops.py does
-without. Knows nothing of files, decoding or random numbers.
+Each crop is resampled from the picture into three transposed planes. There x runs over rows, so that both
+passes of the filter run along memory. The planes are then coloured, blurred across x, transposed back,
+blurred across y and interleaved to RGB. PIL rounds to 8 bits between the filter's passes; this kernel keeps 6
+more bits. It needs numba; torch_crops.py does not. There are no files, no decoding and no random numbers
+here.
 """
 
 import math
@@ -36,28 +37,28 @@ from pipeline.augment.kernels.simd import (
 )
 
 SLACK = 2 * ROW_BYTES
-"""Bytes that must be readable behind a picture, and writable behind a plane."""
+"""Bytes that must be readable after a picture and writable after a plane."""
 
 GROUP_BYTES = 8 * ROW_BYTES
 
 _ONE = 16384
-"""A weight of 1."""
+"""The weight 1 in fixed point."""
 
 
 class Scratch:
-    """Memory that the kernel works in, one per thread: it grows to the largest picture's width and stays."""
+    """Working memory of the kernel, one per thread: it grows to the largest picture's width and stays."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, npt.NDArray[Any]] = {}
 
     def bytes(self, name: str, size: int) -> npt.NDArray[np.uint8]:
-        """At least `size` uint8 of any content; the same memory for the same name."""
+        """Return at least `size` uint8 of arbitrary content; the same memory for the same name."""
         return self._array(name, size, np.uint8)
 
     def for_crops(
         self, width: int, table: npt.NDArray[np.float64], filter_width: float
     ) -> tuple[npt.NDArray[Any], ...]:
-        """What `crop_all` works in for a picture of `width` columns."""
+        """Return the working memory of `crop_all` for a picture of `width` columns."""
         _, most, size, sigma = columns.measure(table)
         pitch = -(-size // LANES) * LANES
         taps = int(2 * filter_width * max(1.0, most)) + 3
@@ -87,10 +88,11 @@ def weigh_axis(
     start: float, length: float, size: int, limit: int, bilinear: bool, pitch: int,
     lows: Any, counts: Any, weights: Any, values: Any, sums: Any,
 ) -> tuple[int, int]:  # fmt: skip
-    """Which source pixels make each of `size` target pixels along one axis, and their weights, which sum to 1.
+    """Compute the source pixels of `size` target pixels along one axis, and their weights, which sum to 1.
 
-    `lows` and `counts` [size] say which, `weights` int16 [most taps, pitch] how much. A box ends where it ends: what
-    lies beyond it in the picture is not seen. Returns its whole pixels, [low, high).
+    `lows` and `counts` [size] are the first source pixel and the number of source pixels. `weights` is int16
+    [most taps, pitch]. Pixels of the picture outside the box are not used. Returns the whole pixels of the
+    box, [low, high).
     """
     low, high = math.floor(start), min(math.ceil(start + length), limit)
     scale = length / size
@@ -107,7 +109,7 @@ def weigh_axis(
         offsets[i] = (first - center + 0.5) * inverse
         most = max(most, count)
     totals[:size] = 0
-    # From here tap by tap, for all targets at once: so that it is vectorised.
+    # From here on tap by tap, for all targets at once, so that the loops are vectorised.
     for t in range(most):
         row, at = values[t * pitch : (t + 1) * pitch], np.float32(t * inverse)
         for i in range(size):
@@ -131,7 +133,7 @@ def weigh_axis(
             )
             out[i] = weight
             rests[i] -= np.float32(weight)
-    for i in range(size):  # what rounding left goes to the pixel in the middle
+    for i in range(size):  # the rounding error goes to the pixel in the middle
         middle = min(max(0, int(start + (i + 0.5) * scale) - lows[i]), counts[i] - 1)
         weights[middle * pitch + i] += np.int16(rests[i])
     return low, high
@@ -142,7 +144,7 @@ def resample(
     picture_at: int, stride: int, height: int, width: int, crop: Any, pitch: int, plane_bytes: int, planes: Any,
     bilinear: bool, tile: Any, turned: Any, places: Any, counts: Any, weights: Any, values: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """Filter a box of the picture into three planes, x over rows, mirrored if the crop is."""
+    """Filter a box of the picture into three planes, x over rows; mirror it if the crop is flipped."""
     size = int(crop[columns.SIZE])
     tops, lefts, row_taps, taps = places[:pitch], places[pitch:], counts[:pitch], counts[pitch:]
     half = len(weights) // 2
@@ -160,7 +162,7 @@ def resample(
     tile_at, turned_at, planes_at = tile.ctypes.data, turned.ctypes.data, planes.ctypes.data
     for strip in range(0, size, STRIP):
         rows = STRIP if size - strip > LANES else LANES
-        # So many bytes of a row before the next row: long enough to be fetched ahead, short enough for the cache.
+        # Number of bytes of a row before the next row: enough for the prefetcher, few enough for the cache.
         for group in range(0, 3 * (right - left), GROUP_BYTES):
             end = min(group + GROUP_BYTES, 3 * (right - left))
             for i in range(rows):
@@ -188,7 +190,7 @@ def resample(
 
 @compiled
 def colour(crop: Any, red: Any, green: Any, blue: Any, size: int, pitch: int) -> None:
-    """The colour operations of a crop in their order."""
+    """Apply the colour operations of a crop in their order."""
     n = size * pitch
     for i in range(columns.NUM_OPERATIONS):
         operation, factor = int(crop[columns.OPERATIONS + i]), crop[columns.FACTORS + i]
@@ -209,7 +211,7 @@ def colour(crop: Any, red: Any, green: Any, blue: Any, size: int, pitch: int) ->
 
 @compiled
 def write(red: Any, green: Any, blue: Any, size: int, pitch: int, out: Any) -> None:
-    """Three upright planes to uint8 [size,size,3]."""
+    """Write three upright planes to uint8 [size,size,3]."""
     red_at, green_at, blue_at, out_at = red.ctypes.data, green.ctypes.data, blue.ctypes.data, out.ctypes.data
     for y in range(size):
         for start in range(0, size - LANES + 1, LANES):
@@ -227,7 +229,7 @@ def crop_all(
     tile: Any, turned: Any, planes: Any, blurred: Any,
     places: Any, counts: Any, weights: Any, values: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """Make the crops of `table` [V, ...] from a picture, flat uint8 [height * width * 3 + SLACK] RGB."""
+    """Make the crops of `table` [V, ...] from a picture, flat uint8 RGB [height * width * 3 + SLACK]."""
     for v in range(len(table)):
         crop = table[v]
         size = int(crop[columns.SIZE])

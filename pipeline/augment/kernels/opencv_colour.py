@@ -1,9 +1,9 @@
 """Pixel operations of a crop: colour jitter, grayscale, blur, solarization.
 
-Stands between the sampled parameters and the finished crop (see augment/multicrop.py, which decides what is applied
-and in which order). Every function takes and returns uint8 RGB [H,W,3] and leaves its input alone. Each
-means what torchvision means on a PIL image with the same factor, so published settings keep their sense.
-Knows nothing of probabilities, random numbers, files or Ray.
+This module stands between the sampled parameters and the finished crop; augment/multicrop.py selects the
+operations and their order. Every function takes and returns uint8 RGB [H,W,3] and leaves its input unchanged.
+Each operation matches torchvision on a PIL image with the same factor, so published settings keep their
+meaning.
 """
 
 import math
@@ -30,15 +30,15 @@ def adjust_contrast(image: Image, factor: float) -> Image:
 
 def adjust_saturation(image: Image, factor: float) -> Image:
     """Move every pixel away from its own gray: `factor` 0 is grayscale, 1 changes nothing."""
-    # PIL cuts the fraction off where OpenCV rounds: subtracting a hair less than a half makes them agree.
+    # PIL truncates where OpenCV rounds: subtracting slightly less than a half makes them agree.
     return cv2.addWeighted(image, factor, to_grayscale(image), 1.0 - factor, -0.499)
 
 
 def adjust_hue(image: Image, shift: float) -> Image:
     """Turn the hue by `shift` turns, in [-0.5, 0.5].
 
-    Goes through HSV. A rotation in RGB or YIQ by one matrix would be cheaper and is another augmentation:
-    it lands farther from the HSV result than leaving the hue alone does.
+    The hue is turned in HSV. A rotation in RGB or YIQ by one matrix would be cheaper, but it is a different
+    augmentation. Its result is farther from the HSV result than an unchanged hue is.
     """
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # wraps around, as hue does
@@ -54,10 +54,10 @@ def blur(image: Image, sigma: float) -> Image:
     """Blur by `sigma` pixels as PIL's GaussianBlur does: three boxes along each axis, edges repeated."""
     box, nothing = _box_taps(sigma), np.ones(1, np.float32)
     # Rounded after every pass, as in PIL. One pass with the boxes' convolution takes a quarter of the time,
-    # and below 1.5 pixels it leaves several per cent less of the finest detail.
+    # but below 1.5 pixels it removes several per cent less of the finest detail.
     for _ in range(3):
         image = cv2.filter2D(image, -1, box[None], borderType=cv2.BORDER_REPLICATE)
-    for _ in range(3):  # down the columns this one is the faster of the two, along the rows the other
+    for _ in range(3):  # this filter is faster along columns, the other along rows
         image = cv2.sepFilter2D(image, -1, nothing, box, borderType=cv2.BORDER_REPLICATE)
     return image
 
@@ -69,10 +69,10 @@ def solarize(image: Image, threshold: int) -> Image:
 
 
 def _box_taps(sigma: float) -> npt.NDArray[np.float32]:
-    """Box filter of variance sigma^2 / 3 with fractional ends, float32 [2*l + 3], l whole pixels either side.
+    """Return a box filter of variance sigma^2 / 3 with fractional ends, float32 [2*l + 3].
 
-    Gwosdek et al., Theoretical foundations of Gaussian convolution by extended box filtering (SSVM 2011),
-    eq. 7, 11 and 14.
+    `l` is the number of whole pixels on either side. Gwosdek et al., Theoretical foundations of Gaussian
+    convolution by extended box filtering (SSVM 2011), eq. 7, 11 and 14.
     """
     variance = sigma * sigma / 3.0
     whole = math.floor((math.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
@@ -84,7 +84,7 @@ def _box_taps(sigma: float) -> npt.NDArray[np.float32]:
 
 
 def _blend_with_level(image: Image, level: int, factor: float) -> Image:
-    """Return level + factor * (image - level), cut to whole numbers and to 0..255, by table."""
-    # float32 and truncation, as PIL computes it: anything else is off by one at some levels.
+    """Return level + factor * (image - level), truncated and clamped to 0..255, by table."""
+    # float32 and truncation, as in PIL: any other arithmetic is off by one at some levels.
     table = level + np.float32(factor) * (_LEVELS - level)
     return cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8))

@@ -1,9 +1,8 @@
-"""The inner loops of the crop kernel, spelt out in LLVM's portable vectors.
+"""The inner loops of the crop kernel, written in LLVM's portable vectors.
 
-LLVM by itself vectorises no loop that sums in 16 bits over a number of taps it cannot see, and two such loops
-are most of what a crop costs. It makes AVX2, AVX-512 or NEON of what is written here. Each function takes
-addresses, reads and writes whole vectors, past the end of a row too: the kernel leaves room for that. Needs
-numba; knows nothing of crops.
+LLVM alone does not vectorise a loop that sums in 16 bits over an unknown number of taps. Two such loops make
+up most of a crop's cost. LLVM compiles this code to AVX2, AVX-512 or NEON. Each function takes addresses and
+reads and writes whole vectors, also past the end of a row: the kernel leaves room for that. Needs numba.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,13 +15,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-"""Side of a tile that is transposed."""
+"""Side of a tile for one transpose."""
 STRIP = 32
-"""Rows of a crop that are filtered together."""
+"""Number of crop rows that are filtered together."""
 ROW_BYTES = 64
-"""Bytes of a picture's row that `weigh_rows` takes at once."""
+"""Bytes of a picture's row that `weigh_rows` processes at once."""
 BOX_BYTES = 32
-"""Bytes that `box` takes at once."""
+"""Bytes that `box` processes at once."""
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
@@ -37,7 +36,7 @@ def _mask(indices: Iterable[int]) -> ir.Constant:
 
 
 class _Code:
-    """A few words for a builder: addresses are 64-bit integers, offsets are in bytes."""
+    """Shorthands for an IR builder: addresses are 64-bit integers, offsets are in bytes."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
@@ -61,7 +60,7 @@ class _Code:
         return self.b.shuffle_vector(one, one, _mask([0] * lanes))
 
     def multiply_high(self, a: Any, b: Any) -> Any:
-        """Upper half of the 32-bit products of int16 vectors: one instruction where there is one."""
+        """Return the upper half of the 32-bit products of int16 vectors: one CPU instruction if available."""
         lanes = a.type.count
         wide = ir.VectorType(_I32, lanes)
         product = self.b.mul(self.b.sext(a, wide), self.b.sext(b, wide))
@@ -74,7 +73,7 @@ class _Code:
         return value
 
     def accumulators(self, start: Any, number: int) -> list[Any]:
-        """Registers for sums, all beginning at the vector `start`."""
+        """Return registers for sums, all initialised to the vector `start`."""
         registers = [cgutils.alloca_once(self.b, start.type) for _ in range(number)]
         for register in registers:
             self.b.store(start, register)
@@ -83,7 +82,7 @@ class _Code:
     def transpose(self, rows: list[Any], lane: int) -> list[Any]:
         """Transpose `lane` vectors within each group of `lane` of their elements, by interleaving."""
         lanes, half = rows[0].type.count, lane // 2
-        # The lower halves of all groups woven together, then the upper ones; `lanes + i` is of the second vector.
+        # Interleave the lower halves of all groups, then the upper halves; lanes + i is in vector 2.
         masks = [
             _mask(
                 [
@@ -102,7 +101,7 @@ class _Code:
 
 
 def _void(write: Callable[..., None], num_arguments: int) -> Any:
-    """Signature and generator of a function of addresses and integers that returns nothing."""
+    """Return signature and generator of a function of addresses and integers that returns nothing."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         write(_Code(builder), *arguments)
@@ -122,17 +121,17 @@ def weigh_rows(
     bias: Any,
     out: Any,
 ) -> Any:
-    """Weighted sum of `taps` rows of 64 uint8, `stride` bytes apart: out int16 [64] = 128 * the sum.
+    """Sum `taps` weighted rows of 64 uint8, `stride` bytes apart: out int16 [64] = 128 * the sum.
 
-    Weights are int16 in 1/16384, since at an edge one may be above 1, and sum to 1. Each product is cut off by less
-    than a unit: `bias` makes up for that. Values beyond 0 to 255 become these, as they do in PIL between the passes.
+    Weights are int16 in 1/16384, since a weight at an edge may exceed 1; they sum to 1. Each product loses
+    less than one unit to truncation; `bias` compensates. Results are clamped to 0..255, as in PIL.
     """
 
     def write(
         c: _Code, source: Any, stride: Any, weights: Any, weights_stride: Any, taps: Any, bias: Any, out: Any
     ) -> None:
         half = ROW_BYTES // 2
-        # 128 less, so that a byte fits the upper half of a signed word: 64 * 128 more to begin with makes up for it.
+        # 128 less, so that a byte fits the upper half of a signed word; the start value adds 64 * 128.
         start = c.splat(c.b.add(c.b.trunc(bias, _I16), ir.Constant(_I16, 64 * 128)), half)
         totals = c.accumulators(start, 2)
         lower, upper = (
@@ -166,9 +165,9 @@ def weigh_columns(
     out: Any,
     out_stride: Any,
 ) -> Any:
-    """Weighted sum of `taps` pixels, each int16 [3, 32] as `weigh_rows` makes them, to three uint8 [32].
+    """Sum `taps` weighted pixels, each int16 [3, 32] as written by `weigh_rows`, to three uint8 [32].
 
-    Rounded if `bias` holds 16, a half of what is cut off; values beyond 0 to 255 become these.
+    The result is rounded if `bias` holds 16, half of the truncated unit, and clamped to 0 to 255.
     """
     return _void(partial(_weigh_columns, STRIP), 7)
 
@@ -184,7 +183,7 @@ def weigh_half_columns(
     out: Any,
     out_stride: Any,
 ) -> Any:
-    """As `weigh_columns`, to the first half of the strip only."""
+    """Do the same as `weigh_columns`, for the first half of the strip only."""
     return _void(partial(_weigh_columns, STRIP // 2), 7)
 
 
@@ -218,7 +217,7 @@ def transpose_words(typingctx: Any, source: Any, source_stride: Any, out: Any, o
     def write(c: _Code, source: Any, source_stride: Any, out: Any, out_stride: Any) -> None:
         half = LANES // 2
         for left in (0, half):
-            # Rows i and i + 8 side by side: machines shuffle cheaply within 128 bits only.
+            # Rows i and i + 8 side by side: CPUs shuffle cheaply within 128 bits only.
             rows = [
                 c.b.shuffle_vector(
                     *(
@@ -253,7 +252,7 @@ def transpose_bytes(typingctx: Any, source: Any, source_stride: Any, out: Any, o
 
 @intrinsic
 def weave(typingctx: Any, red: Any, green: Any, blue: Any, out: Any) -> Any:
-    """Three uint8 [16] to uint8 [16, 3]."""
+    """Interleave three uint8 [16] to uint8 [16, 3]."""
 
     def write(c: _Code, red: Any, green: Any, blue: Any, out: Any) -> None:
         r, g, b = (c.load(ir.VectorType(_I8, LANES), address) for address in (red, green, blue))
@@ -276,7 +275,7 @@ def box(
     outer: Any,
     out: Any,
 ) -> Any:
-    """One step of a box filter, uint8 [32]: (inner * sum of `count` rows + outer * (left + right)) / 2^24, rounded."""
+    """Filter uint8 [32]: (inner * sum of `count` rows + outer * (left + right)) / 2^24, rounded."""
 
     def write(
         c: _Code, first: Any, stride: Any, count: Any, left: Any, right: Any, inner: Any, outer: Any, out: Any

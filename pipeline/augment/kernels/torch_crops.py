@@ -1,7 +1,8 @@
 """The kernel that needs no compiler: torch resizes, OpenCV does the rest, crop by crop.
 
-What augment/multicrop.py falls back to where numba cannot be had. Torch's antialiased bicubic filter is PIL's;
-OpenCV's is not antialiased, and local crops would alias. Knows nothing of files, decoding or random numbers.
+augment/multicrop.py uses this kernel where numba is unavailable. Torch's antialiased bicubic filter equals
+PIL's; OpenCV's filter is not antialiased and would alias local crops. There are no files, no decoding and no
+random numbers here.
 """
 
 import math
@@ -19,7 +20,10 @@ from pipeline.augment.params import CropParams, OneCrop
 from pipeline.data.jpeg import Decoded
 
 _MOST_SKIPPED = 8
-"""Pixels made and thrown away to begin at a whole pixel of a reduced picture: with 8 it is off by 0.03 on average."""
+"""Limit on pixels that are made and discarded to begin at a whole pixel of a reduced picture.
+
+With 8 the start is off by 0.03 pixels on average.
+"""
 
 _JITTER = {
     "brightness": opencv_colour.adjust_brightness,
@@ -30,11 +34,11 @@ _JITTER = {
 
 
 def cut(picture: Decoded, params: CropParams, out: Sequence[Iterable[Image]]) -> None:
-    """Make all crops of a picture in `out`, (globals, locals)."""
+    """Write all crops of a picture to `out`, (globals, locals)."""
     pictures = [picture]
     for target, crop in zip([*out[0], *out[1]], params.crops, strict=True):
-        # What was decoded at a fraction for its smallest region may be reduced further for a larger one: the
-        # filter is what takes the time here.
+        # A picture decoded at a fraction for its smallest region may be reduced further for a larger region,
+        # because the filter takes most of the time here.
         side, halvings = min(crop.width, crop.height) / picture.denominator / crop.size, 0
         while picture.denominator > 1 and side / 2 ** (halvings + 1) >= params.config.decode_slack:
             halvings += 1
@@ -45,7 +49,7 @@ def cut(picture: Decoded, params: CropParams, out: Sequence[Iterable[Image]]) ->
 
 
 def apply_colour(pixels: Image, crop: OneCrop) -> Image:
-    """All that happens to a crop, uint8 [size,size,3], after its box was resized."""
+    """Apply all colour operations to a crop, uint8 [size,size,3], after its box was resized."""
     if crop.flip:
         pixels = cv2.flip(pixels, 1)
     for operation, factor in crop.jitter:
@@ -60,7 +64,7 @@ def apply_colour(pixels: Image, crop: OneCrop) -> Image:
 
 
 def resize_box(picture: Decoded, crop: OneCrop, *, interpolation: str) -> Image:
-    """Cut the box out and resize it to the crop's size, as PIL does it."""
+    """Cut the box out and resize it to the crop's size, as PIL does."""
     if picture.denominator == 1:
         region = picture.pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         return _interpolate(region, interpolation, size=(crop.size, crop.size))
@@ -75,7 +79,7 @@ def resize_box(picture: Decoded, crop: OneCrop, *, interpolation: str) -> Image:
 
 
 def _half(picture: Decoded) -> Decoded:
-    """The picture at half its size; an odd last row or column is repeated."""
+    """Return the picture at half its size; repeat an odd last row or column."""
     height, width = picture.pixels.shape[:2]
     even = cv2.copyMakeBorder(picture.pixels, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
     small = cv2.resize(even, ((width + 1) // 2, (height + 1) // 2), interpolation=cv2.INTER_AREA)
@@ -83,14 +87,14 @@ def _half(picture: Decoded) -> Decoded:
 
 
 def _interpolate(region: Image, mode: str, **how: Any) -> Image:
-    # Memory that is channels-last and in one piece: torch then takes its fast uint8 path.
+    # Contiguous channels-last memory: torch then takes its fast uint8 path.
     pixels = torch.from_numpy(np.ascontiguousarray(region)).permute(2, 0, 1)[None]
     resized = F.interpolate(pixels, mode=mode, antialias=True, **how)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
 class _Span(NamedTuple):
-    """Whole source pixels [first, last) that, resized by `factor`, hold the wanted results after `skip` others."""
+    """Whole source pixels [first, last); resized by `factor`, the wanted pixels follow `skip` others."""
 
     first: int
     last: int
@@ -99,16 +103,16 @@ class _Span(NamedTuple):
 
 
 def _whole_pixels(start: float, length: float, size: int, limit: int) -> _Span:
-    """The span that makes `size` pixels of [start, start + length), of which neither end is a whole pixel.
+    """Return the span that yields `size` pixels of [start, start + length), whose ends are fractions.
 
-    Torch begins at a whole pixel, but its step need not be one: some steps before the start there may be a pixel
-    that nearly is, and what was made on the way is thrown away.
+    Torch begins at a whole pixel, but its step need not be whole. Some steps before the start there may be a
+    position close to a whole pixel; the pixels made on the way are discarded.
     """
     step = length / size
     begins = [start - skip * step for skip in range(_MOST_SKIPPED + 1) if round(start - skip * step) >= 0]
     skip = min(range(len(begins)), key=lambda k: abs(begins[k] - round(begins[k])))
     first = round(begins[skip])
     last = min(limit, math.ceil(start + length))
-    # Torch makes floor(pixels * factor) of them: where the picture ends too early for that, the step gives way.
+    # Torch makes floor(pixels * factor) pixels: where the picture ends too early for that, the step changes.
     factor = max(1 / step, (size + skip) / (last - first)) * (1 + 1e-9)
     return _Span(first, last, factor, skip)

@@ -1,1 +1,1 @@
-"""What a study has found, and how sure it is."""
+"""Findings of a study, with their certainty."""

@@ -1,7 +1,4 @@
-"""Which metrics rank trials alike: whether those that need no labels would have picked what k-NN accuracy picks.
-
-Knows nothing of files or pages.
-"""
+"""Agreement of metrics: do label-free metrics rank trials as k-NN accuracy does? No files or pages here."""
 
 import math
 from collections.abc import Sequence
@@ -14,21 +11,21 @@ from pipeline.study.trials import Tried
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far one metric ranks trials like another."""
+    """Agreement between the rankings of trials by two metrics."""
 
     metric: str
     against: str
     gated: bool
-    """Whether collapsed trials count, as the worst by `metric`, whatever it was."""
+    """True if collapsed trials count as the worst by `metric`, whatever its value."""
     with_collapsed: bool
-    """Whether they count at all: as the worst by `against`."""
+    """True if collapsed trials count at all: as the worst by `against`."""
     tau: float | None
-    """Kendall's tau-b; + means agreement, also for the loss; None when there is nothing to rank."""
+    """Kendall's tau-b; positive means agreement, also for the loss; None if there is nothing to rank."""
     num_trials: int
 
 
 def agreement(tried: Sequence[Tried], objective: str) -> list[Agreement]:
-    """Of k-NN, or without labels of the objective, with the metrics that need no labels."""
+    """Compare k-NN, or without labels the objective, with the label-free metrics."""
     finished = [one for one in tried if one.status == "finished"]
     ended = [*finished, *(one for one in tried if one.status == "collapsed")]
     judge = _judge(finished, objective)
@@ -43,7 +40,7 @@ def agreement(tried: Sequence[Tried], objective: str) -> list[Agreement]:
 
 
 def _judge(finished: Sequence[Tried], objective: str) -> str:
-    """By what the metrics are judged."""
+    """Return the metric against which the others are compared."""
     measured = {name for one in finished if one.outcome for name in one.outcome.scores}
     knn = sorted((name for name in measured if name.startswith("knn_")), key=lambda name: (len(name), name))
     if objective in knn or not knn:

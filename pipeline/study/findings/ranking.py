@@ -1,6 +1,6 @@
-"""Which parameters are best, and how surely: trials with their reruns under other seeds, ranked.
+"""Ranking of parameters with its certainty: trials together with their reruns under other seeds.
 
-Knows nothing of files or pages.
+There are no files and no pages here.
 """
 
 import math
@@ -15,60 +15,63 @@ from pipeline.study.space import Domain
 from pipeline.study.trials import Tried
 
 Standing = Literal["best", "tie", "behind", "not confirmed", "collapsed"]
-"""`tie`: seeds make as much of a difference as lies between it and the best. `not confirmed`: one seed, so nobody
-knows. `collapsed`: one of its seeds did; it never wins."""
+"""Certainty of a candidate's rank.
+
+`tie`: the difference from the best is within seed noise. `not confirmed`: only one seed, so seed noise is
+unknown. `collapsed`: one of its seeds collapsed; such a candidate never wins.
+"""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Parameters that were trained to the end, with all the seeds that they were trained with."""
+    """Parameters that were trained to the end, with all their seeds."""
 
     number: int
-    """Of the trial that was the first to have them."""
+    """Number of the first trial with these parameters."""
     params: dict[str, Any]
     scores: tuple[float, ...]
-    """One per seed, of runs that finished."""
+    """One score per seed, of finished runs."""
     seeds: tuple[int, ...]
     trials: tuple[int, ...]
-    """Their numbers."""
+    """Numbers of the finished trials."""
     collapsed: tuple[int, ...] = ()
-    """Trials of other seeds that collapsed."""
+    """Trials with other seeds that collapsed."""
     standing: Standing = "behind"
 
     @property
     def name(self) -> str:
-        """Its trial's folder."""
+        """Return the folder name of its first trial."""
         return f"{self.number:04d}"
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Return the mean over seeds."""
         return float(np.mean(self.scores))
 
     @property
     def std(self) -> float | None:
-        """Over seeds, with n - 1; None of one."""
+        """Return the standard deviation over seeds, with n - 1; None for one seed."""
         return sample_std(self.scores)
 
     @property
     def is_confirmed(self) -> bool:
-        """Whether several seeds finished and none collapsed."""
+        """Return true if several seeds finished and none collapsed."""
         return len(self.scores) > 1 and not self.collapsed
 
 
 def score_of(tried: Tried) -> float | None:
-    """The objective where it is a number."""
+    """Return the objective if it is a finite number, else None."""
     return number_of(tried.outcome.score) if tried.outcome else None
 
 
 def metric_of(tried: Tried, name: str) -> float | None:
-    """A metric of the last evaluation, turned so that larger is better; None when it is no number."""
+    """Return a metric of the last evaluation, signed so that larger is better; None if it is not a number."""
     value = number_of(tried.outcome.scores.get(name)) if tried.outcome else None
     return -value if value is not None and name == "loss" else value
 
 
 def number_of(value: Any) -> float | None:
-    """A finite number, also from its text; else None."""
+    """Return a finite number, parsed from text if needed; else None."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -77,17 +80,17 @@ def number_of(value: Any) -> float | None:
 
 
 def searched(tried: Sequence[Tried]) -> list[Tried]:
-    """Trials that tried something new, not another seed."""
+    """Return the trials with new parameters, without reruns under other seeds."""
     return [one for one in tried if one.trial.confirms is None]
 
 
 def is_population(tried: Sequence[Tried]) -> bool:
-    """Whether they are members of one, which weak ones leave for others that go on from strong ones."""
+    """Return true if the trials form a population, whose weak members copy the weights of strong members."""
     return any(one.trial.origin == "pb2" for one in tried)
 
 
 def ranked(tried: Sequence[Tried]) -> list[Candidate]:
-    """All candidates, best first: the confirmed ones by mean, those of one seed by score, those that collapsed once."""
+    """Return all candidates, best first: confirmed by mean, single seeds by score, then collapsed."""
     groups: dict[int, list[Tried]] = {}
     for one in tried:
         root = one.trial.number if one.trial.confirms is None else one.trial.confirms
@@ -129,7 +132,7 @@ def _standing(
 
 
 def domains(study: Mapping[str, Any], tried: Sequence[Tried]) -> dict[str, Domain]:
-    """The space that was searched; where study.json does not say, what the trials differ in."""
+    """Return the searched space; if study.json lacks it, the settings in which the trials differ."""
     space: dict[str, Domain] = {}
     for key, tree in _mapping(study.get("space")).items():
         try:
@@ -153,12 +156,12 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Numbers proper: finite, and no bool."""
+    """Return true for finite numbers, false for bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def place_in(domain: Domain, value: Any) -> float | None:
-    """Where a value lies from 0 to 1, the nearest end when it is beyond; None when the domain has no place for it."""
+    """Return the position of a value in [0, 1], clipped to the ends; None if the domain cannot place it."""
     if domain.kind == "choice":
         return domain.place(value) if domain.holds(value) else None
     if not is_number(value):

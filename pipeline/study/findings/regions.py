@@ -1,6 +1,6 @@
-"""Where in the space trials collapse, and where they do well, as conditions that a person can read.
+"""Regions of the space in which trials collapse or do well, as readable conditions.
 
-Knows nothing of files or pages.
+There are no files and no pages here.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ _MIN_GOOD = 2
 
 
 class Condition(NamedTuple):
-    """On one setting."""
+    """Condition on one setting."""
 
     key: str
     relation: str
@@ -28,7 +28,7 @@ class Condition(NamedTuple):
     value: Any
 
     def holds(self, params: Mapping[str, Any]) -> bool:
-        """Whether these parameters meet it."""
+        """Return true if these parameters meet the condition."""
         value = params.get(self.key)
         if self.relation == "=":
             return repr(value) == repr(self.value)
@@ -46,24 +46,25 @@ class Region(NamedTuple):
     conditions: tuple[Condition, ...]
     trials: tuple[int, ...]
     verdicts: tuple[str, ...]
-    """Of its trials, most frequent first."""
+    """Verdicts of its trials, most frequent first."""
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.conditions))
 
 
 def short(value: Any) -> str:
-    """A setting's value as it is read."""
+    """Format a setting's value for reading."""
     if not isinstance(value, float):
         return str(value)
     text = f"{value:.4g}"
-    return text if float(text) == value else f"{value:.9g}"  # rounded, a border would hold other trials
+    return text if float(text) == value else f"{value:.9g}"  # a rounded border would admit other trials
 
 
 def collapse_regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> list[Region]:
-    """At most two regions of one or two conditions that hold collapsed trials alone, and the more of them the better.
+    """Return at most two regions, each of one or two conditions, that hold only collapsed trials.
 
-    Of two or more trials each; none when nothing else ran, since then there is no border.
+    Each region holds as many collapsed trials as possible, at least two. Returns none if no other trial ran,
+    because then there is no border.
     """
     ended = [one for one in tried if one.status in ("finished", "stopped", "collapsed")]
     left = [one for one in ended if one.status == "collapsed"]
@@ -89,12 +90,12 @@ def collapse_regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> lis
 def _widest(
     collapsed: Sequence[Tried], healthy: Sequence[Tried], space: Mapping[str, Domain]
 ) -> tuple[Condition, ...]:
-    """The one condition, or if that is more, the two on different settings that hold most collapsed trials alone."""
+    """Return one condition, or two on different settings if better, that hold most collapsed trials only."""
     conditions = _conditions(collapsed, space)
     if not conditions:
         return ()
     bad, good = _held(conditions, collapsed), _held(conditions, healthy)
-    # Less than 1 for two: of conditions that hold as many collapsed trials, those that hold fewer others.
+    # Tie-breaker, below 1 for two conditions: at equal numbers of collapsed trials, fewer other trials win.
     tightness = -(bad.sum(1) + good.sum(1)) / (len(collapsed) + len(healthy)) / 5
     alone = np.where(good.sum(1) == 0, bad.sum(1) + tightness, 0)
     keys = np.array([condition.key for condition in conditions])
@@ -121,12 +122,12 @@ def _conditions(collapsed: Sequence[Tried], space: Mapping[str, Domain]) -> list
 
 
 def _held(conditions: Sequence[Condition], tried: Sequence[Tried]) -> npt.NDArray[np.float64]:
-    """1 where condition i holds for trial j."""
+    """Return a matrix: 1 where condition i holds for trial j."""
     return np.array([[float(c.holds(one.trial.params)) for one in tried] for c in conditions])
 
 
 def good_trials(tried: Sequence[Tried]) -> list[Tried]:
-    """The better half of those trained to the end, reruns aside; none below two."""
+    """Return the better half of the finished trials, without reruns; none if there are fewer than two."""
     finished = [one for one in searched(tried) if one.status == "finished" and score_of(one) is not None]
     finished.sort(key=lambda one: -(score_of(one) or 0.0))
     good = finished[: (len(finished) + 1) // 2]
@@ -134,7 +135,7 @@ def good_trials(tried: Sequence[Tried]) -> list[Tried]:
 
 
 def ranges(tried: Sequence[Tried], space: Mapping[str, Domain]) -> dict[str, str]:
-    """What each setting was in these trials: from least to largest, or which of the choices."""
+    """Return the range of each setting in these trials: smallest to largest, or the choices that occur."""
     found = {}
     for key, domain in space.items():
         values = [one.trial.params[key] for one in tried if key in one.trial.params]

@@ -1,6 +1,6 @@
-"""Findings in plain sentences, each true whatever the study holds: no trial, one, all collapsed, no labels.
+"""Findings as plain sentences, each true for any study: no trial, one, all collapsed, no labels.
 
-Each function gives the sentences on one thing, or none where there is nothing to say.
+Each function yields the sentences on one subject, or none if there is nothing to report.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,26 +22,26 @@ _PART_OF_THE_LOSS = ("loss.", "head.out_dim")
 
 
 def metric_name(metric: str) -> str:
-    """As people say it."""
+    """Return the readable name of a metric."""
     if metric.startswith("knn_"):
         return f"k-NN (k={metric.removeprefix('knn_')})"
     return _NAMES.get(metric, metric)
 
 
 def score_text(metric: str, score: float) -> str:
-    """A score as the metric that it stands for: accuracies in percent, the loss with its own sign."""
+    """Format a score as its metric: accuracies in percent, the loss with its own sign."""
     if metric.startswith("knn_"):
         return f"{score:.1%}"
     return f"{-score if metric == 'loss' else score:.4g}"
 
 
 def spread_text(metric: str, std: float) -> str:
-    """A difference of scores, in the unit of `score_text`."""
+    """Format a difference of scores, in the unit of `score_text`."""
     return f"{100 * std:.1f}" if metric.startswith("knn_") else f"{std:.2g}"
 
 
 def result_text(metric: str, candidate: Candidate) -> str:
-    """Mean, spread and number of seeds."""
+    """Format mean, spread and number of seeds."""
     score = score_text(metric, candidate.mean)
     if candidate.std is None:
         return score
@@ -49,31 +49,31 @@ def result_text(metric: str, candidate: Candidate) -> str:
 
 
 def params_text(params: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Those of the settings that were searched."""
+    """Format the settings that were searched."""
     return ", ".join(f"{key} {short(params[key])}" for key in keys if key in params)
 
 
 def plural(number: int, what: str) -> str:
-    """1 trial, 2 trials."""
+    """Format a count with its noun: 1 trial, 2 trials."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def listed(parts: Sequence[str]) -> str:
-    """a, b and c; of many the first ones."""
+    """Format a list as `a, b and c`, truncated if it is long."""
     if len(parts) > _MAX_NAMES:
         parts = [*parts[:_MAX_NAMES], f"{len(parts) - _MAX_NAMES} more"]
     return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
 
 
 def stopped_for(*, is_population: bool) -> str:
-    """What became of trials that were stopped."""
+    """Return the reason for which trials were stopped."""
     return "replaced by ones that went on from better ones" if is_population else "given up for better ones"
 
 
 def counted(
     counts: Mapping[str, int], verdicts: Mapping[str, int], *, is_population: bool = False
 ) -> Iterator[str]:
-    """How many trials became what."""
+    """Yield the number of trials by status."""
     if not counts["all"]:
         yield "No trial has been started yet."
         return
@@ -91,7 +91,7 @@ def counted(
 
 
 def best(tried: Sequence[Tried], candidates: Sequence[Candidate], objective: str) -> Iterator[str]:
-    """The best and how sure that is, or why there is none."""
+    """Yield the best parameters and their certainty, or the reason why there are none."""
     ended = [one for one in tried if one.outcome]
     winner = next((c for c in candidates if c.standing == "best"), None)
     if winner is None:
@@ -162,7 +162,7 @@ def _compared(winner: Candidate, candidates: Sequence[Candidate], objective: str
 
 
 def regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> Iterator[str]:
-    """Where trials collapse, and between which values the good ones lie."""
+    """Yield the regions in which trials collapse, and the ranges of good values."""
     collapsed = [one for one in tried if one.status == "collapsed"]
     others = [one for one in tried if one.status in ("finished", "stopped")]
     told: set[int] = set()
@@ -186,7 +186,7 @@ def regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> Iterator[str
 
 
 def agreements(found: Sequence[Agreement], objective: str) -> Iterator[str]:
-    """Which metric ranks like which; only of those whose tau says anything."""
+    """Yield the agreement of metrics, limited to metrics with a tau over more than two trials."""
     told = [a for a in found if a.tau is not None and a.num_trials > 2]
     if not told:
         return
@@ -199,7 +199,7 @@ def agreements(found: Sequence[Agreement], objective: str) -> Iterator[str]:
 
 
 def influence(importance: Mapping[str, float] | None, scored: int) -> Iterator[str]:
-    """What matters, in so many trials with a score."""
+    """Yield the influence of each setting, from `scored` trials with a score."""
     if not importance:
         return
     chance = chance_share(scored)
@@ -213,7 +213,7 @@ def influence(importance: Mapping[str, float] | None, scored: int) -> Iterator[s
 
 
 def caveats(objective: str, space: Mapping[str, Domain]) -> Iterator[str]:
-    """What the objective cannot say."""
+    """Yield the limitations of the objective."""
     if objective in ("rankme", "lidar"):
         yield (
             f"{metric_name(objective)} stood in for labels: a high rank of the features is necessary for good "
@@ -227,7 +227,7 @@ def caveats(objective: str, space: Mapping[str, Domain]) -> Iterator[str]:
 def open_questions(
     tried: Sequence[Tried], best: Candidate | None, space: Mapping[str, Domain], *, least: int, scored: int
 ) -> Iterator[str]:
-    """What was not decided."""
+    """Yield the questions that the study leaves open."""
     unfinished = sum(one.status == "unfinished" for one in tried)
     if unfinished:
         yield f"{plural(unfinished, 'trial')} did not end yet: all this may change."
@@ -255,7 +255,7 @@ def open_questions(
 
 
 def savings(share: float, by_collapse: float, by_stopping: float) -> Iterator[str]:
-    """What ending trials early was good for; `by_...` in CPU-hours."""
+    """Yield the savings from ending trials early; `by_...` in CPU-hours."""
     if share >= 0.005:
         yield (
             f"Ending trials early saved {share:.0%} of the steps: {by_collapse:.3g} CPU-hours of collapsed ones, "

@@ -1,6 +1,6 @@
-"""Statistics of small samples: agreement of two rankings, the spread over seeds, what a setting alone explains.
+"""Statistics of small samples: agreement of rankings, spread over seeds, variance explained by a setting.
 
-Numbers in, numbers out; knows nothing of trials.
+Numbers in, numbers out; there are no trials here.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-# Student's t that 5 % of draws exceed, by degrees of freedom; between them it is nearly straight in 1 / df.
+# Student's t that 5 % of draws exceed, by degrees of freedom; in between it is nearly linear in 1 / df.
 _T95 = {
     1: 6.314,
     2: 2.920,
@@ -30,10 +30,11 @@ _T95 = {
 
 
 def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Kendall's tau-b of two rankings of the same things, -1 to 1; None when either ranks nothing.
+    """Return Kendall's tau-b of two rankings of the same items, -1 to 1; None if a ranking has only ties.
 
-    Pairs in the same order minus pairs in the opposite one, over the geometric mean of the pairs that each ranking
-    tells apart. Infinities are values; pairs with a NaN are left out before.
+    It is the number of pairs in the same order minus pairs in the opposite order. The divisor is the
+    geometric mean of the numbers of pairs that each ranking separates. Infinities are values; remove NaN
+    before.
     """
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
     known = ~(np.isnan(a) | np.isnan(b))
@@ -46,47 +47,51 @@ def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def _order(values: Floats) -> Floats:
-    """Signs of all differences [n,n]; infinity minus infinity is no difference."""
+    """Return the signs of all differences [n,n]; infinity minus infinity is no difference."""
     above = values[:, None] > values[None, :]
     return above.astype(np.float64) - above.T
 
 
 def chance_tau(num: int) -> float:
-    """What |tau| between two unrelated rankings of `num` things stays below in 9 of 10 cases (normal approximation)."""
+    """Return the bound of |tau| for 9 of 10 pairs of unrelated rankings of `num` items.
+
+    Normal approximation.
+    """
     return min(1.0, 1.645 * math.sqrt(2 * (2 * num + 5) / (9 * num * (num - 1)))) if num > 1 else 1.0
 
 
 def student_t95(df: int) -> float:
-    """Student's t whose interval of +- t standard errors holds 90 %."""
+    """Return Student's t such that the interval of +- t standard errors holds 90 %."""
     return float(np.interp(-1 / df, [-1 / known for known in _T95], list(_T95.values())))
 
 
 def sample_std(values: Sequence[float]) -> float | None:
-    """With n - 1; None of fewer than two."""
+    """Return the standard deviation with n - 1; None for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def pooled_std(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """The standard deviation within groups, taken to be the same in all, and its degrees of freedom; (0, 0) of none."""
+    """Return the common standard deviation within groups and its degrees of freedom; (0, 0) if undefined."""
     df = sum(len(group) - 1 for group in groups if len(group) > 1)
     squares = sum(float(np.var(group)) * len(group) for group in groups if len(group) > 1)
     return (math.sqrt(squares / df), df) if df else (0.0, 0)
 
 
 def difference_margin(groups: Sequence[Sequence[float]], num_a: int, num_b: int) -> float:
-    """Half of the 90 % interval of the difference of two means over `num_a` and `num_b` values.
+    """Return half of the 90 % interval of the difference of two means over `num_a` and `num_b` values.
 
-    With the pooled spread of all groups, since two to five seeds say little about their own. Infinite without any
-    group of two.
+    The spread is pooled over all groups, because two to five seeds do not determine it alone. Infinite if no
+    group has two values.
     """
     std, df = pooled_std(groups)
     return student_t95(df) * std * math.sqrt(1 / num_a + 1 / num_b) if df else math.inf
 
 
 def explained(groups: Sequence[int], scores: Sequence[float]) -> float:
-    """Share of the variance of the scores' ranks that lies between groups: epsilon squared, 0 to 1.
+    """Return the share of the variance of the scores' ranks between groups: epsilon squared, 0 to 1.
 
-    Corrected for the number of groups, so that a setting of no influence comes out near 0 in few trials too.
+    It is corrected for the number of groups, so that a setting without influence gives about 0 also in few
+    trials.
     """
     ranks = _ranks(np.asarray(scores, np.float64))
     labels = np.asarray(groups)
@@ -99,7 +104,7 @@ def explained(groups: Sequence[int], scores: Sequence[float]) -> float:
 
 
 def chance_share(num: int) -> float:
-    """What `explained` stays below in about 9 of 10 cases for a setting of no influence, in `num` scores."""
+    """Return the bound of `explained` in about 9 of 10 cases without influence, in `num` scores."""
     groups = num_groups(num)
     return (
         min(1.0, 1.645 * math.sqrt(2 * (groups - 1) / ((num - groups) * (num + 1)))) if num > groups else 1.0
@@ -107,18 +112,21 @@ def chance_share(num: int) -> float:
 
 
 def num_groups(num: int) -> int:
-    """Into how many groups so many values are split."""
+    """Return the number of groups for `num` values."""
     return 3 if num < 16 else 4
 
 
 def quantile_groups(places: Sequence[float]) -> list[int]:
-    """Groups of neighbours of about equal size, three of them or four from 16 on; equal places stay together."""
+    """Return group numbers for three groups of neighbours, four from 16 values on.
+
+    Groups have about equal sizes; equal places stay together.
+    """
     num = num_groups(len(places))
     return [min(num - 1, int(rank * num / len(places))) for rank in _ranks(np.asarray(places, np.float64))]
 
 
 def _ranks(values: Floats) -> Floats:
-    """Ranks from 0, means of them where values are equal."""
+    """Return ranks from 0; equal values get the mean of their ranks."""
     below = (values[:, None] > values[None, :]).sum(1)
     equal = (values[:, None] == values[None, :]).sum(1)
     return below + (equal - 1) / 2

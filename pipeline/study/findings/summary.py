@@ -1,6 +1,7 @@
-"""What a study has found: the best parameters and how sure that is, what they tie with, what matters, what it cost.
+"""Summary of a study: the best parameters with their certainty, ties, important settings, cost.
 
-Functions of the trials and of study.json, at any moment of the study. Files and pages are study/page/study_report.py's.
+All functions take the trials and study.json, at any time of the study. study/page/study_report.py writes the
+files and pages.
 """
 
 import math
@@ -39,60 +40,60 @@ class Hours:
 
 @dataclass(frozen=True)
 class Saving:
-    """Steps trained, against running every trial to its end; trials that failed or still run are left out."""
+    """Trained steps compared with running every trial to its end, without failed and running trials."""
 
     steps_trained: int
     steps_full: int
     by_collapse: Hours
-    """What ending collapsed trials has saved."""
+    """Hours saved by ending collapsed trials."""
     by_stopping: Hours
-    """What giving up on the worse ones has saved."""
+    """Hours saved by early-stopping worse trials."""
 
     @property
     def share(self) -> float:
-        """Of the steps, 0 to 1."""
+        """Return the saved share of the steps, 0 to 1."""
         return 1 - self.steps_trained / self.steps_full if self.steps_full else 0.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the study has taken so far."""
+    """Cost of the study so far."""
 
     reserved: Hours
     seconds: float
-    """Wall time."""
+    """Wall-clock time."""
     start_share: float
-    """Of the trials' time, until their first steps; 0 to 1."""
+    """Share of the trials' time before their first steps, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All of it."""
+    """All findings of a study."""
 
     objective: str
     space: dict[str, Domain]
     best: Candidate | None
     candidates: list[Candidate]
-    """Best first."""
+    """All candidates, best first."""
     ties: list[Candidate]
-    """With the best."""
+    """Candidates that tie with the best."""
     kendall: list[Agreement]
     importance: dict[str, float] | None
-    """Share of the ranks' variance that each setting explains alone, most first; None in too few trials."""
+    """Share of the ranks' variance explained by each setting alone, largest first; None: too few trials."""
     saving: Saving
     cost: Cost
     counts: dict[str, int]
-    """By status; `all`, `reruns`."""
+    """Number of trials by status, and `all` and `reruns`."""
     verdicts: dict[str, int]
-    """Of the collapsed."""
+    """Number of collapsed trials by verdict."""
     words: list[str]
-    """Plain sentences."""
+    """Findings as plain sentences."""
     is_population: bool = False
-    """Whether those that were stopped gave their place to others."""
+    """True if stopped trials were replaced by other members of a population."""
 
 
 def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
-    """What these trials say, be they none, half of them, or all collapsed."""
+    """Return the findings from these trials: none, half of a study, or all collapsed."""
     objective = str(study.get("objective") or "score")
     space = domains(study, tried)
     candidates = ranked(tried)
@@ -132,7 +133,7 @@ def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
 
 
 def _scored(tried: Sequence[Tried]) -> list[tuple[Tried, float]]:
-    """Trials with a score; those that collapsed with less than any other's."""
+    """Return trials with a score; collapsed trials get a score below all others."""
     found = [
         (one, -math.inf if one.status == "collapsed" else score)
         for one in searched(tried)
@@ -142,9 +143,10 @@ def _scored(tried: Sequence[Tried]) -> list[tuple[Tried, float]]:
 
 
 def importance_of(tried: Sequence[Tried], space: Mapping[str, Domain]) -> dict[str, float] | None:
-    """Share of the variance of the scores' ranks between values of a setting; None below 8 trials, or all equal.
+    """Return the share of the variance of the scores' ranks between values of each setting.
 
-    Each setting by itself: what two do only together is in neither share.
+    None below 8 trials, or if all scores are equal. Each setting is taken alone: the shares omit
+    interactions.
     """
     scored = _scored(tried)
     if len(scored) < _MIN_FOR_IMPORTANCE or len({score for _, score in scored}) < 2:
@@ -167,10 +169,10 @@ def importance_of(tried: Sequence[Tried], space: Mapping[str, Domain]) -> dict[s
 
 
 def saving_of(tried: Sequence[Tried], total_steps: int) -> Saving:
-    """What ended early has not cost, at each trial's own pace, or where it has none, at that of all."""
+    """Return the cost saved by ending trials early, at each trial's own pace, or else at the mean pace."""
     ended = [one for one in tried if one.outcome and one.status in ("finished", "stopped", "collapsed")]
     steps = sum(_count(one.outcome.step) - one.trial.from_step for one in ended if one.outcome)
-    if any(one.trial.continues is not None for one in tried):  # a population: each member trains to the end
+    if any(one.trial.continues is not None for one in tried):  # in a population each member trains to the end
         return Saving(steps, steps, Hours(0.0, 0.0), Hours(0.0, 0.0))
     paces = {one.trial.number: _pace(one) for one in ended}
     known = [pace for pace in paces.values() if pace]
@@ -186,7 +188,7 @@ def saving_of(tried: Sequence[Tried], total_steps: int) -> Saving:
                 cpu, gpu = cpu + rest * pace.cpu, gpu + rest * pace.gpu
         return Hours(cpu, gpu)
 
-    # One that was trained to its end was all of itself, whatever the length of others: the batch may be searched.
+    # A finished trial counts as complete whatever the length of others: the batch size may be searched.
     full = sum(
         _count(one.outcome.step) if one.status == "finished" else max(_count(one.outcome.step), total_steps)
         for one in ended
@@ -196,7 +198,7 @@ def saving_of(tried: Sequence[Tried], total_steps: int) -> Saving:
 
 
 def _pace(one: Tried) -> Hours | None:
-    """Hours per step, without the start."""
+    """Return the hours per step, without the start."""
     outcome = one.outcome
     if outcome is None or _count(outcome.step) < 1:
         return None
@@ -207,7 +209,7 @@ def _pace(one: Tried) -> Hours | None:
 
 
 def cost_of(tried: Sequence[Tried], seconds: float) -> Cost:
-    """Of all trials that have ended, failed ones too."""
+    """Return the cost of all ended trials, including failed trials."""
     outcomes = [one.outcome for one in tried if one.outcome]
     total = sum(_hours(o.seconds) for o in outcomes)
     return Cost(
@@ -220,7 +222,7 @@ def cost_of(tried: Sequence[Tried], seconds: float) -> Cost:
 
 
 def _hours(value: Any) -> float:
-    """A time as a number; 0 where a damaged file holds none."""
+    """Return a time as a number; 0 if a damaged file holds none."""
     return max(0.0, number_of(value) or 0.0)
 
 

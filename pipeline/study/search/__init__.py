@@ -1,1 +1,1 @@
-"""Ray Tune: who proposes settings, and who ends trials."""
+"""Ray Tune: proposing settings, and ending trials."""

@@ -1,7 +1,8 @@
-"""How many trials run at once, and with what: worked out before a study starts, so that no trial waits for ever.
+"""The number of concurrent trials and their resources, fixed before a study starts: no trial waits for ever.
 
-Two things would make one: trials that reserve every CPU, so that Ray Data's own tasks find none, and more trials
-than fit, of which each holds a part of what another needs. Knows no Ray: numbers in, numbers out.
+Two situations would block a trial. Trials may reserve every CPU, so that none is left for Ray Data's own
+tasks. Or more trials start than fit, each holding resources that another trial needs. No Ray here: numbers
+in, numbers out.
 """
 
 from dataclasses import dataclass
@@ -11,37 +12,37 @@ from models.errors import ResourceError
 from pipeline.cluster.resources import ResourcesConfig
 
 _FOR_RAY = 1
-"""CPUs that stay free: Ray Data's own tasks ask for a whole one."""
+"""CPUs that stay free: each of Ray Data's own tasks reserves a whole CPU."""
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What a study takes of a cluster; CPUs are Ray's logical ones."""
+    """Resources that a study takes from a cluster; CPUs are Ray's logical CPUs."""
 
     trials_at_once: int
     cpus_each: float
-    """Of a trial: its train workers, and its least number of augment actors unless they are shared."""
+    """CPUs per trial: its train workers, and its minimum of augment actors unless they are shared."""
     gpus_each: int
     augment_actors: tuple[int, int]
-    """Of each trial, or of all together where they are shared."""
+    """Minimum and maximum number per trial, or of all trials together if they are shared."""
     cpus_shared: float
-    """Of augment actors that all trials share."""
+    """CPUs of augment actors that all trials share."""
     cpus: int
-    """That the cluster has, or will have."""
+    """CPUs that the cluster has, or will have."""
     gpus: int
 
     @property
     def cpus_needed(self) -> int:
-        """All in all, with what stays free for Ray Data."""
+        """Return the total number of CPUs, including the reserve for Ray Data."""
         return ceil(self.trials_at_once * self.cpus_each + self.cpus_shared) + _FOR_RAY
 
     @property
     def cpus_for_data(self) -> float:
-        """What is left over: augment actors beyond the least, and Ray Data's own tasks."""
+        """Return the remaining CPUs: for augment actors beyond the minimum, and for Ray Data's own tasks."""
         return self.cpus - self.trials_at_once * self.cpus_each - self.cpus_shared
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Format the plan as one line."""
         gpus = f" and {self.gpus_each} GPUs" if self.gpus_each else ""
         of_gpus = f" and {self.gpus} GPUs" if self.gpus_each else ""
         shared = f", {self.cpus_shared:g} CPUs augment for all of them" if self.cpus_shared else ""
@@ -63,10 +64,10 @@ def plan_study(
     all_at_once: bool = False,
     grows: bool = True,
 ) -> StudyPlan:
-    """The plan for a cluster of `cpus` and `gpus`; ResourceError, with the numbers, where it does not fit.
+    """Return the plan for `cpus` and `gpus`; raise ResourceError, with the numbers, if the trials do not fit.
 
-    `limit`: trials at once that were asked for; None takes as many as fit. `all_at_once`: fewer of them would not do,
-    since they are a population. `grows`: the cluster may be larger one day.
+    `limit`: requested number of concurrent trials; None takes as many as fit. `all_at_once`: all trials must
+    run at once, because they form a population. `grows`: the cluster may grow later.
     """
     least, most = _actors(resources)
     cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
@@ -107,9 +108,9 @@ def plan_study(
 
 
 def local_cpus(resources: ResourcesConfig, *, cores: int, limit: int | None, shares_stream: bool) -> int:
-    """Logical CPUs for a Ray of one's own on a machine of `cores`: the operating system shares the real ones.
+    """Return the logical CPUs of a local Ray on a machine of `cores`; the operating system shares the cores.
 
-    As many trials at once as there are cores for all of each, at least one; or the `limit` asked for.
+    The number allows as many concurrent trials as have all their cores, at least one; or the `limit`.
     """
     alone, _ = _cpus(resources, shares_stream=False)
     at_once = limit or max(1, floor(cores / alone))
@@ -118,14 +119,14 @@ def local_cpus(resources: ResourcesConfig, *, cores: int, limit: int | None, sha
 
 
 def _cpus(resources: ResourcesConfig, *, shares_stream: bool) -> tuple[float, float]:
-    """Of a trial, and of what all trials share."""
+    """Return the CPUs of a trial, and the CPUs that all trials share."""
     train = resources.train_workers * resources.cpus_per_train_worker
     augment = _actors(resources)[0] * resources.cpus_per_augment_actor
     return (train, augment) if shares_stream else (train + augment, 0.0)
 
 
 def _actors(resources: ResourcesConfig) -> tuple[int, int | None]:
-    """Least and largest number of augment actors; None is no limit."""
+    """Return the minimum and maximum number of augment actors; None means no limit."""
     actors = resources.augment_actors
     if isinstance(actors, int):
         return actors, actors

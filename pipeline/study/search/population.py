@@ -1,9 +1,9 @@
-"""A population that trains at once while PB2 moves its settings: weak members go on from strong ones' weights.
+"""A population of trials under PB2: weak members copy strong members' weights and continue with new settings.
 
-A member is a sequence of trials: each time it takes over another's
-weights it becomes a new one, which begins at that one's checkpoint with parameters that PB2 chose. Tune ends the
-process of a member that takes over: its workers are removed here, and what Ray Train had set to watch over them ends
-by itself where there is a dashboard.
+A member is a sequence of trials: each time it copies another member's weights it becomes a new trial. The new
+trial starts at the other member's checkpoint with parameters from PB2. Tune ends the process of a member that
+copies. The member's workers are removed here; Ray Train's monitor of them ends by itself if there is a
+dashboard.
 """
 
 import importlib.util
@@ -31,24 +31,24 @@ from pipeline.training.checkpoint import own_copy
 
 _POINTER = "pointer.json"
 _ALIKE, _ASIDE = 1e-3, 0.2
-"""Shares of the range of a setting: what makes no difference, and how far a step aside goes at most."""
+"""Shares of a setting's range: the largest negligible difference, and the largest random step."""
 
 
 class Pointer(NamedTuple):
-    """A checkpoint: of which trial, after which step."""
+    """A checkpoint: its trial and its step."""
 
     number: int
     step: int
 
 
 class MemberReport:
-    """What a member tells at each evaluation: its score, and the checkpoint that others may go on from."""
+    """Reports of a member at each evaluation: its score, and the checkpoint that others may copy."""
 
     def __init__(self, placements: Placements, slot: int) -> None:
         self._placements, self._slot = placements, slot
 
     def placed(self, group: PlacementGroup) -> None:
-        """Tell where the workers are: Tune ends the process of a member that takes over, and not what it started."""
+        """Record the workers' placement group: Tune ends a copying member's process, but not its workers."""
         self._placements.keep(_name(self._slot), group)
 
     def __call__(self, pointer: Pointer, score: float, scores: Mapping[str, float]) -> None:
@@ -61,7 +61,7 @@ class MemberReport:
 
 
 Member = Callable[[int, Mapping[str, float], Pointer | None, MemberReport], None]
-"""(its place in the population, point of the unit cube, where it goes on from, report) -> trained to its end."""
+"""(index in the population, point of the unit cube, starting checkpoint, report) -> trains to the end."""
 
 
 def run_population(
@@ -74,14 +74,15 @@ def run_population(
     on_end: Callable[[int, str | None], None],
     tell: Callable[[str], None],
 ) -> None:
-    """Train a member from each point of `starts`; weak ones take over from strong ones, as Rounds says.
+    """Train one member from each point of `starts`; weak members copy strong members as decided by Rounds.
 
-    ResourceError where scikit-learn or the dashboard, which PB2 needs, is missing.
+    Raises ResourceError if scikit-learn or the dashboard, which PB2 needs, is missing.
     """
-    np.random.seed(seed)  # the only way in which PB2 takes one
+    np.random.seed(seed)  # PB2 takes its seed only this way
     keys, placements = list(starts[0]), Placements()
     with warnings.catch_warnings():
-        # Of a process fitted to few scores, and of processes that are not used again: neither is for a person to mend.
+        # Warnings about a process fitted to few scores, and about processes that are not reused: users cannot
+        # fix either.
         warnings.filterwarnings("ignore", module=r"sklearn\.|ray\.tune\.tune")
         run_tune(
             _Trainable(member, keys, placements),
@@ -100,16 +101,16 @@ def run_population(
 
 
 def check_population() -> None:
-    """ResourceError unless PB2 has what it needs. On a Ray that is up."""
+    """Raise ResourceError unless PB2's requirements are met. Needs a running Ray."""
     check_pb2()
     if importlib.util.find_spec("sklearn") is None:
         raise ResourceError(
             "tune.scheduler=pb2 needs scikit-learn: pip install 'dinoray[pb2]', or take tune.scheduler=asha"
         )
     try:
-        # By address: there may be more than one Ray on this machine.
+        # By address, because there may be more than one Ray on this machine.
         ray.util.state.list_nodes(address=ray.get_runtime_context().gcs_address, limit=1, timeout=20)
-    except Exception as error:  # of many kinds, by what of the dashboard is missing
+    except Exception as error:  # of many kinds, by the missing part of the dashboard
         raise ResourceError(
             f"tune.scheduler=pb2 needs Ray's dashboard, to end what watches over a replaced trial ({one_line(error)}); "
             "start the head with it, or take tune.scheduler=asha"
@@ -125,7 +126,7 @@ def _name_of(trial: TuneTrial) -> str:
 
 
 class _Trainable:
-    """The function that Tune runs for a member, anew each time it takes over."""
+    """The function that Tune runs for a member, once more after each copy."""
 
     __name__ = "member"
 
@@ -133,7 +134,7 @@ class _Trainable:
         self._member, self._keys, self._placements = member, keys, placements
 
     def __call__(self, config: dict[str, Any]) -> None:
-        # By its name: a member that takes over gets the other's config, but for what PB2 chose.
+        # By its name: a copying member gets the other member's config, apart from PB2's settings.
         slot = slot_of(tune.get_context().get_trial_name())
         cube = {key: config[key] for key in self._keys}
         pointer = None
@@ -147,21 +148,21 @@ class _Trainable:
 
 
 class Rounds:
-    """Who takes over from whom: the worst quarter of the members from the best, by scores of the same step.
+    """Copy decisions: the worst quarter of the members copies the best, by scores of the same step.
 
-    A round is a step at which every living member has told its score; members come to it at different times, and
-    none waits. A weak one takes over when it tells its next score. The first round judges nobody: PB2 learns from
-    changes of the score, and would give the settings of the best to two members.
+    A round is a step at which every living member has reported its score. Members reach it at different
+    times, and none waits. A weak member copies at its next report. The first round decides nothing: PB2
+    learns from changes of the score, and would give the best settings to two members.
     """
 
     def __init__(self) -> None:
         self._scores: dict[int, dict[int, float]] = {}
-        self._copied: dict[int, int] = {}  # up to which step a member's scores are those of whom it took over
+        self._copied: dict[int, int] = {}  # up to which step a member's scores are the donor's
         self._judged = 0
         self._donors: dict[int, int] = {}
 
     def told(self, member: int, step: int, score: float, living: Collection[int]) -> int | None:
-        """Whom the member takes over from, now that it has told the score of this step (more is better)."""
+        """Record a member's score (larger is better) at a step; return the member to copy from, or None."""
         self._scores.setdefault(member, {})[step] = score
         steps = set.intersection(*(set(self._scores.get(one, ())) for one in living))
         if len(steps) > 1 and max(steps) > self._judged:
@@ -172,13 +173,13 @@ class Rounds:
         return donor if donor in living else None
 
     def took_over(self, member: int, donor: int) -> None:
-        """The member goes on from where the donor is, with its scores so far; it is judged again by its own."""
+        """Record that the member continues from the donor with its scores; later rounds use new scores."""
         self._scores[member] = dict(self._scores[donor])
         self._copied[member] = max(self._scores[donor])
 
     def _judge(self, scores: Mapping[int, float]) -> dict[int, int]:
         order = sorted(scores, key=lambda one: scores[one])
-        pairs = zip(order, order[::-1], strict=True)  # the worst from the best, the next from the next
+        pairs = zip(order, order[::-1], strict=True)  # worst copies best, second worst second best
         return {
             weak: donor
             for weak, donor in list(pairs)[: min(math.ceil(len(order) / 4), len(order) // 2)]
@@ -187,7 +188,10 @@ class Rounds:
 
 
 class _Population(Unsaved, OpenPB2):
-    """PB2 on the unit cube: it chooses the settings, Rounds the members. All of them fit at once: none is paused."""
+    """PB2 on the unit cube: PB2 chooses settings, Rounds chooses members.
+
+    All members fit at once: none is paused.
+    """
 
     def __init__(self, keys: Sequence[str]) -> None:
         super().__init__(
@@ -200,13 +204,13 @@ class _Population(Unsaved, OpenPB2):
         self._keys, self._rounds = list(keys), Rounds()
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
-        if self.knows(trial):  # its process has died and is started again: it is where it was
+        if self.knows(trial):  # its process died and restarted: its state is unchanged
             return
         trial.config |= {key: trial.config["member"][key] for key in self._keys}
         super().on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        if "score" not in result:  # an error is told
+        if "score" not in result:  # the result reports an error
             return TrialScheduler.CONTINUE
         self.note_result(trial, result["step"], result)
         living = {slot_of(str(one)): one for one in tune_controller.get_trials() if not one.is_finished()}
@@ -216,18 +220,21 @@ class _Population(Unsaved, OpenPB2):
             return TrialScheduler.CONTINUE
         self.replace(tune_controller, trial, living[donor])
         self._rounds.took_over(member, donor)
-        return TrialScheduler.NOOP  # it is to begin anew
+        return TrialScheduler.NOOP  # the member restarts
 
     def new_config(self, trial: TuneTrial, donor: TuneTrial) -> tuple[dict[str, Any], dict[str, Any]]:
-        """PB2's choice; of few scores that is now and then just where the donor is, and two that train alike teach
-        nothing: then a step aside, as in plain population based training."""
+        """Return PB2's choice, or a random step from the donor if the choice equals the donor's settings.
+
+        With few scores PB2 sometimes repeats the donor, and two equal members teach nothing. The step is the
+        one of plain population based training.
+        """
         config, operations = super().new_config(trial, donor)
         if all(abs(config[key] - donor.config[key]) < _ALIKE for key in self._keys):
             aside = np.random.uniform(-_ASIDE, _ASIDE, len(self._keys))
             beside = np.array([config[key] for key in self._keys]) + aside
-            moved = 1 - np.abs(1 - np.abs(beside))  # back from the edge that it would be beyond
+            moved = 1 - np.abs(1 - np.abs(beside))  # reflected at the edge
             config |= dict(zip(self._keys, moved.tolist(), strict=True))
-            self.data.loc[self.data.index[-1], self._keys] = moved  # where PB2 has written down what it chose
+            self.data.loc[self.data.index[-1], self._keys] = moved  # overwrite PB2's own record of its choice
             self.current[-1] = moved
         return config, operations
 
@@ -244,5 +251,5 @@ class _MemberListener(Listener):
 
 
 def slot_of(name: str) -> int:
-    """A member's place, of its name."""
+    """Return a member's index from its name."""
     return int(name.removeprefix("member-"))

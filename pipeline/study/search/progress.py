@@ -1,4 +1,7 @@
-"""What is left to do in a study, and what its next proposal may know: from its trials alone. No Ray here."""
+"""Remaining work of a study, and the observations for its next proposal, from its trials alone.
+
+No Ray here.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,12 +16,12 @@ from pipeline.study.trials import Trial, Tried, evaluations, read_trials, trial_
 
 
 def next_number(tried: Sequence[Tried]) -> int:
-    """Of the next new trial."""
+    """Return the number of the next new trial."""
     return max((t.trial.number for t in tried), default=-1) + 1
 
 
 def course(tried: Tried, objective: Objective, *, up_to: int | None = None) -> Mapping[int, float]:
-    """Scores by step at which the trial was evaluated, after the first step, and not after `up_to`."""
+    """Return scores by step of evaluation, after the first step and up to `up_to`."""
     scored = {step: objective.score(scores) for step, scores in evaluations(tried.records).items()}
     return {
         step: score
@@ -28,15 +31,15 @@ def course(tried: Tried, objective: Objective, *, up_to: int | None = None) -> M
 
 
 def committed_course(study: Directory, tried: Tried, objective: Objective) -> Mapping[int, float]:
-    """Of a trial that goes on from its last checkpoint, what it will not evaluate again."""
+    """Return the scores of a resumed trial up to its last checkpoint, which it will not evaluate again."""
     steps = committed_steps(trial_directory(study, tried.trial))
     return course(tried, objective, up_to=max(steps, default=0))
 
 
 def known(tried: Sequence[Tried], objective: Objective, *, worst: float) -> list[Known]:
-    """The search as a sampler sees it: a failed trial has the `worst` score, so that its like is not tried for ever.
+    """Return the trials as observations for a sampler; an early-stopped trial includes its scores by step.
 
-    One that was given up says how far it was.
+    A failed trial has the `worst` score, so that similar parameters are not tried for ever.
     """
     found = []
     for nth, t in enumerate(searched(tried)):
@@ -53,7 +56,7 @@ def known(tried: Sequence[Tried], objective: Objective, *, worst: float) -> list
 
 
 def member_start(space: Space, trial: Trial) -> dict[str, float]:
-    """Where a member of a population goes on from; ConfigError where the space has changed and it is not in it."""
+    """Return the point where a member continues; raise ConfigError if it is outside a changed space."""
     for key, domain in space.items():
         if key not in trial.params or not domain.holds(trial.params[key]):
             where = f"is at {trial.params[key]!r}" if key in trial.params else "has none"
@@ -65,7 +68,7 @@ def member_start(space: Space, trial: Trial) -> dict[str, float]:
 
 
 def check_any_ran(study: Directory) -> None:
-    """DinorayError where every trial that ended has failed: it is not the settings that were tried."""
+    """Raise DinorayError if every ended trial failed: then the tried settings are not the cause."""
     outcomes = [t.outcome for t in read_trials(study) if t.outcome]
     if outcomes and all(outcome.status == "failed" for outcome in outcomes):
         first = " ".join(outcomes[0].message.split()) or "not recorded"
@@ -76,7 +79,7 @@ def check_any_ran(study: Directory) -> None:
 
 
 def confirmations(tried: Sequence[Tried], *, top: int, num_seeds: int) -> list[Trial]:
-    """Trials that are still to be made so that the best `top` of those that finished have all their seeds."""
+    """Return the trials still needed so that the best `top` finished candidates have all their seeds."""
     scored = [
         (t.outcome.score, t.trial) for t in searched(tried) if t.outcome and t.outcome.status == "finished"
     ]

@@ -1,8 +1,8 @@
-"""Who proposes the next point of a study: at random, by a grid, evenly, or by TPE from what was found so far.
+"""Search algorithms of a study: random, grid, Sobol, and TPE from earlier scores.
 
-A proposal is a function of the seed, the trial's number and the trials that are known by then, never of a generator's
-state: a study that was killed goes on as if it had not been. Points are those of the unit cube
-(pipeline/study/space.py). Optuna is known here alone. No Ray here.
+A proposal is a function of the seed, the trial's number and the trials known so far, never of a generator's
+state. So a killed study resumes with the same proposals. Points lie in the unit cube
+(pipeline/study/space.py). Only this module uses Optuna. No Ray here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +15,17 @@ from pipeline.study.space import Space, at, grid, place
 
 
 class Known(NamedTuple):
-    """A trial as a sampler sees it: where it lies, its number, and its score, None while it runs."""
+    """A trial as an observation: its parameters, its number, and its score, None while it runs."""
 
     number: int
     params: Mapping[str, Any]
     score: float | None
     course: Mapping[int, float]
-    """Scores by step, of a trial that was given up before its end; else empty."""
+    """Scores by step of an early-stopped trial; else empty."""
 
 
 Propose = Callable[[int, Sequence[Known]], tuple[dict[str, Any], str]]
-"""(number of the trial, all that are known) -> its parameters, and who proposed them."""
+"""(number of the trial, all known trials) -> (parameters, source of the proposal)."""
 
 
 def sampler(
@@ -37,7 +37,10 @@ def sampler(
     num_trials: int,
     grid_points: int,
 ) -> Propose:
-    """Proposes `first`, in order, then by `kind`; TPE begins with even points: a third of `num_trials`, at most ten."""
+    """Return a function that proposes `first` in order, then by `kind`.
+
+    TPE begins with Sobol points: a third of `num_trials`, at most ten.
+    """
     table = grid(space, grid_points) if kind == "grid" else []
     num_even = min(10, max(4, num_trials // 3))
 
@@ -58,13 +61,13 @@ def sampler(
 
 
 def grid_size(space: Space, grid_points: int) -> int:
-    """Trials of a whole grid."""
+    """Return the number of trials of a whole grid."""
     return len(grid(space, grid_points))
 
 
 def _even_point(space: Space, seed: int, nth: int) -> dict[str, float]:
-    """The nth point of a scrambled Sobol sequence: any first n of them cover the cube evenly."""
-    import torch  # two seconds that few studies need
+    """Return the nth point of a scrambled Sobol sequence: any first n points cover the cube evenly."""
+    import torch  # takes two seconds; few studies need it
 
     engine = torch.quasirandom.SobolEngine(max(1, len(space)), scramble=True, seed=seed)
     point = (
@@ -76,8 +79,8 @@ def _even_point(space: Space, seed: int, nth: int) -> dict[str, float]:
 
 
 def _tpe(space: Space, seed: int, number: int, known: Sequence[Known]) -> dict[str, float]:
-    """Optuna's multivariate TPE on the cube; trials that run count as bad, so that neighbours are not tried at once."""
-    import optuna  # half a second that only studies need
+    """Return a point by Optuna's multivariate TPE; running trials count as bad: neighbours are avoided."""
+    import optuna  # takes half a second; only studies need it
     from optuna.distributions import CategoricalDistribution, FloatDistribution
     from optuna.trial import TrialState, create_trial
 
@@ -96,7 +99,7 @@ def _tpe(space: Space, seed: int, number: int, known: Sequence[Known]) -> dict[s
     )
     for trial in sorted(known):
         if not all(key in trial.params and domain.holds(trial.params[key]) for key, domain in space.items()):
-            continue  # a first point outside of the space
+            continue  # a first point outside the space
         running = trial.score is None
         state = TrialState.RUNNING if running else TrialState.PRUNED if trial.course else TrialState.COMPLETE
         study.add_trial(
@@ -116,7 +119,7 @@ def _tpe(space: Space, seed: int, number: int, known: Sequence[Known]) -> dict[s
 
 
 def _indices(space: Space, cube: Mapping[str, float]) -> dict[str, Any]:
-    """A point of the cube with the numbers of choices in place of where they lie: they have no order."""
+    """Return a point of the cube with indices for choices instead of positions: choices have no order."""
     return {
         key: int(cube[key] * len(d.values)) if d.kind == "choice" else cube[key] for key, d in space.items()
     }

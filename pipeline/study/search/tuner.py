@@ -1,7 +1,7 @@
-"""Ray Tune as both kinds of search use it (tuning.py, population.py): started, listened to, and stopped.
+"""Ray Tune for both kinds of search (tuning.py, population.py): start, callbacks, stop.
 
-Trials run as Tune's functions in processes on the head, where no work is done and no spot node takes them with it.
-Nothing of Tune's own state is ever read again: pipeline/study/trials.py is what a study continues from.
+Trials run as Tune functions in processes on the head, which runs no other work and is no spot node. Tune's
+own state is never read again: a study resumes from pipeline/study/trials.py.
 """
 
 import logging
@@ -24,34 +24,34 @@ _ON_HEAD = "node:__internal_head__"
 
 
 class Unsaved:
-    """Tune pickles what it is given, to restore it later. Ours is not: it holds the driver's console and files."""
+    """Excludes an object from Tune's pickled state: ours holds the driver's console and files."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class Placements:
-    """Where the workers of trials are: the driver removes what the process of a trial cannot, because it was killed.
+    """Placement groups of the trials' workers. The driver removes them if the process of a trial was killed.
 
-    Ray Train leaves it to the dashboard, which there may not be.
+    Ray Train leaves this to the dashboard, which may not be running.
     """
 
     def __init__(self) -> None:
         self._actor = actor_here(_Groups)
 
     def keep(self, name: str, group: PlacementGroup) -> None:
-        """The workers of the trial of this name are there now."""
+        """Record the current placement group of a trial's workers."""
         self._actor.keep.remote(name, group)
 
     def clear(self, name: str) -> None:
-        """Remove the group that is known of the trial, with what is in it; one that is gone is no error."""
+        """Remove the recorded group of the trial with its workers; ignore a group that no longer exists."""
         group = ray.get(self._actor.take.remote(name))
         if group is not None:
             remove_placement_group(group)
 
 
 def remove_left_group(group_id: str) -> None:
-    """Remove the placement group of this hexadecimal id, if it is there: a killed driver's may outlive it."""
+    """Remove the placement group with this hexadecimal id, if it exists: it may outlive a killed driver."""
     if ray.util.placement_group_table().get(group_id, {}).get("state") not in (None, "REMOVED"):
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
 
@@ -68,9 +68,9 @@ class _Groups:
 
 
 class Listener(Unsaved, tune.Callback):
-    """Hears of the ends of trials, and of an error that concerns them all: it ends the study.
+    """Handles the ends of trials, and ends the study at an error that concerns all trials.
 
-    What an attempt has left that was killed is removed before the next one, and after the last.
+    Leftovers of a killed attempt are removed before the next attempt, and after the last.
     """
 
     fatal: DinorayError | None = None
@@ -117,12 +117,12 @@ class Listener(Unsaved, tune.Callback):
         self.ended(trial, _cause(trial))
 
     def ended(self, trial: TuneTrial, error: str | None) -> None:
-        """A trial has ended, or failed for good with this error."""
+        """Handle the end of a trial; `error` is set if it failed for good."""
         raise TypeError(f"{type(self).__name__} does not say what the end of {trial} means")
 
 
 def _cause(trial: TuneTrial) -> str:
-    """The last line of what Tune wrote down of the trial's error: on this machine, the storage has it later."""
+    """Return the last line of the trial's error from Tune's local file; the storage gets it later."""
     try:
         lines = Path(trial.error_file).read_text().strip().splitlines()
     except (OSError, TypeError):
@@ -131,7 +131,7 @@ def _cause(trial: TuneTrial) -> str:
 
 
 class _Stopper(Unsaved, tune.Stopper):
-    """Stops all trials once the listener has heard of a fatal error."""
+    """Stops all trials once the listener has recorded a fatal error."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
@@ -144,7 +144,7 @@ class _Stopper(Unsaved, tune.Stopper):
 
 
 def tell_error(error: DinorayError) -> None:
-    """Of a trial, in it: an error that would meet every trial is told, not raised, since what is raised is retried."""
+    """Report an error that would affect every trial, from inside a trial: a raised error would be retried."""
     tune.report({"error": str(error), "exit_code": error.exit_code})
 
 
@@ -157,19 +157,19 @@ def run_tune(
     max_failures: int,
     space: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run Tune to its end, its own records in the study's folder `ray`; raises what the listener calls fatal."""
-    # Ctrl-C ends the study as it ends any job; trials write their own records, and what is seen of them is ours.
+    """Run Tune to its end, its records in the study's folder `ray`; raise the listener's fatal error."""
+    # Ctrl-C ends the study like any job; trials write their own records, and the console output is ours.
     os.environ |= {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the listener tells of them, in a line each
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may collapse before it is first evaluated
-        # Written at the start and at the end only: Tune uploads its state beside writing it, and complains with a
-        # traceback when a file has been renamed meanwhile.
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the listener prints one line per error
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may collapse before its first evaluation
+        # Written only at start and end: Tune uploads its state while writing it, and logs a traceback if a
+        # file was renamed meanwhile.
         "TUNE_GLOBAL_CHECKPOINT_S": "inf",
         "RAY_AIR_NEW_OUTPUT": "0",
     }
-    # Nobody reads that state, so nobody needs to hear that it was not saved.
+    # This state is never read, so warnings that it was not saved are noise.
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     storage, path = filesystem(study.uri)
     tune.Tuner(

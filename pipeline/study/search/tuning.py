@@ -1,8 +1,8 @@
-"""A search on a Ray that is up: trials as Tune's functions, each at its evaluations told whether it goes on.
+"""A search on a running Ray: trials as Tune functions that receive a stop decision at each evaluation.
 
-What a trial does is handed in, and so is what is proposed: this file brings them to Tune, and ASHA to them. A trial
-that is given up is told so and ends by itself, with a checkpoint, its workers and its placement group gone: Tune
-would kill its process, and what that had started could then only be cleaned up through the dashboard.
+The trial function and the proposals are arguments; this module connects them to Tune and ASHA. An
+early-stopped trial ends by itself, with a checkpoint, and removes its workers and its placement group. Tune
+would kill its process, and its child processes could then be removed only through the dashboard.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ Course = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Halving:
-    """ASHA: at `grace_steps` and each `factor` times as many, all but the best of 1 in `factor` are given up."""
+    """ASHA: at `grace_steps` and each `factor` times as many, all but the best 1 in `factor` stop early."""
 
     grace_steps: int
     factor: float
@@ -39,43 +39,43 @@ class Halving:
 
 
 class Report:
-    """What a trial tells, and is told, at each evaluation."""
+    """Reports of a trial, answered with a stop decision, at each evaluation."""
 
     def __init__(self, referee: Any, placements: Placements, trial: Trial) -> None:
         self._referee, self._placements, self._trial = referee, placements, trial
 
     def __call__(self, step: int, score: float, scores: Mapping[str, float]) -> bool:
-        """Tell of an evaluation; whether the trial goes on."""
+        """Report an evaluation; return true if the trial continues."""
         tune.report({**scores, "step": step, "score": score})
         return ray.get(self._referee.decision.remote(self._trial.number, step))
 
     def placed(self, group: PlacementGroup) -> None:
-        """Tell where the workers are, so that they do not outlive a trial that dies."""
+        """Record the placement group of the workers, so that they do not outlive a dead trial."""
         self._placements.keep(self._trial.name, group)
 
 
 Body = Callable[[Trial, Report], None]
-"""Runs a trial to its end, in whatever way it ends, and remembers the outcome."""
+"""Runs a trial until it ends in any way, and stores the outcome."""
 
 
 @dataclass
 class Search:
-    """What Tune asks for and tells of: proposals, the past, and what becomes of trials."""
+    """Interface to Tune: proposals, earlier scores, and callbacks on trials."""
 
     propose: Callable[[], Trial | None]
-    """The next trial; None when there is none left."""
+    """Return the next trial; None if there is none left."""
     on_end: Callable[[Trial, str | None], None]
-    """A trial has ended, or failed for good with this error."""
+    """Handle the end of a trial; the error is set if it failed for good."""
     tell: Callable[[str], None]
-    """A person should hear this."""
+    """Print a message for the user."""
     ended: Mapping[int, Course] = field(default_factory=dict)
-    """Evaluations of trials that have ended in an earlier life of the study."""
+    """Evaluations of trials that ended before the study was resumed."""
     begun: Mapping[int, Course] = field(default_factory=dict)
-    """Those of trials that are proposed again, up to where they continue."""
+    """Evaluations of trials that are proposed again, up to the step from which they resume."""
 
 
 class _Referee:
-    """Carries decisions from the scheduler, in the driver, to the trials."""
+    """Passes decisions from the scheduler, in the driver, to the trials."""
 
     def __init__(self) -> None:
         self._decisions: defaultdict[tuple[int, int], asyncio.Future[bool]] = defaultdict(asyncio.Future)
@@ -98,7 +98,7 @@ def run_trials(
     halving: Halving | None,
     max_failures: int,
 ) -> None:
-    """Run the trials that are proposed, `num_trials` at most. DinorayError where a trial's error concerns them all."""
+    """Run at most `num_trials` proposed trials; raise DinorayError if an error concerns all trials."""
     referee = actor_here(_Referee)
     placements = Placements()
     run_tune(
@@ -119,12 +119,12 @@ def run_trials(
 
 
 def trial_of(trial: TuneTrial) -> Trial:
-    """Ours, of Tune's."""
+    """Return our trial of a Tune trial."""
     return Trial(**trial.config["trial"])
 
 
 class _Trainable:
-    """The function that Tune runs."""
+    """The function that Tune runs for a trial."""
 
     __name__ = "trial"
 
@@ -140,7 +140,7 @@ class _Trainable:
 
 
 class _Proposals(Unsaved, Searcher):
-    """Tune's side of `Search.propose`."""
+    """Tune's interface to `Search.propose`."""
 
     def __init__(self, search: Search) -> None:
         super().__init__(metric="score", mode="max")
@@ -151,18 +151,18 @@ class _Proposals(Unsaved, Searcher):
         return Searcher.FINISHED if trial is None else {"trial": asdict(trial)}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """The listener is told as well, and sooner."""
+        """Do nothing: the listener gets this event earlier."""
 
     def save(self, checkpoint_path: str) -> None:
-        with open(checkpoint_path, "wb"):  # Tune wants the file; nobody reads it
+        with open(checkpoint_path, "wb"):  # Tune needs the file; it is never read
             pass
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing was saved."""
+        """Do nothing: nothing was saved."""
 
 
 class _Refereed(Unsaved, FIFOScheduler):
-    """First come, first served; ASHA says who goes on, and the trial is told instead of killed."""
+    """First in, first out; ASHA's stop decisions are sent to the trials, which are not killed."""
 
     def __init__(self, referee: Any, halving: Halving | None, search: Search) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class _Refereed(Unsaved, FIFOScheduler):
                 self._add(SimpleNamespace(trial_id=f"ended-{number}"), course)
 
     def _add(self, trial: Any, course: Course) -> None:
-        """Make a trial known, with what was decided on already: each rung has one score of it."""
+        """Add a trial to ASHA with its earlier decisions: each rung holds one of its scores."""
         if self._asha is not None:
             self._asha.on_trial_add(None, trial)
             for step, score in sorted(course.items()):
