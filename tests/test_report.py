@@ -134,22 +134,26 @@ def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
     page = Page(build_report(whole_run(tmp_path)))
     assert page.text.count("Finished after 30 steps.") == 1
     for heading in (
-        *("Curves", "Health", "Where the teacher looks", "Crops", "Bad images", "Scores", "Settings"),
-        *("Loss and KL to the student (nats)", "Teacher entropy (nats)", "k-NN accuracy of the teacher"),
+        *("Curves", "Health", "Attention maps", "Crops", "Bad images", "Scores", "Settings"),
+        *(
+            "Loss, and KL divergence of teacher and student (nats)",
+            "Teacher entropy (nats)",
+            "k-NN accuracy of the teacher",
+        ),
         *("Learning rate", "Teacher temperature", "Teacher momentum", "Images per second"),
         *(
             "Time spent waiting for data",
             "Mutual information of image and prototype (nats)",
-            "Spread of features",
+            "Standard deviation of the features",
         ),
     ):
         assert heading in page.text, heading
-    assert "ln K = 4.16: uniform" in page.text
-    assert "k-NN, k=2049.0%19.0% at first, majority 10.0%" in page.text
+    assert "uniform: ln K = 4.16" in page.text
+    assert "k-NN, k=2049.0%initially 19.0%, majority guess 10.0%" in page.text
     assert "teacher entropy40%" in page.text
     assert "images/s130" in page.text
     assert "data wait25%" in page.text
-    assert "The first 20 of 50 in quarantine.jsonl" in page.text
+    assert "Rows of quarantine.jsonl: first 20 of 50" in page.text
     assert "19.jpg" in page.text
     assert "20.jpg" not in page.text
     assert "evaluation_step_00000030.json" in page.text
@@ -204,7 +208,7 @@ def test_a_run_without_metrics_has_a_page(tmp_path: Path) -> None:
     page = Page(build_report(make_run(tmp_path)))
     assert "No metrics yet." in page.text
     assert "/images" in page.text
-    for absent in ("Curves", "Health", "Crops", "Bad images", "Where the teacher looks", "Scores"):
+    for absent in ("Curves", "Health", "Crops", "Bad images", "Attention maps", "Scores"):
         assert absent not in page.text
 
 
@@ -218,7 +222,7 @@ def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
     run = make_run(tmp_path, metrics_dot_jsonl=jsonl(step_record(12)) + b'{"step": 13, "lo')
     text = Page(build_report(run)).text
     assert "Not finished: step 12, epoch 1.2 of 4." in text
-    assert "cannot be read" not in text  # the last line is just being written
+    assert "Unreadable lines" not in text  # the last line is just being written
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path: Path) -> None:
@@ -256,7 +260,7 @@ def test_damaged_files_are_left_out(tmp_path: Path) -> None:
         result_dot_json="[1, 2]",
     )
     page = Page(build_report(run))
-    assert "4 lines of metrics.jsonl cannot be read" in page.text
+    assert "Unreadable lines in metrics.jsonl: 4; this page omits them." in page.text
     assert "step 4" in page.text
     assert not page.all("img")
     assert "Bad images" not in page.text
@@ -310,7 +314,7 @@ def test_trouble_stands_on_top_with_its_remedy(tmp_path: Path) -> None:
     ("verdicts", "told"),
     [
         (["healthy"] * 3, ""),
-        (["healthy", "non-finite", "healthy"], "was in trouble for a while and recovered"),
+        (["healthy", "non-finite", "healthy"], "The run had an unhealthy verdict and recovered; see Health."),
         (["healthy", "of another version"], "of another version since step 2"),
         ([None, None], ""),
     ],
@@ -453,7 +457,7 @@ def test_the_newest_attention_figure_is_shown_and_some_others_are_folded(
     assert attention_figures(run) == [(step, f"attention/step_{step:08d}.png") for step in steps]
     html = build_report(run)
     if shown:
-        section = html.split('<section id="where-the-teacher-looks">')[1].split("</section>")[0]
+        section = html.split('<section id="attention-maps">')[1].split("</section>")[0]
         newest, _, folded = section.partition("<details>")
         captions = re.findall(r"<figcaption>after (\d+) steps?</figcaption>", newest)
         assert captions == [str(shown[-1])]

@@ -123,17 +123,21 @@ def fed(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 
 def test_the_page_shows_what_feeds_the_train_workers(fed: Page) -> None:
-    section = fed.text.split("Feeding the train workers")[1].split("Where the teacher looks")[0]
+    section = fed.text.split("Throughput")[1].split("Attention maps")[0]
     for words in (
-        *("Against hours since the first line.", "Images per second", "Time spent waiting for data"),
-        *("Nodes that are up", "without GPUs", "with GPUs", "head", "Augment actors", "asked for", "running"),
-        *("CPU time per image (ms)", "fetch", "decode", "crop", "Dollars so far"),
-        "Lines break where nothing was logged for long: the run was down, or evaluated.",
+        *(
+            "The x-axis shows hours since the first log line.",
+            "Images per second",
+            "Time spent waiting for data",
+        ),
+        *("Running nodes", "without GPUs", "with GPUs", "head", "Augment actors", "requested", "running"),
+        *("CPU time per image (ms)", "fetch", "decode", "crop", "Cumulative cost (dollars)"),
+        "Gaps in the curves: the run was stopped or evaluating.",
     ):
         assert words in section, words
     # 390 steps of 30 s and an hour down; 4.2 dollars an hour
-    assert "wall time4.2 hsince the first line, 61 min of it silent" in fed.text
-    assert "cost$18.20nodes, while it ran" in fed.text
+    assert "wall time4.2 hsince the first log line, including 61 min of gaps" in fed.text
+    assert "cost$18.20nodes, during the run" in fed.text
 
 
 def test_curves_over_time_are_broken_where_the_run_was_down(tmp_path: Path) -> None:
@@ -151,24 +155,24 @@ def test_curves_over_time_are_broken_where_the_run_was_down(tmp_path: Path) -> N
 def test_lines_without_times_are_drawn_over_steps(tmp_path: Path) -> None:
     records = [step_record(step) for step in range(1, 9)]
     text = Page(build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))).text
-    assert "Against steps: the lines of this run do not say when they were written." in text
+    assert "The x-axis shows steps: this run's log lines have no timestamps." in text
     assert "Images per second" in text
-    for absent in ("wall time", "cost", "Nodes that are up", "Augment actors", "Dollars", "CPU time"):
+    for absent in ("wall time", "cost", "Running nodes", "Augment actors", "Cumulative cost", "CPU time"):
         assert absent not in text
 
 
 def test_a_short_run_without_a_stop_has_minutes_and_no_break(tmp_path: Path) -> None:
     records = [fed_record(step, step * 1.5) for step in range(1, 201)]
     text = Page(build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))).text
-    assert "Against minutes since the first line." in text
-    assert "Lines break" not in text
-    assert "wall time5 minsince the first linecost" in text
+    assert "The x-axis shows minutes since the first log line." in text
+    assert "Gaps" not in text
+    assert "wall time5 minsince the first log linecost" in text
 
 
 def test_a_kind_of_node_that_never_was_is_no_curve(tmp_path: Path) -> None:
     records = [fed_record(step, step) | {"nodes_gpu": 0, "nodes_cpu": 0} for step in range(1, 9)]
     text = Page(build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))).text
-    assert "Nodes that are up" in text
+    assert "Running nodes" in text
     assert "GPUs" not in text
 
 
@@ -221,13 +225,15 @@ def test_the_commonest_kind_comes_first(tmp_path: Path) -> None:
 
 def test_bad_images_are_summed_up_by_kind(fed: Page) -> None:
     section = fed.text.split("Bad images")[1].split("Scores")[0]
-    assert "100 could not be used and were replaced by others." in section
-    assert "0.39 % of 25,600 images seen, 39% of what data.max_bad_fraction=0.01 allows." in section
+    assert (
+        "Images that could not be used: 100 (0.39 % of 25,600 images seen, 39% of the limit "
+        "data.max_bad_fraction=0.01). Each was replaced by another image." in section
+    )
     assert "damaged or cut off JPEG400.16 %train/2019/archive-of-summer/IMG_000000.jpg" in section
     assert "missing200.078 %train/2019/archive-of-summer/IMG_000002.jpg" in section
     assert "empty200.078 %" in section
     assert "too many bytes200.078 %" in section
-    assert "The first 20 of 100 in quarantine.jsonl" in section
+    assert "Rows of quarantine.jsonl: first 20 of 100" in section
     assert len(fed.all("details")) == 4
 
 
@@ -251,8 +257,8 @@ def test_what_the_decoder_says_is_grouped_by_its_words(data: bytes, kind: str) -
     ("status", "reason", "kind"),
     [
         ("corrupt", "null", "empty"),
-        ("corrupt", "shards/a-3.parquet changed after it was listed", "changed, or a damaged shard"),
-        ("corrupt", "s3://b/k has 5 bytes, not 7 as listed: list again", "changed, or a damaged shard"),
+        ("corrupt", "shards/a-3.parquet changed after it was listed", "changed file or damaged shard"),
+        ("corrupt", "s3://b/k has 5 bytes, not 7 as listed: list again", "changed file or damaged shard"),
         ("missing", "/images/a.jpg: No such file or directory", "missing"),
         ("unreachable", "s3://b/k: gave up after 5 attempts", "unreachable"),
         ("of another version", "x", "of another version"),
@@ -268,7 +274,7 @@ def test_many_kinds_are_shown_as_others(tmp_path: Path) -> None:
     bad = [{"position": i, "status": f"kind {i:02d}", "key": f"{i}.jpg", "reason": ""} for i in range(30)]
     text = Page(build_report(make_run(tmp_path, quarantine_dot_jsonl=jsonl(*bad)))).text
     assert "kind 1111" in text.replace(".jpg", "")
-    assert "others1812.jpg" in text
+    assert "other kinds1812.jpg" in text
 
 
 @pytest.mark.parametrize(
@@ -278,7 +284,9 @@ def test_many_kinds_are_shown_as_others(tmp_path: Path) -> None:
 def test_a_run_near_its_limit_is_told_of(bad: int, seen: int, limit: float, told: bool) -> None:
     line = nearness(Share(bad, seen, limit))
     assert (line is not None) is told
-    assert not told or "0.5 % of those seen. The run ends beyond data.max_bad_fraction=0.01." in str(line)
+    assert not told or "0.5 % of the images seen; the run fails above data.max_bad_fraction=0.01." in str(
+        line
+    )
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, 5, 6, 40])
@@ -338,13 +346,13 @@ def test_a_recipe_as_it_is_changes_nothing_but_the_path_that_it_leaves_open(reci
 
 def test_a_recipe_that_is_followed_is_said_to_be(tmp_path: Path) -> None:
     run = make_run(tmp_path, environment_dot_json={"recipe": {"name": "demo", "changed": {}}})
-    assert "All settings are those of the recipe demo." in Page(build_report(run)).text
+    assert "No setting differs from the recipe demo." in Page(build_report(run)).text
 
 
 def test_the_page_says_what_the_run_ran_on(fed: Page) -> None:
     section = fed.text.split("Versions and hardware")[1]
     for words in (
-        *("commit0123456789abcdef", "Python3.11.1", "driver's processorXeon", "CUDA of torch12.8"),
+        *("commit0123456789abcdef", "Python3.11.1", "driver's processorXeon", "PyTorch's CUDA version12.8"),
         *("ray2.60.0", "torch2.10.0", "numbanot installed"),
         *("nodeskindCPUsGPUsGPU modelGiB", "1head4016", "2gpu81A10G64"),
     ):
@@ -392,5 +400,5 @@ def test_a_page_does_not_grow_with_what_a_run_has_written(tmp_path: Path) -> Non
     run = make_run(tmp_path, metrics_dot_jsonl=jsonl(*lines), quarantine_dot_jsonl=jsonl(*bad))
     text = build_report(run)
     assert len(text) < 600_000
-    assert "60,000 could not be used" in text
-    assert "Kinds are those of the first 50,000." in text
+    assert "Images that could not be used: 60,000" in text
+    assert "Only the first 50,000 are grouped by kind." in text

@@ -43,7 +43,7 @@ def timed(step: int, seconds: float, **changes: Any) -> dict[str, Any]:
             SCORES,
             "",
             "k-NN accuracy (k=20) rose from 19.0% before training to 49.0% after 30 steps. "
-            "Guessing the commonest class gives 10.0%.",
+            "Always guessing the commonest class gives 10.0%.",
         ),
         (
             [SCORES[1], {"step": 60, "knn_20": 0.3}],
@@ -61,7 +61,7 @@ def timed(step: int, seconds: float, **changes: Any) -> dict[str, Any]:
         (
             [step_record(10, verdict="non-finite")],
             "",
-            "The run fails: loss or gradients are not finite since step 10.",
+            "The run fails: loss or gradients have not been finite since step 10.",
         ),
         ([step_record(10)], "the disk is full", "The run ended early, after 10 steps. The loss"),
         ([step_record(1)], "the disk is full", "The run ended early, after 1 step. The loss"),
@@ -89,13 +89,13 @@ def test_a_finished_run_has_its_dates(tmp_path: Path) -> None:
         result_dot_json={"steps": 20, "ended": BEGIN + 9000},
     )
     assert "Finished after 20 steps." in page.text
-    assert "Started 2023-11-14 22:13 UTC, ended 2023-11-15 00:43 UTC: 2.5 h." in page.text
-    assert "left" not in page.text
+    assert "Started 2023-11-14 22:13 UTC, ended 2023-11-15 00:43 UTC, duration 2.5 h." in page.text
+    assert "Remaining" not in page.text
 
 
 def test_a_run_of_an_earlier_version_has_the_dates_of_its_lines(tmp_path: Path) -> None:
     page = page_of(tmp_path, timed(10, 60), timed(20, 660), result_dot_json={"steps": 20})
-    assert "Started 2023-11-14 22:14 UTC, ended 2023-11-14 22:24 UTC: 10 min." in page.text
+    assert "Started 2023-11-14 22:14 UTC, ended 2023-11-14 22:24 UTC, duration 10 min." in page.text
     assert "Started" not in page_of(tmp_path / "b", step_record(10)).text
 
 
@@ -104,10 +104,10 @@ def test_a_running_run_says_how_long_the_rest_takes(tmp_path: Path) -> None:
     times = {step: step * 3 + (120 if step > 9 else 0) for step in range(1, 13)}
     page = page_of(tmp_path, *(timed(step, seconds) for step, seconds in times.items()))
     assert (
-        "Not finished: step 12, epoch 1.2 of 4. 28 steps are left: about 84 s at the newest speed, "
-        "until about 2023-11-14 22:17 UTC." in page.text
+        "Not finished: step 12, epoch 1.2 of 4. Remaining: 28 steps, about 84 s at the latest speed; "
+        "expected end 2023-11-14 22:17 UTC." in page.text
     )
-    assert "Started 2023-11-14 22:13 UTC, newest line 2023-11-14 22:15 UTC: 3 min." in page.text
+    assert "Started 2023-11-14 22:13 UTC, latest metrics 2023-11-14 22:15 UTC, duration 3 min." in page.text
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_running_run_says_how_long_the_rest_takes(tmp_path: Path) -> None:
 def test_no_time_is_made_up(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     text = page_of(tmp_path, *records).text
     assert "Not finished: step 1" in text
-    assert "are left" not in text or "1e" not in text.split("are left")[1][:40]
+    assert "Remaining:" not in text or "1e" not in text.split("Remaining:")[1][:60]
 
 
 def test_a_run_whose_steps_are_all_done_is_not_called_unfinished(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_run_that_an_error_ends_says_so_on_its_page(tmp_path: Path) -> None:
     text = Page((tmp_path / "report.html").read_text()).text
     assert "The run ended early, after 12 steps." in text
     assert "Not finished: step 12, epoch 1.2 of 4. Ended by: s3://...@bucket is gone" in text
-    assert "are left" not in text
+    assert "Remaining" not in text
     with pytest.raises(KeyboardInterrupt), _reported(run):
         raise KeyboardInterrupt
     assert "Ended by: Ctrl-C or SIGTERM" in Page((tmp_path / "report.html").read_text()).text
@@ -171,12 +171,16 @@ def test_what_is_constant_is_a_line_and_no_chart(tmp_path: Path) -> None:
     records = [step_record(s, lr=s / 1000, nodes_head=1, nodes_cpu=0, data_wait=0.25) for s in range(1, 9)]
     text = build_report(make_run(tmp_path, metrics_dot_jsonl=jsonl(*records)))
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
-    assert titles[:3] == ["Loss and KL to the student (nats)", "Teacher entropy (nats)", "Learning rate"]
+    assert titles[:3] == [
+        "Loss, and KL divergence of teacher and student (nats)",
+        "Teacher entropy (nats)",
+        "Learning rate",
+    ]
     lines = [html.unescape(line) for line in re.findall(r'<p class="constant">(.*?)</p>', text)]
     assert lines[0] == "Constant: Teacher momentum 0.99; Teacher temperature 0.04."
-    assert lines[1] == "Constant: Norm of the gradients 1."
-    assert lines[2] == "Constant: Time spent waiting for data 25%; Nodes that are up: head 1."
-    assert not {"Teacher temperature", "Nodes that are up"} & set(titles)
+    assert lines[1] == "Constant: Gradient norm 1."
+    assert lines[2] == "Constant: Time spent waiting for data 25%; Running nodes: head 1."
+    assert not {"Teacher temperature", "Running nodes"} & set(titles)
 
 
 @pytest.mark.parametrize("values", [[0.04], [0.04, 0.0400001], [0.04, "nan", 0.04], [0.04, 0.05]])
@@ -190,7 +194,8 @@ def test_one_reading_a_change_and_a_gap_are_drawn(tmp_path: Path, values: list[A
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"), [(True, "judge it by k-NN"), (False, "This run has no labels.")]
+    ("labels", "words"),
+    [(True, "judge this run by k-NN accuracy"), (False, "The evaluation images have no labels.")],
 )
 def test_a_fall_of_rankme_is_explained(tmp_path: Path, labels: bool, words: str) -> None:
     records = [
@@ -199,8 +204,8 @@ def test_a_fall_of_rankme_is_explained(tmp_path: Path, labels: bool, words: str)
     ]
     text = page_of(tmp_path, *records, step_record(30, verdict="healthy")).text
     section = text.split("Health")[1]
-    assert "It went from 28.0 to 9.3 in this run." in section
-    assert "A lower RankMe is therefore not a worse network." in section
+    assert "RankMe in this run: first 28.0, latest 9.3." in section
+    assert "A lower RankMe therefore does not mean a worse network." in section
     assert words in section
     assert "healthyno sign of collapse" in section
     assert "RankMe" not in page_of(tmp_path / "b", step_record(3, verdict="healthy")).text
@@ -214,7 +219,7 @@ def test_commands_have_the_runs_own_addresses(tmp_path: Path) -> None:
     snapshot = {"checkpoint_results": [{"checkpoint_dir_name": "step_00000030"}]}
     whole_run(folder)
     run = make_run(folder, checkpoints__checkpoint_manager_snapshot_dot_json=snapshot)
-    (commands,) = re.findall(r'<section id="next">.*?</section>', build_report(run), re.DOTALL)
+    (commands,) = re.findall(r'<section id="next-commands">.*?</section>', build_report(run), re.DOTALL)
     assert "resume" not in commands
     lines = [shlex.split(html.unescape(line)) for line in re.findall(r"<code>(.*?)</code>", commands)]
     assert [line[2] for line in lines] == ["jobs.evaluate", "jobs.attention", "jobs.export", "jobs.embed"]
@@ -255,4 +260,4 @@ def test_the_line_that_resumes_a_run_on_s3_asks_for_the_same_config(bucket: str)
     )
     assert resumed(run) == config
     run.write("environment.json", b"{}")
-    assert "the command that started the run, once more" in build_report(run)
+    assert "repeat the command that started the run" in build_report(run)

@@ -122,8 +122,8 @@ def test_the_best_is_the_highest_mean_among_confirmed_ones() -> None:
         (1, "behind"),
         (2, "not confirmed"),
     ]
-    assert "0002 scored higher with one seed, which was not confirmed." in found.words
-    assert "It is ahead of 0001 by more than seeds make." in found.words
+    assert "Trial 0002 scored higher with one seed, not confirmed by other seeds." in found.words
+    assert "The best trial beats 0001 by more than seed noise." in found.words
 
 
 # The margin is t(4) * 0.01 * sqrt(1/3 + 1/3) = 2.132 * 0.008165 = 0.01741.
@@ -132,14 +132,16 @@ def test_a_tie_is_a_difference_within_the_interval_that_seeds_make(gap: float, s
     found = findings(three_confirmed(gap), about())
     assert found.candidates[1].standing == standing
     assert [c.name for c in found.ties] == (["0001"] if standing == "tie" else [])
-    assert ("Trial 0001 ties with it" in "\n".join(found.words)) is (standing == "tie")
+    assert (
+        "Trial 0001 is tied with the best: the difference is within seed noise" in "\n".join(found.words)
+    ) is (standing == "tie")
 
 
 def test_one_seed_confirms_nothing() -> None:
     found = findings([tried(0, 0.5), tried(1, 0.9)], about())
     assert [(c.number, c.standing) for c in found.candidates] == [(1, "best"), (0, "not confirmed")]
     assert found.ties == []
-    assert "with one seed: not confirmed" in "\n".join(found.words)
+    assert "with one seed, not confirmed by other seeds." in "\n".join(found.words)
 
 
 def test_what_collapsed_failed_or_was_given_up_never_wins() -> None:
@@ -157,8 +159,8 @@ def test_what_collapsed_under_another_seed_does_not_win() -> None:
     trials = [tried(0, 0.9), tried(1, 0.5), tried(2, 0.0, "collapsed", seed=1, confirms=0)]
     found = findings(trials, about())
     assert [(c.number, c.standing) for c in found.candidates] == [(1, "best"), (0, "collapsed")]
-    assert "Trial 0000 does not count, with 90.0%: under another seed it collapsed (0002)." in found.words
-    assert "all that was trained to the end collapsed under another seed" in said([trials[0], trials[2]])
+    assert "Trial 0000 (90.0%) is excluded: it collapsed with another seed (0002)." in found.words
+    assert "every finished trial collapsed with another seed" in said([trials[0], trials[2]])
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, None, "NaN"])
@@ -166,9 +168,7 @@ def test_a_score_that_is_no_number_does_not_count(score: float | None) -> None:
     found = findings([tried(0, score), tried(1, 0.2)], about())
     assert found.best is not None
     assert found.best.number == 1
-    assert "There is no best: no trial was trained to the end with a score that is a number." in said(
-        [tried(0, score)]
-    )
+    assert "There is no best trial: no trial finished with a finite score." in said([tried(0, score)])
 
 
 # Agreement of metrics
@@ -185,7 +185,7 @@ def test_agreement_with_k_nn_is_positive_where_a_metric_would_pick_the_same() ->
         "rankme": ("knn_20", 1.0, 5),
         "loss": ("knn_20", 1.0, 5),
     }
-    assert "Against k-NN (k=20) over 5 trials, Kendall's tau is: RankMe +1.00, loss +1.00" in "\n".join(
+    assert "Agreement with k-NN (k=20) over 5 trials (Kendall's tau): RankMe +1.00, loss +1.00" in "\n".join(
         found.words
     )
 
@@ -204,7 +204,7 @@ def test_without_labels_metrics_are_compared_with_the_objective() -> None:
     trials = [tried(i, float(i), scores={"rankme": float(i), "lidar": -float(i)}) for i in range(4)]
     found = findings(trials, about(objective="rankme"))
     assert [(a.metric, a.against, a.tau) for a in found.kendall] == [("lidar", "rankme", -1.0)]
-    assert "necessary for good ones, not sufficient" in "\n".join(found.words)
+    assert "necessary for good features, not sufficient" in "\n".join(found.words)
 
 
 # Where trials collapse
@@ -239,12 +239,12 @@ def test_one_condition_is_told_where_it_is_enough() -> None:
 
 def test_a_collapse_that_stands_alone_makes_no_border() -> None:
     trials = at_points((0.03, 0.5, "finished"), (0.06, 0.9, "collapsed"))
-    assert "0001 collapsed; no border of it is seen." in said(trials)
+    assert "Trial 0001 collapsed; the settings show no clear boundary." in said(trials)
     same = [
         tried(0, params={TEACHER_TEMP: 0.05}),
         *(tried(i, 0, "collapsed", params={TEACHER_TEMP: 0.05}) for i in (1, 2)),
     ]
-    assert "0001 and 0002 collapsed; no border of it is seen." in said(same)
+    assert "Trials 0001 and 0002 collapsed; the settings show no clear boundary." in said(same)
 
 
 @given(
@@ -269,7 +269,7 @@ def test_a_region_holds_collapsed_trials_alone(points: list[tuple[float, float, 
 def test_good_trials_say_where_it_is_safe() -> None:
     trials = at_points(*((0.02 + 0.01 * i, 0.5, "finished") for i in range(4)))
     trials = [tried(i, 1.0 - 0.1 * i, params=one.trial.params) for i, one in enumerate(trials)]
-    assert "(2) lie within: loss.teacher_temp 0.02 to 0.03; loss.center_momentum 0.5." in said(trials)
+    assert "(2) has these settings: loss.teacher_temp 0.02 to 0.03; loss.center_momentum 0.5." in said(trials)
     assert "No trial collapsed." in said(trials)
 
 
@@ -329,8 +329,9 @@ def test_savings_are_told_apart_by_what_ended_the_trial() -> None:
     assert found.cost.seconds == 5400.0
     assert found.counts["failed"] == found.counts["unfinished"] == found.counts["collapsed"] == 1
     assert found.verdicts == {"uniform collapse": 1}
-    assert "Ending trials early saved 42% of the steps: 8 CPU-hours of collapsed ones, 15 of ones" in said(
-        trials
+    assert (
+        "Ending trials early saved 42% of the steps: 8 CPU-hours of collapsed trials, 15 CPU-hours of early"
+        in said(trials)
     )
 
 
@@ -349,24 +350,24 @@ def test_a_trial_of_larger_batches_that_was_trained_to_its_end_has_saved_nothing
     ("trials", "words"),
     [
         ([], "No trial has been started yet."),
-        ([tried(0)], "with one seed, the only one that was trained to the end: not confirmed."),
-        ([tried(0, status="unfinished")], "1 trial: 1 not ended yet."),
-        ([tried(0, 0.0, "collapsed")], "There is no best: the only trial that ended collapsed."),
+        ([tried(0)], "by other seeds. No other trial finished without a collapse."),
+        ([tried(0, status="unfinished")], "1 trial: 1 unfinished."),
+        ([tried(0, 0.0, "collapsed")], "There is no best trial: the only ended trial collapsed."),
         (
             [tried(i, 0.0, "collapsed") for i in range(3)],
-            "There is no best: all 3 trials that ended collapsed.",
+            "There is no best trial: all 3 ended trials collapsed.",
         ),
         ([tried(0, 0.0, "collapsed")], "Uniform collapse: all images get the same"),
-        ([tried(i, None, "failed", message="no\nbucket") for i in (0, 1)], "all 2 trials that ended failed."),
-        ([tried(0, None, "failed", message="no\nbucket")], "The first error, of trial 0000: no bucket"),
-        ([tried(0, 0.1, "stopped")], "There is no best: no trial was trained to the end"),
+        ([tried(i, None, "failed", message="no\nbucket") for i in (0, 1)], "all 2 ended trials failed."),
+        ([tried(0, None, "failed", message="no\nbucket")], "First error (trial 0000): no bucket"),
+        ([tried(0, 0.1, "stopped")], "There is no best trial: no trial finished"),
         (
             [tried(0, params={TEACHER_TEMP: 0.08})],
-            "0.08, at the edge of what was searched, 0.02 to 0.08: widen it",
+            "=0.08, at the edge of the search range 0.02 to 0.08; widen the range",
         ),
         (
             [tried(0, params={TEACHER_TEMP: 0.1})],
-            "0.1, outside of what was searched, 0.02 to 0.08: include it",
+            "=0.1, outside the search range 0.02 to 0.08; include this value",
         ),
     ],
 )
@@ -390,19 +391,19 @@ def test_the_best_of_a_population_is_told_as_the_course_that_it_is() -> None:
     ]
     words = said(trials, scheduler="pb2")
     assert (
-        "It went on from trial 0001 at step 60, with other settings: best.yaml has its last ones alone"
+        "It copied the weights of trial 0001 at step 60 and took new settings. best.yaml has only its last settings"
         in words
     )
-    assert "1 replaced by ones that went on from better ones" in words
-    assert "given up" not in words
-    assert "went on from" not in said([tried(0, 0.3, "stopped"), tried(1, 0.5)])
-    assert "Best is trial 0007" in said([tried(1, 0.5, confirms=7, seed=1)])  # whose folder was removed
+    assert "1 replaced by copies of better trials" in words
+    assert "early-stopped" not in words
+    assert "copied the weights" not in said([tried(0, 0.3, "stopped"), tried(1, 0.5)])
+    assert "The best trial is 0007" in said([tried(1, 0.5, confirms=7, seed=1)])  # whose folder was removed
 
 
 def test_the_loss_as_objective_is_told_with_its_own_sign_and_its_caveat() -> None:
     words = said([tried(0, -4.25, scores={"loss": 4.25})], objective="loss")
     assert "loss 4.25 with one seed" in words
-    assert "loss.teacher_temp and loss.center_momentum move it whatever is learnt" in words
+    assert "loss.teacher_temp and loss.center_momentum change its value directly" in words
 
 
 def test_a_whole_study_is_read_from_its_files(tmp_path: Path) -> None:

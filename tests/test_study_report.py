@@ -52,12 +52,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Directory:
 def test_a_whole_study_has_every_section(whole: Directory) -> None:
     page = Page(whole.read("study.html").decode())
     for heading in (
-        *("What was found", "Map", "Curves", "All settings at once", "What matters", "Which metrics agree"),
-        *("Candidates", "Collapsed", "Errors", "All trials", "Best config", "Settings"),
+        *(
+            "Findings",
+            "Map",
+            "Curves",
+            "Parallel coordinates",
+            "Importance of settings",
+            "Agreement of metrics",
+        ),
+        *("Candidates", "Collapsed trials", "Errors", "All trials", "Best config", "Settings"),
         *("k-NN (k=20)", "RankMe: effective rank of the features", "teacher entropy / ln K"),
     ):
         assert heading in page.text, heading
-    assert "ties with the best" in page.text
+    assert "tied with the best" in page.text
     assert "teacher_temp: 0.0377" in page.text
     assert "there are labels" in page.text
     found = findings(read_trials(whole), read_study(whole))
@@ -137,7 +144,7 @@ def test_the_same_files_make_the_same_page(whole: Directory) -> None:
 def test_a_study_without_labels_is_told_by_rankme(tmp_path: Path) -> None:
     study = write_whole_study(tmp_path, labels=False, num=9)
     page = page_of(study)
-    assert "necessary for good ones, not sufficient" in page.text
+    assert "necessary for good features, not sufficient" in page.text
     assert "k-NN (k=" not in page.text
     assert "knn_20" not in rows_of(study)[0]
 
@@ -149,16 +156,19 @@ POINT = {TEACHER_TEMP: 0.05, CENTER_MOMENTUM: 0.9, "optim.name": "adamw"}
     ("trials", "words"),
     [
         ([], "No trial has been started yet."),
-        ([tried(0, params=POINT)], "with one seed, the only one that was trained to the end"),
-        ([tried(0, params=POINT), tried(1, 0.4, params=POINT)], "with one seed: not confirmed"),
-        ([tried(0, status="unfinished", params=POINT)], "1 trial did not end yet"),
-        ([tried(i, 0.0, "collapsed", params=POINT) for i in range(2)], "all 2 trials that ended collapsed"),
-        ([tried(i, None, "failed", params=POINT) for i in range(2)], "all 2 trials that ended failed"),
+        ([tried(0, params=POINT)], "by other seeds. No other trial finished without a collapse."),
+        (
+            [tried(0, params=POINT), tried(1, 0.4, params=POINT)],
+            "with one seed, not confirmed by other seeds.",
+        ),
+        ([tried(0, status="unfinished", params=POINT)], "Unfinished: 1 trial;"),
+        ([tried(i, 0.0, "collapsed", params=POINT) for i in range(2)], "all 2 ended trials collapsed"),
+        ([tried(i, None, "failed", params=POINT) for i in range(2)], "all 2 ended trials failed"),
         (
             [tried(i, s, params=POINT) for i, s in enumerate((math.nan, math.inf, -math.inf))],
-            "There is no best",
+            "There is no best trial",
         ),
-        ([tried(0, params={})], "Best is trial 0000: k-NN"),
+        ([tried(0, params={})], "The best trial is 0000: k-NN"),
     ],
     ids=["none", "one", "two", "unfinished", "collapsed", "failed", "not finite", "no settings"],
 )
@@ -175,12 +185,12 @@ def test_damage_is_left_out(tmp_path: Path) -> None:
     study = write_small(tmp_path, [tried(i, 0.1 * i, params=POINT) for i in range(3)], metrics)
     study.write("study.json", b'{"name": "swe')
     page = page_of(study)
-    assert "Best is trial 0002" in page.text
+    assert "The best trial is 0002" in page.text
     assert "Curves" in page.text
     study.write(
         "study.json", b'{"space": {"a": {"kind": "spiral"}, "b": 3}, "total_steps": "many", "plan": []}'
     )
-    assert "Best is trial 0002" in page_of(study).text
+    assert "The best trial is 0002" in page_of(study).text
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -216,8 +226,8 @@ def test_the_map_shows_each_verdict_and_what_was_given_up() -> None:
     text = drawn(trials)
     for words in (
         *(
-            "trained to the end",
-            "given up for better ones",
+            ">finished<",
+            ">early-stopped<",
             "uniform collapse",
             "single-prototype collapse",
             "best",
@@ -233,8 +243,8 @@ def test_members_of_a_population_are_replaced_not_given_up() -> None:
         tried(1, 0.5, params=POINT | {TEACHER_TEMP: 0.03}, origin="pb2"),
     ]
     text = drawn(trials)
-    assert "replaced by ones that went on from better ones" in text
-    assert "given up" not in text
+    assert "replaced by copies of better trials" in text
+    assert "early-stopped" not in text
 
 
 def test_each_verdict_has_its_own_sign() -> None:

@@ -23,7 +23,7 @@ _KINDS = {
     Status.MISSING: "missing",
     Status.UNREACHABLE: "unreachable",
     Status.TOO_LARGE: "too many bytes",
-    Status.CORRUPT: "changed, or a damaged shard",
+    Status.CORRUPT: "changed file or damaged shard",
 }
 
 
@@ -56,7 +56,7 @@ def nearness(found: Share | None) -> str | None:
     if found is None or found.seen < _FIRST_IMAGES or found.of_limit < _NEAR:
         return None
     return (
-        f"Bad images: {_percent(found.bad / found.seen)} of those seen. The run ends beyond "
+        f"Bad images: {_percent(found.bad / found.seen)} of the images seen; the run fails above "
         f"data.max_bad_fraction={found.limit:g}."
     )
 
@@ -64,19 +64,19 @@ def nearness(found: Share | None) -> str | None:
 def bad_images(run: Directory, found: Share | None) -> Html:
     """The section: kinds with an example each, and the first rows of quarantine.jsonl folded away."""
     rows, total = read_head(run, "quarantine.jsonl", _MAX_ROWS)
-    shown = f"The first {_SHOWN} of {total:,}" if total > _SHOWN else f"{total}"
-    part = f" Kinds are those of the first {len(rows):,}." if len(rows) < total else ""
+    shown = f"first {_SHOWN} of {total:,}" if total > _SHOWN else f"{total}"
+    part = f" Only the first {len(rows):,} are grouped by kind." if len(rows) < total else ""
     near = ""
     if found:
-        allowed = f", {found.of_limit:.0%} of what data.max_bad_fraction={found.limit:g} allows"
+        limit = f", {found.of_limit:.0%} of the limit data.max_bad_fraction={found.limit:g}"
         near = (
-            f" {_percent(total / found.seen)} of {found.seen:,} images seen{allowed if found.limit else ''}."
+            f" ({_percent(total / found.seen)} of {found.seen:,} images seen{limit if found.limit else ''})"
         )
     return section(
         "Bad images",
         table(_kinds(rows, found)),
-        details(f"{shown} in quarantine.jsonl", table(rows[:_SHOWN])) if rows else Html(""),
-        note=f"{total:,} could not be used and were replaced by others.{near}{part}",
+        details(f"Rows of quarantine.jsonl: {shown}", table(rows[:_SHOWN])) if rows else Html(""),
+        note=f"Images that could not be used: {total:,}{near}. Each was replaced by another image.{part}",
     )
 
 
@@ -106,11 +106,11 @@ def _kinds(rows: list[dict[str, Any]], found: Share | None) -> list[dict[str, An
         {
             "kind": kind,
             "images": len(alike),
-            **({"of those seen": _percent(len(alike) / found.seen)} if found else {}),
-            "for example": alike[0].get("key", ""),
-            "its reason": alike[0].get("reason", ""),
+            **({"share of images seen": _percent(len(alike) / found.seen)} if found else {}),
+            "example": alike[0].get("key", ""),
+            "reason": alike[0].get("reason", ""),
         }
-        for kind, alike in [*shown.items(), *([("others", rest)] if rest else [])]
+        for kind, alike in [*shown.items(), *([("other kinds", rest)] if rest else [])]
     ]
 
 

@@ -14,20 +14,25 @@ _MAX_VERDICTS = 20
 _CHARTS = (
     Chart("Mutual information of image and prototype (nats)", {"mutual_information": "mutual information"}),
     Chart(
-        "Share of prototypes in use, of the commonest one",
+        "Share of prototypes used, and share of the commonest prototype",
         {"prototypes_used": "prototypes used", "commonest_prototype": "commonest prototype"},
     ),
     Chart("RankMe: effective rank of the features", {"rankme": "RankMe"}),
-    Chart("Spread of features", {"feature_std": "feature std"}),
-    Chart("Centre: norm and drift", {"center_norm": "center norm", "center_drift": "center drift"}),
-    Chart("Norm of the gradients", {"grad_norm": "grad norm"}),
-    Chart("Share of feature dimensions that hardly vary", {"collapsed_dims": "collapsed dims"}),
+    Chart("Standard deviation of the features", {"feature_std": "feature std"}),
+    Chart(
+        "Centre (running mean of the teacher's logits): norm and drift",
+        {"center_norm": "center norm", "center_drift": "center drift"},
+    ),
+    Chart("Gradient norm", {"grad_norm": "grad norm"}),
+    Chart("Share of nearly constant feature dimensions", {"collapsed_dims": "collapsed dims"}),
 )
 _MEANINGS = {
-    Verdict.HEALTHY.value: "no sign of collapse: targets depend on the image; k-NN measures how good features are",
-    Verdict.UNIFORM.value: "every image gets the same, even targets; nothing is learnt",
-    Verdict.SINGLE.value: "every image gets the same prototype; nothing is learnt",
-    Verdict.NON_FINITE.value: "loss or gradients were not finite; those steps were skipped",
+    Verdict.HEALTHY.value: (
+        "no sign of collapse: the teacher's targets depend on the image; k-NN accuracy measures feature quality"
+    ),
+    Verdict.UNIFORM.value: "the teacher's targets are uniform for every image; the student learns nothing",
+    Verdict.SINGLE.value: "the teacher gives every image the same prototype; the student learns nothing",
+    Verdict.NON_FINITE.value: "loss or gradients were not finite; the affected steps were skipped",
 }
 
 
@@ -49,16 +54,23 @@ def _about_rankme(records: Records) -> Iterator[str]:
     values = values[np.isfinite(values)]
     if not len(values):
         return
-    course = "" if len(values) < 2 else f" It went from {values[0]:.1f} to {values[-1]:.1f} in this run."
+    course = (
+        "" if len(values) < 2 else f" RankMe in this run: first {values[0]:.1f}, latest {values[-1]:.1f}."
+    )
     yield (
-        "RankMe counts the directions that the features of the evaluated images spread over. It needs no labels."
-        f"{course} It often falls while a run learns: the features of an untrained network spread at random, and "
-        "training keeps the directions that tell images apart. A lower RankMe is therefore not a worse network."
+        "RankMe is the effective rank of the features: the number of dimensions that the evaluated images use. It "
+        f"needs no labels.{course} RankMe often falls during successful training. An untrained network spreads its "
+        "features at random; training keeps the dimensions that distinguish images. A lower RankMe therefore does "
+        "not mean a worse network."
     )
     if any(not math.isnan(records.series(name).last) for name in records.names(r"knn_\d+")):
-        yield "This run has labels: judge it by k-NN. Worry when RankMe nears 1, or when k-NN falls along with it."
+        yield (
+            "The evaluation images have labels: judge this run by k-NN accuracy. A RankMe near 1, or a k-NN "
+            "accuracy that falls together with RankMe, is a warning sign."
+        )
     else:
         yield (
-            "This run has no labels. Worry when RankMe nears 1: all images then have nearly the same features. "
-            "Between runs of the same backbone and data it tells collapse from learning, and little more."
+            "The evaluation images have no labels. A RankMe near 1 is a warning sign: all images then have nearly the "
+            "same features. RankMe is comparable between runs with the same backbone and data. It separates collapse "
+            "from learning, and shows little else."
         )

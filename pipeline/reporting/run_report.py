@@ -75,15 +75,19 @@ def build_report(run: Directory, *, ending: str = "") -> str:
     result, bad = read_mapping(run, "result.json"), share(records, values)
     found = course(run, records, values, ending=ending)
     sections = [
-        section("Curves", _curves(records, values), note="Against steps; bands where points are merged."),
+        section(
+            "Curves",
+            _curves(records, values),
+            note="The x-axis shows steps. Bands show the minimum and maximum of merged points.",
+        ),
         health(records),
         next_commands(run, found, records, values),
         feeding(records),
         _attention(run),
         section(
             "Crops",
-            picture(read(run, "crops.png"), "images and what is cut from them"),
-            note="What the student and the teacher are fed.",
+            picture(read(run, "crops.png"), "images and their crops"),
+            note="Crops that the student and the teacher receive as input.",
         ),
         bad_images(run, bad),
         section("Scores", *_scores(run, result)),
@@ -109,7 +113,7 @@ def _troubles(records: Records) -> Iterator[str]:
         step, verdict = changes[-1]
         yield f"{verdict} since step {step}{_remedy(verdict)}"
     elif any(verdict != Verdict.HEALTHY.value for _, verdict in changes):
-        yield "The run was in trouble for a while and recovered; see Health."
+        yield "The run had an unhealthy verdict and recovered; see Health."
     skipped = records.series("skipped_steps").last
     if skipped > 0:
         yield f"{count(skipped, 'step')} skipped: loss or gradients were not finite."
@@ -117,7 +121,7 @@ def _troubles(records: Records) -> Iterator[str]:
     if num_lost:
         yield f"The loss was not finite at {count(num_lost, 'logged step')}."
     if records.num_damaged:
-        yield f"{count(records.num_damaged, 'line')} of metrics.jsonl cannot be read and left out here."
+        yield f"Unreadable lines in metrics.jsonl: {records.num_damaged}; this page omits them."
 
 
 def _remedy(verdict: str) -> str:
@@ -131,27 +135,27 @@ def _tiles(records: Records, values: dict[str, Any]) -> Iterator[tuple[str, str,
     """The newest of the numbers that matter."""
     loss = records.series("loss")
     if not math.isnan(loss.last):
-        yield "loss", f"{loss.last:.3f}", f"{loss.values[np.isfinite(loss.values)][0]:.3f} at first"
+        yield "loss", f"{loss.last:.3f}", f"initially {loss.values[np.isfinite(loss.values)][0]:.3f}"
     for name in records.names(r"knn_\d+")[-1:]:
         knn, majority = records.series(name), records.series("majority").last
         if not math.isnan(knn.last):
-            guess = "" if math.isnan(majority) else f", majority {majority:.1%}"
+            guess = "" if math.isnan(majority) else f", majority guess {majority:.1%}"
             first = knn.values[np.isfinite(knn.values)][0]
             new = ", with calibrated batch norm" if records.names("calibration_images") else ""
             yield (
                 f"k-NN, k={name.removeprefix('knn_')}",
                 f"{knn.last:.1%}",
-                f"{first:.1%} at first{new}{guess}",
+                f"initially {first:.1%}{new}{guess}",
             )
     ratio = records.series("entropy_ratio").last
     entropy, most = records.series("teacher_entropy").last, _uniform_entropy(records, values)
     if math.isnan(ratio) and most:
         ratio = entropy / most
     if not math.isnan(ratio):
-        yield "teacher entropy", f"{ratio:.0%}", "of ln K; 100 % is uniform"
+        yield "teacher entropy", f"{ratio:.0%}", "of ln K; 100 % means uniform targets"
     for name, label, form, remark in (
-        ("images_per_second", "images/s", ".0f", "newest reading"),
-        ("data_wait", "data wait", ".0%", "of the time"),
+        ("images_per_second", "images/s", ".0f", "latest value"),
+        ("data_wait", "data wait", ".0%", "of elapsed time"),
         ("bad_images", "bad images", ".0f", "so far"),
     ):
         value = records.series(name).last
@@ -161,12 +165,14 @@ def _tiles(records: Records, values: dict[str, Any]) -> Iterator[tuple[str, str,
 
 def _curves(records: Records, values: dict[str, Any]) -> Html:
     most = _uniform_entropy(records, values)
-    uniform = (Level(f"ln K = {most:.2f}: uniform", most),) if most else ()
+    uniform = (Level(f"uniform: ln K = {most:.2f}", most),) if most else ()
     knn = records.names(r"knn_\d+")[:4]
     majority = records.series("majority").last
     guess = () if math.isnan(majority) else (Level("majority guess", majority),)
     wanted = [
-        Chart("Loss and KL to the student (nats)", {"loss": "loss", "kl": "KL"}, always=True),
+        Chart(
+            "Loss, and KL divergence of teacher and student (nats)", {"loss": "loss", "kl": "KL"}, always=True
+        ),
         Chart(
             "k-NN accuracy of the teacher",
             {name: f"k = {name.removeprefix('knn_')}" for name in knn},
@@ -200,10 +206,10 @@ def _attention(run: Directory) -> Html:
     folded = Html("\n".join(_figure(run, *one) for one in some))
     title = ("" if some is earlier else f"{len(some)} of ") + count(len(earlier), "earlier figure")
     return section(
-        "Where the teacher looks",
+        "Attention maps",
         _figure(run, *newest) if newest[1] else Html(""),
         details(title, folded) if folded else Html(""),
-        note="Self-attention of the class token in the last block, on the same images each time.",
+        note="The teacher's class-token self-attention in the last block. Every figure shows the same images.",
     )
 
 

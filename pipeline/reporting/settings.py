@@ -58,10 +58,10 @@ def versions(run: Directory) -> Html:
 _ABOUT = {
     "git_commit": "commit",
     "python": "Python",
-    "platform": "driver's system",
+    "platform": "driver's operating system",
     "processor": "driver's processor",
     "cpus": "driver's CPUs",
-    "cuda": "CUDA of torch",
+    "cuda": "PyTorch's CUDA version",
 }
 
 
@@ -78,7 +78,7 @@ def _changed(run: Directory) -> Iterator[Html]:
     name = recipe.get("name")
     columns = {f"recipe {name}": "recipe", "this run": "run"}
     if not changed:
-        yield sentences([f"All settings are those of the recipe {name}."])
+        yield sentences([f"No setting differs from the recipe {name}."])
     rows = [
         {"setting": key} | {of: "not set" if two.get(k) is None else two[k] for of, k in columns.items()}
         for key, two in changed.items()

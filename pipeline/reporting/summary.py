@@ -100,7 +100,7 @@ def finding(found: Course, records: Records) -> str:
     changes = records.verdicts()
     verdict, since = (changes[-1][1], changes[-1][0]) if changes else (Verdict.HEALTHY.value, 0)
     if verdict == Verdict.NON_FINITE.value:
-        words = f"The run fails: loss or gradients are not finite since step {since}."
+        words = f"The run fails: loss or gradients have not been finite since step {since}."
     elif verdict in (Verdict.UNIFORM.value, Verdict.SINGLE.value):
         words = f"The run collapsed: {verdict} since step {since}. Its features are of little use."
     elif found.ending:
@@ -121,7 +121,7 @@ def _learnt(records: Records) -> str:
         if not len(scores):
             continue
         k, majority = name.removeprefix("knn_"), records.series("majority").last
-        guess = "" if math.isnan(majority) else f" Guessing the commonest class gives {majority:.1%}."
+        guess = "" if math.isnan(majority) else f" Always guessing the commonest class gives {majority:.1%}."
         then, now = (f"{scores[i]:.1%} {_when_measured(steps[i])}" for i in (0, -1))
         if len(scores) == 1:
             return f"k-NN accuracy (k={k}) is {now}.{guess}"
@@ -133,7 +133,7 @@ def _learnt(records: Records) -> str:
     course = f"{_went(loss[0], loss[-1])} from {loss[0]:.3f} to {loss[-1]:.3f}"
     return (
         f"The loss {course if len(loss) > 1 else f'is {loss[0]:.3f}'}. "
-        "There are no labels: an evaluation with labels measures what the features are worth."
+        "There are no labels: evaluate on labelled images to measure feature quality."
     )
 
 
@@ -142,7 +142,7 @@ def _when_measured(step: float) -> str:
 
 
 def _went(first: float, last: float) -> str:
-    return "rose" if last > first else "fell" if last < first else "went"
+    return "rose" if last > first else "fell" if last < first else "was unchanged,"
 
 
 def _state(found: Course) -> str:
@@ -160,21 +160,22 @@ def _state(found: Course) -> str:
     if math.isnan(found.seconds_left):
         return state
     left = count((found.total_steps or 0) - found.step, "step")
-    until = "" if found.ended is None else f", until about {_date(found.ended + found.seconds_left)}"
-    return f"{state} {left} are left: about {duration(found.seconds_left)} at the newest speed{until}."
+    end = "" if found.ended is None else f"; expected end {_date(found.ended + found.seconds_left)}"
+    return f"{state} Remaining: {left}, about {duration(found.seconds_left)} at the latest speed{end}."
 
 
 def _when(found: Course) -> str:
     if found.started is None or found.ended is None:
         return ""
-    word = "ended" if found.is_done or found.ending else "newest line"
-    return f"Started {_date(found.started)}, {word} {_date(found.ended)}: {duration(found.ended - found.started)}."
+    word = "ended" if found.is_done or found.ending else "latest metrics"
+    lasted = duration(found.ended - found.started)
+    return f"Started {_date(found.started)}, {word} {_date(found.ended)}, duration {lasted}."
 
 
 def next_commands(run: Directory, found: Course, records: Records, values: Mapping[str, Any]) -> Html:
     """What a person does with the run now, as lines to copy."""
     known = records.last_step is not None
-    return section("Next", commands(dict(_commands(run, found, values))) if known else Html(""))
+    return section("Next commands", commands(dict(_commands(run, found, values))) if known else Html(""))
 
 
 def _commands(run: Directory, found: Course, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -187,7 +188,7 @@ def _commands(run: Directory, found: Course, values: Mapping[str, Any]) -> Itera
     yield "evaluate", f"python -m jobs.evaluate {place}"
     if attention_figures(run):
         arguments = f"{place} {where}" if where else place
-        yield "see where the teacher looks", f"python -m jobs.attention {arguments} --animate"
+        yield "animate the attention maps", f"python -m jobs.attention {arguments} --animate"
     yield "export the backbone", f"python -m jobs.export {place} --format timm"
     if where:
         yield (
@@ -203,7 +204,7 @@ def _resume(run: Directory, values: Mapping[str, Any]) -> str:
     recipe = read_mapping(run, "environment.json").get("recipe")
     changed = recipe.get("changed") if isinstance(recipe, dict) else None
     if not isinstance(recipe, dict) or not isinstance(changed, dict):
-        return "the command that started the run, once more"
+        return "repeat the command that started the run"
     settings = {"name": values.get("name")}
     for key, two in changed.items():
         # A default of another backbone, which the change of its name takes away.

@@ -27,16 +27,16 @@ _CHARTS = (
     Chart("Time spent waiting for data", {"data_wait": "data wait"}, percent=True),
     Chart("CPU time per image (ms)", {f"{stage}_cpu_ms": stage for stage in STAGES}),
     Chart(
-        "Nodes that are up",
+        "Running nodes",
         {"nodes_cpu": "without GPUs", "nodes_gpu": "with GPUs", "nodes_head": "head"},
         counts=True,
     ),
     Chart(
         "Augment actors",
-        {"augment_target": "asked for", "augment_actors": "running"},
+        {"augment_target": "requested", "augment_actors": "running"},
         counts=True,
     ),
-    Chart("Dollars so far", {"dollars": "dollars"}),
+    Chart("Cumulative cost (dollars)", {"dollars": "dollars"}),
 )
 
 
@@ -72,26 +72,26 @@ def feeding(records: Records) -> Html:
     """The section; nothing when none of it was logged."""
     time = _time(records)
     if time is None:
-        note = "Against steps: the lines of this run do not say when they were written."
+        note = "The x-axis shows steps: this run's log lines have no timestamps."
     else:
-        note = f"Against {time.unit[1]} since the first line."
+        note = f"The x-axis shows {time.unit[1]} since the first log line."
         if len(time.breaks):
-            note += " Lines break where nothing was logged for long: the run was down, or evaluated."
+            note += " Gaps in the curves: the run was stopped or evaluating."
     span = Span(0.0, time.seconds / time.unit[0], time.unit[1]) if time is not None else None
     content = drawn(_CHARTS, lambda name: _series(records, name, time), span=span)
-    return section("Feeding the train workers", content, note=note)
+    return section("Throughput", content, note=note)
 
 
 def cost_tiles(records: Records) -> Iterator[tuple[str, str, str]]:
     """How long the run has taken, and what it has cost, as far as that was logged."""
     time = _time(records)
     if time is not None:
-        silent = f", {_long(time.silent_seconds)} of it silent" if len(time.breaks) else ""
-        yield "wall time", _long(time.seconds), f"since the first line{silent}"
+        silent = f", including {_long(time.silent_seconds)} of gaps" if len(time.breaks) else ""
+        yield "wall time", _long(time.seconds), f"since the first log line{silent}"
     dollars = records.series("dollars").values
     if np.isfinite(dollars).any():
         most = float(np.nanmax(dollars))
-        yield "cost", f"${most:.2f}" if most >= 0.01 else "under 1 cent", "nodes, while it ran"
+        yield "cost", f"${most:.2f}" if most >= 0.01 else "under 1 cent", "nodes, during the run"
 
 
 def _unit(seconds: float) -> tuple[float, str, str]:

@@ -50,7 +50,7 @@ def result_text(metric: str, candidate: Candidate) -> str:
 
 def params_text(params: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Format the settings that were searched."""
-    return ", ".join(f"{key} {short(params[key])}" for key in keys if key in params)
+    return ", ".join(f"{key}={short(params[key])}" for key in keys if key in params)
 
 
 def plural(number: int, what: str) -> str:
@@ -65,9 +65,14 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
 
 
+def named(trials: Sequence[str]) -> str:
+    """Return the names of trials as the start of a sentence."""
+    return f"Trial{'' if len(trials) == 1 else 's'} {listed(trials)}"
+
+
 def stopped_for(*, is_population: bool) -> str:
     """Return the reason for which trials were stopped."""
-    return "replaced by ones that went on from better ones" if is_population else "given up for better ones"
+    return "replaced by copies of better trials" if is_population else "early-stopped"
 
 
 def counted(
@@ -79,13 +84,13 @@ def counted(
         return
     kinds = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
     parts = [
-        (counts["finished"], "trained to the end"),
+        (counts["finished"], "finished"),
         (counts["stopped"], stopped_for(is_population=is_population)),
         (counts["collapsed"], f"collapsed ({kinds})"),
         (counts["failed"], "failed with an error"),
-        (counts["unfinished"], "not ended yet"),
+        (counts["unfinished"], "unfinished"),
     ]
-    reruns = f", {counts['reruns']} of them under another seed" if counts["reruns"] else ""
+    reruns = f" (including {plural(counts['reruns'], 'rerun')} with another seed)" if counts["reruns"] else ""
     told = ", ".join(f"{number} {what}" for number, what in parts if number)
     yield f"{plural(counts['all'], 'trial')}{reruns}: {told}."
 
@@ -99,44 +104,43 @@ def best(tried: Sequence[Tried], candidates: Sequence[Candidate], objective: str
         return
     keys = list(winner.params)
     settings = params_text(winner.params, keys)
-    told = f"Best is trial {winner.name}{f' ({settings})' if settings else ''}: {metric_name(objective)}"
+    told = f"The best trial is {winner.name}{f' ({settings})' if settings else ''}: {metric_name(objective)}"
     if not winner.is_confirmed:
-        rival = (
-            ""
-            if sum(not c.collapsed for c in candidates) > 1
-            else ", the only one that was trained to the end"
+        is_alone = sum(not c.collapsed for c in candidates) == 1
+        rivals = " No other trial finished without a collapse." if is_alone else ""
+        yield (
+            f"{told} {score_text(objective, winner.mean)} with one seed, not confirmed by other seeds.{rivals}"
         )
-        yield f"{told} {score_text(objective, winner.mean)} with one seed{rival}: not confirmed."
     else:
         yield f"{told} {result_text(objective, winner)}."
         yield from _compared(winner, candidates, objective)
     origin = next((one.trial for one in tried if one.trial.number == winner.number), None)
     if origin is not None and origin.continues is not None:
         yield (
-            f"It went on from trial {origin.continues:04d} at step {origin.from_step}, with other settings: best.yaml "
-            "has its last ones alone, which were not trained from the start."
+            f"It copied the weights of trial {origin.continues:04d} at step {origin.from_step} and took new settings. "
+            "best.yaml has only its last settings, which were not used from step 0."
         )
     for candidate in candidates:
         if candidate.standing == "collapsed":
             others = listed([f"{number:04d}" for number in candidate.collapsed])
             yield (
-                f"Trial {candidate.name} does not count, with {score_text(objective, candidate.mean)}: under another "
-                f"seed it collapsed ({others})."
+                f"Trial {candidate.name} ({score_text(objective, candidate.mean)}) is excluded: it collapsed with "
+                f"another seed ({others})."
             )
 
 
 def _nothing_won(ended: Sequence[Tried], candidates: Sequence[Candidate]) -> Iterator[str]:
     collapsed = [one for one in ended if one.status == "collapsed"]
     failed = [one for one in ended if one.status == "failed"]
-    everything = "the only trial that ended" if len(ended) == 1 else f"all {len(ended)} trials that ended"
+    everything = "the only ended trial" if len(ended) == 1 else f"all {len(ended)} ended trials"
     if candidates:
-        yield "There is no best: all that was trained to the end collapsed under another seed."
+        yield "There is no best trial: every finished trial collapsed with another seed."
     elif collapsed and len(collapsed) == len(ended):
-        yield f"There is no best: {everything} collapsed."
+        yield f"There is no best trial: {everything} collapsed."
     elif failed and len(failed) == len(ended):
         yield f"Nothing was measured: {everything} failed."
     elif ended:
-        yield "There is no best: no trial was trained to the end with a score that is a number."
+        yield "There is no best trial: no trial finished with a finite score."
     for verdict in dict.fromkeys(one.outcome.verdict for one in collapsed if one.outcome):
         if verdict in {v.value for v in Verdict} and Verdict(verdict).remedy:
             yield f"{verdict.capitalize()}: {Verdict(verdict).remedy}."
@@ -146,19 +150,18 @@ def _compared(winner: Candidate, candidates: Sequence[Candidate], objective: str
     ties = [c for c in candidates if c.standing == "tie"]
     behind = [c for c in candidates if c.standing == "behind"]
     if ties:
-        number = "them" if len(ties) > 1 else "it"
+        tied, noise = ("are", "differences are") if len(ties) > 1 else ("is", "difference is")
         yield (
-            f"Trial{'s' if len(ties) > 1 else ''} {listed([c.name for c in ties])} tie{'' if len(ties) > 1 else 's'} "
-            f"with it: seeds make as much of a difference as lies between {number} and the best (90 % interval of the "
-            "difference, spread pooled over all that were rerun)."
+            f"{named([c.name for c in ties])} {tied} tied with the best: the {noise} within seed noise (90 % interval "
+            "of the difference, standard deviation pooled over all rerun trials)."
         )
     if behind:
-        yield f"It is ahead of {listed([c.name for c in behind])} by more than seeds make."
+        yield f"The best trial beats {listed([c.name for c in behind])} by more than seed noise."
     if not ties and not behind:
-        yield "Nothing else was run with several seeds, so nothing was compared with it beyond one seed."
+        yield "No other trial was run with several seeds, so the best trial has no comparison beyond one seed."
     higher = [c.name for c in candidates if c.standing == "not confirmed" and c.mean > winner.mean]
     if higher:
-        yield f"{listed(higher)} scored higher with one seed, which was not confirmed."
+        yield f"{named(higher)} scored higher with one seed, not confirmed by other seeds."
 
 
 def regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> Iterator[str]:
@@ -172,9 +175,9 @@ def regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> Iterator[str
     rest = [one.trial.name for one in collapsed if one.trial.number not in told]
     if rest and others:
         yield (
-            f"{listed(rest)} collapsed as well."
+            f"{named(rest)} also collapsed."
             if told
-            else f"{listed(rest)} collapsed; no border of it is seen."
+            else f"{named(rest)} collapsed; the settings show no clear boundary."
         )
     if others and not collapsed:
         yield "No trial collapsed."
@@ -182,7 +185,7 @@ def regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> Iterator[str
     found = ranges(good, space)
     if found:
         inside = "; ".join(f"{key} {value}" for key, value in found.items())
-        yield f"The better half of the trials that were trained to the end ({len(good)}) lie within: {inside}."
+        yield f"The better half of the finished trials ({len(good)}) has these settings: {inside}."
 
 
 def agreements(found: Sequence[Agreement], objective: str) -> Iterator[str]:
@@ -193,8 +196,8 @@ def agreements(found: Sequence[Agreement], objective: str) -> Iterator[str]:
     num = min(a.num_trials for a in told)
     taus = ", ".join(f"{metric_name(a.metric)} {a.tau:+.2f}" for a in told)
     yield (
-        f"Against {metric_name(told[0].against)} over {num} trials, Kendall's tau is: {taus} (1 is the same order, -1 "
-        f"the opposite; within ±{chance_tau(num):.2f} it may be chance)."
+        f"Agreement with {metric_name(told[0].against)} over {num} trials (Kendall's tau): {taus}. 1 means the same "
+        f"order, -1 the opposite order; a value within ±{chance_tau(num):.2f} may be chance."
     )
 
 
@@ -206,22 +209,25 @@ def influence(importance: Mapping[str, float] | None, scored: int) -> Iterator[s
     told = [f"{key} {share:.0%}" for key, share in importance.items() if share > chance]
     little = [key for key, share in importance.items() if share <= chance]
     if not told:
-        yield f"No setting by itself explains more of the differences in rank than chance does in {scored} trials."
+        yield f"No single setting explains more of the variance in trial rank than chance does in {scored} trials."
         return
-    rest = f"; {listed(little)} no more than chance does" if little else ""
-    yield f"Of the differences in rank is explained by one setting alone: {listed(told)}{rest}."
+    rest = f" No more than chance: {listed(little)}." if little else ""
+    yield f"Share of the variance in trial rank that one setting explains alone: {listed(told)}.{rest}"
 
 
 def caveats(objective: str, space: Mapping[str, Domain]) -> Iterator[str]:
     """Yield the limitations of the objective."""
     if objective in ("rankme", "lidar"):
         yield (
-            f"{metric_name(objective)} stood in for labels: a high rank of the features is necessary for good "
-            "ones, not sufficient; look at the best ones by k-NN on a few labelled images."
+            f"{metric_name(objective)} was the objective, which uses no labels. A high feature rank is necessary for "
+            "good features, not sufficient. Check the best trials by k-NN on a few labelled images."
         )
     moved = [key for key in space if key.startswith(_PART_OF_THE_LOSS)]
     if objective == "loss" and moved:
-        yield f"The loss was the objective, and {listed(moved)} move it whatever is learnt: the order may mean nothing."
+        yield (
+            f"The loss was the objective, and {listed(moved)} change its value directly: the ranking may be "
+            "meaningless."
+        )
 
 
 def open_questions(
@@ -230,9 +236,9 @@ def open_questions(
     """Yield the questions that the study leaves open."""
     unfinished = sum(one.status == "unfinished" for one in tried)
     if unfinished:
-        yield f"{plural(unfinished, 'trial')} did not end yet: all this may change."
+        yield f"Unfinished: {plural(unfinished, 'trial')}; these findings may change."
     if 0 < scored < least:
-        yield f"Which setting matters is not said below {least} trials with a score ({scored} so far)."
+        yield f"Importance of settings: needs {least} trials with a score; there are {scored} so far."
     for key, domain in space.items() if best else ():
         value = best.params.get(key) if best else None
         place = place_in(domain, value)
@@ -241,23 +247,23 @@ def open_questions(
         low, high = domain.values
         at_end = value <= low or value >= high or (domain.is_continuous and min(place, 1 - place) <= _EDGE)
         if at_end:
-            where = "at the edge of" if low <= value <= high else "outside of"
-            remedy = "widen it there" if where == "at the edge of" else "include it"
+            where = "at the edge of" if low <= value <= high else "outside"
+            remedy = "widen the range there" if where == "at the edge of" else "include this value"
             span = f"{short(low)} to {short(high)}"
-            yield f"The best has {key} {short(value)}, {where} what was searched, {span}: {remedy}."
+            yield f"The best trial has {key}={short(value)}, {where} the search range {span}; {remedy}."
     failed = [one for one in searched(tried) if one.status == "failed"] or [
         o for o in tried if o.status == "failed"
     ]
     if failed:
         message = " ".join((failed[0].outcome.message if failed[0].outcome else "").split())
         message = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
-        yield f"The first error, of trial {failed[0].trial.name}: {message or 'not recorded'}"
+        yield f"First error (trial {failed[0].trial.name}): {message or 'not recorded'}"
 
 
 def savings(share: float, by_collapse: float, by_stopping: float) -> Iterator[str]:
     """Yield the savings from ending trials early; `by_...` in CPU-hours."""
     if share >= 0.005:
         yield (
-            f"Ending trials early saved {share:.0%} of the steps: {by_collapse:.3g} CPU-hours of collapsed ones, "
-            f"{by_stopping:.3g} of ones that had fallen behind."
+            f"Ending trials early saved {share:.0%} of the steps: {by_collapse:.3g} CPU-hours of collapsed trials, "
+            f"{by_stopping:.3g} CPU-hours of early-stopped trials."
         )

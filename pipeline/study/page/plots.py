@@ -212,7 +212,7 @@ def study_picture(tried: Sequence[Tried], found: Findings, title: str, remark: s
             draw_curves(axes, tried, found, metric, LIGHT)
             axes.set_title(curve_title(metric), fontsize=8, loc="left", color=LIGHT["ink"])
         if not has_map and not metrics:
-            figure.text(0.5, 0.5, "nothing was measured yet", ha="center", color=LIGHT["faint"], fontsize=12)
+            figure.text(0.5, 0.5, "no measurements yet", ha="center", color=LIGHT["faint"], fontsize=12)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
         return file.getvalue()

@@ -138,7 +138,7 @@ def _draw_score(
         axes.scatter(*place, **look, label=stopped)
     else:
         look = {"s": 62, "facecolors": colour, "edgecolors": palette["ink"], "linewidths": 0.5, "zorder": 4}
-        axes.scatter(*place, **look, label="trained to the end")
+        axes.scatter(*place, **look, label="finished")
 
 
 def _draw_collapse(axes: Any, place: tuple[float, float], verdict: str, palette: Palette) -> None:

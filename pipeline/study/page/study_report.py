@@ -88,16 +88,16 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
     name = _name(study, about)
     best = read(study, BEST)
     importance = section(
-        "What matters",
+        "Importance of settings",
         drawing(importance_bars(found), width=400),
-        note="Share of the differences in rank that lies between values of one setting, by itself; collapsed "
-        "trials count as the worst, those given up by the score they had.",
+        note="Share of the variance in trial rank that each setting explains alone. Collapsed trials rank last; "
+        "early-stopped trials count with their last score.",
     )
     agreement = section(
-        "Which metrics agree",
+        "Agreement of metrics",
         table(list(agreement_rows(found))),
-        note="Kendall's tau-b: 1 is the same order of trials, -1 the opposite, + agreement for the loss too. "
-        "Within the last column it may be chance.",
+        note="Kendall's tau-b: 1 means the same order of trials, -1 the opposite order. A lower loss counts as better, "
+        "so a positive tau always means agreement. A tau within the chance range may be chance.",
     )
     is_alone = not (importance or agreement)
     sections = [
@@ -113,26 +113,27 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
         section(
             "Curves",
             charts(curve_charts(tried, found)),
-            note="Against steps. Trained to the end: coloured by score, the best outlined; collapsed: ending in a "
-            "cross; given up, failed or unfinished: dashed.",
+            note="The x-axis shows steps. Finished trials are coloured by score, and the best trial is outlined. "
+            "Collapsed trials end in a cross. Early-stopped, failed and unfinished trials are dashed.",
         ),
         section(
-            "All settings at once",
+            "Parallel coordinates",
             drawing(parallel_coordinates(tried, found), width=max(740, 150 * (len(found.space) + 1))),
-            note="A line is a trial. Collapsed ones end at the foot of the last axis, those given up are dashed.",
+            note="Each line is one trial. Collapsed trials end at the bottom of the last axis. Early-stopped "
+            "trials are dashed.",
         ),
         section(
             "Candidates",
             table([candidate_row(candidate, found) for candidate in found.candidates]),
-            note="Means over seeds ± standard deviation. Ties and distances are told only between several seeds; "
-            "the first seed chose who was rerun, so that means lean to the high side.",
+            note="Mean ± standard deviation over seeds. Ties and differences are reported only between candidates with "
+            "several seeds. The first seed selected the candidates for reruns, so the means are biased upwards.",
         ),
-        section("Collapsed", table(list(collapsed_rows(tried, found)))),
+        section("Collapsed trials", table(list(collapsed_rows(tried, found)))),
         section("Errors", table(list(error_rows(tried)))),
         section(
             "All trials",
             table([trial_row(one, found) for one in tried]),
-            note=f"With all metrics: {TABLE}.",
+            note=f"{TABLE} has all metrics.",
         ),
         section(
             "Best config",
@@ -146,7 +147,7 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
         name,
         [
             Html(f'<h1>{escape(name)}</h1>\n<p class="address">{escape(study.uri)}</p>'),
-            section("What was found", sentences(found.words)),
+            section("Findings", sentences(found.words)),
             contents(sections),
             tiles(list(_tiles(found))),
             *sections,
@@ -156,8 +157,10 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], fo
 
 def _about_map(found: Findings) -> str:
     keys = map_keys(found)
-    ground = " The ground is what neighbours let expect, no measurement." if len(keys) > 1 else ""
-    others = " Other settings vary as well." if len(found.space) > len(keys) else ""
+    ground = (
+        " The background colour is interpolated from nearby trials, not measured." if len(keys) > 1 else ""
+    )
+    others = " Other settings also vary." if len(found.space) > len(keys) else ""
     return f"{metric_name(found.objective)} over {' and '.join(keys)}.{ground}{others}"
 
 
@@ -166,7 +169,7 @@ def _remark(found: Findings) -> str:
     counts = found.counts
     parts = [
         plural(counts["all"], "trial"),
-        f"{counts['stopped']} {'replaced' if found.is_population else 'given up'}",
+        f"{counts['stopped']} {'replaced' if found.is_population else 'early-stopped'}",
         f"{counts['collapsed']} collapsed",
     ]
     if found.best:
@@ -190,13 +193,13 @@ def _tiles(found: Findings) -> Iterator[tuple[str, str, str]]:
         else "one seed each"
     )
     yield "candidates", str(len(found.candidates)), ties if found.candidates else "none yet"
-    yield "collapsed", str(counts["collapsed"]), ", ".join(found.verdicts) or "ended as soon as seen"
+    yield "collapsed", str(counts["collapsed"]), ", ".join(found.verdicts) or "trials end at detection"
     if found.is_population:
-        yield "replaced", str(counts["stopped"]), "by ones that went on from better ones"
+        yield "replaced", str(counts["stopped"]), "by copies of better trials"
     else:
-        yield "given up", str(counts["stopped"]), "fallen behind others"
-    yield "failed", str(counts["failed"]), "errors"
-    yield "saved", f"{saving.share:.0%}", "of all steps, by ending early"
+        yield "early-stopped", str(counts["stopped"]), "behind other trials"
+    yield "failed", str(counts["failed"]), "with an error"
+    yield "saved", f"{saving.share:.0%}", "of all steps, by ending trials early"
     hours = found.cost.reserved
     yield "CPU-hours", f"{hours.cpu:.3g}", f"{saving.by_collapse.cpu + saving.by_stopping.cpu:.3g} saved"
     if hours.gpu:
@@ -205,7 +208,7 @@ def _tiles(found: Findings) -> Iterator[tuple[str, str, str]]:
         yield (
             "wall time",
             duration(found.cost.seconds),
-            f"{found.cost.start_share:.0%} of trials' time to start them",
+            f"start-up took {found.cost.start_share:.0%} of trial time",
         )
 
 

@@ -16,7 +16,7 @@ from pipeline.study.findings.statistics import chance_tau
 from pipeline.study.findings.summary import Findings
 from pipeline.study.trials import Trial, Tried
 
-_MARKS = {"best": "best", "tie": "ties with the best", "collapsed": "collapsed under another seed"}
+_MARKS = {"best": "best", "tie": "tied with the best", "collapsed": "collapsed with another seed"}
 _MAX_CELL = 34
 
 
@@ -37,15 +37,15 @@ def candidate_row(candidate: Candidate, found: Findings) -> dict[str, str]:
 def agreement_rows(found: Findings) -> Iterator[dict[str, str]]:
     """Kendall's tau of two metrics, over which trials, and what of it may be chance."""
     for a in found.kendall:
-        which = "trained to the end"
+        which = "finished"
         if a.with_collapsed:
-            which = "and collapsed, as the worst by both" if a.gated else "and collapsed, as measured"
+            which += " and collapsed, " + ("ranked last by both metrics" if a.gated else "metric as measured")
         yield {
             "metric": metric_name(a.metric),
-            "against": metric_name(a.against),
+            "reference": metric_name(a.against),
             "trials": f"{a.num_trials}: {which}",
             "tau": "-" if a.tau is None else f"{a.tau:+.2f}",
-            "by chance": f"within ±{chance_tau(a.num_trials):.2f}",
+            "chance range": f"±{chance_tau(a.num_trials):.2f}",
         }
 
 
@@ -74,7 +74,9 @@ def trial_row(one: Tried, found: Findings) -> dict[str, Any]:
     row: dict[str, Any] = {
         "trial": one.trial.name,
         "status": one.status,
-        "by": f"confirms {one.trial.confirms:04d}" if one.trial.confirms is not None else one.trial.origin,
+        "origin": f"rerun of {one.trial.confirms:04d}"
+        if one.trial.confirms is not None
+        else one.trial.origin,
         "seed": one.trial.seed,
         metric_name(found.objective): "" if score is None else score_text(found.objective, score),
         "step": outcome.step if outcome else one.records.last_step or 0,
