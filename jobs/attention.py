@@ -1,4 +1,4 @@
-"""Show where a pretrained backbone looks: `python -m jobs.attention RUN [IMAGE ...] [--animate]`.
+"""Draw attention maps of a checkpoint: `python -m jobs.attention RUN [IMAGE ...] [--animate]`.
 
 Checkpoint -> backbone -> the class token's attention on a few images -> one sheet and a folder of overlays. With
 --animate, also an animation of the figures that the run's evaluations have drawn. Runs in one process, without Ray.
@@ -13,25 +13,33 @@ from pipeline.figures.config import MASS
 
 def main(argv: Sequence[str]) -> None:
     """Look at images with one checkpoint, animate the run's evaluations; write the pictures, print their paths."""
-    parser = CommandLine(prog="python -m jobs.attention", description="Attention maps of a checkpoint.")
+    parser = CommandLine(prog="python -m jobs.attention", description="Draw attention maps of a checkpoint.")
     parser.add_argument("run", help="run directory or checkpoint folder, local or s3://")
     parser.add_argument(
         "images", nargs="*", help="image files, folders, s3:// objects or prefixes, Parquet shards"
     )
-    parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
-    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="which network")
+    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--which", choices=("teacher", "student"), default="teacher", help="network to use (default: teacher)"
+    )
     parser.add_argument(
         "--mass", type=float, default=MASS, help=f"share of the attention in a mask (default: {MASS})"
     )
     parser.add_argument(
         "--image-size", type=int, default=None, help="shorter side in pixels (default: about 30 patches)"
     )
-    parser.add_argument("--image-column", default=None, help="Parquet: column of images (default: the run's)")
-    parser.add_argument("--max-images", type=int, default=8, help="how many images at most (default: 8)")
     parser.add_argument(
-        "--animate", action="store_true", help="also a GIF of the teacher at each evaluation of the run"
+        "--image-column",
+        default=None,
+        help="Parquet column of the images (default: the run's data.image_column)",
     )
-    parser.add_argument("--out", default=None, help="folder or s3:// prefix (default: RUN/attention)")
+    parser.add_argument("--max-images", type=int, default=8, help="largest number of images (default: 8)")
+    parser.add_argument(
+        "--animate",
+        action="store_true",
+        help="also write a GIF of the teacher's attention at each evaluation of the run",
+    )
+    parser.add_argument("--out", default=None, help="output folder or s3:// prefix (default: RUN/attention)")
     arguments = parser.parse_args(argv)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
     from jobs.runs.attention_pictures import animate, check, draw

@@ -53,15 +53,27 @@ _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 
 def main(argv: Sequence[str]) -> None:
     """Look at everything, and end with the exit code of the first thing that fails."""
-    parser = CommandLine(prog="python -m jobs.doctor", description="Look at all that a run needs.")
+    parser = CommandLine(
+        prog="python -m jobs.doctor", description="Check the cluster, data and storage of a run."
+    )
     parser.add_argument(
-        "--address", default=None, help="http://HOST:PORT of a dashboard, or HOST:PORT of a head"
+        "--address",
+        default=None,
+        help="http://HOST:PORT of a dashboard or HOST:PORT of a head "
+        "(default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine)",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
-    parser.add_argument("--recipe", default=None, help="the recipe of the run (default: demo)")
-    parser.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=s3://BUCKET/images")
+    parser.add_argument("--recipe", default=None, help="recipe of the run (default: demo)")
+    parser.add_argument(
+        "--config", type=Path, default=None, help="YAML file of settings that override the recipe"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="setting to change, e.g. data.path=s3://BUCKET/images",
+    )
     arguments = parser.parse_args(argv)
     config = load_config(arguments.recipe, arguments.config, arguments.overrides)
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
@@ -131,7 +143,7 @@ def _start_or_join(address: str | None, *, verbose: bool) -> str:
 
 def _look_around(config: Config, dashboard: str, *, is_local: bool) -> Iterator[Finding]:
     nodes = living_nodes()
-    how = "a local Ray starts" if is_local else "joined"
+    how = "started locally" if is_local else "joined"
     yield Finding("ok", "cluster", f"{how}, Ray {ray.__version__}")
     yield check_nodes(nodes)
     if not is_local:
@@ -155,9 +167,15 @@ def _is_open(dashboard: str) -> bool | None:
 def _ask(address: str, arguments: Namespace) -> Iterator[Finding]:
     """Send this job to the cluster, and pass on what it finds there."""
     client = connect(dashboard_address(address))
-    yield Finding("ok", "job server", f"{without_keys(address)} answers, Ray {ray.__version__} on both sides")
+    yield Finding(
+        "ok",
+        "job server",
+        f"{without_keys(address)} answers, Ray {ray.__version__} on this machine and on the cluster",
+    )
     if not Path("jobs/doctor.py").exists():
-        raise ConfigError("the nodes are looked at by code from here: run it in the checkout")
+        raise ConfigError(
+            "jobs/doctor.py is not in this folder, and its code checks the nodes; run the command in the checkout"
+        )
     command = ["python", "-m", "jobs.doctor", "--address", "auto", "--json", *arguments.overrides]
     for option, value in (("--recipe", arguments.recipe), ("--config", arguments.config)):
         command += [option, str(value)] if value else []
@@ -171,7 +189,9 @@ def _ask(address: str, arguments: Namespace) -> Iterator[Finding]:
     log = finish(client, sent)
     lines = [line for line in log.splitlines() if line.startswith('{"exit_code"')]
     if not lines:
-        raise ResourceError(f"the job {sent.id} ended with: {' '.join(log.split())[-300:]}")
+        raise ResourceError(
+            f"the job {sent.id} ended without findings; its log ends with: {' '.join(log.split())[-300:]}"
+        )
     for found in json.loads(lines[-1])["findings"]:
         yield Finding(**{**found, "text": f"cluster: {found['text']}"})
 

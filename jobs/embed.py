@@ -33,23 +33,50 @@ def _parser() -> CommandLine:
     parser = CommandLine(prog="python -m jobs.embed", description="Embed a data set with a checkpoint.")
     parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
     parser.add_argument("data", help="images: a folder, s3://bucket/prefix, or Parquet in either")
-    parser.add_argument("--out", required=True, help="folder or s3://bucket/prefix that gets the parts")
-    parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
-    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="which network")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="float16", help="of the vectors")
-    parser.add_argument("--patch-tokens", action="store_true", help="keep those of the last block as well")
     parser.add_argument(
-        "--image-size", type=positive, default=None, help="pixels (default: of a global crop)"
+        "--out", required=True, help="output folder or s3://bucket/prefix for the Parquet parts"
+    )
+    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--which", choices=("teacher", "student"), default="teacher", help="network to use (default: teacher)"
     )
     parser.add_argument(
-        "--rows-per-file", type=positive, default=None, help="images per part (default: by their number)"
+        "--dtype",
+        choices=get_args(Dtype),
+        default="float16",
+        help="dtype of the stored vectors (default: float16)",
     )
-    parser.add_argument("--batch-size", type=positive, default=128, help="images per forward")
     parser.add_argument(
-        "--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on GPUs"
+        "--patch-tokens", action="store_true", help="also store the patch tokens of the last block"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=positive,
+        default=None,
+        help="image size in pixels (default: the size of a global crop)",
+    )
+    parser.add_argument(
+        "--rows-per-file",
+        type=positive,
+        default=None,
+        help="images per Parquet part (default: chosen from the number of images)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=128, help="images per forward pass (default: 128)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="precision of the forward pass; bf16 is faster on GPUs (default: fp32)",
     )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.label_from_parent=true")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="setting to change, e.g. data.label_from_parent=true",
+    )
     return parser
 
 

@@ -15,17 +15,22 @@ def main(argv: Sequence[str]) -> None:
     """Parse, embed and probe."""
     parser = CommandLine(prog="python -m jobs.evaluate", description="Probe the features of a checkpoint.")
     parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
-    parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
-    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="which network")
+    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--which", choices=("teacher", "student"), default="teacher", help="network to use (default: teacher)"
+    )
     parser.add_argument(
         "--probes",
         default=None,
         metavar="LIST",
-        help=f"some of {','.join(LABELLED + LABEL_FREE)} (default: all that the data allows)",
+        help=f"comma-separated list out of {','.join(LABELLED + LABEL_FREE)} (default: all that the data allows)",
     )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. eval.val_path=s3://bucket/val"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="setting to change, e.g. eval.val_path=s3://bucket/val",
     )
     arguments = parser.parse_args(argv)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.

@@ -17,12 +17,17 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m jobs.export", description="Export a checkpoint for use in other programs."
     )
     parser.add_argument("run", help="run directory or checkpoint folder, local or s3://")
-    parser.add_argument("--step", type=int, default=None, help="which checkpoint (default: the newest)")
-    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="which network")
+    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
     parser.add_argument(
-        "--format", choices=tuple(FILES), action="append", help="format, may be repeated (default: timm)"
+        "--which", choices=("teacher", "student"), default="teacher", help="network to use (default: teacher)"
     )
-    parser.add_argument("--out", default=None, help="folder or s3:// prefix (default: RUN/export)")
+    parser.add_argument(
+        "--format",
+        choices=tuple(FILES),
+        action="append",
+        help="format of the exported files; may be repeated (default: timm)",
+    )
+    parser.add_argument("--out", default=None, help="output folder or s3:// prefix (default: RUN/export)")
     parser.add_argument(
         "--license",
         default="unknown",

@@ -60,10 +60,10 @@ def main(argv: Sequence[str]) -> None:
     console.print(
         f"{describe_data(source)}, {_megabytes(_listed_bytes(source.manifest))}\n"
         + (
-            "their files stay as they are\n"
+            "image files are stored unchanged\n"
             if plan.max_pixels is None
-            else f"larger ones than {plan.max_pixels} pixels are shrunk to that where it makes the file smaller: "
-            f"no crop of {arguments.recipe} needs more\n"
+            else f"images of more than {plan.max_pixels} pixels are shrunk to {plan.max_pixels} if that makes the file "
+            f"smaller: no crop of {arguments.recipe} needs more\n"
         )
         + f"parts of up to {max(map(len, map(plan.rows, range(plan.num_parts))))} images in {out.uri}: "
         f"{len(missing)} of {plan.num_parts} to do"
@@ -99,21 +99,31 @@ def main(argv: Sequence[str]) -> None:
 def _parser() -> CommandLine:
     parser = CommandLine(prog="python -m jobs.pack", description="Pack images for pretraining.")
     parser.add_argument("source", help="images: a folder, s3://bucket/prefix, or Parquet in either")
-    parser.add_argument("--out", required=True, help="folder or s3://bucket/prefix that gets the parts")
     parser.add_argument(
-        "--shrink", action="store_true", help="larger images than the crops need, once for all"
+        "--out", required=True, help="output folder or s3://bucket/prefix for the Parquet parts"
+    )
+    parser.add_argument(
+        "--shrink", action="store_true", help="shrink images that are larger than the crops need"
     )
     parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
         default=_RECIPE,
-        help=f"whose crops these are (default: {_RECIPE})",
+        help=f"recipe whose crop sizes decide the size of shrunk images (default: {_RECIPE})",
     )
     parser.add_argument(
-        "--rows-per-file", type=positive, default=None, help="images per part (default: by their size)"
+        "--rows-per-file",
+        type=positive,
+        default=None,
+        help="images per Parquet part (default: chosen from the size of the images)",
     )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.label_from_parent=true")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="setting to change, e.g. data.label_from_parent=true",
+    )
     return parser
 
 
@@ -136,8 +146,8 @@ def _config(arguments: Namespace) -> Config:
 def _check_apart(source: Directory, out: Directory) -> None:
     if f"{source.uri}/".startswith(f"{out.uri}/") or f"{out.uri}/".startswith(f"{source.uri}/"):
         raise ConfigError(
-            f"--out {out.uri} and the images in {source.uri} must not lie in one another: "
-            "whoever reads one would find the other; choose another --out"
+            f"--out {out.uri}: must not be inside the folder of the images, {source.uri}, or contain it; "
+            "choose another --out"
         )
 
 
@@ -187,7 +197,7 @@ def _next_command(arguments: Namespace, out: Directory) -> str:
     """The command that pretrains from what was packed."""
     words = ["python", "-m", "jobs.pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}"]
     words += [override for override in arguments.overrides if override.startswith("crops.")]
-    return "pretrain from it:\n" + shlex.join(words)
+    return "command that pretrains on the packed images:\n" + shlex.join(words)
 
 
 if __name__ == "__main__":

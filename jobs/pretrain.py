@@ -50,7 +50,7 @@ def _is_finished(run: Directory, config: Config, *, resume: bool) -> bool:
     changed = differences(load_run_config(run), config)
     if changed and not resume:
         is_other_data = any(one.startswith("data.path:") for one in changed)
-        remedy = "" if is_other_data else ", or pass --resume to continue it so"
+        remedy = "" if is_other_data else ", or pass --resume to continue with the new settings"
         raise ConfigError(
             f"name={config.name} is in use by a run with other settings ({'; '.join(changed[:3])}"
             f"{'; ...' if len(changed) > 3 else ''}): choose another name=...{remedy}"

@@ -66,7 +66,10 @@ def main(argv: Sequence[str]) -> None:
         else:
             print(f"{_described(last)}; following it", flush=True)
             if last.info.entrypoint != job.command:
-                print(f"warning: its command is another: {last.info.entrypoint}", flush=True)
+                print(
+                    f"warning: the running job was started with a different command: {last.info.entrypoint}",
+                    flush=True,
+                )
         if not options.no_wait:
             _follow(client, run, last)
 
@@ -75,32 +78,46 @@ def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     """Our options, and the words after `--` that name the job, without a leading `python -m`."""
     parser = CommandLine(
         prog="python -m jobs.submit",
-        description="Run a job on a Ray cluster, once, whatever happens.",
+        description="Run a job on a Ray cluster. The same command follows a running job and resumes a failed one.",
         usage="%(prog)s [options] -- jobs.NAME ARGUMENTS...",
     )
-    parser.add_argument("--address", default=None, help="http://HOST:PORT of the dashboard")
     parser.add_argument(
-        "--working-dir", type=Path, default=Path("."), help="the code that is sent (default: .)"
+        "--address",
+        default=None,
+        help="http://HOST:PORT of the dashboard (default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS)",
     )
     parser.add_argument(
-        "--runtime-env", type=Path, default=None, help=f"YAML (default: {_RUNTIME_ENV} if it is there)"
+        "--working-dir", type=Path, default=Path("."), help="folder of the code to send (default: .)"
     )
-    parser.add_argument("--run", default=None, help="name of the run, of a job that has no name=")
     parser.add_argument(
-        "--max-attempts", type=positive, default=20, help="submissions of one run (default: 20)"
+        "--runtime-env",
+        type=Path,
+        default=None,
+        help=f"YAML file of the runtime environment (default: {_RUNTIME_ENV} if it exists)",
+    )
+    parser.add_argument(
+        "--run",
+        default=None,
+        help="name of the run, for a job without name= (default: made from the command)",
+    )
+    parser.add_argument(
+        "--max-attempts",
+        type=positive,
+        default=20,
+        help="largest number of submissions of one run (default: 20)",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--no-wait", action="store_true", help="submit it, and do not follow the log")
-    what.add_argument("--stop", action="store_true", help="stop the run, and wait until it is stopped")
-    what.add_argument("--status", action="store_true", help="list the attempts at the run")
+    what.add_argument("--no-wait", action="store_true", help="submit the job without following its log")
+    what.add_argument("--stop", action="store_true", help="stop the run and wait until it has ended")
+    what.add_argument("--status", action="store_true", help="list the attempts of the run")
     cut = argv.index("--") if "--" in argv else len(argv)
     options, words = parser.parse_args(argv[:cut]), list(argv[cut + 1 :])
     if len(words) > 1 and re.fullmatch(r"(.*/)?python[0-9.]*", words[0]) and words[1] == "-m":
         words = words[2:]
     if not words and not (options.run and (options.stop or options.status)):
         raise ConfigError(
-            "no job is named: python -m jobs.submit -- jobs.pretrain name=NAME ...; --stop and --status "
-            "also take --run NAME instead"
+            "no job is given; pass one, e.g. python -m jobs.submit -- jobs.pretrain name=NAME ..., or --run NAME with "
+            "--stop or --status"
         )
     return options, words
 
@@ -110,13 +127,13 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
     folder = options.working_dir / "jobs"
     jobs = {f"jobs.{file.stem}" for file in folder.glob("*.py") if "run_main(main)" in file.read_text()}
     if words[0] not in jobs:
-        raise ConfigError(f"{words[0]} is no job in {folder}{did_you_mean(words[0], jobs)}")
+        raise ConfigError(f"{words[0]} is not a job in {folder}{did_you_mean(words[0], jobs)}")
     if words[0] in ("jobs.pretrain", "jobs.tune"):
         config = _config(words)
         _refuse_secrets(words[1:])
         if options.run not in (None, config.name):
             raise ConfigError(
-                f"--run {options.run} is for jobs without name=; this one has name={config.name}"
+                f"--run {options.run} is for jobs without name=, but this job has name={config.name}; leave out --run"
             )
         return _Job(config.name, words, config)
     _refuse_secrets(words[1:])
@@ -147,8 +164,8 @@ def _refuse_secrets(words: Sequence[str]) -> None:
     for name in names:
         if "@" in name or (looks_secret(name) and name.rpartition(".")[2] not in known):
             raise ConfigError(
-                f"{name}: looks like a secret, and the cluster shows a job's command to whoever asks; "
-                "give the nodes a role, or set it in their own environment"
+                f"{name}: looks like a secret, and anyone who can reach the cluster can read a job's command; "
+                "give the nodes a role, or set it in the environment of the nodes"
             )
 
 
@@ -176,7 +193,7 @@ def _runtime_env(options: Namespace) -> dict[str, Any]:
 def _is_done(job: _Job, last: Attempt | None) -> bool:
     """Whether nothing is left to do, which is said then."""
     if last and last.exit_code == 0 and last.info.entrypoint == job.command:
-        print(f"{job.run} is done: {last.id} succeeded; another name=... or --run NAME runs it again")
+        print(f"{job.run} is done: {last.id} succeeded; pass another name=... or --run NAME to run it again")
         return True
     if job.config is None:
         return False
@@ -184,10 +201,10 @@ def _is_done(job: _Job, last: Attempt | None) -> bool:
     try:
         is_done = run.exists(RESULT) and not differences(load_run_config(run), job.config)
     except DinorayError as error:
-        print(f"warning: whether {run.uri} is finished cannot be seen from here: {error}", flush=True)
+        print(f"warning: cannot check from this machine whether {run.uri} is finished: {error}", flush=True)
         return False
     if is_done:
-        print(f"{job.run} is done: {run.join(RESULT)} is there; another name=... trains again")
+        print(f"{job.run} is done: {run.join(RESULT)} exists; choose another name=... to train again")
     return is_done
 
 
@@ -197,7 +214,7 @@ def _submit(
     """Send the code and start the next attempt."""
     if len(attempts) >= options.max_attempts:
         raise DinorayError(
-            f"{job.run} had {len(attempts)} attempts, {_described(attempts[-1])}; mend what fails, then pass "
+            f"{job.run} had {len(attempts)} attempts, {_described(attempts[-1])}; fix the cause, then pass "
             f"--max-attempts {len(attempts) + 1}"
         )
     if attempts:
@@ -230,7 +247,8 @@ def _submit(
             },
         )
     print(
-        f"{attempt.id} is submitted; the same command follows it, --stop --run {job.run} stops it", flush=True
+        f"{attempt.id} is submitted; the same command follows it, and --stop --run {job.run} stops it",
+        flush=True,
     )
     return attempt
 
@@ -240,7 +258,9 @@ def _follow(client: Any, run: str, attempt: Attempt) -> None:
     try:
         ended = follow(client, attempt)
     except KeyboardInterrupt:
-        sys.exit(f"{attempt.id} goes on; the same command follows it, --stop --run {run} stops it")
+        sys.exit(
+            f"{attempt.id} is still running; the same command follows it, and --stop --run {run} stops it"
+        )
     print(_described(ended), flush=True)
     if ended.info.driver_exit_code is None and str(ended.info.status) == "FAILED":
         print(f"error: {ended.info.error_type}: {' '.join(str(ended.info.message).split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Search settings of a run with Ray Tune: `python -m jobs.tune [--recipe NAME] [key=value ...] [tune.key=value ...]`.
+"""Search hyper-parameters with Ray Tune: `python -m jobs.tune [--recipe NAME] [key=value ...] [tune.key=value ...]`.
 
 Config -> plan -> trials, each a run of its own -> the best again with more seeds -> report and best.yaml. The same
 command continues a study that was killed, from the trials that its directory holds; more `tune.trials` extend it, but
@@ -50,13 +50,14 @@ def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> N
         moved = [one for one in changed if one.startswith(("tune.trials:", "tune.scheduler:"))]
         if moved:
             raise ConfigError(
-                f"name={config.name} is in use by a study with other settings ({'; '.join(moved)}), and each trial of "
-                "a population has its place in it: choose another name=..."
+                f"name={config.name} is in use by a study with other settings ({'; '.join(moved)}), which "
+                "tune.scheduler=pb2 cannot change: choose another name=..."
             )
     if changed and not resume:
         raise ConfigError(
             f"name={config.name} is in use by a study with other settings ({'; '.join(changed[:3])}"
-            f"{'; ...' if len(changed) > 3 else ''}): choose another name=..., or pass --resume to continue it so"
+            f"{'; ...' if len(changed) > 3 else ''}): choose another name=..., or pass --resume "
+            "to continue with the new settings"
         )
 
 

@@ -170,7 +170,8 @@ def test_a_checkpoint_on_its_own_will_do(
         code, _, errors = run(lone, "a.png", "--animate")
         assert code == 2
         assert errors == [
-            f"error: --animate needs a run with its evaluations, {lone} is a single checkpoint; give the run directory"
+            f"error: --animate needs the evaluations of a run, but {lone} is a single checkpoint; "
+            "give the run directory"
         ]
     finally:
         lone.rename(trained / "checkpoints/step_00000001")
@@ -287,7 +288,7 @@ def test_without_images_the_remedies_end_the_error(tmp_path: Path, run: Run) -> 
     code, output, errors = run(folder)
     assert (code, output) == (2, [])
     assert errors == [
-        "error: there are no images to look at: name files or folders, or pass --animate for the run's own images"
+        "error: no images are given; name files or folders, or pass --animate for the run's own images"
     ]
     (tmp_path / "a.png").write_bytes(noise())
     assert run(folder, tmp_path / "a.png")[0] == run(folder, "--animate")[0] == 0

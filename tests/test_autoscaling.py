@@ -27,5 +27,5 @@ def test_cpu_nodes_follow_the_trainers_wait_for_data_and_no_gpu_node_is_started(
     assert sorted(sizes[: seen.far]) == sizes[: seen.far], "it only grows while it starves"
     assert sorted(sizes[seen.far :], reverse=True) == sizes[seen.far :], "and only shrinks while it is fed"
     assert records[-1]["dollars"] > records[0]["dollars"] > 0
-    assert "the same command continues from step" in seen.output
+    assert "the same command resumes from step" in seen.output
     assert "nodes 1 head + 3 cpu  augment actors 3 of 3" in seen.output

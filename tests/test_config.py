@@ -170,7 +170,7 @@ def test_help_names_every_section_and_only_settings_that_exist() -> None:
 
 def test_a_wrong_option_is_a_config_error() -> None:
     for wrong in (["--optim.base_lr=1"], ["--recipe"]):
-        with pytest.raises(ConfigError, match=f"{wrong[0]}.*values are set as section.key=value"):
+        with pytest.raises(ConfigError, match=f"{wrong[0]}.*settings are written as section.key=value"):
             Arguments("pretrain", "", Config).parse_args(wrong)
 
 
@@ -182,8 +182,8 @@ def test_a_wrong_option_is_a_config_error() -> None:
     [
         ("demoo", "did you mean demo?"),
         ("vit_smal_imagenet_boost", "did you mean vit_small_imagenet_boost"),
-        ("[1]", "is none of demo, photos_small"),
-        ("", "is none of demo, photos_small"),
+        ("[1]", "must be one of demo, photos_small"),
+        ("", "must be one of demo, photos_small"),
     ],
 )
 def test_an_unknown_recipe_is_answered_with_the_known_ones(name: str, words: str) -> None:
@@ -266,7 +266,7 @@ def test_any_text_survives_the_file(text: str) -> None:
 
 def test_the_config_of_a_run_takes_overrides_and_names_itself(tmp_path: Path) -> None:
     run = Directory(str(tmp_path))
-    with pytest.raises(ConfigError, match=f"{tmp_path} is no run directory: it has no config.yaml"):
+    with pytest.raises(ConfigError, match=f"{tmp_path} is not a run directory: it has no config.yaml"):
         load_run_config(run)
     run.write("config.yaml", config_of().to_yaml().encode())
     assert load_run_config(run, ["eval.k=[3]"]).eval.k == (3,)

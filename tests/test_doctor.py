@@ -118,7 +118,7 @@ def test_a_dashboard_that_is_not_reached_is_not_said_to_ask_for_a_token() -> Non
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = f"127.0.0.1:{server.getsockname()[1]}"
     said = check_dashboard(closed, is_open=importlib.import_module("jobs.doctor")._is_open(closed))
-    assert "not reached" in said.text
+    assert "is not reachable from this machine" in said.text
 
 
 def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:
@@ -214,7 +214,8 @@ def test_nodes_are_counted_by_kind() -> None:
     nodes = [node(**HEAD), node(CPU=8), node(CPU=8), node(CPU=48, GPU=4)]
     nodes[1]["Labels"]["ray.io/node-group"] = "augment"
     assert (
-        check_nodes(nodes).text == "1 x head, 1 x augment, 1 x CPU node, 1 x GPU node: 64 CPUs, 4 GPUs in all"
+        check_nodes(nodes).text
+        == "1 x head, 1 x augment, 1 x CPU node, 1 x GPU node: 64 CPUs, 4 GPUs in total"
     )
 
 
@@ -276,7 +277,7 @@ def test_a_dashboard_that_anyone_reaches_is_warned_of(url: str, is_open: bool | 
             "ok",
             "L40S, torch 2.10.0, NCCL 2.27.5",
         ),
-        (LATE, "warn", "in use by others"),
+        (LATE, "warn", "in use by other jobs"),
         ("Torch not compiled with CUDA enabled", "FAIL", "CUDA enabled; install a torch build"),
     ],
 )

@@ -52,7 +52,7 @@ def test_sigterm_ends_a_job_and_its_ray(tmp_path: Path) -> None:
         assert job.output.splitlines() == [
             "ready",
             "Ray is shut down",
-            "stopped; run it again to go on",
+            "stopped; run the same command again to resume",
         ]
         job.process.poll()
         assert [p for p in job.ray_processes() if p.status() != "zombie"] == []
@@ -60,7 +60,7 @@ def test_sigterm_ends_a_job_and_its_ray(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "says"),
-    [((), "run it again to go on"), (("step 120",), "the same command continues from step 120")],
+    [((), "run the same command again to resume"), (("step 120",), "the same command resumes from step 120")],
 )
 def test_a_stopped_job_promises_to_continue_only_from_a_place_that_it_names(
     place: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
@@ -100,7 +100,7 @@ def test_sigterm_while_ray_starts_is_not_lost_in_rays_own_way_out(monkeypatch: p
 @pytest.mark.parametrize(
     ("folder", "rule"),
     [
-        ("/tmp/" + "x" * 100, "is too long a path for its sockets: set a shorter one, e.g. RAY_TMPDIR=/tmp"),
+        ("/tmp/" + "x" * 100, "is too long for Ray's sockets: set a shorter one, e.g. RAY_TMPDIR=/tmp"),
         (__file__, "or set RAY_TMPDIR to another folder"),
     ],
 )

@@ -233,7 +233,7 @@ def test_without_labelled_images_what_needs_no_labels_is_left() -> None:
 
 
 def test_an_unknown_probe_is_named(run: Path) -> None:
-    assert "'knnn' is none of knn, linear" in refused(str(run), "--probes=knnn")
+    assert "'knnn' must be one of knn, linear" in refused(str(run), "--probes=knnn")
 
 
 def test_a_lone_checkpoint_without_data_says_what_to_set(run: Path, tmp_path: Path) -> None:

@@ -363,7 +363,10 @@ def test_the_student_and_a_lone_checkpoint_can_be_exported(tmp_path: Path) -> No
         (["{lone}", "--out", "{out}", "--step", "2"], "--step 2, but .* is of step 3"),
         (["{lone}", "--format", "tflite"], "invalid choice: 'tflite'"),
         (["{lone}/nowhere"], "has no committed checkpoint"),
-        (["{lone}", "--out", "{out}", "--license", "my own"], "--license 'my own' is no identifier"),
+        (
+            ["{lone}", "--out", "{out}", "--license", "my own"],
+            "--license 'my own' is not the identifier of a licence",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(

@@ -159,7 +159,7 @@ def test_a_run_that_loses_its_controller_or_its_head_is_continued_by_the_same_co
         assert error.startswith("error: ")
         assert why in error
         lost = last_step(run)
-        assert error.endswith(f"; the same command continues from step {lost}")
+        assert error.endswith(f"; the same command resumes from step {lost}")
         assert "Traceback" not in job.output
         assert lost < STEPS, "killed too late to prove anything"
     output = run_job("jobs.pretrain", *arguments, timeout_seconds=500)

@@ -130,7 +130,7 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         CONFIG,
         [["'optim.base_lr'", "must look like section.key=value"]],
     ),
-    "wrong option": (["--optim.base_lr=1"], CONFIG, [["--optim.base_lr=1", "set as section.key=value"]]),
+    "wrong option": (["--optim.base_lr=1"], CONFIG, [["--optim.base_lr=1", "written as section.key=value"]]),
     "unknown recipe": (["--recipe=vit_tiny"], CONFIG, [["recipe='vit_tiny'", "demo, photos_small"]]),
     "missing file": (
         ["--config=WORLD/none.yaml"],
@@ -140,7 +140,7 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
     "broken YAML": (
         ["--config=WORLD/broken.yaml"],
         CONFIG,
-        [["WORLD/broken.yaml is not YAML", "line 2", "mend"]],
+        [["WORLD/broken.yaml is not YAML", "line 2", "fix this line"]],
     ),
     "YAML of another shape": (
         ["--config=WORLD/list.yaml"],
@@ -440,7 +440,7 @@ def test_initial_weights_of_a_wrong_kind(
 
 
 def test_evaluating_what_is_no_run(run: Job, started: Directory, tmp_path: Path) -> None:
-    run(evaluate.main, "WORLD/runs/none").check(CONFIG, [f"{tmp_path}/runs/none is no run directory"])
+    run(evaluate.main, "WORLD/runs/none").check(CONFIG, [f"{tmp_path}/runs/none is not a run directory"])
     run(evaluate.main, "WORLD/runs/run").check(DATA, [f"{started.uri} has no committed checkpoint"])
     run(evaluate.main, "WORLD/runs/run", "--step=x").check(
         CONFIG, ["argument --step: invalid int value: 'x'"]

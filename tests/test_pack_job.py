@@ -122,7 +122,7 @@ def test_a_job_that_is_killed_continues_to_the_table_that_it_would_have_made(
 def test_it_says_what_became_of_the_images(packed: Path, images: Path) -> None:
     output = (images.parent / "output").read_text()
     assert f"data: 120 images in {len(LABELS)} class folders at {images} (labels from folder names)" in output
-    assert f"larger ones than {MOST} pixels are shrunk to that where it makes the file smaller" in output
+    assert f"images of more than {MOST} pixels are shrunk to {MOST} if that makes the file smaller" in output
     summary = json.loads((packed / "_about/summary.json").read_text())
     num_shrunk = sum(shrink(FILES[key], max_pixels=MOST) != FILES[key] for key in FILES if key not in BAD)
     assert num_shrunk == 90 - 2  # 90 large ones, two of them bad
@@ -203,9 +203,9 @@ def test_more_bad_images_than_allowed_end_the_job(packed: Path, images: Path) ->
         (["--recipe=demo_"], "invalid choice: 'demo_'"),
         (["--rows-per-file=0"], "invalid positive number"),
         (["data.pth=x"], r"did you mean data\.path"),
-        (["--out=IMAGES/packed"], "must not lie in one another"),
-        (["--out=IMAGES/.."], "must not lie in one another"),
-        (["--out=IMAGES/"], "must not lie in one another"),
+        (["--out=IMAGES/packed"], "must not be inside the folder of the images"),
+        (["--out=IMAGES/.."], "must not be inside the folder of the images"),
+        (["--out=IMAGES/"], "must not be inside the folder of the images"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
@@ -254,7 +254,7 @@ def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(
         *("data.image_column=photo", "data.key_column=name", "data.label_column=kind"),
     ]
     output = run_here("jobs.pack", *command)
-    assert "their files stay as they are" in output
+    assert "image files are stored unchanged" in output
     assert "24 images in = 24 images out + 0 quarantined, 0 shrunk" in output
     listed = store.client().list_objects_v2(Bucket="pack", Prefix="out/part")["Contents"]
     assert [entry["Key"] for entry in listed] == [f"out/part-{p:05d}.parquet" for p in range(5)]

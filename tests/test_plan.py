@@ -132,7 +132,10 @@ def test_a_person_reads_nodes_network_time_dollars_bottleneck_and_other_sizes(
 
 def test_more_requests_than_a_prefix_serves_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     plan(*VIT_S, *GIVEN)
-    assert "storage       6,400 requests/s, 704 MB/s; S3 promises 5,500 a second" in capsys.readouterr().out
+    assert (
+        "storage       6,400 requests/s, 704 MB/s; S3 documents 5,500 requests/s per prefix"
+        in capsys.readouterr().out
+    )
     plan(*VIT_S, *GIVEN, "plan.images_per_request=100")
     assert "storage       64 requests/s, 704 MB/s\n" in capsys.readouterr().out
 
@@ -142,8 +145,8 @@ def test_a_better_type_of_cpu_node_is_named(capsys: pytest.CaptureFixture[str]) 
     figures = ["plan.images_per_second_per_gpu=3000", "resources.cpus_per_train_worker=11"]
     plan(*VIT_S, *GIVEN[:4], *figures, "resources.train_workers=4")
     said = capsys.readouterr().out
-    assert "held by network" in said
-    assert re.search(r"plan\.cpu_node=c6in\.\w+ would take \d+ of them and \$[\d,]+ less", said)
+    assert "limited by network" in said
+    assert re.search(r"plan\.cpu_node=c6in\.\w+ would take \d+ nodes and cost \$[\d,]+ less", said)
 
 
 # cluster.yaml
@@ -208,7 +211,7 @@ def test_a_file_that_lacks_a_line_is_refused_rather_than_half_filled() -> None:
 def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     out = tmp_path / "mine.yaml"
     out.write_text("precious")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         plan(*VIT_S, *GIVEN, "--out", str(out))
     assert out.read_text() == "precious"
 
@@ -248,7 +251,7 @@ def test_images_that_cannot_be_read_are_asked_for_with_the_figures_that_stand_fo
 ) -> None:
     given = [figure for figure in GIVEN if "latency_ms" not in figure]
     with pytest.raises(
-        DataError, match=r"nowhere.*; or give plan\.latency_ms too: no image is looked at then$"
+        DataError, match=r"nowhere.*; or also set plan\.latency_ms, so that no images need to be read$"
     ):
         plan(*VIT_S, *given, f"data.path={tmp_path / 'nowhere'}")
     with pytest.raises(DataError) as none_given:
@@ -259,7 +262,7 @@ def test_images_that_cannot_be_read_are_asked_for_with_the_figures_that_stand_fo
 def test_a_figure_of_the_images_that_is_missing_asks_for_the_images() -> None:
     for missing in range(4):
         name = GIVEN[missing].partition("=")[0]
-        with pytest.raises(ConfigError, match=f"data.path: must be set, or in its place {name} as well"):
+        with pytest.raises(ConfigError, match=f"data.path: must be set, or else set {name} too"):
             plan(*VIT_S, *[figure for i, figure in enumerate(GIVEN) if i != missing])
     with pytest.raises(ConfigError, match=r"data.path: must be set, e.g."):
         plan(*VIT_S)
@@ -267,9 +270,13 @@ def test_a_figure_of_the_images_that_is_missing_asks_for_the_images() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here to measure on")
 def test_what_a_gpu_trains_on_is_not_guessed_from_a_cpu(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="this machine has none; give the figure, or measure on a node"):
+    with pytest.raises(
+        ResourceError, match="this machine has no GPU to measure it; set it, or measure on a GPU node"
+    ):
         plan(*VIT_S, *GIVEN[:4], "resources.use_gpu=true")
-    with pytest.raises(ConfigError, match=r"--out .* is for a cluster, but without a GPU here"):
+    with pytest.raises(
+        ConfigError, match=r"--out .* is for a cluster, but this plan is for the CPUs of this machine"
+    ):
         plan(*VIT_S, *GIVEN[:4], "--out", str(tmp_path / "mine.yaml"))
 
 
@@ -320,7 +327,7 @@ def test_on_a_cluster_its_nodes_are_measured(tmp_path: Path) -> None:
     with ray_head() as head:
         said = run_job("jobs.plan", *given, env={"RAY_ADDRESS": head.gcs})
     assert re.search(
-        r"^crops +[\d,]+ images/s a CPU \(measured on 4 CPUs with [\d,]+ images", said, re.MULTILINE
+        r"^crops +[\d,]+ images/s per CPU \(measured on 4 CPUs with [\d,]+ images", said, re.MULTILINE
     )
     assert "1 x g6e.12xlarge" in said
     assert f"data.path={images}" in said.splitlines()[-1]

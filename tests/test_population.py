@@ -51,7 +51,7 @@ def test_weak_members_go_on_from_strong_ones_with_other_settings(images: Path, t
         donor = tried[t.trial.continues or 0]
         before = tried[t.trial.number - members]
         assert before.status == "stopped"
-        assert f"went on from trial {donor.trial.name}" in before.outcome.message  # type: ignore[union-attr]
+        assert f"replaced by a copy of trial {donor.trial.name}" in before.outcome.message  # type: ignore[union-attr]
         lines = (tmp_path / "population" / "trials" / t.trial.name / "metrics.jsonl").read_text().splitlines()
         steps = [line["step"] for line in map(json.loads, lines) if "loss" in line]
         assert steps[0] == t.trial.from_step + 1  # not from the start

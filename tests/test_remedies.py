@@ -185,7 +185,7 @@ def follow(message: str, words: list[str]) -> list[str]:
         return put(words, subject, choice[1])
     if default := re.search(r"\(default (.*)\)$", message):
         return put(words, subject, default[1].strip('"'))
-    if missing := re.search(r"must be set, or in its place ([\w.]+) as well", message):
+    if missing := re.search(r"must be set, or else set ([\w.]+) too", message):
         return put(words, missing[1], "25")
     raise AssertionError(f"no remedy can be read from: {message}")
 

@@ -90,7 +90,7 @@ def test_400_photos_for_100_epochs_are_few_steps() -> None:
     config = config_of("train.global_batch_size=256", recipe="vit_small_imagenet_vanilla")
     few_images, few_steps, *_ = length_warnings(config, 400)
     assert few_images.startswith(
-        "data.path=/data holds 400 images, fewer than 500: too few to learn from noise"
+        "data.path=/data holds 400 images, fewer than 500: too few to train from random weights"
     )
     assert few_steps == (
         "train.epochs=100 makes 156 steps of 256 images, fewer than 300: too few to learn much; set train.epochs=192"
@@ -226,7 +226,7 @@ def test_trials_of_few_steps_are_warned_of_and_too_large_batches_refused() -> No
 def test_a_batch_that_is_searched_is_held_against_the_images_too() -> None:
     space = "tune.space={train.global_batch_size: [64, %d], loss.teacher_temp: [0.03, 0.04]}"
     with pytest.raises(
-        ConfigError, match=r"tune\.space: train\.global_batch_size=4096 .* leave out what is above 1000"
+        ConfigError, match=r"tune\.space: train\.global_batch_size=4096 .* leave out values above 1000"
     ):
         study_warnings(study(space % 4096, "tune.scheduler=none"), 1000)
     study_warnings(study(space % 512, "tune.scheduler=none"), 1000)

@@ -85,12 +85,12 @@ def run_finished(folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *
             ["tune.space={loss.teacher_tmp: {uniform: [0.02, 0.08]}}"],
             ["loss.teacher_tmp", "did you mean loss.teacher_temp"],
         ),
-        (["tune.space={data.path: [a, b]}"], ["data.path", "none of what is learnt"]),
+        (["tune.space={data.path: [a, b]}"], ["data.path", "not a setting of the algorithm"]),
         (["tune.space={train.seed: {int: [0, 5]}}"], ["train.seed", "tune.confirm_seeds"]),
         (["tune.space={train.epochs: {int: [10, 50]}}"], ["train.epochs", "set tune.epochs"]),
         (
             ["tune.space={train.global_batch_size: [64, 128]}"],
-            ["another number of steps", "tune.scheduler=none"],
+            ["trials of different lengths", "tune.scheduler=none"],
         ),
         (
             [
@@ -119,13 +119,13 @@ def run_finished(folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *
                 "tune.scheduler=pb2",
                 "tune.space={head.out_dim: {int: [64, 512]}, loss.teacher_temp: {uniform: [0.02, 0.08]}}",
             ],
-            ["tune.scheduler=pb2 moves settings", "head.out_dim"],
+            ["tune.scheduler=pb2 changes settings", "head.out_dim"],
         ),
         (
             ["tune.scheduler=pb2", "tune.evaluations=3"],
             ["tune.evaluations=3: tune.scheduler=pb2 needs at least 4"],
         ),
-        (["tune.scheduler=pb2", "tune.searcher=grid"], ["tune.searcher=grid", "take tune.searcher=quasi"]),
+        (["tune.scheduler=pb2", "tune.searcher=grid"], ["tune.searcher=grid", "set tune.searcher=quasi"]),
         (
             [
                 "loss.warmup_teacher_temp_epochs=0",
@@ -169,7 +169,9 @@ def test_a_ray_on_this_machine_is_not_said_to_grow(
 ) -> None:
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ResourceError, match=f"{asked}: this is what a cluster will have .* leave it out"):
+    with pytest.raises(
+        ResourceError, match=f"{asked}: only a cluster scales up to this size, .* leave it out"
+    ):
         job.main(["--recipe", "demo", f"storage_path={tmp_path}", asked])
     check_growth(study(asked), is_local=False)
     check_growth(study(), is_local=True)
@@ -199,7 +201,9 @@ def test_a_population_is_never_mixed_with_trials_that_have_no_place_in_it(
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "config.yaml").write_text(study(*mine).to_yaml())
     (tmp_path / "s" / "study.json").write_text("{}")
-    with pytest.raises(ConfigError, match=f"{changed.partition('=')[0]}: .*has its place in it"):
+    with pytest.raises(
+        ConfigError, match=f"{changed.partition('=')[0]}: .*which tune.scheduler=pb2 cannot change"
+    ):
         job.main([*mine, changed, "--resume"])
 
 
@@ -213,7 +217,7 @@ def test_a_finished_study_says_that_more_trials_extend_it_where_they_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_finished(tmp_path, monkeypatch, "tune.scheduler=pb2")
-    assert "is finished; another name=... starts anew" in capsys.readouterr().out
+    assert "is finished; choose another name=... to start a new study" in capsys.readouterr().out
     assert can_grow(study())
     assert not can_grow(study("tune.searcher=grid"))
 
@@ -247,10 +251,10 @@ def test_the_best_config_goes_when_its_trial_has_collapsed_under_another_seed(
 
 
 def test_pretraining_from_a_study_without_a_best_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no finished study directory"):
+    with pytest.raises(ConfigError, match="is not a finished study directory"):
         pretrain_config(PretrainArguments().parse_args(["--from-study", str(tmp_path)]))
     (tmp_path / "study.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"has found no best, or has not ended, .*: see its study\.html"):
+    with pytest.raises(ConfigError, match=r"the study has no best\.yaml, .*; see its study\.html"):
         pretrain_config(PretrainArguments().parse_args(["--from-study", str(tmp_path)]))
 
 
@@ -305,7 +309,9 @@ def test_the_recipe_is_tried_first_then_what_was_asked_for_completed_by_the_reci
 def test_no_first_point_is_dropped_for_want_of_trials() -> None:
     few = ["tune.first=[{loss.teacher_temp: 0.05}, {loss.teacher_temp: 0.06}]", "tune.trials=2"]
     config = study(*few)
-    with pytest.raises(ConfigError, match=r"tune\.trials=2: 3 points .* or tune\.try_recipe=false"):
+    with pytest.raises(
+        ConfigError, match=r"tune\.trials=2: too few for the 3 points .* or tune\.try_recipe=false"
+    ):
         first_points(config, space_of(config))
     for enough in ("tune.trials=3", "tune.try_recipe=false", "tune.searcher=grid"):
         config = study(*few, enough)

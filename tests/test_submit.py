@@ -106,7 +106,7 @@ def test_a_name_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     assert list_files(tmp_path, []) == ["ok-\U0001f600.txt"]
     with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w"):
         pass
-    with pytest.raises(ConfigError, match=r"caf\ufffd\.txt is no UTF-8 name; rename it"):
+    with pytest.raises(ConfigError, match=r"caf\ufffd\.txt is not a UTF-8 name; rename it"):
         list_files(tmp_path, [])
 
 
@@ -181,7 +181,7 @@ def test_the_shipped_runtime_environment_gives_a_stopped_run_time_for_its_last_c
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("workdir: .", "workdir is no key of a runtime environment; did you mean working_dir"),
+        ("workdir: .", "workdir is not a key of a runtime environment; did you mean working_dir"),
         ("env_var: {A: b}", "did you mean env_vars"),
         ("working_dir: .", "--working-dir FOLDER"),
         ("env_vars: {A: 1}", "env_vars"),
@@ -224,11 +224,11 @@ PRETRAIN = ["--", "jobs.pretrain", "name=x", "data.path=s3://b/i", "storage_path
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "no job is named"),
+        ([], "no job is given"),
         (["jobs.pretrain"], "unrecognized arguments: jobs.pretrain"),
-        (["--stop"], "no job is named"),
+        (["--stop"], "no job is given"),
         (["--", "jobs.pretrian"], "did you mean jobs.pretrain"),
-        (["--", "jobs.cli.config"], "jobs.cli.config is no job in"),
+        (["--", "jobs.cli.config"], "jobs.cli.config is not a job in"),
         ([*PRETRAIN, "optim.lrr=1"], "optim.lrr=1: unknown key"),
         (["--", "python", "-m", "jobs.pretrain", "optim.lrr=1"], "optim.lrr=1: unknown key"),
         (["--", "jobs.pretrain", "name=x"], "storage_path=runs would lie in a temporary folder"),
@@ -328,11 +328,11 @@ def answers() -> Iterator[tuple[str, dict[str, object]]]:
 @pytest.mark.parametrize(
     ("status", "body", "says"),
     [
-        (200, '{"ray_version": "2.9.3"}', r"runs Ray 2\.9\.3, this machine 2\.60"),
-        (200, "{}", "is no Ray dashboard"),
-        (200, "<html>hello</html>", "is no Ray dashboard"),
-        (401, "Missing authentication token", "asks for a token.*RAY_AUTH_MODE=token"),
-        (403, "Invalid authentication token", "asks for a token"),
+        (200, '{"ray_version": "2.9.3"}', r"runs Ray 2\.9\.3, this machine Ray 2\.60"),
+        (200, "{}", "is not a Ray dashboard"),
+        (200, "<html>hello</html>", "is not a Ray dashboard"),
+        (401, "Missing authentication token", "requires a token.*RAY_AUTH_MODE=token"),
+        (403, "Invalid authentication token", "requires a token"),
         (502, "bad gateway", "502"),
     ],
 )
@@ -448,7 +448,7 @@ def test_a_stopped_run_is_continued_by_the_same_command_and_a_finished_one_left_
     # A job that was sent a moment ago may still be starting.
     assert re.search(r"first-a1 is (pending|running) since", follower.output)
     assert f"step 1/{STEPS}" in follower.output
-    assert "stopped; the same command continues from" in follower.output
+    assert "stopped; the same command resumes from" in follower.output
     assert "Traceback" not in follower.output
 
     submit(*command)

@@ -32,7 +32,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """ConfigError instead of argparse's own way out."""
-        raise ConfigError(f"{message}; --help lists the options, values are set as section.key=value")
+        raise ConfigError(f"{message}; --help lists the options; settings are written as section.key=value")
 
 
 class Arguments(CommandLine):
@@ -45,8 +45,12 @@ class Arguments(CommandLine):
             epilog=_settings_help(config),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_argument("--recipe", default=None, help="named starting point (default: demo)")
-        self.add_argument("--config", type=Path, default=None, help="YAML file with values to change")
+        self.add_argument(
+            "--recipe", default=None, help="named set of settings to start from (default: demo)"
+        )
+        self.add_argument(
+            "--config", type=Path, default=None, help="YAML file of settings that override the recipe"
+        )
         self.add_argument(
             "--print-config",
             action="store_true",
@@ -57,19 +61,23 @@ class Arguments(CommandLine):
         )
         if resumes:
             self.add_argument(
-                "--resume", action="store_true", help="continue the run of this name even with another config"
+                "--resume",
+                action="store_true",
+                help="resume the run of this name even if its settings have changed",
             )
-        self.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optim.base_lr=1e-3")
+        self.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="setting to change, e.g. optim.base_lr=1e-3"
+        )
 
 
 _FIRST_SETTINGS = """\
-  data.path=FOLDER_OR_S3        images; subfolders are taken for labels, which only evaluations use
-  storage_path=FOLDER_OR_S3     where run directories go (default: runs)
-  name=NAME                     of the run directory
-  backbone.name=TIMM_NAME       which network
+  data.path=FOLDER_OR_S3        images; the names of subfolders are labels, used only for evaluation
+  storage_path=FOLDER_OR_S3     folder of run directories (default: runs)
+  name=NAME                     name of the run directory
+  backbone.name=TIMM_NAME       network, by its name in timm
   train.epochs=N                passes over the images
-  train.global_batch_size=N     images per step, of all GPUs together
-  resources.train_workers=N     GPUs"""
+  train.global_batch_size=N     images per step, over all GPUs
+  resources.train_workers=N     training processes, one per GPU"""
 
 
 def _settings_help(config: type[Config]) -> str:
@@ -84,7 +92,7 @@ def _settings_help(config: type[Config]) -> str:
             "settings that most runs make:",
             _FIRST_SETTINGS,
             "",
-            "sections of settings, set as section.key=value; --print-config prints all with meaning and default:",
+            "sections of settings, set as section.key=value; --print-config describes every setting:",
             *sections,
             "",
             "recipes: " + ", ".join(RECIPES),
@@ -97,9 +105,14 @@ class PretrainArguments(Arguments):
 
     def __init__(self) -> None:
         super().__init__("python -m jobs.pretrain", "Pretrain a vision backbone with DINO.", Config)
-        self.add_argument("--init-from", metavar="PATH", default=None, help="the same as init.path=PATH")
         self.add_argument(
-            "--from-study", metavar="DIR", default=None, help="take the best config that a study has found"
+            "--init-from",
+            metavar="PATH",
+            default=None,
+            help="weights to start from; the same as init.path=PATH",
+        )
+        self.add_argument(
+            "--from-study", metavar="DIR", default=None, help="start from the best config of the study in DIR"
         )
         self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
@@ -116,11 +129,11 @@ def pretrain_config(arguments: argparse.Namespace) -> Config:
     if arguments.from_study is None:
         return load_config(arguments.recipe, arguments.config, overrides)
     if arguments.recipe or arguments.config:
-        raise ConfigError("--from-study has the whole config: leave out --recipe and --config")
+        raise ConfigError("--from-study sets the whole config; leave out --recipe and --config")
     study = Directory(arguments.from_study)
     if study.exists(STUDY) and not study.exists(BEST):
         raise ConfigError(
-            f"--from-study={study.uri}: this study has found no best, or has not ended, and so has no {BEST}: "
-            f"see its study.html; let it end with the same command of jobs.tune, or search another tune.space"
+            f"--from-study={study.uri}: the study has no {BEST}, because it has not ended or has no best trial; "
+            "see its study.html, then run its jobs.tune command again, or search another tune.space"
         )
     return load_kept(Config, study, overrides, name=BEST, what="finished study")

@@ -41,7 +41,7 @@ class Config(DINOConfig):
     recipe: str = Field(json_schema_extra={"enum": list(RECIPES)})
     """The recipe that the other values started from."""
     name: str = Field(pattern=RUN_NAME, max_length=100)
-    """Name of the run, and of its directory under `storage_path`; the same name continues the same run."""
+    """Name of the run, and of its directory under `storage_path`; the same name resumes the same run."""
     storage_path: str = Field(default="runs", min_length=1)
     """Folder or s3://bucket/prefix that holds run directories."""
     data: DataConfig
@@ -103,7 +103,7 @@ def resolve(
     tree.pop("recipe", None)
     if not isinstance(name, str) or name not in RECIPES:
         near = did_you_mean(str(name), RECIPES)
-        raise ConfigError(f"recipe={name!r} is none of {', '.join(RECIPES)}{near}")
+        raise ConfigError(f"recipe={name!r} must be one of {', '.join(RECIPES)}{near}")
     merged: dict[str, Any] = {"name": name + name_suffix, **starting_point(name, tree), "recipe": name}
     _merge(merged, tree)
     return merged
@@ -137,7 +137,7 @@ def load_kept(
     try:
         tree = read_mapping(directory.read(name), file)
     except MissingObject as error:
-        raise ConfigError(f"{directory.uri} is no {what} directory: it has no {name}") from error
+        raise ConfigError(f"{directory.uri} is not a {what} directory: it has no {name}") from error
     try:
         config = validate_as(model, tree)
     except ConfigError as error:

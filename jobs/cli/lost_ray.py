@@ -34,7 +34,7 @@ _AGAIN = "run the same command again"
 
 _ADVICE: dict[type[Exception], str] = {
     exceptions.OutOfMemoryError: "set fewer resources.augment_actors, or give the node more memory",
-    exceptions.OutOfDiskError: "free space there, or set RAY_TMPDIR to a folder with more",
+    exceptions.OutOfDiskError: "free disk space on the node, or set RAY_TMPDIR to a folder on a larger disk",
 }
 _LOSSES = (
     *_ADVICE,

@@ -27,8 +27,10 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
         print(end="", flush=True)
     except KeyboardInterrupt as stop:
-        goes_on = f"the same command continues from {stop}" if str(stop) else "run it again to go on"
-        sys.exit(f"stopped; {goes_on}")
+        remedy = (
+            f"the same command resumes from {stop}" if str(stop) else "run the same command again to resume"
+        )
+        sys.exit(f"stopped; {remedy}")
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_cut_off():
             sys.exit(1)
@@ -74,7 +76,10 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
             flush=True,
         )
     if not local and not use_gpu and resources.use_gpu == "auto":
-        print("no GPU node is up: training on CPUs; resources.use_gpu=true waits for GPU nodes", flush=True)
+        print(
+            "no GPU node is up: training on CPUs; set resources.use_gpu=true to wait for GPU nodes",
+            flush=True,
+        )
     spare = int((cpus - train_cpus - 1) // resources.cpus_per_augment_actor)
     return use_gpu, _range(resources.augment_actors, default=(1, max(1, spare)))
 
@@ -147,7 +152,7 @@ def not_started(error: Exception) -> ResourceError:
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     text = one_line(error)
     if "AF_UNIX path length" in text:
-        remedy = f"{folder} is too long a path for its sockets: set a shorter one, e.g. RAY_TMPDIR=/tmp"
+        remedy = f"the path {folder} is too long for Ray's sockets: set a shorter one, e.g. RAY_TMPDIR=/tmp"
     elif isinstance(error, OSError):
         remedy = f"free space in {folder}, or set RAY_TMPDIR to another folder"
     elif "timed out" in text:
@@ -160,7 +165,7 @@ def not_started(error: Exception) -> ResourceError:
 def wants_token(address: str, error: AuthenticationError) -> ResourceError:
     """What to do where Ray was asked without a token, or with a wrong one."""
     return ResourceError(
-        f"{address} asks for a token ({one_line(error, limit=80)}); set RAY_AUTH_MODE=token and put the "
+        f"{address} requires a token ({one_line(error, limit=80)}); set RAY_AUTH_MODE=token and put the "
         "cluster's token into ~/.ray/auth_token (on the head: ray get-auth-token)"
     )
 

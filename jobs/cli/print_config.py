@@ -38,9 +38,7 @@ def describe_config(model: type[Config], arguments: Namespace, *, name_suffix: s
     complete: dict[str, Any] = {"data": {}, **tree}
     apply_tree(complete, examples)
     config = validate_as(model, complete)
-    lines = [
-        "# Every setting; the source of its value stands behind it. `--config FILE` reads this file back."
-    ]
+    lines = ["# Every setting, followed by the source of its value. `--config FILE` reads this file back."]
     return "\n".join([*lines, *_section(config, layers, tree, examples, "")]) + "\n"
 
 

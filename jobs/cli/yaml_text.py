@@ -54,7 +54,7 @@ def read_mapping(data: bytes, what: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} is not YAML: it is not UTF-8 text") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{what} is not YAML: {yaml_problem(error)}; mend the line") from error
+        raise ConfigError(f"{what} is not YAML: {yaml_problem(error)}; fix this line") from error
     if not isinstance(tree or {}, dict):
         raise ConfigError(f"{what} must hold a mapping of sections, not a {type(tree).__name__}")
     return tree or {}

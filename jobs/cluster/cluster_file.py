@@ -15,11 +15,11 @@ _PLACES = (Path(), Path(__file__).parents[2])
 def write_cluster_file(out: Path, plan: PlanSettings, forecast: Forecast) -> Path:
     """Write `out` and return the file that it was made from. ConfigError, and nothing written, where that cannot be."""
     if out.exists():
-        raise ConfigError(f"--out {out} is there already; remove it, or name another file")
+        raise ConfigError(f"--out {out} already exists; remove it, or choose another file")
     found = [place / NAME for place in _PLACES if (place / NAME).is_file()]
     if not found:
         raise ConfigError(
-            f"--out {out} is filled in from {NAME}, which is not here; run this job in a checkout of the project"
+            f"--out {out} is made from {NAME}, which was not found; run this job in a checkout of the project"
         )
     text = fill_in(found[0].read_text(), plan, forecast, what=str(found[0]))
     try:
@@ -50,7 +50,7 @@ def fill_in(text: str, plan: PlanSettings, forecast: Forecast, *, what: str = NA
     for name, (instance, node, most) in types.items():
         start = re.search(rf"^  {name}:$", text, flags=re.MULTILINE)
         if start is None:
-            raise ConfigError(f"{what} has no node type {name}; fill in the one of the project")
+            raise ConfigError(f"{what} has no node type {name}; start from the cluster.yaml of the project")
         rest = text[start.end() :]
         end = re.search(r"^ {0,2}\S", rest, flags=re.MULTILINE)
         section, after = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
@@ -66,7 +66,9 @@ def fill_in(text: str, plan: PlanSettings, forecast: Forecast, *, what: str = NA
 def _line(text: str, old: str, new: str, what: str) -> str:
     changed, count = re.subn(rf"^{old}$", new, text, flags=re.MULTILINE)
     if count != 1:
-        raise ConfigError(f"{what} has {count} lines like {old!r}, not one; fill in the one of the project")
+        raise ConfigError(
+            f"{what} has {count} lines like {old!r}, not one; start from the cluster.yaml of the project"
+        )
     return changed
 
 

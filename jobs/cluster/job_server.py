@@ -65,13 +65,13 @@ def dashboard_address(given: str | None) -> str:
     address = given or os.environ.get(_VARIABLE) or os.environ.get("RAY_ADDRESS") or ""
     if not _is_http(address):
         what = (
-            f"address={without_keys(address)!r} is not that of a job server"
+            f"address={without_keys(address)!r} is not the address of a job server"
             if address
-            else "no cluster is named"
+            else "no cluster is given"
         )
         raise ConfigError(
-            f"{what}: pass --address http://127.0.0.1:8265 (`ray dashboard cluster.yaml` leads it to the "
-            f"cluster) or set {_VARIABLE}"
+            f"{what}: pass --address http://127.0.0.1:8265 (`ray dashboard cluster.yaml` opens a tunnel "
+            f"from there to the cluster) or set {_VARIABLE}"
         )
     return address.rstrip("/")
 
@@ -104,8 +104,8 @@ def check_version(address: str, theirs: str) -> None:
     """ResourceError unless the cluster's Ray is of the minor version of ours."""
     if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise ResourceError(
-            f"the cluster at {without_keys(address)} runs Ray {theirs}, this machine {ray.__version__}; "
-            f"install one version on both, e.g. here: pip install 'ray[default]=={theirs}'"
+            f"the cluster at {without_keys(address)} runs Ray {theirs}, this machine Ray {ray.__version__}; "
+            f"install the same version on both, e.g. here: pip install 'ray[default]=={theirs}'"
         )
 
 
@@ -222,10 +222,10 @@ def _explained(address: str) -> Iterator[None]:
     except AuthenticationError as error:
         raise wants_token(address, error) from error
     except (KeyError, ValueError) as error:  # what it sent is no JSON, or not Ray's
-        raise ResourceError(f"{address} is no Ray dashboard; check the port") from error
+        raise ResourceError(f"{address} is not a Ray dashboard; check the port") from error
     except OSError as error:  # those of requests are, too
         raise ResourceError(
-            f"{address} does not answer ({one_line(error, limit=120)}); start the cluster, or open the way to "
+            f"{address} does not answer ({one_line(error, limit=120)}); start the cluster, or open a tunnel to "
             "its dashboard: ray dashboard cluster.yaml"
         ) from error
     except RuntimeError as error:

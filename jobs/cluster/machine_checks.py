@@ -119,7 +119,7 @@ def check_data(config: DataConfig, where: str = "here") -> Finding:
     """List what is first under `data.path`, and read a few of it: the rate, and the time to the first byte."""
     path = normal_uri(config.path)
     if Path(path).is_relative_to(demo_folder()) and not Path(path).exists():
-        return Finding("ok", "data", f"{where}: {path} is drawn when the first run starts")
+        return Finding("ok", "data", f"{where}: the first run generates the demo images at {path}")
     try:
         listing = list_entries(path, attempts=2)
         began = time.perf_counter()
@@ -130,12 +130,12 @@ def check_data(config: DataConfig, where: str = "here") -> Finding:
             raise DataError(f"no images under {path}, {len(entries)} other objects; check data.path")
         text = f"{where}: {path}: {len(entries)} listed in {seconds:.2f} s"
         if not images:
-            return Finding("warn", "data", f"{text}, none of them an image by its name; check data.path")
+            return Finding("warn", "data", f"{text}, but no file name is that of an image; check data.path")
         chosen = images[:: max(1, len(images) // _NUM_READ)][:_NUM_READ]
         rate, latency = _read_speed(listing.root, chosen)
     except DinorayError as error:
         return failed("data", type(error)(f"{where}: {error}"))
-    speed = f"{len(chosen)} read with {rate / 1e6:.1f} MB/s each, first byte after {latency * 1e3:.1f} ms"
+    speed = f"{len(chosen)} read at {rate / 1e6:.1f} MB/s each, first byte after {latency * 1e3:.1f} ms"
     return Finding("ok", "data", f"{text}, {speed} (medians)")
 
 
@@ -181,14 +181,16 @@ def check_storage(storage_path: str) -> Finding:
                 stream.write(text)
             if folder.read(name) != text:
                 raise DataError(
-                    f"{folder.join(name)}: what was read is not what was written; check the store"
+                    f"{folder.join(name)}: the bytes read differ from the bytes written; check the storage"
                 )
         finally:
             folder.delete(name)
     except DinorayError as error:
         return failed("storage", error)
     except OSError as error:  # pyarrow's
-        text_ = f"{folder.uri}: Ray's own way to write fails: {one_line(error)}; allow s3:PutObject"
+        text_ = (
+            f"{folder.uri}: writing as Ray does, with pyarrow, fails: {one_line(error)}; allow s3:PutObject"
+        )
         return Finding("FAIL", "storage", text_, DataError.exit_code)
     seconds = time.perf_counter() - began
     return Finding("ok", "storage", f"{folder.uri}: written, read and deleted in {seconds:.2f} s")

@@ -48,8 +48,8 @@ def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
     trained_on = plan.images_per_second_per_gpu
     if on_gpus and trained_on is None and is_local() and not torch.cuda.is_available():
         raise ResourceError(
-            "plan.images_per_second_per_gpu: what a GPU trains on must be measured on one, and this machine has none; "
-            "give the figure, or measure on a node: python -m jobs.submit -- python -m jobs.plan ..."
+            "plan.images_per_second_per_gpu: not set, and this machine has no GPU to measure it; "
+            "set it, or measure on a GPU node: python -m jobs.submit -- python -m jobs.plan ..."
         )
     known = {name: getattr(plan, name) for name in PlanSettings.model_fields if name in Figures._fields}
     known["num_images"] = plan.num_images
@@ -69,7 +69,7 @@ def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
                 if len(missing) == len(OF_IMAGES):
                     raise
                 why = known_error(error)  # which another node may have told of
-                instead = f"or give {', '.join(missing)} too: no image is looked at then"
+                instead = f"or also set {', '.join(missing)}, so that no images need to be read"
                 raise DataError(f"{why}; {instead}") from error
         if trained_on is None:
             say(f"measuring the training step for {plan.seconds:g} s")

@@ -47,7 +47,7 @@ def check_nodes(nodes: Sequence[Node]) -> Finding:
     kinds = Counter(_kind(node) for node in nodes)
     total = {name: sum(node["Resources"].get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
     text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    return Finding("ok", "nodes", f"{text}: {total['CPU']:.0f} CPUs, {total['GPU']:.0f} GPUs in all")
+    return Finding("ok", "nodes", f"{text}: {total['CPU']:.0f} CPUs, {total['GPU']:.0f} GPUs in total")
 
 
 def check_labels(nodes: Sequence[Node]) -> list[Finding]:
@@ -80,20 +80,22 @@ def check_fit(nodes: Sequence[Node], config: Config, *, is_local: bool) -> list[
     )
     found = []
     if is_local and have["CPU"] < needed:
-        found.append(Finding("warn", "CPUs", f"{text}; the processes will share what there is"))
+        found.append(Finding("warn", "CPUs", f"{text}; processes will share CPUs"))
     elif have["CPU"] < needed:
-        found.append(_lacks("CPUs", text, grows, "set resources.train_workers or add nodes"))
+        found.append(_lacks("CPUs", text, grows, "lower resources.train_workers or add nodes"))
     elif free.get("CPU", 0) < needed:
-        text += f"; others hold {have['CPU'] - free.get('CPU', 0):.0f} of them: the run waits until they end"
+        text += f"; other jobs use {have['CPU'] - free.get('CPU', 0):.0f} CPUs: the run waits until they end"
         found.append(Finding("warn", "CPUs", text))
     else:
-        text += f"; {have['CPU'] - train - 1:.0f} can fetch and crop"
+        text += f"; {have['CPU'] - train - 1:.0f} CPUs are left to fetch and crop"
         found.append(Finding("ok", "CPUs", text))
     if asked.use_gpu is True and have["GPU"] < asked.train_workers:
         text = f"{have['GPU']:.0f} GPUs, resources.train_workers={asked.train_workers} need one each"
-        found.append(_lacks("GPUs", text, grows, "set resources.train_workers or resources.use_gpu=false"))
+        found.append(
+            _lacks("GPUs", text, grows, "lower resources.train_workers or set resources.use_gpu=false")
+        )
     elif asked.use_gpu == "auto" and not have["GPU"]:
-        text = "no GPU is up: the run trains on CPUs; resources.use_gpu=true waits for GPU nodes"
+        text = "no GPU is up: the run trains on CPUs; set resources.use_gpu=true to wait for GPU nodes"
         found.append(Finding("ok" if is_local else "warn", "GPUs", text))
     return found
 
@@ -106,7 +108,7 @@ def check_object_store(nodes: Sequence[Node], config: Config) -> Finding:
     text = f"{store / 1e9:.1f} GB, a batch takes {batch / 1e9:.2f} GB"
     if store < needed:
         remedy = "start Ray with more --object-store-memory, or lower train.global_batch_size"
-        return Finding("warn", "object store", f"{text}: they will be spilled to disk; {remedy}")
+        return Finding("warn", "object store", f"{text}: batches will be spilled to disk; {remedy}")
     return Finding("ok", "object store", text)
 
 
@@ -117,13 +119,17 @@ def check_dashboard(url: str, *, is_open: bool | None) -> Finding:
     """
     host = url.rpartition(":")[0]
     if is_open is None:
-        return Finding("ok", "dashboard", f"{url} is not reached from here; who else reaches it was not seen")
+        return Finding(
+            "ok",
+            "dashboard",
+            f"{url} is not reachable from this machine; access from elsewhere was not checked",
+        )
     if not is_open:
-        return Finding("ok", "dashboard", f"{url} asks for a token")
+        return Finding("ok", "dashboard", f"{url} requires a token")
     if host in ("127.0.0.1", "localhost", "[::1]"):
-        return Finding("ok", "dashboard", f"{url} is reached from the head alone")
+        return Finding("ok", "dashboard", f"{url} is reachable from the head only")
     remedy = "start the head with --dashboard-host=127.0.0.1, or with RAY_AUTH_MODE=token"
-    return Finding("warn", "dashboard", f"{url} runs code for whoever reaches it; {remedy}")
+    return Finding("warn", "dashboard", f"anyone who can reach {url} can run code there; {remedy}")
 
 
 def look_at_nodes(nodes: Sequence[Node], config: Config, *, is_local: bool) -> list[Finding]:
@@ -142,7 +148,7 @@ def look_at_nodes(nodes: Sequence[Node], config: Config, *, is_local: bool) -> l
             continue
         ours = (ray.__version__, python_version())
         if answer["versions"] != ours:
-            text = "{}: Ray {}, Python {}; here Ray {}, Python {}: use one image for all".format(
+            text = "{}: Ray {}, Python {}; here Ray {}, Python {}: use one image for all nodes".format(
                 name, *answer["versions"], *ours
             )
             found.append(Finding("FAIL", "node", text, _RESOURCES))
@@ -155,7 +161,7 @@ def look_at_nodes(nodes: Sequence[Node], config: Config, *, is_local: bool) -> l
             found.append(judge_clock(late, f"{name}, against here"))
     gpu_nodes = [node for node in nodes if node["Resources"].get("GPU", 0)]
     if not gpu_nodes:
-        return [*found, Finding("ok", "CUDA", "no GPU node is up: not looked at")]
+        return [*found, Finding("ok", "CUDA", "no GPU node is up: not checked")]
     asked = {
         name_of(node): ray.remote(num_cpus=0, num_gpus=1, label_selector=_here(node))(_try_gpu).remote()
         for node in gpu_nodes
@@ -172,7 +178,7 @@ def judge_gpu(name: str, answer: Any) -> Finding:
             "ok", "CUDA", f"{name}: {answer['device']}, torch {answer['torch']}, NCCL {answer['nccl']}"
         )
     if answer == LATE:
-        return Finding("warn", "CUDA", f"{name}: its GPUs are in use by others: not looked at")
+        return Finding("warn", "CUDA", f"{name}: its GPUs are in use by other jobs: not checked")
     remedy = "install a torch build for the driver's CUDA, and check nvidia-smi on the node"
     return Finding("FAIL", "CUDA", f"{name}: {answer}; {remedy}", _RESOURCES)
 

@@ -32,7 +32,7 @@ class PlanConfig(Config):
             return tree
         missing = [f"plan.{name}" for name in OF_IMAGES if plan.get(name) is None]
         if missing and len(missing) < len(OF_IMAGES):
-            raise ValueError(f"data.path: must be set, or in its place {', '.join(missing)} as well")
+            raise ValueError(f"data.path: must be set, or else set {', '.join(missing)} too")
         return tree if missing else {**tree, "data": {**data, "path": BUCKET}}
 
 
@@ -41,9 +41,14 @@ class PlanArguments(Arguments):
 
     def __init__(self) -> None:
         super().__init__(
-            "python -m jobs.plan", "Say what a pretraining run will take.", PlanConfig, resumes=False
+            "python -m jobs.plan",
+            "Estimate the nodes, time and cost of a pretraining run.",
+            PlanConfig,
+            resumes=False,
         )
-        self.add_argument("--out", type=Path, metavar="FILE", help="write cluster.yaml, filled in, here")
+        self.add_argument(
+            "--out", type=Path, metavar="FILE", help="write cluster.yaml with the nodes of the plan to FILE"
+        )
         self.add_argument("--json", action="store_true", help="print the plan as JSON")
         self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
@@ -55,16 +60,17 @@ def plan_config(arguments: Namespace) -> PlanConfig:
     if given is not None and config.resources.use_gpu is False:
         raise ConfigError(
             f"plan.images_per_second_per_gpu={given:g} is for GPUs, but resources.use_gpu=false trains on CPUs; "
-            "leave out either"
+            "leave out one of them"
         )
     if not is_local() and config.resources.use_gpu is False:
         raise ConfigError(
-            "resources.use_gpu=false plans a run on one machine's CPUs, but this is a job on a cluster; plan it there"
+            "resources.use_gpu=false plans a run on one machine's CPUs, but this is a job on a cluster; "
+            "plan it on that machine"
         )
     if arguments.out is not None and not trains_on_gpus(config):
         raise ConfigError(
-            f"--out {arguments.out} is for a cluster, but without a GPU here and without "
-            "plan.images_per_second_per_gpu the plan is of this machine; give that figure, or leave out --out"
+            f"--out {arguments.out} is for a cluster, but this plan is for the CPUs of this machine; "
+            "set plan.images_per_second_per_gpu, or leave out --out"
         )
     return config
 

@@ -32,8 +32,8 @@ _CHEAPER = 0.95
 def figure_rows(measured: Measured) -> list[Row]:
     """The figures, each with where it comes from."""
     f, sources = measured.figures, measured.sources
-    device = "a GPU" if measured.on_gpus else "a CPU"
-    at_once = f", {f.images_per_request:,.0f} a request" if f.images_per_request > 1 else ""
+    device = "per GPU" if measured.on_gpus else "per CPU"
+    at_once = f", {f.images_per_request:,.0f} per request" if f.images_per_request > 1 else ""
     return [
         (
             "images",
@@ -42,7 +42,7 @@ def figure_rows(measured: Measured) -> list[Row]:
         ("request", f"{f.latency_ms:.3g} ms ({sources['latency_ms']})"),
         (
             "crops",
-            f"{f.images_per_second_per_cpu:,.0f} images/s a CPU ({sources['images_per_second_per_cpu']})",
+            f"{f.images_per_second_per_cpu:,.0f} images/s per CPU ({sources['images_per_second_per_cpu']})",
         ),
         (
             "training",
@@ -59,7 +59,7 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
     """The plan of a cluster."""
     plan, away = config.plan, found.of_a_cpu_node
     workers = found.train_workers
-    taken = f"{found.augment_cpus:.0f} CPUs, {found.augment_cpus / workers:.2g} a GPU"
+    taken = f"{found.augment_cpus:.0f} CPUs, {found.augment_cpus / workers:.2g} per GPU"
     rows = [
         (
             "GPU nodes",
@@ -67,7 +67,7 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
         ),
         (
             "CPU nodes",
-            f"{found.cpu_nodes} x {plan.cpu_node}, {found.cpu_nodes / workers:.2g} a GPU; crops take {taken}, "
+            f"{found.cpu_nodes} x {plan.cpu_node}, {found.cpu_nodes / workers:.2g} per GPU; crops take {taken}, "
             f"with {HEADROOM - 1:.0%} to spare and {1 - STREAM_SHARE:.0%} for Ray",
         ),
     ]
@@ -75,7 +75,7 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
         rows.append(
             (
                 "",
-                f"each makes up to {away.images_per_second:,.0f} images/s, held by {away.limit}: "
+                f"each makes up to {away.images_per_second:,.0f} images/s, limited by {away.limit}: "
                 f"{away.busy_cpus:.0f} of {plan.cpu.cpus} CPUs busy, {found.cpu_node_gbit:.1f} of "
                 f"{plan.cpu.gbit:g} Gbit/s sent, {_read_gbit(run, measured, found):.1f} read from storage",
             )
@@ -86,13 +86,13 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
     rows += [
         (
             "rate",
-            f"{found.images_per_second:,.0f} images/s, of {found.demand:,.0f} that the GPUs can train on",
+            f"{found.images_per_second:,.0f} images/s; the GPUs can train on {found.demand:,.0f}",
         ),
         (
             "network",
-            f"a GPU node takes in {found.gpu_node_gbit:.1f} of {plan.gpu.gbit:g} Gbit/s, crops, images and gradients; "
-            f"{_SMALL_GBIT:g} Gbit/s, which at {LINK_SHARE:.0%} use carries {small:,.0f} images/s of "
-            f"{run.crop_bytes / 1000:,.0f} kB, would be {is_limit}",
+            f"a GPU node receives {found.gpu_node_gbit:.1f} of {plan.gpu.gbit:g} Gbit/s (crops, images and gradients); "
+            f"{_SMALL_GBIT:g} Gbit/s at {LINK_SHARE:.0%} use carry {small:,.0f} images/s of "
+            f"{run.crop_bytes / 1000:,.0f} kB and would be {is_limit}",
         ),
         ("storage", _storage(measured, found)),
         ("object store", _store(config, found)),
@@ -122,7 +122,7 @@ def machine_rows(run: Run, found: Forecast, cores: int) -> list[Row]:
         ("bottleneck", f"{found.bottleneck}: {found.remedy}"),
         (
             "",
-            "for a cluster of GPUs, give plan.images_per_second_per_gpu, or run this job on a node with one",
+            "to plan a GPU cluster, set plan.images_per_second_per_gpu, or run this job on a GPU node",
         ),
     ]
 
@@ -144,7 +144,7 @@ def _cheaper(config: PlanConfig, run: Run, measured: Measured, found: Forecast) 
         return []
     other = found_by[best]
     saved = found.total_dollars - other.total_dollars
-    return [("", f"plan.cpu_node={best} would take {other.cpu_nodes} of them and ${saved:,.0f} less")]
+    return [("", f"plan.cpu_node={best} would take {other.cpu_nodes} nodes and cost ${saved:,.0f} less")]
 
 
 def _read_gbit(run: Run, measured: Measured, found: Forecast) -> float:
@@ -158,7 +158,7 @@ def _storage(measured: Measured, found: Forecast) -> str:
     text = f"{requests:,.0f} requests/s, {found.images_per_second * f.bytes_per_image / 1e6:,.0f} MB/s"
     if requests <= _S3_REQUESTS:
         return text
-    return f"{text}; S3 promises {_S3_REQUESTS:,} a second for a prefix: spread images over several, or use jobs.pack"
+    return f"{text}; S3 documents {_S3_REQUESTS:,} requests/s per prefix: use several prefixes, or jobs.pack"
 
 
 def _store(config: PlanConfig, found: Forecast) -> str:
@@ -174,8 +174,8 @@ def _store(config: PlanConfig, found: Forecast) -> str:
 def _time(run: Run, found: Forecast) -> str:
     return (
         f"{_hours(3600 * found.hours)}: {run.total_steps:,} steps of {run.global_batch_size} in "
-        f"{_hours(found.training_seconds)}, evaluations and checkpoints {_hours(found.pause_seconds)}, starting and "
-        f"ending {_hours(found.startup_seconds)}"
+        f"{_hours(found.training_seconds)}, evaluations and checkpoints {_hours(found.pause_seconds)}, startup and "
+        f"shutdown {_hours(found.startup_seconds)}"
     )
 
 

@@ -56,12 +56,12 @@ def plan(config: PlanConfig, arguments: Namespace) -> None:
     if others:
         rate = measured.figures.images_per_second_per_gpu
         console.print(
-            f"other numbers of GPUs, were each to train on {rate:,.0f} images/s and hold its share of the batch too:"
+            f"other numbers of GPUs, if each trains on {rate:,.0f} images/s and its share of the batch fits:"
         )
         for line in size_table(others):
             console.print(line)
     if made_from:
-        console.print(f"{arguments.out} is {made_from}, filled in; lines marked EDIT are still yours")
+        console.print(f"{arguments.out} is made from {made_from}; edit its lines marked EDIT")
     console.print(start)
 
 

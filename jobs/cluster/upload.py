@@ -37,7 +37,7 @@ SECRET_FILES = (
 """Names of files, never of folders, which may hold code, that stay at home."""
 _SECRET = GitIgnoreSpec.from_lines(SECRET_FILES)
 _SHOWN = (
-    "and the job server shows it to whoever asks; give the nodes a role (or set it in their own environment) "
+    "and anyone who can reach the job server can read it; give the nodes a role (or set it in their environment) "
     "and remove it here"
 )
 _IGNORE_FILES = (".gitignore", ".rayignore")
@@ -59,18 +59,18 @@ def read_runtime_env(file: Path) -> dict[str, Any]:
     tree = read_file(file, "--runtime-env")
     known = {key for key in RuntimeEnv.known_fields if not key.startswith("_")}
     mistakes = [
-        f"{file}: {key} is no key of a runtime environment{did_you_mean(str(key), known)}"
+        f"{file}: {key} is not a key of a runtime environment{did_you_mean(str(key), known)}"
         for key in tree
         if key not in known
     ]
     if "working_dir" in tree:
-        mistakes.append(f"{file}: working_dir is given on the command line: --working-dir FOLDER")
+        mistakes.append(f"{file}: working_dir: remove it here and pass --working-dir FOLDER")
     variables = tree.get("env_vars")
     for name in variables if isinstance(variables, Mapping) else ():
         if looks_secret(str(name)):
             mistakes.append(f"{file}: env_vars.{name} looks like a secret, {_SHOWN}")
     mistakes += [
-        f"{file}: {key} holds an address with a name or key before its @, {_SHOWN}"
+        f"{file}: {key} holds an address with a user name or key before its @, {_SHOWN}"
         for key, value in flatten(tree)
         if without_keys(str(value)) != str(value)
     ]
@@ -140,7 +140,7 @@ def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
         shown = os.fsencode(name).decode(errors="replace")
         if shown != name:
             raise ConfigError(
-                f"--working-dir {folder}: {shown} is no UTF-8 name; rename it, or exclude its folder"
+                f"--working-dir {folder}: {shown} is not a UTF-8 name; rename it, or exclude its folder"
             )
     return sorted(found)
 

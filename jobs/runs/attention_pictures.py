@@ -44,11 +44,11 @@ def check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name}={value} must be at least {least}")
     if not arguments.images and not arguments.animate:
         raise ConfigError(
-            "there are no images to look at: name files or folders, or pass --animate for the run's own images"
+            "no images are given; name files or folders, or pass --animate for the run's own images"
         )
     if arguments.animate and _run(arguments) is None:
         raise ConfigError(
-            f"--animate needs a run with its evaluations, {arguments.run} is a single checkpoint; "
+            f"--animate needs the evaluations of a run, but {arguments.run} is a single checkpoint; "
             "give the run directory"
         )
 

@@ -35,7 +35,7 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
     """`evaluation: k-NN of 480 images at /photos/val by 2160 at /photos/train`, or how to get it."""
     if inputs.labelled is None:
         remedy = (
-            "for k-NN start a run of another name with eval.val_path=auto"
+            "for k-NN start a run with another name and eval.val_path=auto"
             if inputs.images.has_labels
             else "for k-NN set eval.val_path and eval.train_path to images in one folder per class"
         )
@@ -51,8 +51,8 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
         where = f"at {val.manifest.path} by {voters} at {train.manifest.path}"
         return f"evaluation: k-NN of {_count(classified, 'image')} {where}"
     return (
-        f"evaluation: k-NN of {_count(classified, 'held-out image')} by {voters} others of data.path; training sees "
-        "all of them, without labels; eval.val_path=PATH takes other images"
+        f"evaluation: k-NN of {_count(classified, 'held-out image')} by {voters} others of data.path; training uses "
+        "all of them without labels; set eval.val_path=PATH to use other images"
     )
 
 

@@ -140,7 +140,7 @@ def _license_id(text: str) -> str:
     """`text` as an identifier of Hugging Face's hub."""
     if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text.lower()) is None:
         raise ConfigError(
-            f"--license {text!r} is no identifier of a licence; take one of "
+            f"--license {text!r} is not the identifier of a licence; use one of "
             "https://huggingface.co/docs/hub/repositories-licenses, e.g. apache-2.0, or other"
         )
     return text.lower()

@@ -50,7 +50,9 @@ def describe_result(run: Directory) -> str:
     if result["last"]["skipped_steps"]:
         lines.append(f"skipped       {result['last']['skipped_steps']} steps that were not finite")
     if result["last"]["bad_images"]:
-        lines.append(f"bad images    {result['last']['bad_images']}, named in {run.join('quarantine.jsonl')}")
+        lines.append(
+            f"bad images    {result['last']['bad_images']}, listed in {run.join('quarantine.jsonl')}"
+        )
     return "\n".join(lines)
 
 

@@ -63,7 +63,7 @@ def check_images(config: Config, num_images: int) -> None:
     )
     if num_images < 2:
         raise ConfigError(
-            f"data.path={config.data.path} holds 1 image, pretraining compares images; add images"
+            f"data.path={config.data.path} holds 1 image, but pretraining needs at least 2; add images"
         )
     if batch <= num_images:
         return
@@ -87,8 +87,8 @@ def length_warnings(config: Config, num_images: int, *, epochs_setting: str = "t
     batch, found = config.train.global_batch_size, []
     if num_images < FEW_IMAGES and config.init.path is None and not config.backbone.pretrained:
         found.append(
-            f"data.path={config.data.path} holds {num_images} images, fewer than {FEW_IMAGES}: too few to learn from "
-            "noise; add images, or start from trained weights with --init-from"
+            f"data.path={config.data.path} holds {num_images} images, fewer than {FEW_IMAGES}: too few to train from "
+            "random weights; add images, or start from trained weights with --init-from"
         )
     if total_steps < FEW_STEPS:
         found.append(

@@ -77,12 +77,12 @@ def chosen_probes(text: str | None, *, labelled: bool) -> list[str]:
     probes = [probe.strip() for probe in text.split(",")]
     for probe in probes:
         if probe not in LABELLED + LABEL_FREE:
-            raise ConfigError(f"--probes: {probe!r} is none of {', '.join(LABELLED + LABEL_FREE)}")
+            raise ConfigError(f"--probes: {probe!r} must be one of {', '.join(LABELLED + LABEL_FREE)}")
     if not labelled and set(probes) & set(LABELLED):
         raise ConfigError(
             "eval.val_path is not set, or the images of data.path have no labels; give labelled images, e.g. "
             "eval.val_path=s3://bucket/val eval.train_path=s3://bucket/train, "
-            f"or ask for --probes {','.join(LABEL_FREE)}"
+            f"or pass --probes {','.join(LABEL_FREE)}"
         )
     return probes
 
@@ -113,7 +113,7 @@ def _counts(result: Mapping[str, Any]) -> Iterator[str]:
         ("num_unreadable", "unreadable"),
         ("num_classes", "classes"),
         ("num_images", "label-free"),
-        ("num_images_unreadable", "unreadable of these"),
+        ("num_images_unreadable", "unreadable label-free"),
         ("lidar_images", "for LiDAR"),
     ):
         if result.get(key):

@@ -124,8 +124,8 @@ def _how_to_resume(run: Directory) -> str:
     try:
         step = max(committed_steps(run), default=0)
     except Exception:  # storage may be gone too
-        return "the same command continues the run"
-    return f"the same command continues from step {step}"
+        return "the same command resumes the run"
+    return f"the same command resumes from step {step}"
 
 
 def run_training(
@@ -220,7 +220,10 @@ def run_training(
             if not trains:
                 raise
             board.stop()
-            on_event(Event("note", {"text": "stopping with a checkpoint; once more ends it without"}), board)
+            on_event(
+                Event("note", {"text": "stopping after a checkpoint; press Ctrl-C again to stop at once"}),
+                board,
+            )
             follow()
             raise KeyboardInterrupt(
                 "the last checkpoint" if stopped_at is None else f"step {stopped_at}"

@@ -52,8 +52,8 @@ _WARMUP_SHARE = 0.3
 """Of a trial that is shorter than the run, a warm-up takes no more than this, or than its share of the run."""
 
 _NOT_SEARCHED = {
-    "train.seed": "seeds are for confirming; set tune.confirm_seeds",
-    "train.epochs": "trials are of one length; set tune.epochs",
+    "train.seed": "seeds are not searched; set tune.confirm_seeds to repeat the best trials",
+    "train.epochs": "all trials have the same length; set tune.epochs",
 }
 _LOGGED_PER_EVALUATION = 6
 """Readings of a trial's health between two evaluations, at least: a collapse must be seen to last."""
@@ -69,7 +69,9 @@ class StudyArguments(Arguments):
     """The command line of jobs.tune."""
 
     def __init__(self) -> None:
-        super().__init__("python -m jobs.tune", "Search settings of a pretraining run.", StudyConfig)
+        super().__init__(
+            "python -m jobs.tune", "Search hyper-parameters of a pretraining run with Ray Tune.", StudyConfig
+        )
         self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
 
@@ -87,7 +89,7 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
     mistakes = []
     for key, domain in space.items():
         if key not in known:
-            why = _NOT_SEARCHED.get(key, f"it is none of what is learnt{did_you_mean(key, known)}")
+            why = _NOT_SEARCHED.get(key, f"it is not a setting of the algorithm{did_you_mean(key, known)}")
             mistakes.append(f"tune.space: {key}: {why}")
             continue
         if domain.is_continuous or domain.kind == "int":
@@ -148,8 +150,8 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
     if len(points) > config.tune.trials and config.tune.searcher != "grid":
         recipe = len(points) > len(config.tune.first)
         raise ConfigError(
-            f"tune.trials={config.tune.trials}: {len(points)} points are to be tried first, tune.first"
-            f"{' and the recipe' if recipe else ''}, and some never would be; set tune.trials={len(points)}"
+            f"tune.trials={config.tune.trials}: too few for the {len(points)} points that are tried first (tune.first"
+            f"{' and the recipe' if recipe else ''}); set tune.trials={len(points)}"
             f"{', or tune.try_recipe=false' if recipe else ''}, or shorten tune.first"
         )
     return points

@@ -43,13 +43,16 @@ def describe_search(directory: Directory, study: Mapping[str, Any]) -> str:
     """What is searched, by which objective, and when trials end early, from study.json."""
     total, grace = study["total_steps"], study["grace_steps"]
     searched = ", ".join(f"{key} {d['kind']} {d['values']}" for key, d in study["space"].items())
-    stops = "no trial is given up for better ones"
+    stops = "no trial is stopped early"
     if study["scheduler"] == "asha" and grace < total:
-        stops = f"ASHA from step {grace} on: 1 in {study['reduction_factor']:g} goes on"
+        stops = f"ASHA stops trials early, from step {grace} on: 1 in {study['reduction_factor']:g} continues"
     elif study["scheduler"] == "asha":
         stops += f": warm-ups and tune.grace last {grace} of {total} steps"
     elif study["scheduler"] == "pb2":
-        stops = f"PB2: {study['trials']} members, from the second evaluation on the worst quarter goes on from the best"
+        stops = (
+            f"PB2: {study['trials']} members; from the second evaluation on, the worst quarter copies "
+            "the weights of the best"
+        )
     confirmed = f", then the best {study['confirm_top']} with {study['confirm_seeds']} seeds"
     if not study["confirm_top"] or study["scheduler"] == "pb2":  # a course of settings, which no seed repeats
         confirmed = ""
@@ -70,7 +73,7 @@ def trial_line(tried: Tried, study: Mapping[str, Any]) -> str:
     what = {
         "collapsed": f"collapsed ({outcome.verdict})",
         "failed": f"failed: {outcome.message}",
-        "stopped": outcome.message or "given up",
+        "stopped": outcome.message or "stopped early",
     }.get(outcome.status, outcome.status)
     value = outcome.scores.get(study["objective"])
     parts = [f"trial {trial.name}", f"{what} at step {outcome.step}/{study['total_steps']}"]

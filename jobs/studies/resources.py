@@ -22,7 +22,7 @@ def check_growth(config: StudyConfig, *, is_local: bool) -> None:
     said = " ".join(f"tune.{name}={number}" for name, number in asked.items() if number is not None)
     if is_local and said:
         raise ResourceError(
-            f"{said}: this is what a cluster will have once it has grown, and a Ray on this machine does not grow; "
+            f"{said}: only a cluster scales up to this size, not a Ray on this machine; "
             "leave it out, or run the study on a cluster with jobs.submit"
         )
 
@@ -35,7 +35,7 @@ def check_study_size(config: StudyConfig, space: Space, num_images: int) -> list
     if largest > num_images:
         raise ConfigError(
             f"tune.space: train.global_batch_size={largest} is more than the {num_images} images of "
-            f"data.path={config.data.path}; leave out what is above {num_images}"
+            f"data.path={config.data.path}; leave out values above {num_images}"
         )
     trial = trial_config(config, {}, name="0", storage_path="trials", seed=0, num_images=num_images)
     return length_warnings(trial, num_images, epochs_setting="tune.epochs")

@@ -31,27 +31,27 @@ def scheduler_mistakes(space: Space, tune: StudySettings) -> Iterator[str]:
         fixed = [key for key, domain in space.items() if not domain.is_continuous or not _moves(key)]
         if fixed:
             yield (
-                f"tune.scheduler=pb2 moves settings while trials train, which {', '.join(fixed)} cannot; "
-                "leave them out of tune.space, or take tune.scheduler=asha"
+                f"tune.scheduler=pb2 changes settings during training, but {', '.join(fixed)} cannot change; "
+                "leave them out of tune.space, or set tune.scheduler=asha"
             )
         if tune.evaluations < 4:
             yield (
-                f"tune.evaluations={tune.evaluations}: tune.scheduler=pb2 needs at least 4: members are judged from "
-                "the second on, and take over at their next one before the last; set tune.evaluations=4 or more"
+                f"tune.evaluations={tune.evaluations}: tune.scheduler=pb2 needs at least 4, to rank trials from "
+                "the second on and to copy weights before the last; set tune.evaluations=4 or more"
             )
         if tune.max_concurrent is not None and tune.max_concurrent < tune.trials:
             yield (
                 f"tune.max_concurrent={tune.max_concurrent}: tune.scheduler=pb2 trains all tune.trials={tune.trials} "
-                f"at once; leave it out, set tune.trials={tune.max_concurrent}, or take tune.scheduler=asha"
+                f"at once; leave it out, set tune.trials={tune.max_concurrent}, or set tune.scheduler=asha"
             )
         if tune.searcher == "grid":
             yield (
-                "tune.searcher=grid: tune.scheduler=pb2 has tune.trials members, and a grid as many points as it has; "
-                "take tune.searcher=quasi for members that begin evenly spread, or tune.scheduler=asha"
+                "tune.searcher=grid: tune.scheduler=pb2 trains tune.trials members, but a grid sets its own "
+                "number of trials; set tune.searcher=quasi for members that start evenly spread, or tune.scheduler=asha"
             )
     if tune.scheduler == "asha" and "train.global_batch_size" in space:
         yield (
-            "tune.space: train.global_batch_size: trials of another number of steps cannot be compared on the way; "
+            "tune.space: train.global_batch_size: tune.scheduler=asha cannot compare trials of different lengths; "
             "leave it out, or set tune.scheduler=none"
         )
     if tune.share_stream:

@@ -32,7 +32,7 @@ def search(config: StudyConfig, directory: Directory, *, verbose: bool) -> None:
     has_labels = inputs.labelled is not None or inputs.mismatch is not None
     objective = objective_of(config, space, labelled=has_labels)
     if inputs.mismatch and inputs.mismatch.is_disjoint and objective.metric.startswith("knn"):
-        raise ConfigError(f"{inputs.mismatch.text}, or take tune.objective=rankme")
+        raise ConfigError(f"{inputs.mismatch.text}, or set tune.objective=rankme")
     warnings += evaluation_warnings(inputs, config.eval)
     about_data = [describe_data(inputs.images), describe_evaluation(inputs, config.eval)]
     write_about(
@@ -41,8 +41,8 @@ def search(config: StudyConfig, directory: Directory, *, verbose: bool) -> None:
     console.print("\n".join([*about_data, *(f"warning: {line}" for line in warnings)]))
     study = StudyRun(config, directory, space, objective, first, inputs, console)
     if study.is_done():
-        more = "more tune.trials extend it, " if can_grow(config) else ""
-        console.print(f"{directory.uri} is finished; {more}another name=... starts anew")
+        more = "raise tune.trials to extend it, or " if can_grow(config) else ""
+        console.print(f"{directory.uri} is finished; {more}choose another name=... to start a new study")
     else:
         check_growth(config, is_local=is_local())
         if config.backbone.pretrained:

@@ -135,7 +135,7 @@ class StudyRun:
                     self._search(sharing, self._next_trial, {seed}, asha)
             while confirming := self._to_confirm():
                 top, seeds = tune.confirm_top, tune.confirm_seeds
-                self._console.print(f"confirming the best {top} with {seeds} seeds each")
+                self._console.print(f"confirming the best {top} trials with {seeds} seeds each")
                 self._confirm(runner, sorted({trial.seed for trial in confirming}))
         finally:
             ray.shutdown()

@@ -98,7 +98,7 @@ class TrialRunner:
             write_trial(self.study, trial)
         for left in mine:
             if left.outcome is None and left.trial.number != trial.number:
-                why = f"went on from trial {trial.continues:04d} at step {trial.from_step}"
+                why = f"replaced by a copy of trial {trial.continues:04d} (step {trial.from_step})"
                 attempt = _Attempt(self, left.trial, lambda *_: True)
                 write_outcome(self.study, left.trial, attempt.outcome("stopped", message=why))
         return trial
@@ -230,7 +230,7 @@ class _Attempt:
             time.sleep(0.5)
         step = max((step for step in steps if step <= trial.from_step), default=None)
         if step is None:
-            raise DataError(f"{donor.uri} has no checkpoint that trial {trial.name} could go on from")
+            raise DataError(f"{donor.uri} has no checkpoint for trial {trial.name} to start from")
         return {"path": donor.join("checkpoints", checkpoint_name(step)), "load": "run"}
 
     def _score(self, scores: Mapping[str, float]) -> float:
