@@ -188,5 +188,5 @@ def test_a_run_with_disjoint_classes_counts_as_unlabelled(disjoint: list[str], t
 
 
 def test_a_study_that_would_rank_by_disjoint_classes_is_refused(disjoint: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"disjoint.*or take tune\.objective=rankme"):
+    with pytest.raises(ConfigError, match=r"disjoint.*or set tune\.objective=rankme"):
         tune.main(["--recipe", "demo", *disjoint])
