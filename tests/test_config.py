@@ -10,7 +10,7 @@ import annotated_types as at
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -154,6 +154,12 @@ def test_options_may_stand_among_the_overrides() -> None:
     arguments = parser.parse_args(["a=1", "--recipe", "demo", "b=2", "--resume", "c=3"])
     assert arguments.overrides == ["a=1", "b=2", "c=3"]
     assert (arguments.recipe, arguments.resume) == ("demo", True)
+
+
+def test_a_key_that_is_not_text_is_refused_and_taken_in_quotes() -> None:
+    with pytest.raises(ConfigError, match="key 1 is not text, put it in quotes"):
+        load_config("demo", None, ["backbone.kwargs={1: 2}"])
+    assert load_config("demo", None, ["backbone.kwargs={'1': 2}"]).backbone.kwargs["1"] == 2
 
 
 def test_help_names_every_section_and_only_settings_that_exist() -> None:
@@ -443,6 +449,8 @@ GARBAGE = (
         st.tuples(GARBAGE, st.text() | JSON.map(json.dumps) | st.text("[]{}:,#&*!|>'\"% \n-1a")), max_size=3
     )
 )
+@example([("backbone.kwargs.0", "?")])
+@example([("backbone.kwargs", "{1: 2}")])
 def test_garbage_is_a_config_or_a_config_error(garbage: list[tuple[str, str]]) -> None:
     try:
         config = load_config("demo", None, [f"{key}={text}" for key, text in garbage])

@@ -9,7 +9,7 @@ from models.errors import ConfigError
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, `on` and `no` are text, and a key that is given twice is a mistake."""
+    """YAML in which `1e-3` is a number, `on` and `no` are text, and keys are text, each given once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -17,7 +17,12 @@ class Loader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 problem = f"key {key!r} is given {keys.count(key)} times"
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        for key in mapping:
+            if not isinstance(key, str):  # config.yaml would hold another key: JSON has text alone
+                problem = f"key {key!r} is not text, put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return mapping
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
