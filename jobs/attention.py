@@ -18,10 +18,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "images", nargs="*", help="image files, folders, s3:// objects or prefixes, Parquet shards"
     )
-    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
-    parser.add_argument(
-        "--which", choices=("teacher", "student"), default="teacher", help="network to use (default: teacher)"
-    )
+    parser.add_network()
     parser.add_argument(
         "--mass", type=float, default=MASS, help=f"share of the attention in a mask (default: {MASS})"
     )

@@ -36,10 +36,7 @@ def _parser() -> CommandLine:
     parser.add_argument(
         "--out", required=True, help="output folder or s3://bucket/prefix for the Parquet parts"
     )
-    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
-    parser.add_argument(
-        "--which", choices=("teacher", "student"), default="teacher", help="network to use (default: teacher)"
-    )
+    parser.add_network()
     parser.add_argument(
         "--dtype",
         choices=get_args(Dtype),

@@ -15,10 +15,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, embed and probe."""
     parser = CommandLine(prog="python -m jobs.evaluate", description="Probe the features of a checkpoint.")
     parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
-    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
-    parser.add_argument(
-        "--which", choices=("teacher", "student"), default="teacher", help="network to use (default: teacher)"
-    )
+    parser.add_network()
     parser.add_argument(
         "--probes",
         default=None,

@@ -17,10 +17,7 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m jobs.export", description="Export a checkpoint for use in other programs."
     )
     parser.add_argument("run", help="run directory or checkpoint folder, local or s3://")
-    parser.add_argument("--step", type=int, default=None, help="step of the checkpoint (default: the newest)")
-    parser.add_argument(
-        "--which", choices=("teacher", "student"), default="teacher", help="network to use (default: teacher)"
-    )
+    parser.add_network()
     parser.add_argument(
         "--format",
         choices=tuple(FILES),

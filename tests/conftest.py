@@ -13,7 +13,7 @@ import pytest
 from faults import FaultProxy, fault_proxy
 from jobs_processes import ROOT
 from ray_head import RayHead, ray_head, run_job_on
-from servers import S3Server, aws_environment, s3_server
+from servers import S3Server, aws_environment, s3_server, use_aws
 from xdist.scheduler import LoadScopeScheduling
 
 # How long an example takes depends on what else the machine does: it is never a reason to fail.
@@ -123,11 +123,3 @@ def proxy(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterato
     with fault_proxy(s3.endpoint) as running:
         use_aws(monkeypatch, aws_environment(running.endpoint))
         yield running
-
-
-def use_aws(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    """Replace all AWS_* of this process for the test."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import ray
 from jobs_processes import end_processes, foreign_lines, processes_with
-from servers import free_ports
+from servers import free_ports, use_aws
 
 from jobs.cli.main import run_main
 
@@ -118,10 +118,7 @@ def run_job_on(head: RayHead, module: str, *arguments: str, code: int = 0) -> st
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
     ):
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            patch.delenv(name)
-        for name in [name for name in head.env if name.startswith("AWS_")]:
-            patch.setenv(name, head.env[name])
+        use_aws(patch, {name: value for name, value in head.env.items() if name.startswith("AWS_")})
         patch.setenv("RAY_ADDRESS", head.gcs)
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setattr(ray._private.worker, "print_to_stdstream", ray._private.worker.print_to_stdstream)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import boto3
+import pytest
 from botocore.config import Config
 
 ACCESS_KEY, SECRET_KEY = "AKTESTKEY", "SKtestsecretvalue"
@@ -127,3 +128,11 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def use_aws(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Replace all AWS_* of this process for the test."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)

@@ -21,7 +21,7 @@ import cluster_lints as lints
 import pytest
 import yaml
 from cluster_lints import Config, Lint
-from conftest import use_aws
+from servers import use_aws
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "cluster.yaml").read_text()

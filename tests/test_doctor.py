@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import use_aws
 from faults import FaultProxy
 from jobs_processes import run_job
-from servers import S3Server, aws_environment, free_ports
+from servers import S3Server, aws_environment, free_ports, use_aws
 
 from jobs.cli.config import load_config
 from jobs.cluster.machine_checks import (

@@ -10,9 +10,8 @@ import boto3
 import botocore.client
 import pytest
 import yaml
-from conftest import use_aws
 from iam_policies import FOLDER, allows, policy
-from servers import aws_environment
+from servers import aws_environment, use_aws
 
 pytestmark = pytest.mark.skipif(
     not version("ray").startswith("2.60."), reason="calls modules that are private to Ray, known for 2.60"

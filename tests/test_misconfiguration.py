@@ -15,12 +15,11 @@ from pathlib import Path
 import published
 import pytest
 import torch
-from conftest import use_aws
 from jobs_processes import run_job
 from no_ray import RayStarted, forbid_ray
 from published import ViT
 from samples import parquet, write_all
-from servers import S3Server, aws_environment
+from servers import S3Server, aws_environment, use_aws
 
 from jobs import evaluate, pretrain
 from jobs.cli.config import load_run_config

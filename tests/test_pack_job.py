@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import use_aws
 from image_files import encode, pillow
 from jobs_processes import start_job
 from PIL import Image
 from samples import parquet, put_all, write_all
-from servers import S3Server
+from servers import S3Server, use_aws
 
 from jobs import pack as job
 from jobs.cli.config import load_config

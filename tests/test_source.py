@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import use_aws
 from faults import FaultProxy
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import hostile_entries, needs_hostile, parquet, put_all, write_all
-from servers import ACCESS_KEY, SECRET_KEY, S3Server, aws_environment
+from servers import ACCESS_KEY, SECRET_KEY, S3Server, aws_environment, use_aws
 
 from models.errors import DataError
 from pipeline.data.manifest import DataConfig, Manifest, build_manifest

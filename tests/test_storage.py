@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 from botocore import exceptions as boto
-from conftest import use_aws
 from faults import FaultProxy
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import SECRET_KEY, S3Server, aws_environment
+from servers import SECRET_KEY, S3Server, aws_environment, use_aws
 
 from models.errors import ConfigError, DataError, one_line, without_keys
 from pipeline.storage import s3 as s3_module

@@ -30,6 +30,18 @@ class CommandLine(argparse.ArgumentParser):
         """As argparse does, but options may stand before, between and after the overrides."""
         return self.parse_intermixed_args(args, namespace)
 
+    def add_network(self) -> None:
+        """Add the options that choose one network of a run."""
+        self.add_argument(
+            "--step", type=int, default=None, help="step of the checkpoint (default: the newest)"
+        )
+        self.add_argument(
+            "--which",
+            choices=("teacher", "student"),
+            default="teacher",
+            help="network to use (default: teacher)",
+        )
+
     def error(self, message: str) -> NoReturn:
         """ConfigError instead of argparse's own way out."""
         raise ConfigError(f"{message}; --help lists the options; settings are written as section.key=value")
