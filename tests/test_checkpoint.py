@@ -16,7 +16,7 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 from models.errors import ConfigError, DataError, DinorayError
 from pipeline.evaluation.features import embed
 from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints
+from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints, mend_snapshot
 from pipeline.training.checkpoint import (
     Found,
     download_checkpoint,
@@ -254,6 +254,51 @@ def test_only_what_is_committed_counts(tmp_path: Path) -> None:
     assert committed_checkpoints(run) == []
     commit(run, "step_00000200", "step_00000100")
     assert committed_checkpoints(run) == ["step_00000100", "step_00000200"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 60])
+def test_a_torn_list_is_made_again_from_the_checkpoints_that_are_whole(tmp_path: Path, length: int) -> None:
+    run, checkpoints = Directory(str(tmp_path)), tmp_path / "checkpoints"
+    state = build_state(tiny_config(), num_images=NUM_IMAGES)
+    for step in (100, 200, 300, 400):
+        save(state, checkpoints / checkpoint_name(step))
+    (checkpoints / "step_00000300" / "meta.json").unlink()
+    cut = checkpoints / "step_00000400" / "train_state.pt"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    commit(run, "step_00000100", "step_00000200")
+    assert mend_snapshot(run) is None  # sound
+    snapshot = checkpoints / SNAPSHOT
+    snapshot.write_bytes(snapshot.read_bytes()[:length])
+    assert committed_checkpoints(run) == ["step_00000100", "step_00000200"]
+    assert len(snapshot.read_bytes()) == length, "whoever only reads must not write: Ray may be about to"
+    assert mend_snapshot(run) == ["step_00000100", "step_00000200"]
+    assert (
+        json.loads(snapshot.read_bytes())["latest_checkpoint_result"]["checkpoint_dir_name"]
+        == "step_00000200"
+    )
+    assert mend_snapshot(run) is None
+    assert committed_checkpoints(run) == ["step_00000100", "step_00000200"]
+
+
+def test_a_list_torn_before_the_first_checkpoint_goes(tmp_path: Path) -> None:
+    run = Directory(str(tmp_path))
+    run.write(f"checkpoints/{SNAPSHOT}", b"")
+    assert mend_snapshot(run) == []
+    assert not run.exists(f"checkpoints/{SNAPSHOT}")
+    assert mend_snapshot(run) is None
+
+
+def test_a_torn_list_over_checkpoints_of_which_none_is_whole_does_not_start_the_run_anew(
+    tmp_path: Path,
+) -> None:
+    run = Directory(str(tmp_path))
+    run.write("checkpoints/step_00000100/meta.json", b'{"format": 2}')
+    run.write(f"checkpoints/{SNAPSHOT}", b"{")
+    with pytest.raises(DataError, match=r"is torn, and none of 1 checkpoints .* move .*/checkpoints away"):
+        mend_snapshot(run)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "away")
+    assert mend_snapshot(run) is None
+    assert committed_checkpoints(run) == []
 
 
 def test_the_newest_is_taken_unless_a_step_is_asked_for(tmp_path: Path) -> None:

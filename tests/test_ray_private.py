@@ -4,10 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 
 from models.errors import DataError, ResourceError
 from pipeline.ray_private import core, jobs, tune
-from pipeline.ray_private.train import committed
+from pipeline.ray_private.train import TornSnapshotError, committed, snapshot_of
 
 
 def test_committed_checkpoints_are_read_in_order() -> None:
@@ -17,12 +18,34 @@ def test_committed_checkpoints_are_read_in_order() -> None:
     assert committed(b'{"checkpoint_results": []}', file="x") == []
 
 
-@pytest.mark.parametrize("snapshot", [b"", b"[]", b"{}", b'{"checkpoint_results": [{"name": "a"}]}', b"\xff"])
+@pytest.mark.parametrize("snapshot", [b"[]", b"{}", b'{"checkpoint_results": [{"name": "a"}]}'])
 def test_a_snapshot_of_another_form_is_not_taken_for_a_run_without_checkpoints(snapshot: bytes) -> None:
     with pytest.raises(
         DataError, match=r"s3://b/run/snapshot.json is not a list .*resume the run with the version"
     ):
         committed(snapshot, file="s3://b/run/snapshot.json")
+
+
+@pytest.mark.parametrize("snapshot", [b"", b'{"checkpoint_results": [{"chec', b"\xff"])
+def test_a_snapshot_that_breaks_off_has_an_error_of_its_own(snapshot: bytes) -> None:
+    with pytest.raises(TornSnapshotError, match=r"s3://b/run/snapshot.json is torn"):
+        committed(snapshot, file="s3://b/run/snapshot.json")
+
+
+@pytest.mark.parametrize("name", ["../other/step_00000004", "/etc", "step_00000004/", ".", ""])
+def test_a_name_that_leaves_the_run_directory_is_refused(name: str) -> None:
+    snapshot = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name}]}).encode()
+    with pytest.raises(DataError, match=r"names .* no checkpoint of this run"):
+        committed(snapshot, file="x")
+
+
+@pytest.mark.parametrize("names", [["step_00000004"], ["step_00000004", "step_00000008"]])
+def test_a_snapshot_of_ours_is_one_of_ray_train(names: list[str]) -> None:
+    state = _CheckpointManagerState.parse_obj(json.loads(snapshot_of(names)))
+    assert [result.checkpoint_dir_name for result in state.checkpoint_results] == names
+    assert state.latest_checkpoint_result == state.checkpoint_results[-1]
+    assert len(state.checkpoint_report_indices) == state.current_report_index == len(names)
+    assert committed(snapshot_of(names), file="x") == names
 
 
 def test_pb2_without_a_method_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

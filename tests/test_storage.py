@@ -173,6 +173,8 @@ def test_a_directory_is_the_same_on_a_disk_and_in_a_bucket(directory: Directory)
     assert not directory.exists("a.txt")
     with pytest.raises(MissingObject, match=r"run/a\.txt"):
         directory.read("a.txt")
+    with pytest.raises(MissingObject, match=r"run/a\.txt"):
+        directory.size("a.txt")
     directory.write("a.txt", b"one")
     directory.write("a.txt", b"two")
     directory.write("empty", b"")
@@ -184,6 +186,7 @@ def test_a_directory_is_the_same_on_a_disk_and_in_a_bucket(directory: Directory)
     assert directory.list() == ["a.txt", "b", "empty"]
     assert directory.child("b").list() == ["c", "sp ace%41é.txt"]
     assert directory.exists("b/c/d.bin")
+    assert (directory.size("b/c/d.bin"), directory.size("empty")) == (256, 0)
     assert not directory.exists("b/c")
     directory.delete("a.txt")
     directory.delete("a.txt")

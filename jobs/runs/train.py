@@ -22,7 +22,7 @@ from pipeline.data.partition import batch_size_per_worker, check_parts
 from pipeline.data.source import Source
 from pipeline.reporting.run_report import write_report
 from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import committed_checkpoints, committed_steps
+from pipeline.storage.run_dir import committed_checkpoints, committed_steps, mend_snapshot
 from pipeline.stream.ray_data import StreamPlan
 from pipeline.stream.shared_stream import SharedStream
 from pipeline.tracking.services import check_trackers
@@ -152,6 +152,10 @@ def run_training(
     `shared`: a stream of just these crops, which other runs take part in.
     """
     board = Board()
+    whole = mend_snapshot(run)
+    if whole is not None:
+        text = f"Ray's list of checkpoints was torn by a kill: {len(whole)} whole ones are found and listed again"
+        on_event(Event("note", {"text": text}), board)
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
     spec = WorkerSpec(

@@ -145,12 +145,21 @@ class Directory:
         uri = self.join(name)
         if not is_s3(uri):
             return os.path.isfile(uri)
-        bucket, key = split_s3_uri(uri)
         try:
-            retrying(partial(s3_client().head_object, Bucket=bucket, Key=key), what=uri)
+            self.size(name)
         except MissingObject:
             return False
         return True
+
+    def size(self, name: str) -> int:
+        """Return the bytes in a file. Raises MissingObject if it does not exist."""
+        uri = self.join(name)
+        if is_s3(uri):
+            bucket, key = split_s3_uri(uri)
+            head = retrying(partial(s3_client().head_object, Bucket=bucket, Key=key), what=uri)
+            return int(head["ContentLength"])
+        with _local_errors(uri):
+            return os.path.getsize(uri)
 
     def list(self) -> list[str]:
         """Return the sorted names of files and folders directly in this folder, [] if it does not exist."""

@@ -70,6 +70,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_ima
         "total_steps": state.schedule.total_steps,
         "num_images": num_images,
         "bad_images": bad_images,
+        "file_bytes": {file: (folder / file).stat().st_size for file in FILES[:-1]},
         "torch": torch.__version__,
         "config": state.config.model_dump(mode="json"),
     }
