@@ -37,7 +37,7 @@ from jobs.cli.config import load_config
 from jobs.cli.main import run_main, start_ray
 from models.errors import ConfigError
 from pipeline.augment.config import crop_bytes
-from pipeline.cluster.channel import Board
+from pipeline.cluster.channel import RunChannel
 from pipeline.data.manifest import build_manifest
 from pipeline.data.order import Order
 from pipeline.data.partition import Layout
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
         )
         plan = ray_data.StreamPlan(
             source=ray.put(source),
-            board=Board(),
+            channel=RunChannel(),
             order=Order(source.num_images, seed=0),
             crops=config.crops,
             seed=0,

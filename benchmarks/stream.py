@@ -52,7 +52,7 @@ from jobs.cli.main import run_main, start_ray
 from models.errors import ConfigError, ResourceError
 from pipeline.augment.augmenter import STAGES
 from pipeline.augment.config import crop_bytes
-from pipeline.cluster.channel import Board
+from pipeline.cluster.channel import RunChannel
 from pipeline.data.manifest import build_manifest
 from pipeline.data.order import Order
 from pipeline.data.partition import Layout, steps_per_block
@@ -190,7 +190,7 @@ def measure(
     actors, threads = pool
     plan = ray_data.StreamPlan(
         source=ray.put(work.source),
-        board=Board(),
+        channel=RunChannel(),
         order=work.order,
         crops=work.crops,
         seed=0,

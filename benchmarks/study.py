@@ -22,7 +22,7 @@ from pipeline.storage.files import Directory
 from pipeline.study.findings.agreement import agreement as correlate
 from pipeline.study.findings.ranking import searched
 from pipeline.study.findings.summary import Findings, findings
-from pipeline.study.trials import Tried, read_study, read_trials
+from pipeline.study.trials import TrialRecord, read_study, read_trials
 
 SPACE = "{loss.teacher_temp: {uniform: [0.02, 0.12]}, loss.center_momentum: {one_minus_log: [0.5, 0.999]}}"
 SETTINGS = [
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join(rows), end="\n\n")
 
 
-Found = dict[str, tuple[list[Tried], Findings]]
+Found = dict[str, tuple[list[TrialRecord], Findings]]
 
 
 def outcomes(found: Found) -> Iterator[str]:

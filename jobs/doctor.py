@@ -45,8 +45,8 @@ from jobs.cluster.node_checks import (
     look_at_nodes,
 )
 from jobs.cluster.upload import pack, read_runtime_env
-from models.errors import ConfigError, DinorayError, ResourceError, one_line, without_keys
-from pipeline.storage.files import is_reached_by_all
+from models.errors import ConfigError, DinorayError, ResourceError, one_line, redact_credentials
+from pipeline.storage.files import is_shared_path
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 
@@ -113,7 +113,7 @@ def _findings(address: str | None, config: Config, arguments: Namespace) -> Iter
 
 def _check_storage(config: Config, *, is_local: bool) -> Finding:
     path = config.storage_path
-    if not is_local and not is_reached_by_all(path):
+    if not is_local and not is_shared_path(path):
         text = (
             f"storage_path={path} would lie in a temporary folder of the cluster; set storage_path=s3://..."
         )
@@ -170,7 +170,7 @@ def _ask(address: str, arguments: Namespace) -> Iterator[Finding]:
     yield Finding(
         "ok",
         "job server",
-        f"{without_keys(address)} answers, Ray {ray.__version__} on this machine and on the cluster",
+        f"{redact_credentials(address)} answers, Ray {ray.__version__} on this machine and on the cluster",
     )
     if not Path("jobs/doctor.py").exists():
         raise ConfigError(

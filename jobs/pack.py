@@ -37,7 +37,7 @@ from pipeline.export.packing import (
     shrink_pixels,
     write_part,
 )
-from pipeline.export.parquet_parts import SUMMARY, Footer, check_bad, check_settings, missing_parts
+from pipeline.export.parquet_parts import SUMMARY, PartFooter, check_bad, check_settings, missing_parts
 from pipeline.storage.files import Directory
 
 _RECIPE = "vit_small_imagenet_vanilla"  # its crops are the published ones
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         f"{len(missing)} of {plan.num_parts} to do"
     )
 
-    def account(numbers: Sequence[int]) -> tuple[list[Footer], int]:
+    def account(numbers: Sequence[int]) -> tuple[list[PartFooter], int]:
         footers, bad = collect(out, plan, numbers)
         check_bad(len(bad), source.num_images, limit=data.max_bad_fraction, out=out, kind=KIND)
         return footers, len(bad)

@@ -25,8 +25,8 @@ from jobs.cluster.upload import check_config_file, describe, named_files, pack, 
 from jobs.runs.commit import COMMIT, commit_of
 from jobs.runs.result import RESULT
 from jobs.studies.config import StudyArguments, study_config
-from models.errors import ConfigError, DinorayError, without_keys
-from pipeline.storage.files import Directory, is_reached_by_all
+from models.errors import ConfigError, DinorayError, redact_credentials
+from pipeline.storage.files import Directory, is_shared_path
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 _STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -159,8 +159,8 @@ def _refuse_secrets(words: Sequence[str]) -> None:
     for word in words:
         with contextlib.suppress(ConfigError):  # which is for the job to say
             names += [key for key, _ in flatten(apply_overrides({}, [word]))]
-        if without_keys(word) != word:
-            names.append(without_keys(word))
+        if redact_credentials(word) != word:
+            names.append(redact_credentials(word))
     for name in names:
         if "@" in name or (looks_secret(name) and name.rpartition(".")[2] not in known):
             raise ConfigError(
@@ -175,7 +175,7 @@ def _config(words: list[str]) -> Config:
         config: Config = study_config(StudyArguments().parse_args(words[1:]))
     else:
         config = pretrain_config(PretrainArguments().parse_args(words[1:]))
-    if not is_reached_by_all(config.storage_path):
+    if not is_shared_path(config.storage_path):
         raise ConfigError(
             f"storage_path={config.storage_path} would lie in a temporary folder of the cluster; set "
             "storage_path=s3://BUCKET/runs, or an absolute path that all nodes share"

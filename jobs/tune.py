@@ -11,7 +11,14 @@ from jobs.cli.config import differences, json_schema, load_kept
 from jobs.cli.keys import keep_detected
 from jobs.cli.main import run_main
 from jobs.cli.print_config import describe_config
-from jobs.studies.config import FREE, NAME_SUFFIX, StudyArguments, StudyConfig, can_grow, study_config
+from jobs.studies.config import (
+    MUTABLE_ON_RESUME,
+    NAME_SUFFIX,
+    StudyArguments,
+    StudyConfig,
+    can_grow,
+    study_config,
+)
 from models.errors import ConfigError
 from pipeline.storage.files import Directory
 from pipeline.study.trials import STUDY
@@ -43,7 +50,7 @@ def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> N
         return
     if not directory.exists(STUDY) and directory.exists("metrics.jsonl"):
         raise ConfigError(f"name={config.name} is in use by a run: choose another name=...")
-    free = [key for key in FREE if key != "tune.trials" or can_grow(config)]
+    free = [key for key in MUTABLE_ON_RESUME if key != "tune.trials" or can_grow(config)]
     kept = load_kept(StudyConfig, directory)
     changed = differences(kept, config, free=free)
     if "pb2" in (kept.tune.scheduler, config.tune.scheduler):

@@ -24,7 +24,7 @@ class DinorayError(Exception):
     """
 
     exit_code = 1
-    all_processes_raise_it = False
+    raised_by_all_ranks = False
     """True if all train workers raise the error at the same step, so that each of them can end by itself."""
 
 
@@ -32,7 +32,7 @@ class ConfigError(DinorayError, ValueError):
     """A configured value is wrong."""
 
     exit_code = 2
-    all_processes_raise_it = True
+    raised_by_all_ranks = True
 
 
 class DataError(DinorayError):
@@ -55,9 +55,9 @@ def error_of(message: str, exit_code: int) -> DinorayError:
 
 def one_line(error: BaseException | None, *, limit: int = 200) -> str:
     """Return an error's message on one line of at most `limit` characters; its type if it has no message."""
-    return without_keys(" ".join(str(error).split()))[:limit] or type(error).__name__
+    return redact_credentials(" ".join(str(error).split()))[:limit] or type(error).__name__
 
 
-def without_keys(text: str) -> str:
+def redact_credentials(text: str) -> str:
     """Replace name and password before the @ of addresses in `text` by `...`; a user name of SSH stays."""
     return _KEYS.sub("...", text)

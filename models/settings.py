@@ -4,7 +4,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from models.errors import without_keys
+from models.errors import redact_credentials
 
 Auto: TypeAlias = Literal["auto"]
 """Placeholder for a number that depends on the number of images; pipeline/training/auto.py replaces it."""
@@ -21,10 +21,10 @@ class Settings(BaseModel):
     @field_validator("*")
     @classmethod
     def _holds_no_keys(cls, value: Any) -> Any:
-        if isinstance(value, str) and without_keys(value) != value:
+        if isinstance(value, str) and redact_credentials(value) != value:
             raise ValueError(
-                f"{without_keys(value)} was given with a name or key before an @, which would be stored and shown; "
-                "those belong in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) or in a role"
+                f"{redact_credentials(value)} was given with a name or key before an @, which would be stored and "
+                "shown; those belong in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...) or in a role"
             )
         return value
 

@@ -11,7 +11,7 @@ import torch
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
 from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
-from pipeline.training.checkpoint import Frozen, save_checkpoint
+from pipeline.training.checkpoint import FrozenBackbone, save_checkpoint
 from pipeline.training.config import DINOConfig
 from pipeline.training.step import TrainState, build_state, train_step
 
@@ -30,7 +30,7 @@ def backbone(
     return DINOConfig.model_validate(tree)
 
 
-def frozen_of(config: DINOConfig) -> Frozen:
+def frozen_of(config: DINOConfig) -> FrozenBackbone:
     """A backbone of noise, position embeddings and batch statistics too, so that nothing is without effect."""
     torch.manual_seed(0)
     model = build_state(config, num_images=NUM_IMAGES).dino.teacher.backbone
@@ -38,7 +38,7 @@ def frozen_of(config: DINOConfig) -> Frozen:
         for tensor in (*model.parameters(), *(b for b in model.buffers() if b.ndim)):
             if tensor.is_floating_point():
                 tensor.add_(torch.rand_like(tensor) * 0.1)
-    return Frozen(config, {k: v.clone() for k, v in model.state_dict().items()})
+    return FrozenBackbone(config, {k: v.clone() for k, v in model.state_dict().items()})
 
 
 def trained(config: DINOConfig, steps: int = 3) -> TrainState:

@@ -12,7 +12,7 @@ from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain, at
 from pipeline.study.trials import (
     Outcome,
     Trial,
-    Tried,
+    TrialRecord,
     trial_directory,
     write_outcome,
     write_study,
@@ -53,19 +53,19 @@ def about(space: dict[str, Domain] | None = None, **changes: Any) -> dict[str, A
     }
 
 
-def tried(number: int, score: float | None = 0.5, status: str = "finished", **changes: Any) -> Tried:
+def tried(number: int, score: float | None = 0.5, status: str = "finished", **changes: Any) -> TrialRecord:
     """One trial without metrics; `changes` are fields of Trial and of Outcome."""
     names = ("params", "seed", "origin", "confirms", "continues", "from_step")
     fields = {name: changes.pop(name) for name in names if name in changes}
     trial = Trial(**{"number": number, "params": {}, "seed": 0, "origin": "quasi", **fields})
     if status == "unfinished":
-        return Tried(trial, None, Records(b""))
+        return TrialRecord(trial, None, Records(b""))
     verdict = "uniform collapse" if status == "collapsed" else "healthy"
     values = {"step": STEPS, "verdict": verdict, "seconds": 100.0, "cpu_hours": 1.0, **changes}
-    return Tried(trial, Outcome(status=status, score=score, **values), Records(b""))  # type: ignore[arg-type]
+    return TrialRecord(trial, Outcome(status=status, score=score, **values), Records(b""))  # type: ignore[arg-type]
 
 
-def write_tried(study: Directory, one: Tried, metrics: bytes = b"") -> None:
+def write_tried(study: Directory, one: TrialRecord, metrics: bytes = b"") -> None:
     """As files."""
     write_trial(study, one.trial)
     if metrics:
@@ -130,5 +130,5 @@ def _write_run(study: Directory, trial: Trial, rng: np.random.Generator, *, labe
         gpu_hours=(20.0 + 3 * end) / 3600,
     )
     metrics = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    write_tried(study, Tried(trial, outcome, Records(b"")), metrics)
+    write_tried(study, TrialRecord(trial, outcome, Records(b"")), metrics)
     return score if status == "finished" else 0.0

@@ -25,7 +25,7 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 from jobs import attention
 from jobs.cli.main import run_main
 from pipeline.data.decode import decode
-from pipeline.figures.attention_sheet import attention_figure, figure, look
+from pipeline.figures.attention_sheet import attention_figure, compute_attention, figure
 from pipeline.figures.drawing import png_bytes
 from pipeline.storage.files import Directory
 from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
@@ -109,7 +109,7 @@ def expected_sheet(
     frozen = read_frozen(checkpoint, which)
     decoded = [(key, decode(data, max_pixels=10_000)) for key, data in images.items()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    looked = list(look(frozen.backbone(device), decoded, frozen.config.crops, **options))
+    looked = list(compute_attention(frozen.backbone(device), decoded, frozen.config.crops, **options))
     return png_bytes(figure(looked, title=f"vit_tiny_patch16_224, {which}, step {step}"))
 
 

@@ -27,10 +27,10 @@ from pipeline.figures.attention_maps import (
     upsample,
 )
 from pipeline.figures.attention_sheet import (
-    Looked,
+    AttentionResult,
     attention_figure,
+    compute_attention,
     figure,
-    look,
     overlays,
 )
 from pipeline.figures.drawing import picture_places, png_bytes
@@ -43,11 +43,15 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def looked(height: int = 16, width: int = 24, *, heads: int = 2, key: str = "a.jpg", seed: int = 0) -> Looked:
+def looked(
+    height: int = 16, width: int = 24, *, heads: int = 2, key: str = "a.jpg", seed: int = 0
+) -> AttentionResult:
     """An image of patches of 4 px, and any attention."""
     grid = -(-height // 4), -(-width // 4)
     attention = np.random.default_rng(seed).dirichlet(np.ones(grid[0] * grid[1]), heads)
-    return Looked(key, noise(height, width, seed), attention.reshape(heads, *grid).astype(np.float32), 4)
+    return AttentionResult(
+        key, noise(height, width, seed), attention.reshape(heads, *grid).astype(np.float32), 4
+    )
 
 
 # Masks
@@ -231,7 +235,7 @@ def backbone(**changes: dict) -> nn.Module:
 
 def test_images_of_any_size_get_a_value_for_every_patch_of_them() -> None:
     sizes = [(16, 16), (50, 30), (9, 9), (1, 200)]
-    found = list(look(backbone(), [(str(s), noise(*s)) for s in sizes], CROPS, image_size=30))
+    found = list(compute_attention(backbone(), [(str(s), noise(*s)) for s in sizes], CROPS, image_size=30))
     assert [one.key for one in found] == [str(s) for s in sizes]
     assert [one.image.shape[:2] for one in found] == [(30, 30), (50, 30), (30, 30), (1, 120)]
     assert [one.attention.shape for one in found] == [(2, 8, 8), (2, 13, 8), (2, 8, 8), (2, 1, 30)]
@@ -247,7 +251,7 @@ def test_pixels_are_normalised_as_in_training() -> None:
     model = backbone()
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     crops = CROPS.model_copy(update={"pixel_mean": (0.1, 0.2, 0.3), "pixel_std": (0.5, 0.25, 1.0)})
-    list(look(model, [("a", image)], crops, image_size=16))
+    list(compute_attention(model, [("a", image)], crops, image_size=16))
     expected = (image / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.25, 1.0]
     np.testing.assert_allclose(seen[0][0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
@@ -354,5 +358,5 @@ def test_overlays_are_the_size_of_the_image() -> None:
 
 def test_crops_of_the_config_decide_the_size() -> None:
     crops = CropsConfig(global_crop_size=16, local_crop_size=8)
-    (one,) = look(backbone(), [("a", noise(40, 40))], crops)
+    (one,) = compute_attention(backbone(), [("a", noise(40, 40))], crops)
     assert one.image.shape == (64, 64, 3)

@@ -215,7 +215,7 @@ def test_every_source_of_machine_code_is_among_those_that_name_the_folder() -> N
     compiled_sources = {
         os.path.relpath(path, AUGMENT)
         for path in (ROOT / "pipeline").rglob("*.py")
-        if re.search(r"^@(compiled|compiled_and_kept|intrinsic)\b", path.read_text(), re.MULTILINE)
+        if re.search(r"^@(compiled|njit_cached|intrinsic)\b", path.read_text(), re.MULTILINE)
     }
     assert len(compiled_sources) >= 4
     assert compiled_sources | {"jit.py"} == set(jit._SOURCES)

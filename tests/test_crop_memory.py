@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ray.data.block import BlockAccessor
 
-from pipeline.augment.augmenter import CropMemory
+from pipeline.augment.augmenter import BufferPool
 
 
 def address(array: np.ndarray) -> int:
@@ -12,14 +12,14 @@ def address(array: np.ndarray) -> int:
 
 
 def test_memory_that_nobody_refers_to_is_handed_out_again() -> None:
-    memory = CropMemory()
+    memory = BufferPool()
     first = address(memory.take(6000))
     assert address(memory.take(6000)) == first
 
 
 @pytest.mark.parametrize("kind", ["array", "view", "Arrow block"])
 def test_memory_is_not_handed_out_while_something_refers_to_it(kind: str) -> None:
-    memory = CropMemory()
+    memory = BufferPool()
     array = memory.take(6000)
     first = address(array)
     views = {"crops": array[:3000].reshape(10, 300), "more": array[3000:].reshape(10, 300)}
@@ -36,7 +36,7 @@ def test_memory_is_not_handed_out_while_something_refers_to_it(kind: str) -> Non
 
 
 def test_free_memory_of_another_size_is_let_go() -> None:
-    memory = CropMemory()
+    memory = BufferPool()
     in_use = memory.take(6000)
     memory.take(3000)
     memory.take(5)

@@ -31,19 +31,19 @@ from pipeline.export.embeddings import (
     write_part,
 )
 from pipeline.storage.files import Directory
-from pipeline.training.checkpoint import Frozen
+from pipeline.training.checkpoint import FrozenBackbone
 from pipeline.training.config import DINOConfig
 
 CONFIG = tiny_config()
 
 
-def frozen(config: DINOConfig = CONFIG, *, scale: float = 1.0) -> Frozen:
+def frozen(config: DINOConfig = CONFIG, *, scale: float = 1.0) -> FrozenBackbone:
     backbone = build_backbone(config.backbone, crop_sizes=config.crops.crop_sizes, drop_path_rate=0.0)
-    return Frozen(config, {k: v * scale for k, v in backbone.state_dict().items()})
+    return FrozenBackbone(config, {k: v * scale for k, v in backbone.state_dict().items()})
 
 
 @pytest.fixture(scope="module")
-def network() -> Frozen:
+def network() -> FrozenBackbone:
     return frozen()
 
 
@@ -71,7 +71,9 @@ def plan(**changes: Any) -> Plan:
     return Plan(**(values | changes))
 
 
-def write_all(network: Frozen, source: Source, out: Directory, plan: Plan, parts: range = range(3)) -> None:
+def write_all(
+    network: FrozenBackbone, source: Source, out: Directory, plan: Plan, parts: range = range(3)
+) -> None:
     for part in parts:
         write_part(network.backbone(), source, part, out=out, crops=CONFIG.crops, plan=plan)
 
@@ -83,7 +85,7 @@ def vectors(table: pa.Table, column: str = "vector") -> np.ndarray:
 
 
 def test_a_part_holds_key_label_and_vector_of_each_readable_image(
-    network: Frozen, source: Source, tmp_path: Path
+    network: FrozenBackbone, source: Source, tmp_path: Path
 ) -> None:
     out = Directory(str(tmp_path / "out"))
     written = write_part(network.backbone(), source, 0, out=out, crops=CONFIG.crops, plan=plan())
@@ -107,7 +109,9 @@ def test_a_part_holds_key_label_and_vector_of_each_readable_image(
     assert all(x["reason"] for x in about["quarantined"])
 
 
-def test_half_precision_rounds_the_same_vectors(network: Frozen, source: Source, tmp_path: Path) -> None:
+def test_half_precision_rounds_the_same_vectors(
+    network: FrozenBackbone, source: Source, tmp_path: Path
+) -> None:
     tables = []
     for dtype in ("float32", "float16"):
         write_all(network, source, Directory(str(tmp_path / dtype)), plan(dtype=dtype), range(1))
@@ -117,7 +121,7 @@ def test_half_precision_rounds_the_same_vectors(network: Frozen, source: Source,
 
 
 def test_patch_tokens_have_a_column_and_its_shape_a_note(
-    network: Frozen, source: Source, tmp_path: Path
+    network: FrozenBackbone, source: Source, tmp_path: Path
 ) -> None:
     width, num_patches = measure(network, 16, patch_tokens=True)
     assert (width, num_patches) == (32, 16)  # 4 x 4 patches of 4 px
@@ -133,7 +137,7 @@ def test_patch_tokens_have_a_column_and_its_shape_a_note(
 
 
 def test_a_part_of_unreadable_images_alone_is_written_too(
-    network: Frozen, source: Source, tmp_path: Path
+    network: FrozenBackbone, source: Source, tmp_path: Path
 ) -> None:
     out = Directory(str(tmp_path / "out"))
     write_all(network, source, out, plan(rows_per_file=1), range(2, 4))
@@ -152,7 +156,7 @@ def test_vectors_beyond_half_precision_are_refused(source: Source, tmp_path: Pat
 
 
 def test_every_row_is_accounted_for_from_what_lies_there(
-    network: Frozen, source: Source, tmp_path: Path
+    network: FrozenBackbone, source: Source, tmp_path: Path
 ) -> None:
     out = Directory(str(tmp_path / "out"))
     write_all(network, source, out, plan())
@@ -184,7 +188,7 @@ def rewritten(path: Path, table: pa.Table) -> None:
     ids=["cut off", "gone", "a row lost", "another part", "not ours"],
 )
 def test_a_part_that_does_not_account_for_its_rows_is_named(
-    spoil: Any, words: str, network: Frozen, source: Source, tmp_path: Path
+    spoil: Any, words: str, network: FrozenBackbone, source: Source, tmp_path: Path
 ) -> None:
     out = Directory(str(tmp_path / "out"))
     write_all(network, source, out, plan())
@@ -194,7 +198,7 @@ def test_a_part_that_does_not_account_for_its_rows_is_named(
 
 
 def test_parts_of_other_weights_are_not_taken_for_ours(
-    network: Frozen, source: Source, tmp_path: Path
+    network: FrozenBackbone, source: Source, tmp_path: Path
 ) -> None:
     out = Directory(str(tmp_path / "out"))
     write_all(network, source, out, plan())
@@ -202,7 +206,9 @@ def test_parts_of_other_weights_are_not_taken_for_ours(
         collect(out, plan(weights="others"), 9, range(3))
 
 
-def test_missing_parts_are_those_that_are_not_there(network: Frozen, source: Source, tmp_path: Path) -> None:
+def test_missing_parts_are_those_that_are_not_there(
+    network: FrozenBackbone, source: Source, tmp_path: Path
+) -> None:
     out = Directory(str(tmp_path / "out"))
     assert missing_parts(out, 3) == [0, 1, 2]
     write_all(network, source, out, plan(), range(1, 2))
@@ -218,17 +224,17 @@ def test_parts_hold_every_row_once(num_images: int, rows: int) -> None:
     assert all(parts)
 
 
-def test_the_weights_of_a_network_and_what_they_mean_are_one_identity(network: Frozen) -> None:
-    assert weights_digest(network) == weights_digest(Frozen(network.config, dict(network.weights)))
+def test_the_weights_of_a_network_and_what_they_mean_are_one_identity(network: FrozenBackbone) -> None:
+    assert weights_digest(network) == weights_digest(FrozenBackbone(network.config, dict(network.weights)))
     other_heads = tiny_config(
         backbone={"kwargs": {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4}}
     )
     other_pixels = tiny_config(crops={"pixel_mean": [0.5, 0.5, 0.5]})
     digests = {
         weights_digest(network),
-        weights_digest(Frozen(other_heads, network.weights)),
-        weights_digest(Frozen(other_pixels, network.weights)),
-        weights_digest(Frozen(CONFIG, {k: v * 1.01 for k, v in network.weights.items()})),
+        weights_digest(FrozenBackbone(other_heads, network.weights)),
+        weights_digest(FrozenBackbone(other_pixels, network.weights)),
+        weights_digest(FrozenBackbone(CONFIG, {k: v * 1.01 for k, v in network.weights.items()})),
     }
     assert len(digests) == 4
 

@@ -27,7 +27,7 @@ from pipeline.evaluation.features import Features, KnnProblem, class_numbers, em
 from pipeline.evaluation.labels import labelled_sources, subset
 from pipeline.evaluation.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
 from pipeline.storage.files import Directory
-from pipeline.training.checkpoint import Frozen, read_frozen
+from pipeline.training.checkpoint import FrozenBackbone, read_frozen
 
 LABELS = ("dots", "rings", "stripes")
 SETTINGS = [
@@ -53,11 +53,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(folder / "run", f"data.path={train}", f"eval.val_path={val}", *SETTINGS)
 
 
-def frozen(run: Path, which: str = "teacher") -> tuple[Config, Frozen]:
+def frozen(run: Path, which: str = "teacher") -> tuple[Config, FrozenBackbone]:
     return load_run_config(Directory(str(run))), read_frozen(run / "checkpoints" / NAME, which)  # type: ignore[arg-type]
 
 
-def embedded(config: Config, network: Frozen, source: Source, limit: int, **how) -> Features:
+def embedded(config: Config, network: FrozenBackbone, source: Source, limit: int, **how) -> Features:
     indices = subset(source.num_images, limit)
     crops = network.config.crops
     return embed_source(network.backbone(), source, indices, crops, config.eval, precision="fp32", **how)

@@ -102,7 +102,7 @@ def test_more_ranks_than_images_to_show_still_show_no_more_than_that(monkeypatch
     monkeypatch.setattr(in_training.distributed, "gather", lambda mine: [mine] * 3)
     shown = in_training._Shown(9)
     batch = Features(np.arange(12, dtype=np.float32).reshape(3, 4), ["a", "b", "c"], 0)
-    shown.see(np.zeros((3, 32, 32, 3), np.uint8), batch)
+    shown.on_batch(np.zeros((3, 32, 32, 3), np.uint8), batch)
     embedding = shown.share()
     assert embedding is not None
     assert embedding.labels == ["a", "a"]  # each rank has kept one of its three

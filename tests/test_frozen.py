@@ -23,7 +23,7 @@ from pipeline.evaluation.backbone_outputs import (
     with_patches,
 )
 from pipeline.evaluation.features import embed
-from pipeline.training.checkpoint import Frozen
+from pipeline.training.checkpoint import FrozenBackbone
 
 CROPS = tiny_config().crops
 
@@ -122,7 +122,7 @@ def test_views_of_each_image_stay_together_and_unreadable_images_are_left_out(tm
 def test_a_size_that_the_network_cannot_take_is_refused() -> None:
     config = tiny_config()
     weights = build_backbone(config.backbone, crop_sizes=config.crops.crop_sizes, drop_path_rate=0.0)
-    network = Frozen(config, weights.state_dict())
+    network = FrozenBackbone(config, weights.state_dict())
     check_size(network, 24)
     with pytest.raises(ConfigError, match=r"cannot take images of 23 px .*global crops, 16"):
         check_size(network, 23)

@@ -12,7 +12,7 @@ from tiny import tiny_batch, tiny_config
 from torch import Tensor
 
 from pipeline.training.config import HealthConfig
-from pipeline.training.health import Health, Judge, sums_of, symptom_of
+from pipeline.training.health import CollapseDetector, Health, sums_of, symptom_of
 from pipeline.training.step import build_state, train_step
 from pipeline.training.verdict import UnhealthyError, Verdict
 
@@ -136,7 +136,7 @@ SHARP = {"entropy_ratio": 0.001, "commonest_prototype": 0.1}
 
 
 def verdicts(*course: dict[str, float], grace_steps: int = 0, persistence: int = 2) -> list[Verdict]:
-    judge = Judge(HealthConfig(persistence=persistence), grace_steps=grace_steps)
+    judge = CollapseDetector(HealthConfig(persistence=persistence), grace_steps=grace_steps)
     return [judge.judge(step, metrics) for step, metrics in enumerate(course)]
 
 

@@ -25,8 +25,8 @@ from pipeline.tracking.projector import CONFIG
 from pipeline.tracking.prometheus import GAUGES
 from pipeline.tracking.run_log import JsonLines, MetricsLog
 from pipeline.tracking.scalar_names import GROUPS, group_of
-from pipeline.tracking.sink import Embedding, Sink
-from pipeline.worker.throughput import Meter
+from pipeline.tracking.sink import Embedding, MetricSink
+from pipeline.worker.throughput import ThroughputMeter
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -303,7 +303,7 @@ def test_the_contact_sheet_is_shown_once_however_often_a_run_is_continued(tmp_pa
     ]
 
 
-class Told(Sink):
+class Told(MetricSink):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -464,7 +464,7 @@ def busy(seconds: float) -> float:
 
 def test_rates_are_per_second_of_wall_time() -> None:
     before = time.perf_counter()
-    meter = Meter()
+    meter = ThroughputMeter()
     started = time.perf_counter()
     spent = busy(0.02)
     meter.add(30, spent, np.array([[1, 2, 3]] * 15, np.float32), np.full(15, 40, np.float32))
@@ -477,7 +477,7 @@ def test_rates_are_per_second_of_wall_time() -> None:
 
 
 def test_reading_starts_over() -> None:
-    meter = Meter()
+    meter = ThroughputMeter()
     meter.add(1000, 1000.0, np.ones((1000, 3), np.float32), np.ones(1000, np.float32))
     assert meter.read()["data_wait"] == 1.0  # a share, whatever was told
     busy(0.001)
@@ -485,7 +485,7 @@ def test_reading_starts_over() -> None:
 
 
 def test_a_pause_that_is_not_training_does_not_count() -> None:
-    meter = Meter()
+    meter = ThroughputMeter()
     meter.add(1000, 0.0, np.ones((1000, 3), np.float32), np.ones(1000, np.float32))
     pause = busy(0.05)
     meter.restart()
@@ -497,6 +497,6 @@ def test_a_pause_that_is_not_training_does_not_count() -> None:
 
 
 def test_a_meter_read_at_once_divides_by_no_zero() -> None:
-    meter = Meter()
+    meter = ThroughputMeter()
     assert all(math.isfinite(value) for value in meter.read().values())
     assert all(math.isfinite(value) for value in meter.read().values())

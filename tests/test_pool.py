@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.cluster.pool_control import DrainPolicy, PoolControl, pool_metrics, reservation
-from pipeline.cluster.pool_size import PoolSize
+from pipeline.cluster.pool_control import DrainPolicy, PoolControl, reservation
+from pipeline.cluster.pool_mailbox import PoolMailbox
+from pipeline.cluster.pool_size import Actors, PoolSize
 
 
 def operator(*, running: int, most: int, in_flight: int) -> SimpleNamespace:
@@ -44,16 +45,25 @@ def test_actors_that_run_are_reserved_where_they_are_and_those_to_come_anywhere(
     assert reservation(pool, 1) == ([{"CPU": 2}] * 2, there)  # until the other one has gone
 
 
-def test_nothing_is_logged_of_a_pool_before_it_is_known() -> None:
-    assert pool_metrics({}) == {}
-    assert pool_metrics({"running": 2, "pending": 1, "target": 3}) == {
-        "augment_actors": 2,
-        "augment_target": 3,
-    }
+class Values:
+    """A channel's values and sums, without an actor."""
+
+    def __init__(self) -> None:
+        self.put, self.get = (values := {}).__setitem__, values.get
+
+
+def test_nothing_is_logged_of_a_pool_before_its_first_state() -> None:
+    mailbox = PoolMailbox(Values())  # type: ignore[arg-type]
+    assert mailbox.metrics() == {}
+    assert mailbox.size() is None
+    size = PoolSize(1, 4, target=3, cool_down_seconds=60)
+    mailbox.send_state(Actors(2, 1), size)
+    assert mailbox.metrics() == {"augment_actors": 2, "augment_target": 3}
+    assert mailbox.size() is size
 
 
 class Notes:
-    """A board that keeps what is posted."""
+    """A channel that keeps what is posted."""
 
     def __init__(self) -> None:
         self.posted: list[str] = []

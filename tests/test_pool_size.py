@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cluster.pool_size import FED, STARVED, Actors, PoolSize, Reading
+from pipeline.cluster.pool_size import FED, STARVED, Actors, PoolSize, TrainerReading
 
 
 @dataclass
@@ -42,10 +42,10 @@ class Cluster:
         for now in range(len(self.sizes), len(self.sizes) + seconds):
             target = self.pool.target
             self._ages = [age + 1 for age in self._ages[:target]] + [0] * (target - len(self._ages))
-            self.pool.see(Actors(self.running, target - self.running), now)
+            self.pool.observe(Actors(self.running, target - self.running), now)
             if self.running and now % 5 == 4:
                 images = 5 * self.images_per_second
-                self.pool.heed(Reading(5, 5 * self.data_wait, images, images / self.rate), now)
+                self.pool.adjust(TrainerReading(5, 5 * self.data_wait, images, images / self.rate), now)
                 self.notes += [self.pool.note] if self.pool.note else []
             self.sizes.append(self.pool.target)
         return self
@@ -82,8 +82,8 @@ def test_idle_actors_go_after_the_cool_down_and_the_busy_ones_stay_with_headroom
 def test_a_trainer_that_waits_at_times_keeps_its_actors() -> None:
     pool = PoolSize(1, 8, target=8, cool_down_seconds=30)
     for now in range(0, 600, 5):
-        pool.see(Actors(8, 0), now)
-        pool.heed(Reading(5, 0.4 if now % 25 == 0 else 0, 50, 5), now)
+        pool.observe(Actors(8, 0), now)
+        pool.adjust(TrainerReading(5, 0.4 if now % 25 == 0 else 0, 50, 5), now)
     assert pool.target == 8
 
 

@@ -20,7 +20,7 @@ from models.errors import ConfigError
 from pipeline.storage.files import Directory
 from pipeline.study.objective import Objective
 from pipeline.study.search.plan import StudyPlan
-from pipeline.study.search.population import Rounds, _Population
+from pipeline.study.search.population import ExploitRounds, _Population
 from pipeline.study.trials import Trial, read_trials, write_trial
 
 
@@ -94,26 +94,28 @@ def test_who_takes_over_never_trains_with_the_settings_of_the_other(seed: int) -
 
 
 def donors(
-    rounds: Rounds, scores: dict[int, dict[int, float]], order: list[tuple[int, int]]
+    rounds: ExploitRounds, scores: dict[int, dict[int, float]], order: list[tuple[int, int]]
 ) -> dict[int, int]:
     """Who took over from whom, all scores told in this order of (member, step)."""
-    found = {member: rounds.told(member, step, scores[member][step], list(scores)) for member, step in order}
+    found = {
+        member: rounds.observe(member, step, scores[member][step], list(scores)) for member, step in order
+    }
     return {member: donor for member, donor in found.items() if donor is not None}
 
 
 def test_the_first_round_judges_nobody_and_the_second_the_worst_by_scores_of_the_same_step() -> None:
     scores = {0: {6: 0.1, 12: 0.2}, 1: {6: 0.5, 12: 0.6}, 2: {6: 0.9, 12: 0.7}}
-    rounds = Rounds()
+    rounds = ExploitRounds()
     assert donors(rounds, scores, [(1, 6), (2, 6), (0, 6)]) == {}
     assert donors(rounds, scores, [(1, 12), (2, 12), (0, 12)]) == {0: 2}
 
 
 def test_a_weak_member_that_came_first_takes_over_when_it_tells_its_next_score() -> None:
     scores = {0: {6: 0.1, 12: 0.2, 18: 0.9}, 1: {6: 0.5, 12: 0.6, 18: 0.7}}
-    rounds = Rounds()
+    rounds = ExploitRounds()
     assert donors(rounds, scores, [(0, 6), (0, 12), (1, 6), (1, 12)]) == {}
     assert donors(rounds, scores, [(0, 18)]) == {0: 1}
-    rounds.took_over(0, 1)
+    rounds.record_copy(0, 1)
     # It is where the other one is: there is nothing to choose between them before both have told more.
     assert donors(rounds, scores, [(1, 18)]) == {}
 
@@ -124,51 +126,53 @@ def test_who_took_over_is_neither_weak_nor_a_donor_by_scores_of_another() -> Non
         1: {6: 0.4, 12: 0.8, 18: 0.7, 24: 0.7},
         2: {6: 0.3, 12: 0.1, 18: 0.2},
     }
-    rounds = Rounds()
+    rounds = ExploitRounds()
     order = [(2, 6), (2, 12), (0, 6), (1, 6), (0, 12), (1, 12), (0, 18), (2, 18)]
     assert donors(rounds, scores, order) == {2: 0}
-    rounds.took_over(2, 0)  # with the 0.95 of step 18, which it has not trained for
+    rounds.record_copy(2, 0)  # with the 0.95 of step 18, which it has not trained for
     assert donors(rounds, scores, [(1, 18)]) == {1: 0}
 
 
 def test_a_round_is_judged_once_so_that_nobody_is_weak_for_want_of_the_weakest() -> None:
     scores = {0: {6: 0.1, 12: 0.2}, 1: {6: 0.5, 12: 0.6, 18: 0.6}, 2: {6: 0.9, 12: 0.8, 18: 0.9}}
-    rounds = Rounds()
+    rounds = ExploitRounds()
     assert donors(rounds, scores, [(1, 6), (2, 6), (0, 6), (1, 12), (2, 12), (0, 12)]) == {0: 2}
-    rounds.took_over(0, 2)
+    rounds.record_copy(0, 2)
     assert donors(rounds, scores, [(1, 18), (2, 18)]) == {}
 
 
 def test_a_score_that_rises_with_time_makes_nobody_weak_who_is_behind() -> None:
     scores = {0: {6: 0.3, 12: 0.5}, 1: {6: 0.2, 12: 0.4, 18: 0.6, 24: 0.8}}
     order = [(1, 6), (1, 12), (1, 18), (0, 6), (0, 12), (1, 24)]
-    assert donors(Rounds(), scores, order) == {1: 0}
+    assert donors(ExploitRounds(), scores, order) == {1: 0}
 
 
 def test_nobody_takes_over_from_a_member_that_has_ended_or_is_no_better() -> None:
-    rounds = Rounds()
+    rounds = ExploitRounds()
     scores = {0: {6: 0.1, 12: 0.2}, 1: {6: 0.5, 12: 0.6}}
     assert donors(rounds, scores, [(0, 6), (0, 12), (1, 6), (1, 12)]) == {}
-    assert rounds.told(0, 18, 0.1, [0]) is None
+    assert rounds.observe(0, 18, 0.1, [0]) is None
     even = {0: {6: 0.5, 12: 0.5}, 1: {6: 0.5, 12: 0.5}}
-    assert donors(Rounds(), even, [(0, 6), (1, 6), (0, 12), (1, 12)]) == {}
+    assert donors(ExploitRounds(), even, [(0, 6), (1, 6), (0, 12), (1, 12)]) == {}
 
 
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=12))
-def test_the_worst_quarter_takes_over_and_only_from_the_best_quarter(told: list[int]) -> None:
-    living, rounds = range(len(told)), Rounds()
+def test_the_worst_quarter_takes_over_and_only_from_the_best_quarter(observe: list[int]) -> None:
+    living, rounds = range(len(observe)), ExploitRounds()
     for member in living:
-        rounds.told(member, 1, told[member], living)
-    found = {member: rounds.told(member, 2, told[member], living) for member in living}
+        rounds.observe(member, 1, observe[member], living)
+    found = {member: rounds.observe(member, 2, observe[member], living) for member in living}
     # Judged when the last one has told; the others hear of it at their next score.
-    found |= {member: rounds.told(member, 3, told[member], living) for member in living[:-1]}
+    found |= {member: rounds.observe(member, 3, observe[member], living) for member in living[:-1]}
     taken = {member: donor for member, donor in found.items() if donor is not None}
-    quarter = sorted(told)[: max(1, -(-len(told) // 4))]
+    quarter = sorted(observe)[: max(1, -(-len(observe) // 4))]
     assert len(taken) <= len(quarter)
-    assert all(told[member] <= quarter[-1] and told[member] < told[donor] for member, donor in taken.items())
+    assert all(
+        observe[member] <= quarter[-1] and observe[member] < observe[donor] for member, donor in taken.items()
+    )
     assert len(set(taken.values())) == len(taken)
-    if len(set(told)) == len(told):
-        assert sorted(told[member] for member in taken) == quarter
+    if len(set(observe)) == len(observe):
+        assert sorted(observe[member] for member in taken) == quarter
 
 
 def test_settings_that_do_not_go_together_fail_their_trial_and_not_the_study(tmp_path: Path) -> None:

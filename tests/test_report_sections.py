@@ -15,9 +15,9 @@ from jobs.cli.config import load_config
 from jobs.cli.recipes import RECIPES
 from jobs.runs.run_files import note_hardware, recipe_changes
 from jobs.studies.config import StudyConfig, load
-from pipeline.cluster.nodes import node_sorts
+from pipeline.cluster.nodes import group_identical_nodes
 from pipeline.data.decode import BadImage, decode
-from pipeline.reporting.bad_images import Share, kind_of, nearness
+from pipeline.reporting.bad_images import Share, kind_of, near_limit_warning
 from pipeline.reporting.plots import Curve, Span, chart, downsample
 from pipeline.reporting.run_report import build_report
 from pipeline.storage.files import Directory
@@ -99,7 +99,7 @@ def fed_run(folder: Path) -> Directory:
         "packages": {"dinoray": "0.1.0", "ray": "2.60.0", "torch": "2.10.0", "numba": None},
         "automatic": ["head.out_dim=1024: 4000 images"],
         "recipe": {"name": "photos_small", "changed": changed},
-        "hardware": node_sorts([{"Alive": True, "Resources": r} for r in (HEAD, GPU, GPU)]),
+        "hardware": group_identical_nodes([{"Alive": True, "Resources": r} for r in (HEAD, GPU, GPU)]),
     }
     return make_run(
         folder,
@@ -282,7 +282,7 @@ def test_many_kinds_are_shown_as_others(tmp_path: Path) -> None:
     [(4, 1000, 0.01, False), (5, 1000, 0.01, True), (50, 999, 0.01, False), (0, 1000, 0.0, False)],
 )
 def test_a_run_near_its_limit_is_told_of(bad: int, seen: int, limit: float, told: bool) -> None:
-    line = nearness(Share(bad, seen, limit))
+    line = near_limit_warning(Share(bad, seen, limit))
     assert (line is not None) is told
     assert not told or "0.5 % of the images seen; the run fails above data.max_bad_fraction=0.01." in str(
         line

@@ -22,7 +22,7 @@ from jobs.runs.run_size import (
 from jobs.studies.config import StudyArguments, StudyConfig, space_of, study_config
 from jobs.studies.resources import check_study_size
 from models.errors import ConfigError, ResourceError
-from pipeline.data.partition import batch_size_per_worker, check_parts
+from pipeline.data.partition import batch_size_per_worker, check_accumulation
 from pipeline.training.config import Schedule
 
 on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -77,7 +77,7 @@ def test_the_batch_that_is_proposed_passes(num_images: int, recipe: str, workers
         check_images(config_of(*asked, recipe=recipe), num_images)
     config = config_of(*asked, *remedy(str(error.value)), recipe=recipe)
     check_images(config, num_images)
-    check_parts(
+    check_accumulation(
         batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers),
         config.train.accumulate_steps,
     )
@@ -178,7 +178,9 @@ def test_workers_that_the_cores_cannot_carry_are_refused(monkeypatch: pytest.Mon
     assert str(error.value).startswith(f"resources.train_workers={workers} on {available_cores()} CPU core")
     config = config_of(*batch, *remedy(str(error.value)))
     assert check_workers(config) == []
-    check_parts(batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers), parts)
+    check_accumulation(
+        batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers), parts
+    )
 
 
 @on_cpus

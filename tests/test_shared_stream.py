@@ -24,7 +24,7 @@ from samples import write_all
 from models.errors import DataError, DinorayError
 from pipeline.augment.augmenter import Augmenter
 from pipeline.augment.config import CropsConfig, crop_bytes
-from pipeline.cluster.channel import Board
+from pipeline.cluster.channel import RunChannel
 from pipeline.data.manifest import DataConfig, build_manifest
 from pipeline.data.order import Order
 from pipeline.data.partition import Layout
@@ -86,7 +86,7 @@ def plan_of(
     source = kind(config, build_manifest(config))
     return StreamPlan(
         source=ray.put(source),
-        board=Board(),
+        channel=RunChannel(),
         order=Order(source.num_images, seed=1),
         crops=CROPS,
         seed=1,
@@ -208,7 +208,7 @@ def test_actors_that_die_are_replaced_and_their_blocks_made_again(
     plan = plan_of(tmp_path, IMAGES, DeadlySource, cpus=5)
     stream = SharedStream(plan, num_actors=1, window_bytes=AMPLE)
     (tmp_path / "deadly").touch()
-    asked = [stream.ask(LAYOUT.block(number)) for number in range(NUM_BLOCKS)]
+    asked = [stream.request(LAYOUT.block(number)) for number in range(NUM_BLOCKS)]
     ray.get([block._answer for block in asked])  # all are made, and lie on the node that made them
     assert not (tmp_path / "deadly").exists()
     before = stream.stats()

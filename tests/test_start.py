@@ -9,7 +9,7 @@ from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
 from models.errors import ConfigError, DataError
 from pipeline.training.checkpoint import save_checkpoint
-from pipeline.training.init_weights import read_weights, start_from
+from pipeline.training.init_weights import load_initial_weights, read_weights
 from pipeline.training.step import TrainState, build_state, train_step
 
 
@@ -36,7 +36,7 @@ def test_all_of_a_run_is_taken_over_and_it_goes_on_as_it_would_have(tmp_path: Pa
     weights = read_weights(checkpoint(first, tmp_path / "first"))
     second = build_state(tiny_config(), num_images=NUM_IMAGES)
     folder = tmp_path / "first"
-    assert start_from(second, weights, "run") == [
+    assert load_initial_weights(second, weights, "run") == [
         f"student from 'student' of {folder}: backbone (30 tensors), head (8 tensors)",
         f"teacher from 'teacher' of {folder}: backbone (30 tensors), head (8 tensors)",
         f"centre from 'center' of {folder}",
@@ -52,7 +52,7 @@ def test_all_of_a_run_is_taken_over_and_it_goes_on_as_it_would_have(tmp_path: Pa
 def test_weights_alone_start_at_step_0_with_a_new_optimiser(tmp_path: Path) -> None:
     first = trained(3)
     second = build_state(tiny_config(train={"seed": 1}), num_images=NUM_IMAGES)
-    start_from(second, read_weights(checkpoint(first, tmp_path / "first")), "weights")
+    load_initial_weights(second, read_weights(checkpoint(first, tmp_path / "first")), "weights")
     assert same(first.dino, second.dino)
     assert (second.step, second.optimizer.state_dict()["state"]) == (0, {})
 
@@ -61,7 +61,7 @@ def test_a_backbone_alone_leaves_head_and_centre_fresh(tmp_path: Path) -> None:
     first = trained(3)
     second = build_state(tiny_config(train={"seed": 1}), num_images=NUM_IMAGES)
     head = {k: v.clone() for k, v in second.dino.student.head.state_dict().items()}
-    start_from(second, read_weights(checkpoint(first, tmp_path / "first")), "backbone")
+    load_initial_weights(second, read_weights(checkpoint(first, tmp_path / "first")), "backbone")
     assert same(first.dino.teacher.backbone, second.dino.teacher.backbone)
     assert all(torch.equal(v, head[k]) for k, v in second.dino.student.head.state_dict().items())
     assert same(second.dino.student.head, second.dino.teacher.head)
@@ -74,7 +74,7 @@ def test_a_file_of_a_backbone_is_read_by_its_suffix(tmp_path: Path) -> None:
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
     for name in ("backbone.safetensors", "backbone.pth"):
         state = build_state(tiny_config(train={"seed": 1}), num_images=NUM_IMAGES)
-        start_from(state, read_weights(str(tmp_path / name)), "weights")
+        load_initial_weights(state, read_weights(str(tmp_path / name)), "weights")
         assert same(state.dino.student.backbone, backbone)
         assert same(state.dino.teacher.backbone, backbone)
 
@@ -84,7 +84,7 @@ def test_weights_alone_cannot_be_gone_on_from(tmp_path: Path) -> None:
     weights = read_weights(str(tmp_path / "backbone.safetensors"))
     state = build_state(tiny_config(), num_images=NUM_IMAGES)
     with pytest.raises(ConfigError, match=r"init.load=run needs .*; set init.load=weights"):
-        start_from(state, weights, "run")
+        load_initial_weights(state, weights, "run")
 
 
 def test_a_run_that_is_over_cannot_be_gone_on_from(tmp_path: Path) -> None:
@@ -93,13 +93,13 @@ def test_a_run_that_is_over_cannot_be_gone_on_from(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"train.epochs=2 is not more than the 2 epochs .*; set train.epochs=3 or more"
     ):
-        start_from(state, weights, "run")
+        load_initial_weights(state, weights, "run")
 
 
 def test_another_layer_decay_starts_the_optimiser_fresh_and_says_so(tmp_path: Path) -> None:
     weights = read_weights(checkpoint(trained(3), tmp_path / "first"))
     state = build_state(tiny_config(optim={"layer_decay": 0.5}), num_images=NUM_IMAGES)
-    lines = start_from(state, weights, "run")
+    lines = load_initial_weights(state, weights, "run")
     expected = "optimizer state of 0 of 37 parameters (optim.layer_decay=0.5 is 1.0 there)"
     assert [line for line in lines if line.startswith(expected)]
     assert state.optimizer.state_dict()["state"] == {}
@@ -112,8 +112,8 @@ def test_backbone_of_another_run_is_proposed_as_it_was(tmp_path: Path) -> None:
         ConfigError,
         match=r"; set backbone.kwargs.embed_dim=48 backbone.kwargs.depth=1 backbone.kwargs.num_heads=4$",
     ):
-        start_from(build_state(tiny_config(), num_images=NUM_IMAGES), weights, "weights")
-    start_from(
+        load_initial_weights(build_state(tiny_config(), num_images=NUM_IMAGES), weights, "weights")
+    load_initial_weights(
         build_state(tiny_config(backbone={"kwargs": kwargs}), num_images=NUM_IMAGES), weights, "weights"
     )
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import SECRET_KEY, S3Server, aws_environment, use_aws
 
-from models.errors import ConfigError, DataError, one_line, without_keys
+from models.errors import ConfigError, DataError, one_line, redact_credentials
 from pipeline.storage import s3 as s3_module
 from pipeline.storage.files import (
     ChangedObject,
@@ -429,6 +429,6 @@ def test_keys_before_the_at_of_an_address_are_refused_and_not_repeated() -> None
         "sqlite:////folder/me@host.db",
         "runs/me@host:1",
     ):
-        assert without_keys(innocent) == innocent
+        assert redact_credentials(innocent) == innocent
     said = one_line(ValueError("Could not connect to http://me:MARKER@host:9000/x"))
     assert said == "Could not connect to http://...@host:9000/x"

@@ -37,7 +37,7 @@ from models.errors import ConfigError, DinorayError, ResourceError
 from pipeline.data.demo_images import PATTERNS
 from pipeline.storage.files import Directory
 from pipeline.study.space import default_space, grid
-from pipeline.study.trials import Outcome, Tried, read_trials
+from pipeline.study.trials import Outcome, TrialRecord, read_trials
 
 NUM_IMAGES = 2160
 
@@ -51,7 +51,7 @@ def trial(config: StudyConfig, **params: object) -> object:
     return trial_config(config, values, name="0003", storage_path="/s/trials", seed=5, num_images=NUM_IMAGES)
 
 
-def run_finished(folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *ended: Tried) -> None:
+def run_finished(folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *ended: TrialRecord) -> None:
     """Run a study of two trials whose trials have ended before; what they would learn from is not looked at."""
     images = folder / "images"
     if not images.exists():

@@ -21,10 +21,10 @@ from pipeline.study.findings.statistics import (
 )
 from pipeline.study.findings.summary import findings, importance_of
 from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
-from pipeline.study.trials import Tried, read_study, read_trials
+from pipeline.study.trials import TrialRecord, read_study, read_trials
 
 
-def said(trials: list[Tried], **changes: object) -> str:
+def said(trials: list[TrialRecord], **changes: object) -> str:
     return "\n".join(findings(trials, about(**changes)).words)
 
 
@@ -102,7 +102,7 @@ def test_a_setting_explains_what_lies_between_its_groups() -> None:
 # The ranking
 
 
-def three_confirmed(gap: float) -> list[Tried]:
+def three_confirmed(gap: float) -> list[TrialRecord]:
     """Means 0.60 and 0.60 - gap over the seeds 0 to 2, both with a standard deviation of 0.01."""
     trials = [tried(0, 0.60), tried(1, 0.60 - gap), tried(2, 0.70, seed=0)]
     for root, mean in ((0, 0.60), (1, 0.60 - gap)):
@@ -174,7 +174,7 @@ def test_a_score_that_is_no_number_does_not_count(score: float | None) -> None:
 # Agreement of metrics
 
 
-def scored(number: int, knn: float, rankme: float, loss: float, status: str = "finished") -> Tried:
+def scored(number: int, knn: float, rankme: float, loss: float, status: str = "finished") -> TrialRecord:
     return tried(number, knn, status, scores={"knn_20": knn, "rankme": rankme, "loss": loss})
 
 
@@ -210,7 +210,7 @@ def test_without_labels_metrics_are_compared_with_the_objective() -> None:
 # Where trials collapse
 
 
-def at_points(*points: tuple[float, float, str]) -> list[Tried]:
+def at_points(*points: tuple[float, float, str]) -> list[TrialRecord]:
     return [
         tried(i, 0.5, status, params={TEACHER_TEMP: t, CENTER_MOMENTUM: m})
         for i, (t, m, status) in enumerate(points)
@@ -371,7 +371,7 @@ def test_a_trial_of_larger_batches_that_was_trained_to_its_end_has_saved_nothing
         ),
     ],
 )
-def test_words_are_true_of_little_as_well(trials: list[Tried], words: str) -> None:
+def test_words_are_true_of_little_as_well(trials: list[TrialRecord], words: str) -> None:
     assert words in said(trials)
     assert said(trials, objective="loss")
     assert findings(trials, {}).words  # study.json is not there

@@ -21,10 +21,10 @@ from pipeline.study.page.plots import curve_charts, importance_bars, parallel_co
 from pipeline.study.page.score_map import expected, score_map
 from pipeline.study.page.study_report import describe_study, write_study_report
 from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
-from pipeline.study.trials import Tried, read_study, read_trials, write_study
+from pipeline.study.trials import TrialRecord, read_study, read_trials, write_study
 
 
-def write_small(folder: Path, trials: list[Tried], metrics: bytes = b"", **changes: Any) -> Directory:
+def write_small(folder: Path, trials: list[TrialRecord], metrics: bytes = b"", **changes: Any) -> Directory:
     study = Directory(str(folder))
     for one in trials:
         write_tried(study, one, metrics)
@@ -172,7 +172,7 @@ POINT = {TEACHER_TEMP: 0.05, CENTER_MOMENTUM: 0.9, "optim.name": "adamw"}
     ],
     ids=["none", "one", "two", "unfinished", "collapsed", "failed", "not finite", "no settings"],
 )
-def test_a_study_in_any_state_has_a_page(tmp_path: Path, trials: list[Tried], words: str) -> None:
+def test_a_study_in_any_state_has_a_page(tmp_path: Path, trials: list[TrialRecord], words: str) -> None:
     study = write_small(tmp_path, trials)
     assert words in page_of(study).text
     assert words in describe_study(study)
@@ -210,7 +210,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 # Drawings
 
 
-def drawn(trials: list[Tried], space: dict[str, Domain] | None = None, **changes: Any) -> str:
+def drawn(trials: list[TrialRecord], space: dict[str, Domain] | None = None, **changes: Any) -> str:
     return score_map(trials, findings(trials, about(space, **changes)))
 
 

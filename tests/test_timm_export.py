@@ -18,13 +18,13 @@ from timm.data import create_transform, resolve_model_data_config
 from tiny import TINY_RESNET, tiny_config
 
 from models.errors import DinorayError
-from models.published.checkpoint import MARK
+from models.published.checkpoint import POS_EMBED_KEY
 from pipeline.data.decode import eval_crop
 from pipeline.data.demo_images import draw_demo_image
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.features import Features, embed, knn_accuracy
 from pipeline.export.timm_export import TimmExport, crop_share, export_timm, timm_arguments
-from pipeline.training.checkpoint import Frozen
+from pipeline.training.checkpoint import FrozenBackbone
 from pipeline.training.config import DINOConfig
 from pipeline.training.step import pixels
 
@@ -185,7 +185,7 @@ def test_a_stochastic_depth_of_training_is_not_taken_over() -> None:
 # Position embeddings
 
 
-def official_at(size: int, native: int) -> Frozen:
+def official_at(size: int, native: int) -> FrozenBackbone:
     config = backbone("vit_tiny_patch16_224", size=size, local_size=8, pos_embed="official", **OWN_VIT)
     return frozen_of(replace_kwargs(config, img_size=native))
 
@@ -220,7 +220,7 @@ def test_the_weights_carry_the_rule_of_their_position_embeddings(pos_embed: str,
     frozen = frozen_of(tiny_config(backbone={"pos_embed": pos_embed}))
     folder = folder_of(export_timm(frozen), tmp_path)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", MARK: pos_embed}
+        assert file.metadata() == {"format": "pt", POS_EMBED_KEY: pos_embed}
 
 
 # Faults
@@ -231,7 +231,7 @@ def test_weights_that_timm_would_use_otherwise_are_not_given_out(monkeypatch: py
     other = frozen_of(replace_kwargs(tiny_config(), num_heads=4))
     built = timm.create_model(other.config.backbone.name, num_classes=0, **timm_arguments(other))
     built.load_state_dict(other.weights)
-    monkeypatch.setattr(Frozen, "backbone", lambda self: built.eval())
+    monkeypatch.setattr(FrozenBackbone, "backbone", lambda self: built.eval())
     with pytest.raises(DinorayError, match="computes other features from these weights"):
         export_timm(frozen)
 

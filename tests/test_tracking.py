@@ -26,7 +26,7 @@ from pipeline.tracking import services
 from pipeline.tracking.config import TrackConfig
 from pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
 from pipeline.tracking.services import FILE, Trackers, open_trackers
-from pipeline.tracking.sink import Sink
+from pipeline.tracking.sink import MetricSink
 
 MLFLOW = pytest.importorskip("mlflow")
 WANDB = pytest.importorskip("wandb")
@@ -44,7 +44,7 @@ def run_in(folder: Path) -> TrackedRun:
     return TrackedRun("first", "0123456789ab", "plants", {"optim.base_lr": 0.1}, Directory(str(folder)))
 
 
-def follow(sink: Sink, first: int, last: int, *, loss: float) -> None:
+def follow(sink: MetricSink, first: int, last: int, *, loss: float) -> None:
     """One life of a run, which logs every step and draws at its last."""
     for step in range(first, last + 1):
         sink.log(step, {"loss": loss, "verdict": "healthy", "time": 1.7e9})
@@ -53,7 +53,7 @@ def follow(sink: Sink, first: int, last: int, *, loss: float) -> None:
     sink.close(failed=False)
 
 
-def sinks(folder: Path, config: TrackConfig, told: list[str], **params: object) -> list[Sink]:
+def sinks(folder: Path, config: TrackConfig, told: list[str], **params: object) -> list[MetricSink]:
     run_in(folder)
     return open_trackers(
         config, Directory(str(folder)), name="first", params=params, page=build_report, tell=told.append
@@ -208,7 +208,9 @@ class Memory:
     def close(self, failed: bool) -> None: ...
 
 
-def trackers(tmp_path: Path, opener: Callable[[TrackedRun], Tracker], told: list[str], **times: Any) -> Sink:
+def trackers(
+    tmp_path: Path, opener: Callable[[TrackedRun], Tracker], told: list[str], **times: Any
+) -> MetricSink:
     settings = {"pauses": (0.0, 0.0, 0.0), "end_seconds": 60.0} | times
     return Trackers(run_in(tmp_path), {"memory": opener}, build_report, told.append, **settings)
 

@@ -15,7 +15,7 @@ from pipeline.study.space import Domain
 from pipeline.study.trials import (
     Outcome,
     Trial,
-    Tried,
+    TrialRecord,
     evaluations,
     read_study,
     read_trials,
@@ -98,7 +98,7 @@ def test_evaluations_have_the_loss_of_their_step_and_nothing_that_is_not_finite(
 
 
 def test_the_course_of_a_trial_leaves_out_its_start_and_what_it_will_evaluate_again() -> None:
-    one = Tried(
+    one = TrialRecord(
         Trial(0, {}, 0, "tpe"),
         None,
         records(
@@ -111,7 +111,7 @@ def test_the_course_of_a_trial_leaves_out_its_start_and_what_it_will_evaluate_ag
 
 
 def test_a_sampler_knows_who_finished_who_runs_who_failed_and_how_far_those_came_that_were_given_up() -> None:
-    given_up = Tried(
+    given_up = TrialRecord(
         Trial(3, {"a": 3}, 0, "tpe"), Outcome("stopped", 0.2, 10), records({"step": 10, "knn_20": 0.2})
     )
     found = known(

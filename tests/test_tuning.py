@@ -4,8 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.study.search.tuner import Listener, _cause
-from pipeline.study.search.tuning import Halving, Search, _Refereed
+from pipeline.study.search.tuner import TrialListener, _cause
+from pipeline.study.search.tuning import AshaConfig, Search, _Refereed
 from pipeline.study.trials import Trial
 
 
@@ -16,8 +16,8 @@ class Told:
         self.decisions: dict[tuple[int, int], bool] = {}
         self.decide = SimpleNamespace(remote=self._decide)
 
-    def _decide(self, number: int, step: int, goes_on: bool) -> None:
-        self.decisions[number, step] = goes_on
+    def _decide(self, number: int, step: int, should_continue: bool) -> None:
+        self.decisions[number, step] = should_continue
 
 
 def tune_trial(number: int) -> Any:
@@ -25,7 +25,7 @@ def tune_trial(number: int) -> Any:
     return SimpleNamespace(trial_id=f"id-{number}", config=config)
 
 
-def refereed(halving: Halving | None, **past: Any) -> tuple[_Refereed, Told]:
+def refereed(halving: AshaConfig | None, **past: Any) -> tuple[_Refereed, Told]:
     told = Told()
     search = Search(propose=lambda: None, on_end=lambda *_: None, tell=print, **past)
     return _Refereed(told, halving, search), told
@@ -39,7 +39,7 @@ def play(scheduler: _Refereed, number: int, scores: dict[int, float]) -> None:
         assert action == "CONTINUE"  # whatever was decided: the trial ends by itself
 
 
-HALVING = Halving(grace_steps=10, factor=2, total_steps=40)
+HALVING = AshaConfig(grace_steps=10, factor=2, total_steps=40)
 
 
 def test_the_worse_half_is_told_to_stop_after_the_grace_and_not_before() -> None:
@@ -58,7 +58,7 @@ def test_the_worse_half_is_told_to_stop_after_the_grace_and_not_before() -> None
 
 
 def test_without_halving_everyone_goes_on() -> None:
-    for halving in (None, Halving(grace_steps=40, factor=2, total_steps=40)):
+    for halving in (None, AshaConfig(grace_steps=40, factor=2, total_steps=40)):
         scheduler, told = refereed(halving)
         play(scheduler, 0, {20: 0.9})
         play(scheduler, 1, {20: 0.1})
@@ -104,7 +104,7 @@ def test_a_trial_that_is_started_again_is_told_of_with_the_cause(tmp_path: Path)
     told: list[str] = []
     cleared: list[str] = []
     attempt: Any = Attempt()
-    listener = Listener(SimpleNamespace(clear=cleared.append), told.append)  # type: ignore[arg-type]
+    listener = TrialListener(SimpleNamespace(clear=cleared.append), told.append)  # type: ignore[arg-type]
     listener.on_trial_start(0, [attempt], attempt)
     assert told == []
     listener.on_trial_recover(0, [attempt], attempt)

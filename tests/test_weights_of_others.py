@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from models.errors import ConfigError, DataError
 from models.published.checkpoint import load, read_weights
+from pipeline.training.init_weights import load_initial_weights
 from pipeline.training.init_weights import read_weights as read_path
-from pipeline.training.init_weights import start_from
 from pipeline.training.match_weights import adapt
 from pipeline.training.step import TrainState, build_state
 
@@ -56,7 +56,7 @@ def started(path: Path, load: Any = "weights", **changes: Any) -> tuple[TrainSta
     weights = read_path(str(path))
     config = adapt(tiny_config(head=HEAD, **changes), weights)
     state = build_state(config, num_images=NUM_IMAGES)
-    return state, [line.replace(f"{path.parent}/", "") for line in start_from(state, weights, load)]
+    return state, [line.replace(f"{path.parent}/", "") for line in load_initial_weights(state, weights, load)]
 
 
 def assert_backbones(state: TrainState, student: nn.Module, teacher: nn.Module) -> None:
@@ -210,7 +210,7 @@ def test_model_folders_of_other_libraries_are_read(tmp_path: Path) -> None:
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     state = build_state(tiny_config(), num_images=NUM_IMAGES)
-    start_from(state, read_path(str(tmp_path)), "weights")
+    load_initial_weights(state, read_path(str(tmp_path)), "weights")
     assert_backbones(state, net, net)
 
 

@@ -25,7 +25,7 @@ from pipeline.storage.files import Directory, MissingObject, is_s3, split_s3_uri
 from pipeline.tracking.config import LogConfig, TrackConfig
 from pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
 
-FREE_SECTIONS = frozenset(
+MUTABLE_ON_RESUME = frozenset(
     {"resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
 )
 """What may differ when a run is continued: nothing in them changes what is learnt."""
@@ -193,7 +193,7 @@ def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list
     a, b = (
         {
             k: v
-            for k, v in flatten(config.model_dump(mode="json", exclude=set(FREE_SECTIONS)))
+            for k, v in flatten(config.model_dump(mode="json", exclude=set(MUTABLE_ON_RESUME)))
             if k not in free
         }
         for config in (old, keep_detected(new, old))

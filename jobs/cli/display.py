@@ -20,7 +20,7 @@ _KINDS = ("head", "cpu", "gpu")
 
 
 class Display:
-    """Shows events of the board as they come; use as a context manager."""
+    """Shows events of a run as they come; use as a context manager."""
 
     def __init__(self, console: Console, *, title: str = "") -> None:
         """`title`: what the view is headed with."""

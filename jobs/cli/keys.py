@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from models.config import argument_hint
-from models.errors import without_keys
+from models.errors import redact_credentials
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -84,7 +84,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
         if found["type"] == "extra_forbidden":
             unknown = found["input"] if isinstance(found["input"], Mapping) else {}
             for name, value in flatten(unknown, f"{key}.") if unknown else [(key, found["input"])]:
-                shown = "..." if looks_secret(name) else without_keys(repr(value))
+                shown = "..." if looks_secret(name) else redact_credentials(repr(value))
                 rules[f"{name}={shown}"] = [f"unknown key{_instead(name, shown, fields)}"]
         elif found["type"] == "missing":
             rules[key] = [f"must be set, e.g. {key}={EXAMPLES.get(key, '...')}"]
@@ -95,7 +95,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
         else:
             inside = len(path) > key.count(".") + 1 and isinstance(found["loc"][-1], int)
             rule = ("each item " if inside else "") + _rule(found["type"], found["msg"])
-            of_key = rules.setdefault(f"{key}={without_keys(repr(_at(tree, key)))}", [])
+            of_key = rules.setdefault(f"{key}={redact_credentials(repr(_at(tree, key)))}", [])
             # A list whose items were refused counts as too short as well.
             if rule not in of_key and not (of_key and found["type"] == "too_short"):
                 of_key.append(rule)

@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from jobs.cli.main import wants_token
-from models.errors import ConfigError, ResourceError, one_line, without_keys
+from models.errors import ConfigError, ResourceError, one_line, redact_credentials
 from pipeline.ray_private.jobs import server_version
 
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -66,7 +66,7 @@ def dashboard_address(given: str | None) -> str:
     address = given or os.environ.get(_VARIABLE) or os.environ.get("RAY_ADDRESS") or ""
     if not _is_http(address):
         what = (
-            f"address={without_keys(address)!r} is not the address of a job server"
+            f"address={redact_credentials(address)!r} is not the address of a job server"
             if address
             else "no cluster is given"
         )
@@ -106,7 +106,7 @@ def check_version(address: str, theirs: str) -> None:
     """ResourceError unless the cluster's Ray is of the minor version of ours."""
     if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
         raise ResourceError(
-            f"the cluster at {without_keys(address)} runs Ray {theirs}, this machine Ray {ray.__version__}; "
+            f"the cluster at {redact_credentials(address)} runs Ray {theirs}, this machine Ray {ray.__version__}; "
             f"install the same version on both, e.g. here: pip install 'ray[default]=={theirs}'"
         )
 
@@ -153,7 +153,7 @@ def submit(
                     raise
                 if time.monotonic() > deadline:
                     raise ResourceError(
-                        f"the cluster at {without_keys(client.get_address())} has had no agent for jobs for "
+                        f"the cluster at {redact_credentials(client.get_address())} has had no agent for jobs for "
                         f"{_AGENT_SECONDS:.0f} s; see dashboard_agent.log on its head node, or restart the head"
                     ) from error
             if not is_waiting:
@@ -218,7 +218,7 @@ def _wait(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
 @contextlib.contextmanager
 def _explained(address: str) -> Iterator[None]:
     """What the job server or the way to it says becomes one line."""
-    address = without_keys(address)
+    address = redact_credentials(address)
     try:
         yield
     except AuthenticationError as error:

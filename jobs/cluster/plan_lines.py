@@ -17,7 +17,7 @@ from pipeline.cluster.cost import CostConfig
 from pipeline.planning.forecast import HEADROOM, Forecast, forecast, with_workers
 from pipeline.planning.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried
 from pipeline.planning.prices import PRICED
-from pipeline.storage.files import is_reached_by_all
+from pipeline.storage.files import is_shared_path
 
 Row = tuple[str, str]
 
@@ -243,7 +243,7 @@ def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) 
     named = {word.partition("=")[0] for word in kept}
     words += [*([] if "name" in named else [f"name={config.name}"]), *kept]
     if settings:
-        shared = is_reached_by_all(config.storage_path)
+        shared = is_shared_path(config.storage_path)
         asked = {"data.path": config.data.path}
         asked |= {"storage_path": config.storage_path if shared else "s3://BUCKET/runs"}
         words += [f"{key}={value}" for key, value in asked.items() if key not in named]

@@ -16,7 +16,7 @@ from ray.runtime_env import RuntimeEnv
 
 from jobs.cli.config import read_file
 from jobs.cli.keys import did_you_mean, flatten, looks_secret
-from models.errors import ConfigError, one_line, without_keys
+from models.errors import ConfigError, one_line, redact_credentials
 from pipeline.study.trials import BEST
 
 MAX_BYTES = 50_000_000
@@ -72,7 +72,7 @@ def read_runtime_env(file: Path) -> dict[str, Any]:
     mistakes += [
         f"{file}: {key} holds an address with a user name or key before its @, {_SHOWN}"
         for key, value in flatten(tree)
-        if without_keys(str(value)) != str(value)
+        if redact_credentials(str(value)) != str(value)
     ]
     if not mistakes:
         try:

@@ -20,7 +20,7 @@ from pipeline.data.manifest import DataConfig, build_manifest
 from pipeline.data.source import Source
 from pipeline.evaluation.labels import subset
 from pipeline.figures.attention_animation import animation, read_frames
-from pipeline.figures.attention_sheet import figure, look, overlays
+from pipeline.figures.attention_sheet import compute_attention, figure, overlays
 from pipeline.figures.config import MASS
 from pipeline.figures.drawing import png_bytes
 from pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
@@ -62,7 +62,7 @@ def draw(arguments: argparse.Namespace) -> None:
     out = _out(arguments, found.run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     crops = frozen.config.crops
-    looked = list(look(frozen.backbone(device), images, crops, image_size=arguments.image_size))
+    looked = list(compute_attention(frozen.backbone(device), images, crops, image_size=arguments.image_size))
     title = f"{frozen.config.backbone.name}, {arguments.which}, step {step}"
     name = f"attention_step_{step:08d}"
     out.write(f"{name}.png", png_bytes(figure(looked, title=title, mass=arguments.mass)))

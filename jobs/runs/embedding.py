@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.runs.data_lines import describe_data
-from jobs.runs.open_checkpoint import lone_config, open_network
+from jobs.runs.open_checkpoint import open_network, standalone_config
 from jobs.runs.write_parts import settings_of, write_missing
 from pipeline.data.manifest import load_or_build
 from pipeline.data.source import Source
@@ -38,7 +38,7 @@ def embed_parts(arguments: Namespace) -> None:
     console = Console()
     out = Directory(arguments.out)
     opened = open_network(arguments.checkpoint, arguments.step, arguments.which)
-    config = lone_config(opened.network, {"data": {"path": arguments.data}}, arguments.overrides)
+    config = standalone_config(opened.network, {"data": {"path": arguments.data}}, arguments.overrides)
     size = arguments.image_size or opened.network.config.crops.global_crop_size
     check_size(opened.network, size)
     dim, num_patches = measure(opened.network, size, patch_tokens=arguments.patch_tokens)

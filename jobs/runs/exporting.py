@@ -29,7 +29,13 @@ from pipeline.export.timm_export import (
 from pipeline.export.weights import export_official, export_state_dict
 from pipeline.storage.files import Directory, MissingObject, is_s3
 from pipeline.storage.run_dir import checkpoint_name
-from pipeline.training.checkpoint import Frozen, download_checkpoint, find_checkpoint, read_frozen, read_meta
+from pipeline.training.checkpoint import (
+    FrozenBackbone,
+    download_checkpoint,
+    find_checkpoint,
+    read_frozen,
+    read_meta,
+)
 
 
 class Exported(NamedTuple):
@@ -88,7 +94,7 @@ def export(arguments: Namespace) -> None:
 
 
 def _export(
-    form: str, frozen: Frozen, folder: Path, *, name: str, image_size: int | None, license_id: str
+    form: str, frozen: FrozenBackbone, folder: Path, *, name: str, image_size: int | None, license_id: str
 ) -> Exported:
     file = FILES[form]
     facts: dict[str, Any]
@@ -108,7 +114,7 @@ def _export(
     return Exported(f"{name}_onnx", {file: onnx.data}, facts)
 
 
-def _deviations_in_timm(frozen: Frozen, image_size: int | None) -> dict[int, float]:
+def _deviations_in_timm(frozen: FrozenBackbone, image_size: int | None) -> dict[int, float]:
     """How far features are off where timm's own network uses the weights; empty where they are the same."""
     size = evaluation_size(frozen, image_size)
     others = other_sizes(frozen, size)

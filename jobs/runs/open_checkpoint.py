@@ -10,7 +10,7 @@ from models.errors import ConfigError
 from pipeline.storage.run_dir import checkpoint_name
 from pipeline.training.checkpoint import (
     Found,
-    Frozen,
+    FrozenBackbone,
     Which,
     download_checkpoint,
     find_checkpoint,
@@ -23,7 +23,7 @@ class Opened(NamedTuple):
     """A checkpoint's network in memory: where it was found, its backbone, and the step that it was taken at."""
 
     found: Found
-    network: Frozen
+    network: FrozenBackbone
     step: int
 
 
@@ -42,7 +42,9 @@ def open_network(address: str, step: int | None, which: Which) -> Opened:
     return opened
 
 
-def lone_config(network: Frozen, sections: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+def standalone_config(
+    network: FrozenBackbone, sections: Mapping[str, Any], overrides: Sequence[str]
+) -> Config:
     """Settings around a network whose run is not known: what it was trained with, `sections`, `overrides`."""
     algorithm = network.config.model_dump(mode="json")
     return validate(apply_overrides({**algorithm, "name": "lone", "recipe": "demo", **sections}, overrides))

@@ -17,7 +17,7 @@ from jobs.runs.train import check_run, run_training, what_is_learnt
 from models.errors import DinorayError
 from pipeline.augment.config import describe_crops
 from pipeline.augment.multicrop import kernel_name
-from pipeline.cluster.channel import Board, Event
+from pipeline.cluster.channel import Event, RunChannel
 from pipeline.reporting.run_report import LiveReport, write_report
 from pipeline.storage.files import Directory
 from pipeline.storage.run_dir import committed_checkpoints
@@ -60,7 +60,7 @@ def pretrain(config: Config, *, verbose: bool) -> None:
     try:
         with Display(console, title=run.uri) as display:
 
-            def show(event: Event, _: Board) -> None:
+            def show(event: Event, _: RunChannel) -> None:
                 if event.kind == "step":
                     display.step(event.facts)
                 elif event.kind == "eval":

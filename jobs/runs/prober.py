@@ -18,13 +18,13 @@ from pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_b
 from pipeline.evaluation.features import Features, KnnProblem, class_numbers, embed_source, merge
 from pipeline.evaluation.labels import subset
 from pipeline.evaluation.probes import LinearScores, collapsed_dims, feature_std, lidar, linear_probe, rankme
-from pipeline.training.checkpoint import Frozen
+from pipeline.training.checkpoint import FrozenBackbone
 
 
 class Prober:
     """What all probes of a network share: its settings and where it runs."""
 
-    def __init__(self, config: Config, network: Frozen, *, actors: int, use_gpu: bool) -> None:
+    def __init__(self, config: Config, network: FrozenBackbone, *, actors: int, use_gpu: bool) -> None:
         self._config = config
         self._crops, self._network = network.config.crops, ray.put(network)
         self._actors, self._use_gpu = actors, use_gpu

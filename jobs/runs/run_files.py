@@ -19,7 +19,7 @@ from jobs.cli.recipes import demo_data
 from jobs.runs.commit import COMMIT, commit_of
 from jobs.runs.inputs import Inputs
 from pipeline.augment.multicrop import crop_rng, multi_crop
-from pipeline.cluster.nodes import node_sorts
+from pipeline.cluster.nodes import group_identical_nodes
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.demo_images import demo_folder, write_demo_images
 from pipeline.figures.contact_sheet import contact_sheet
@@ -115,7 +115,7 @@ def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:
     machine_cpus = os.cpu_count() if is_local() else None
     about = read_mapping(run, ENVIRONMENT)
     known: dict[str, dict[str, Any]] = {}
-    for row in [*about.get("hardware", []), *node_sorts(nodes, machine_cpus=machine_cpus)]:
+    for row in [*about.get("hardware", []), *group_identical_nodes(nodes, machine_cpus=machine_cpus)]:
         sort = json.dumps({key: value for key, value in row.items() if key != "nodes"}, sort_keys=True)
         known[sort] = row | {"nodes": max(row["nodes"], known[sort]["nodes"] if sort in known else 0)}
     run.write(ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())

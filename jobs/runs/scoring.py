@@ -11,7 +11,7 @@ from jobs.cli.config import load_run_config
 from jobs.cli.main import start_ray
 from jobs.runs.data_lines import unlabelled_warnings
 from jobs.runs.inputs import evaluated_images
-from jobs.runs.open_checkpoint import lone_config, open_network
+from jobs.runs.open_checkpoint import open_network, standalone_config
 from jobs.runs.prober import Prober
 from models.errors import ConfigError
 from pipeline.data.detection import AUTO
@@ -32,7 +32,7 @@ def score(arguments: Namespace) -> None:
     if config is None and found.run is not None and found.run.exists("config.yaml"):
         config = load_run_config(found.run, arguments.overrides)
     if config is None:
-        config = lone_config(network, {}, arguments.overrides)
+        config = standalone_config(network, {}, arguments.overrides)
     check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
     asked = set(chosen_probes(arguments.probes, labelled=True))
     wants_images = not asked.isdisjoint(LABEL_FREE)

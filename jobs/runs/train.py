@@ -17,8 +17,8 @@ from jobs.runs.inputs import Inputs
 from models.backbone import build_backbone
 from models.errors import one_line
 from models.published.checkpoint import Weights
-from pipeline.cluster.channel import Board, Event, fatal_error
-from pipeline.data.partition import batch_size_per_worker, check_parts
+from pipeline.cluster.channel import Event, RunChannel, fatal_error
+from pipeline.data.partition import batch_size_per_worker, check_accumulation
 from pipeline.data.source import Source
 from pipeline.reporting.run_report import write_report
 from pipeline.storage.files import Directory
@@ -28,7 +28,7 @@ from pipeline.stream.shared_stream import SharedStream
 from pipeline.tracking.services import check_trackers
 from pipeline.training.auto import resolve
 from pipeline.training.config import DINOConfig
-from pipeline.training.init_weights import INIT_LINE, read_weights, start_from
+from pipeline.training.init_weights import INIT_LINE, load_initial_weights, read_weights
 from pipeline.training.match_weights import adapt
 from pipeline.training.step import build_state
 from pipeline.worker.spec import WorkerSpec
@@ -43,7 +43,7 @@ def check_run(config: Config) -> None:
     there."""
     check_trackers(config.track)
     per_worker = batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
-    check_parts(per_worker, config.train.accumulate_steps)
+    check_accumulation(per_worker, config.train.accumulate_steps)
     eval_sizes = [config.eval.image_size] if config.eval.image_size else []
     build_backbone(
         config.backbone,
@@ -69,8 +69,8 @@ def what_is_learnt(
         return resolved.config.model_copy(update={"backbone": began}), None, resolved.reasons
     weights = read_weights(config.init.path)
     algorithm = adapt(resolved.config, weights)
-    # Tried here, where a person sees at once what does not fit.
-    lines = start_from(build_state(algorithm, num_images=num_images), weights, config.init.load)
+    # Load here, where a person sees at once what does not fit.
+    lines = load_initial_weights(build_state(algorithm, num_images=num_images), weights, config.init.load)
     return algorithm, weights, [*resolved.reasons, *(f"{INIT_LINE}{line}" for line in lines)]
 
 
@@ -78,14 +78,14 @@ def stream_plan(
     config: Config,
     inputs: Inputs,
     images: "ray.ObjectRef[Source]",
-    board: Board,
+    channel: RunChannel,
     *,
     augment_actors: tuple[int, int],
 ) -> StreamPlan:
     """What the run's stream is; `images` are those of `inputs`."""
     return StreamPlan(
         source=images,
-        board=board,
+        channel=channel,
         order=inputs.order(config.train.seed),
         crops=config.crops,
         seed=config.train.seed,
@@ -137,33 +137,33 @@ def run_training(
     *,
     use_gpu: bool,
     augment_actors: tuple[int, int],
-    on_event: Callable[[Event, Board], None],
-    asks: bool = False,
-    draws: bool = True,
+    on_event: Callable[[Event, RunChannel], None],
+    waits_for_decision: bool = False,
+    shows_images: bool = True,
     name: str | None = None,
     shared: SharedStream | None = None,
 ) -> int | None:
     """Train to the end, None, or to the step where it was told to stop. Ctrl-C stops it there, with a checkpoint.
 
     `on_event` gets each event but fatal ones, which are raised.
-    `asks`: after each evaluation the workers wait for `board.answer`. `draws`: attention and
-    embeddings are shown there too.
+    `waits_for_decision`: after each evaluation the workers wait for `channel.answer`. `shows_images`: attention
+    and embeddings are shown there too.
     `name`: what gauges and trackers call the run, if it is not the config's.
     `shared`: a stream of just these crops, which other runs take part in.
     """
-    board = Board()
+    channel = RunChannel()
     whole = mend_snapshot(run)
     if whole is not None:
         text = f"Ray's list of checkpoints was torn by a kill: {len(whole)} whole ones are found and listed again"
-        on_event(Event("note", {"text": text}), board)
+        on_event(Event("note", {"text": text}), channel)
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
     spec = WorkerSpec(
         name=name or config.name,
         run=run,
-        board=board,
+        channel=channel,
         config=algorithm,
-        stream=stream_plan(config, inputs, images, board, augment_actors=augment_actors),
+        stream=stream_plan(config, inputs, images, channel, augment_actors=augment_actors),
         shared=shared,
         checkpoint=config.checkpoint,
         log=config.log,
@@ -175,13 +175,13 @@ def run_training(
         cost=config.cost,
         init=config.init,
         init_weights=None if weights is None else ray.put(weights),
-        pictures=ray.put(inputs.pictures() if draws else []),
+        pictures=ray.put(inputs.pictures() if shows_images else []),
         eval_sources=(ray.put(inputs.labelled[0]), ray.put(inputs.labelled[1])) if inputs.labelled else None,
         num_images=inputs.images.num_images,
         max_bad_fraction=config.data.max_bad_fraction,
         prefetch_batches=config.resources.prefetch_batches,
         can_restart=config.resources.max_failures != 0,
-        asks=asks,
+        waits_for_decision=waits_for_decision,
     )
     outcome: list[BaseException | None] = []
 
@@ -200,20 +200,20 @@ def run_training(
     def follow() -> None:
         nonlocal trains, stopped_at
         while thread.is_alive() or outcome:
-            event = board.take(timeout_seconds=0.5)
+            event = channel.take(timeout_seconds=0.5)
             if event is None:
                 if outcome:
                     break
             elif event.kind == "fatal":
                 error = fatal_error(event)
-                if error.all_processes_raise_it:
+                if error.raised_by_all_ranks:
                     thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
                 raise error
             else:
                 trains |= event.kind == "step"
                 if event.kind == "stopped":
                     stopped_at = event.facts["step"]
-                on_event(event, board)
+                on_event(event, channel)
         if outcome and outcome[0] is not None:
             raise outcome[0]
 
@@ -223,10 +223,10 @@ def run_training(
         except KeyboardInterrupt:
             if not trains:
                 raise
-            board.stop()
+            channel.stop()
             on_event(
                 Event("note", {"text": "stopping after a checkpoint; press Ctrl-C again to stop at once"}),
-                board,
+                channel,
             )
             follow()
             raise KeyboardInterrupt(

@@ -16,7 +16,7 @@ from pipeline.evaluation.actors import EmbedTask, Work, embed_on_actors
 from pipeline.storage.files import Directory
 
 if TYPE_CHECKING:
-    from pipeline.training.checkpoint import Frozen
+    from pipeline.training.checkpoint import FrozenBackbone
 
 _NOT_IN_ROWS = {"fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction"}
 """Settings of `data` that do not change what is written."""
@@ -30,7 +30,7 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
 
 def write_missing(
     work: Work,
-    network: "Frozen | None",
+    network: "FrozenBackbone | None",
     source: Source,
     *,
     missing: Sequence[int],

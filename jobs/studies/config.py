@@ -31,7 +31,7 @@ from pipeline.study.space import (
 from pipeline.training.auto import resolve
 from pipeline.training.config import DINOConfig, Schedule
 
-FREE = (
+MUTABLE_ON_RESUME = (
     "tune.trials",
     "tune.confirm_top",
     "tune.confirm_seeds",

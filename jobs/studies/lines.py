@@ -7,7 +7,7 @@ from jobs.studies.config import StudyConfig
 from pipeline.storage.files import Directory
 from pipeline.study.objective import Objective
 from pipeline.study.space import Space
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 from pipeline.training.auto import resolve
 
 _TOLD = ("evaluations", "searcher", "scheduler", "reduction_factor", "seed", "confirm_top", "confirm_seeds")
@@ -65,7 +65,7 @@ def describe_search(directory: Directory, study: Mapping[str, Any]) -> str:
     )
 
 
-def trial_line(tried: Tried, study: Mapping[str, Any]) -> str:
+def trial_line(tried: TrialRecord, study: Mapping[str, Any]) -> str:
     """How a trial ended, with its score and parameters."""
     trial, outcome = tried.trial, tried.outcome
     if outcome is None:

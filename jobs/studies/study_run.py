@@ -22,7 +22,7 @@ from jobs.studies.lines import about_study, describe_search, trial_line
 from jobs.studies.resources import local_cores, lost_outcome, plan_of
 from jobs.studies.trial import TrialRunner
 from models.errors import ConfigError, DinorayError
-from pipeline.cluster.channel import Board
+from pipeline.cluster.channel import RunChannel
 from pipeline.storage.files import Directory
 from pipeline.stream.shared_stream import SharedStream
 from pipeline.study.findings.ranking import searched
@@ -40,14 +40,14 @@ from pipeline.study.search.progress import (
     next_number,
 )
 from pipeline.study.search.samplers import sampler
-from pipeline.study.search.tuning import Halving, Search, run_trials
+from pipeline.study.search.tuning import AshaConfig, Search, run_trials
 from pipeline.study.space import Space, place
 from pipeline.study.trials import (
     BEST,
     OUTCOME,
     Outcome,
     Trial,
-    Tried,
+    TrialRecord,
     read_study,
     read_trials,
     trial_directory,
@@ -92,7 +92,7 @@ class StudyRun:
         self._began = time.monotonic()
         self._reported = self._began
         self._plan: StudyPlan | None = None
-        self._ended: dict[int, Tried] = {}
+        self._ended: dict[int, TrialRecord] = {}
         self._about = about_study(
             config,
             space,
@@ -130,7 +130,7 @@ class StudyRun:
                 if tune.scheduler == "pb2":
                     self._populate(sharing)
                 else:
-                    halving = Halving(self._grace_steps, tune.reduction_factor, self._schedule.total_steps)
+                    halving = AshaConfig(self._grace_steps, tune.reduction_factor, self._schedule.total_steps)
                     asha = halving if tune.scheduler == "asha" else None
                     self._search(sharing, self._next_trial, {seed}, asha)
             while confirming := self._to_confirm():
@@ -166,7 +166,7 @@ class StudyRun:
             write_trial(self._directory, trial)
         return [t.trial for t in tried if t.outcome is None and t.trial.confirms is not None] + new
 
-    def _tried(self) -> list[Tried]:
+    def _tried(self) -> list[TrialRecord]:
         """All trials; those that have ended do not change, and are read once."""
         tried = read_trials(self._directory, ended=self._ended)
         self._ended |= {t.trial.number: t for t in tried if t.outcome}
@@ -186,7 +186,7 @@ class StudyRun:
             config,
             self._inputs,
             ray.put(self._inputs.images),
-            Board(),
+            RunChannel(),
             augment_actors=self._plan.augment_actors,
         )
         shared = SharedStream(
@@ -204,7 +204,7 @@ class StudyRun:
         runner: TrialRunner,
         new: Callable[[], Trial | None],
         seeds: Collection[int],
-        halving: Halving | None = None,
+        halving: AshaConfig | None = None,
     ) -> None:
         """Run the trials of these seeds that had begun, then those that `new` gives."""
         assert self._plan is not None
@@ -229,7 +229,7 @@ class StudyRun:
             max_failures=self._config.tune.max_failures,
         )
 
-    def _confirmations(self, tried: Sequence[Tried]) -> list[Trial]:
+    def _confirmations(self, tried: Sequence[TrialRecord]) -> list[Trial]:
         tune = self._config.tune
         # A population finds a course of settings, not a point that another seed could repeat.
         top = 0 if tune.scheduler == "pb2" else tune.confirm_top

@@ -20,7 +20,7 @@ from jobs.runs.train import run_training, what_is_learnt
 from jobs.studies.config import StudyConfig, space_of, trial_config
 from models.errors import ConfigError, DataError, DinorayError, ResourceError
 from models.settings import number
-from pipeline.cluster.channel import Board, Event
+from pipeline.cluster.channel import Event, RunChannel
 from pipeline.reporting.run_report import write_report
 from pipeline.storage.files import Directory
 from pipeline.storage.run_dir import checkpoint_name, committed_steps
@@ -184,8 +184,8 @@ class _Attempt:
             use_gpu=plan.gpus_each > 0,
             augment_actors=plan.augment_actors,
             on_event=self._on_event,
-            asks=self._runner.config.tune.scheduler != "pb2",
-            draws=False,
+            waits_for_decision=self._runner.config.tune.scheduler != "pb2",
+            shows_images=False,
             name=f"{self._runner.config.name}/{config.name}",
             shared=self._runner.shared,
         )
@@ -238,7 +238,7 @@ class _Attempt:
         score = self._runner.objective.score(scores)
         return self._runner.objective.worst(self._out_dim) if score is None else score
 
-    def _on_event(self, event: Event, board: Board) -> None:
+    def _on_event(self, event: Event, channel: RunChannel) -> None:
         facts = event.facts
         if event.kind == "placed":
             self._clock["group"] = facts["group"].id.hex()
@@ -254,14 +254,16 @@ class _Attempt:
             self._write_clock()
             # The last one is not told: it would end the trial before its run is complete.
             if step and step < self._last.get("total_steps", 0):
-                goes_on = self._tell(step, self._score(scores), scores)
-                if not goes_on:  # remembered: a process that dies now must not be asked to decide again
+                should_continue = self._tell(step, self._score(scores), scores)
+                if (
+                    not should_continue
+                ):  # remembered: a process that dies now must not be asked to decide again
                     self._clock["stopped"] = step
                     self._write_clock()
                 elif "stopped" in self._clock:  # an earlier attempt's, lost before it was heard
                     del self._clock["stopped"]
                     self._write_clock()
-                board.answer(step, go_on=goes_on)
+                channel.answer(step, go_on=should_continue)
 
     def _write_clock(self) -> None:
         self._run.write(CLOCK, json.dumps(self._clock | {"seconds": self._seconds()}).encode())

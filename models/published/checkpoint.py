@@ -39,7 +39,7 @@ __all__ = [
     "to_official",
 ]
 
-MARK = "pos_embed"
+POS_EMBED_KEY = "pos_embed"
 """Key, in the metadata and `args` of dinoray's exports, of the way to resize position embeddings."""
 
 _CLASSIFIERS = ("head.weight", "fc.weight")
@@ -118,7 +118,7 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
     place = found.teacher_from.partition(".")[0]
     is_part = isinstance(state.get(place), Mapping)
     holder = state[place] if is_part else state
-    mark = args.get(MARK) or _mark(holder)
+    mark = args.get(POS_EMBED_KEY) or _mark(holder)
     # The published code saves both networks, or only a backbone's state dict. dinoray's state dict has a
     # centre.
     published = place in ("student", "teacher") if is_part else "center" not in state
@@ -272,7 +272,7 @@ def _mark(state: Mapping[str, Any]) -> Any:
     """Return the position embeddings' mark in a state dict that dinoray exported; None for all others."""
     metadata = getattr(state, "_metadata", None)
     own = metadata.get("") if isinstance(metadata, Mapping) else None
-    return own.get(MARK) if isinstance(own, Mapping) else None
+    return own.get(POS_EMBED_KEY) if isinstance(own, Mapping) else None
 
 
 def _is_published_vit(network: dict[str, Tensor]) -> bool:

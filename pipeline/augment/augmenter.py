@@ -38,7 +38,7 @@ def crop_threads(cpus: float) -> int:
     return max(1, int(cpus))
 
 
-class Croppers:
+class CropThreadPool:
     """Threads of an actor that decode and crop."""
 
     def __init__(self, num_threads: int) -> None:
@@ -65,7 +65,7 @@ class Croppers:
             done.result()
 
 
-class BusyClock:
+class BusyTimer:
     """Measures the seconds in which an actor had a call in progress; the rest is its spare capacity."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class BusyClock:
             self._calls, self._since = self._calls + calls, now
 
 
-class CropMemory:
+class BufferPool:
     """Reuses the memory of released blocks, because fresh memory costs one page fault per page.
 
     An array is handed out again once nothing else refers to it. A view of the array is such a reference, and
@@ -125,14 +125,14 @@ class Augmenter:
         self, source: Source, order: Order, crops: CropsConfig, *, seed: int, num_threads: int
     ) -> None:
         self._source, self._order, self._crops, self._seed = source, order, crops, seed
-        self._croppers, self._memory, self._busy = Croppers(num_threads), CropMemory(), BusyClock()
+        self._croppers, self._memory, self._busy = CropThreadPool(num_threads), BufferPool(), BusyTimer()
 
     def block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the columns of crops for `positions` [n].
 
         The crops are `global_crops` uint8 [n, G, H, W, 3] and `local_crops` uint8 [n, L, h, w, 3]. Beside
         them are `position` int64, `status` int8, `note`, `cpu_ms` float32 [n, 3] (see STAGES) and `busy_ms`
-        float32 (see BusyClock). `note` is JSON of key and reason where status is not OK, else empty. The
+        float32 (see BusyTimer). `note` is JSON of key and reason where status is not OK, else empty. The
         means of `cpu_ms` and `busy_ms` hold for the block.
 
         A bad image is replaced by the next readable image in the epoch's order, and its row records that.

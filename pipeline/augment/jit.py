@@ -44,7 +44,7 @@ def compiled(function: Function) -> Function:
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
-def compiled_and_kept(function: Function) -> Function:
+def njit_cached(function: Function) -> Function:
     """Compile as `compiled` does and cache on disk: for functions that Python itself calls."""
     if MISSING:
         return function

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.augment.config import CropsConfig, crop_kinds
-from pipeline.augment.jit import MISSING, compiled, compiled_and_kept
+from pipeline.augment.jit import MISSING, compiled, njit_cached
 from pipeline.augment.rng import crop_rng, fill_uniform, image_digest
 
 Table = npt.NDArray[np.float64]
@@ -154,7 +154,7 @@ def _draw_box(u: Table, width: int, height: int, kind: Table, crop: Table) -> No
     crop[HEIGHT], crop[WIDTH] = box_height, box_width
 
 
-@compiled_and_kept
+@njit_cached
 def _draw(
     uniforms: Table, width: int, height: int, kinds: Table, orders: npt.NDArray[np.int64], table: Table
 ) -> None:
@@ -181,7 +181,7 @@ def _draw(
         crop[SIZE] = kind[_SIDE]
 
 
-@compiled_and_kept
+@njit_cached
 def _draw_from(
     digest: npt.NDArray[np.uint64],
     width: int,
@@ -196,7 +196,7 @@ def _draw_from(
     _draw(uniforms, width, height, kinds, orders, table)
 
 
-@compiled_and_kept
+@njit_cached
 def measure(table: Table) -> tuple[float, float, int, float]:
     """Return (lowest and highest region side per pixel of its crop's side, highest size, highest sigma)."""
     least, most, size, sigma = math.inf, 0.0, 0.0, 0.0
@@ -208,7 +208,7 @@ def measure(table: Table) -> tuple[float, float, int, float]:
     return least, most, int(size), sigma
 
 
-@compiled_and_kept
+@njit_cached
 def first_outside(
     table: Table, width: int, height: int, num_global_crops: int, global_size: int, local_size: int
 ) -> int:

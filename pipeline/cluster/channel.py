@@ -1,4 +1,4 @@
-"""The message channel between workers and driver: events to display, fatal errors, stop requests, decisions.
+"""The message channel of a run: events to display, fatal errors, stop requests, decisions, shared values.
 
 It is an actor without CPUs that lives as long as its driver. Training does not wait for posts, except for a
 fatal error and a worker's last post, which arrive before the worker ends. In a study, workers also wait after
@@ -16,7 +16,6 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import DinorayError
-from pipeline.cluster.pool_size import PoolSize, Reading
 
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
 
@@ -29,32 +28,29 @@ class Event:
     facts: dict[str, Any]
 
 
-class _Events:
+class _RunChannelActor:
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._claims: Counter[str] = Counter()
         self._answers: defaultdict[int, asyncio.Future[bool]] = defaultdict(asyncio.Future)
         self._stop = False
-        self._pool: dict[str, int] = {}
-        self._pool_size: PoolSize | None = None
-        self._unheard = Reading()
+        self._values: dict[str, Any] = {}
+        self._sums: dict[str, Any] = {}
 
     async def post(self, event: Event) -> None:
         self._queue.put_nowait(event)
 
-    async def tell_pace(self, reading: Reading) -> None:
-        self._unheard += reading
+    async def put(self, name: str, value: Any) -> None:
+        self._values[name] = value
 
-    async def tell_pool(self, pool: dict[str, int], size: PoolSize) -> Reading:
-        self._pool, self._pool_size = pool, size
-        unheard, self._unheard = self._unheard, Reading()
-        return unheard
+    async def get(self, name: str) -> Any:
+        return self._values.get(name)
 
-    async def pool(self) -> dict[str, int]:
-        return self._pool
+    async def add(self, name: str, value: Any) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    async def pool_size(self) -> PoolSize | None:
-        return self._pool_size
+    async def collect(self, name: str) -> Any:
+        return self._sums.pop(name, None)
 
     async def claim(self, what: str) -> int:
         self._claims[what] += 1
@@ -67,7 +63,7 @@ class _Events:
         if not self._answers[step].done():  # after lost workers restart, a step is decided a second time
             self._answers[step].set_result(go_on)
 
-    async def goes_on(self, step: int | None) -> bool:
+    async def should_continue(self, step: int | None) -> bool:
         return not self._stop and (step is None or await self._answers[step])
 
     async def take(self, timeout_seconds: float) -> Event | None:
@@ -77,17 +73,17 @@ class _Events:
             return None
 
 
-class Board:
+class RunChannel:
     """Picklable handle to the channel."""
 
     def __init__(self) -> None:
-        self._actor = actor_here(_Events)
+        self._actor = actor_here(_RunChannelActor)
 
     def post(self, kind: Kind, **facts: Any) -> None:
         """Send an event without waiting."""
         self._actor.post.remote(Event(kind, facts))
 
-    def post_last(self, kind: Kind, **facts: Any) -> None:
+    def post_and_wait(self, kind: Kind, **facts: Any) -> None:
         """Send a worker's last event; return once it and all events posted before have arrived."""
         ray.get(self._actor.post.remote(Event(kind, facts)))
 
@@ -105,32 +101,32 @@ class Board:
         """Send the waiting workers the decision after the evaluation at `step`: continue or end."""
         self._actor.answer.remote(step, go_on)
 
-    def goes_on(self, step: int | None) -> bool:
+    def should_continue(self, step: int | None) -> bool:
         """Return True unless a stop was requested or the decision for `step` is to end the run.
 
         If `step` is given, waits for its decision.
         """
-        return ray.get(self._actor.goes_on.remote(step))
+        return ray.get(self._actor.should_continue.remote(step))
 
     def claim(self, what: str) -> int:
         """Count the claims of `what` since the driver started and return the count: 1 for the first claim."""
         return ray.get(self._actor.claim.remote(what))
 
-    def tell_pace(self, reading: Reading) -> None:
-        """Add the trainer's reading since the last call. The actor pool collects the sum in `tell_pool`."""
-        self._actor.tell_pace.remote(reading)
+    def put(self, name: str, value: Any) -> None:
+        """Keep a value under `name` for all processes, without waiting."""
+        self._actor.put.remote(name, value)
 
-    def tell_pool(self, pool: dict[str, int], size: PoolSize) -> "ray.ObjectRef[Reading]":
-        """Send the state of the augment actor pool; return the trainer's reading since the last call."""
-        return self._actor.tell_pool.remote(pool, size)
+    def get(self, name: str) -> Any:
+        """Return the value last put under `name`; None if there is none."""
+        return ray.get(self._actor.get.remote(name))
 
-    def pool(self) -> dict[str, int]:
-        """Return `running`, `pending` and `target` of the augment actors as last sent; empty before that."""
-        return ray.get(self._actor.pool.remote())
+    def add(self, name: str, value: Any) -> None:
+        """Add a value to the sum under `name`, without waiting."""
+        self._actor.add.remote(name, value)
 
-    def pool_size(self) -> PoolSize | None:
-        """Return the PoolSize that was last sent. The pool of the next leg continues with it."""
-        return ray.get(self._actor.pool_size.remote())
+    def collect(self, name: str) -> "ray.ObjectRef[Any]":
+        """Take the sum under `name`: the future result is None if nothing was added since the last call."""
+        return self._actor.collect.remote(name)
 
     def take(self, *, timeout_seconds: float) -> Event | None:
         """Return the next event, or None after `timeout_seconds`."""

@@ -22,7 +22,7 @@ def count_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[Kind, int]:
     return {kind: kinds[kind] for kind in ("head", "cpu", "gpu")}
 
 
-def node_sorts(
+def group_identical_nodes(
     nodes: Iterable[Mapping[str, Any]], *, machine_cpus: int | None = None
 ) -> list[dict[str, Any]]:
     """Group living nodes with identical resources: one row per group, with the GPU model if Ray reports it.

@@ -7,26 +7,21 @@ stops actors. Ray's autoscaler starts nodes for the actors that do not fit.
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ray
 
 from models.errors import one_line
-from pipeline.cluster.channel import Board
-from pipeline.cluster.pool_size import Actors, PoolSize, Reading
+from pipeline.cluster.channel import RunChannel
+from pipeline.cluster.pool_mailbox import PoolMailbox
+from pipeline.cluster.pool_size import Actors, PoolSize, TrainerReading
 from pipeline.ray_private import data as private
 
 _EVERY_SECONDS = 1.0
 _RESERVED_SECONDS = 180.0
 _RENEWED_SECONDS = 60.0
 _NODE_LABEL = "ray.io/node-id"
-
-
-def pool_metrics(pool: Mapping[str, int]) -> dict[str, float]:
-    """Return `augment_actors` (running) and `augment_target`; empty before the pool's first state."""
-    return {"augment_actors": pool["running"], "augment_target": pool["target"]} if pool else {}
 
 
 class DrainPolicy:
@@ -87,11 +82,11 @@ class PoolControl:
     warning is posted: an error in a hook would end the stream.
     """
 
-    def __init__(self, board: Board, size: PoolSize) -> None:
-        self._board, self._size = board, size
+    def __init__(self, channel: RunChannel, size: PoolSize) -> None:
+        self._channel, self._mailbox, self._size = channel, PoolMailbox(channel), size
         self._next = 0.0
         self._is_able = True
-        self._answer: ray.ObjectRef[Reading] | None = None
+        self._answer: ray.ObjectRef[TrainerReading | None] | None = None
         self._reserved, self._reserved_at = Reservation([], []), -math.inf
 
     def before_execution_starts(self, executor: Any) -> None:
@@ -102,7 +97,7 @@ class PoolControl:
         self._try(lambda: private.stop_requests(executor))
 
     def on_execution_step(self, executor: Any) -> None:
-        """Once a second, send the pool's state to the board, get the trainer's reading and set the size."""
+        """Once a second, send the pool's state to the mailbox, get the trainer's reading and set the size."""
         now = time.time()  # wall time, which is valid in the next leg's process too, on any node
         if now >= self._next:
             self._next = now + _EVERY_SECONDS
@@ -115,19 +110,20 @@ class PoolControl:
             act()
         except private.MissingNameError as error:
             self._is_able = False
-            self._board.post("note", text=not_resized(one_line(error)))
+            self._channel.post("note", text=not_resized(one_line(error)))
 
     def _step(self, executor: Any, now: float) -> None:
         for pool in private.pools(executor):
             lost = pool.num_restarting_actors()  # lost with their node; Ray counts them as running
             actors = Actors(pool.num_running_actors() - lost, pool.num_pending_actors() + lost)
-            self._size.see(actors, now)
+            self._size.observe(actors, now)
             self._listen(now)
             size = self._size.target
             private.resize(pool, size)
             self._reserve(executor, reservation(pool, size), now)
             if self._answer is None:
-                self._answer = self._board.tell_pool({**asdict(actors), "target": size}, self._size)
+                self._mailbox.send_state(actors, self._size)
+                self._answer = self._mailbox.collect_reading()
 
     def _reserve(self, executor: Any, wanted: Reservation, now: float) -> None:
         """Reserve the pool's resources for this stream. The request is renewed before it expires."""
@@ -140,11 +136,11 @@ class PoolControl:
         if self._answer is None or not ray.wait([self._answer], timeout=0)[0]:
             return
         reading, self._answer = ray.get(self._answer), None
-        if not reading.seconds:
+        if reading is None:
             return
-        self._size.heed(reading, now)
+        self._size.adjust(reading, now)
         if self._size.note:
-            self._board.post("note", text=self._size.note)
+            self._channel.post("note", text=self._size.note)
 
     def after_execution_succeeds(self, executor: Any) -> None:
         """Do nothing; Ray calls this hook."""

@@ -42,7 +42,7 @@ class Actors:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TrainerReading:
     """Totals of the trainer over a period. The sum of two readings is the reading of both periods."""
 
     seconds: float = 0.0
@@ -53,8 +53,8 @@ class Reading:
     busy_seconds: float = 0.0
     """Time that actors were busy with these images, in actor-seconds."""
 
-    def __add__(self, other: "Reading") -> "Reading":
-        return Reading(
+    def __add__(self, other: "TrainerReading") -> "TrainerReading":
+        return TrainerReading(
             self.seconds + other.seconds,
             self.wait_seconds + other.wait_seconds,
             self.images + other.images,
@@ -96,9 +96,9 @@ class PoolSize:
     _seen: Actors = field(default=Actors(0, 0), init=False)
     _settled_at: float | None = field(default=None, init=False)
     _changed_at: float = field(default=-math.inf, init=False)
-    _reading: Reading = field(default=Reading(), init=False)
+    _reading: TrainerReading = field(default=TrainerReading(), init=False)
     _began: float | None = field(default=None, init=False)
-    _fed: Reading = field(default=Reading(), init=False)
+    _fed: TrainerReading = field(default=TrainerReading(), init=False)
     _grown_from: tuple[int, float] | None = field(default=None, init=False)
     _in_vain: int = field(default=0, init=False)
     """Decisions in a row that found too small a gain from the last scale-up."""
@@ -108,7 +108,7 @@ class PoolSize:
     """A size that was recently too small. Scaling down to it would only cause a scale-up again."""
     _calm: int = field(default=0, init=False)
 
-    def see(self, actors: Actors, now: float) -> None:
+    def observe(self, actors: Actors, now: float) -> None:
         """Record the state of the pool; called about every second."""
         self._seen = actors
         if actors.pending or actors.running < self.target:
@@ -116,22 +116,22 @@ class PoolSize:
         elif self._settled_at is None:
             self._settled_at = now
 
-    def heed(self, reading: Reading, now: float) -> None:
+    def adjust(self, reading: TrainerReading, now: float) -> None:
         """Add `reading` to the readings since the last decision, and decide once they are long enough."""
         self.note = None
         if self._began is None or self._began < max(self._changed_at, self._settled_at or -math.inf):
-            self._began, self._reading = now, Reading()  # the readings so far are of another size
+            self._began, self._reading = now, TrainerReading()  # the readings so far are of another size
             return
         self._reading += reading
         if self._reading.seconds < (_LOOK_SECONDS if self._grown_from is None else _JUDGE_SECONDS):
             return
-        self._began, reading, self._reading = now, self._reading, Reading()
+        self._began, reading, self._reading = now, self._reading, TrainerReading()
         if reading.data_wait >= STARVED:
-            self._fed = Reading()
+            self._fed = TrainerReading()
             if self._settled_at is not None:
                 self._grow(reading, now)
         elif reading.data_wait > FED:
-            self._fed = Reading()
+            self._fed = TrainerReading()
             if not self._in_vain:
                 self._grown_from = None  # the scale-up had the expected effect
         else:
@@ -142,7 +142,7 @@ class PoolSize:
             if self._fed.seconds >= self.cool_down_seconds:
                 self._shrink(now)
 
-    def _grow(self, reading: Reading, now: float) -> None:
+    def _grow(self, reading: TrainerReading, now: float) -> None:
         running = self._seen.running
         self._too_few, self._calm = max(self._too_few, running), 0
         if self._grown_from is not None and running > self._grown_from[0]:
@@ -176,7 +176,7 @@ class PoolSize:
             self._too_few = 0
         needed = max(self.low, math.ceil(self._fed.busy_actors * _HEADROOM), self._too_few + 1)
         self._change(min(self.target, needed), now)
-        self._fed = Reading()
+        self._fed = TrainerReading()
 
     def _change(self, target: int, now: float) -> None:
         if target != self.target:

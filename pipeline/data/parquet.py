@@ -33,7 +33,7 @@ class CorruptShard(DataError):  # noqa: N818
     """The object is not Parquet, or no longer matches its footer."""
 
 
-class Footer(NamedTuple):
+class PartFooter(NamedTuple):
     """The footer of one shard: its columns, and its row groups with sizes and statistics."""
 
     uri: str
@@ -41,13 +41,13 @@ class Footer(NamedTuple):
     metadata: pq.FileMetaData
 
 
-def read_footer(uri: str, num_bytes: int, *, attempts: int = 5) -> Footer:
+def read_footer(uri: str, num_bytes: int, *, attempts: int = 5) -> PartFooter:
     """Read the footer of one shard: one ranged GET on S3. Raises CorruptShard if it is not a Parquet file."""
     with _open_shard(uri, num_bytes, attempts) as shard:
-        return Footer(uri, shard.schema_arrow, shard.metadata)
+        return PartFooter(uri, shard.schema_arrow, shard.metadata)
 
 
-def row_groups(footer: Footer, *, image_column: str, other_columns: Sequence[str]) -> list[RowGroup]:
+def row_groups(footer: PartFooter, *, image_column: str, other_columns: Sequence[str]) -> list[RowGroup]:
     """Return the row groups of one shard that hold rows.
 
     Raises ConfigError if a column is missing or `image_column` holds no bytes. The message has the shard, the
@@ -90,7 +90,7 @@ class ColumnFacts(NamedTuple):
     """None if the number is unknown."""
 
 
-def column_facts(footer: Footer, group: int, column: str) -> ColumnFacts:
+def column_facts(footer: PartFooter, group: int, column: str) -> ColumnFacts:
     """Return the statistics of a column that is not nested."""
     metadata = footer.metadata.row_group(group)
     for number in range(metadata.num_columns):

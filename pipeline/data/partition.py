@@ -72,7 +72,7 @@ def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
     return global_batch_size // train_workers
 
 
-def check_parts(batch_size: int, num_parts: int) -> None:
+def check_accumulation(batch_size: int, num_parts: int) -> None:
     """Raise ConfigError unless a worker's `batch_size` images per step are `num_parts` equal microbatches."""
     if batch_size % num_parts:
         nearest = max(n for n in range(1, min(num_parts, batch_size) + 1) if batch_size % n == 0)

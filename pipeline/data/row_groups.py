@@ -15,7 +15,7 @@ from pipeline.data.detection import AUTO, Columns, detect_columns, is_bytes
 from pipeline.data.parquet import (
     ColumnFacts,
     CorruptShard,
-    Footer,
+    PartFooter,
     column_facts,
     read_footer,
     read_row_group,
@@ -66,7 +66,7 @@ def list_row_groups(
     from_folders = _is_labelled_by_folders(shards, path, asked)
     rows = shards.to_pylist()
 
-    def footer_of(shard: dict[str, Any]) -> Footer:
+    def footer_of(shard: dict[str, Any]) -> PartFooter:
         return read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"], attempts=attempts)
 
     first = footer_of(rows[0])
@@ -137,7 +137,7 @@ def _is_labelled_by_folders(shards: pa.Table, path: str, asked: Asked) -> bool:
     return True
 
 
-def _columns(footer: Footer, num_bytes: int, asked: Asked, attempts: int) -> Columns:
+def _columns(footer: PartFooter, num_bytes: int, asked: Asked, attempts: int) -> Columns:
     def first_rows(column: str) -> list[Any]:
         for index in range(footer.metadata.num_row_groups):
             if footer.metadata.row_group(index).num_rows:

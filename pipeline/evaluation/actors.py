@@ -17,7 +17,7 @@ from models.errors import DinorayError
 from pipeline.data.source import Source
 
 if TYPE_CHECKING:
-    from pipeline.training.checkpoint import Frozen
+    from pipeline.training.checkpoint import FrozenBackbone
 
 _MOST_BLOCKS = 4096
 """Limit on blocks: Ray plans every block up front, at some 1.3 ms each."""
@@ -40,7 +40,7 @@ class EmbedActor:
 
     def __init__(
         self,
-        network: "list[ray.ObjectRef[Frozen | None]]",
+        network: "list[ray.ObjectRef[FrozenBackbone | None]]",
         tasks: "Sequence[ray.ObjectRef[EmbedTask]]",
         device: str,
     ) -> None:
@@ -65,7 +65,7 @@ class EmbedActor:
 
 
 def embed_on_actors(
-    network: "ray.ObjectRef[Frozen | None]",
+    network: "ray.ObjectRef[FrozenBackbone | None]",
     tasks: Sequence[EmbedTask],
     *,
     actors: int,

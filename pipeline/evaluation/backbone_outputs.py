@@ -21,10 +21,10 @@ from pipeline.augment.multicrop import crop_rng, multi_crop
 from pipeline.data.loader import load_batches
 from pipeline.data.source import Source
 from pipeline.evaluation.features import embed
-from pipeline.training.checkpoint import Frozen
+from pipeline.training.checkpoint import FrozenBackbone
 
 
-def check_size(network: Frozen, image_size: int) -> None:
+def check_size(network: FrozenBackbone, image_size: int) -> None:
     """Try one square image of `image_size` pixels; raise ConfigError if the network rejects the size."""
     try:
         with torch.no_grad():

@@ -35,7 +35,7 @@ class Features(NamedTuple):
     num_bad: int
 
 
-See = Callable[[NDArray[np.uint8], Features], None]
+BatchCallback = Callable[[NDArray[np.uint8], Features], None]
 """Callback (uint8 [n, S, S, 3], their features) -> None, called with each batch after it is embedded."""
 
 
@@ -103,7 +103,7 @@ def embed_source(
     precision: str,
     forward: Forward | None = None,
     labelled: bool = True,
-    see: See | None = None,
+    on_batch: BatchCallback | None = None,
 ) -> Features:
     """Return features and labels of the readable images at `indices`; if `labelled`, all need a label."""
     size = config.image_size or crops.global_crop_size
@@ -113,8 +113,8 @@ def embed_source(
     ):
         rows = embed(backbone, images, crops, precision=precision, forward=forward)
         parts.append(Features(rows, labels, num_bad))
-        if see:
-            see(images, parts[-1])
+        if on_batch:
+            on_batch(images, parts[-1])
     return merge(parts)
 
 
@@ -134,13 +134,13 @@ def embed_sharded(
     limit: int,
     precision: str,
     labelled: bool = True,
-    see: See | None = None,
+    on_batch: BatchCallback | None = None,
 ) -> Features:
     """Run `embed_source` on a `subset`: each rank embeds its share and gets all features."""
     indices = subset(source.num_images, limit)
     mine = indices[distributed.rank() :: distributed.world_size()]
     part = embed_source(
-        backbone, source, mine, crops, config, precision=precision, labelled=labelled, see=see
+        backbone, source, mine, crops, config, precision=precision, labelled=labelled, on_batch=on_batch
     )
     return merge(distributed.gather(part))
 

@@ -73,7 +73,7 @@ def evaluate(
             limit=limit,
             precision=precision,
             labelled=labelled is not None,
-            see=shown.see if shown and number == len(limited) else None,
+            on_batch=shown.on_batch if shown and number == len(limited) else None,
         )
         for number, (source, limit) in enumerate(limited, start=1)
     ]
@@ -104,7 +104,7 @@ class _Shown:
         self._apart, self._num_seen = -(-mine // kept), 0
         self._rows: list[tuple[NDArray[np.float32], str, NDArray[np.uint8]]] = []
 
-    def see(self, images: NDArray[np.uint8], features: Features) -> None:
+    def on_batch(self, images: NDArray[np.uint8], features: Features) -> None:
         """Keep some images of a batch."""
         for row in range(-self._num_seen % self._apart, len(images), self._apart):
             small = thumbnail(images[row], width=_THUMBNAIL_SIZE, height=_THUMBNAIL_SIZE)

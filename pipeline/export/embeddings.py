@@ -30,9 +30,16 @@ from pipeline.evaluation.backbone_outputs import has_tokens, with_patches
 from pipeline.evaluation.features import embed
 from pipeline.export import parquet_parts
 from pipeline.export.config import Dtype, Precision
-from pipeline.export.parquet_parts import SUMMARY, PartKind, PartWriter, Written, missing_parts, part_name
+from pipeline.export.parquet_parts import (
+    SUMMARY,
+    PartFormat,
+    PartResult,
+    PartWriter,
+    missing_parts,
+    part_name,
+)
 from pipeline.storage.files import Directory
-from pipeline.training.checkpoint import Frozen
+from pipeline.training.checkpoint import FrozenBackbone
 
 __all__ = [
     "MANIFEST",
@@ -52,7 +59,7 @@ __all__ = [
 
 SETTINGS, MANIFEST = "_about/embed.json", "_about/manifest.parquet"
 
-_KIND = PartKind(SETTINGS, b"dinoray.embeddings", rows="vectors", written="embedded")
+_KIND = PartFormat(SETTINGS, b"dinoray.embeddings", rows="vectors", written="embedded")
 _AIM_BYTES, _MOST_BYTES = 64 << 20, 1 << 30
 
 
@@ -93,7 +100,7 @@ class Plan:
         return pa.schema(fields)
 
 
-def weights_digest(network: Frozen) -> str:
+def weights_digest(network: FrozenBackbone) -> str:
     """Return the identity of a network's function: a digest of its weights, architecture and pixel scale."""
     crops = network.config.crops
     architecture = network.config.backbone.model_dump(mode="json"), crops.pixel_mean, crops.pixel_std
@@ -104,7 +111,7 @@ def weights_digest(network: Frozen) -> str:
     return digest.hexdigest()
 
 
-def measure(network: Frozen, image_size: int, *, patch_tokens: bool) -> tuple[int, int]:
+def measure(network: FrozenBackbone, image_size: int, *, patch_tokens: bool) -> tuple[int, int]:
     """Return (embed_dim, number of patch tokens to store) at this size.
 
     Raises ConfigError without patch tokens.
@@ -145,7 +152,7 @@ def check_settings(out: Directory, settings: Mapping[str, Any]) -> bool:
 
 def write_part(
     backbone: nn.Module, source: Source, part: int, *, out: Directory, crops: CropsConfig, plan: Plan
-) -> Written:
+) -> PartResult:
     """Embed the images of one part and write it, in one step.
 
     Raises DataError if storage denies access, or if the vectors are not finite in the requested dtype.

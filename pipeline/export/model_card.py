@@ -10,11 +10,11 @@ import timm
 import torch
 
 from models.backbone import embed_dim
-from models.errors import without_keys
+from models.errors import redact_credentials
 from pipeline.export.timm_export import evaluation_size, timm_arguments
 from pipeline.storage.files import Directory, MissingObject
 from pipeline.storage.run_dir import checkpoint_name
-from pipeline.training.checkpoint import Frozen
+from pipeline.training.checkpoint import FrozenBackbone
 
 CARD_FORMAT = 2
 _SCORES = ("knn_", "majority", "linear", "rankme", "lidar")
@@ -34,7 +34,7 @@ class RunFacts(NamedTuple):
 
 
 def model_card(
-    frozen: Frozen,
+    frozen: FrozenBackbone,
     meta: dict[str, Any],
     *,
     which: str,
@@ -69,7 +69,7 @@ def model_card(
             "std": list(crops.pixel_std),
         },
         "training": {
-            "data": without_keys(run.data_path) if run.data_path else None,
+            "data": redact_credentials(run.data_path) if run.data_path else None,
             "num_images": meta["num_images"],
             "step": meta["step"],
             "total_steps": meta["total_steps"],
@@ -124,11 +124,11 @@ def _scores_in(record: Any) -> dict[str, Any]:
     return {k: v for k, v in items if k.startswith(_SCORES) and k not in _NO_SCORES}
 
 
-def _initial_weights(frozen: Frozen, run: RunFacts) -> dict[str, Any] | None:
+def _initial_weights(frozen: FrozenBackbone, run: RunFacts) -> dict[str, Any] | None:
     """Return the source of the networks' initial weights; None if the run is unknown."""
     backbone = frozen.config.backbone
     if run.init_path is not None:
-        return {"path": without_keys(run.init_path), "load": run.init_load}
+        return {"path": redact_credentials(run.init_path), "load": run.init_load}
     if backbone.pretrained:
         published = timm.get_pretrained_cfg(backbone.name)
         return {

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.errors import ConfigError, DinorayError, one_line
-from pipeline.training.checkpoint import Frozen
+from pipeline.training.checkpoint import FrozenBackbone
 
 TOLERANCE = 1e-4
 """Largest accepted deviation from PyTorch, as a share of the largest feature."""
@@ -41,7 +41,7 @@ class Onnx(NamedTuple):
     """Height and width must be multiples of this; the graph rejects other sizes. None if they are fixed."""
 
 
-def export_onnx(frozen: Frozen) -> Onnx:
+def export_onnx(frozen: FrozenBackbone) -> Onnx:
     """Export a backbone, run it with onnxruntime and compare with PyTorch.
 
     Raises ConfigError without the packages, DinorayError if the export or the comparison fails.

@@ -30,7 +30,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.parquet import CorruptShard, read_row_group
 from pipeline.data.source import Fetched, Source, Status
 from pipeline.export import parquet_parts
-from pipeline.export.parquet_parts import Footer, PartKind, PartWriter, Written
+from pipeline.export.parquet_parts import PartFooter, PartFormat, PartResult, PartWriter
 from pipeline.storage.files import ChangedObject, Directory, MissingObject, Unreachable
 
 QUALITY = 95
@@ -61,7 +61,7 @@ _MOST_SIDE = 65_500  # side of a JPEG, in libjpeg
 _SPREAD_PARTS, _LEAST_ROWS = 64, 256  # enough parts to share among actors, none of them tiny
 
 SETTINGS, MANIFEST = "_about/pack.json", "_about/_manifest.parquet"
-KIND = PartKind(SETTINGS, b"dinoray.packed", rows="images", written="packed")
+KIND = PartFormat(SETTINGS, b"dinoray.packed", rows="images", written="packed")
 FACTS = ("num_shrunk", "bytes_in", "bytes_out")
 """Counts in the note of each part."""
 SCHEMA = pa.schema({"image": pa.binary(), "key": pa.string(), "label": pa.string()})
@@ -206,7 +206,7 @@ def check_keys(source: Source) -> None:
         )
 
 
-def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan) -> Written:
+def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan) -> PartResult:
     """Pack the images of one part and write it, in one step. Raises DataError if storage denies access."""
     writer = PartWriter(KIND, part, plan.rows(part), SCHEMA)
     rows: list[tuple[bytes, str, str | None]] = []
@@ -235,7 +235,9 @@ def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan)
     return writer.commit(out, {**plan.identity, **facts}, **_PARQUET)
 
 
-def collect(out: Directory, plan: Plan, numbers: Sequence[int]) -> tuple[list[Footer], list[dict[str, Any]]]:
+def collect(
+    out: Directory, plan: Plan, numbers: Sequence[int]
+) -> tuple[list[PartFooter], list[dict[str, Any]]]:
     """Return (footers, quarantined images by row) of some parts; also write quarantine.jsonl.
 
     Reads only the footer of each part. Raises DataError for a part that is damaged, has other settings, or

@@ -31,7 +31,7 @@ QUARANTINE, SUMMARY = "_about/quarantine.jsonl", "_about/summary.json"
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 
 
-class PartKind(NamedTuple):
+class PartFormat(NamedTuple):
     """Names of one kind of part: where its metadata is stored, and the words for messages."""
 
     settings: str
@@ -44,14 +44,14 @@ class PartKind(NamedTuple):
     """Verb for rows that exist already."""
 
 
-class Footer(NamedTuple):
+class PartFooter(NamedTuple):
     """Content of a part's footer: its number of rows, and the note that `PartWriter.commit` wrote."""
 
     num_rows: int
     note: dict[str, Any]
 
 
-class Written(NamedTuple):
+class PartResult(NamedTuple):
     """Counts of a written part: images that became rows, and unusable images."""
 
     part: int
@@ -62,7 +62,7 @@ class Written(NamedTuple):
 class PartWriter:
     """Builds one part in memory for manifest rows `images`; nothing is visible before `commit`."""
 
-    def __init__(self, kind: PartKind, part: int, images: range, schema: pa.Schema) -> None:
+    def __init__(self, kind: PartFormat, part: int, images: range, schema: pa.Schema) -> None:
         self._kind, self._part, self._images, self._schema = kind, part, images, schema
         self._row_groups: list[pa.Table] = []
         self._quarantined: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ class PartWriter:
         """Record that the image at this row of the manifest has no row in the part."""
         self._quarantined.append({"row": image, "key": key, "status": status.name.lower(), "reason": reason})
 
-    def commit(self, out: Directory, facts: Mapping[str, Any], **options: Any) -> Written:
+    def commit(self, out: Directory, facts: Mapping[str, Any], **options: Any) -> PartResult:
         """Write the part in one step; `facts` (JSON values) go into its note, `options` to Parquet."""
         about = {"part": self._part, "first_row": self._images.start, "num_rows": len(self._images)}
         note = json.dumps({**about, **facts, "quarantined": self._quarantined})
@@ -89,7 +89,7 @@ class PartWriter:
                 parquet.write_table(rows)
                 num_rows += rows.num_rows
         out.write(part_name(self._part), sink.getvalue().to_pybytes())
-        return Written(self._part, num_rows, len(self._quarantined))
+        return PartResult(self._part, num_rows, len(self._quarantined))
 
 
 def part_name(part: int) -> str:
@@ -103,7 +103,7 @@ def missing_parts(out: Directory, num_parts: int) -> list[int]:
     return [part for part in range(num_parts) if part not in there]
 
 
-def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartKind) -> bool:
+def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartFormat) -> bool:
     """Return true if `out` was begun with these settings, false for an empty directory.
 
     Only the given settings are compared. Raises ConfigError, naming the difference, if `out` holds rows of
@@ -128,8 +128,8 @@ def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartKind) 
 
 
 def collect(
-    out: Directory, images: Mapping[int, range], kind: PartKind, identity: Mapping[str, Any]
-) -> tuple[list[Footer], list[dict[str, Any]]]:
+    out: Directory, images: Mapping[int, range], kind: PartFormat, identity: Mapping[str, Any]
+) -> tuple[list[PartFooter], list[dict[str, Any]]]:
     """Return (footers, quarantined images by row) of some parts; also write quarantine.jsonl.
 
     `images` are the manifest rows that each part must stand for; `identity` is the expected content of each
@@ -138,11 +138,11 @@ def collect(
     """
     storage, path = filesystem(out.uri)
 
-    def read(part: int) -> Footer:
+    def read(part: int) -> PartFooter:
         name, rows = part_name(part), images[part]
         try:
             with storage.open_input_file(f"{path}/{name}") as file, pq.ParquetFile(file) as parquet:
-                found = Footer(
+                found = PartFooter(
                     parquet.metadata.num_rows, json.loads(parquet.schema_arrow.metadata[kind.metadata])
                 )
                 expected = {"part": part, "first_row": rows.start, "num_rows": len(rows), **identity}
@@ -164,7 +164,7 @@ def collect(
     return footers, bad
 
 
-def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory, kind: PartKind) -> None:
+def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory, kind: PartFormat) -> None:
     """Raise DataError if more than the share `limit` of all images could not be used."""
     if num_bad > limit * num_images:
         raise DataError(

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from models.backbone import official_pos_embed
 from models.errors import DinorayError, one_line
-from models.published.checkpoint import MARK
-from pipeline.training.checkpoint import Frozen
+from models.published.checkpoint import POS_EMBED_KEY
+from pipeline.training.checkpoint import FrozenBackbone
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 """File names that timm expects."""
@@ -38,7 +38,7 @@ class TimmExport(NamedTuple):
     """Image size -> largest difference from our backbone, as a share of the largest feature."""
 
 
-def timm_arguments(frozen: Frozen) -> dict[str, Any]:
+def timm_arguments(frozen: FrozenBackbone) -> dict[str, Any]:
     """Return keyword arguments for `timm.create_model(name, num_classes=0, ...)` that build this backbone."""
     config, size = frozen.config.backbone, frozen.config.crops.global_crop_size
     for extra in ({"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}):
@@ -53,7 +53,9 @@ def timm_arguments(frozen: Frozen) -> dict[str, Any]:
     )
 
 
-def export_timm(frozen: Frozen, *, image_size: int | None = None, license_id: str = "unknown") -> TimmExport:
+def export_timm(
+    frozen: FrozenBackbone, *, image_size: int | None = None, license_id: str = "unknown"
+) -> TimmExport:
     """Return a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads strictly.
 
     `image_size` is the side of the centre crops that the run evaluates on (default: its global crop size).
@@ -73,7 +75,7 @@ def export_timm(frozen: Frozen, *, image_size: int | None = None, license_id: st
             model.pretrained_cfg = _pretrained_cfg(model, frozen, size, arguments, license_id)
             kept = {k: v for k, v in arguments.items() if not k.endswith("drop_rate")}
             save_for_hf(model, str(folder), model_args=kept, safe_serialization=True)
-            metadata = {"format": "pt", MARK: frozen.config.backbone.pos_embed}
+            metadata = {"format": "pt", POS_EMBED_KEY: frozen.config.backbone.pos_embed}
             (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata=metadata))
             loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         except Exception as error:  # timm raises many types
@@ -91,7 +93,7 @@ def export_timm(frozen: Frozen, *, image_size: int | None = None, license_id: st
     return TimmExport(config, data, size, largest_deviation(frozen, loaded, other_sizes(frozen, size)))
 
 
-def evaluation_size(frozen: Frozen, image_size: int | None) -> int:
+def evaluation_size(frozen: FrozenBackbone, image_size: int | None) -> int:
     """Return `image_size` if the backbone accepts it, else the global crop size, which it always accepts."""
     if image_size is not None:
         try:
@@ -103,7 +105,7 @@ def evaluation_size(frozen: Frozen, image_size: int | None) -> int:
     return frozen.config.crops.global_crop_size
 
 
-def other_sizes(frozen: Frozen, size: int) -> list[int]:
+def other_sizes(frozen: FrozenBackbone, size: int) -> list[int]:
     """Return sizes at which timm's position embeddings differ from the training ones; none if they agree."""
     config, crop_sizes = frozen.config.backbone, frozen.config.crops.crop_sizes
     if config.pos_embed == "timm":
@@ -113,7 +115,7 @@ def other_sizes(frozen: Frozen, size: int) -> list[int]:
     return [s for s in dict.fromkeys(tried) if s != size] or [2 * size]
 
 
-def largest_deviation(frozen: Frozen, model: nn.Module, sizes: Sequence[int]) -> dict[int, float]:
+def largest_deviation(frozen: FrozenBackbone, model: nn.Module, sizes: Sequence[int]) -> dict[int, float]:
     """Return size -> largest difference of `model` from the backbone, as a share of the largest feature; none if 0."""
     backbone, found = frozen.backbone(), {}
     for size in sizes:
@@ -132,7 +134,7 @@ def crop_share(size: int) -> float:
     return next(share for share in candidates if math.floor(size / share) == short)
 
 
-def _resized(frozen: Frozen, size: int) -> Tensor:
+def _resized(frozen: FrozenBackbone, size: int) -> Tensor:
     """Return the backbone's position embeddings [1, prefix + n * n, D] for square images of `size` pixels."""
     backbone: Any = frozen.backbone()
     rows, columns = (size // side for side in backbone.patch_embed.patch_size)
@@ -143,7 +145,7 @@ def _resized(frozen: Frozen, size: int) -> Tensor:
 
 
 def _pretrained_cfg(
-    model: Any, frozen: Frozen, size: int, arguments: dict[str, Any], license_id: str
+    model: Any, frozen: FrozenBackbone, size: int, arguments: dict[str, Any], license_id: str
 ) -> dict[str, Any]:
     """Return timm's metadata for these weights, not for timm's published weights of the same name."""
     crops, published = frozen.config.crops, model.pretrained_cfg

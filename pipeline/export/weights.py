@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from models.errors import ConfigError
-from models.published.checkpoint import MARK, to_official
+from models.published.checkpoint import POS_EMBED_KEY, to_official
 from models.settings import number
-from pipeline.training.checkpoint import Frozen, load_checkpoint, read_meta
+from pipeline.training.checkpoint import FrozenBackbone, load_checkpoint, read_meta
 from pipeline.training.config import DINOConfig
 from pipeline.training.step import build_state
 
@@ -26,11 +26,11 @@ _OFFICIAL_NAMES = re.compile(
 )
 
 
-def export_state_dict(frozen: Frozen) -> bytes:
+def export_state_dict(frozen: FrozenBackbone) -> bytes:
     """Return the backbone's state dict in `torch.save` format; it loads with weights_only=True."""
     state = OrderedDict((k, v.contiguous()) for k, v in frozen.weights.items())
     # torch's slot for versions has room for the resizing rule of position embeddings.
-    state._metadata = {"": {"version": 1, MARK: frozen.config.backbone.pos_embed}}  # type: ignore[attr-defined]
+    state._metadata = {"": {"version": 1, POS_EMBED_KEY: frozen.config.backbone.pos_embed}}  # type: ignore[attr-defined]
     return _saved(state)
 
 
@@ -89,7 +89,7 @@ def official_args(config: DINOConfig) -> dict[str, Any]:
         "local_crops_number": c.crops.num_local_crops,
         "local_crops_scale": tuple(c.crops.local_crop_scale),
         "seed": c.train.seed,
-        MARK: c.backbone.pos_embed,
+        POS_EMBED_KEY: c.backbone.pos_embed,
     }
 
 

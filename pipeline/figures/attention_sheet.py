@@ -50,7 +50,7 @@ _TITLE_FONT, _HEAD_FONT, _SMALL_FONT = 17, 14, 11
 _SUMMARY_COLUMNS = 3
 
 
-class Looked(NamedTuple):
+class AttentionResult(NamedTuple):
     """The network's input [H,W,3], and the class token's attention [heads,h,w] over its patches."""
 
     key: str
@@ -81,13 +81,13 @@ class Looked(NamedTuple):
         return upsample(maps, self.patch, self.image.shape[:2], smooth=smooth)
 
 
-def look(
+def compute_attention(
     backbone: nn.Module,
     images: Sequence[tuple[str, npt.NDArray[np.uint8]]],
     crops: CropsConfig,
     *,
     image_size: int | None = None,
-) -> Iterator[Looked]:
+) -> Iterator[AttentionResult]:
     """Yield a backbone's attention over (key, image), resized to `image_size` at the shorter side.
 
     Images are processed one at a time: for N patches the last block forms heads * N * N probabilities.
@@ -98,7 +98,7 @@ def look(
     for key, image in images:
         fitted = fit_image(image, size)
         padded, _ = pad_to_patch(pixels(fitted[None, None], crops, device), patch)
-        yield Looked(key, fitted, cls_attention(backbone, padded)[0].cpu().numpy(), patch)
+        yield AttentionResult(key, fitted, cls_attention(backbone, padded)[0].cpu().numpy(), patch)
 
 
 def attention_figure(
@@ -115,13 +115,13 @@ def attention_figure(
     runs out of memory, the picture is omitted and the run continues.
     """
     try:
-        looked = list(look(backbone, images, crops, image_size=image_size))
+        looked = list(compute_attention(backbone, images, crops, image_size=image_size))
     except (ConfigError, torch.OutOfMemoryError):
         return None
     return png_bytes(figure(looked, title=title)) if looked else None
 
 
-def figure(looked: Sequence[Looked], *, title: str = "", mass: float = MASS) -> Image.Image:
+def figure(looked: Sequence[AttentionResult], *, title: str = "", mass: float = MASS) -> Image.Image:
     """Return one row per image: image, mean over heads, the heads' masks in colour, heat of each head."""
     num_heads = len(looked[0].attention)
     lefts = _column_lefts(num_heads)
@@ -143,7 +143,7 @@ def figure(looked: Sequence[Looked], *, title: str = "", mass: float = MASS) -> 
     return sheet
 
 
-def overlays(looked: Looked, mass: float = MASS) -> dict[str, Image.Image]:
+def overlays(looked: AttentionResult, mass: float = MASS) -> dict[str, Image.Image]:
     """Return the pictures of one image at its own size: image, mean, heads, heat and mask per head."""
     image = looked.image
     pictures = {
@@ -157,7 +157,7 @@ def overlays(looked: Looked, mass: float = MASS) -> dict[str, Image.Image]:
     return {name: Image.fromarray(picture) for name, picture in pictures.items()}
 
 
-def _pictures(looked: Looked, mass: float) -> list[Image.Image]:
+def _pictures(looked: AttentionResult, mass: float) -> list[Image.Image]:
     image = looked.image
     row = [
         image,
@@ -177,7 +177,13 @@ def _column_lefts(num_heads: int) -> list[int]:
 
 
 def _draw_heads(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, lefts: list[int], first: Looked, *, title: str, mass: float
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    lefts: list[int],
+    first: AttentionResult,
+    *,
+    title: str,
+    mass: float,
 ) -> None:
     width = lefts[-1] + _CELL - _MARGIN
     y = _MARGIN - 4

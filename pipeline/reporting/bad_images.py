@@ -17,7 +17,7 @@ _MAX_KINDS = 12
 _NEAR = 0.5
 """Share of what is allowed from which on a person should know."""
 _FIRST_IMAGES = 1000
-"""Before so many were seen, a share says little; the run does not heed it either (training/bad_images.py)."""
+"""Before so many were seen, a fraction says little; the run ignores it too (training/bad_images.py)."""
 
 _KINDS = {
     Status.MISSING: "missing",
@@ -51,7 +51,7 @@ def share(records: Records, values: Mapping[str, Any]) -> Share | None:
     return Share(bad, step * batch, float(limit))
 
 
-def nearness(found: Share | None) -> str | None:
+def near_limit_warning(found: Share | None) -> str | None:
     """A line where the run is near the limit."""
     if found is None or found.seen < _FIRST_IMAGES or found.of_limit < _NEAR:
         return None

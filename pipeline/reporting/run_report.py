@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import ConfigError
-from pipeline.reporting.bad_images import bad_images, nearness, share
+from pipeline.reporting.bad_images import bad_images, near_limit_warning, share
 from pipeline.reporting.charts import Chart, drawn
 from pipeline.reporting.health import health
 from pipeline.reporting.page import (
@@ -29,9 +29,16 @@ from pipeline.reporting.page import (
 from pipeline.reporting.plots import Level
 from pipeline.reporting.settings import settings, versions
 from pipeline.reporting.summary import count, course, header, next_commands
-from pipeline.reporting.throughput import cost_tiles, feeding
+from pipeline.reporting.throughput import cost_tiles, throughput_section
 from pipeline.storage.files import Directory
-from pipeline.tracking.records import Records, attention_figures, flat, read, read_mapping, read_records
+from pipeline.tracking.records import (
+    Records,
+    attention_figures,
+    flatten_tree,
+    read,
+    read_mapping,
+    read_records,
+)
 from pipeline.training.verdict import Verdict
 
 NAME = "report.html"
@@ -70,7 +77,7 @@ def build_report(run: Directory, *, ending: str = "") -> str:
     records = read_records(run)
     if not config and not len(records):
         raise ConfigError(f"{run.uri} is no run directory: it has neither config.yaml nor metrics.jsonl")
-    values = flat(config)
+    values = flatten_tree(config)
     name = str(config.get("name") or run.uri.rpartition("/")[2])
     result, bad = read_mapping(run, "result.json"), share(records, values)
     found = course(run, records, values, ending=ending)
@@ -82,7 +89,7 @@ def build_report(run: Directory, *, ending: str = "") -> str:
         ),
         health(records),
         next_commands(run, found, records, values),
-        feeding(records),
+        throughput_section(records),
         _attention(run),
         section(
             "Crops",
@@ -98,7 +105,7 @@ def build_report(run: Directory, *, ending: str = "") -> str:
         name,
         [
             header(name, run, found, records),
-            warnings([*_troubles(records), *filter(None, [nearness(bad)])]),
+            warnings([*_troubles(records), *filter(None, [near_limit_warning(bad)])]),
             contents(sections),
             tiles([*_tiles(records, values), *cost_tiles(records)]),
             *sections,
@@ -220,7 +227,12 @@ def _figure(run: Directory, step: int, name: str) -> Html:
 def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:
     if result:
         yield table(
-            [{"file": "result.json", **{k: v for k, v in flat(result).items() if "knn" in k or k == "steps"}}]
+            [
+                {
+                    "file": "result.json",
+                    **{k: v for k, v in flatten_tree(result).items() if "knn" in k or k == "steps"},
+                }
+            ]
         )
     evaluations = [name for name in run.list() if name.startswith("evaluation_") and name.endswith(".json")]
     yield table([{"file": name, **read_mapping(run, name)} for name in evaluations])

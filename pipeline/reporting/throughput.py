@@ -68,7 +68,7 @@ class _Time(NamedTuple):
         return float(np.diff(self.times)[self.breaks].sum())
 
 
-def feeding(records: Records) -> Html:
+def throughput_section(records: Records) -> Html:
     """The section; nothing when none of it was logged."""
     time = _time(records)
     if time is None:

@@ -35,8 +35,8 @@ __all__ = [
     "ObjectTooLarge",
     "Unreachable",
     "filesystem",
-    "is_reached_by_all",
     "is_s3",
+    "is_shared_path",
     "normal_uri",
     "retrying",
     "s3_client",
@@ -55,7 +55,7 @@ def normal_uri(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(uri))
 
 
-def is_reached_by_all(uri: str) -> bool:
+def is_shared_path(uri: str) -> bool:
     """Return True for S3 and absolute paths. A relative path is in the job's own code folder on each node."""
     return is_s3(uri) or os.path.isabs(os.path.expanduser(uri))
 

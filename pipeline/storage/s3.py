@@ -17,7 +17,7 @@ import botocore.exceptions
 import botocore.session
 from botocore.config import Config
 
-from models.errors import ConfigError, DataError, one_line, without_keys
+from models.errors import ConfigError, DataError, one_line, redact_credentials
 from pipeline.storage.retry import LIST_AGAIN, SET_CREDENTIALS, ChangedObject, ObjectTooLarge, retrying
 
 CONNECT_SECONDS = 5.0
@@ -56,8 +56,8 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not is_s3(uri) or not bucket:
         raise ConfigError(f"{uri!r} is not an S3 address; write s3://bucket/prefix")
-    if without_keys(uri) != uri:
-        raise ConfigError(f"{without_keys(uri)}: no keys in an address; {SET_CREDENTIALS}")
+    if redact_credentials(uri) != uri:
+        raise ConfigError(f"{redact_credentials(uri)}: no keys in an address; {SET_CREDENTIALS}")
     return bucket, key
 
 

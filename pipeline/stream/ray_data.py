@@ -20,8 +20,9 @@ from models.errors import DinorayError
 from pipeline.augment.augmenter import Augmenter, crop_threads
 from pipeline.augment.config import CropsConfig, crop_bytes
 from pipeline.augment.multicrop import limit_threads, prepare_kernel
-from pipeline.cluster.channel import Board
+from pipeline.cluster.channel import RunChannel
 from pipeline.cluster.pool_control import DrainPolicy, PoolControl, not_resized
+from pipeline.cluster.pool_mailbox import PoolMailbox
 from pipeline.cluster.pool_size import PoolSize
 from pipeline.data.order import Order
 from pipeline.data.partition import Layout
@@ -37,7 +38,7 @@ class StreamPlan:
     """Definition of the stream, without the steps that it covers; sent to each augment actor."""
 
     source: "ray.ObjectRef[Source]"
-    board: Board
+    channel: RunChannel
     order: Order
     crops: CropsConfig
     seed: int
@@ -67,7 +68,7 @@ class MultiCropActor:
     """
 
     def __init__(self, plan: StreamPlan, layout: Layout) -> None:
-        self._board, self._layout = plan.board, layout
+        self._channel, self._layout = plan.channel, layout
         self._augmenter = open_augmenter(plan)
 
     def __call__(self, blocks: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
@@ -76,7 +77,7 @@ class MultiCropActor:
             return self._augmenter.block(positions)
         except DinorayError as error:
             # Posted from here because Ray forwards only the text of an actor's error, not the error itself.
-            self._board.post_fatal(error)
+            self._channel.post_fatal(error)
             raise
 
 
@@ -86,7 +87,9 @@ def open_splits(
     """Start the plan for `layout` and return one picklable iterator per rank. Call on one rank only."""
     # If an earlier pool has posted its state, the new pool starts from it.
     low, high = plan.augment_actors
-    size = plan.board.pool_size() or PoolSize(low, high, target=low, cool_down_seconds=plan.cool_down_seconds)
+    size = PoolMailbox(plan.channel).size() or PoolSize(
+        low, high, target=low, cool_down_seconds=plan.cool_down_seconds
+    )
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # splits alternate over ranks only in this order
     context.enable_progress_bars = False
@@ -94,10 +97,10 @@ def open_splits(
     rows = layout.steps_per_block * layout.batch_size_per_worker
     context.target_max_block_size = max(128 << 20, 2 * rows * crop_bytes(plan.crops))
     if private.MISSING is None:
-        private.add_control(context, partial(PoolControl, plan.board, size), DrainPolicy)
+        private.add_control(context, partial(PoolControl, plan.channel, size), DrainPolicy)
         actors = (size.target, size.target)
     else:
-        plan.board.post("note", text=not_resized(private.MISSING))
+        plan.channel.post("note", text=not_resized(private.MISSING))
         actors = plan.augment_actors
     # Not ray.data.range(): it runs one task per block to make a number, a fifth of Ray's overhead for a
     # block.

@@ -69,9 +69,9 @@ class SharedStream:
         """Return the server's counts."""
         return ray.get(self._server.stats.remote())
 
-    def ask(self, positions: NDArray[np.int64]) -> "Coming":
+    def request(self, positions: NDArray[np.int64]) -> "PendingBlock":
         """Request the block of `positions`, which is made if it does not exist yet. Does not wait."""
-        return Coming(self._server, self._plan, positions)
+        return PendingBlock(self._server, self._plan, positions)
 
     def blocks_ahead(self, layout: Layout, pulled: int) -> int:
         """Return how many blocks a rank requests in advance: `pulled`, plus its share of all actors' calls.
@@ -101,20 +101,20 @@ def batches(
 
 def _received(stream: SharedStream, layout: Layout, *, rank: int, pulled: int) -> Iterator[dict[str, Any]]:
     """Yield the batches of `rank`; request blocks in advance and have the next `pulled` sent here."""
-    coming = (stream.ask(layout.block(i)) for i in range(rank, layout.num_blocks, layout.world_size))
-    asked = deque(islice(coming, stream.blocks_ahead(layout, pulled)))
+    pending = (stream.request(layout.block(i)) for i in range(rank, layout.num_blocks, layout.world_size))
+    asked = deque(islice(pending, stream.blocks_ahead(layout, pulled)))
     while asked:
         first = asked.popleft()
-        asked.extend(islice(coming, 1))
+        asked.extend(islice(pending, 1))
         block = first.get()
         for row in range(0, len(block["position"]), layout.batch_size_per_worker):
             for following in islice(asked, pulled):
-                following.pull()
+                following.prefetch()
             yield {name: column[row : row + layout.batch_size_per_worker] for name, column in block.items()}
         del first, block  # otherwise they keep the block in the object store while the next one is awaited
 
 
-class Coming:
+class PendingBlock:
     """A requested block. It stays in the object store as long as this object exists."""
 
     def __init__(self, server: ActorHandle, plan: ray.ObjectRef, positions: NDArray[np.int64]) -> None:
@@ -122,7 +122,7 @@ class Coming:
         self._answer = server.block.remote(*self._question)
         self._is_pulled = False
 
-    def pull(self) -> None:
+    def prefetch(self) -> None:
         """Have the block sent to this node, if it is already made. Does not wait."""
         if self._is_pulled or not ray.wait([self._answer], timeout=0)[0]:
             return

@@ -86,7 +86,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Tried:
+class TrialRecord:
     """A trial, its outcome if it has ended, and its logged metrics."""
 
     trial: Trial
@@ -114,7 +114,7 @@ def write_outcome(study: Directory, trial: Trial, outcome: Outcome) -> None:
     trial_directory(study, trial).write(OUTCOME, json.dumps(asdict(outcome), indent=1).encode())
 
 
-def read_trials(study: Directory, *, ended: Mapping[int, Tried] | None = None) -> list[Tried]:
+def read_trials(study: Directory, *, ended: Mapping[int, TrialRecord] | None = None) -> list[TrialRecord]:
     """Return all trials of the study, by number; trials in `ended` are not read again."""
     found = []
     for name in study.child("trials").list():
@@ -124,7 +124,7 @@ def read_trials(study: Directory, *, ended: Mapping[int, Tried] | None = None) -
         run = study.child("trials").child(name)
         trial = _read(Trial, run, TRIAL)
         if trial is not None:  # None: the folder exists, but its trial was never stored or started
-            found.append(Tried(trial, _read(Outcome, run, OUTCOME), read_records(run)))
+            found.append(TrialRecord(trial, _read(Outcome, run, OUTCOME), read_records(run)))
     return sorted(found, key=lambda tried: tried.trial.number)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from pipeline.tracking.sink import Sink, numbers
+from pipeline.tracking.sink import MetricSink, numbers
 
 PREFIX = "dinoray_"
 GAUGES = {
@@ -30,7 +30,7 @@ GAUGES = {
 """Name, without prefixes -> description."""
 
 
-class Gauges(Sink):
+class Gauges(MetricSink):
     """Gauges of the run named `run`."""
 
     def __init__(self, run: str, *, total_steps: int) -> None:

@@ -142,11 +142,13 @@ def attention_figures(run: Directory) -> list[tuple[int, str]]:
     return sorted((int(match[1]), f"attention/{match[0]}") for match in matches)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the leaves of a tree of mappings by their dotted names."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        leaves |= (
+            flatten_tree(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
     return leaves
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.storage.files import Directory, MissingObject, is_s3
 from pipeline.storage.run_dir import checkpoint_name
 from pipeline.tracking.records import attention_figures
-from pipeline.tracking.sink import Embedding, Sink
+from pipeline.tracking.sink import Embedding, MetricSink
 from pipeline.tracking.tensorboard import TensorBoard
 
 
@@ -57,7 +57,7 @@ def _if_whole(line: str) -> list[str]:
         return []
 
 
-class RunFiles(Sink):
+class RunFiles(MetricSink):
     """metrics.jsonl of a run that starts or resumes at `first_step`, and its pictures as files."""
 
     def __init__(self, run: Directory, *, first_step: int, staging: Path) -> None:
@@ -86,14 +86,14 @@ class RunFiles(Sink):
         self.sync()
 
 
-class MetricsLog(Sink):
+class MetricsLog(MetricSink):
     """The log of a run that starts or resumes at `first_step`: quarantine.jsonl, and sinks for all the rest.
 
     The sinks are its files, TensorBoard and then `others`.
     """
 
     def __init__(
-        self, run: Directory, *, first_step: int, first_position: int, others: Sequence[Sink] = ()
+        self, run: Directory, *, first_step: int, first_position: int, others: Sequence[MetricSink] = ()
     ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="dinoray-log-") if is_s3(run.uri) else None
         staging = Path(self._temporary.name if self._temporary else run.uri)

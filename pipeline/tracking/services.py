@@ -20,7 +20,7 @@ from pipeline.storage.files import Directory, MissingObject
 from pipeline.tracking.config import TrackConfig
 from pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
 from pipeline.tracking.scalar_names import grouped
-from pipeline.tracking.sink import Sink, numbers
+from pipeline.tracking.sink import MetricSink, numbers
 
 FILE = "tracking.json"
 """File in the run directory with the run's id in the services, so that a resumed run continues there, and
@@ -66,7 +66,7 @@ def open_trackers(
     params: Mapping[str, object],
     page: Callable[[Directory], str],
     tell: Callable[[str], None],
-) -> list[Sink]:
+) -> list[MetricSink]:
     """Return a list with the sink for the enabled services; empty if none is enabled.
 
     `page` returns the HTML report of a run; `tell` prints one line.
@@ -87,7 +87,7 @@ def open_trackers(
     return [Trackers(about, {name: OPEN[name] for name in names}, page, tell, is_grouped=is_grouped)]
 
 
-class Trackers(Sink):
+class Trackers(MetricSink):
     """Forwards everything to the services without waiting; at the end it waits `end_seconds` in total."""
 
     def __init__(

@@ -19,7 +19,7 @@ class Embedding(NamedTuple):
     thumbnails: NDArray[np.uint8]
 
 
-class Sink:
+class MetricSink:
     """Base class that ignores everything; a sink overrides the methods for the data that it can use."""
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:

@@ -16,14 +16,14 @@ from torch.utils.tensorboard import SummaryWriter
 from pipeline.storage.files import Directory, is_s3
 from pipeline.tracking.projector import CONFIG, FOLDERS, write_projector
 from pipeline.tracking.scalar_names import grouped, with_group
-from pipeline.tracking.sink import Embedding, Sink, numbers
+from pipeline.tracking.sink import Embedding, MetricSink, numbers
 
 _NAME = "tensorboard"
 _FULL_BYTES = 4 << 20
 """On S3, size at which a new event file is started, because each upload transfers a whole file."""
 
 
-class TensorBoard(Sink):
+class TensorBoard(MetricSink):
     """Events of a run. Events of earlier starts at `purge_step` or later are no longer shown."""
 
     def __init__(self, run: Directory, *, staging: Path, purge_step: int) -> None:

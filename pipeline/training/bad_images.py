@@ -18,7 +18,7 @@ from pipeline.training.distributed import gather
 class TooManyBadImagesError(DataError):
     """Too many bad images to continue. All ranks have the same counts, so all raise it at the same step."""
 
-    all_processes_raise_it = True
+    raised_by_all_ranks = True
 
 
 class Quarantine:

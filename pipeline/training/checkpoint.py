@@ -129,7 +129,7 @@ Which = Literal["teacher", "student"]
 """The network to read; the teacher is better during the whole run."""
 
 
-class Frozen(NamedTuple):
+class FrozenBackbone(NamedTuple):
     """A checkpoint's backbone in picklable form, with all that is needed to rebuild it."""
 
     config: DINOConfig
@@ -147,14 +147,14 @@ class Frozen(NamedTuple):
         return backbone.to(device).eval()
 
 
-def read_frozen(folder: Path, which: Which = "teacher") -> Frozen:
+def read_frozen(folder: Path, which: Which = "teacher") -> FrozenBackbone:
     """Read the backbone of the checkpoint in the local `folder`."""
     prefix = "backbone."
     try:
         weights = load_file(folder / f"{which}.safetensors")
     except Exception as error:  # a damaged file may raise anything
         raise DataError(f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}") from error
-    return Frozen(
+    return FrozenBackbone(
         DINOConfig.model_validate(read_meta(folder)["config"]),
         {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
     )

@@ -59,7 +59,7 @@ class Health:
 
     def __init__(self, config: HealthConfig, *, grace_steps: int) -> None:
         self.config = config
-        self._judge = Judge(config, grace_steps=grace_steps)
+        self._judge = CollapseDetector(config, grace_steps=grace_steps)
         self._sums: Sums | None = None
         self._window: deque[tuple[Tensor, Tensor, float, float]] = deque(maxlen=config.window)
         self._center: Tensor | None = None
@@ -131,7 +131,7 @@ class Health:
         self._judge.load_state_dict(state["judge"])
 
 
-class Judge:
+class CollapseDetector:
     """Derives verdicts from metrics over time: symptoms must persist; an untrained network is no collapse."""
 
     def __init__(self, config: HealthConfig, *, grace_steps: int) -> None:

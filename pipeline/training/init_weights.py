@@ -59,12 +59,14 @@ def read_weights(path: str) -> Weights:
         ) from error
     # timm's names equal the published names. Only dinoray's mark shows how position embeddings were resized.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    mark = header.get("__metadata__", {}).get(interop.MARK, "timm")
+    mark = header.get("__metadata__", {}).get(interop.POS_EMBED_KEY, "timm")
     weights = interop.parse(state, uri)
     return weights._replace(official=weights.official and mark == "official")
 
 
-def start_from(state: TrainState, weights: Weights, load: Literal["backbone", "weights", "run"]) -> list[str]:
+def load_initial_weights(
+    state: TrainState, weights: Weights, load: Literal["backbone", "weights", "run"]
+) -> list[str]:
     """Load `weights` into a state at step 0; return lines on the loaded, skipped and new parts.
 
     Raises ConfigError if the weights do not fit.

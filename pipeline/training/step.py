@@ -22,7 +22,7 @@ from models.loss import batch_center, cross_entropy, koleo, sinkhorn_probs, teac
 from models.optim import build_optimizer, clip_per_parameter, drop_last_layer_grads, set_hyperparameters
 from models.published import checkpoint as interop
 from pipeline.augment.config import CropsConfig
-from pipeline.data.partition import check_parts
+from pipeline.data.partition import check_accumulation
 from pipeline.training.auto import resolve
 from pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
 from pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
@@ -138,7 +138,7 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
         (buffer, buffer.clone()) for net in (dino.student, dino.teacher) for buffer in net.buffers()
     ]
 
-    seen: list[_Seen] = []
+    seen: list[_MicrobatchResult] = []
     for part, is_last in _parts(batch, config.train.accumulate_steps):
         with contextlib.nullcontext() if is_last else _without_sync(state.student):
             seen.append(_backward(state, part, now))
@@ -176,7 +176,7 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     }
 
 
-class _Seen(NamedTuple):
+class _MicrobatchResult(NamedTuple):
     """Result of one microbatch."""
 
     sums: Tensor
@@ -184,7 +184,7 @@ class _Seen(NamedTuple):
     health: Sums
 
 
-def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> _Seen:
+def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> _MicrobatchResult:
     """Run forward and backward of one microbatch.
 
     The gradients of all microbatches add up to the gradients of the batch's mean loss.
@@ -211,7 +211,7 @@ def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> 
         loss = loss + config.loss.koleo_weight * torch.stack([koleo(crop) for crop in of_crops]).sum()
     (loss / config.train.accumulate_steps).backward()
     losses = torch.stack([loss.detach(), pairs_loss.detach(), entropy]) * len(teacher.logits)
-    return _Seen(
+    return _MicrobatchResult(
         torch.cat([losses, batch_center(teacher.logits)]),
         sums_of(probs, teacher.features, entropy=entropy, kl=pairs_loss.detach() - entropy),
     )
@@ -243,7 +243,7 @@ def _parts(batch: Mapping[str, Any], num_parts: int) -> Iterator[tuple[dict[str,
     Microbatch m takes each `num_parts`-th image from m on. Over all processes, its images and its batch-norm
     statistics are then the same for any number of processes.
     """
-    check_parts(len(batch["global_crops"]), num_parts)
+    check_accumulation(len(batch["global_crops"]), num_parts)
     for first in range(num_parts):
         rows = slice(first, None, num_parts)
         yield {k: batch[k][rows] for k in ("global_crops", "local_crops")}, first == num_parts - 1

@@ -38,7 +38,7 @@ _REMEDIES = {
 class UnhealthyError(DinorayError):
     """The run was ended because of its `verdict`."""
 
-    all_processes_raise_it = True
+    raised_by_all_ranks = True
 
     def __init__(self, message: str, verdict: Verdict) -> None:
         super().__init__(message, verdict)  # both, so that it can be pickled

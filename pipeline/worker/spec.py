@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ray import ObjectRef
 
 from models.published.checkpoint import Weights
-from pipeline.cluster.channel import Board
+from pipeline.cluster.channel import RunChannel
 from pipeline.cluster.cost import CostConfig
 from pipeline.data.source import Source
 from pipeline.evaluation.config import EvalConfig, ProbeConfig
@@ -26,7 +26,7 @@ class WorkerSpec:
     name: str
     """The run's name in gauges and trackers."""
     run: Directory
-    board: Board
+    channel: RunChannel
     config: DINOConfig
     stream: StreamPlan
     checkpoint: CheckpointConfig
@@ -48,5 +48,5 @@ class WorkerSpec:
     can_restart: bool
     shared: SharedStream | None = None
     """The shared stream that the run uses; None: a stream of its own."""
-    asks: bool = False
-    """If True, the workers wait after each evaluation for the decision, on the board, to continue or end."""
+    waits_for_decision: bool = False
+    """If True, the workers wait after each evaluation for the decision, on the channel, to continue or end."""

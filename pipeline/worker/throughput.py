@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.augment.augmenter import STAGES
-from pipeline.cluster.pool_size import Reading
+from pipeline.cluster.pool_size import TrainerReading
 
 _PACE_SECONDS = 2.0
 
 
-class Meter:
+class ThroughputMeter:
     """Measures throughput, data wait (share of time) and CPU time per image since the last reading."""
 
     def __init__(self) -> None:
-        self.reading = Reading()
+        self.reading = TrainerReading()
         self.restart()
 
     def restart(self) -> None:
@@ -59,7 +59,7 @@ class Meter:
         """
         seconds = max(self.seconds, 1e-9)
         busy_seconds = self._busy_ms / max(1, self._cropped) / 1000 * self._images
-        self.reading = Reading(seconds, min(seconds, self._wait_seconds), self._images, busy_seconds)
+        self.reading = TrainerReading(seconds, min(seconds, self._wait_seconds), self._images, busy_seconds)
         rates = {
             "images_per_second": self.reading.images_per_second,
             "data_wait": self.reading.data_wait,
@@ -73,15 +73,15 @@ class Meter:
         return rates
 
 
-class Pace(Meter):
+class PoolThroughput(ThroughputMeter):
     """A meter that passes its reading to `tell` every few seconds, independent of the logged steps."""
 
-    def __init__(self, tell: Callable[[Reading], None]) -> None:
+    def __init__(self, tell: Callable[[TrainerReading], None]) -> None:
         super().__init__()
         self._tell = tell
 
     def add(self, *step: Any) -> None:
-        """Add one step (see Meter) and pass on the reading if it is due."""
+        """Add one step (see ThroughputMeter) and pass on the reading if it is due."""
         super().add(*step)
         if self.seconds >= _PACE_SECONDS:
             self.read()

@@ -20,7 +20,7 @@ from models.errors import DinorayError
 from pipeline.augment.config import crop_bytes
 from pipeline.cluster.channel import known_error
 from pipeline.cluster.nodes import NodeWatch
-from pipeline.cluster.pool_control import pool_metrics
+from pipeline.cluster.pool_mailbox import PoolMailbox
 from pipeline.cluster.resources import ResourcesConfig
 from pipeline.data.partition import lay_out
 from pipeline.evaluation.in_training import evaluate
@@ -32,16 +32,16 @@ from pipeline.tracking.prometheus import Gauges
 from pipeline.tracking.records import spent
 from pipeline.tracking.run_log import MetricsLog
 from pipeline.tracking.services import open_trackers
-from pipeline.tracking.sink import Sink
+from pipeline.tracking.sink import MetricSink
 from pipeline.training.bad_images import Quarantine
 from pipeline.training.checkpoint import load_checkpoint, own_copy, temporary_checkpoint
 from pipeline.training.ddp import distribute
 from pipeline.training.distributed import all_reduce_max, set_up_device
-from pipeline.training.init_weights import start_from
+from pipeline.training.init_weights import load_initial_weights
 from pipeline.training.step import build_state, train
 from pipeline.training.verdict import UnhealthyError, Verdict
 from pipeline.worker.spec import WorkerSpec
-from pipeline.worker.throughput import Meter, Pace
+from pipeline.worker.throughput import PoolThroughput, ThroughputMeter
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
@@ -86,8 +86,8 @@ def work(loop_config: dict[str, Any]) -> None:
         known = known_error(error)
         if known is None:
             raise
-        spec.board.post_fatal(known)
-        if not known.all_processes_raise_it:
+        spec.channel.post_fatal(known)
+        if not known.raised_by_all_ranks:
             raise known from error
 
 
@@ -122,12 +122,13 @@ class _Worker:
             else None
         )
         if self.log:
-            spec.board.post("placed", group=ray.util.get_current_placement_group())
-        self.meter, self.pace = Meter(), Pace(spec.board.tell_pace)
+            spec.channel.post("placed", group=ray.util.get_current_placement_group())
+        self.pool = PoolMailbox(spec.channel)
+        self.meter, self.pace = ThroughputMeter(), PoolThroughput(self.pool.send_reading)
         self.verdict = Verdict.HEALTHY
         self.stopped = False
 
-    def _other_sinks(self) -> list[Sink]:
+    def _other_sinks(self) -> list[MetricSink]:
         spec = self.spec
         trackers = open_trackers(
             spec.track, spec.run, name=spec.name, params=spec.params, page=build_report, tell=self._note
@@ -135,7 +136,7 @@ class _Worker:
         return [Gauges(spec.name, total_steps=self.state.schedule.total_steps), *trackers]
 
     def _note(self, text: str) -> None:
-        self.spec.board.post_last("note", text=text)
+        self.spec.channel.post_and_wait("note", text=text)
 
     def run(self) -> None:
         """Train from the restored step to the last step."""
@@ -148,13 +149,15 @@ class _Worker:
         if self.log:
             self.log.close()
             if self.stopped:
-                self.spec.board.post_last("stopped", step=state.step)
+                self.spec.channel.post_and_wait("stopped", step=state.step)
 
     def _initialise(self) -> dict[str, int]:
         """Load the configured initial weights, if any; return empty counts of bad images."""
         spec = self.spec
         if spec.init_weights is not None:
-            start_from(self.state, ray.get(spec.init_weights), spec.init.load)  # printed before Ray starts
+            load_initial_weights(
+                self.state, ray.get(spec.init_weights), spec.init.load
+            )  # printed before Ray starts
         return {}
 
     def _restore(self) -> dict[str, int]:
@@ -162,7 +165,7 @@ class _Worker:
         with own_copy(ray.train.get_checkpoint()) as folder:
             meta = load_checkpoint(self.state, folder)
         if self.rank == 0:
-            self.spec.board.post("note", text=f"resuming from step {self.state.step}")
+            self.spec.channel.post("note", text=f"resuming from step {self.state.step}")
         return meta["bad_images"]
 
     def _batches(self) -> Iterator[dict[str, Any]]:
@@ -197,16 +200,18 @@ class _Worker:
             self._go_back()
         if evaluates:
             self._evaluate()
-        self.stopped = logs and not ends and self._is_told_to_stop(step if evaluates and spec.asks else None)
+        self.stopped = (
+            logs and not ends and self._should_stop(step if evaluates and spec.waits_for_decision else None)
+        )
         # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
         # saved.
         if (saves or self.stopped) and (ends or not state.skipped_in_a_row):
             self._save()
         return self.stopped
 
-    def _is_told_to_stop(self, step: int | None) -> bool:
+    def _should_stop(self, step: int | None) -> bool:
         """Return True on all ranks if the run must end now; await the decision on `step` unless None."""
-        told = bool(self.log) and not self.spec.board.goes_on(step)
+        told = bool(self.log) and not self.spec.channel.should_continue(step)
         return bool(all_reduce_max(torch.tensor(float(told), device=self.state.device)))
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
@@ -225,9 +230,9 @@ class _Worker:
         if self.log and self.nodes:
             metrics |= {"epoch": seen / self.spec.num_images, "time": time.time(), **self.meter.read()}
             metrics |= {"bad_images": self.quarantine.counts.total(), "skipped_steps": state.skipped}
-            metrics |= {**self.nodes.read(), **pool_metrics(self.spec.board.pool())}
+            metrics |= {**self.nodes.read(), **self.pool.metrics()}
             self.log.log(state.step, metrics)
-            self.spec.board.post("step", step=state.step, total_steps=state.schedule.total_steps, **metrics)
+            self.spec.channel.post("step", step=state.step, total_steps=state.schedule.total_steps, **metrics)
         self._heed(Verdict(metrics["verdict"]))
 
     def _heed(self, verdict: Verdict) -> None:
@@ -239,18 +244,18 @@ class _Worker:
         if verdict is not Verdict.NON_FINITE and self.spec.health.on_collapse == "stop":
             raise UnhealthyError(f"{message}; health.on_collapse=warn would go on", verdict)
         if self.log:
-            self.spec.board.post("note", text=f"warning: {message}")
+            self.spec.channel.post("note", text=f"warning: {message}")
 
     def _go_back(self) -> None:
         """Raise, so that Ray restarts all workers from the last checkpoint; the second time, end the run."""
-        number = self.spec.board.claim("go back") if self.rank == 0 else None
+        number = self.spec.channel.claim("go back") if self.rank == 0 else None
         number = ray.train.collective.broadcast_from_rank_zero(number)
         steps = f"{self.state.skipped_in_a_row} steps in a row, up to step {self.state.step}, were not finite"
         if number > 1 or not self.spec.can_restart:
             raise UnhealthyError(f"{steps}: {Verdict.NON_FINITE.remedy}", Verdict.NON_FINITE)
         if self.log:
             text = f"warning: {steps}; going back to the last checkpoint"
-            self.spec.board.post_last("note", text=text)
+            self.spec.channel.post_and_wait("note", text=text)
         raise _GoingBackError(steps)
 
     def _evaluate(self) -> None:
@@ -273,7 +278,7 @@ class _Worker:
             if found.scores:
                 self.log.log(step, found.scores)
             self.log.sync()  # the report is made from the files in the run directory
-            spec.board.post("eval", step=step, **found.scores)
+            spec.channel.post("eval", step=step, **found.scores)
         self.meter.restart()
         self.pace.restart()
 
@@ -284,7 +289,7 @@ class _Worker:
             bad_images = dict(self.quarantine.counts)
             folder = temporary_checkpoint(self.state, num_images=self.spec.num_images, bad_images=bad_images)
             checkpoint = Checkpoint.from_directory(str(folder))
-            self.spec.board.post("checkpoint", step=self.state.step, name=name)
+            self.spec.channel.post("checkpoint", step=self.state.step, name=name)
         # Uploads in the background and removes the folder afterwards.
         ray.train.report(
             {"step": self.state.step},

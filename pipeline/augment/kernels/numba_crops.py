@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.augment import params as columns
-from pipeline.augment.jit import compiled, compiled_and_kept
+from pipeline.augment.jit import compiled, njit_cached
 from pipeline.augment.kernels.numba_colour import (
     blend,
     blur_and_transpose,
@@ -222,7 +222,7 @@ def write(red: Any, green: Any, blue: Any, size: int, pitch: int, out: Any) -> N
             out[y, x, 0], out[y, x, 1], out[y, x, 2] = red[i], green[i], blue[i]
 
 
-@compiled_and_kept
+@njit_cached
 def crop_all(
     picture: Any, height: int, width: int, table: Any, bilinear: bool, num_global_crops: int,
     global_crops: Any, local_crops: Any,

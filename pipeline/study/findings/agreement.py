@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.study.findings.ranking import metric_of
 from pipeline.study.findings.statistics import kendall
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Agreement:
     num_trials: int
 
 
-def agreement(tried: Sequence[Tried], objective: str) -> list[Agreement]:
+def agreement(tried: Sequence[TrialRecord], objective: str) -> list[Agreement]:
     """Compare k-NN, or without labels the objective, with the label-free metrics."""
     finished = [one for one in tried if one.status == "finished"]
     ended = [*finished, *(one for one in tried if one.status == "collapsed")]
@@ -39,7 +39,7 @@ def agreement(tried: Sequence[Tried], objective: str) -> list[Agreement]:
     return found
 
 
-def _judge(finished: Sequence[Tried], objective: str) -> str:
+def _judge(finished: Sequence[TrialRecord], objective: str) -> str:
     """Return the metric against which the others are compared."""
     measured = {name for one in finished if one.outcome for name in one.outcome.scores}
     knn = sorted((name for name in measured if name.startswith("knn_")), key=lambda name: (len(name), name))
@@ -48,7 +48,7 @@ def _judge(finished: Sequence[Tried], objective: str) -> str:
     return "knn_20" if "knn_20" in knn else knn[-1]
 
 
-def _agreement(tried: Sequence[Tried], metric: str, against: str, *, gated: bool) -> Agreement:
+def _agreement(tried: Sequence[TrialRecord], metric: str, against: str, *, gated: bool) -> Agreement:
     pairs = []
     for one in tried:
         has_collapsed = one.status == "collapsed"

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.study.findings.statistics import difference_margin, sample_std
 from pipeline.study.space import Domain
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 
 Standing = Literal["best", "tie", "behind", "not confirmed", "collapsed"]
 """Certainty of a candidate's rank.
@@ -59,12 +59,12 @@ class Candidate:
         return len(self.scores) > 1 and not self.collapsed
 
 
-def score_of(tried: Tried) -> float | None:
+def score_of(tried: TrialRecord) -> float | None:
     """Return the objective if it is a finite number, else None."""
     return number_of(tried.outcome.score) if tried.outcome else None
 
 
-def metric_of(tried: Tried, name: str) -> float | None:
+def metric_of(tried: TrialRecord, name: str) -> float | None:
     """Return a metric of the last evaluation, signed so that larger is better; None if it is not a number."""
     value = number_of(tried.outcome.scores.get(name)) if tried.outcome else None
     return -value if value is not None and name == "loss" else value
@@ -79,19 +79,19 @@ def number_of(value: Any) -> float | None:
     return number if math.isfinite(number) and not isinstance(value, bool) else None
 
 
-def searched(tried: Sequence[Tried]) -> list[Tried]:
+def searched(tried: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Return the trials with new parameters, without reruns under other seeds."""
     return [one for one in tried if one.trial.confirms is None]
 
 
-def is_population(tried: Sequence[Tried]) -> bool:
+def is_population(tried: Sequence[TrialRecord]) -> bool:
     """Return true if the trials form a population, whose weak members copy the weights of strong members."""
     return any(one.trial.origin == "pb2" for one in tried)
 
 
-def ranked(tried: Sequence[Tried]) -> list[Candidate]:
+def ranked(tried: Sequence[TrialRecord]) -> list[Candidate]:
     """Return all candidates, best first: confirmed by mean, single seeds by score, then collapsed."""
-    groups: dict[int, list[Tried]] = {}
+    groups: dict[int, list[TrialRecord]] = {}
     for one in tried:
         root = one.trial.number if one.trial.confirms is None else one.trial.confirms
         groups.setdefault(root, []).append(one)
@@ -102,7 +102,7 @@ def ranked(tried: Sequence[Tried]) -> list[Candidate]:
     return [replace(c, standing=_standing(c, best, confirmed)) for c in found]
 
 
-def _candidate(number: int, group: Sequence[Tried]) -> Candidate | None:
+def _candidate(number: int, group: Sequence[TrialRecord]) -> Candidate | None:
     finished = [
         (one, score) for one in group if one.status == "finished" and (score := score_of(one)) is not None
     ]
@@ -131,7 +131,7 @@ def _standing(
     return "tie" if best.mean - candidate.mean <= margin else "behind"
 
 
-def domains(study: Mapping[str, Any], tried: Sequence[Tried]) -> dict[str, Domain]:
+def domains(study: Mapping[str, Any], tried: Sequence[TrialRecord]) -> dict[str, Domain]:
     """Return the searched space; if study.json lacks it, the settings in which the trials differ."""
     space: dict[str, Domain] = {}
     for key, tree in _mapping(study.get("space")).items():

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipeline.study.findings.ranking import is_number, score_of, searched
 from pipeline.study.space import Domain
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 
 _MIN_TRIALS = 2
 _MAX_REGIONS = 2
@@ -60,7 +60,7 @@ def short(value: Any) -> str:
     return text if float(text) == value else f"{value:.9g}"  # a rounded border would admit other trials
 
 
-def collapse_regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> list[Region]:
+def collapse_regions(tried: Sequence[TrialRecord], space: Mapping[str, Domain]) -> list[Region]:
     """Return at most two regions, each of one or two conditions, that hold only collapsed trials.
 
     Each region holds as many collapsed trials as possible, at least two. Returns none if no other trial ran,
@@ -88,7 +88,7 @@ def collapse_regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> lis
 
 
 def _widest(
-    collapsed: Sequence[Tried], healthy: Sequence[Tried], space: Mapping[str, Domain]
+    collapsed: Sequence[TrialRecord], healthy: Sequence[TrialRecord], space: Mapping[str, Domain]
 ) -> tuple[Condition, ...]:
     """Return one condition, or two on different settings if better, that hold most collapsed trials only."""
     conditions = _conditions(collapsed, space)
@@ -109,7 +109,7 @@ def _widest(
     return tuple(conditions[k] for k in sorted((int(i), int(j))))
 
 
-def _conditions(collapsed: Sequence[Tried], space: Mapping[str, Domain]) -> list[Condition]:
+def _conditions(collapsed: Sequence[TrialRecord], space: Mapping[str, Domain]) -> list[Condition]:
     found: list[Condition] = []
     for key, domain in space.items():
         values = {repr(v): v for one in collapsed if (v := one.trial.params.get(key)) is not None}
@@ -121,12 +121,12 @@ def _conditions(collapsed: Sequence[Tried], space: Mapping[str, Domain]) -> list
     return found
 
 
-def _held(conditions: Sequence[Condition], tried: Sequence[Tried]) -> npt.NDArray[np.float64]:
+def _held(conditions: Sequence[Condition], tried: Sequence[TrialRecord]) -> npt.NDArray[np.float64]:
     """Return a matrix: 1 where condition i holds for trial j."""
     return np.array([[float(c.holds(one.trial.params)) for one in tried] for c in conditions])
 
 
-def good_trials(tried: Sequence[Tried]) -> list[Tried]:
+def good_trials(tried: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Return the better half of the finished trials, without reruns; none if there are fewer than two."""
     finished = [one for one in searched(tried) if one.status == "finished" and score_of(one) is not None]
     finished.sort(key=lambda one: -(score_of(one) or 0.0))
@@ -134,7 +134,7 @@ def good_trials(tried: Sequence[Tried]) -> list[Tried]:
     return good if len(good) >= _MIN_GOOD else []
 
 
-def ranges(tried: Sequence[Tried], space: Mapping[str, Domain]) -> dict[str, str]:
+def ranges(tried: Sequence[TrialRecord], space: Mapping[str, Domain]) -> dict[str, str]:
     """Return the range of each setting in these trials: smallest to largest, or the choices that occur."""
     found = {}
     for key, domain in space.items():

@@ -11,7 +11,7 @@ from pipeline.study.findings.ranking import Candidate, place_in, searched
 from pipeline.study.findings.regions import collapse_regions, good_trials, ranges, short
 from pipeline.study.findings.statistics import chance_share, chance_tau
 from pipeline.study.space import Domain
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 from pipeline.training.verdict import Verdict
 
 _EDGE = 0.02
@@ -95,7 +95,7 @@ def counted(
     yield f"{plural(counts['all'], 'trial')}{reruns}: {told}."
 
 
-def best(tried: Sequence[Tried], candidates: Sequence[Candidate], objective: str) -> Iterator[str]:
+def best(tried: Sequence[TrialRecord], candidates: Sequence[Candidate], objective: str) -> Iterator[str]:
     """Yield the best parameters and their certainty, or the reason why there are none."""
     ended = [one for one in tried if one.outcome]
     winner = next((c for c in candidates if c.standing == "best"), None)
@@ -129,7 +129,7 @@ def best(tried: Sequence[Tried], candidates: Sequence[Candidate], objective: str
             )
 
 
-def _nothing_won(ended: Sequence[Tried], candidates: Sequence[Candidate]) -> Iterator[str]:
+def _nothing_won(ended: Sequence[TrialRecord], candidates: Sequence[Candidate]) -> Iterator[str]:
     collapsed = [one for one in ended if one.status == "collapsed"]
     failed = [one for one in ended if one.status == "failed"]
     everything = "the only ended trial" if len(ended) == 1 else f"all {len(ended)} ended trials"
@@ -164,7 +164,7 @@ def _compared(winner: Candidate, candidates: Sequence[Candidate], objective: str
         yield f"{named(higher)} scored higher with one seed, not confirmed by other seeds."
 
 
-def regions(tried: Sequence[Tried], space: Mapping[str, Domain]) -> Iterator[str]:
+def regions(tried: Sequence[TrialRecord], space: Mapping[str, Domain]) -> Iterator[str]:
     """Yield the regions in which trials collapse, and the ranges of good values."""
     collapsed = [one for one in tried if one.status == "collapsed"]
     others = [one for one in tried if one.status in ("finished", "stopped")]
@@ -231,7 +231,12 @@ def caveats(objective: str, space: Mapping[str, Domain]) -> Iterator[str]:
 
 
 def open_questions(
-    tried: Sequence[Tried], best: Candidate | None, space: Mapping[str, Domain], *, least: int, scored: int
+    tried: Sequence[TrialRecord],
+    best: Candidate | None,
+    space: Mapping[str, Domain],
+    *,
+    least: int,
+    scored: int,
 ) -> Iterator[str]:
     """Yield the questions that the study leaves open."""
     unfinished = sum(one.status == "unfinished" for one in tried)

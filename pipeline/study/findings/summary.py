@@ -24,7 +24,7 @@ from pipeline.study.findings.ranking import (
 )
 from pipeline.study.findings.statistics import explained, quantile_groups
 from pipeline.study.space import Domain
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 
 _MIN_FOR_IMPORTANCE = 8
 _STATUSES = ("finished", "stopped", "collapsed", "failed", "unfinished")
@@ -92,7 +92,7 @@ class Findings:
     """True if stopped trials were replaced by other members of a population."""
 
 
-def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
+def findings(tried: Sequence[TrialRecord], study: Mapping[str, Any]) -> Findings:
     """Return the findings from these trials: none, half of a study, or all collapsed."""
     objective = str(study.get("objective") or "score")
     space = domains(study, tried)
@@ -132,7 +132,7 @@ def findings(tried: Sequence[Tried], study: Mapping[str, Any]) -> Findings:
     )
 
 
-def _scored(tried: Sequence[Tried]) -> list[tuple[Tried, float]]:
+def _scored(tried: Sequence[TrialRecord]) -> list[tuple[TrialRecord, float]]:
     """Return trials with a score; collapsed trials get a score below all others."""
     found = [
         (one, -math.inf if one.status == "collapsed" else score)
@@ -142,7 +142,7 @@ def _scored(tried: Sequence[Tried]) -> list[tuple[Tried, float]]:
     return [(one, score) for one, score in found if score is not None]
 
 
-def importance_of(tried: Sequence[Tried], space: Mapping[str, Domain]) -> dict[str, float] | None:
+def importance_of(tried: Sequence[TrialRecord], space: Mapping[str, Domain]) -> dict[str, float] | None:
     """Return the share of the variance of the scores' ranks between values of each setting.
 
     None below 8 trials, or if all scores are equal. Each setting is taken alone: the shares omit
@@ -168,7 +168,7 @@ def importance_of(tried: Sequence[Tried], space: Mapping[str, Domain]) -> dict[s
     return dict(sorted(found.items(), key=lambda item: -item[1])) or None
 
 
-def saving_of(tried: Sequence[Tried], total_steps: int) -> Saving:
+def saving_of(tried: Sequence[TrialRecord], total_steps: int) -> Saving:
     """Return the cost saved by ending trials early, at each trial's own pace, or else at the mean pace."""
     ended = [one for one in tried if one.outcome and one.status in ("finished", "stopped", "collapsed")]
     steps = sum(_count(one.outcome.step) - one.trial.from_step for one in ended if one.outcome)
@@ -197,7 +197,7 @@ def saving_of(tried: Sequence[Tried], total_steps: int) -> Saving:
     return Saving(steps, full, saved("collapsed"), saved("stopped"))
 
 
-def _pace(one: Tried) -> Hours | None:
+def _pace(one: TrialRecord) -> Hours | None:
     """Return the hours per step, without the start."""
     outcome = one.outcome
     if outcome is None or _count(outcome.step) < 1:
@@ -208,7 +208,7 @@ def _pace(one: Tried) -> Hours | None:
     return Hours(_hours(outcome.cpu_hours) * per_step, _hours(outcome.gpu_hours) * per_step)
 
 
-def cost_of(tried: Sequence[Tried], seconds: float) -> Cost:
+def cost_of(tried: Sequence[TrialRecord], seconds: float) -> Cost:
     """Return the cost of all ended trials, including failed trials."""
     outcomes = [one.outcome for one in tried if one.outcome]
     total = sum(_hours(o.seconds) for o in outcomes)

@@ -11,7 +11,7 @@ from pipeline.reporting.plots import STEPS
 from pipeline.study.findings.ranking import place_in, score_of, searched
 from pipeline.study.findings.regions import short
 from pipeline.study.space import Domain
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 
 _MAX_LETTERS = 18
 _MIN_DISTANCE = 0.09
@@ -40,7 +40,7 @@ class Range(NamedTuple):
         return min(NUM_SCALE - 1, int(self.share(score) * NUM_SCALE))
 
 
-def score_range(tried: Sequence[Tried]) -> Range | None:
+def score_range(tried: Sequence[TrialRecord]) -> Range | None:
     """Of what was trained to the end, or if nothing was, of what was given up; None without any score."""
     for status in ("finished", "stopped"):
         scores = [s for one in tried if one.status == status and (s := score_of(one)) is not None]
@@ -98,13 +98,13 @@ def drawn_keys(
     return [*(importance or {}), *(key for key in space if key not in (importance or {}))][:2]
 
 
-def point_of(one: Tried, space: Mapping[str, Domain], keys: Sequence[str]) -> tuple[float, ...] | None:
+def point_of(one: TrialRecord, space: Mapping[str, Domain], keys: Sequence[str]) -> tuple[float, ...] | None:
     """Where a trial lies along `keys`; None when it has no place on one of them."""
     places = [place_in(space[key], one.trial.params.get(key)) for key in keys]
     return tuple(place for place in places if place is not None) if None not in places else None
 
 
-def shown(tried: Sequence[Tried]) -> list[Tried]:
+def shown(tried: Sequence[TrialRecord]) -> list[TrialRecord]:
     """One trial of each set of parameters, and all that collapsed."""
     first = searched(tried)
     return [*first, *(one for one in tried if one.status == "collapsed" and one not in first)]

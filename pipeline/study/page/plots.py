@@ -17,13 +17,13 @@ from pipeline.study.findings.sentences import metric_name, score_text
 from pipeline.study.findings.summary import Findings
 from pipeline.study.page.axes import Range, plain, score_range, shown, ticks
 from pipeline.study.page.score_map import draw_map, map_keys
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 from pipeline.tracking.records import Series
 
 _MAX_AXES = 9
 
 
-def curve_charts(tried: Sequence[Tried], found: Findings) -> Iterator[tuple[str, str]]:
+def curve_charts(tried: Sequence[TrialRecord], found: Findings) -> Iterator[tuple[str, str]]:
     """(title, SVG) of each metric over steps."""
     for metric in curve_metrics(tried, found.objective):
         with sheet(3.6, 2.2) as figure:
@@ -36,14 +36,16 @@ def curve_title(metric: str) -> str:
     return metric_name(metric) + {"rankme": ": effective rank of the features"}.get(metric, "")
 
 
-def curve_metrics(tried: Sequence[Tried], objective: str) -> list[str]:
+def curve_metrics(tried: Sequence[TrialRecord], objective: str) -> list[str]:
     """The objective, k-NN accuracy, RankMe and the teacher's entropy, as far as they were measured."""
     knn = sorted({name for one in tried for name in one.records.names(r"knn_\d+")}, key=lambda n: (len(n), n))
     wanted = dict.fromkeys([objective, *([] if objective in knn else knn[-1:]), "rankme", "entropy_ratio"])
     return [name for name in wanted if any(not math.isnan(one.records.series(name).last) for one in tried)]
 
 
-def draw_curves(axes: Any, tried: Sequence[Tried], found: Findings, metric: str, palette: Palette) -> None:
+def draw_curves(
+    axes: Any, tried: Sequence[TrialRecord], found: Findings, metric: str, palette: Palette
+) -> None:
     """One line a trial: by score where it was trained to the end, the best on top; else by what became of it."""
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
@@ -67,12 +69,12 @@ def _finite(series: Series) -> Series:
     return Series(series.steps[known], series.values[known])
 
 
-def _is_best(one: Tried, found: Findings) -> bool:
+def _is_best(one: TrialRecord, found: Findings) -> bool:
     return found.best is not None and one.trial.number == found.best.number
 
 
 def _draw_curve(
-    axes: Any, series: Series, one: Tried, scores: Range | None, palette: Palette, *, is_best: bool
+    axes: Any, series: Series, one: TrialRecord, scores: Range | None, palette: Palette, *, is_best: bool
 ) -> None:
     steps, values, score = series.steps, series.values, score_of(one)
     if one.status == "collapsed":
@@ -95,7 +97,7 @@ def _draw_casing(axes: Any, x: Any, y: Any, palette: Palette) -> None:
     axes.plot(x, y, color=palette["card"], linewidth=3.4, zorder=4)
 
 
-def parallel_coordinates(tried: Sequence[Tried], found: Findings) -> str:
+def parallel_coordinates(tried: Sequence[TrialRecord], found: Findings) -> str:
     """A line a set of parameters, through its value on each axis to its score; collapsed ones end at the foot."""
     keys, scores = list(found.space)[: _MAX_AXES - 1], score_range(tried)
     if len(keys) < 2 or not any(one.outcome for one in tried):
@@ -195,7 +197,7 @@ def importance_bars(found: Findings) -> str:
         return as_svg(figure)
 
 
-def study_picture(tried: Sequence[Tried], found: Findings, title: str, remark: str) -> bytes:
+def study_picture(tried: Sequence[TrialRecord], found: Findings, title: str, remark: str) -> bytes:
     """The map and the curves as one PNG, under a title and a line below it."""
     metrics = curve_metrics(tried, found.objective)[:3]
     with sheet(11, 5.2, LIGHT) as figure:

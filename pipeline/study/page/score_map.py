@@ -16,14 +16,14 @@ from pipeline.study.findings.sentences import metric_name, score_text, stopped_f
 from pipeline.study.findings.summary import Findings
 from pipeline.study.page.axes import Range, drawn_keys, plain, point_of, score_range, shown, ticks
 from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP
-from pipeline.study.trials import Tried
+from pipeline.study.trials import TrialRecord
 
 _MIN_FOR_GROUND = 6
 _GRID = 45
 _MARKERS = {"uniform collapse": "x", "single-prototype collapse": "+"}
 
 
-def score_map(tried: Sequence[Tried], found: Findings, *, is_alone: bool = False) -> str:
+def score_map(tried: Sequence[TrialRecord], found: Findings, *, is_alone: bool = False) -> str:
     """As SVG, wider where it stands alone in its row; empty when no setting was searched or nothing has ended."""
     if not map_keys(found) or not any(one.outcome for one in tried):
         return ""
@@ -37,7 +37,7 @@ def map_keys(found: Findings) -> list[str]:
     return drawn_keys(found.space, found.importance, (TEACHER_TEMP, CENTER_MOMENTUM))
 
 
-def draw_map(figure: Any, axes: Any, tried: Sequence[Tried], found: Findings, palette: Palette) -> None:
+def draw_map(figure: Any, axes: Any, tried: Sequence[TrialRecord], found: Findings, palette: Palette) -> None:
     """Two settings: where trials lie, and colours for scores. One: scores over it."""
     keys = map_keys(found)
     scores = score_range(tried)
@@ -48,7 +48,7 @@ def draw_map(figure: Any, axes: Any, tried: Sequence[Tried], found: Findings, pa
     _label(axes, found, keys, scores)
     means = {candidate.number: candidate.mean for candidate in found.candidates}
 
-    def where(one: Tried) -> tuple[float, float] | None:
+    def where(one: TrialRecord) -> tuple[float, float] | None:
         point = point_of(one, found.space, keys)
         if point is None or len(keys) > 1:
             return None if point is None else (point[0], point[1])
@@ -103,7 +103,12 @@ def _score_labels(places: Sequence[float], scores: Range, objective: str) -> lis
 
 
 def _draw_ground(
-    axes: Any, tried: Sequence[Tried], found: Findings, keys: Sequence[str], scores: Range, palette: Palette
+    axes: Any,
+    tried: Sequence[TrialRecord],
+    found: Findings,
+    keys: Sequence[str],
+    scores: Range,
+    palette: Palette,
 ) -> None:
     """What neighbours let expect, faintly: means weighted by inverse distance; collapsed trials count as the worst."""
     known = []

@@ -38,8 +38,8 @@ from pipeline.study.page.tables import (
     error_rows,
     trial_row,
 )
-from pipeline.study.trials import BEST, Tried, read_study, read_trials
-from pipeline.tracking.records import flat, read
+from pipeline.study.trials import BEST, TrialRecord, read_study, read_trials
+from pipeline.tracking.records import flatten_tree, read
 
 PAGE, TABLE, PICTURE = "study.html", "study.csv", "study.png"
 _TOP = 10
@@ -84,7 +84,7 @@ def _name(study: Directory, about: Mapping[str, Any]) -> str:
     return str(about.get("name") or study.uri.rpartition("/")[2])
 
 
-def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[Tried], found: Findings) -> str:
+def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[TrialRecord], found: Findings) -> str:
     name = _name(study, about)
     best = read(study, BEST)
     importance = section(
@@ -215,7 +215,7 @@ def _tiles(found: Findings) -> Iterator[tuple[str, str, str]]:
 def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
     plan = about.get("plan")
     return {k: about[k] for k in _SETTINGS if k in about} | (
-        flat({"plan": plan}) if isinstance(plan, dict) else {}
+        flatten_tree({"plan": plan}) if isinstance(plan, dict) else {}
     )
 
 

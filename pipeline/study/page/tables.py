@@ -14,7 +14,7 @@ from pipeline.study.findings.regions import short
 from pipeline.study.findings.sentences import metric_name, result_text, score_text
 from pipeline.study.findings.statistics import chance_tau
 from pipeline.study.findings.summary import Findings
-from pipeline.study.trials import Trial, Tried
+from pipeline.study.trials import Trial, TrialRecord
 
 _MARKS = {"best": "best", "tie": "tied with the best", "collapsed": "collapsed with another seed"}
 _MAX_CELL = 34
@@ -49,11 +49,11 @@ def agreement_rows(found: Findings) -> Iterator[dict[str, str]]:
         }
 
 
-def _params(one: Tried, found: Findings) -> dict[str, str]:
+def _params(one: TrialRecord, found: Findings) -> dict[str, str]:
     return {key: short(one.trial.params[key]) for key in found.space if key in one.trial.params}
 
 
-def collapsed_rows(tried: Sequence[Tried], found: Findings) -> Iterator[dict[str, Any]]:
+def collapsed_rows(tried: Sequence[TrialRecord], found: Findings) -> Iterator[dict[str, Any]]:
     """What collapsed, how, when and with which settings."""
     for one in tried:
         if one.outcome and one.status == "collapsed":
@@ -61,14 +61,14 @@ def collapsed_rows(tried: Sequence[Tried], found: Findings) -> Iterator[dict[str
             yield about | _params(one, found)
 
 
-def error_rows(tried: Sequence[Tried]) -> Iterator[dict[str, Any]]:
+def error_rows(tried: Sequence[TrialRecord]) -> Iterator[dict[str, Any]]:
     """What could not be run, and why."""
     for one in tried:
         if one.outcome and one.status == "failed":
             yield {"trial": one.trial.name, "step": one.outcome.step, "error": one.outcome.message}
 
 
-def trial_row(one: Tried, found: Findings) -> dict[str, Any]:
+def trial_row(one: TrialRecord, found: Findings) -> dict[str, Any]:
     """Any trial in short."""
     outcome, score = one.outcome, score_of(one)
     row: dict[str, Any] = {
@@ -89,7 +89,7 @@ def trial_row(one: Tried, found: Findings) -> dict[str, Any]:
     return row
 
 
-def csv_table(tried: Sequence[Tried]) -> str:
+def csv_table(tried: Sequence[TrialRecord]) -> str:
     """A row a trial; numbers as they are recorded."""
     params = list(dict.fromkeys(key for one in tried for key in one.trial.params))
     metrics = sorted({name for one in tried if one.outcome for name in one.outcome.scores})

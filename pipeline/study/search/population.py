@@ -26,7 +26,13 @@ from ray.util.placement_group import PlacementGroup
 from models.errors import DinorayError, ResourceError, one_line
 from pipeline.ray_private.tune import OpenPB2, check_pb2
 from pipeline.storage.files import Directory
-from pipeline.study.search.tuner import Listener, Placements, Unsaved, run_tune, tell_error
+from pipeline.study.search.tuner import (
+    NotPickled,
+    PlacementGroupRegistry,
+    TrialListener,
+    run_tune,
+    tell_error,
+)
 from pipeline.training.checkpoint import own_copy
 
 _POINTER = "pointer.json"
@@ -44,7 +50,7 @@ class Pointer(NamedTuple):
 class MemberReport:
     """Reports of a member at each evaluation: its score, and the checkpoint that others may copy."""
 
-    def __init__(self, placements: Placements, slot: int) -> None:
+    def __init__(self, placements: PlacementGroupRegistry, slot: int) -> None:
         self._placements, self._slot = placements, slot
 
     def placed(self, group: PlacementGroup) -> None:
@@ -74,12 +80,12 @@ def run_population(
     on_end: Callable[[int, str | None], None],
     tell: Callable[[str], None],
 ) -> None:
-    """Train one member from each point of `starts`; weak members copy strong members as decided by Rounds.
+    """Train one member from each point of `starts`; weak members copy strong members as decided by ExploitRounds.
 
     Raises ResourceError if scikit-learn or the dashboard, which PB2 needs, is missing.
     """
     np.random.seed(seed)  # PB2 takes its seed only this way
-    keys, placements = list(starts[0]), Placements()
+    keys, placements = list(starts[0]), PlacementGroupRegistry()
     with warnings.catch_warnings():
         # Warnings about a process fitted to few scores, and about processes that are not reused: users cannot
         # fix either.
@@ -130,7 +136,7 @@ class _Trainable:
 
     __name__ = "member"
 
-    def __init__(self, member: Member, keys: Sequence[str], placements: Placements) -> None:
+    def __init__(self, member: Member, keys: Sequence[str], placements: PlacementGroupRegistry) -> None:
         self._member, self._keys, self._placements = member, keys, placements
 
     def __call__(self, config: dict[str, Any]) -> None:
@@ -147,7 +153,7 @@ class _Trainable:
             tell_error(error)
 
 
-class Rounds:
+class ExploitRounds:
     """Copy decisions: the worst quarter of the members copies the best, by scores of the same step.
 
     A round is a step at which every living member has reported its score. Members reach it at different
@@ -161,7 +167,7 @@ class Rounds:
         self._judged = 0
         self._donors: dict[int, int] = {}
 
-    def told(self, member: int, step: int, score: float, living: Collection[int]) -> int | None:
+    def observe(self, member: int, step: int, score: float, living: Collection[int]) -> int | None:
         """Record a member's score (larger is better) at a step; return the member to copy from, or None."""
         self._scores.setdefault(member, {})[step] = score
         steps = set.intersection(*(set(self._scores.get(one, ())) for one in living))
@@ -172,7 +178,7 @@ class Rounds:
         donor = self._donors.pop(member, None)
         return donor if donor in living else None
 
-    def took_over(self, member: int, donor: int) -> None:
+    def record_copy(self, member: int, donor: int) -> None:
         """Record that the member continues from the donor with its scores; later rounds use new scores."""
         self._scores[member] = dict(self._scores[donor])
         self._copied[member] = max(self._scores[donor])
@@ -187,8 +193,8 @@ class Rounds:
         }
 
 
-class _Population(Unsaved, OpenPB2):
-    """PB2 on the unit cube: PB2 chooses settings, Rounds chooses members.
+class _Population(NotPickled, OpenPB2):
+    """PB2 on the unit cube: PB2 chooses settings, ExploitRounds chooses members.
 
     All members fit at once: none is paused.
     """
@@ -201,7 +207,7 @@ class _Population(Unsaved, OpenPB2):
             hyperparam_bounds={key: [0.0, 1.0] for key in keys},
             log_config=False,
         )
-        self._keys, self._rounds = list(keys), Rounds()
+        self._keys, self._rounds = list(keys), ExploitRounds()
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         if self.knows(trial):  # its process died and restarted: its state is unchanged
@@ -215,11 +221,11 @@ class _Population(Unsaved, OpenPB2):
         self.note_result(trial, result["step"], result)
         living = {slot_of(str(one)): one for one in tune_controller.get_trials() if not one.is_finished()}
         member = slot_of(str(trial))
-        donor = self._rounds.told(member, result["step"], result["score"], living)
+        donor = self._rounds.observe(member, result["step"], result["score"], living)
         if donor is None:
             return TrialScheduler.CONTINUE
         self.replace(tune_controller, trial, living[donor])
-        self._rounds.took_over(member, donor)
+        self._rounds.record_copy(member, donor)
         return TrialScheduler.NOOP  # the member restarts
 
     def new_config(self, trial: TuneTrial, donor: TuneTrial) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -239,9 +245,12 @@ class _Population(Unsaved, OpenPB2):
         return config, operations
 
 
-class _MemberListener(Listener):
+class _MemberListener(TrialListener):
     def __init__(
-        self, on_end: Callable[[int, str | None], None], placements: Placements, tell: Callable[[str], None]
+        self,
+        on_end: Callable[[int, str | None], None],
+        placements: PlacementGroupRegistry,
+        tell: Callable[[str], None],
     ) -> None:
         super().__init__(placements, tell)
         self._on_end = on_end

@@ -12,15 +12,15 @@ from pipeline.study.findings.ranking import searched
 from pipeline.study.objective import Objective
 from pipeline.study.search.samplers import Known
 from pipeline.study.space import Space, place
-from pipeline.study.trials import Trial, Tried, evaluations, read_trials, trial_directory
+from pipeline.study.trials import Trial, TrialRecord, evaluations, read_trials, trial_directory
 
 
-def next_number(tried: Sequence[Tried]) -> int:
+def next_number(tried: Sequence[TrialRecord]) -> int:
     """Return the number of the next new trial."""
     return max((t.trial.number for t in tried), default=-1) + 1
 
 
-def course(tried: Tried, objective: Objective, *, up_to: int | None = None) -> Mapping[int, float]:
+def course(tried: TrialRecord, objective: Objective, *, up_to: int | None = None) -> Mapping[int, float]:
     """Return scores by step of evaluation, after the first step and up to `up_to`."""
     scored = {step: objective.score(scores) for step, scores in evaluations(tried.records).items()}
     return {
@@ -30,13 +30,13 @@ def course(tried: Tried, objective: Objective, *, up_to: int | None = None) -> M
     }
 
 
-def committed_course(study: Directory, tried: Tried, objective: Objective) -> Mapping[int, float]:
+def committed_course(study: Directory, tried: TrialRecord, objective: Objective) -> Mapping[int, float]:
     """Return the scores of a resumed trial up to its last checkpoint, which it will not evaluate again."""
     steps = committed_steps(trial_directory(study, tried.trial))
     return course(tried, objective, up_to=max(steps, default=0))
 
 
-def known(tried: Sequence[Tried], objective: Objective, *, worst: float) -> list[Known]:
+def known(tried: Sequence[TrialRecord], objective: Objective, *, worst: float) -> list[Known]:
     """Return the trials as observations for a sampler; an early-stopped trial includes its scores by step.
 
     A failed trial has the `worst` score, so that similar parameters are not tried for ever.
@@ -78,7 +78,7 @@ def check_any_ran(study: Directory) -> None:
         )
 
 
-def confirmations(tried: Sequence[Tried], *, top: int, num_seeds: int) -> list[Trial]:
+def confirmations(tried: Sequence[TrialRecord], *, top: int, num_seeds: int) -> list[Trial]:
     """Return the trials still needed so that the best `top` finished candidates have all their seeds."""
     scored = [
         (t.outcome.score, t.trial) for t in searched(tried) if t.outcome and t.outcome.status == "finished"

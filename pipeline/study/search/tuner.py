@@ -23,14 +23,14 @@ from pipeline.storage.files import Directory, filesystem
 _ON_HEAD = "node:__internal_head__"
 
 
-class Unsaved:
+class NotPickled:
     """Excludes an object from Tune's pickled state: ours holds the driver's console and files."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class Placements:
+class PlacementGroupRegistry:
     """Placement groups of the trials' workers. The driver removes them if the process of a trial was killed.
 
     Ray Train leaves this to the dashboard, which may not be running.
@@ -67,7 +67,7 @@ class _Groups:
         return self._groups.pop(name, None)
 
 
-class Listener(Unsaved, tune.Callback):
+class TrialListener(NotPickled, tune.Callback):
     """Handles the ends of trials, and ends the study at an error that concerns all trials.
 
     Leftovers of a killed attempt are removed before the next attempt, and after the last.
@@ -75,7 +75,7 @@ class Listener(Unsaved, tune.Callback):
 
     fatal: DinorayError | None = None
 
-    def __init__(self, placements: Placements, tell: Callable[[str], None]) -> None:
+    def __init__(self, placements: PlacementGroupRegistry, tell: Callable[[str], None]) -> None:
         self._placements, self._tell = placements, tell
 
     def on_trial_start(
@@ -130,10 +130,10 @@ def _cause(trial: TuneTrial) -> str:
     return lines[-1].strip()[:300] if lines else "its process was lost"
 
 
-class _Stopper(Unsaved, tune.Stopper):
+class _Stopper(NotPickled, tune.Stopper):
     """Stops all trials once the listener has recorded a fatal error."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: TrialListener) -> None:
         self._listener = listener
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -150,7 +150,7 @@ def tell_error(error: DinorayError) -> None:
 
 def run_tune(
     trainable: Callable[[dict[str, Any]], None],
-    listener: "Listener",
+    listener: "TrialListener",
     config: tune.TuneConfig,
     *,
     study: Directory,

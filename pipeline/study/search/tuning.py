@@ -22,7 +22,13 @@ from ray.util.placement_group import PlacementGroup
 from models.errors import DinorayError
 from pipeline.cluster.channel import actor_here
 from pipeline.storage.files import Directory
-from pipeline.study.search.tuner import Listener, Placements, Unsaved, run_tune, tell_error
+from pipeline.study.search.tuner import (
+    NotPickled,
+    PlacementGroupRegistry,
+    TrialListener,
+    run_tune,
+    tell_error,
+)
 from pipeline.study.trials import Trial
 
 Course = Mapping[int, float]
@@ -30,7 +36,7 @@ Course = Mapping[int, float]
 
 
 @dataclass(frozen=True)
-class Halving:
+class AshaConfig:
     """ASHA: at `grace_steps` and each `factor` times as many, all but the best 1 in `factor` stop early."""
 
     grace_steps: int
@@ -41,7 +47,7 @@ class Halving:
 class Report:
     """Reports of a trial, answered with a stop decision, at each evaluation."""
 
-    def __init__(self, referee: Any, placements: Placements, trial: Trial) -> None:
+    def __init__(self, referee: Any, placements: PlacementGroupRegistry, trial: Trial) -> None:
         self._referee, self._placements, self._trial = referee, placements, trial
 
     def __call__(self, step: int, score: float, scores: Mapping[str, float]) -> bool:
@@ -54,7 +60,7 @@ class Report:
         self._placements.keep(self._trial.name, group)
 
 
-Body = Callable[[Trial, Report], None]
+TrialFunction = Callable[[Trial, Report], None]
 """Runs a trial until it ends in any way, and stores the outcome."""
 
 
@@ -74,15 +80,15 @@ class Search:
     """Evaluations of trials that are proposed again, up to the step from which they resume."""
 
 
-class _Referee:
+class _StopDecisions:
     """Passes decisions from the scheduler, in the driver, to the trials."""
 
     def __init__(self) -> None:
         self._decisions: defaultdict[tuple[int, int], asyncio.Future[bool]] = defaultdict(asyncio.Future)
 
-    async def decide(self, number: int, step: int, goes_on: bool) -> None:
+    async def decide(self, number: int, step: int, should_continue: bool) -> None:
         if not self._decisions[number, step].done():
-            self._decisions[number, step].set_result(goes_on)
+            self._decisions[number, step].set_result(should_continue)
 
     async def decision(self, number: int, step: int) -> bool:
         return await self._decisions[number, step]
@@ -90,17 +96,17 @@ class _Referee:
 
 def run_trials(
     search: Search,
-    body: Body,
+    body: TrialFunction,
     *,
     study: Directory,
     num_trials: int,
     trials_at_once: int,
-    halving: Halving | None,
+    halving: AshaConfig | None,
     max_failures: int,
 ) -> None:
     """Run at most `num_trials` proposed trials; raise DinorayError if an error concerns all trials."""
-    referee = actor_here(_Referee)
-    placements = Placements()
+    referee = actor_here(_StopDecisions)
+    placements = PlacementGroupRegistry()
     run_tune(
         _Trainable(body, referee, placements),
         _TrialListener(search, placements),
@@ -128,7 +134,7 @@ class _Trainable:
 
     __name__ = "trial"
 
-    def __init__(self, body: Body, referee: Any, placements: Placements) -> None:
+    def __init__(self, body: TrialFunction, referee: Any, placements: PlacementGroupRegistry) -> None:
         self._body, self._referee, self._placements = body, referee, placements
 
     def __call__(self, config: dict[str, Any]) -> None:
@@ -139,7 +145,7 @@ class _Trainable:
             tell_error(error)
 
 
-class _Proposals(Unsaved, Searcher):
+class _Proposals(NotPickled, Searcher):
     """Tune's interface to `Search.propose`."""
 
     def __init__(self, search: Search) -> None:
@@ -161,10 +167,10 @@ class _Proposals(Unsaved, Searcher):
         """Do nothing: nothing was saved."""
 
 
-class _Refereed(Unsaved, FIFOScheduler):
+class _Refereed(NotPickled, FIFOScheduler):
     """First in, first out; ASHA's stop decisions are sent to the trials, which are not killed."""
 
-    def __init__(self, referee: Any, halving: Halving | None, search: Search) -> None:
+    def __init__(self, referee: Any, halving: AshaConfig | None, search: Search) -> None:
         super().__init__()
         self._referee, self._begun = referee, search.begun
         self._asha = None
@@ -195,13 +201,13 @@ class _Refereed(Unsaved, FIFOScheduler):
             action = TrialScheduler.CONTINUE
             if self._asha is not None:
                 action = self._asha.on_trial_result(tune_controller, trial, result)
-            goes_on = action == TrialScheduler.CONTINUE
-            self._referee.decide.remote(trial_of(trial).number, result["step"], goes_on)
+            should_continue = action == TrialScheduler.CONTINUE
+            self._referee.decide.remote(trial_of(trial).number, result["step"], should_continue)
         return TrialScheduler.CONTINUE
 
 
-class _TrialListener(Listener):
-    def __init__(self, search: Search, placements: Placements) -> None:
+class _TrialListener(TrialListener):
+    def __init__(self, search: Search, placements: PlacementGroupRegistry) -> None:
         super().__init__(placements, search.tell)
         self._search = search
 
