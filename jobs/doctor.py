@@ -64,16 +64,8 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
-    parser.add_argument("--recipe", default=None, help="recipe of the run (default: demo)")
-    parser.add_argument(
-        "--config", type=Path, default=None, help="YAML file of settings that override the recipe"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="setting to change, e.g. data.path=s3://BUCKET/images",
-    )
+    parser.add_recipe()
+    parser.add_overrides("data.path=s3://BUCKET/images")
     arguments = parser.parse_args(argv)
     config = load_config(arguments.recipe, arguments.config, arguments.overrides)
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")

@@ -23,12 +23,7 @@ def main(argv: Sequence[str]) -> None:
         help=f"comma-separated list out of {','.join(LABELLED + LABEL_FREE)} (default: all that the data allows)",
     )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="setting to change, e.g. eval.val_path=s3://bucket/val",
-    )
+    parser.add_overrides("eval.val_path=s3://bucket/val")
     arguments = parser.parse_args(argv)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
     from jobs.runs.scoring import score

@@ -118,12 +118,7 @@ def _parser() -> CommandLine:
         help="images per Parquet part (default: chosen from the size of the images)",
     )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="setting to change, e.g. data.label_from_parent=true",
-    )
+    parser.add_overrides("data.label_from_parent=true")
     return parser
 
 

@@ -17,9 +17,9 @@ LAYERS = ("models", "pipeline", "jobs")
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).glob("**/*.py"))]
 OTHER_FILES = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).glob("**/*.py"))]
 RAY_FILES = {
-    *(f"pipeline/cluster/{name}.py" for name in ("channel", "nodes", "pool_control")),
+    *(f"pipeline/cluster/{name}.py" for name in ("channel", "nodes", "pool_control", "pool_mailbox")),
     *(f"pipeline/stream/{name}.py" for name in ("ray_data", "shared_stream")),
-    *(f"pipeline/worker/{name}.py" for name in ("worker", "spec")),
+    *(f"pipeline/worker/{name}.py" for name in ("worker", "outputs", "spec")),
     *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
     "pipeline/evaluation/actors.py",
     "pipeline/tracking/prometheus.py",
@@ -44,7 +44,7 @@ ROOMS = {
     "pipeline/evaluation": _PAGES,
     "pipeline/reporting": _PAGES,
     "pipeline/worker": f"{_TRAINING} cluster tracking stream evaluation reporting",
-    "pipeline/export": f"{_TRAINING} evaluation",
+    "pipeline/export": f"{_TRAINING} tracking evaluation",
     "pipeline/study": "models storage tracking training",
     "pipeline/study/findings": "study training",
     "pipeline/study/page": "storage tracking figures reporting study findings",

@@ -42,6 +42,21 @@ class CommandLine(argparse.ArgumentParser):
             help="network to use (default: teacher)",
         )
 
+    def add_recipe(self) -> None:
+        """Add the options that settings start from."""
+        self.add_argument(
+            "--recipe", default=None, help="named set of settings to start from (default: demo)"
+        )
+        self.add_argument(
+            "--config", type=Path, default=None, help="YAML file of settings that override the recipe"
+        )
+
+    def add_overrides(self, example: str) -> None:
+        """Add the settings on the command line."""
+        self.add_argument(
+            "overrides", nargs="*", metavar="key=value", help=f"setting to change, e.g. {example}"
+        )
+
     def error(self, message: str) -> NoReturn:
         """ConfigError instead of argparse's own way out."""
         raise ConfigError(f"{message}; --help lists the options; settings are written as section.key=value")
@@ -57,12 +72,7 @@ class Arguments(CommandLine):
             epilog=_settings_help(config),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_argument(
-            "--recipe", default=None, help="named set of settings to start from (default: demo)"
-        )
-        self.add_argument(
-            "--config", type=Path, default=None, help="YAML file of settings that override the recipe"
-        )
+        self.add_recipe()
         self.add_argument(
             "--print-config",
             action="store_true",
@@ -77,9 +87,7 @@ class Arguments(CommandLine):
                 action="store_true",
                 help="resume the run of this name even if its settings have changed",
             )
-        self.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="setting to change, e.g. optim.base_lr=1e-3"
-        )
+        self.add_overrides("optim.base_lr=1e-3")
 
 
 _FIRST_SETTINGS = """\

@@ -5,7 +5,6 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from math import ceil
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -22,7 +21,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     Ctrl-C and SIGTERM (`ray job stop`, the end of a pod) raise KeyboardInterrupt in `main`, which may name the
     place that the same command continues from: `KeyboardInterrupt("step 120")`.
     """
-    _heed_sigterm()
+    _take_sigterm_as_interrupt()
     try:
         main(sys.argv[1:])
         print(end="", flush=True)
@@ -59,10 +58,7 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
     A local Ray is given as many logical CPUs as the run asks for, at least the machine's: the operating system
     shares the real ones. ResourceError when GPUs are asked for that a local machine does not have.
     """
-    train_cpus = resources.train_workers * resources.cpus_per_train_worker
-    least = _range(resources.augment_actors, default=(1, 1))[0]
-    # One more than the run needs: with none left over, Ray's own small tasks would wait for ever.
-    needed = ceil(train_cpus + least * resources.cpus_per_augment_actor) + 1
+    needed = resources.least_cpus
     local = join_ray(needed, verbose=verbose)
     have = ray.cluster_resources()
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
@@ -80,8 +76,9 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
             "no GPU node is up: training on CPUs; set resources.use_gpu=true to wait for GPU nodes",
             flush=True,
         )
-    spare = int((cpus - train_cpus - 1) // resources.cpus_per_augment_actor)
-    return use_gpu, _range(resources.augment_actors, default=(1, max(1, spare)))
+    spare = int((cpus - resources.train_cpus - 1) // resources.cpus_per_augment_actor)
+    least, most = resources.actor_range
+    return use_gpu, (least, max(1, spare) if most is None else most)
 
 
 def check_gpus(resources: ResourcesConfig, gpus: int) -> None:
@@ -125,7 +122,7 @@ def join_ray(local_cpus: int, *, verbose: bool, dashboard: bool = False) -> bool
         if stop.code != signal.SIGTERM:  # Ray's own way out upon it, until ours is back
             raise
         raise KeyboardInterrupt from stop
-    _heed_sigterm()
+    _take_sigterm_as_interrupt()
     return local
 
 
@@ -170,12 +167,6 @@ def wants_token(address: str, error: AuthenticationError) -> ResourceError:
     )
 
 
-def _heed_sigterm() -> None:
+def _take_sigterm_as_interrupt() -> None:
     """SIGTERM is taken as Ctrl-C: what is open is closed, a local Ray among it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-
-def _range(actors: "int | tuple[int, int] | str", *, default: tuple[int, int]) -> tuple[int, int]:
-    if isinstance(actors, int):
-        return actors, actors
-    return actors if isinstance(actors, tuple) else default

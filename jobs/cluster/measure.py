@@ -133,7 +133,6 @@ def _train(config: PlanConfig, num_images: int, *, on_gpus: bool, say: Say) -> t
 def run_of(config: PlanConfig, measured: Measured) -> Run:
     """The run in numbers."""
     num_images, resources = measured.num_images, config.resources
-    actors = resources.augment_actors
     steps = schedule_of(config, num_images=num_images).total_steps
     every = config.eval.every_steps
     return Run(
@@ -149,7 +148,7 @@ def run_of(config: PlanConfig, measured: Measured) -> Run:
         prefetch_batches=resources.prefetch_batches,
         cpus_per_train_worker=resources.cpus_per_train_worker,
         cpus_per_augment_actor=resources.cpus_per_augment_actor,
-        most_actors=None if actors == "auto" else actors if isinstance(actors, int) else actors[1],
+        most_actors=resources.actor_range[1],
         fetch_concurrency=config.data.fetch_concurrency,
     )
 

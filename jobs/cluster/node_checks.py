@@ -8,7 +8,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import ceil
 from platform import python_version
 from typing import Any
 
@@ -70,13 +69,10 @@ def check_fit(nodes: Sequence[Node], config: Config, *, is_local: bool) -> list[
     free = ray.available_resources()
     asked = config.resources
     grows = any(_HEAD in node["Resources"] and not node["Resources"].get("CPU") for node in nodes)
-    train = asked.train_workers * asked.cpus_per_train_worker
-    actors = asked.augment_actors
-    least = actors if isinstance(actors, int) else actors[0] if isinstance(actors, tuple) else 1
-    needed = ceil(train + least * asked.cpus_per_augment_actor) + 1
+    train, needed = asked.train_cpus, asked.least_cpus
     text = (
         f"{have['CPU']:.0f} CPUs, the run needs {needed}: {train:g} for resources.train_workers="
-        f"{asked.train_workers}, {least * asked.cpus_per_augment_actor:g} for data, 1 for Ray"
+        f"{asked.train_workers}, {asked.actor_range[0] * asked.cpus_per_augment_actor:g} for data, 1 for Ray"
     )
     found = []
     if is_local and have["CPU"] < needed:

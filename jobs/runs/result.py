@@ -7,6 +7,7 @@ from typing import Any
 from jobs.cli.display import describe_calibration
 from models.errors import DataError
 from pipeline.storage.files import Directory
+from pipeline.tracking.records import read_records
 from pipeline.training.verdict import Verdict
 
 RESULT = "result.json"
@@ -15,7 +16,7 @@ RESULT = "result.json"
 
 def write_result(run: Directory) -> None:
     """Sum the run up: its first and last evaluation, the metrics of its last step, and when it ended."""
-    records = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
+    records = read_records(run).lines
     steps = [r for r in records if "loss" in r]
     if not steps:
         raise DataError(f"{run.join('metrics.jsonl')} holds no training step")

@@ -1,5 +1,6 @@
 """Config of a run's processes: their number and resources. No Ray here; worker/worker.py and jobs/ use it."""
 
+from math import ceil
 from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator
@@ -35,3 +36,20 @@ class ResourcesConfig(Settings):
                 f"{list(actors)} must be [least, most] with least <= most, e.g. {sorted(actors)}"
             )
         return actors
+
+    @property
+    def actor_range(self) -> tuple[int, int | None]:
+        """Least and most augment actors; None: as many as there are CPUs for."""
+        if self.augment_actors == "auto":
+            return 1, None
+        return (self.augment_actors,) * 2 if isinstance(self.augment_actors, int) else self.augment_actors
+
+    @property
+    def train_cpus(self) -> float:
+        """CPUs of all train workers."""
+        return self.train_workers * self.cpus_per_train_worker
+
+    @property
+    def least_cpus(self) -> int:
+        """CPUs that a run needs: one more than its processes, for Ray's own small tasks, which else wait for ever."""
+        return ceil(self.train_cpus + self.actor_range[0] * self.cpus_per_augment_actor) + 1

@@ -14,6 +14,7 @@ from models.errors import redact_credentials
 from pipeline.export.timm_export import evaluation_size, timm_arguments
 from pipeline.storage.files import Directory, MissingObject
 from pipeline.storage.run_dir import checkpoint_name
+from pipeline.tracking.records import read_records
 from pipeline.training.checkpoint import FrozenBackbone
 
 CARD_FORMAT = 2
@@ -101,18 +102,8 @@ def read_scores(run: Directory, step: int, which: str) -> dict[str, Any]:
 
 
 def _logged_scores(run: Directory, step: int) -> dict[str, Any] | None:
-    try:
-        lines = run.read("metrics.jsonl").decode(errors="replace").splitlines()
-    except MissingObject:
-        return None
     found = None
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # truncated when the run was killed
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            continue
+    for record in read_records(run).lines:
         scores = _scores_in(record)
         if record["step"] <= step and any(k != "majority" for k in scores):
             found = {"step": record["step"], **scores}

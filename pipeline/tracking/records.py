@@ -8,6 +8,7 @@ error. No Ray here.
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,11 @@ class Records:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    @property
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """All lines that have a step, by step."""
+        return self._lines
 
     @property
     def last_step(self) -> int | None:

@@ -4,7 +4,6 @@ The only user of ray.train. `fit` starts the workers from the driver; each worke
 """
 
 import contextlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,29 +18,22 @@ from ray.train import CheckpointConfig as RayCheckpointConfig
 from models.errors import DinorayError
 from pipeline.augment.config import crop_bytes
 from pipeline.cluster.channel import known_error
-from pipeline.cluster.nodes import NodeWatch
-from pipeline.cluster.pool_mailbox import PoolMailbox
 from pipeline.cluster.resources import ResourcesConfig
 from pipeline.data.partition import lay_out
 from pipeline.evaluation.in_training import evaluate
-from pipeline.reporting.run_report import build_report
 from pipeline.storage.files import filesystem
 from pipeline.storage.run_dir import checkpoint_name
 from pipeline.stream import ray_data, shared_stream
-from pipeline.tracking.prometheus import Gauges
-from pipeline.tracking.records import spent
-from pipeline.tracking.run_log import MetricsLog
-from pipeline.tracking.services import open_trackers
-from pipeline.tracking.sink import MetricSink
 from pipeline.training.bad_images import Quarantine
-from pipeline.training.checkpoint import load_checkpoint, own_copy, temporary_checkpoint
+from pipeline.training.checkpoint import load_checkpoint, own_copy
 from pipeline.training.ddp import distribute
 from pipeline.training.distributed import all_reduce_max, set_up_device
 from pipeline.training.init_weights import load_initial_weights
 from pipeline.training.step import build_state, train
 from pipeline.training.verdict import UnhealthyError, Verdict
+from pipeline.worker.cadence import Cadence
+from pipeline.worker.outputs import Outputs
 from pipeline.worker.spec import WorkerSpec
-from pipeline.worker.throughput import PoolThroughput, ThroughputMeter
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
@@ -73,16 +65,16 @@ def work(loop_config: dict[str, Any]) -> None:
     An error that all workers raise is posted only: if it were raised, Ray would restart the workers.
     """
     spec: WorkerSpec = ray.get(loop_config["spec"])
-    log = None
+    outputs = None
     try:
         worker = _Worker(spec)
-        log = worker.log
+        outputs = worker.outputs
         worker.run()
     except Exception as error:
         # Before the post, which ends the run: the files named in the error message must be complete.
         with contextlib.suppress(Exception):
-            if log:
-                log.close(failed=True)
+            if outputs:
+                outputs.close(failed=True)
         known = known_error(error)
         if known is None:
             raise
@@ -92,7 +84,7 @@ def work(loop_config: dict[str, Any]) -> None:
 
 
 class _Worker:
-    """One worker's share of the run. Rank 0 also writes metrics, quarantine and checkpoints."""
+    """One worker's share of the run: restore, train, evaluate, save."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         context = ray.train.get_context()
@@ -110,33 +102,15 @@ class _Worker:
         )
         self.quarantine = Quarantine(self._initialise() if self.is_new else self._restore())
         self.state.student = distribute(self.state.dino, device)
-        self.nodes = NodeWatch(spec.cost, dollars=spent(spec.run)) if self.rank == 0 else None
-        self.log = (
-            MetricsLog(
-                spec.run,
-                first_step=self.state.step,
-                first_position=self.state.step * spec.config.train.global_batch_size,
-                others=self._other_sinks(),
-            )
-            if self.rank == 0
-            else None
+        self.cadence = Cadence(
+            self.state.schedule.total_steps,
+            log_every=spec.log.every_steps,
+            eval_every=spec.eval.every_steps,
+            checkpoint_every=spec.checkpoint.every_steps,
         )
-        if self.log:
-            spec.channel.post("placed", group=ray.util.get_current_placement_group())
-        self.pool = PoolMailbox(spec.channel)
-        self.meter, self.pace = ThroughputMeter(), PoolThroughput(self.pool.send_reading)
+        self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
         self.verdict = Verdict.HEALTHY
         self.stopped = False
-
-    def _other_sinks(self) -> list[MetricSink]:
-        spec = self.spec
-        trackers = open_trackers(
-            spec.track, spec.run, name=spec.name, params=spec.params, page=build_report, tell=self._note
-        )
-        return [Gauges(spec.name, total_steps=self.state.schedule.total_steps), *trackers]
-
-    def _note(self, text: str) -> None:
-        self.spec.channel.post_and_wait("note", text=text)
 
     def run(self) -> None:
         """Train from the restored step to the last step."""
@@ -146,8 +120,8 @@ class _Worker:
         train(state, self._batches(), on_step=self._on_step)
         if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
-        if self.log:
-            self.log.close()
+        if self.outputs:
+            self.outputs.close()
             if self.stopped:
                 self.spec.channel.post_and_wait("stopped", step=state.step)
 
@@ -155,9 +129,8 @@ class _Worker:
         """Load the configured initial weights, if any; return empty counts of bad images."""
         spec = self.spec
         if spec.init_weights is not None:
-            load_initial_weights(
-                self.state, ray.get(spec.init_weights), spec.init.load
-            )  # printed before Ray starts
+            # Its lines are printed before Ray starts.
+            load_initial_weights(self.state, ray.get(spec.init_weights), spec.init.load)
         return {}
 
     def _restore(self) -> dict[str, int]:
@@ -184,67 +157,58 @@ class _Worker:
             yield from ray_data.batches(mine, leg, rank=self.rank, prefetch_batches=ahead)
 
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> bool:
-        spec, state = self.spec, self.state
-        step, ends = state.step, state.step == state.schedule.total_steps
-        num_images = spec.config.train.global_batch_size
-        for meter in (self.meter, self.pace) if self.log else ():
-            meter.add(num_images, wait_seconds, batch["cpu_ms"], batch["busy_ms"])
+        """Do what is due after a step; return True if the run must end here. All ranks call it alike."""
+        state, step = self.state, self.state.step
+        if self.outputs:
+            self.outputs.count_step(batch, wait_seconds)
         self.quarantine.note(batch)
-        gives_up = state.skipped_in_a_row >= spec.health.max_skipped
-        evaluates = ends or step % spec.eval.every_steps == 0
-        saves = ends or step % spec.checkpoint.every_steps == 0
-        logs = ends or evaluates or saves or gives_up or step % spec.log.every_steps == 0
-        if logs:
+        fails = state.skipped_in_a_row >= self.spec.health.max_skipped
+        due = self.cadence.due(step, fails=fails)
+        if due.logs:
             self._log_step({k: float(v) for k, v in metrics.items()})
-        if gives_up:
+        if fails:
             self._go_back()
-        if evaluates:
+        if due.evaluates:
             self._evaluate()
-        self.stopped = (
-            logs and not ends and self._should_stop(step if evaluates and spec.waits_for_decision else None)
-        )
+        if due.logs and not due.ends:
+            self.stopped = self._should_stop(step if due.evaluates and self.spec.waits_for_decision else None)
         # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
         # saved.
-        if (saves or self.stopped) and (ends or not state.skipped_in_a_row):
+        if (due.saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
             self._save()
         return self.stopped
 
     def _should_stop(self, step: int | None) -> bool:
         """Return True on all ranks if the run must end now; await the decision on `step` unless None."""
-        told = bool(self.log) and not self.spec.channel.should_continue(step)
+        told = self.rank == 0 and not self.spec.channel.should_continue(step)
         return bool(all_reduce_max(torch.tensor(float(told), device=self.state.device)))
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
-        state, per_step = self.state, self.spec.config.train.global_batch_size
-        seen = state.step * per_step
+        state = self.state
         bad = self.quarantine.share()
-        if self.log:
-            self.log.quarantine(bad)
+        if self.outputs:
+            self.outputs.write_bad_images(bad)
         self.quarantine.check(
-            num_seen=seen,
+            num_seen=state.step * self.spec.config.train.global_batch_size,
             num_images=self.spec.num_images,
             limit=self.spec.max_bad_fraction,
             file=self.spec.run.join("quarantine.jsonl"),
         )
         metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=state.skipped_in_a_row)
-        if self.log and self.nodes:
-            metrics |= {"epoch": seen / self.spec.num_images, "time": time.time(), **self.meter.read()}
-            metrics |= {"bad_images": self.quarantine.counts.total(), "skipped_steps": state.skipped}
-            metrics |= {**self.nodes.read(), **self.pool.metrics()}
-            self.log.log(state.step, metrics)
-            self.spec.channel.post("step", step=state.step, total_steps=state.schedule.total_steps, **metrics)
-        self._heed(Verdict(metrics["verdict"]))
+        if self.outputs:
+            self.outputs.log_step(state, metrics, self.quarantine)
+        self._act_on(Verdict(metrics["verdict"]))
 
-    def _heed(self, verdict: Verdict) -> None:
+    def _act_on(self, verdict: Verdict) -> None:
         """Post a changed verdict; raise it on a collapse if configured. All ranks do the same."""
         changed, self.verdict = verdict is not self.verdict, verdict
         if verdict is Verdict.HEALTHY or not changed:
             return
         message = f"{verdict.value} at step {self.state.step}: {verdict.remedy}"
         if verdict is not Verdict.NON_FINITE and self.spec.health.on_collapse == "stop":
-            raise UnhealthyError(f"{message}; health.on_collapse=warn would go on", verdict)
-        if self.log:
-            self.spec.channel.post("note", text=f"warning: {message}")
+            raise UnhealthyError(f"{message}; to continue anyway, set health.on_collapse=warn", verdict)
+        if self.outputs:
+            self.outputs.note(f"warning: {message}")
 
     def _go_back(self) -> None:
         """Raise, so that Ray restarts all workers from the last checkpoint; the second time, end the run."""
@@ -253,14 +217,13 @@ class _Worker:
         steps = f"{self.state.skipped_in_a_row} steps in a row, up to step {self.state.step}, were not finite"
         if number > 1 or not self.spec.can_restart:
             raise UnhealthyError(f"{steps}: {Verdict.NON_FINITE.remedy}", Verdict.NON_FINITE)
-        if self.log:
-            text = f"warning: {steps}; going back to the last checkpoint"
-            self.spec.channel.post_and_wait("note", text=text)
+        if self.outputs:
+            self.outputs.note(f"warning: {steps}; going back to the last checkpoint")
         raise _GoingBackError(steps)
 
     def _evaluate(self) -> None:
         spec, step = self.spec, self.state.step
-        found = evaluate(
+        evaluation = evaluate(
             self.state.dino.teacher.backbone,
             (ray.get(spec.eval_sources[0]), ray.get(spec.eval_sources[1])) if spec.eval_sources else None,
             ray.get(spec.stream.source),
@@ -270,35 +233,25 @@ class _Worker:
             config=spec.eval,
             probe=spec.probe,
         )
-        if self.log and found:
-            if found.attention is not None:
-                self.log.picture("attention", step, found.attention)
-            if found.embedding is not None:
-                self.log.embedding(step, found.embedding)
-            if found.scores:
-                self.log.log(step, found.scores)
-            self.log.sync()  # the report is made from the files in the run directory
-            spec.channel.post("eval", step=step, **found.scores)
-        self.meter.restart()
-        self.pace.restart()
+        if self.outputs:
+            if evaluation:
+                self.outputs.log_evaluation(step, evaluation)
+            self.outputs.restart_meters()
 
     def _save(self) -> None:
-        checkpoint, name = None, checkpoint_name(self.state.step)
-        if self.log:
-            self.log.sync()  # before the commit: a checkpoint's metrics must be written before it
-            bad_images = dict(self.quarantine.counts)
-            folder = temporary_checkpoint(self.state, num_images=self.spec.num_images, bad_images=bad_images)
+        checkpoint = None
+        if self.outputs:
+            folder = self.outputs.write_checkpoint(self.state, self.quarantine)
             checkpoint = Checkpoint.from_directory(str(folder))
-            self.spec.channel.post("checkpoint", step=self.state.step, name=name)
         # Uploads in the background and removes the folder afterwards.
         ray.train.report(
             {"step": self.state.step},
             checkpoint=checkpoint,
-            checkpoint_dir_name=name,
+            checkpoint_dir_name=checkpoint_name(self.state.step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
-        self.meter.restart()
-        self.pace.restart()
+        if self.outputs:
+            self.outputs.restart_meters()
 
 
 class _GoingBackError(RuntimeError):

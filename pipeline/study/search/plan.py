@@ -69,7 +69,7 @@ def plan_study(
     `limit`: requested number of concurrent trials; None takes as many as fit. `all_at_once`: all trials must
     run at once, because they form a population. `grows`: the cluster may grow later.
     """
-    least, most = _actors(resources)
+    least, most = resources.actor_range
     cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
     gpus_each = resources.train_workers if use_gpu else 0
     fit = floor((cpus - _FOR_RAY - cpus_shared) / cpus_each) if cpus_each else num_trials
@@ -120,14 +120,6 @@ def local_cpus(resources: ResourcesConfig, *, cores: int, limit: int | None, sha
 
 def _cpus(resources: ResourcesConfig, *, shares_stream: bool) -> tuple[float, float]:
     """Return the CPUs of a trial, and the CPUs that all trials share."""
-    train = resources.train_workers * resources.cpus_per_train_worker
-    augment = _actors(resources)[0] * resources.cpus_per_augment_actor
+    train = resources.train_cpus
+    augment = resources.actor_range[0] * resources.cpus_per_augment_actor
     return (train, augment) if shares_stream else (train + augment, 0.0)
-
-
-def _actors(resources: ResourcesConfig) -> tuple[int, int | None]:
-    """Return the minimum and maximum number of augment actors; None means no limit."""
-    actors = resources.augment_actors
-    if isinstance(actors, int):
-        return actors, actors
-    return actors if isinstance(actors, tuple) else (1, None)

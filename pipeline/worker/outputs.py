@@ -1,0 +1,95 @@
+"""What rank 0 alone writes and posts: metrics, bad images, evaluations, notes, checkpoint files."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.cluster.nodes import NodeWatch
+from pipeline.cluster.pool_mailbox import PoolMailbox
+from pipeline.evaluation.in_training import Evaluation
+from pipeline.reporting.run_report import build_report
+from pipeline.storage.run_dir import checkpoint_name
+from pipeline.tracking.prometheus import Gauges
+from pipeline.tracking.records import spent
+from pipeline.tracking.run_log import MetricsLog
+from pipeline.tracking.services import open_trackers
+from pipeline.training.bad_images import Quarantine
+from pipeline.training.checkpoint import temporary_checkpoint
+from pipeline.training.step import TrainState
+from pipeline.worker.spec import WorkerSpec
+from pipeline.worker.throughput import PoolThroughput, ThroughputMeter
+
+
+class Outputs:
+    """The run's outputs; only rank 0 has them."""
+
+    def __init__(self, spec: WorkerSpec, state: TrainState) -> None:
+        self._spec, self._channel = spec, spec.channel
+        self._images_per_step = spec.config.train.global_batch_size
+        trackers = open_trackers(
+            spec.track, spec.run, name=spec.name, params=spec.params, page=build_report, tell=self.note
+        )
+        self._nodes = NodeWatch(spec.cost, dollars=spent(spec.run))
+        self._log = MetricsLog(
+            spec.run,
+            first_step=state.step,
+            first_position=state.step * self._images_per_step,
+            others=[Gauges(spec.name, total_steps=state.schedule.total_steps), *trackers],
+        )
+        self._channel.post("placed", group=ray.util.get_current_placement_group())
+        self._pool = PoolMailbox(spec.channel)
+        self._meter, self._pool_meter = ThroughputMeter(), PoolThroughput(self._pool.send_reading)
+
+    def note(self, text: str) -> None:
+        """Post a line for the user; return once it has arrived."""
+        self._channel.post_and_wait("note", text=text)
+
+    def count_step(self, batch: Mapping[str, Any], wait_seconds: float) -> None:
+        """Add a step to the throughput."""
+        for meter in (self._meter, self._pool_meter):
+            meter.add(self._images_per_step, wait_seconds, batch["cpu_ms"], batch["busy_ms"])
+
+    def restart_meters(self) -> None:
+        """Begin the throughput anew after an evaluation or a checkpoint, whose time is not that of steps."""
+        self._meter.restart()
+        self._pool_meter.restart()
+
+    def write_bad_images(self, bad: list[dict[str, Any]]) -> None:
+        """Append to quarantine.jsonl."""
+        self._log.quarantine(bad)
+
+    def log_step(self, state: TrainState, metrics: Mapping[str, Any], quarantine: Quarantine) -> None:
+        """Log and post a step's metrics, with those of data, cluster and cost."""
+        epoch = state.step * self._images_per_step / self._spec.num_images
+        logged = {**metrics, "epoch": epoch, "time": time.time(), **self._meter.read()}
+        logged |= {"bad_images": quarantine.counts.total(), "skipped_steps": state.skipped}
+        logged |= {**self._nodes.read(), **self._pool.metrics()}
+        self._log.log(state.step, logged)
+        self._channel.post("step", step=state.step, total_steps=state.schedule.total_steps, **logged)
+
+    def log_evaluation(self, step: int, evaluated: Evaluation) -> None:
+        """Log and post scores; add pictures and embeddings."""
+        if evaluated.attention is not None:
+            self._log.picture("attention", step, evaluated.attention)
+        if evaluated.embedding is not None:
+            self._log.embedding(step, evaluated.embedding)
+        if evaluated.scores:
+            self._log.log(step, evaluated.scores)
+        self._log.sync()  # the report is made from the files in the run directory
+        self._channel.post("eval", step=step, **evaluated.scores)
+
+    def write_checkpoint(self, state: TrainState, quarantine: Quarantine) -> Path:
+        """Write the checkpoint into a new local folder, which the uploader must remove."""
+        self._log.sync()  # before the commit: a checkpoint's metrics must be written before it
+        folder = temporary_checkpoint(
+            state, num_images=self._spec.num_images, bad_images=dict(quarantine.counts)
+        )
+        self._channel.post("checkpoint", step=state.step, name=checkpoint_name(state.step))
+        return folder
+
+    def close(self, *, failed: bool = False) -> None:
+        """Write all that is still in memory."""
+        self._log.close(failed=failed)
