@@ -17,14 +17,14 @@ _DECIDED_ELSEWHERE = {
 
 
 class BackboneConfig(Settings):
-    """Which timm network is pretrained."""
+    """Network of student and teacher, from timm."""
 
     name: str = "vit_small_patch16_224"
     """Any name that `timm.list_models()` knows, with or without a tag of its weights (`.lvd142m`)."""
     pretrained: bool = False
     """Start from the weights that timm publishes under this name, downloaded once."""
     pos_embed: Literal["timm", "official"] = "timm"
-    """How ViTs resize position embeddings: timm's way (antialiased), or that of the published DINO."""
+    """Resizing of position embeddings in ViTs: as timm does (antialiased), or as the published DINO code does."""
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the student, linear from 0 to this rate over the blocks; the teacher has none."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -47,7 +47,7 @@ def argument_hint(name: str, value: str) -> str:
 
 
 class HeadConfig(Settings):
-    """The projection head of student and teacher."""
+    """Projection head of student and teacher."""
 
     out_dim: Annotated[int, Field(ge=2)] | Auto = 65536
     """K, the number of prototypes; auto: by the number of images."""
@@ -60,11 +60,11 @@ class HeadConfig(Settings):
     use_bn: bool = False
     """Batch norm between the MLP's layers, over the batches of all workers."""
     norm_last_layer: bool = True
-    """Keep the prototypes on the unit sphere (frozen magnitude): steadier. False lets the magnitude learn."""
+    """Fix the norm of each prototype to 1, which is more stable; false trains the norms too."""
 
 
 class LossConfig(Settings):
-    """Temperatures and centring."""
+    """Temperatures and centring of the loss."""
 
     student_temp: float = Field(default=0.1, gt=0)
     """Temperature of the student's softmax."""
@@ -73,11 +73,11 @@ class LossConfig(Settings):
     warmup_teacher_temp: float = Field(default=0.04, gt=0)
     """Teacher temperature at the start."""
     warmup_teacher_temp_epochs: int = Field(default=0, ge=0)
-    """Epochs from `warmup_teacher_temp` to `teacher_temp`, one linear stair per epoch; 0 starts at `teacher_temp`."""
+    """Epochs from `warmup_teacher_temp` to `teacher_temp`, in one linear step per epoch; 0: no warm-up."""
     center_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Share of the old centre kept at each step; 0.999 and above is known to collapse."""
+    """EMA coefficient of the centre; runs with 0.999 and above are known to collapse."""
     centering: Literal["center", "sinkhorn_knopp", "none"] = "center"
-    """What keeps prototypes in use: the moving centre, Sinkhorn-Knopp in its place, or nothing, which collapses."""
+    """Method against collapse: center (moving average), sinkhorn_knopp, or none, which collapses."""
     koleo_weight: float = Field(default=0.0, ge=0)
     """Weight of KoLeo, which spreads the features of each global crop over the batch; DINOv2 has 0.1."""
 
@@ -103,34 +103,34 @@ class LossConfig(Settings):
 
 
 class TeacherConfig(Settings):
-    """How the teacher follows the student."""
+    """Teacher: moving average of the student."""
 
     teacher_momentum: Annotated[float, Field(ge=0, le=1)] | Auto = 0.996
-    """EMA coefficient at the first step; 0.9995 suits long runs with a batch of 256 or less; auto: by both."""
+    """EMA coefficient at the first step; auto: by the number of images, the batch and the steps."""
     final_teacher_momentum: float = Field(default=1.0, ge=0, le=1)
-    """EMA coefficient reached at the last step, along a cosine."""
+    """EMA coefficient at the last step; it follows a cosine from the first."""
 
 
 class OptimConfig(Settings):
-    """Optimiser and its schedules."""
+    """Optimiser, learning rate and weight decay."""
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
-    """AdamW for ViTs; SGD or LARS for ResNets. Both of the latter use `momentum`."""
+    """Optimiser: adamw for ViTs, sgd or lars for ResNets."""
     base_lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate at a global batch of 256; scaled linearly with the global batch."""
     min_lr: float = Field(default=1e-6, ge=0)
-    """Learning rate that the cosine ends at; not scaled."""
+    """Learning rate at the last step; not scaled with the batch."""
     warmup_epochs: float = Field(default=10, ge=0)
     """Epochs of linear warm-up from 0."""
     weight_decay: float = Field(default=0.04, ge=0)
     """Weight decay at the first step; biases and 1-D parameters have none."""
     final_weight_decay: float = Field(default=0.4, ge=0)
-    """Weight decay that the cosine ends at."""
+    """Weight decay at the last step; it follows a cosine from the first."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD and LARS."""
     clip_grad: float = Field(default=3.0, ge=0)
-    """Largest L2 norm of each parameter's gradient, tensor by tensor; 0 switches clipping off."""
+    """Maximum L2 norm of the gradient of each parameter tensor; 0: no clipping."""
     freeze_last_layer_epochs: float = Field(default=1, ge=0)
-    """Epochs at the start in which the prototype layer gets no update."""
+    """Epochs at the start without updates of the prototype layer."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Learning rate of each block of the backbone as a share of the block's after it; 1 is the same for all."""
+    """Learning rate of each backbone block, as a factor of the next block's; 1: the same for all."""

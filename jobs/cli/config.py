@@ -36,12 +36,12 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Config(DINOConfig):
-    """A whole run."""
+    """All settings of a run."""
 
     recipe: str = Field(json_schema_extra={"enum": list(RECIPES)})
-    """The recipe that the other values started from."""
+    """Name of the recipe, which sets the other values."""
     name: str = Field(pattern=RUN_NAME, max_length=100)
-    """Name of the run, and of its directory under `storage_path`; the same name resumes the same run."""
+    """Name of the run and of its directory under `storage_path`; the same name resumes the run."""
     storage_path: str = Field(default="runs", min_length=1)
     """Folder or s3://bucket/prefix that holds run directories."""
     data: DataConfig

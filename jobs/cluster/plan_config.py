@@ -20,7 +20,7 @@ OF_IMAGES = ("num_images", "bytes_per_image", "latency_ms", "images_per_second_p
 
 
 class PlanConfig(Config):
-    """A run, and what it is planned with."""
+    """All settings of a run and of its plan."""
 
     plan: PlanSettings = PlanSettings()
 

@@ -60,7 +60,7 @@ _LOGGED_PER_EVALUATION = 6
 
 
 class StudyConfig(Config):
-    """A whole study: the run that its trials vary, and how they are searched."""
+    """All settings of a study: the run that its trials vary, and the search."""
 
     tune: StudySettings = StudySettings()
 

@@ -22,9 +22,9 @@ Value = TypeVar("Value")
 
 
 class CropsConfig(Settings):
-    """How many crops of which size are cut from an image, and what is done to their pixels.
+    """Multi-crop: number and size of the crops of an image, and the augmentation of their pixels.
 
-    Where two values may stand, the first is the global crops' and the second the local crops'.
+    A setting with two values applies the first to the global crops and the second to the local crops.
     """
 
     num_global_crops: int = Field(default=2, ge=1)
@@ -54,13 +54,13 @@ class CropsConfig(Settings):
     hue: Turn | tuple[Turn, Turn] = 0.1
     """Hue is turned by up to this share of the colour circle, either way; one value, or global and local."""
     gray_prob: Probability | tuple[Probability, Probability] = 0.2
-    """Probability of dropping all colour; one value, or global and local."""
+    """Probability of conversion to gray; one value, or global and local."""
     global_blur_prob: tuple[Probability, ...] = (1.0, 0.1)
     """Probability that a global crop is blurred, one value per global crop."""
     local_blur_prob: Probability | tuple[Probability, ...] = 0.5
     """Probability that a local crop is blurred; one value, or one per local crop."""
     blur_polarity: Literal["dino", "dinov2"] = "dino"
-    """What the blur probabilities are: of blurring, or, as DINOv2's published code takes them, of not blurring."""
+    """Meaning of the blur probabilities: to blur, or (as in the published code of DINOv2) not to blur."""
     blur_sigma: Range | tuple[Range, Range] = (0.1, 2.0)
     """Strength of the blur in pixels of the crop, lowest and highest; or such a pair for either group of crops."""
     global_solarize_prob: tuple[Probability, ...] = (0.0, 0.2)
@@ -74,7 +74,7 @@ class CropsConfig(Settings):
     decode_slack: float = Field(default=1.25, ge=1)
     """A JPEG is decoded at 1/2, 1/4 or 1/8 if each region then still has this many pixels to one of its crop's side."""
     kernel: Literal["auto", "numba", "torch"] = "auto"
-    """What makes the crops: numba (fast, compiled at first use), or torch and OpenCV. auto is numba if it is there."""
+    """Code that makes the crops: numba (fast, compiled at first use), or torch and OpenCV; auto: numba if installed."""
     pixel_mean: Channels = (0.485, 0.456, 0.406)
     """Mean that the device subtracts from each channel, after scaling pixels to [0, 1]."""
     pixel_std: Channels = (0.229, 0.224, 0.225)

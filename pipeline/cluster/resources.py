@@ -9,7 +9,7 @@ from models.settings import Settings
 
 
 class ResourcesConfig(Settings):
-    """Where the run runs. Nothing here changes what is learnt, so all of it may differ when a run is resumed."""
+    """Processes of the run, with their CPUs and GPUs. They do not change what is learnt and may differ at a resume."""
 
     train_workers: int = Field(default=1, ge=1)
     """DDP processes; the global batch is divided among them."""
@@ -18,15 +18,15 @@ class ResourcesConfig(Settings):
     cpus_per_train_worker: float = Field(default=1, ge=0)
     """CPUs reserved for each train worker."""
     augment_actors: PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] = "auto"
-    """CPU actors that fetch and crop: a number, a range [least, most] by the wait for data, or auto: all CPUs left."""
+    """Augmentation actors: a number; a range [least, most], scaled by the wait for data; auto: all CPUs left."""
     cpus_per_augment_actor: float = Field(default=1, gt=0)
     """CPUs reserved for each augment actor."""
     cool_down_seconds: float = Field(default=60, gt=0)
-    """A range of augment actors shrinks after as long in which the train workers never waited for data."""
+    """Seconds without a wait for data after which a range of augmentation actors is scaled down."""
     prefetch_batches: int = Field(default=2, ge=0)
-    """Batches that each train worker holds ready."""
+    """Batches that each train worker prefetches."""
     max_failures: int = Field(default=3, ge=-1)
-    """Times that lost or failed train workers are started again from the last checkpoint; -1 is no limit."""
+    """Restarts from the last checkpoint after lost or failed train workers; -1: no limit."""
 
     @field_validator("augment_actors")
     @classmethod

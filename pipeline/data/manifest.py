@@ -48,7 +48,7 @@ _LISTED_AS = ("path", *_DETECTABLE)
 
 
 class DataConfig(Settings):
-    """Where the images are and how they are fetched; credentials and endpoint come from AWS_* alone."""
+    """Images: where they are and how they are fetched. Credentials and endpoint come from AWS_* alone."""
 
     path: str = Field(min_length=1)
     """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
@@ -61,17 +61,17 @@ class DataConfig(Settings):
     label_from_parent: bool | Auto = "auto"
     """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     fetch_concurrency: int = Field(default=32, ge=16, le=512)
-    """How many images, or Parquet row groups, each augmentation actor requests at once."""
+    """Images, or Parquet row groups, that each augmentation actor requests at once."""
     fetch_attempts: int = Field(default=5, ge=1)
-    """How many times one request is made before its image counts as unreachable."""
+    """Attempts per request before its image counts as unreachable."""
     max_object_bytes: int = Field(default=64 << 20, ge=1)
     """Larger image objects are not read; they count as bad images."""
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Images with more pixels are not decoded; they count as bad images."""
     row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
-    """Parquet: how many bytes of row groups each actor keeps (the latest one is always kept)."""
+    """Parquet: bytes of row groups that each actor caches; it always keeps the latest row group."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """The run ends when more than this share of the images could not be read or decoded."""
+    """Maximum fraction of images that cannot be read or decoded; above it the run ends."""
 
     @field_validator("path")
     @classmethod

@@ -22,21 +22,21 @@ class TrainConfig(Settings):
     """Length, batch and precision of the run."""
 
     epochs: float = Field(default=100, gt=0, allow_inf_nan=False)
-    """Passes over the images; one epoch shows each image once, whatever the batch size."""
+    """Passes over the images."""
     global_batch_size: int = Field(default=512, ge=1)
-    """Images per optimiser step over all train workers together."""
+    """Images per optimiser step, over all train workers."""
     accumulate_steps: int = Field(default=1, ge=1)
-    """Equal parts in which a worker passes its share, to fit its memory; SK, KoLeo and batch norm see one at a time."""
+    """Microbatches per step, to fit memory; Sinkhorn, KoLeo and batch norm see one microbatch at a time."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate, weight decay and teacher momentum follow a cosine to the run's end, or stay after warm-up."""
+    """Schedule of learning rate, weight decay and teacher momentum: cosine to the end, or constant after warm-up."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast of the networks; auto is bf16 on a GPU and fp32 on a CPU. Head, loss and teacher update stay fp32."""
     seed: int = Field(default=0, ge=0)
-    """Seeds weights, order, crops and stochastic depth."""
+    """Seed of weights, image order, crops and stochastic depth."""
 
 
 class DINOConfig(Settings):
-    """All that defines the algorithm, and nothing of where it runs."""
+    """All settings that define what is learnt."""
 
     crops: CropsConfig = CropsConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -117,36 +117,36 @@ class Schedule:
 
 
 class CheckpointConfig(Settings):
-    """When checkpoints are written and how many stay."""
+    """Checkpoints: how often they are written and how many are kept."""
 
     every_steps: int = Field(default=500, ge=1)
-    """Steps between checkpoints; a killed run repeats at most these, plus a few seconds."""
+    """Steps between checkpoints; a killed run repeats at most this many steps, plus a few seconds."""
     num_to_keep: int = Field(default=3, ge=1)
-    """The newest that are kept."""
+    """Number of newest checkpoints to keep."""
 
 
 class HealthConfig(Settings):
-    """When a run counts as collapsed, and what follows."""
+    """Detection of collapse and of non-finite steps."""
 
     on_collapse: Literal["warn", "stop"] = "warn"
-    """Say so once and go on, or end the run with exit code 1."""
+    """warn: print one warning and continue; stop: end the run with exit code 1."""
     grace_steps: int | None = Field(default=None, ge=0)
-    """Steps before uniform targets count as collapse; None: until all warm-ups are over, and 10 % of the run."""
+    """Steps before uniform targets count as collapse; None: until all warm-ups and 10 % of the run are over."""
     persistence: int = Field(default=5, ge=1)
-    """Logged steps in a row that must look collapsed."""
+    """Number of consecutive logged steps that must look collapsed."""
     window: int = Field(default=10, ge=1)
-    """Logged steps over which mutual information and use of prototypes are taken."""
+    """Number of logged steps over which mutual information and prototype use are computed."""
     max_skipped: int = Field(default=3, ge=1)
-    """Non-finite steps in a row, all skipped, that send the run back to its last checkpoint, and then end it."""
+    """Consecutive non-finite (skipped) steps that restart the run from its last checkpoint; the second time, end it."""
 
 
 class InitConfig(Settings):
-    """What the networks start from."""
+    """Initial weights."""
 
     path: str | None = Field(default=None, min_length=1)
-    """A .pth, .ckpt or .safetensors file, local or s3://, or a dinoray run or checkpoint; None starts from noise."""
+    """A .pth, .ckpt or .safetensors file, local or s3://, or a dinoray run or checkpoint; None: random weights."""
     load: Literal["backbone", "weights", "run"] = "weights"
-    """The backbone alone; all weights and the centre; or all of the run: optimiser and epoch as well."""
+    """backbone: the backbone alone; weights: all weights and the centre; run: optimiser and epoch too."""
 
     @field_validator("path")
     @classmethod
