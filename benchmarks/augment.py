@@ -41,15 +41,15 @@ import augment_tables as tables
 import numpy as np
 import torch
 
-from jobs.cli.arguments import CommandLine
-from jobs.cli.config import load_config
-from jobs.cli.main import run_main
-from models.errors import ConfigError, ResourceError
-from pipeline.augment import jit
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import apply, crop_rng, limit_threads, prepare_kernel
-from pipeline.augment.params import sample
-from pipeline.data.jpeg import open_image
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cli.main import run_main
+from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.pipeline.augment import jit
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import apply, crop_rng, limit_threads, prepare_kernel
+from dinoray.pipeline.augment.params import sample
+from dinoray.pipeline.data.jpeg import open_image
 
 SHRUNK_PIXELS = 270_000
 """Pixels of a shrunk stored image: a local crop of the smallest share is then 116 px wide."""
@@ -78,7 +78,7 @@ def ours_without_numba(config: CropsConfig) -> peers.Cut:
 
 def shrink_once(config: CropsConfig) -> Callable[[bytes], bytes]:
     """Return the function of `jobs.pack --shrink`: its result is stored and read instead of the file."""
-    from pipeline.export.packing import shrink
+    from dinoray.pipeline.export.packing import shrink
 
     return lambda data: shrink(data, max_pixels=SHRUNK_PIXELS)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.errors import DataError
+from dinoray.models.errors import DataError
 
 Rng = np.random.Generator
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.augment.config import CropKind, CropsConfig, crop_kinds
+from dinoray.pipeline.augment.config import CropKind, CropsConfig, crop_kinds
 
 Cut = Callable[[bytes], Any]
 """Function from a file to its crops: one array per crop, or arrays that stack them."""

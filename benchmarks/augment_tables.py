@@ -9,7 +9,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.runs.run_files import processor
+from dinoray.jobs.runs.run_files import processor
 
 REFERENCE, OURS, FLOOR = "published", "ours", "decode only"
 

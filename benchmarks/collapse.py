@@ -20,14 +20,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from jobs.cli.recipes import demo
-from models.errors import ConfigError
-from pipeline.augment.multicrop import crop_rng, limit_threads, multi_crop
-from pipeline.data.decode import decode
-from pipeline.data.demo_images import write_demo_images
-from pipeline.training.config import DINOConfig
-from pipeline.training.step import build_state, train_step
-from pipeline.training.verdict import Verdict
+from dinoray.jobs.cli.recipes import demo
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.augment.multicrop import crop_rng, limit_threads, multi_crop
+from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.demo_images import write_demo_images
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.verdict import Verdict
 
 EXPERIMENTS: dict[str, tuple[dict[str, Any], Verdict]] = {
     "centring alone": ({"centering": "center", "teacher_temp": 0.1}, Verdict.UNIFORM),

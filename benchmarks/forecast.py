@@ -29,15 +29,15 @@ from typing import NamedTuple
 import psutil
 from stream import session_cpu
 
-from jobs.cli.arguments import CommandLine
-from jobs.cli.config import load
-from jobs.cli.main import run_main
-from jobs.cluster.measure import Measured, measure, run_of
-from jobs.cluster.plan_config import PlanConfig
-from models.errors import ConfigError, DinorayError
-from pipeline.data.demo_images import demo_folder, write_demo_images
-from pipeline.planning.forecast import Forecast, forecast_here
-from pipeline.planning.node_rates import Figures
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.config import load
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.cluster.measure import Measured, measure, run_of
+from dinoray.jobs.cluster.plan_config import PlanConfig
+from dinoray.models.errors import ConfigError, DinorayError
+from dinoray.pipeline.data.demo_images import demo_folder, write_demo_images
+from dinoray.pipeline.planning.forecast import Forecast, forecast_here
+from dinoray.pipeline.planning.node_rates import Figures
 
 _SAMPLE_SECONDS = 0.5
 

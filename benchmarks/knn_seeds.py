@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 
-from jobs.cli.config import load_config
-from jobs.cli.main import run_main
-from pipeline.storage.files import Directory
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cli.main import run_main
+from dinoray.pipeline.storage.files import Directory
 
 
 def main(argv: list[str]) -> None:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from side_by_side import CONFIGURATIONS, MODES, SCHEDULES, TENSORS, deviations
 
-from jobs.cli.main import run_main
-from models.errors import ConfigError
+from dinoray.jobs.cli.main import run_main
+from dinoray.models.errors import ConfigError
 
 TITLES = {
     "center": "centre",

@@ -32,17 +32,17 @@ from stream import draw, edge_turns, session_cpu, touch
 from stream_alone import available_cores
 from stream_tables import markdown
 
-from jobs.cli.arguments import CommandLine
-from jobs.cli.config import load_config
-from jobs.cli.main import run_main, start_ray
-from models.errors import ConfigError
-from pipeline.augment.config import crop_bytes
-from pipeline.cluster.channel import RunChannel
-from pipeline.data.manifest import build_manifest
-from pipeline.data.order import Order
-from pipeline.data.partition import Layout
-from pipeline.data.source import Source
-from pipeline.stream import ray_data, shared_stream
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cli.main import run_main, start_ray
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.augment.config import crop_bytes
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.partition import Layout
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.stream import ray_data, shared_stream
 
 SIDES = ("separate", "shared")
 _SAMPLE_SECONDS = 0.25

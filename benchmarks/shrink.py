@@ -15,12 +15,12 @@ from pathlib import Path
 import augment_images
 import numpy as np
 
-from jobs.cli.main import run_main
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import Crops, apply, cut, limit_threads
-from pipeline.augment.params import LEFT, WIDTH, CropParams, sample_image
-from pipeline.data.jpeg import Decoded, open_image
-from pipeline.export.packing import shrink, shrink_pixels
+from dinoray.jobs.cli.main import run_main
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import Crops, apply, cut, limit_threads
+from dinoray.pipeline.augment.params import LEFT, WIDTH, CropParams, sample_image
+from dinoray.pipeline.data.jpeg import Decoded, open_image
+from dinoray.pipeline.export.packing import shrink, shrink_pixels
 
 
 def distance(a: Crops, b: Crops) -> list[float]:

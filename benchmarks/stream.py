@@ -46,18 +46,18 @@ import stream_tables as tables
 from augment_tables import machine
 from stream_alone import Work, available_cores, blocks_alone, kernel_alone
 
-from jobs.cli.arguments import CommandLine
-from jobs.cli.config import Config, load_config
-from jobs.cli.main import run_main, start_ray
-from models.errors import ConfigError, ResourceError
-from pipeline.augment.augmenter import STAGES
-from pipeline.augment.config import crop_bytes
-from pipeline.cluster.channel import RunChannel
-from pipeline.data.manifest import build_manifest
-from pipeline.data.order import Order
-from pipeline.data.partition import Layout, steps_per_block
-from pipeline.data.source import Source
-from pipeline.stream import ray_data
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.config import Config, load_config
+from dinoray.jobs.cli.main import run_main, start_ray
+from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.pipeline.augment.augmenter import STAGES
+from dinoray.pipeline.augment.config import crop_bytes
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.partition import Layout, steps_per_block
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.stream import ray_data
 
 MOST_ALONE = 4096
 """Maximum images per round for the kernel and the blocks, whose files are all in memory."""

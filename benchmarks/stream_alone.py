@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment.augmenter import Augmenter
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import Crops, cut, decode_for, limit_threads, prepare_kernel
-from pipeline.augment.params import sample_image
-from pipeline.data.decode import BadImage
-from pipeline.data.jpeg import open_image
-from pipeline.data.order import Order
-from pipeline.data.source import Source
+from dinoray.pipeline.augment.augmenter import Augmenter
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import Crops, cut, decode_for, limit_threads, prepare_kernel
+from dinoray.pipeline.augment.params import sample_image
+from dinoray.pipeline.data.decode import BadImage
+from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.source import Source
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.data.partition import Layout
+from dinoray.pipeline.data.partition import Layout
 
 STAGES = ("fetch", "decode", "crop", "serialise", "deliver", "collate", "idle")
 """Stages of an image's CPU time.

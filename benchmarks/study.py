@@ -15,14 +15,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from jobs.cli.config import load
-from jobs.cli.main import run_main
-from jobs.studies.config import StudyConfig
-from pipeline.storage.files import Directory
-from pipeline.study.findings.agreement import agreement as correlate
-from pipeline.study.findings.ranking import searched
-from pipeline.study.findings.summary import Findings, findings
-from pipeline.study.trials import TrialRecord, read_study, read_trials
+from dinoray.jobs.cli.config import load
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.studies.config import StudyConfig
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.findings.agreement import agreement as correlate
+from dinoray.pipeline.study.findings.ranking import searched
+from dinoray.pipeline.study.findings.summary import Findings, findings
+from dinoray.pipeline.study.trials import TrialRecord, read_study, read_trials
 
 SPACE = "{loss.teacher_temp: {uniform: [0.02, 0.12]}, loss.center_momentum: {one_minus_log: [0.5, 0.999]}}"
 SETTINGS = [

@@ -1,4 +1,4 @@
-"""List the commands: `python -m jobs`."""
+"""List the commands: `dinoray` or `python -m jobs`."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ ORDER = ("pretrain", "plan", "doctor", "submit", "tune", "evaluate", "attention"
 
 def describe_commands() -> str:
     """One line per command, read from its docstring: importing ten commands takes seconds."""
-    lines = ["Commands; `python -m jobs.NAME --help` lists the arguments of a command:"]
+    lines = ["Commands; `dinoray NAME` is `python -m jobs.NAME`, and its --help lists the arguments:"]
     for name in ORDER:
         text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""
         purpose, _, usage = text.partition("\n")[0].partition("`")

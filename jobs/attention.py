@@ -6,9 +6,9 @@ Checkpoint -> backbone -> the class token's attention on a few images -> one she
 
 from collections.abc import Sequence
 
-from jobs.cli.arguments import CommandLine
-from jobs.cli.main import run_main
-from pipeline.figures.config import MASS
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.main import run_main
+from dinoray.pipeline.figures.config import MASS
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", default=None, help="output folder or s3:// prefix (default: RUN/attention)")
     arguments = parser.parse_args(argv)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
-    from jobs.runs.attention_pictures import animate, check, draw
+    from dinoray.jobs.runs.attention_pictures import animate, check, draw
 
     check(arguments)
     if arguments.images:

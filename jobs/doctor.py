@@ -19,12 +19,12 @@ import ray
 import requests
 from ray.exceptions import AuthenticationError
 
-from jobs.cli.arguments import CommandLine
-from jobs.cli.config import Config, load_config
-from jobs.cli.main import not_started, run_main, wants_token
-from jobs.cli.quiet import quiet_ray
-from jobs.cluster.job_server import attempts_at, connect, dashboard_address, finish, submit
-from jobs.cluster.machine_checks import (
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.config import Config, load_config
+from dinoray.jobs.cli.main import not_started, run_main, wants_token
+from dinoray.jobs.cli.quiet import quiet_ray
+from dinoray.jobs.cluster.job_server import attempts_at, connect, dashboard_address, finish, submit
+from dinoray.jobs.cluster.machine_checks import (
     Finding,
     check_clock,
     check_data,
@@ -35,7 +35,7 @@ from jobs.cluster.machine_checks import (
     failed,
     machine_facts,
 )
-from jobs.cluster.node_checks import (
+from dinoray.jobs.cluster.node_checks import (
     check_dashboard,
     check_fit,
     check_labels,
@@ -44,9 +44,9 @@ from jobs.cluster.node_checks import (
     living_nodes,
     look_at_nodes,
 )
-from jobs.cluster.upload import pack, read_runtime_env
-from models.errors import ConfigError, DinorayError, ResourceError, one_line, redact_credentials
-from pipeline.storage.files import is_shared_path
+from dinoray.jobs.cluster.upload import pack, read_runtime_env
+from dinoray.models.errors import ConfigError, DinorayError, ResourceError, one_line, redact_credentials
+from dinoray.pipeline.storage.files import is_shared_path
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 

@@ -7,10 +7,10 @@ command continues what was interrupted, and does nothing for what is finished.
 from collections.abc import Sequence
 from typing import get_args
 
-from jobs.cli.arguments import CommandLine, positive
-from jobs.cli.main import run_main
-from models.errors import ConfigError
-from pipeline.export.config import Dtype, Precision
+from dinoray.jobs.cli.arguments import CommandLine, positive
+from dinoray.jobs.cli.main import run_main
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.export.config import Dtype, Precision
 
 _SECTIONS = ("data", "resources")
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
                 f"{override!r}: only {' and '.join(f'{s}.*' for s in _SECTIONS)} can be set here"
             )
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
-    from jobs.runs.embedding import embed_parts
+    from dinoray.jobs.runs.embedding import embed_parts
 
     embed_parts(arguments)
 

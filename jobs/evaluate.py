@@ -6,9 +6,9 @@ ones; RankMe, LiDAR and feature std need no labels.
 
 from collections.abc import Sequence
 
-from jobs.cli.arguments import CommandLine
-from jobs.cli.main import run_main
-from pipeline.evaluation.config import LABEL_FREE, LABELLED
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.main import run_main
+from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_overrides("eval.val_path=s3://bucket/val")
     arguments = parser.parse_args(argv)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
-    from jobs.runs.scoring import score
+    from dinoray.jobs.runs.scoring import score
 
     score(arguments)
 

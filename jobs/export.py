@@ -6,9 +6,9 @@ file has been loaded back and compared before it is written. Runs in one process
 
 from collections.abc import Sequence
 
-from jobs.cli.arguments import CommandLine
-from jobs.cli.main import run_main
-from pipeline.export.loading_code import FILES
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.main import run_main
+from dinoray.pipeline.export.loading_code import FILES
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
-    from jobs.runs.exporting import export
+    from dinoray.jobs.runs.exporting import export
 
     export(arguments)
 

@@ -15,16 +15,16 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.cli.arguments import CommandLine, positive
-from jobs.cli.config import Config, apply_overrides, validate
-from jobs.cli.main import run_main
-from jobs.cli.recipes import RECIPES
-from jobs.runs.data_lines import describe_data
-from jobs.runs.write_parts import settings_of, write_missing
-from models.errors import ConfigError
-from pipeline.data.manifest import Manifest, load_or_build
-from pipeline.data.source import Source
-from pipeline.export.packing import (
+from dinoray.jobs.cli.arguments import CommandLine, positive
+from dinoray.jobs.cli.config import Config, apply_overrides, validate
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.write_parts import settings_of, write_missing
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.manifest import Manifest, load_or_build
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.export.packing import (
     FACTS,
     KIND,
     MANIFEST,
@@ -37,8 +37,14 @@ from pipeline.export.packing import (
     shrink_pixels,
     write_part,
 )
-from pipeline.export.parquet_parts import SUMMARY, PartFooter, check_bad, check_settings, missing_parts
-from pipeline.storage.files import Directory
+from dinoray.pipeline.export.parquet_parts import (
+    SUMMARY,
+    PartFooter,
+    check_bad,
+    check_settings,
+    missing_parts,
+)
+from dinoray.pipeline.storage.files import Directory
 
 _RECIPE = "vit_small_imagenet_vanilla"  # its crops are the published ones
 

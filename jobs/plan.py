@@ -6,10 +6,10 @@ run, and cluster.yaml filled in. Starts nothing itself, and rents nothing.
 
 from collections.abc import Sequence
 
-from jobs.cli.config import json_schema
-from jobs.cli.main import run_main
-from jobs.cli.print_config import describe_config
-from jobs.cluster.plan_config import PlanArguments, PlanConfig, plan_config
+from dinoray.jobs.cli.config import json_schema
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.cli.print_config import describe_config
+from dinoray.jobs.cluster.plan_config import PlanArguments, PlanConfig, plan_config
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
         return
     config = plan_config(arguments)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
-    from jobs.cluster.planning import plan
+    from dinoray.jobs.cluster.planning import plan
 
     plan(config, arguments)
 

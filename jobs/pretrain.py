@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.cli.arguments import PretrainArguments, pretrain_config
-from jobs.cli.config import Config, differences, json_schema, load_run_config
-from jobs.cli.keys import keep_detected
-from jobs.cli.main import run_main
-from jobs.cli.print_config import describe_config
-from jobs.runs.result import RESULT, describe_result
-from models.errors import ConfigError
-from pipeline.storage.files import Directory
+from dinoray.jobs.cli.arguments import PretrainArguments, pretrain_config
+from dinoray.jobs.cli.config import Config, differences, json_schema, load_run_config
+from dinoray.jobs.cli.keys import keep_detected
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.cli.print_config import describe_config
+from dinoray.jobs.runs.result import RESULT, describe_result
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage.files import Directory
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         console.print(describe_result(run), highlight=False, soft_wrap=True)
         return
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
-    from jobs.runs.pretraining import pretrain
+    from dinoray.jobs.runs.pretraining import pretrain
 
     pretrain(config, verbose=arguments.verbose)
 

@@ -16,17 +16,18 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.cli.arguments import CommandLine, PretrainArguments, positive, pretrain_config
-from jobs.cli.config import RUN_NAME, Config, apply_overrides, differences, load_run_config
-from jobs.cli.keys import did_you_mean, flatten, leaf_fields, looks_secret
-from jobs.cli.main import run_main
-from jobs.cluster.job_server import Attempt, attempts_at, connect, dashboard_address, follow, stop, submit
-from jobs.cluster.upload import check_config_file, describe, named_files, pack, read_runtime_env
-from jobs.runs.commit import COMMIT, commit_of
-from jobs.runs.result import RESULT
-from jobs.studies.config import StudyArguments, study_config
-from models.errors import ConfigError, DinorayError, redact_credentials
-from pipeline.storage.files import Directory, is_shared_path
+from dinoray.jobs.cli.arguments import CommandLine, PretrainArguments, positive, pretrain_config
+from dinoray.jobs.cli.config import RUN_NAME, Config, apply_overrides, differences, load_run_config
+from dinoray.jobs.cli.keys import did_you_mean, flatten, leaf_fields, looks_secret
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.cluster import job_server
+from dinoray.jobs.cluster.job_server import Attempt
+from dinoray.jobs.cluster.upload import check_config_file, describe, named_files, pack, read_runtime_env
+from dinoray.jobs.runs.commit import COMMIT, commit_of
+from dinoray.jobs.runs.result import RESULT
+from dinoray.jobs.studies.config import StudyArguments, study_config
+from dinoray.models.errors import ConfigError, DinorayError, redact_credentials
+from dinoray.pipeline.storage.files import Directory, is_shared_path
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 _STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -51,8 +52,8 @@ def main(argv: Sequence[str]) -> None:
     job = _read_job(options, words) if words else None
     run = job.run if job else options.run
     environment = _runtime_env(options)
-    client = connect(dashboard_address(options.address))
-    attempts = attempts_at(client, run)
+    client = job_server.connect(job_server.dashboard_address(options.address))
+    attempts = job_server.attempts_at(client, run)
     last = attempts[-1] if attempts else None
     if options.status:
         _show(run, attempts)
@@ -230,7 +231,7 @@ def _submit(
             f"{job.run}-a{number}: sending {describe(archive)}{f', commit {commit}' if commit else ''}",
             flush=True,
         )
-        attempt = submit(
+        attempt = job_server.submit(
             client,
             job.run,
             number,
@@ -256,7 +257,7 @@ def _submit(
 def _follow(client: Any, run: str, attempt: Attempt) -> None:
     """Show the log to the end, and end as the job does."""
     try:
-        ended = follow(client, attempt)
+        ended = job_server.follow(client, attempt)
     except KeyboardInterrupt:
         sys.exit(
             f"{attempt.id} is still running; the same command follows it, and --stop --run {run} stops it"
@@ -273,7 +274,7 @@ def _stop(client: Any, run: str, last: Attempt | None) -> None:
         print(f"{run} is not running" + (f": {_described(last)}" if last else ""))
         return
     print(f"stopping {last.id}", flush=True)
-    print(_described(stop(client, last)))
+    print(_described(job_server.stop(client, last)))
 
 
 def _show(run: str, attempts: list[Attempt]) -> None:

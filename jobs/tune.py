@@ -7,11 +7,11 @@ for a grid, which is done when it is, and a population, in which each trial has 
 
 from collections.abc import Sequence
 
-from jobs.cli.config import differences, json_schema, load_kept
-from jobs.cli.keys import keep_detected
-from jobs.cli.main import run_main
-from jobs.cli.print_config import describe_config
-from jobs.studies.config import (
+from dinoray.jobs.cli.config import differences, json_schema, load_kept
+from dinoray.jobs.cli.keys import keep_detected
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.cli.print_config import describe_config
+from dinoray.jobs.studies.config import (
     MUTABLE_ON_RESUME,
     NAME_SUFFIX,
     StudyArguments,
@@ -19,9 +19,9 @@ from jobs.studies.config import (
     can_grow,
     study_config,
 )
-from models.errors import ConfigError
-from pipeline.storage.files import Directory
-from pipeline.study.trials import STUDY
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.trials import STUDY
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         config = keep_detected(config, load_kept(StudyConfig, directory))
     _check_name(directory, config, resume=arguments.resume)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
-    from jobs.studies.searching import search
+    from dinoray.jobs.studies.searching import search
 
     search(config, directory, verbose=arguments.verbose)
 

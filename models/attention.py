@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.errors import ConfigError
+from dinoray.models.errors import ConfigError
 
 _SUPPORTED = "attention maps need a ViT with a class token, e.g. vit_small_patch16_224"
 

@@ -15,10 +15,10 @@ from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.backbone_names import name_hint
-from models.backbone_remedies import explain_failure, explain_refusal, refusal
-from models.config import BackboneConfig
-from models.errors import ConfigError
+from dinoray.models.backbone_names import name_hint
+from dinoray.models.backbone_remedies import explain_failure, explain_refusal, refusal
+from dinoray.models.config import BackboneConfig
+from dinoray.models.errors import ConfigError
 
 
 def build_backbone(

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models.errors import ConfigError, DataError, DinorayError, one_line
+from dinoray.models.errors import ConfigError, DataError, DinorayError, one_line
 
 Create = Callable[[int, dict[str, Any]], nn.Module]
 """(native image size, kwargs) -> the model; raises what its constructor raises."""

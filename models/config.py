@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from models.settings import Auto, Settings
+from dinoray.models.settings import Auto, Settings
 
 _DECIDED_ELSEWHERE = {
     "drop_path_rate": "set backbone.drop_path_rate instead",

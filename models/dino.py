@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.backbone import build_backbone, embed_dim, has_batch_norm
-from models.config import BackboneConfig, HeadConfig
-from models.head import DINOHead
-from models.settings import number
+from dinoray.models.backbone import build_backbone, embed_dim, has_batch_norm
+from dinoray.models.config import BackboneConfig, HeadConfig
+from dinoray.models.head import DINOHead
+from dinoray.models.settings import number
 
 
 class Output(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import HeadConfig
-from models.settings import number
+from dinoray.models.config import HeadConfig
+from dinoray.models.settings import number
 
 
 class PrototypeLayer(nn.Module):

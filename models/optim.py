@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from models.backbone import layer_depths
-from models.config import OptimConfig
-from models.lars import LARS
+from dinoray.models.backbone import layer_depths
+from dinoray.models.config import OptimConfig
+from dinoray.models.lars import LARS
 
 
 def param_groups(student: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:

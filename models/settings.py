@@ -4,7 +4,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from models.errors import redact_credentials
+from dinoray.models.errors import redact_credentials
 
 Auto: TypeAlias = Literal["auto"]
 """Placeholder for a number that depends on the number of images; pipeline/training/auto.py replaces it."""

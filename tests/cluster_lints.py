@@ -9,7 +9,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from jobs.cluster.upload import SECRET_FILES
+from dinoray.jobs.cluster.upload import SECRET_FILES
 
 Config = dict[str, Any]
 Lint = Callable[[Config], list[str]]

@@ -15,11 +15,11 @@ import pytest
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import crop_rng, cut
-from pipeline.augment.params import CropParams, OneCrop, sample
-from pipeline.data.decode import decode
-from pipeline.data.jpeg import Decoded
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import crop_rng, cut
+from dinoray.pipeline.augment.params import CropParams, OneCrop, sample
+from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.jpeg import Decoded
 
 Pixels = npt.NDArray[np.uint8]
 

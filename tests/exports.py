@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
-from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
-from pipeline.training.checkpoint import FrozenBackbone, save_checkpoint
-from pipeline.training.config import DINOConfig
-from pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
+from dinoray.pipeline.training.checkpoint import FrozenBackbone, save_checkpoint
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 TINY_VIT: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 OWN_VIT: dict[str, Any] = {"patch_size": 4, **TINY_VIT}
@@ -88,7 +88,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
 
 def run_elsewhere(code: str, folder: Path) -> str:
     """Run code in `folder` in a Python that finds none of our packages on its path; return what it prints."""
-    ours = "assert not {'models', 'pipeline', 'jobs'} & {name.partition('.')[0] for name in sys.modules}"
+    ours = "assert 'dinoray' not in {name.partition('.')[0] for name in sys.modules}"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\n{ours}"],

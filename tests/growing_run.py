@@ -18,7 +18,7 @@ from jobs_processes import TINY, start_job
 from ray_head import RayHead
 from servers import aws_environment, s3_server
 
-from pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.demo_images import draw_demo_image
 
 MOST_ACTORS = 3
 # The CPU that the train worker asks for must be reckoned to the head, which has it, and not keep an idle node: of nodes

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.training.config import DINOConfig, StepSettings
+from dinoray.pipeline.training.config import DINOConfig, StepSettings
 
 
 def double_loop_loss(

@@ -14,20 +14,20 @@ from tiny import Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.backbone import build_backbone
-from models.config import BackboneConfig
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.data.manifest import DataConfig, load_or_build
-from pipeline.data.source import Source
-from pipeline.evaluation.config import EvalConfig, ProbeConfig
-from pipeline.evaluation.features import Features, embed_sharded
-from pipeline.evaluation.in_training import evaluate
-from pipeline.storage.files import Directory
-from pipeline.tracking.sink import Embedding
-from pipeline.training.bad_images import Quarantine
-from pipeline.training.config import DINOConfig
-from pipeline.training.ddp import distribute
-from pipeline.training.step import TrainState, build_state, train_step
+from dinoray.models.backbone import build_backbone
+from dinoray.models.config import BackboneConfig
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.manifest import DataConfig, load_or_build
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
+from dinoray.pipeline.evaluation.features import Features, embed_sharded
+from dinoray.pipeline.evaluation.in_training import evaluate
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.sink import Embedding
+from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.ddp import distribute
+from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 WORLD_SIZE = 2
 NUM_STEPS = 5

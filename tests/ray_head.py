@@ -23,7 +23,7 @@ import ray
 from jobs_processes import end_processes, foreign_lines, processes_with
 from servers import free_ports, use_aws
 
-from jobs.cli.main import run_main
+from dinoray.jobs.cli.main import run_main
 
 RAY = str(Path(sys.executable).with_name("ray"))
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from tiny import NUM_IMAGES, Batch, tiny_batch, tiny_config
 from torch import Tensor
 
-from pipeline.training.config import DINOConfig
-from pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.step import build_state, train_step
 
 NUM_STEPS = 50
 STEPS_PER_EPOCH = 10

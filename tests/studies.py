@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.storage.files import Directory
-from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain, at
-from pipeline.study.trials import (
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain, at
+from dinoray.pipeline.study.trials import (
     Outcome,
     Trial,
     TrialRecord,
@@ -18,7 +18,7 @@ from pipeline.study.trials import (
     write_study,
     write_trial,
 )
-from pipeline.tracking.records import Records
+from dinoray.pipeline.tracking.records import Records
 
 STEPS = 100
 SPACE = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ("models", "pipeline", "jobs")
+LAYERS = ("models", "pipeline", "jobs", "dinoray")
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).glob("**/*.py"))]
 OTHER_FILES = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).glob("**/*.py"))]
 RAY_FILES = {
@@ -54,7 +54,8 @@ ROOMS = {
     "jobs/studies": f"{_RUN} reporting study findings page search cli runs",
     "jobs/cluster": "models storage cluster data augment planning evaluation study cli runs studies ray_private",
 }
-"""Room -> the rooms that it imports, each of them above it in this list. The commands in jobs/ import any."""
+"""Room -> the rooms that it imports, each of them above it in this list. The commands in jobs/, and dinoray/ for
+notebooks, import any."""
 
 
 def name_of(path: Path) -> str:
@@ -67,7 +68,8 @@ def parse(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of all modules and names that a file imports, at any depth, under `if` or in functions."""
+    """Full names of all modules and names that a file imports, at any depth, under `if` or in functions; ours without
+    `dinoray.` before them."""
     found = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
@@ -75,7 +77,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return {name.removeprefix("dinoray.") for name in found}
 
 
 def packages(path: Path) -> set[str]:
@@ -121,7 +123,7 @@ def imported_rooms(path: Path) -> set[str]:
 
 def test_each_file_is_in_a_room() -> None:
     rooms = {room_of(name_of(path)) for path in FILES if path.name != "__init__.py"}
-    assert rooms == {*ROOMS, "jobs"}
+    assert rooms == {*ROOMS, "jobs", "dinoray"}
 
 
 def test_rooms_import_the_rooms_that_the_table_says() -> None:
@@ -205,9 +207,12 @@ def test_each_ray_library_has_its_users_and_no_others(library: str, owners: set[
     assert {name_of(path) for path in FILES if uses(path)} == owners
 
 
-def test_no_file_is_longer_than_300_lines() -> None:
+def test_no_file_is_longer_than_300_lines_besides_its_imports() -> None:
     def too_long(path: Path) -> int:
-        lines = len(path.read_text().splitlines())
+        top = [node for node in parse(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        lines = len(path.read_text().splitlines()) - sum(
+            n.end_lineno - n.lineno + 1 for n in top if n.end_lineno
+        )
         return lines if lines > 300 else 0
 
     assert offenders(FILES, too_long) == {}

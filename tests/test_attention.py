@@ -10,10 +10,10 @@ from hypothesis import given
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
-from models.attention import cls_attention, pad_to_patch, patch_size
-from models.backbone import build_backbone
-from models.config import BackboneConfig
-from models.errors import ConfigError
+from dinoray.models.attention import cls_attention, pad_to_patch, patch_size
+from dinoray.models.backbone import build_backbone
+from dinoray.models.config import BackboneConfig
+from dinoray.models.errors import ConfigError
 
 SMALL = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VITS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -22,16 +22,16 @@ from PIL import Image
 from samples import parquet
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 
-from jobs import attention
-from jobs.cli.main import run_main
-from pipeline.data.decode import decode
-from pipeline.figures.attention_sheet import attention_figure, compute_attention, figure
-from pipeline.figures.drawing import png_bytes
-from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
-from pipeline.tracking.run_log import MetricsLog
-from pipeline.training.checkpoint import read_frozen, save_checkpoint
-from pipeline.training.step import build_state, train_step
+from dinoray.jobs import attention
+from dinoray.jobs.cli.main import run_main
+from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.figures.attention_sheet import attention_figure, compute_attention, figure
+from dinoray.pipeline.figures.drawing import png_bytes
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
+from dinoray.pipeline.tracking.run_log import MetricsLog
+from dinoray.pipeline.training.checkpoint import read_frozen, save_checkpoint
+from dinoray.pipeline.training.step import build_state, train_step
 
 Run = Callable[..., tuple[int, list[str], list[str]]]
 

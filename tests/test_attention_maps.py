@@ -12,9 +12,9 @@ from PIL import Image
 from tiny import TINY_RESNET, tiny_config
 from torch import nn
 
-from models.backbone import build_backbone
-from pipeline.augment.config import CropsConfig
-from pipeline.figures.attention_maps import (
+from dinoray.models.backbone import build_backbone
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.figures.attention_maps import (
     coloured_heads,
     default_image_size,
     fit_image,
@@ -26,15 +26,15 @@ from pipeline.figures.attention_maps import (
     overlay,
     upsample,
 )
-from pipeline.figures.attention_sheet import (
+from dinoray.pipeline.figures.attention_sheet import (
     AttentionResult,
     attention_figure,
     compute_attention,
     figure,
     overlays,
 )
-from pipeline.figures.drawing import picture_places, png_bytes
-from pipeline.training.config import DINOConfig
+from dinoray.pipeline.figures.drawing import picture_places, png_bytes
+from dinoray.pipeline.training.config import DINOConfig
 
 CROPS = tiny_config().crops
 

@@ -19,8 +19,8 @@ import simplejpeg
 from image_files import encode, picture
 from PIL import Image
 
-from models.errors import DataError
-from pipeline.augment.config import CropsConfig
+from dinoray.models.errors import DataError
+from dinoray.pipeline.augment.config import CropsConfig
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["crops.global_crop_size=32", "crops.local_crop_size=16", "crops.num_local_crops=3"]

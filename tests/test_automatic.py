@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_batch, tiny_config
 
-from pipeline.training.auto import out_dim, resolve, teacher_momentum, teacher_temp
-from pipeline.training.config import Schedule
-from pipeline.training.match_weights import adapt
-from pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.auto import out_dim, resolve, teacher_momentum, teacher_temp
+from dinoray.pipeline.training.config import Schedule
+from dinoray.pipeline.training.match_weights import adapt
+from dinoray.pipeline.training.step import build_state, train_step
 
 AUTO = {
     "head": {"out_dim": "auto"},
@@ -99,7 +99,7 @@ def test_an_unresolved_number_is_no_number() -> None:
 
 
 def test_weights_of_ours_change_no_config() -> None:
-    from models.published.checkpoint import parse
+    from dinoray.models.published.checkpoint import parse
 
     state = build_state(tiny_config(), num_images=40)
     weights = parse(state.dino.student.state_dict())._replace(official=False)
@@ -107,7 +107,7 @@ def test_weights_of_ours_change_no_config() -> None:
 
 
 def test_published_vits_keep_their_grid_and_their_way_of_resizing_it() -> None:
-    from models.published.checkpoint import parse
+    from dinoray.models.published.checkpoint import parse
 
     source = build_state(tiny_config(crops={"global_crop_size": 32}), num_images=40)
     weights = parse(source.dino.student.state_dict())._replace(official=True)

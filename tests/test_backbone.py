@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.backbone import build_backbone, embed_dim, has_batch_norm
-from models.backbone_names import name_hint
-from models.config import BackboneConfig
-from models.errors import ConfigError
+from dinoray.models.backbone import build_backbone, embed_dim, has_batch_norm
+from dinoray.models.backbone_names import name_hint
+from dinoray.models.config import BackboneConfig
+from dinoray.models.errors import ConfigError
 
 TINY_VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
 

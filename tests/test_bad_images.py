@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from image_files import FILES, MAX_PIXELS, encode, picture
 from PIL import Image
 
-from pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.decode import BadImage, decode
 
 HOSTILE = Path(__file__).parents[2] / "shared" / "data" / "hostile"
 

@@ -13,22 +13,22 @@ from rich.console import Console
 from tiny import TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 
-from jobs.cli.display import Display
-from jobs.runs.result import describe_result, write_result
-from pipeline.augment.multicrop import crop_rng, multi_crop
-from pipeline.data.decode import decode
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.data.manifest import DataConfig, build_manifest
-from pipeline.data.source import Source
-from pipeline.evaluation.batch_statistics import calibrated
-from pipeline.evaluation.config import ProbeConfig
-from pipeline.evaluation.features import embed_source
-from pipeline.evaluation.in_training import evaluate
-from pipeline.reporting.run_report import build_report
-from pipeline.storage.files import Directory
-from pipeline.training.config import DINOConfig
-from pipeline.training.ddp import distribute
-from pipeline.training.step import TrainState, build_state, train_step
+from dinoray.jobs.cli.display import Display
+from dinoray.jobs.runs.result import describe_result, write_result
+from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
+from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.batch_statistics import calibrated
+from dinoray.pipeline.evaluation.config import ProbeConfig
+from dinoray.pipeline.evaluation.features import embed_source
+from dinoray.pipeline.evaluation.in_training import evaluate
+from dinoray.pipeline.reporting.run_report import build_report
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.ddp import distribute
+from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 LABELS = ("checks", "dots", "rings", "stripes")
 

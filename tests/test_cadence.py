@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.worker.cadence import Cadence, Due
+from dinoray.pipeline.worker.cadence import Cadence, Due
 
 every = st.integers(1, 7)
 

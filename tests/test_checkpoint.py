@@ -13,11 +13,11 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 
-from models.errors import ConfigError, DataError, DinorayError
-from pipeline.evaluation.features import embed
-from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints, mend_snapshot
-from pipeline.training.checkpoint import (
+from dinoray.models.errors import ConfigError, DataError, DinorayError
+from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints, mend_snapshot
+from dinoray.pipeline.training.checkpoint import (
     Found,
     download_checkpoint,
     find_checkpoint,
@@ -28,8 +28,8 @@ from pipeline.training.checkpoint import (
     read_meta,
     save_checkpoint,
 )
-from pipeline.training.config import CheckpointConfig, DINOConfig
-from pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig
+from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 FILES = ("meta.json", "student.safetensors", "teacher.safetensors", "train_state.pt")
 NUM_STEPS = 6

@@ -9,18 +9,18 @@ import pytest
 from jobs_processes import TINY
 from no_ray import RayStarted, forbid_ray
 
-from jobs import pretrain, tune
-from jobs.cli.config import load_config
-from jobs.runs.inputs import Inputs
-from models.errors import ConfigError
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.data.manifest import DataConfig, build_manifest
-from pipeline.data.parquet import read_column
-from pipeline.data.source import Source
-from pipeline.evaluation import class_names
-from pipeline.evaluation.class_names import Mismatch, class_mismatch
-from pipeline.evaluation.config import EvalConfig
-from pipeline.storage.files import Directory
+from dinoray.jobs import pretrain, tune
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.runs.inputs import Inputs
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.parquet import read_column
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation import class_names
+from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
+from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.storage.files import Directory
 
 
 def folders(at: Path, labels: Mapping[str, int]) -> Source:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as F
 
-from pipeline.augment.kernels import opencv_colour as colour
-from pipeline.augment.params import OneCrop
+from dinoray.pipeline.augment.kernels import opencv_colour as colour
+from dinoray.pipeline.augment.params import OneCrop
 
 
 @pytest.fixture(scope="module")

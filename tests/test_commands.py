@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fresh_python import run_python
 
-from jobs.__main__ import ORDER, describe_commands
+from dinoray.jobs.__main__ import ORDER, describe_commands
 
 JOBS = Path(__file__).parents[1] / "jobs"
 

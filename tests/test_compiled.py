@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.augment import jit, params, rng
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import Crops, crop_rng, multi_crop
-from pipeline.augment.params import sample, sample_image
+from dinoray.pipeline.augment import jit, params, rng
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import Crops, crop_rng, multi_crop
+from dinoray.pipeline.augment.params import sample, sample_image
 
 ROOT = Path(__file__).parents[1]
 AUGMENT = ROOT / "pipeline" / "augment"
@@ -96,10 +96,10 @@ def without_numba() -> list:
     """What a process says that cannot import numba."""
     code = NO_NUMBA + (
         "import json, logging, zlib, numpy as np\n"
-        "from models.errors import ConfigError\n"
-        "from pipeline.augment.params import sample_image\n"
-        "from pipeline.augment.multicrop import crop_rng, kernel_name, multi_crop, prepare_kernel\n"
-        "from pipeline.augment.config import CropsConfig\n"
+        "from dinoray.models.errors import ConfigError\n"
+        "from dinoray.pipeline.augment.params import sample_image\n"
+        "from dinoray.pipeline.augment.multicrop import crop_rng, kernel_name, multi_crop, prepare_kernel\n"
+        "from dinoray.pipeline.augment.config import CropsConfig\n"
         "logging.basicConfig(stream=sys.stdout, level='INFO', format='%(message)s')\n"
         "prepare_kernel(CropsConfig())\n"
         "prepare_kernel(CropsConfig(kernel='torch'))\n"
@@ -145,9 +145,9 @@ def test_asking_for_a_numba_that_is_not_there_is_a_config_error(without_numba: l
 
 def test_processes_that_start_together_compile_once_between_them(tmp_path: Path) -> None:
     code = (
-        "import json; from pipeline.augment import multicrop as crops\n"
-        "from pipeline.augment.config import CropsConfig\n"
-        "from pipeline.augment.kernels import numba_crops as crop_kernel\n"
+        "import json; from dinoray.pipeline.augment import multicrop as crops\n"
+        "from dinoray.pipeline.augment.config import CropsConfig\n"
+        "from dinoray.pipeline.augment.kernels import numba_crops as crop_kernel\n"
         "crops.prepare_kernel(CropsConfig())\n"
         "stats = crop_kernel.crop_all.stats\n"
         "print(json.dumps([sum(stats.cache_misses.values()), sum(stats.cache_hits.values())]))\n"
@@ -223,9 +223,9 @@ def test_every_source_of_machine_code_is_among_those_that_name_the_folder() -> N
 
 def test_preparing_compiles_all_that_the_stream_calls() -> None:
     code = (
-        "from pipeline.augment import params; from pipeline.augment.kernels import numba_crops;"
-        "from pipeline.augment.multicrop import prepare_kernel;"
-        "from pipeline.augment.config import CropsConfig; prepare_kernel(CropsConfig());"
+        "from dinoray.pipeline.augment import params; from dinoray.pipeline.augment.kernels import numba_crops;"
+        "from dinoray.pipeline.augment.multicrop import prepare_kernel;"
+        "from dinoray.pipeline.augment.config import CropsConfig; prepare_kernel(CropsConfig());"
         "functions = [params._draw_from, params.measure, params.first_outside, numba_crops.crop_all];"
         "print([len(function.signatures) for function in functions])"
     )

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from jobs.cli.arguments import Arguments, PretrainArguments
-from jobs.cli.config import (
+from dinoray.jobs.cli.arguments import Arguments, PretrainArguments
+from dinoray.jobs.cli.config import (
     Config,
     apply_overrides,
     differences,
@@ -25,10 +25,10 @@ from jobs.cli.config import (
     load_run_config,
     validate,
 )
-from jobs.cli.keys import flatten, leaf_fields
-from jobs.cli.recipes import RECIPES
-from models.errors import ConfigError
-from pipeline.storage.files import Directory
+from dinoray.jobs.cli.keys import flatten, leaf_fields
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage.files import Directory
 
 FIELDS = leaf_fields(Config)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import Crops, crop_rng, multi_crop
-from pipeline.figures.contact_sheet import contact_sheet
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import Crops, crop_rng, multi_crop
+from dinoray.pipeline.figures.contact_sheet import contact_sheet
 
 
 def flat(level: int, *shape: int) -> np.ndarray:

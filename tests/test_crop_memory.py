@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ray.data.block import BlockAccessor
 
-from pipeline.augment.augmenter import BufferPool
+from dinoray.pipeline.augment.augmenter import BufferPool
 
 
 def address(array: np.ndarray) -> int:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import crop_rng
-from pipeline.augment.params import (
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import crop_rng
+from dinoray.pipeline.augment.params import (
     BRIGHTNESS,
     CONTRAST,
     FACTORS,

@@ -9,9 +9,9 @@ import numpy as np
 from crops_oracle import KERNELS, Pixels, oracle_crop, pictures
 from test_crop_params import ks_distance
 
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import crop_rng, multi_crop
-from pipeline.augment.params import sample
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
+from dinoray.pipeline.augment.params import sample
 
 CONFIG = {"global_crop_size": 96, "local_crop_size": 48, "num_local_crops": 2}
 """Smaller crops than the paper's: the reference takes its time. Every operation is there as it is."""

@@ -14,10 +14,10 @@ from fresh_python import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.augment.config import CropsConfig, crop_bytes, describe_crops
-from pipeline.augment.multicrop import Crops, crop_rng, cut, multi_crop
-from pipeline.augment.params import sample
-from pipeline.data.jpeg import Decoded
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, describe_crops
+from dinoray.pipeline.augment.multicrop import Crops, crop_rng, cut, multi_crop
+from dinoray.pipeline.augment.params import sample
+from dinoray.pipeline.data.jpeg import Decoded
 
 
 @KERNELS
@@ -36,7 +36,8 @@ def test_operations_run_in_the_order_of_the_paper(order: tuple[str, ...], gray: 
 
 def test_another_process_makes_the_same_crops() -> None:
     code = (
-        "import numpy as np, zlib; from pipeline.augment.multicrop import *; from pipeline.augment.config import *;"
+        "import numpy as np, zlib; from dinoray.pipeline.augment.multicrop import *;"
+        "from dinoray.pipeline.augment.config import *;"
         "image = np.arange(90 * 120 * 3).reshape(90, 120, 3).astype(np.uint8);"
         "crops = multi_crop(image, crop_rng(3, 1, 'k'), CropsConfig());"
         "print(zlib.crc32(crops.global_crops), zlib.crc32(crops.local_crops))"

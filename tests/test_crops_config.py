@@ -5,7 +5,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from pipeline.augment.config import CropsConfig, crop_bytes, crop_kinds, describe_crops
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, crop_kinds, describe_crops
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from image_files import FILES, MAX_PIXELS, encode, picture, pillow
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.decode import decode, eval_crop
 
 ORIENTATION = 0x0112
 

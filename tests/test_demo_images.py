@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from oracles import image_features, leave_one_out_accuracy
 
-from pipeline.data import demo_images
-from pipeline.data.demo_images import (
+from dinoray.pipeline.data import demo_images
+from dinoray.pipeline.data.demo_images import (
     NUM_TRAIN_PER_CLASS,
     NUM_VAL_PER_CLASS,
     PATTERNS,

@@ -12,16 +12,16 @@ import pytest
 from samples import parquet, put_all, write_all
 from servers import S3Server
 
-from jobs.runs.data_lines import describe_data
-from models.errors import ConfigError
-from pipeline.data.decode import decode
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.data.detection import folder_label
-from pipeline.data.manifest import DataConfig, build_manifest, load_or_build
-from pipeline.data.source import Source
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.labels import held_out, labelled_sources
-from pipeline.storage.files import Directory
+from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.detection import folder_label
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest, load_or_build
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.evaluation.labels import held_out, labelled_sources
+from dinoray.pipeline.storage.files import Directory
 
 ROWS = 12
 IMAGE = draw_demo_image("dots", "train", 0)

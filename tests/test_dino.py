@@ -8,9 +8,9 @@ import torch
 from tiny import TINY_RESNET, tiny_batch, tiny_config
 from torch import Tensor, nn
 
-from models.config import TeacherConfig
-from models.dino import DINO, MultiCropNet, crop_major
-from pipeline.training.step import build_state
+from dinoray.models.config import TeacherConfig
+from dinoray.models.dino import DINO, MultiCropNet, crop_major
+from dinoray.pipeline.training.step import build_state
 
 
 def tiny_dino(**changes: dict[str, Any]) -> Any:

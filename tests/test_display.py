@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from terminal import Terminal, terminal
 
-from jobs.cli.display import Display
+from dinoray.jobs.cli.display import Display
 
 
 def shown(*events: dict) -> str:
@@ -78,7 +78,7 @@ def test_the_rest_of_the_time_is_told_from_the_second_step_on() -> None:
 PROGRAM = """
 import json, sys
 from rich.console import Console
-from jobs.cli.display import Display
+from dinoray.jobs.cli.display import Display
 
 with Display(Console(), title=sys.argv[1]) as display:
     for line in sys.stdin:

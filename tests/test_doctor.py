@@ -12,8 +12,8 @@ from faults import FaultProxy
 from jobs_processes import run_job
 from servers import S3Server, aws_environment, free_ports, use_aws
 
-from jobs.cli.config import load_config
-from jobs.cluster.machine_checks import (
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cluster.machine_checks import (
     Finding,
     check_clock,
     check_data,
@@ -23,7 +23,7 @@ from jobs.cluster.machine_checks import (
     check_storage,
     judge_clock,
 )
-from jobs.cluster.node_checks import (
+from dinoray.jobs.cluster.node_checks import (
     LATE,
     check_dashboard,
     check_fit,
@@ -31,9 +31,9 @@ from jobs.cluster.node_checks import (
     check_object_store,
     judge_gpu,
 )
-from models.errors import ConfigError
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.data.manifest import DataConfig
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.manifest import DataConfig
 
 
 def images(folder: Path, count: int = 6) -> Path:

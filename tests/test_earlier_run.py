@@ -13,9 +13,9 @@ import pytest
 from jobs_processes import losses
 from tiny_run import write_images
 
-from pipeline.reporting.run_report import build_report
-from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import committed_steps
+from dinoray.pipeline.reporting.run_report import build_report
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import committed_steps
 
 EARLIER = Path(__file__).with_name("earlier_run")
 LAST_STEP = 9

@@ -14,14 +14,14 @@ from samples import parquet, put_all
 from servers import S3Server, aws_environment
 from tiny_run import NAME, STEP, write_images, write_run
 
-from jobs import embed as job
-from models.errors import ConfigError
-from pipeline.data.decode import decode, eval_crop
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.data.manifest import DataConfig, build_manifest
-from pipeline.data.source import Source
-from pipeline.evaluation.features import embed
-from pipeline.training.checkpoint import read_frozen
+from dinoray.jobs import embed as job
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.training.checkpoint import read_frozen
 
 LABELS = ("blobs", "dots", "rings", "stripes")
 PER_LABEL = 30

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from ranks import labelled_source
 from tiny import TINY_RESNET, tiny_config
 
-from models.backbone import build_backbone
-from models.errors import ConfigError, DataError
-from pipeline.data.decode import decode, eval_crop
-from pipeline.data.source import Source
-from pipeline.evaluation.features import embed
-from pipeline.export.embeddings import (
+from dinoray.models.backbone import build_backbone
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.export.embeddings import (
     Plan,
     check_bad,
     check_settings,
@@ -30,9 +30,9 @@ from pipeline.export.embeddings import (
     weights_digest,
     write_part,
 )
-from pipeline.storage.files import Directory
-from pipeline.training.checkpoint import FrozenBackbone
-from pipeline.training.config import DINOConfig
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
+from dinoray.pipeline.training.config import DINOConfig
 
 CONFIG = tiny_config()
 

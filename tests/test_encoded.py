@@ -9,11 +9,11 @@ from image_files import FILES, MAX_PIXELS, encode, picture
 from PIL import Image
 from samples import hostile_entries, needs_hostile
 
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import apply, crop_rng, decode_for
-from pipeline.augment.params import sample
-from pipeline.data.decode import BadImage, decode
-from pipeline.data.jpeg import open_image
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import apply, crop_rng, decode_for
+from dinoray.pipeline.augment.params import sample
+from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.jpeg import open_image
 
 Pixels = np.ndarray
 ORIENTATION = 0x0112

@@ -11,15 +11,15 @@ import pytest
 from jobs_processes import ROOT, start_job
 from servers import free_ports
 
-from jobs.cli.main import run_main, start_ray
-from models.errors import ResourceError
-from pipeline.cluster.resources import ResourcesConfig
+from dinoray.jobs.cli.main import run_main, start_ray
+from dinoray.models.errors import ResourceError
+from dinoray.pipeline.cluster.resources import ResourcesConfig
 
 JOB = """
 import time
 import ray
-from jobs.cli.main import run_main, start_ray
-from pipeline.cluster.resources import ResourcesConfig
+from dinoray.jobs.cli.main import run_main, start_ray
+from dinoray.pipeline.cluster.resources import ResourcesConfig
 
 def main(argv):
     start_ray(ResourcesConfig(), verbose=False)

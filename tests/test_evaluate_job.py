@@ -14,20 +14,26 @@ import torch
 from ray_head import RayHead
 from tiny_run import NAME, STEP, write_images, write_run
 
-from jobs import evaluate
-from jobs.cli.config import Config, load_run_config
-from jobs.runs.prober import sharded_knn
-from jobs.runs.scoring import chosen_probes
-from models.errors import ConfigError
-from pipeline.data.manifest import build_manifest
-from pipeline.data.source import Source
-from pipeline.evaluation.backbone_outputs import embed_views, with_blocks
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.features import Features, KnnProblem, class_numbers, embed_source, knn_accuracy
-from pipeline.evaluation.labels import labelled_sources, subset
-from pipeline.evaluation.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
-from pipeline.storage.files import Directory
-from pipeline.training.checkpoint import FrozenBackbone, read_frozen
+from dinoray.jobs import evaluate
+from dinoray.jobs.cli.config import Config, load_run_config
+from dinoray.jobs.runs.prober import sharded_knn
+from dinoray.jobs.runs.scoring import chosen_probes
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.backbone_outputs import embed_views, with_blocks
+from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.evaluation.features import (
+    Features,
+    KnnProblem,
+    class_numbers,
+    embed_source,
+    knn_accuracy,
+)
+from dinoray.pipeline.evaluation.labels import labelled_sources, subset
+from dinoray.pipeline.evaluation.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training.checkpoint import FrozenBackbone, read_frozen
 
 LABELS = ("dots", "rings", "stripes")
 SETTINGS = [

@@ -7,14 +7,14 @@ import pytest
 from ranks import eval_config, labelled_source, seeded_backbone
 from tiny import tiny_config
 
-from pipeline.data.source import Source
-from pipeline.evaluation import in_training
-from pipeline.evaluation.backbone_outputs import embed_views
-from pipeline.evaluation.config import ProbeConfig
-from pipeline.evaluation.features import Features, embed_source, eval_batches, knn_accuracy
-from pipeline.evaluation.in_training import Evaluation, evaluate
-from pipeline.evaluation.labels import subset
-from pipeline.evaluation.probes import lidar, rankme
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation import in_training
+from dinoray.pipeline.evaluation.backbone_outputs import embed_views
+from dinoray.pipeline.evaluation.config import ProbeConfig
+from dinoray.pipeline.evaluation.features import Features, embed_source, eval_batches, knn_accuracy
+from dinoray.pipeline.evaluation.in_training import Evaluation, evaluate
+from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.evaluation.probes import lidar, rankme
 
 CROPS = tiny_config().crops
 PROBE = ProbeConfig(lidar_images=6, lidar_views=3)

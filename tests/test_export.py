@@ -28,16 +28,16 @@ from servers import S3Server
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_config
 from torch import Tensor
 
-from jobs.export import main
-from models.errors import ConfigError, DinorayError
-from models.published.checkpoint import load, parse, read_weights
-from pipeline.export import onnx_export
-from pipeline.export.onnx_export import export_onnx, resize_matrix
-from pipeline.export.timm_export import timm_arguments
-from pipeline.export.weights import export_official, export_state_dict, official_args
-from pipeline.storage.files import Directory
-from pipeline.training.config import DINOConfig
-from pipeline.training.step import build_state
+from dinoray.jobs.export import main
+from dinoray.models.errors import ConfigError, DinorayError
+from dinoray.models.published.checkpoint import load, parse, read_weights
+from dinoray.pipeline.export import onnx_export
+from dinoray.pipeline.export.onnx_export import export_onnx, resize_matrix
+from dinoray.pipeline.export.timm_export import timm_arguments
+from dinoray.pipeline.export.weights import export_official, export_state_dict, official_args
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.step import build_state
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED_HEAD = {"head": {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}}

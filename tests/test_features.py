@@ -14,13 +14,13 @@ from oracles import nearest_vote
 from ranks import IMAGES_PER_LABEL, LABELS, eval_config, labelled_source, seeded_backbone, two_ranks
 from tiny import tiny_config
 
-from models.errors import ConfigError, DataError
-from pipeline.data.decode import decode, eval_crop
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.data.manifest import DataConfig, load_or_build
-from pipeline.data.source import Source
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.features import (
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.manifest import DataConfig, load_or_build
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.evaluation.features import (
     Features,
     KnnProblem,
     embed,
@@ -31,8 +31,8 @@ from pipeline.evaluation.features import (
     knn_classify,
     merge,
 )
-from pipeline.evaluation.labels import labelled_sources, subset
-from pipeline.storage.files import Directory
+from dinoray.pipeline.evaluation.labels import labelled_sources, subset
+from dinoray.pipeline.storage.files import Directory
 
 CROPS = tiny_config().crops
 

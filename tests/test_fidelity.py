@@ -26,10 +26,10 @@ from crops_oracle import (
 from image_files import encode
 from PIL import Image, ImageOps
 
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import apply, crop_rng, cut, decode_denominator
-from pipeline.augment.params import CropParams, OneCrop, sample
-from pipeline.data.jpeg import Decoded
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import apply, crop_rng, cut, decode_denominator
+from dinoray.pipeline.augment.params import CropParams, OneCrop, sample
+from dinoray.pipeline.data.jpeg import Decoded
 
 INTERPOLATIONS = pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 ORIENTATION = 0x0112

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from models.errors import ConfigError
-from pipeline.planning.forecast import Forecast, forecast, forecast_here, with_workers
-from pipeline.planning.node_rates import STREAM_SHARE, Figures, Run, augmenting, carried
-from pipeline.planning.prices import NODE_TYPES, PlanSettings
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.planning.forecast import Forecast, forecast, forecast_here, with_workers
+from dinoray.pipeline.planning.node_rates import STREAM_SHARE, Figures, Run, augmenting, carried
+from dinoray.pipeline.planning.prices import NODE_TYPES, PlanSettings
 
 RUN = Run(
     total_steps=4000,

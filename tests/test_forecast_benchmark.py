@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli.config import load
-from jobs.cluster.measure import Measured
-from jobs.cluster.plan_config import PlanConfig
-from pipeline.planning.node_rates import Figures
+from dinoray.jobs.cli.config import load
+from dinoray.jobs.cluster.measure import Measured
+from dinoray.jobs.cluster.plan_config import PlanConfig
+from dinoray.pipeline.planning.node_rates import Figures
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -9,12 +9,12 @@ from ranks import labelled_source, seeded_backbone
 from tiny import TINY_RESNET, tiny_config
 from torch import nn
 
-from models.backbone import build_backbone
-from models.config import BackboneConfig
-from models.errors import ConfigError
-from pipeline.augment.multicrop import crop_rng, multi_crop
-from pipeline.data.decode import decode
-from pipeline.evaluation.backbone_outputs import (
+from dinoray.models.backbone import build_backbone
+from dinoray.models.config import BackboneConfig
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
+from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.evaluation.backbone_outputs import (
     check_size,
     embed_views,
     has_tokens,
@@ -22,8 +22,8 @@ from pipeline.evaluation.backbone_outputs import (
     with_blocks,
     with_patches,
 )
-from pipeline.evaluation.features import embed
-from pipeline.training.checkpoint import FrozenBackbone
+from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 CROPS = tiny_config().crops
 

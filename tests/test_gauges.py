@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ray_head import ray_head
 
-from pipeline.tracking.prometheus import GAUGES, PREFIX
+from dinoray.pipeline.tracking.prometheus import GAUGES, PREFIX
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text())
@@ -25,7 +25,7 @@ ray.init(address=sys.argv[1], log_to_driver=False)
 @ray.remote(num_cpus=0)
 class Worker:
     def __init__(self):
-        from pipeline.tracking.prometheus import Gauges
+        from dinoray.pipeline.tracking.prometheus import Gauges
         self.gauges = Gauges("plants/0003", total_steps=810)
 
     def log(self, step, values):

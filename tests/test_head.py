@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from oracles import prototype_logits
 from torch import Tensor, nn
 
-from models.config import HeadConfig
-from models.head import DINOHead
+from dinoray.models.config import HeadConfig
+from dinoray.models.head import DINOHead
 
 SMALL = {"out_dim": 12, "hidden_dim": 10, "bottleneck_dim": 6}
 

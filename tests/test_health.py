@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tiny import tiny_batch, tiny_config
 from torch import Tensor
 
-from pipeline.training.config import HealthConfig
-from pipeline.training.health import CollapseDetector, Health, sums_of, symptom_of
-from pipeline.training.step import build_state, train_step
-from pipeline.training.verdict import UnhealthyError, Verdict
+from dinoray.pipeline.training.config import HealthConfig
+from dinoray.pipeline.training.health import CollapseDetector, Health, sums_of, symptom_of
+from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 
 K, D = 8, 4
 CPU = torch.device("cpu")

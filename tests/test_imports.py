@@ -5,7 +5,7 @@ import json
 import pytest
 from fresh_python import run_python
 
-from jobs.__main__ import ORDER
+from dinoray.jobs.__main__ import ORDER
 
 NETWORKS = {"torch", "torchvision", "timm"}
 
@@ -19,13 +19,13 @@ def loaded(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "module",
     [
-        "pipeline.stream.ray_data",  # the augment actors
-        "pipeline.stream.shared_stream",
-        "pipeline.cluster.channel",
-        "pipeline.evaluation.actors",  # packing, and embedding before a network comes
-        "pipeline.augment.augmenter",
-        "jobs.cli.config",  # every setting
-        *(f"jobs.{command}" for command in ORDER),  # --help, and what is wrong on the command line
+        "dinoray.pipeline.stream.ray_data",  # the augment actors
+        "dinoray.pipeline.stream.shared_stream",
+        "dinoray.pipeline.cluster.channel",
+        "dinoray.pipeline.evaluation.actors",  # packing, and embedding before a network comes
+        "dinoray.pipeline.augment.augmenter",
+        "dinoray.jobs.cli.config",  # every setting
+        *(f"dinoray.jobs.{command}" for command in ORDER),  # --help, and what is wrong on the command line
     ],
 )
 def test_processes_without_a_network_import_no_library_of_networks(module: str) -> None:
@@ -34,7 +34,8 @@ def test_processes_without_a_network_import_no_library_of_networks(module: str) 
 
 def test_an_actor_makes_crops_without_torch() -> None:
     code = (
-        "from pipeline.augment import multicrop as crops; from pipeline.augment.config import CropsConfig;"
+        "from dinoray.pipeline.augment import multicrop as crops;"
+        "from dinoray.pipeline.augment.config import CropsConfig;"
         "crops.limit_threads(); crops.prepare_kernel(CropsConfig(kernel='numba'))"
     )
     assert loaded(code) & NETWORKS == set()
@@ -42,7 +43,8 @@ def test_an_actor_makes_crops_without_torch() -> None:
 
 def test_the_torch_kernel_imports_torch_and_takes_one_thread() -> None:
     code = (
-        "from pipeline.augment import multicrop as crops; from pipeline.augment.config import CropsConfig;"
+        "from dinoray.pipeline.augment import multicrop as crops;"
+        "from dinoray.pipeline.augment.config import CropsConfig;"
         "crops.limit_threads(); crops.prepare_kernel(CropsConfig(kernel='torch'));"
         "import numpy as np; crops.multi_crop(np.zeros((32, 32, 3), np.uint8), crops.crop_rng(0, 0, ''), "
         "CropsConfig(kernel='torch')); import sys; print(sys.modules['torch'].get_num_threads())"

@@ -15,11 +15,18 @@ from published import Head, MultiCropWrapper, Run, ViT, load_pretrained_weights,
 from tiny import TINY_RESNET, tiny_config
 from torch import Tensor, nn
 
-from models.config import OptimConfig
-from models.dino import DINO
-from models.errors import ConfigError, DataError
-from models.optim import build_optimizer
-from models.published.checkpoint import fit_backbone, load, load_optimizer, parse, read_weights, to_official
+from dinoray.models.config import OptimConfig
+from dinoray.models.dino import DINO
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.models.optim import build_optimizer
+from dinoray.models.published.checkpoint import (
+    fit_backbone,
+    load,
+    load_optimizer,
+    parse,
+    read_weights,
+    to_official,
+)
 
 HEAD: dict[str, Any] = {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}
 RESNET: dict[str, Any] = {"name": "resnet18", "kwargs": {}}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import ray
 
-from jobs import submit as job
-from jobs.cli.main import run_main
-from models.errors import ResourceError
+from dinoray.jobs import submit as job
+from dinoray.jobs.cli.main import run_main
+from dinoray.models.errors import ResourceError
 
 ROOT = Path(__file__).parents[1]
 NO_AGENT = "No available agent to submit job, please try again later."
@@ -83,7 +83,7 @@ def job_server(server: JobServer) -> Iterator[JobServer]:
 def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # connect sets it
-    monkeypatch.setattr("jobs.cluster.job_server._AGENT_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("dinoray.jobs.cluster.job_server._AGENT_PAUSE_SECONDS", 0.01)
 
 
 def test_a_cluster_without_an_agent_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +101,7 @@ def test_a_cluster_without_an_agent_is_asked_again(capsys: pytest.CaptureFixture
 def test_a_cluster_that_gets_no_agent_ends_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.cluster.job_server._AGENT_SECONDS", 0.2)
+    monkeypatch.setattr("dinoray.jobs.cluster.job_server._AGENT_SECONDS", 0.2)
     with job_server(JobServer(refusals=10**6)) as server:
         monkeypatch.setattr("sys.argv", ["submit", "--address", server.address, *COMMAND])
         with pytest.raises(SystemExit) as ended:

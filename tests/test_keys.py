@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from jobs.cli.config import load_config
-from jobs.cli.keys import did_you_mean, flatten, leaf_fields
-from models.errors import ConfigError
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cli.keys import did_you_mean, flatten, leaf_fields
+from dinoray.models.errors import ConfigError
 
 
 def mistakes(*overrides: str, file: Path | None = None) -> list[str]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.errors import ConfigError
-from pipeline.data.partition import Layout, batch_size_per_worker, steps_per_block
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.partition import Layout, batch_size_per_worker, steps_per_block
 
 layouts = st.builds(
     lambda first_step, num_steps, world_size, batch_size_per_worker, steps_per_block: Layout(

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from ranks import labelled_source
 
-from pipeline.data.decode import decode
-from pipeline.data.loader import load_batches
-from pipeline.data.source import Status
+from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.loader import load_batches
+from dinoray.pipeline.data.source import Status
 
 
 def test_batches_hold_every_image_once_in_order(tmp_path: Path) -> None:

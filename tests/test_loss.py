@@ -10,8 +10,15 @@ from oracles import double_loop_loss
 from pydantic import ValidationError
 from torch import Tensor
 
-from models.config import LossConfig
-from models.loss import batch_center, cross_entropy, koleo, sinkhorn_probs, teacher_probs, update_center
+from dinoray.models.config import LossConfig
+from dinoray.models.loss import (
+    batch_center,
+    cross_entropy,
+    koleo,
+    sinkhorn_probs,
+    teacher_probs,
+    update_center,
+)
 
 GRID = [
     (G, L, B, K, teacher_temp, student_temp)

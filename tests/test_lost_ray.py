@@ -11,12 +11,12 @@ from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayS
 from ray.train import ControllerError, WorkerGroupError
 from tiny_run import write_images
 
-from jobs.cli.lost_ray import LostRayError, error_to_print
-from models.errors import ConfigError
-from pipeline.data.demo_images import PATTERNS
-from pipeline.ray_private.train import SNAPSHOT
-from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import committed_steps
+from dinoray.jobs.cli.lost_ray import LostRayError, error_to_print
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.demo_images import PATTERNS
+from dinoray.pipeline.ray_private.train import SNAPSHOT
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import committed_steps
 
 STEPS = 30
 
@@ -74,8 +74,8 @@ def test_an_error_of_ours_comes_before_the_loss_that_it_led_to() -> None:
 WAITING = """
 import time
 import ray
-from jobs.cli.main import run_main, start_ray
-from pipeline.cluster.resources import ResourcesConfig
+from dinoray.jobs.cli.main import run_main, start_ray
+from dinoray.pipeline.cluster.resources import ResourcesConfig
 
 def main(argv):
     start_ray(ResourcesConfig(), verbose=False)

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from samples import hostile_entries, needs_hostile, parquet, put_all, write_all
 from servers import S3Server
 
-from models.errors import ConfigError, DataError
-from pipeline.data.listing import Entry, EntryTable, role_of
-from pipeline.data.manifest import DataConfig, Manifest, build_manifest, load_or_build
-from pipeline.storage.files import Directory
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.listing import Entry, EntryTable, role_of
+from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest, load_or_build
+from dinoray.pipeline.storage.files import Directory
 
 
 def keys_of(manifest: Manifest) -> list[str]:

@@ -19,14 +19,14 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.storage.files import Directory
-from pipeline.tracking import tensorboard
-from pipeline.tracking.projector import CONFIG
-from pipeline.tracking.prometheus import GAUGES
-from pipeline.tracking.run_log import JsonLines, MetricsLog
-from pipeline.tracking.scalar_names import GROUPS, group_of
-from pipeline.tracking.sink import Embedding, MetricSink
-from pipeline.worker.throughput import ThroughputMeter
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking import tensorboard
+from dinoray.pipeline.tracking.projector import CONFIG
+from dinoray.pipeline.tracking.prometheus import GAUGES
+from dinoray.pipeline.tracking.run_log import JsonLines, MetricsLog
+from dinoray.pipeline.tracking.scalar_names import GROUPS, group_of
+from dinoray.pipeline.tracking.sink import Embedding, MetricSink
+from dinoray.pipeline.worker.throughput import ThroughputMeter
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -21,12 +21,12 @@ from published import ViT
 from samples import parquet, write_all
 from servers import S3Server, aws_environment, use_aws
 
-from jobs import evaluate, pretrain
-from jobs.cli.config import load_run_config
-from jobs.cli.main import run_main
-from jobs.runs.run_files import write_environment
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.storage.files import Directory
+from dinoray.jobs import evaluate, pretrain
+from dinoray.jobs.cli.config import load_run_config
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.runs.run_files import write_environment
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.storage.files import Directory
 
 ROOT = Path(__file__).parents[1]
 TINY = [

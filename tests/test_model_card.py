@@ -16,14 +16,14 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import TINY_RESNET, tiny_config
 
-from jobs.export import main
-from pipeline.data.decode import decode, eval_crop
-from pipeline.evaluation.features import embed
-from pipeline.export.loading_code import FILES
-from pipeline.export.model_card import RunFacts, model_card, read_scores
-from pipeline.storage.files import Directory
-from pipeline.training.checkpoint import read_frozen, read_meta
-from pipeline.training.config import DINOConfig
+from dinoray.jobs.export import main
+from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.export.loading_code import FILES
+from dinoray.pipeline.export.model_card import RunFacts, model_card, read_scores
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training.checkpoint import read_frozen, read_meta
+from dinoray.pipeline.training.config import DINOConfig
 
 NAME = "teacher_step_00000003"
 FOLDERS = {form: f"{NAME}_{form}" for form in FILES} | {"official": "official_step_00000003"}

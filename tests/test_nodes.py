@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.cost import CostConfig
-from pipeline.cluster.nodes import count_nodes, dollars_per_hour
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import spent
+from dinoray.pipeline.cluster.cost import CostConfig
+from dinoray.pipeline.cluster.nodes import count_nodes, dollars_per_hour
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import spent
 
 PRICES = CostConfig(head_hourly=0.5, cpu_hourly=2, gpu_hourly=10)
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from models.errors import ConfigError
-from pipeline.study.objective import Objective, choose
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.study.objective import Objective, choose
 
 TEMPS = ["loss.teacher_temp", "loss.center_momentum"]
 

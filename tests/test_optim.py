@@ -9,11 +9,11 @@ from oracles import clip_one_by_one
 from tiny import tiny_config
 from torch import Tensor, nn
 
-from models.config import OptimConfig
-from models.dino import DINO
-from models.errors import ConfigError
-from models.lars import LARS
-from models.optim import (
+from dinoray.models.config import OptimConfig
+from dinoray.models.dino import DINO
+from dinoray.models.errors import ConfigError
+from dinoray.models.lars import LARS
+from dinoray.models.optim import (
     build_optimizer,
     clip_per_parameter,
     drop_last_layer_grads,
@@ -21,7 +21,7 @@ from models.optim import (
     restore_optimizer,
     set_hyperparameters,
 )
-from models.schedules import scaled_lr
+from dinoray.models.schedules import scaled_lr
 
 
 def tiny_student(**head: object) -> Any:

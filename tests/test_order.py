@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from oracles import group_loads
 
-from pipeline.data.order import Order, permute
+from dinoray.pipeline.data.order import Order, permute
 
 sizes = st.integers(1, 200)
 seeds = st.integers(0, 2**63)

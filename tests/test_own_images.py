@@ -11,13 +11,13 @@ import yaml
 from no_ray import RayStarted, forbid_ray
 from samples import parquet, write_all
 
-from jobs import pretrain
-from jobs.cli.config import load_config, load_run_config
-from jobs.cli.keys import flatten
-from jobs.cli.recipes import RECIPES
-from models.errors import ConfigError
-from pipeline.data.demo_images import demo_folder, draw_demo_image
-from pipeline.storage.files import Directory
+from dinoray.jobs import pretrain
+from dinoray.jobs.cli.config import load_config, load_run_config
+from dinoray.jobs.cli.keys import flatten
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.demo_images import demo_folder, draw_demo_image
+from dinoray.pipeline.storage.files import Directory
 
 SMALL = [
     "crops.global_crop_size=32",

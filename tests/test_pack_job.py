@@ -15,13 +15,13 @@ from PIL import Image
 from samples import parquet, put_all, write_all
 from servers import S3Server, use_aws
 
-from jobs import pack as job
-from jobs.cli.config import load_config
-from models.errors import ConfigError, DataError
-from pipeline.data.manifest import DataConfig, build_manifest
-from pipeline.data.source import Fetched, Source
-from pipeline.export.packing import Plan, shrink, write_part
-from pipeline.storage.files import Directory
+from dinoray.jobs import pack as job
+from dinoray.jobs.cli.config import load_config
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.export.packing import Plan, shrink, write_part
+from dinoray.pipeline.storage.files import Directory
 
 LABELS = ("boats", "cats", "trees")
 PER_LABEL = 40

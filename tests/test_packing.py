@@ -16,12 +16,12 @@ from image_files import encode, pillow
 from PIL import Image
 from samples import parquet, write_all
 
-from models.errors import ConfigError, DataError
-from pipeline.augment.config import CropsConfig
-from pipeline.data.decode import BadImage
-from pipeline.data.manifest import DataConfig, Manifest, build_manifest
-from pipeline.data.source import Source
-from pipeline.export.packing import (
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.data.decode import BadImage
+from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.export.packing import (
     PART_BYTES,
     PART_ROWS,
     ROW_GROUP_BYTES,
@@ -34,7 +34,7 @@ from pipeline.export.packing import (
     shrunk_size,
     write_part,
 )
-from pipeline.storage.files import Directory
+from dinoray.pipeline.storage.files import Directory
 
 MOST = 40_000
 ORIENTATION = 0x0112

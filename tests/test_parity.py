@@ -24,8 +24,8 @@ from side_by_side import (
 )
 from tiny import tiny_batch
 
-from models.backbone import build_backbone
-from models.config import BackboneConfig
+from dinoray.models.backbone import build_backbone
+from dinoray.models.config import BackboneConfig
 
 SHAPES = ("patch_size", "num_heads", "steps_per_epoch")
 CONFIGURATION = pytest.mark.parametrize("name", CONFIGURATIONS)

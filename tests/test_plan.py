@@ -17,14 +17,14 @@ from test_cluster import LINTS, ec2_complaints, ray_checks, uses_private_ray
 from test_forecast import FIGURES, RUN
 from tiny_run import write_images
 
-from jobs.cli.config import load_config
-from jobs.cluster.cluster_file import fill_in
-from jobs.cluster.measure import forwards_per_image
-from jobs.cluster.plan_config import PlanArguments, PlanConfig, plan_config
-from jobs.cluster.plan_lines import settings_of
-from models.errors import ConfigError, DataError, ResourceError
-from pipeline.augment.config import CropsConfig
-from pipeline.planning.forecast import Forecast, forecast
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cluster.cluster_file import fill_in
+from dinoray.jobs.cluster.measure import forwards_per_image
+from dinoray.jobs.cluster.plan_config import PlanArguments, PlanConfig, plan_config
+from dinoray.jobs.cluster.plan_lines import settings_of
+from dinoray.models.errors import ConfigError, DataError, ResourceError
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.planning.forecast import Forecast, forecast
 
 GIVEN = [
     "plan.num_images=20000000",

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.cluster.pool_control import DrainPolicy, PoolControl, reservation
-from pipeline.cluster.pool_mailbox import PoolMailbox
-from pipeline.cluster.pool_size import Actors, PoolSize
+from dinoray.pipeline.cluster.pool_control import DrainPolicy, PoolControl, reservation
+from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
+from dinoray.pipeline.cluster.pool_size import Actors, PoolSize
 
 
 def operator(*, running: int, most: int, in_flight: int) -> SimpleNamespace:

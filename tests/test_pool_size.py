@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cluster.pool_size import FED, STARVED, Actors, PoolSize, TrainerReading
+from dinoray.pipeline.cluster.pool_size import FED, STARVED, Actors, PoolSize, TrainerReading
 
 
 @dataclass

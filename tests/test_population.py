@@ -13,15 +13,15 @@ from jobs_processes import run_job
 from ray.tune.experiment import Trial as TuneTrial
 from test_tune import arguments, images  # noqa: F401  # images is a fixture
 
-from jobs.cli.config import load
-from jobs.studies.config import StudyConfig
-from jobs.studies.trial import TrialRunner
-from models.errors import ConfigError
-from pipeline.storage.files import Directory
-from pipeline.study.objective import Objective
-from pipeline.study.search.plan import StudyPlan
-from pipeline.study.search.population import ExploitRounds, _Population
-from pipeline.study.trials import Trial, read_trials, write_trial
+from dinoray.jobs.cli.config import load
+from dinoray.jobs.studies.config import StudyConfig
+from dinoray.jobs.studies.trial import TrialRunner
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.objective import Objective
+from dinoray.pipeline.study.search.plan import StudyPlan
+from dinoray.pipeline.study.search.population import ExploitRounds, _Population
+from dinoray.pipeline.study.trials import Trial, read_trials, write_trial
 
 
 @pytest.mark.nightly

@@ -16,8 +16,8 @@ from jobs_processes import TINY, losses, run_job, start_job
 from safetensors.torch import load
 from servers import S3Server, aws_environment
 
-from pipeline.data.demo_images import PATTERNS, draw_demo_image
-from pipeline.data.order import Order
+from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
+from dinoray.pipeline.data.order import Order
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 

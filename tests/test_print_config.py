@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import write_run
 
-from jobs.cli.arguments import PretrainArguments
-from jobs.cli.config import Config, load, load_config
-from jobs.cli.keys import leaf_fields
-from jobs.cli.print_config import describe_config
-from jobs.cli.recipes import RECIPES
-from jobs.cluster.plan_config import PlanConfig
-from jobs.studies.config import NAME_SUFFIX, StudyConfig
-from models.errors import ConfigError
+from dinoray.jobs.cli.arguments import PretrainArguments
+from dinoray.jobs.cli.config import Config, load, load_config
+from dinoray.jobs.cli.keys import leaf_fields
+from dinoray.jobs.cli.print_config import describe_config
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.jobs.cluster.plan_config import PlanConfig
+from dinoray.jobs.studies.config import NAME_SUFFIX, StudyConfig
+from dinoray.models.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 MODELS: dict[str, type[Config]] = {"pretrain": Config, "tune": StudyConfig, "plan": PlanConfig}

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.errors import DataError
-from pipeline.evaluation.config import ProbeConfig
-from pipeline.evaluation.probes import (
+from dinoray.models.errors import DataError
+from dinoray.pipeline.evaluation.config import ProbeConfig
+from dinoray.pipeline.evaluation.probes import (
     collapsed_dims,
     feature_std,
     knn_vote,

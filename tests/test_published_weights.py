@@ -18,8 +18,8 @@ SETTINGS = [*TINY[:3], f"backbone.name={NAME}", "backbone.kwargs={}", "backbone.
 SETTINGS += ["train.global_batch_size=8"]
 PROGRAM = """
 import sys, ray
-from jobs.cli.main import run_main
-from jobs import JOB as job
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs import JOB as job
 ray.init = lambda *_, **__: sys.exit("Ray was started")
 sys.argv = ["job", *sys.argv[1:]]
 run_main(job.main)

@@ -7,9 +7,9 @@ import pytest
 from ranks import bad_batch, two_ranks
 from tiny import Batch
 
-from models.errors import DataError
-from pipeline.data.source import Status
-from pipeline.training.bad_images import Quarantine
+from dinoray.models.errors import DataError
+from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.training.bad_images import Quarantine
 
 
 def batch(*statuses: Status, first_position: int = 0) -> Batch:

@@ -8,8 +8,8 @@ from jobs_processes import ROOT, foreign_lines
 
 PROGRAM = """
 import os, subprocess, sys, warnings
-from jobs.cli.main import run_main
-from jobs.cli.quiet import quiet_ray
+from dinoray.jobs.cli.main import run_main
+from dinoray.jobs.cli.quiet import quiet_ray
 
 def main(argv):
     print("before", file=sys.stderr)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
 
-from models.errors import DataError, ResourceError
-from pipeline.ray_private import core, jobs, tune
-from pipeline.ray_private.train import TornSnapshotError, committed, snapshot_of
+from dinoray.models.errors import DataError, ResourceError
+from dinoray.pipeline.ray_private import core, jobs, tune
+from dinoray.pipeline.ray_private.train import TornSnapshotError, committed, snapshot_of
 
 
 def test_committed_checkpoints_are_read_in_order() -> None:

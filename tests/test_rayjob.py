@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.cli.config import load_config
+from dinoray.jobs.cli.config import load_config
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "deploy" / "rayjob.yaml").read_text()

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs.cli.config import load_config
-from jobs.cli.recipes import RECIPES
-from jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
-from models.errors import DinorayError, ResourceError
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
+from dinoray.models.errors import DinorayError, ResourceError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -143,15 +143,15 @@ def test_every_recipe_has_a_row() -> None:
 def test_the_tree_names_every_module_and_nothing_else() -> None:
     tree = CODE.rpartition("```\nmodels/")[2]
     named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    there = {p.name for d in ("models", "pipeline", "jobs") for p in (ROOT / d).rglob("*.py")} - {
+    there = {p.name for d in ("models", "pipeline", "jobs", "dinoray") for p in (ROOT / d).rglob("*.py")} - {
         "__init__.py"
     }
     assert named == there
 
 
 def test_the_run_directory_is_drawn_as_it_is() -> None:
-    from pipeline.storage import run_dir
-    from pipeline.training import checkpoint
+    from dinoray.pipeline.storage import run_dir
+    from dinoray.pipeline.training import checkpoint
 
     drawn = GUIDE.split("## What a run leaves behind")[1].split("## Crops from Python")[0]
     for name in re.findall(r"[\w.]+\.(?:json|jsonl|yaml|png|parquet|pt)\b", checkpoint.__doc__ or ""):
@@ -172,7 +172,7 @@ def test_what_is_linked_and_shown_is_there() -> None:
 def sentences() -> list[str]:
     """All text in the code, with … for what is filled in."""
     found = []
-    for path in (p for d in ("models", "pipeline", "jobs") for p in (ROOT / d).rglob("*.py")):
+    for path in (p for d in ("models", "pipeline", "jobs", "dinoray") for p in (ROOT / d).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)

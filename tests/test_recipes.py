@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.cli.arguments import Arguments
-from jobs.cli.config import Config, load_config
-from jobs.cli.keys import flatten
-from jobs.cli.recipes import RECIPES
-from models.backbone import build_backbone, embed_dim
-from pipeline.data.manifest import build_manifest
-from pipeline.data.partition import batch_size_per_worker
-from pipeline.training.config import Schedule
+from dinoray.jobs.cli.arguments import Arguments
+from dinoray.jobs.cli.config import Config, load_config
+from dinoray.jobs.cli.keys import flatten
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.models.backbone import build_backbone, embed_dim
+from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.partition import batch_size_per_worker
+from dinoray.pipeline.training.config import Schedule
 
 NUM_IMAGES = 1_281_167
 """Training images of ImageNet-1k."""

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli.arguments import PretrainArguments, pretrain_config
-from jobs.cluster.measure import Measured, run_of
-from jobs.cluster.plan_config import PlanArguments, plan_config
-from jobs.cluster.plan_lines import other_sizes
-from jobs.runs.train import check_run
-from jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
-from models.errors import ConfigError
-from pipeline.planning.forecast import forecast
-from pipeline.planning.node_rates import Figures
+from dinoray.jobs.cli.arguments import PretrainArguments, pretrain_config
+from dinoray.jobs.cluster.measure import Measured, run_of
+from dinoray.jobs.cluster.plan_config import PlanArguments, plan_config
+from dinoray.jobs.cluster.plan_lines import other_sizes
+from dinoray.jobs.runs.train import check_run
+from dinoray.jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.planning.forecast import forecast
+from dinoray.pipeline.planning.node_rates import Figures
 
 ROOT = Path(__file__).parents[1]
 VANILLA = ["--recipe", "vit_small_imagenet_vanilla"]

@@ -16,16 +16,16 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from models.errors import ConfigError
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import crop_rng, multi_crop
-from pipeline.figures.contact_sheet import contact_sheet
-from pipeline.reporting.page import escape, picture
-from pipeline.reporting.plots import Curve, Level, chart, downsample
-from pipeline.reporting.run_report import LiveReport, build_report, write_report
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import Records, Series, attention_figures, flat
-from pipeline.training.verdict import Verdict
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
+from dinoray.pipeline.figures.contact_sheet import contact_sheet
+from dinoray.pipeline.reporting.page import escape, picture
+from dinoray.pipeline.reporting.plots import Curve, Level, chart, downsample
+from dinoray.pipeline.reporting.run_report import LiveReport, build_report, write_report
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import Records, Series, attention_figures, flat
+from dinoray.pipeline.training.verdict import Verdict
 
 CONFIG = {"name": "first", "head": {"out_dim": 64}, "train": {"epochs": 4.0}, "data": {"path": "/images"}}
 

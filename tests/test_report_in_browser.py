@@ -13,13 +13,13 @@ from PIL import Image
 from studies import write_whole_study
 from test_report_sections import fed_run
 
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import crop_rng, multi_crop
-from pipeline.figures.contact_sheet import contact_sheet
-from pipeline.figures.palette import DARK, LIGHT, Palette
-from pipeline.reporting.page import Html, charts, page, picture, tiles
-from pipeline.reporting.run_report import write_report
-from pipeline.study.page.study_report import write_study_report
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
+from dinoray.pipeline.figures.contact_sheet import contact_sheet
+from dinoray.pipeline.figures.palette import DARK, LIGHT, Palette
+from dinoray.pipeline.reporting.page import Html, charts, page, picture, tiles
+from dinoray.pipeline.reporting.run_report import write_report
+from dinoray.pipeline.study.page.study_report import write_study_report
 
 PHONE, DESK = (390, 844), (1280, 900)
 _MEASURES = """(() => {

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from test_report import CONFIG, Page, jsonl, make_run, png, step_record
 
-from jobs.cli.config import load_config
-from jobs.cli.recipes import RECIPES
-from jobs.runs.run_files import note_hardware, recipe_changes
-from jobs.studies.config import StudyConfig, load
-from pipeline.cluster.nodes import group_identical_nodes
-from pipeline.data.decode import BadImage, decode
-from pipeline.reporting.bad_images import Share, kind_of, near_limit_warning
-from pipeline.reporting.plots import Curve, Span, chart, downsample
-from pipeline.reporting.run_report import build_report
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import Records, Series, read_head
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.jobs.runs.run_files import note_hardware, recipe_changes
+from dinoray.jobs.studies.config import StudyConfig, load
+from dinoray.pipeline.cluster.nodes import group_identical_nodes
+from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.reporting.bad_images import Share, kind_of, near_limit_warning
+from dinoray.pipeline.reporting.plots import Curve, Span, chart, downsample
+from dinoray.pipeline.reporting.run_report import build_report
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import Records, Series, read_head
 
 BEGIN = 1_700_000_000.0
 HEAD = {"CPU": 4.0, "memory": 12 * 2.0**30, "object_store_memory": 4 * 2.0**30, "node:__internal_head__": 1.0}

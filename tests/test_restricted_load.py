@@ -23,9 +23,9 @@ import pytest
 import torch
 from published import Run, saved
 
-from models.errors import DataError
-from models.published.checkpoint import Weights, read_weights
-from models.published.restricted_load import restricted_load, values_of
+from dinoray.models.errors import DataError
+from dinoray.models.published.checkpoint import Weights, read_weights
+from dinoray.models.published.restricted_load import restricted_load, values_of
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 SCALAR = np.float64(1).__reduce__()[0]

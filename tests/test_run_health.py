@@ -10,7 +10,7 @@ from jobs_processes import TINY
 from safetensors.torch import load_file
 from tiny_run import write_images
 
-from pipeline.data.demo_images import PATTERNS
+from dinoray.pipeline.data.demo_images import PATTERNS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

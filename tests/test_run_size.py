@@ -7,9 +7,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobs.cli.config import Config, load_config
-from jobs.cli.recipes import RECIPES
-from jobs.runs.run_size import (
+from dinoray.jobs.cli.config import Config, load_config
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.jobs.runs.run_size import (
     FEW_IMAGES,
     FEW_STEPS,
     FEW_WARMUP_STEPS,
@@ -19,11 +19,11 @@ from jobs.runs.run_size import (
     length_warnings,
     warmup_warnings,
 )
-from jobs.studies.config import StudyArguments, StudyConfig, space_of, study_config
-from jobs.studies.resources import check_study_size
-from models.errors import ConfigError, ResourceError
-from pipeline.data.partition import batch_size_per_worker, check_accumulation
-from pipeline.training.config import Schedule
+from dinoray.jobs.studies.config import StudyArguments, StudyConfig, space_of, study_config
+from dinoray.jobs.studies.resources import check_study_size
+from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
+from dinoray.pipeline.training.config import Schedule
 
 on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.runtime_env import RuntimeEnv
 
-from jobs.cluster.upload import NO_JOB_READS, SECRET_FILES, list_files
+from dinoray.jobs.cluster.upload import NO_JOB_READS, SECRET_FILES, list_files
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "deploy" / "runtime_env.yaml").read_text()

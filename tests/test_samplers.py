@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.study.search.samplers import Known, grid_size, sampler
-from pipeline.study.space import Domain, place
+from dinoray.pipeline.study.search.samplers import Known, grid_size, sampler
+from dinoray.pipeline.study.space import Domain, place
 
 SPACE = {
     "loss.teacher_temp": Domain(kind="uniform", values=(0.02, 0.12)),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import published_cosine, published_temps
 
-from models.schedules import cap_warmup, teacher_temp, warmup_constant, warmup_cosine
+from dinoray.models.schedules import cap_warmup, teacher_temp, warmup_constant, warmup_cosine
 
 
 @pytest.mark.parametrize(

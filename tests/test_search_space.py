@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.study.space import CENTER_MOMENTUM, Domain, at, default_space, grid, parse_space, place
-from pipeline.training.config import DINOConfig
+from dinoray.pipeline.study.space import CENTER_MOMENTUM, Domain, at, default_space, grid, parse_space, place
+from dinoray.pipeline.training.config import DINOConfig
 
 TEMP = Domain(kind="uniform", values=(0.02, 0.08))
 MOMENTUM = Domain(kind="one_minus_log", values=(0.5, 0.99))

@@ -21,17 +21,17 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 from samples import write_all
 
-from models.errors import DataError, DinorayError
-from pipeline.augment.augmenter import Augmenter
-from pipeline.augment.config import CropsConfig, crop_bytes
-from pipeline.cluster.channel import RunChannel
-from pipeline.data.manifest import DataConfig, build_manifest
-from pipeline.data.order import Order
-from pipeline.data.partition import Layout
-from pipeline.data.source import Fetched, Source
-from pipeline.stream import ray_data, shared_stream
-from pipeline.stream.ray_data import StreamPlan, in_step
-from pipeline.stream.shared_stream import SharedStats, SharedStream
+from dinoray.models.errors import DataError, DinorayError
+from dinoray.pipeline.augment.augmenter import Augmenter
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.partition import Layout
+from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.stream import ray_data, shared_stream
+from dinoray.pipeline.stream.ray_data import StreamPlan, in_step
+from dinoray.pipeline.stream.shared_stream import SharedStats, SharedStream
 
 pytestmark = pytest.mark.ray
 

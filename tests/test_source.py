@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from samples import hostile_entries, needs_hostile, parquet, put_all, write_all
 from servers import ACCESS_KEY, SECRET_KEY, S3Server, aws_environment, use_aws
 
-from models.errors import DataError
-from pipeline.data.manifest import DataConfig, Manifest, build_manifest
-from pipeline.data.parquet import RowGroupCache
-from pipeline.data.source import Fetched, Source, Status
-from pipeline.storage import s3 as s3_module
+from dinoray.models.errors import DataError
+from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
+from dinoray.pipeline.data.parquet import RowGroupCache
+from dinoray.pipeline.data.source import Fetched, Source, Status
+from dinoray.pipeline.storage import s3 as s3_module
 
 IMAGES = {f"{label}/{n}.jpg": random.Random(label).randbytes(500 + n) for label in "ab" for n in range(9)}
 

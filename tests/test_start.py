@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
-from models.errors import ConfigError, DataError
-from pipeline.training.checkpoint import save_checkpoint
-from pipeline.training.init_weights import load_initial_weights, read_weights
-from pipeline.training.step import TrainState, build_state, train_step
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.training.checkpoint import save_checkpoint
+from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
+from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 
 def trained(steps: int, **changes: dict) -> TrainState:

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import SECRET_KEY, S3Server, aws_environment, use_aws
 
-from models.errors import ConfigError, DataError, one_line, redact_credentials
-from pipeline.storage import s3 as s3_module
-from pipeline.storage.files import (
+from dinoray.models.errors import ConfigError, DataError, one_line, redact_credentials
+from dinoray.pipeline.storage import s3 as s3_module
+from dinoray.pipeline.storage.files import (
     ChangedObject,
     Directory,
     MissingObject,
@@ -28,7 +28,7 @@ from pipeline.storage.files import (
     s3_client,
     split_s3_uri,
 )
-from pipeline.storage.s3 import ObjectFile, read_object
+from dinoray.pipeline.storage.s3 import ObjectFile, read_object
 
 WHAT = "s3://some-bucket/some/key.jpg"
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from studies import tried, write_tried
 from tiny_run import write_images
 
-from jobs import tune as job
-from jobs.cli.arguments import PretrainArguments, pretrain_config
-from jobs.cli.config import differences, load, load_config
-from jobs.studies.config import (
+from dinoray.jobs import tune as job
+from dinoray.jobs.cli.arguments import PretrainArguments, pretrain_config
+from dinoray.jobs.cli.config import differences, load, load_config
+from dinoray.jobs.studies.config import (
     FREE,
     StudyConfig,
     can_grow,
@@ -31,13 +31,13 @@ from jobs.studies.config import (
     space_of,
     trial_config,
 )
-from jobs.studies.resources import check_growth, plan_of
-from jobs.studies.study_run import StudyRun
-from models.errors import ConfigError, DinorayError, ResourceError
-from pipeline.data.demo_images import PATTERNS
-from pipeline.storage.files import Directory
-from pipeline.study.space import default_space, grid
-from pipeline.study.trials import Outcome, TrialRecord, read_trials
+from dinoray.jobs.studies.resources import check_growth, plan_of
+from dinoray.jobs.studies.study_run import StudyRun
+from dinoray.models.errors import ConfigError, DinorayError, ResourceError
+from dinoray.pipeline.data.demo_images import PATTERNS
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.space import default_space, grid
+from dinoray.pipeline.study.trials import Outcome, TrialRecord, read_trials
 
 NUM_IMAGES = 2160
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from studies import SPACE, STEPS, about, tried, write_whole_study
 
-from pipeline.study.findings.regions import collapse_regions
-from pipeline.study.findings.statistics import (
+from dinoray.pipeline.study.findings.regions import collapse_regions
+from dinoray.pipeline.study.findings.statistics import (
     chance_tau,
     difference_margin,
     explained,
@@ -19,9 +19,9 @@ from pipeline.study.findings.statistics import (
     quantile_groups,
     student_t95,
 )
-from pipeline.study.findings.summary import findings, importance_of
-from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
-from pipeline.study.trials import TrialRecord, read_study, read_trials
+from dinoray.pipeline.study.findings.summary import findings, importance_of
+from dinoray.pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
+from dinoray.pipeline.study.trials import TrialRecord, read_study, read_trials
 
 
 def said(trials: list[TrialRecord], **changes: object) -> str:

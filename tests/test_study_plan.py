@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.cli.config import load
-from jobs.studies.config import StudyConfig
-from jobs.studies.resources import plan_of
-from models.errors import ResourceError
-from pipeline.cluster.resources import ResourcesConfig
-from pipeline.study.search.plan import StudyPlan, local_cpus, plan_study
+from dinoray.jobs.cli.config import load
+from dinoray.jobs.studies.config import StudyConfig
+from dinoray.jobs.studies.resources import plan_of
+from dinoray.models.errors import ResourceError
+from dinoray.pipeline.cluster.resources import ResourcesConfig
+from dinoray.pipeline.study.search.plan import StudyPlan, local_cpus, plan_study
 
 SMALL = ResourcesConfig(train_workers=1, augment_actors=1)
 

@@ -13,15 +13,15 @@ from PIL import Image
 from studies import SPACE, about, tried, write_tried, write_whole_study
 from test_report import Page
 
-from pipeline.figures.palette import DARK, LIGHT, TOKENS
-from pipeline.storage.files import Directory
-from pipeline.study.findings.summary import findings
-from pipeline.study.page.axes import score_range, ticks
-from pipeline.study.page.plots import curve_charts, importance_bars, parallel_coordinates
-from pipeline.study.page.score_map import expected, score_map
-from pipeline.study.page.study_report import describe_study, write_study_report
-from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
-from pipeline.study.trials import TrialRecord, read_study, read_trials, write_study
+from dinoray.pipeline.figures.palette import DARK, LIGHT, TOKENS
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.findings.summary import findings
+from dinoray.pipeline.study.page.axes import score_range, ticks
+from dinoray.pipeline.study.page.plots import curve_charts, importance_bars, parallel_coordinates
+from dinoray.pipeline.study.page.score_map import expected, score_map
+from dinoray.pipeline.study.page.study_report import describe_study, write_study_report
+from dinoray.pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
+from dinoray.pipeline.study.trials import TrialRecord, read_study, read_trials, write_study
 
 
 def write_small(folder: Path, trials: list[TrialRecord], metrics: bytes = b"", **changes: Any) -> Directory:

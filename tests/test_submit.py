@@ -18,14 +18,21 @@ import pytest
 from jobs_processes import ROOT, TINY, start_job
 from ray_head import RAY, RayHead, ray_head
 
-from jobs.cluster.job_server import attempts_at, connect
-from jobs.cluster.upload import MAX_BYTES, check_config_file, list_files, named_files, pack, read_runtime_env
-from jobs.runs.commit import commit_of
-from models.errors import ConfigError, DinorayError, ResourceError
-from pipeline.data.demo_images import PATTERNS, draw_demo_image
-from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import committed_checkpoints
-from pipeline.tracking.records import read_mapping
+from dinoray.jobs.cluster.job_server import attempts_at, connect
+from dinoray.jobs.cluster.upload import (
+    MAX_BYTES,
+    check_config_file,
+    list_files,
+    named_files,
+    pack,
+    read_runtime_env,
+)
+from dinoray.jobs.runs.commit import commit_of
+from dinoray.models.errors import ConfigError, DinorayError, ResourceError
+from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import committed_checkpoints
+from dinoray.pipeline.tracking.records import read_mapping
 
 SHIPPED = ROOT / "deploy" / "runtime_env.yaml"
 MARKER = "marker-of-a-secret-4711"
@@ -130,7 +137,7 @@ def test_a_job_gets_the_code_and_half_a_megabyte(tmp_path: Path, excludes: list[
     assert archive.num_bytes < 600_000
     code = {
         path.relative_to(ROOT).as_posix()
-        for d in ("models", "pipeline", "jobs")
+        for d in ("models", "pipeline", "jobs", "dinoray")
         for path in (ROOT / d).rglob("*.py")
     }
     assert code <= archive.names
@@ -352,7 +359,7 @@ def test_a_server_that_takes_connections_and_says_nothing_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
-    monkeypatch.setattr("jobs.cluster.job_server._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("dinoray.jobs.cluster.job_server._ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ResourceError, match=r"does not answer .*timed out"):
@@ -504,7 +511,7 @@ def test_a_run_whose_directory_says_that_it_is_finished_is_left_alone_by_a_new_c
 ) -> None:
     command = job(tmp_path, "elsewhere")
     words = [word for word in command if "=" in word]
-    load_config = importlib.import_module("jobs.cli.config").load_config
+    load_config = importlib.import_module("dinoray.jobs.cli.config").load_config
     (tmp_path / "runs/elsewhere").mkdir(parents=True)
     (tmp_path / "runs/elsewhere/config.yaml").write_text(load_config(None, None, words).to_yaml())
     (tmp_path / "runs/elsewhere/result.json").write_text("{}")

@@ -12,12 +12,12 @@ from timm.layers import BatchNormAct2d
 from tiny import NUM_IMAGES, TINY_RESNET
 from torch import Tensor, nn
 
-from models.backbone import build_backbone
-from models.config import BackboneConfig
-from models.sync_batch_norm import synchronise_batch_norm
-from pipeline.training.config import DINOConfig
-from pipeline.training.ddp import distribute
-from pipeline.training.step import TrainState, build_state
+from dinoray.models.backbone import build_backbone
+from dinoray.models.config import BackboneConfig
+from dinoray.models.sync_batch_norm import synchronise_batch_norm
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.ddp import distribute
+from dinoray.pipeline.training.step import TrainState, build_state
 
 CPU = torch.device("cpu")
 NUM_ROWS = 10

@@ -17,16 +17,16 @@ from safetensors import safe_open
 from timm.data import create_transform, resolve_model_data_config
 from tiny import TINY_RESNET, tiny_config
 
-from models.errors import DinorayError
-from models.published.checkpoint import POS_EMBED_KEY
-from pipeline.data.decode import eval_crop
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.features import Features, embed, knn_accuracy
-from pipeline.export.timm_export import TimmExport, crop_share, export_timm, timm_arguments
-from pipeline.training.checkpoint import FrozenBackbone
-from pipeline.training.config import DINOConfig
-from pipeline.training.step import pixels
+from dinoray.models.errors import DinorayError
+from dinoray.models.published.checkpoint import POS_EMBED_KEY
+from dinoray.pipeline.data.decode import eval_crop
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.evaluation.features import Features, embed, knn_accuracy
+from dinoray.pipeline.export.timm_export import TimmExport, crop_share, export_timm, timm_arguments
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.step import pixels
 
 
 def replace_kwargs(config: DINOConfig, **changes: Any) -> DINOConfig:

@@ -17,16 +17,16 @@ import pytest
 from jobs_processes import TINY
 from PIL import Image
 
-from jobs.cli.config import load_config
-from jobs.runs.train import check_run
-from models.errors import ConfigError
-from pipeline.reporting.run_report import build_report
-from pipeline.storage.files import Directory
-from pipeline.tracking import services
-from pipeline.tracking.config import TrackConfig
-from pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
-from pipeline.tracking.services import FILE, Trackers, open_trackers
-from pipeline.tracking.sink import MetricSink
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.runs.train import check_run
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.reporting.run_report import build_report
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking import services
+from dinoray.pipeline.tracking.config import TrackConfig
+from dinoray.pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
+from dinoray.pipeline.tracking.services import FILE, Trackers, open_trackers
+from dinoray.pipeline.tracking.sink import MetricSink
 
 MLFLOW = pytest.importorskip("mlflow")
 WANDB = pytest.importorskip("wandb")

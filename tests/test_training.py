@@ -19,10 +19,10 @@ from test_architecture import RAY_FILES
 from tiny import NUM_IMAGES, TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 
-from models.errors import ConfigError, ResourceError
-from models.loss import koleo
-from pipeline.training.config import DINOConfig, Schedule
-from pipeline.training.step import TrainState, autocast, build_state, pixels, train, train_step
+from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.models.loss import koleo
+from dinoray.pipeline.training.config import DINOConfig, Schedule
+from dinoray.pipeline.training.step import TrainState, autocast, build_state, pixels, train, train_step
 
 METRICS = {
     "loss",
@@ -437,7 +437,7 @@ import importlib
 for name in sys.argv[1:]:
     importlib.import_module(name)
 
-from pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.step import build_state, train_step
 from tiny import tiny_batch, tiny_config
 
 state = build_state(tiny_config(), num_images=40)
@@ -450,8 +450,8 @@ def test_a_step_runs_and_all_but_the_ray_modules_import_where_ray_is_missing() -
     root = Path(__file__).parents[1]
     files = [path for layer in ("models", "pipeline") for path in (root / layer).rglob("*.py")]
     names = {file.relative_to(root).as_posix() for file in files if file.stem != "__init__"}
-    pure = sorted(name.removesuffix(".py").replace("/", ".") for name in names - RAY_FILES)
-    assert "pipeline.training.step" in pure
+    pure = sorted("dinoray." + name.removesuffix(".py").replace("/", ".") for name in names - RAY_FILES)
+    assert "dinoray.pipeline.training.step" in pure
     path = os.pathsep.join([str(root), str(root / "tests")])
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_RAY, *pure],

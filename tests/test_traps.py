@@ -12,8 +12,8 @@ from tiny import NUM_IMAGES, tiny_batch, tiny_config
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.training.config import DINOConfig
-from pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 
 def run(state: TrainState, *, num_steps: int) -> None:

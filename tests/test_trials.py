@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from studies import tried, write_tried
 
-from models.errors import ConfigError, DataError
-from pipeline.storage.files import Directory
-from pipeline.study.objective import Objective
-from pipeline.study.search.progress import confirmations, course, known, member_start, next_number
-from pipeline.study.space import Domain
-from pipeline.study.trials import (
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.objective import Objective
+from dinoray.pipeline.study.search.progress import confirmations, course, known, member_start, next_number
+from dinoray.pipeline.study.space import Domain
+from dinoray.pipeline.study.trials import (
     Outcome,
     Trial,
     TrialRecord,
@@ -22,7 +22,7 @@ from pipeline.study.trials import (
     write_outcome,
     write_trial,
 )
-from pipeline.tracking.records import Records
+from dinoray.pipeline.tracking.records import Records
 
 KNN = Objective("knn_20", "")
 

@@ -12,11 +12,11 @@ from jobs_processes import PATIENCE_SECONDS, TINY, losses, run_job, start_job
 from ray_head import ray_head
 from tiny_run import write_images
 
-from jobs import pretrain
-from jobs.cli.config import load_config
-from pipeline.data.demo_images import PATTERNS
-from pipeline.storage.files import Directory
-from pipeline.study.trials import read_trials
+from dinoray.jobs import pretrain
+from dinoray.jobs.cli.config import load_config
+from dinoray.pipeline.data.demo_images import PATTERNS
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.trials import read_trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

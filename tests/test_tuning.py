@@ -4,9 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.study.search.tuner import TrialListener, _cause
-from pipeline.study.search.tuning import AshaConfig, Search, _Refereed
-from pipeline.study.trials import Trial
+from dinoray.pipeline.study.search.tuner import TrialListener, _cause
+from dinoray.pipeline.study.search.tuning import AshaConfig, Search, _Refereed
+from dinoray.pipeline.study.trials import Trial
 
 
 class Told:

@@ -16,12 +16,12 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from tiny import NUM_IMAGES, tiny_config
 from torch import Tensor, nn
 
-from models.errors import ConfigError, DataError
-from models.published.checkpoint import load, read_weights
-from pipeline.training.init_weights import load_initial_weights
-from pipeline.training.init_weights import read_weights as read_path
-from pipeline.training.match_weights import adapt
-from pipeline.training.step import TrainState, build_state
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.models.published.checkpoint import load, read_weights
+from dinoray.pipeline.training.init_weights import load_initial_weights
+from dinoray.pipeline.training.init_weights import read_weights as read_path
+from dinoray.pipeline.training.match_weights import adapt
+from dinoray.pipeline.training.step import TrainState, build_state
 
 HEAD: dict[str, Any] = {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.config import DINOConfig
 
 NUM_IMAGES = 40
 """Length of an epoch: ten steps of `tiny_config`."""

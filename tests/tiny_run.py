@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from jobs_processes import TINY
 
-from jobs.cli.config import load_config
-from pipeline.data.demo_images import draw_demo_image
-from pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
-from pipeline.training.checkpoint import save_checkpoint
-from pipeline.training.step import build_state
+from dinoray.jobs.cli.config import load_config
+from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
+from dinoray.pipeline.training.checkpoint import save_checkpoint
+from dinoray.pipeline.training.step import build_state
 
 STEP = 7
 NAME = checkpoint_name(STEP)

@@ -1,16 +1,17 @@
 """The command lines of jobs: options and `section.key=value` overrides in any order."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jobs.cli.config import Config, load_config, load_kept
-from jobs.cli.recipes import RECIPES
-from models.errors import ConfigError
-from models.settings import Settings
-from pipeline.storage.files import Directory
-from pipeline.study.trials import BEST, STUDY
+from dinoray.jobs.cli.config import Config, load_config, load_kept
+from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.models.errors import ConfigError
+from dinoray.models.settings import Settings
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.trials import BEST, STUDY
 
 
 def positive(text: str) -> int:
@@ -25,6 +26,10 @@ positive.__name__ = "positive number"  # as argparse names it in its error
 
 class CommandLine(argparse.ArgumentParser):
     """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        # As the user called it: the same command may be `dinoray NAME` or `python -m jobs.NAME`.
+        super().__init__(prog=sys.argv[0] if sys.argv[0].startswith("dinoray ") else prog, **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse does, but options may stand before, between and after the overrides."""

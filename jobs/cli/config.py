@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from jobs.cli.keys import did_you_mean, explain, flatten, keep_detected, leaf_fields
-from jobs.cli.recipes import RECIPES, starting_point
-from jobs.cli.yaml_text import Dumper, Loader, read_mapping, yaml_problem
-from models.errors import ConfigError
-from pipeline.cluster.cost import CostConfig
-from pipeline.cluster.resources import ResourcesConfig
-from pipeline.data.manifest import DataConfig
-from pipeline.evaluation.config import EvalConfig, ProbeConfig
-from pipeline.storage.files import Directory, MissingObject, is_s3, split_s3_uri
-from pipeline.tracking.config import LogConfig, TrackConfig
-from pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
+from dinoray.jobs.cli.keys import did_you_mean, explain, flatten, keep_detected, leaf_fields
+from dinoray.jobs.cli.recipes import RECIPES, starting_point
+from dinoray.jobs.cli.yaml_text import Dumper, Loader, read_mapping, yaml_problem
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.cluster.cost import CostConfig
+from dinoray.pipeline.cluster.resources import ResourcesConfig
+from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
+from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3, split_s3_uri
+from dinoray.pipeline.tracking.config import LogConfig, TrackConfig
+from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
 
 MUTABLE_ON_RESUME = frozenset(
     {"resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}

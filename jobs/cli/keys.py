@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from models.config import argument_hint
-from models.errors import redact_credentials
+from dinoray.models.config import argument_hint
+from dinoray.models.errors import redact_credentials
 
 Config = TypeVar("Config", bound=BaseModel)
 

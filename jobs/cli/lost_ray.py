@@ -20,8 +20,8 @@ import ray
 from ray import exceptions
 from rich.console import Console
 
-from models.errors import DinorayError, ResourceError, one_line
-from pipeline.cluster.channel import known_error
+from dinoray.models.errors import DinorayError, ResourceError, one_line
+from dinoray.pipeline.cluster.channel import known_error
 
 _POLL_SECONDS = 1.0
 _LOCAL_SECONDS = 5.0

@@ -9,10 +9,17 @@ from collections.abc import Callable, Sequence
 import ray
 from ray.exceptions import AuthenticationError
 
-from jobs.cli.lost_ray import LostRayError, answers, end_at_once, error_to_print, print_error, watch_ray
-from jobs.cli.quiet import quiet_ray
-from models.errors import ResourceError, one_line
-from pipeline.cluster.resources import ResourcesConfig
+from dinoray.jobs.cli.lost_ray import (
+    LostRayError,
+    answers,
+    end_at_once,
+    error_to_print,
+    print_error,
+    watch_ray,
+)
+from dinoray.jobs.cli.quiet import quiet_ray
+from dinoray.models.errors import ResourceError, one_line
+from dinoray.pipeline.cluster.resources import ResourcesConfig
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:

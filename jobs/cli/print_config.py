@@ -13,11 +13,11 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from jobs.cli.arguments import overrides_of, pretrain_config
-from jobs.cli.config import Config, apply_overrides, apply_tree, read_file, resolve, validate_as
-from jobs.cli.keys import EXAMPLES, flatten, leaf_fields
-from jobs.cli.recipes import starting_point
-from jobs.cli.yaml_text import Dumper
+from dinoray.jobs.cli.arguments import overrides_of, pretrain_config
+from dinoray.jobs.cli.config import Config, apply_overrides, apply_tree, read_file, resolve, validate_as
+from dinoray.jobs.cli.keys import EXAMPLES, flatten, leaf_fields
+from dinoray.jobs.cli.recipes import starting_point
+from dinoray.jobs.cli.yaml_text import Dumper
 
 _WIDTH = 110
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import Any
 
-from pipeline.ray_private.core import silence_errors
+from dinoray.pipeline.ray_private.core import silence_errors
 
 
 def quiet_ray(*, verbose: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ classifies all 50,000 others (here eval.max_train_images and eval.max_val_images
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.data.demo_images import demo_folder
+from dinoray.pipeline.data.demo_images import demo_folder
 
 Tree = dict[str, Any]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from models.errors import ConfigError
+from dinoray.models.errors import ConfigError
 
 
 class Loader(yaml.SafeLoader):

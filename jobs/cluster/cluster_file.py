@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from models.errors import ConfigError
-from pipeline.planning.forecast import Forecast
-from pipeline.planning.prices import NodeType, PlanSettings
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.planning.forecast import Forecast
+from dinoray.pipeline.planning.prices import NodeType, PlanSettings
 
 NAME = "cluster.yaml"
 _PLACES = (Path(), Path(__file__).parents[2])

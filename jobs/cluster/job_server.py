@@ -20,9 +20,9 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from jobs.cli.main import wants_token
-from models.errors import ConfigError, ResourceError, one_line, redact_credentials
-from pipeline.ray_private.jobs import server_version
+from dinoray.jobs.cli.main import wants_token
+from dinoray.models.errors import ConfigError, ResourceError, one_line, redact_credentials
+from dinoray.pipeline.ray_private.jobs import server_version
 
 _VARIABLE = "RAY_API_SERVER_ADDRESS"
 _ANSWER_SECONDS = 10.0

@@ -21,12 +21,12 @@ from typing import Literal, NamedTuple
 
 from packaging.requirements import Requirement
 
-from models.errors import DataError, DinorayError, ResourceError, one_line
-from pipeline.data.demo_images import demo_folder
-from pipeline.data.listing import Entry, list_entries, role_of
-from pipeline.data.manifest import DataConfig
-from pipeline.storage.files import Directory, filesystem, is_s3, normal_uri, retrying, split_s3_uri
-from pipeline.storage.s3 import read_object, s3_client
+from dinoray.models.errors import DataError, DinorayError, ResourceError, one_line
+from dinoray.pipeline.data.demo_images import demo_folder
+from dinoray.pipeline.data.listing import Entry, list_entries, role_of
+from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.storage.files import Directory, filesystem, is_s3, normal_uri, retrying, split_s3_uri
+from dinoray.pipeline.storage.s3 import read_object, s3_client
 
 _NUM_LISTED = 1000  # as many as one page of a listing on S3 holds
 _NUM_READ = 5

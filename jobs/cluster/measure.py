@@ -9,21 +9,27 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
-from jobs.cli.main import is_local, join_ray
-from jobs.cluster.plan_config import OF_IMAGES, PlanConfig, trains_on_gpus
-from jobs.runs.inputs import Inputs
-from jobs.studies.config import schedule_of
-from models.errors import DataError, ResourceError
-from pipeline.augment.config import CropsConfig, crop_bytes
-from pipeline.cluster.channel import known_error
-from pipeline.data.detection import AUTO
-from pipeline.data.manifest import build_manifest
-from pipeline.data.partition import batch_size_per_worker
-from pipeline.data.source import Source
-from pipeline.evaluation.labels import HELD_OUT_SHARE
-from pipeline.planning.calibrate import gradient_bytes, listed, measure_crops, measure_latency, measure_step
-from pipeline.planning.node_rates import Figures, Run
-from pipeline.planning.prices import PlanSettings
+from dinoray.jobs.cli.main import is_local, join_ray
+from dinoray.jobs.cluster.plan_config import OF_IMAGES, PlanConfig, trains_on_gpus
+from dinoray.jobs.runs.inputs import Inputs
+from dinoray.jobs.studies.config import schedule_of
+from dinoray.models.errors import DataError, ResourceError
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
+from dinoray.pipeline.cluster.channel import known_error
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.partition import batch_size_per_worker
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.labels import HELD_OUT_SHARE
+from dinoray.pipeline.planning.calibrate import (
+    gradient_bytes,
+    listed,
+    measure_crops,
+    measure_latency,
+    measure_step,
+)
+from dinoray.pipeline.planning.node_rates import Figures, Run
+from dinoray.pipeline.planning.prices import PlanSettings
 
 Say = Callable[[str], None]
 

@@ -14,8 +14,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from jobs.cli.config import Config
-from jobs.cluster.machine_checks import (
+from dinoray.jobs.cli.config import Config
+from dinoray.jobs.cluster.machine_checks import (
     Finding,
     check_data,
     check_disk,
@@ -23,9 +23,9 @@ from jobs.cluster.machine_checks import (
     judge_clock,
     machine_facts,
 )
-from models.errors import ResourceError, one_line
-from pipeline.augment.config import crop_bytes
-from pipeline.data.manifest import DataConfig
+from dinoray.models.errors import ResourceError, one_line
+from dinoray.pipeline.augment.config import crop_bytes
+from dinoray.pipeline.data.manifest import DataConfig
 
 _HEAD = "node:__internal_head__"
 _TASK_SECONDS, _GPU_SECONDS = 60.0, 120.0

@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import model_validator
 
-from jobs.cli.arguments import Arguments
-from jobs.cli.config import Config, load
-from jobs.cli.main import is_local
-from models.errors import ConfigError
-from pipeline.planning.prices import PlanSettings
+from dinoray.jobs.cli.arguments import Arguments
+from dinoray.jobs.cli.config import Config, load
+from dinoray.jobs.cli.main import is_local
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.planning.prices import PlanSettings
 
 BUCKET = "s3://BUCKET/images"
 """Stands for `data.path` where a plan needs no images."""

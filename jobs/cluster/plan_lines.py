@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.cli.config import read_file
-from jobs.cli.keys import flatten
-from jobs.cluster.measure import Measured
-from jobs.cluster.plan_config import PlanConfig
-from models.errors import ConfigError
-from pipeline.cluster.cost import CostConfig
-from pipeline.planning.forecast import HEADROOM, Forecast, forecast, with_workers
-from pipeline.planning.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried
-from pipeline.planning.prices import PRICED
-from pipeline.storage.files import is_shared_path
+from dinoray.jobs.cli.config import read_file
+from dinoray.jobs.cli.keys import flatten
+from dinoray.jobs.cluster.measure import Measured
+from dinoray.jobs.cluster.plan_config import PlanConfig
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.cluster.cost import CostConfig
+from dinoray.pipeline.planning.forecast import HEADROOM, Forecast, forecast, with_workers
+from dinoray.pipeline.planning.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried
+from dinoray.pipeline.planning.prices import PRICED
+from dinoray.pipeline.storage.files import is_shared_path
 
 Row = tuple[str, str]
 

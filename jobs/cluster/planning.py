@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.cluster.cluster_file import write_cluster_file
-from jobs.cluster.measure import measure, run_of
-from jobs.cluster.plan_config import BUCKET, PlanConfig
-from jobs.cluster.plan_lines import (
+from dinoray.jobs.cluster.cluster_file import write_cluster_file
+from dinoray.jobs.cluster.measure import measure, run_of
+from dinoray.jobs.cluster.plan_config import BUCKET, PlanConfig
+from dinoray.jobs.cluster.plan_lines import (
     cluster_rows,
     command,
     figure_rows,
@@ -21,9 +21,9 @@ from jobs.cluster.plan_lines import (
     show,
     size_table,
 )
-from jobs.runs.run_files import draw_demo
-from jobs.runs.train import check_run
-from pipeline.planning.forecast import Forecast, forecast, forecast_here
+from dinoray.jobs.runs.run_files import draw_demo
+from dinoray.jobs.runs.train import check_run
+from dinoray.pipeline.planning.forecast import Forecast, forecast, forecast_here
 
 
 def plan(config: PlanConfig, arguments: Namespace) -> None:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from pathspec import GitIgnoreSpec
 from ray.runtime_env import RuntimeEnv
 
-from jobs.cli.config import read_file
-from jobs.cli.keys import did_you_mean, flatten, looks_secret
-from models.errors import ConfigError, one_line, redact_credentials
-from pipeline.study.trials import BEST
+from dinoray.jobs.cli.config import read_file
+from dinoray.jobs.cli.keys import did_you_mean, flatten, looks_secret
+from dinoray.models.errors import ConfigError, one_line, redact_credentials
+from dinoray.pipeline.study.trials import BEST
 
 MAX_BYTES = 50_000_000
 """Largest archive that is sent; Ray's job server refuses 100 MiB with an HTTP status alone."""

@@ -10,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.cli.config import load_run_config
-from jobs.runs.open_checkpoint import open_network
-from models.attention import patch_size
-from models.errors import ConfigError, DataError
-from pipeline.data.decode import BadImage, decode
-from pipeline.data.loader import load_batches
-from pipeline.data.manifest import DataConfig, build_manifest
-from pipeline.data.source import Source
-from pipeline.evaluation.labels import subset
-from pipeline.figures.attention_animation import animation, read_frames
-from pipeline.figures.attention_sheet import compute_attention, figure, overlays
-from pipeline.figures.config import MASS
-from pipeline.figures.drawing import png_bytes
-from pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
-from pipeline.training.checkpoint import find_checkpoint
+from dinoray.jobs.cli.config import load_run_config
+from dinoray.jobs.runs.open_checkpoint import open_network
+from dinoray.models.attention import patch_size
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.loader import load_batches
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.figures.attention_animation import animation, read_frames
+from dinoray.pipeline.figures.attention_sheet import compute_attention, figure, overlays
+from dinoray.pipeline.figures.config import MASS
+from dinoray.pipeline.figures.drawing import png_bytes
+from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
+from dinoray.pipeline.training.checkpoint import find_checkpoint
 
 _EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}(?=#|$)")
 """Of a file's name, also where the number of a Parquet row follows it."""

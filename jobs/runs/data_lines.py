@@ -2,10 +2,10 @@
 
 import pyarrow.compute as pc
 
-from jobs.runs.inputs import Inputs
-from pipeline.data.detection import AUTO
-from pipeline.data.source import Source
-from pipeline.evaluation.config import EvalConfig
+from dinoray.jobs.runs.inputs import Inputs
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.config import EvalConfig
 
 
 def describe_data(images: Source) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.runs.data_lines import describe_data
-from jobs.runs.open_checkpoint import open_network, standalone_config
-from jobs.runs.write_parts import settings_of, write_missing
-from pipeline.data.manifest import load_or_build
-from pipeline.data.source import Source
-from pipeline.evaluation.backbone_outputs import check_size
-from pipeline.export.embeddings import (
+from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
+from dinoray.jobs.runs.write_parts import settings_of, write_missing
+from dinoray.pipeline.data.manifest import load_or_build
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.backbone_outputs import check_size
+from dinoray.pipeline.export.embeddings import (
     MANIFEST,
     SETTINGS,
     SUMMARY,
@@ -30,7 +30,7 @@ from pipeline.export.embeddings import (
     weights_digest,
     write_part,
 )
-from pipeline.storage.files import Directory
+from dinoray.pipeline.storage.files import Directory
 
 
 def embed_parts(arguments: Namespace) -> None:

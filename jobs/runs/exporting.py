@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import timm
 
-from jobs.cli.config import load_run_config
-from models.errors import ConfigError, DinorayError
-from pipeline.export.loading_code import FILES, create_model, quoted
-from pipeline.export.model_card import RunFacts, model_card, read_scores
-from pipeline.export.onnx_export import export_onnx
-from pipeline.export.readme_card import position_note, readme
-from pipeline.export.timm_export import (
+from dinoray.jobs.cli.config import load_run_config
+from dinoray.models.errors import ConfigError, DinorayError
+from dinoray.pipeline.export.loading_code import FILES, create_model, quoted
+from dinoray.pipeline.export.model_card import RunFacts, model_card, read_scores
+from dinoray.pipeline.export.onnx_export import export_onnx
+from dinoray.pipeline.export.readme_card import position_note, readme
+from dinoray.pipeline.export.timm_export import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     evaluation_size,
@@ -26,10 +26,10 @@ from pipeline.export.timm_export import (
     other_sizes,
     timm_arguments,
 )
-from pipeline.export.weights import export_official, export_state_dict
-from pipeline.storage.files import Directory, MissingObject, is_s3
-from pipeline.storage.run_dir import checkpoint_name
-from pipeline.training.checkpoint import (
+from dinoray.pipeline.export.weights import export_official, export_state_dict
+from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
+from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.training.checkpoint import (
     FrozenBackbone,
     download_checkpoint,
     find_checkpoint,

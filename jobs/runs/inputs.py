@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.cli.config import Config
-from pipeline.data.decode import BadImage, decode
-from pipeline.data.detection import AUTO
-from pipeline.data.manifest import load_or_build
-from pipeline.data.order import Order
-from pipeline.data.source import Source
-from pipeline.evaluation.class_names import Mismatch, class_mismatch
-from pipeline.evaluation.labels import held_out, labelled_sources
-from pipeline.storage.files import Directory
+from dinoray.jobs.cli.config import Config
+from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.manifest import load_or_build
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
+from dinoray.pipeline.evaluation.labels import held_out, labelled_sources
+from dinoray.pipeline.storage.files import Directory
 
 _NUM_PICTURES = 4
 """Images whose attention is drawn at each evaluation."""

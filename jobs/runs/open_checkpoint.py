@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.cli.config import Config, apply_overrides, validate
-from models.errors import ConfigError
-from pipeline.storage.run_dir import checkpoint_name
-from pipeline.training.checkpoint import (
+from dinoray.jobs.cli.config import Config, apply_overrides, validate
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.training.checkpoint import (
     Found,
     FrozenBackbone,
     Which,

@@ -9,16 +9,23 @@ import numpy as np
 import ray
 import torch
 
-from jobs.cli.config import Config
-from models.backbone import embed_dim
-from models.errors import DataError
-from pipeline.data.source import Source
-from pipeline.evaluation.actors import EmbedTask, embed_on_actors
-from pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_blocks
-from pipeline.evaluation.features import Features, KnnProblem, class_numbers, embed_source, merge
-from pipeline.evaluation.labels import subset
-from pipeline.evaluation.probes import LinearScores, collapsed_dims, feature_std, lidar, linear_probe, rankme
-from pipeline.training.checkpoint import FrozenBackbone
+from dinoray.jobs.cli.config import Config
+from dinoray.models.backbone import embed_dim
+from dinoray.models.errors import DataError
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.actors import EmbedTask, embed_on_actors
+from dinoray.pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_blocks
+from dinoray.pipeline.evaluation.features import Features, KnnProblem, class_numbers, embed_source, merge
+from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.evaluation.probes import (
+    LinearScores,
+    collapsed_dims,
+    feature_std,
+    lidar,
+    linear_probe,
+    rankme,
+)
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 
 class Prober:

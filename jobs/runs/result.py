@@ -4,11 +4,11 @@ import json
 import time
 from typing import Any
 
-from jobs.cli.display import describe_calibration
-from models.errors import DataError
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import read_records
-from pipeline.training.verdict import Verdict
+from dinoray.jobs.cli.display import describe_calibration
+from dinoray.models.errors import DataError
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import read_records
+from dinoray.pipeline.training.verdict import Verdict
 
 RESULT = "result.json"
 """Written last: where it stands, the run is finished."""

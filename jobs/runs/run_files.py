@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from jobs.cli.config import Config, load
-from jobs.cli.keys import flatten
-from jobs.cli.main import is_local
-from jobs.cli.recipes import demo_data
-from jobs.runs.commit import COMMIT, commit_of
-from jobs.runs.inputs import Inputs
-from pipeline.augment.multicrop import crop_rng, multi_crop
-from pipeline.cluster.nodes import group_identical_nodes
-from pipeline.data.decode import BadImage, decode
-from pipeline.data.demo_images import demo_folder, write_demo_images
-from pipeline.figures.contact_sheet import contact_sheet
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import read_mapping
-from pipeline.training.init_weights import INIT_LINE
+from dinoray.jobs.cli.config import Config, load
+from dinoray.jobs.cli.keys import flatten
+from dinoray.jobs.cli.main import is_local
+from dinoray.jobs.cli.recipes import demo_data
+from dinoray.jobs.runs.commit import COMMIT, commit_of
+from dinoray.jobs.runs.inputs import Inputs
+from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
+from dinoray.pipeline.cluster.nodes import group_identical_nodes
+from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.demo_images import demo_folder, write_demo_images
+from dinoray.pipeline.figures.contact_sheet import contact_sheet
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import read_mapping
+from dinoray.pipeline.training.init_weights import INIT_LINE
 
 ENVIRONMENT = "environment.json"
 

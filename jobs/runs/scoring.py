@@ -7,20 +7,20 @@ from typing import Any
 
 import ray
 
-from jobs.cli.config import load_run_config
-from jobs.cli.main import start_ray
-from jobs.runs.data_lines import unlabelled_warnings
-from jobs.runs.inputs import evaluated_images
-from jobs.runs.open_checkpoint import open_network, standalone_config
-from jobs.runs.prober import Prober
-from models.errors import ConfigError
-from pipeline.data.detection import AUTO
-from pipeline.data.manifest import build_manifest
-from pipeline.data.source import Source
-from pipeline.evaluation.backbone_outputs import check_size
-from pipeline.evaluation.class_names import class_mismatch
-from pipeline.evaluation.config import LABEL_FREE, LABELLED
-from pipeline.storage.files import Directory
+from dinoray.jobs.cli.config import load_run_config
+from dinoray.jobs.cli.main import start_ray
+from dinoray.jobs.runs.data_lines import unlabelled_warnings
+from dinoray.jobs.runs.inputs import evaluated_images
+from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
+from dinoray.jobs.runs.prober import Prober
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.backbone_outputs import check_size
+from dinoray.pipeline.evaluation.class_names import class_mismatch
+from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
+from dinoray.pipeline.storage.files import Directory
 
 
 def score(arguments: Namespace) -> None:

@@ -10,29 +10,29 @@ from collections.abc import Callable, Iterator
 
 import ray
 
-from jobs.cli.config import Config
-from jobs.cli.keys import flatten
-from jobs.cli.lost_ray import LostRayError, error_to_print, last_words
-from jobs.runs.inputs import Inputs
-from models.backbone import build_backbone
-from models.errors import one_line
-from models.published.checkpoint import Weights
-from pipeline.cluster.channel import Event, RunChannel, fatal_error
-from pipeline.data.partition import batch_size_per_worker, check_accumulation
-from pipeline.data.source import Source
-from pipeline.reporting.run_report import write_report
-from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import committed_checkpoints, committed_steps, mend_snapshot
-from pipeline.stream.ray_data import StreamPlan
-from pipeline.stream.shared_stream import SharedStream
-from pipeline.tracking.services import check_trackers
-from pipeline.training.auto import resolve
-from pipeline.training.config import DINOConfig
-from pipeline.training.init_weights import INIT_LINE, load_initial_weights, read_weights
-from pipeline.training.match_weights import adapt
-from pipeline.training.step import build_state
-from pipeline.worker.spec import WorkerSpec
-from pipeline.worker.worker import fit
+from dinoray.jobs.cli.config import Config
+from dinoray.jobs.cli.keys import flatten
+from dinoray.jobs.cli.lost_ray import LostRayError, error_to_print, last_words
+from dinoray.jobs.runs.inputs import Inputs
+from dinoray.models.backbone import build_backbone
+from dinoray.models.errors import one_line
+from dinoray.models.published.checkpoint import Weights
+from dinoray.pipeline.cluster.channel import Event, RunChannel, fatal_error
+from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.reporting.run_report import write_report
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import committed_checkpoints, committed_steps, mend_snapshot
+from dinoray.pipeline.stream.ray_data import StreamPlan
+from dinoray.pipeline.stream.shared_stream import SharedStream
+from dinoray.pipeline.tracking.services import check_trackers
+from dinoray.pipeline.training.auto import resolve
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.init_weights import INIT_LINE, load_initial_weights, read_weights
+from dinoray.pipeline.training.match_weights import adapt
+from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.worker.spec import WorkerSpec
+from dinoray.pipeline.worker.worker import fit
 
 _END_SECONDS = 60.0
 """Within which workers that all came to the same error have ended."""

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 from rich.console import Console
 
-from jobs.cli.main import start_ray
-from pipeline.cluster.resources import ResourcesConfig
-from pipeline.data.detection import AUTO
-from pipeline.data.manifest import DataConfig
-from pipeline.data.source import Source
-from pipeline.evaluation.actors import EmbedTask, Work, embed_on_actors
-from pipeline.storage.files import Directory
+from dinoray.jobs.cli.main import start_ray
+from dinoray.pipeline.cluster.resources import ResourcesConfig
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.actors import EmbedTask, Work, embed_on_actors
+from dinoray.pipeline.storage.files import Directory
 
 if TYPE_CHECKING:
-    from pipeline.training.checkpoint import FrozenBackbone
+    from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 _NOT_IN_ROWS = {"fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction"}
 """Settings of `data` that do not change what is written."""

@@ -9,17 +9,17 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.cli.arguments import Arguments
-from jobs.cli.config import Config, apply_tree, load, validate_as
-from jobs.cli.keys import did_you_mean, leaf_fields
-from jobs.studies.rules import scheduler_mistakes, warmup_mistakes
-from models.config import LossConfig
-from models.errors import ConfigError
-from pipeline.data.detection import AUTO
-from pipeline.study.config import StudySettings
-from pipeline.study.objective import Objective, choose
-from pipeline.study.search.samplers import grid_size
-from pipeline.study.space import (
+from dinoray.jobs.cli.arguments import Arguments
+from dinoray.jobs.cli.config import Config, apply_tree, load, validate_as
+from dinoray.jobs.cli.keys import did_you_mean, leaf_fields
+from dinoray.jobs.studies.rules import scheduler_mistakes, warmup_mistakes
+from dinoray.models.config import LossConfig
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.study.config import StudySettings
+from dinoray.pipeline.study.objective import Objective, choose
+from dinoray.pipeline.study.search.samplers import grid_size
+from dinoray.pipeline.study.space import (
     CENTERING,
     TEACHER_TEMP,
     WARMUP_EPOCHS,
@@ -28,8 +28,8 @@ from pipeline.study.space import (
     Space,
     default_space,
 )
-from pipeline.training.auto import resolve
-from pipeline.training.config import DINOConfig, Schedule
+from dinoray.pipeline.training.auto import resolve
+from dinoray.pipeline.training.config import DINOConfig, Schedule
 
 MUTABLE_ON_RESUME = (
     "tune.trials",

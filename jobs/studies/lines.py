@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.studies.config import StudyConfig
-from pipeline.storage.files import Directory
-from pipeline.study.objective import Objective
-from pipeline.study.space import Space
-from pipeline.study.trials import TrialRecord
-from pipeline.training.auto import resolve
+from dinoray.jobs.studies.config import StudyConfig
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.objective import Objective
+from dinoray.pipeline.study.space import Space
+from dinoray.pipeline.study.trials import TrialRecord
+from dinoray.pipeline.training.auto import resolve
 
 _TOLD = ("evaluations", "searcher", "scheduler", "reduction_factor", "seed", "confirm_top", "confirm_seeds")
 """Of `tune`, what study.json has."""

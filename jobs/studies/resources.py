@@ -3,17 +3,17 @@
 import os
 from collections.abc import Mapping
 
-from jobs.cli.main import is_local
-from jobs.runs.run_size import check_images, length_warnings
-from jobs.studies.config import StudyConfig, trial_config
-from jobs.studies.trial import CLOCK
-from models.errors import ConfigError, ResourceError
-from pipeline.storage.files import Directory
-from pipeline.study.findings.ranking import number_of
-from pipeline.study.search.plan import StudyPlan, local_cpus, plan_study
-from pipeline.study.space import Space
-from pipeline.study.trials import Outcome, Trial, trial_directory
-from pipeline.tracking.records import read_mapping, read_records
+from dinoray.jobs.cli.main import is_local
+from dinoray.jobs.runs.run_size import check_images, length_warnings
+from dinoray.jobs.studies.config import StudyConfig, trial_config
+from dinoray.jobs.studies.trial import CLOCK
+from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.findings.ranking import number_of
+from dinoray.pipeline.study.search.plan import StudyPlan, local_cpus, plan_study
+from dinoray.pipeline.study.space import Space
+from dinoray.pipeline.study.trials import Outcome, Trial, trial_directory
+from dinoray.pipeline.tracking.records import read_mapping, read_records
 
 
 def check_growth(config: StudyConfig, *, is_local: bool) -> None:

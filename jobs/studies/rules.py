@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from models.config import LossConfig
-from pipeline.study.config import StudySettings
-from pipeline.study.space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Space
+from dinoray.models.config import LossConfig
+from dinoray.pipeline.study.config import StudySettings
+from dinoray.pipeline.study.space import TEACHER_TEMP, WARMUP_EPOCHS, WARMUP_TEMP, Space
 
 
 def warmup_mistakes(space: Space, loss: LossConfig) -> Iterator[str]:

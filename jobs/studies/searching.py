@@ -2,20 +2,20 @@
 
 from rich.console import Console
 
-from jobs.cli.main import is_local
-from jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
-from jobs.runs.inputs import Inputs
-from jobs.runs.run_files import draw_demo, write_about
-from jobs.runs.run_size import check_workers
-from jobs.runs.train import check_run
-from jobs.studies.config import StudyConfig, can_grow, first_points, objective_of, space_of
-from jobs.studies.resources import check_growth, check_study_size
-from jobs.studies.study_run import StudyRun
-from models.errors import ConfigError
-from pipeline.storage.files import Directory
-from pipeline.study.page.study_report import describe_study
-from pipeline.study.search.progress import check_any_ran
-from pipeline.training.published_weights import fetch_published_weights
+from dinoray.jobs.cli.main import is_local
+from dinoray.jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
+from dinoray.jobs.runs.inputs import Inputs
+from dinoray.jobs.runs.run_files import draw_demo, write_about
+from dinoray.jobs.runs.run_size import check_workers
+from dinoray.jobs.runs.train import check_run
+from dinoray.jobs.studies.config import StudyConfig, can_grow, first_points, objective_of, space_of
+from dinoray.jobs.studies.resources import check_growth, check_study_size
+from dinoray.jobs.studies.study_run import StudyRun
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.page.study_report import describe_study
+from dinoray.pipeline.study.search.progress import check_any_ran
+from dinoray.pipeline.training.published_weights import fetch_published_weights
 
 
 def search(config: StudyConfig, directory: Directory, *, verbose: bool) -> None:

@@ -13,36 +13,36 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from jobs.cli.main import join_ray
-from jobs.runs.inputs import Inputs
-from jobs.runs.run_files import note_hardware
-from jobs.runs.train import stream_plan
-from jobs.studies.config import StudyConfig, candidate, grace_steps, num_trials, schedule_of, trial_config
-from jobs.studies.lines import about_study, describe_search, trial_line
-from jobs.studies.resources import local_cores, lost_outcome, plan_of
-from jobs.studies.trial import TrialRunner
-from models.errors import ConfigError, DinorayError
-from pipeline.cluster.channel import RunChannel
-from pipeline.storage.files import Directory
-from pipeline.stream.shared_stream import SharedStream
-from pipeline.study.findings.ranking import searched
-from pipeline.study.findings.summary import findings
-from pipeline.study.objective import Objective
-from pipeline.study.page.study_report import write_study_report
-from pipeline.study.search.plan import StudyPlan
-from pipeline.study.search.population import check_population, run_population
-from pipeline.study.search.progress import (
-    committed_course,
-    confirmations,
-    course,
-    known,
-    member_start,
-    next_number,
+from dinoray.jobs.cli.main import join_ray
+from dinoray.jobs.runs.inputs import Inputs
+from dinoray.jobs.runs.run_files import note_hardware
+from dinoray.jobs.runs.train import stream_plan
+from dinoray.jobs.studies.config import (
+    StudyConfig,
+    candidate,
+    grace_steps,
+    num_trials,
+    schedule_of,
+    trial_config,
 )
-from pipeline.study.search.samplers import sampler
-from pipeline.study.search.tuning import AshaConfig, Search, run_trials
-from pipeline.study.space import Space, place
-from pipeline.study.trials import (
+from dinoray.jobs.studies.lines import about_study, describe_search, trial_line
+from dinoray.jobs.studies.resources import local_cores, lost_outcome, plan_of
+from dinoray.jobs.studies.trial import TrialRunner
+from dinoray.models.errors import ConfigError, DinorayError
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.stream.shared_stream import SharedStream
+from dinoray.pipeline.study.findings.ranking import searched
+from dinoray.pipeline.study.findings.summary import findings
+from dinoray.pipeline.study.objective import Objective
+from dinoray.pipeline.study.page.study_report import write_study_report
+from dinoray.pipeline.study.search import progress
+from dinoray.pipeline.study.search.plan import StudyPlan
+from dinoray.pipeline.study.search.population import check_population, run_population
+from dinoray.pipeline.study.search.samplers import sampler
+from dinoray.pipeline.study.search.tuning import AshaConfig, Search, run_trials
+from dinoray.pipeline.study.space import Space, place
+from dinoray.pipeline.study.trials import (
     BEST,
     OUTCOME,
     Outcome,
@@ -216,9 +216,12 @@ class StudyRun:
                 propose=lambda: queue.pop(0) if queue else new(),
                 on_end=self._on_end,
                 tell=self._console.print,
-                ended={t.trial.number: course(t, self._objective) for t in searched(tried) if t.outcome},
+                ended={
+                    t.trial.number: progress.course(t, self._objective) for t in searched(tried) if t.outcome
+                },
                 begun={
-                    t.trial.number: committed_course(self._directory, t, self._objective) for t in waiting
+                    t.trial.number: progress.committed_course(self._directory, t, self._objective)
+                    for t in waiting
                 },
             ),
             runner,
@@ -233,7 +236,7 @@ class StudyRun:
         tune = self._config.tune
         # A population finds a course of settings, not a point that another seed could repeat.
         top = 0 if tune.scheduler == "pb2" else tune.confirm_top
-        return confirmations(tried, top=top, num_seeds=tune.confirm_seeds)
+        return progress.confirmations(tried, top=top, num_seeds=tune.confirm_seeds)
 
     def _populate(self, runner: TrialRunner) -> None:
         """Train a population, each member from its newest trial, or from a point that is proposed."""
@@ -242,7 +245,7 @@ class StudyRun:
         check_population()
         newest = {t.trial.number % size: t.trial for t in self._tried()}
         starts = [
-            member_start(self._space, newest[slot])
+            progress.member_start(self._space, newest[slot])
             if slot in newest
             else place(self._space, self._propose(slot, [])[0])
             for slot in range(size)
@@ -270,8 +273,8 @@ class StudyRun:
             nth = len(searched(tried))
             if nth >= self._num_trials:
                 return None
-            params, origin = self._propose(nth, known(tried, self._objective, worst=self._worst))
-            trial = Trial(next_number(tried), params, self._config.train.seed, origin)
+            params, origin = self._propose(nth, progress.known(tried, self._objective, worst=self._worst))
+            trial = Trial(progress.next_number(tried), params, self._config.train.seed, origin)
             write_trial(self._directory, trial)
             try:
                 candidate(self._config, params)

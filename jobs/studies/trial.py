@@ -13,25 +13,25 @@ from typing import Any
 
 import ray
 
-from jobs.runs.inputs import Inputs
-from jobs.runs.result import RESULT, write_result
-from jobs.runs.run_files import write_environment
-from jobs.runs.train import run_training, what_is_learnt
-from jobs.studies.config import StudyConfig, space_of, trial_config
-from models.errors import ConfigError, DataError, DinorayError, ResourceError
-from models.settings import number
-from pipeline.cluster.channel import Event, RunChannel
-from pipeline.reporting.run_report import write_report
-from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import checkpoint_name, committed_steps
-from pipeline.stream.shared_stream import SharedStream
-from pipeline.study.objective import Objective
-from pipeline.study.search.plan import StudyPlan
-from pipeline.study.search.population import MemberReport, Pointer
-from pipeline.study.search.tuner import remove_left_group
-from pipeline.study.search.tuning import Report
-from pipeline.study.space import at
-from pipeline.study.trials import (
+from dinoray.jobs.runs.inputs import Inputs
+from dinoray.jobs.runs.result import RESULT, write_result
+from dinoray.jobs.runs.run_files import write_environment
+from dinoray.jobs.runs.train import run_training, what_is_learnt
+from dinoray.jobs.studies.config import StudyConfig, space_of, trial_config
+from dinoray.models.errors import ConfigError, DataError, DinorayError, ResourceError
+from dinoray.models.settings import number
+from dinoray.pipeline.cluster.channel import Event, RunChannel
+from dinoray.pipeline.reporting.run_report import write_report
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
+from dinoray.pipeline.stream.shared_stream import SharedStream
+from dinoray.pipeline.study.objective import Objective
+from dinoray.pipeline.study.search.plan import StudyPlan
+from dinoray.pipeline.study.search.population import MemberReport, Pointer
+from dinoray.pipeline.study.search.tuner import remove_left_group
+from dinoray.pipeline.study.search.tuning import Report
+from dinoray.pipeline.study.space import at
+from dinoray.pipeline.study.trials import (
     OUTCOME,
     Outcome,
     Trial,
@@ -41,8 +41,8 @@ from pipeline.study.trials import (
     write_outcome,
     write_trial,
 )
-from pipeline.tracking.records import read, read_records
-from pipeline.training.verdict import UnhealthyError, Verdict
+from dinoray.pipeline.tracking.records import read, read_records
+from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 
 _COMMIT_SECONDS = 120.0
 """Ray commits a checkpoint some seconds after it was taken."""

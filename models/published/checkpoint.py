@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.backbone import has_batch_norm
-from models.dino import DINO
-from models.errors import DataError
-from models.published.fit import fit_backbone, fit_head
-from models.published.networks_in_files import find_networks
-from models.published.optimizer import load_optimizer, official_state
-from models.published.restricted_load import restricted_load, values_of
-from models.published.timm_names import in_timms_names
+from dinoray.models.backbone import has_batch_norm
+from dinoray.models.dino import DINO
+from dinoray.models.errors import DataError
+from dinoray.models.published.fit import fit_backbone, fit_head
+from dinoray.models.published.networks_in_files import find_networks
+from dinoray.models.published.optimizer import load_optimizer, official_state
+from dinoray.models.published.restricted_load import restricted_load, values_of
+from dinoray.models.published.timm_names import in_timms_names
 
 __all__ = [
     "Loaded",

@@ -15,10 +15,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models.backbone import embed_dim
-from models.errors import ConfigError
-from models.published.candidates import candidates, vit_shape
-from models.published.timm_names import publisher
+from dinoray.models.backbone import embed_dim
+from dinoray.models.errors import ConfigError
+from dinoray.models.published.candidates import candidates, vit_shape
+from dinoray.models.published.timm_names import publisher
 
 _NOT_OF_BACKBONE = re.compile(
     r"(fc|head|head_dist|classifier|last_linear|pooler|decoder|predictor|projector|projection_head)\."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.lars import LARS
+from dinoray.models.lars import LARS
 
 _MAGNITUDE = "head.last_layer.weight_g"
 _MOMENTS: dict[type, tuple[str, ...]] = {

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.errors import DataError, one_line
-from models.published.pickle_size import check_size
+from dinoray.models.errors import DataError, one_line
+from dinoray.models.published.pickle_size import check_size
 
 _GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
 _NUMBER = re.compile(r"b1|[iu][1248]|f(?:2|4|8|12|16)|c(?:8|16)|[?bBhHiIlLqQefdgFD]")

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import DataError
-from pipeline.augment.config import CropsConfig, crop_bytes, crop_shapes
-from pipeline.augment.multicrop import Crops, cut, decode_for
-from pipeline.augment.params import sample_image
-from pipeline.data.decode import BadImage
-from pipeline.data.jpeg import open_image
-from pipeline.data.order import Order
-from pipeline.data.source import Fetched, Source, Status
+from dinoray.models.errors import DataError
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, crop_shapes
+from dinoray.pipeline.augment.multicrop import Crops, cut, decode_for
+from dinoray.pipeline.augment.params import sample_image
+from dinoray.pipeline.data.decode import BadImage
+from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.source import Fetched, Source, Status
 
 _MAX_SUBSTITUTES = 16
 

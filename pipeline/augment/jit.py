@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.errors import one_line
-from pipeline.storage.cache import cache_folder
+from dinoray.models.errors import one_line
+from dinoray.pipeline.storage.cache import cache_folder
 
 MISSING = ""
 """Reason why numba is unavailable; empty if it is available."""

@@ -19,12 +19,21 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import ConfigError
-from pipeline.augment import jit
-from pipeline.augment.config import CropsConfig, crop_shapes
-from pipeline.augment.params import LEFT, TOP, WIDTH, CropParams, first_outside, measure, sample, sample_image
-from pipeline.augment.rng import crop_rng
-from pipeline.data.jpeg import DENOMINATORS, Decoded, Encoded, open_image
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.augment import jit
+from dinoray.pipeline.augment.config import CropsConfig, crop_shapes
+from dinoray.pipeline.augment.params import (
+    LEFT,
+    TOP,
+    WIDTH,
+    CropParams,
+    first_outside,
+    measure,
+    sample,
+    sample_image,
+)
+from dinoray.pipeline.augment.rng import crop_rng
+from dinoray.pipeline.data.jpeg import DENOMINATORS, Decoded, Encoded, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +83,7 @@ def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops
     _check(picture, params, out)
     if kernel_name(c) == "torch":
         # Imported here because it needs torch: some hundred MB that the other kernel does not use.
-        from pipeline.augment.kernels import torch_crops
+        from dinoray.pipeline.augment.kernels import torch_crops
 
         torch_crops.cut(picture, params, out)
     else:
@@ -178,7 +187,7 @@ def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:
 
 @cache
 def _crop_kernel() -> Any:
-    from pipeline.augment.kernels import numba_crops  # imported here because it needs numba
+    from dinoray.pipeline.augment.kernels import numba_crops  # imported here because it needs numba
 
     return numba_crops
 

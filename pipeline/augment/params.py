@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.augment.config import CropsConfig, crop_kinds
-from pipeline.augment.jit import MISSING, compiled, njit_cached
-from pipeline.augment.rng import crop_rng, fill_uniform, image_digest
+from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
+from dinoray.pipeline.augment.jit import MISSING, compiled, njit_cached
+from dinoray.pipeline.augment.rng import crop_rng, fill_uniform, image_digest
 
 Table = npt.NDArray[np.float64]
 

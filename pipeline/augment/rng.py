@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.augment.jit import compiled
+from dinoray.pipeline.augment.jit import compiled
 
 _U64 = np.uint64
 _MULTIPLIERS = (_U64(0xD2E7470EE14C6C93), _U64(0xCA5A826395121157))

@@ -15,7 +15,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from models.errors import DinorayError
+from dinoray.models.errors import DinorayError
 
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
 

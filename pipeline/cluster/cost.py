@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from models.settings import Settings
+from dinoray.models.settings import Settings
 
 
 class CostConfig(Settings):

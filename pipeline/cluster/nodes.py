@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import ray
 
-from pipeline.cluster.cost import CostConfig
+from dinoray.pipeline.cluster.cost import CostConfig
 
 Kind = Literal["head", "cpu", "gpu"]
 """head: the head node, with or without GPUs; cpu: other nodes without GPUs; gpu: other nodes with GPUs."""

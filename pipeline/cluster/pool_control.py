@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import ray
 
-from models.errors import one_line
-from pipeline.cluster.channel import RunChannel
-from pipeline.cluster.pool_mailbox import PoolMailbox
-from pipeline.cluster.pool_size import Actors, PoolSize, TrainerReading
-from pipeline.ray_private import data as private
+from dinoray.models.errors import one_line
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
+from dinoray.pipeline.cluster.pool_size import Actors, PoolSize, TrainerReading
+from dinoray.pipeline.ray_private import data as private
 
 _EVERY_SECONDS = 1.0
 _RESERVED_SECONDS = 180.0

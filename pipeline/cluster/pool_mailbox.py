@@ -2,8 +2,8 @@
 
 import ray
 
-from pipeline.cluster.channel import RunChannel
-from pipeline.cluster.pool_size import Actors, PoolSize, TrainerReading
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.cluster.pool_size import Actors, PoolSize, TrainerReading
 
 _READING, _STATE, _SIZE = "trainer reading", "pool state", "pool size"
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
-from models.settings import Settings
+from dinoray.models.settings import Settings
 
 
 class ResourcesConfig(Settings):

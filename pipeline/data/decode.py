@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from models.errors import one_line
+from dinoray.models.errors import one_line
 
 # Load all plugins now, because Pillow lists only loaded formats. An old Pillow has no AVIF.
 Image.init()

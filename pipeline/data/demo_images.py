@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.storage.cache import cache_folder
+from dinoray.pipeline.storage.cache import cache_folder
 
 VERSION = 1
 NUM_TRAIN_PER_CLASS = 180

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from models.errors import ConfigError
+from dinoray.models.errors import ConfigError
 
 AUTO = "auto"
 SPLIT_FOLDERS = frozenset(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.decode import BadImage, check_size, decode, jpeg_orientation, turn_upright
+from dinoray.pipeline.data.decode import BadImage, check_size, decode, jpeg_orientation, turn_upright
 
 try:
     import simplejpeg

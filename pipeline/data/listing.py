@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-from models.errors import DataError
-from pipeline.storage.files import MissingObject, normal_uri, retrying
-from pipeline.storage.s3 import is_s3, list_pages, s3_client, split_s3_uri
+from dinoray.models.errors import DataError
+from dinoray.pipeline.storage.files import MissingObject, normal_uri, retrying
+from dinoray.pipeline.storage.s3 import is_s3, list_pages, s3_client, split_s3_uri
 
 Role = Literal["image", "bare", "parquet", "other"]
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.decode import BadImage, decode
-from pipeline.data.source import Fetched, Source, Status
+from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.source import Fetched, Source, Status
 
 Prepare = Callable[[NDArray[np.uint8], str], NDArray[np.uint8]]
 """(uint8 [H, W, 3], key) -> the network's input image, uint8."""

@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from models.errors import ConfigError, DataError
-from models.settings import Auto, Settings
-from pipeline.data.detection import (
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.models.settings import Auto, Settings
+from dinoray.pipeline.data.detection import (
     AUTO,
     folder_label,
     has_label_pair,
@@ -35,9 +35,9 @@ from pipeline.data.detection import (
     note_on_parts,
     part_of,
 )
-from pipeline.data.listing import EntryTable, list_entries, role_of
-from pipeline.data.row_groups import Asked, hold_images, list_row_groups
-from pipeline.storage.files import Directory, MissingObject, normal_uri
+from dinoray.pipeline.data.listing import EntryTable, list_entries, role_of
+from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
+from dinoray.pipeline.storage.files import Directory, MissingObject, normal_uri
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from models.errors import ConfigError, DataError
-from pipeline.data.detection import is_bytes
-from pipeline.storage.files import MissingObject
-from pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.detection import is_bytes
+from dinoray.pipeline.storage.files import MissingObject
+from dinoray.pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
 
 
 class RowGroup(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import ConfigError
+from dinoray.models.errors import ConfigError
 
 _TARGET_BLOCK_BYTES = 100 << 20
 _MAX_BLOCK_ROWS = 256

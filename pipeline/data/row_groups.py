@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from models.errors import ConfigError, DataError
-from pipeline.data.detection import AUTO, Columns, detect_columns, is_bytes
-from pipeline.data.parquet import (
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.detection import AUTO, Columns, detect_columns, is_bytes
+from dinoray.pipeline.data.parquet import (
     ColumnFacts,
     CorruptShard,
     PartFooter,

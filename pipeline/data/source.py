@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from models.errors import DataError
-from pipeline.data.manifest import DataConfig, Manifest
-from pipeline.data.parquet import CorruptShard, RowGroupCache, read_row_group
-from pipeline.storage.files import ChangedObject, MissingObject, ObjectTooLarge, Unreachable
-from pipeline.storage.s3 import is_s3, read_object, s3_client, split_s3_uri
+from dinoray.models.errors import DataError
+from dinoray.pipeline.data.manifest import DataConfig, Manifest
+from dinoray.pipeline.data.parquet import CorruptShard, RowGroupCache, read_row_group
+from dinoray.pipeline.storage.files import ChangedObject, MissingObject, ObjectTooLarge, Unreachable
+from dinoray.pipeline.storage.s3 import is_s3, read_object, s3_client, split_s3_uri
 
 __all__ = ["DataConfig", "Fetched", "Source", "Status"]
 

@@ -13,11 +13,11 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
-from models.errors import DinorayError
-from pipeline.data.source import Source
+from dinoray.models.errors import DinorayError
+from dinoray.pipeline.data.source import Source
 
 if TYPE_CHECKING:
-    from pipeline.training.checkpoint import FrozenBackbone
+    from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 _MOST_BLOCKS = 4096
 """Limit on blocks: Ray plans every block up front, at some 1.3 ms each."""

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.errors import ConfigError, one_line
-from pipeline.augment.config import CropsConfig
-from pipeline.augment.multicrop import crop_rng, multi_crop
-from pipeline.data.loader import load_batches
-from pipeline.data.source import Source
-from pipeline.evaluation.features import embed
-from pipeline.training.checkpoint import FrozenBackbone
+from dinoray.models.errors import ConfigError, one_line
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
+from dinoray.pipeline.data.loader import load_batches
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 
 def check_size(network: FrozenBackbone, image_size: int) -> None:

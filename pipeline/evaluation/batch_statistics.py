@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.data.loader import load_batches
-from pipeline.data.source import Source
-from pipeline.evaluation.backbone_outputs import view_crops
-from pipeline.evaluation.features import embed
-from pipeline.evaluation.labels import subset
-from pipeline.training import distributed
-from pipeline.training.config import DINOConfig
+from dinoray.pipeline.data.loader import load_batches
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.backbone_outputs import view_crops
+from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.training import distributed
+from dinoray.pipeline.training.config import DINOConfig
 
 _NUM_IMAGES = 512
 """Number of training images for calibration; at least one batch is used."""

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data.detection import AUTO
-from pipeline.data.parquet import CorruptShard, read_column
-from pipeline.data.source import Source
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.labels import subset
-from pipeline.storage.files import ChangedObject, MissingObject, Unreachable
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.parquet import CorruptShard, read_column
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.storage.files import ChangedObject, MissingObject, Unreachable
 
 _NUM_NAMES = 3
 _NAME_LENGTH = 40

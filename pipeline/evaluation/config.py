@@ -2,8 +2,8 @@
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from models.settings import Settings
-from pipeline.storage.files import normal_uri
+from dinoray.models.settings import Settings
+from dinoray.pipeline.storage.files import normal_uri
 
 LABELLED = ("knn", "linear")
 """Probes that classify."""

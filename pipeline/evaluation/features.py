@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.errors import DataError, ResourceError
-from pipeline.augment.config import CropsConfig
-from pipeline.data.decode import eval_crop
-from pipeline.data.loader import load_batches
-from pipeline.data.source import Source
-from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.labels import subset
-from pipeline.evaluation.probes import knn_vote
-from pipeline.training import distributed
-from pipeline.training.step import autocast, pixels
+from dinoray.models.errors import DataError, ResourceError
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.data.decode import eval_crop
+from dinoray.pipeline.data.loader import load_batches
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.evaluation.probes import knn_vote
+from dinoray.pipeline.training import distributed
+from dinoray.pipeline.training.step import autocast, pixels
 
 
 class Features(NamedTuple):

@@ -7,19 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.augment.config import CropsConfig
-from pipeline.data.source import Source
-from pipeline.evaluation.backbone_outputs import embed_views
-from pipeline.evaluation.batch_statistics import calibrated
-from pipeline.evaluation.config import EvalConfig, ProbeConfig
-from pipeline.evaluation.features import Features, embed_sharded, knn_accuracy
-from pipeline.evaluation.labels import subset
-from pipeline.evaluation.probes import lidar, rankme
-from pipeline.figures.attention_sheet import attention_figure
-from pipeline.figures.drawing import thumbnail
-from pipeline.tracking.sink import Embedding
-from pipeline.training import distributed
-from pipeline.training.config import DINOConfig
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.backbone_outputs import embed_views
+from dinoray.pipeline.evaluation.batch_statistics import calibrated
+from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
+from dinoray.pipeline.evaluation.features import Features, embed_sharded, knn_accuracy
+from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.evaluation.probes import lidar, rankme
+from dinoray.pipeline.figures.attention_sheet import attention_figure
+from dinoray.pipeline.figures.drawing import thumbnail
+from dinoray.pipeline.tracking.sink import Embedding
+from dinoray.pipeline.training import distributed
+from dinoray.pipeline.training.config import DINOConfig
 
 _NUM_EMBEDDED = 500
 """Maximum number of images in an `Embedding`."""

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import ConfigError
-from pipeline.data.detection import AUTO
-from pipeline.data.manifest import DataConfig, build_manifest, load_or_build
-from pipeline.data.order import permute
-from pipeline.data.parquet import read_column
-from pipeline.data.source import Source
-from pipeline.evaluation.config import EvalConfig
-from pipeline.storage.files import Directory
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest, load_or_build
+from dinoray.pipeline.data.order import permute
+from dinoray.pipeline.data.parquet import read_column
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.storage.files import Directory
 
 HELD_OUT_SHARE = 0.2
 """Share of the labelled images that is classified if no evaluation set is named."""

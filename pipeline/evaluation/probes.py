@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.errors import DataError
-from models.schedules import warmup_cosine
-from pipeline.evaluation.config import ProbeConfig
+from dinoray.models.errors import DataError
+from dinoray.models.schedules import warmup_cosine
+from dinoray.pipeline.evaluation.config import ProbeConfig
 
 Rows = Tensor | NDArray[np.floating]
 

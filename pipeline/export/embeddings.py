@@ -20,17 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from models.backbone import embed_dim
-from models.errors import ConfigError, DataError
-from pipeline.augment.config import CropsConfig
-from pipeline.data.decode import eval_crop
-from pipeline.data.loader import load_batches
-from pipeline.data.source import Source
-from pipeline.evaluation.backbone_outputs import has_tokens, with_patches
-from pipeline.evaluation.features import embed
-from pipeline.export import parquet_parts
-from pipeline.export.config import Dtype, Precision
-from pipeline.export.parquet_parts import (
+from dinoray.models.backbone import embed_dim
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.data.decode import eval_crop
+from dinoray.pipeline.data.loader import load_batches
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.backbone_outputs import has_tokens, with_patches
+from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.export import parquet_parts
+from dinoray.pipeline.export.config import Dtype, Precision
+from dinoray.pipeline.export.parquet_parts import (
     SUMMARY,
     PartFormat,
     PartResult,
@@ -38,8 +38,8 @@ from pipeline.export.parquet_parts import (
     missing_parts,
     part_name,
 )
-from pipeline.storage.files import Directory
-from pipeline.training.checkpoint import FrozenBackbone
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 __all__ = [
     "MANIFEST",

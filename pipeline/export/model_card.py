@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from models.backbone import embed_dim
-from models.errors import redact_credentials
-from pipeline.export.timm_export import evaluation_size, timm_arguments
-from pipeline.storage.files import Directory, MissingObject
-from pipeline.storage.run_dir import checkpoint_name
-from pipeline.tracking.records import read_records
-from pipeline.training.checkpoint import FrozenBackbone
+from dinoray.models.backbone import embed_dim
+from dinoray.models.errors import redact_credentials
+from dinoray.pipeline.export.timm_export import evaluation_size, timm_arguments
+from dinoray.pipeline.storage.files import Directory, MissingObject
+from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.tracking.records import read_records
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 CARD_FORMAT = 2
 _SCORES = ("knn_", "majority", "linear", "rankme", "lidar")

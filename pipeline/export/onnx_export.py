@@ -21,8 +21,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.errors import ConfigError, DinorayError, one_line
-from pipeline.training.checkpoint import FrozenBackbone
+from dinoray.models.errors import ConfigError, DinorayError, one_line
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 TOLERANCE = 1e-4
 """Largest accepted deviation from PyTorch, as a share of the largest feature."""

@@ -22,16 +22,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from models.errors import ConfigError
-from pipeline.augment.config import CropsConfig, crop_kinds
-from pipeline.data.decode import BadImage
-from pipeline.data.jpeg import DENOMINATORS, Pixels, open_image
-from pipeline.data.manifest import Manifest
-from pipeline.data.parquet import CorruptShard, read_row_group
-from pipeline.data.source import Fetched, Source, Status
-from pipeline.export import parquet_parts
-from pipeline.export.parquet_parts import PartFooter, PartFormat, PartResult, PartWriter
-from pipeline.storage.files import ChangedObject, Directory, MissingObject, Unreachable
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
+from dinoray.pipeline.data.decode import BadImage
+from dinoray.pipeline.data.jpeg import DENOMINATORS, Pixels, open_image
+from dinoray.pipeline.data.manifest import Manifest
+from dinoray.pipeline.data.parquet import CorruptShard, read_row_group
+from dinoray.pipeline.data.source import Fetched, Source, Status
+from dinoray.pipeline.export import parquet_parts
+from dinoray.pipeline.export.parquet_parts import PartFooter, PartFormat, PartResult, PartWriter
+from dinoray.pipeline.storage.files import ChangedObject, Directory, MissingObject, Unreachable
 
 QUALITY = 95
 """JPEG quality of the images that `shrink` writes, at full colour resolution.

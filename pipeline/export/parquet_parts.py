@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import ConfigError, DataError, one_line
-from pipeline.data.source import Status
-from pipeline.storage.files import Directory, MissingObject, filesystem
+from dinoray.models.errors import ConfigError, DataError, one_line
+from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.storage.files import Directory, MissingObject, filesystem
 
 QUARANTINE, SUMMARY = "_about/quarantine.jsonl", "_about/summary.json"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from models.schedules import scaled_lr
-from pipeline.export.loading_code import loading_code
+from dinoray.models.schedules import scaled_lr
+from dinoray.pipeline.export.loading_code import loading_code
 
 MIN_TIMM = "1.0.26"
 """The first version of timm whose `local-dir:` reads safetensors."""

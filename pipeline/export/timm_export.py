@@ -18,10 +18,10 @@ from safetensors.torch import save
 from timm.models import PretrainedCfg, save_for_hf
 from torch import Tensor, nn
 
-from models.backbone import official_pos_embed
-from models.errors import DinorayError, one_line
-from models.published.checkpoint import POS_EMBED_KEY
-from pipeline.training.checkpoint import FrozenBackbone
+from dinoray.models.backbone import official_pos_embed
+from dinoray.models.errors import DinorayError, one_line
+from dinoray.models.published.checkpoint import POS_EMBED_KEY
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 """File names that timm expects."""

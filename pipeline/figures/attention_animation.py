@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from models.errors import DataError
-from pipeline.figures.drawing import FAINT, INK, PAPER, RULE, draw_text
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import attention_figures
+from dinoray.models.errors import DataError
+from dinoray.pipeline.figures.drawing import FAINT, INK, PAPER, RULE, draw_text
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import attention_figures
 
 _TOTAL_MS, _SHORTEST_MS, _LONGEST_MS = 12_000, 200, 1000
 _REST = 3

@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from models.attention import cls_attention, pad_to_patch, patch_size
-from models.errors import ConfigError
-from pipeline.augment.config import CropsConfig
-from pipeline.figures.attention_maps import (
+from dinoray.models.attention import cls_attention, pad_to_patch, patch_size
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.figures.attention_maps import (
     coloured_heads,
     default_image_size,
     fit_image,
@@ -28,8 +28,8 @@ from pipeline.figures.attention_maps import (
     overlay,
     upsample,
 )
-from pipeline.figures.config import MASS
-from pipeline.figures.drawing import (
+from dinoray.pipeline.figures.config import MASS
+from dinoray.pipeline.figures.drawing import (
     FAINT,
     INK,
     PAPER,
@@ -40,7 +40,7 @@ from pipeline.figures.drawing import (
     png_bytes,
     thumbnail,
 )
-from pipeline.training.step import pixels
+from dinoray.pipeline.training.step import pixels
 
 # Pixels of the sheet.
 _MARGIN, _GAP, _GROUP_GAP, _ROW_GAP = 24, 8, 24, 16

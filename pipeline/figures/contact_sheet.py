@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pipeline.augment.config import CropsConfig, crop_kinds
-from pipeline.augment.multicrop import Crops
-from pipeline.figures.drawing import FAINT, INK, PAPER, RULE, draw_text, paste, png_bytes, thumbnail
+from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
+from dinoray.pipeline.augment.multicrop import Crops
+from dinoray.pipeline.figures.drawing import FAINT, INK, PAPER, RULE, draw_text, paste, png_bytes, thumbnail
 
 # Pixels of the sheet.
 _MARGIN, _GAP, _GROUP_GAP, _ROW_GAP = 24, 6, 28, 14

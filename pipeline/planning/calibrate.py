@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.augment.augmenter import STAGES, Augmenter
-from pipeline.augment.config import CropsConfig, crop_shapes
-from pipeline.augment.multicrop import limit_threads, prepare_kernel
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import Order
-from pipeline.data.source import Source
-from pipeline.training.config import DINOConfig
-from pipeline.training.distributed import set_up_device
-from pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.augment.augmenter import STAGES, Augmenter
+from dinoray.pipeline.augment.config import CropsConfig, crop_shapes
+from dinoray.pipeline.augment.multicrop import limit_threads, prepare_kernel
+from dinoray.pipeline.data.manifest import Manifest
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.distributed import set_up_device
+from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 _BLOCK_IMAGES = 64
 _REQUESTS = 24

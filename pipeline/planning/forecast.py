@@ -7,8 +7,8 @@ unless network links or a ceiling on augment actors limit it further.
 import math
 from dataclasses import dataclass, replace
 
-from models.errors import ConfigError
-from pipeline.planning.node_rates import (
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.planning.node_rates import (
     BLOCKS_PER_ACTOR,
     LINK_SHARE,
     STREAM_SHARE,
@@ -20,7 +20,7 @@ from pipeline.planning.node_rates import (
     bytes_into_a_gpu_node,
     fetched_per_actor,
 )
-from pipeline.planning.prices import PlanSettings
+from dinoray.pipeline.planning.prices import PlanSettings
 
 HEADROOM = 1.2
 """CPUs as a multiple of the demand, to cover variation: image sizes, lost spot nodes, evaluations."""

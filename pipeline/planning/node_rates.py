@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pipeline.data.partition import batch_size_per_worker, steps_per_block
-from pipeline.planning.prices import NodeType
+from dinoray.pipeline.data.partition import batch_size_per_worker, steps_per_block
+from dinoray.pipeline.planning.prices import NodeType
 
 Limit = Literal["training step", "augmentation", "network", "S3 latency", "object store"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from models.settings import Settings
+from dinoray.models.settings import Settings
 
 PRICED = "list prices of us-east-1, Linux, on demand, as noted in November 2026"
 """Source of the table below; a plan prints it beside its dollars."""

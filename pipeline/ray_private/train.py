@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from models.errors import DataError
+from dinoray.models.errors import DataError
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 _LIST, _NAME = "checkpoint_results", "checkpoint_dir_name"

@@ -9,7 +9,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers.pb2 import PB2
 
-from models.errors import ResourceError
+from dinoray.models.errors import ResourceError
 
 _NAMES = ("_exploit", "_get_new_config", "_save_trial_state")
 

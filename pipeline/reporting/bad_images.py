@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.data.source import Status
-from pipeline.reporting.page import Html, details, section, table
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import Records, read_head
+from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.reporting.page import Html, details, section, table
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import Records, read_head
 
 _MAX_ROWS = 50_000
 """Rows that are looked into: some tenths of a second. What lies behind them is only counted."""

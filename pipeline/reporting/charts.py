@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.reporting.page import Html, charts, escape
-from pipeline.reporting.plots import Curve, Level, Span, chart
-from pipeline.tracking.records import Series
+from dinoray.pipeline.reporting.page import Html, charts, escape
+from dinoray.pipeline.reporting.plots import Curve, Level, Span, chart
+from dinoray.pipeline.tracking.records import Series
 
 _SAME = 1e-9
 """Relative difference below which values are the same."""

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.reporting.charts import Chart, drawn
-from pipeline.reporting.page import Html, explained, section, table
-from pipeline.tracking.records import Records
-from pipeline.training.verdict import Verdict
+from dinoray.pipeline.reporting.charts import Chart, drawn
+from dinoray.pipeline.reporting.page import Html, explained, section, table
+from dinoray.pipeline.tracking.records import Records
+from dinoray.pipeline.training.verdict import Verdict
 
 _MAX_VERDICTS = 20
 _CHARTS = (

@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image, features
 
-from pipeline.figures.drawing import png_bytes, split_sheet
-from pipeline.figures.palette import css_variables
-from pipeline.reporting.style import STYLE
+from dinoray.pipeline.figures.drawing import png_bytes, split_sheet
+from dinoray.pipeline.figures.palette import css_variables
+from dinoray.pipeline.reporting.style import STYLE
 
 _LARGE_BYTES = 300_000
 _LARGE, _WIDE = 720, 1600

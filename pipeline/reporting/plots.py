@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.figures.palette import TOKENS, Palette, themed
-from pipeline.tracking.records import Series
+from dinoray.pipeline.figures.palette import TOKENS, Palette, themed
+from dinoray.pipeline.tracking.records import Series
 
 _MAX_POINTS = 300
 STEPS = [1, 2, 5, 10]

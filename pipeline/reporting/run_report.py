@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import ConfigError
-from pipeline.reporting.bad_images import bad_images, near_limit_warning, share
-from pipeline.reporting.charts import Chart, drawn
-from pipeline.reporting.health import health
-from pipeline.reporting.page import (
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.reporting.bad_images import bad_images, near_limit_warning, share
+from dinoray.pipeline.reporting.charts import Chart, drawn
+from dinoray.pipeline.reporting.health import health
+from dinoray.pipeline.reporting.page import (
     Html,
     contents,
     details,
@@ -26,12 +26,12 @@ from pipeline.reporting.page import (
     tiles,
     warnings,
 )
-from pipeline.reporting.plots import Level
-from pipeline.reporting.settings import settings, versions
-from pipeline.reporting.summary import count, course, header, next_commands
-from pipeline.reporting.throughput import cost_tiles, throughput_section
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import (
+from dinoray.pipeline.reporting.plots import Level
+from dinoray.pipeline.reporting.settings import settings, versions
+from dinoray.pipeline.reporting.summary import count, course, header, next_commands
+from dinoray.pipeline.reporting.throughput import cost_tiles, throughput_section
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import (
     Records,
     attention_figures,
     flatten_tree,
@@ -39,7 +39,7 @@ from pipeline.tracking.records import (
     read_mapping,
     read_records,
 )
-from pipeline.training.verdict import Verdict
+from dinoray.pipeline.training.verdict import Verdict
 
 NAME = "report.html"
 _MAX_FIGURES = 6

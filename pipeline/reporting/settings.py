@@ -6,9 +6,9 @@ Of a run of any version: what its files do not say is left out. No Ray here.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.reporting.page import Html, details, facts, section, sentences, table
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import read, read_mapping
+from dinoray.pipeline.reporting.page import Html, details, facts, section, sentences, table
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import read, read_mapping
 
 _HIGHLIGHTS = (
     "recipe",

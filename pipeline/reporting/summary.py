@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.reporting.page import Html, commands, escape, section
-from pipeline.storage.files import Directory, is_s3
-from pipeline.storage.run_dir import committed_checkpoints
-from pipeline.tracking.records import Records, attention_figures, read_mapping
-from pipeline.training.verdict import Verdict
+from dinoray.pipeline.reporting.page import Html, commands, escape, section
+from dinoray.pipeline.storage.files import Directory, is_s3
+from dinoray.pipeline.storage.run_dir import committed_checkpoints
+from dinoray.pipeline.tracking.records import Records, attention_figures, read_mapping
+from dinoray.pipeline.training.verdict import Verdict
 
 _NEWEST = 20
 """Lines by which speed is told."""

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.augment.augmenter import STAGES
-from pipeline.reporting.charts import Chart, drawn
-from pipeline.reporting.page import Html, section
-from pipeline.reporting.plots import Span
-from pipeline.tracking.records import Floats, Records, Series
+from dinoray.pipeline.augment.augmenter import STAGES
+from dinoray.pipeline.reporting.charts import Chart, drawn
+from dinoray.pipeline.reporting.page import Html, section
+from dinoray.pipeline.reporting.plots import Span
+from dinoray.pipeline.tracking.records import Floats, Records, Series
 
 _UNITS = ((3600.0, "hours", "h"), (60.0, "minutes", "min"), (1.0, "seconds", "s"))
 _LEAST = 3

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs
 
-from models.errors import DataError
-from pipeline.storage.retry import ChangedObject, MissingObject, ObjectTooLarge, Unreachable, retrying
-from pipeline.storage.s3 import (
+from dinoray.models.errors import DataError
+from dinoray.pipeline.storage.retry import ChangedObject, MissingObject, ObjectTooLarge, Unreachable, retrying
+from dinoray.pipeline.storage.s3 import (
     CONNECT_SECONDS,
     READ_SECONDS,
     is_s3,

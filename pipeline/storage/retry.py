@@ -21,7 +21,7 @@ import urllib3.exceptions
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from models.errors import DataError, one_line
+from dinoray.models.errors import DataError, one_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

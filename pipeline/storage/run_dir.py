@@ -3,9 +3,9 @@
 import contextlib
 import json
 
-from models.errors import DataError
-from pipeline.ray_private.train import SNAPSHOT, TornSnapshotError, committed, snapshot_of
-from pipeline.storage.files import Directory, MissingObject
+from dinoray.models.errors import DataError
+from dinoray.pipeline.ray_private.train import SNAPSHOT, TornSnapshotError, committed, snapshot_of
+from dinoray.pipeline.storage.files import Directory, MissingObject
 
 _CHECKPOINT = "step_"
 

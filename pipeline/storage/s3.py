@@ -17,8 +17,14 @@ import botocore.exceptions
 import botocore.session
 from botocore.config import Config
 
-from models.errors import ConfigError, DataError, one_line, redact_credentials
-from pipeline.storage.retry import LIST_AGAIN, SET_CREDENTIALS, ChangedObject, ObjectTooLarge, retrying
+from dinoray.models.errors import ConfigError, DataError, one_line, redact_credentials
+from dinoray.pipeline.storage.retry import (
+    LIST_AGAIN,
+    SET_CREDENTIALS,
+    ChangedObject,
+    ObjectTooLarge,
+    retrying,
+)
 
 CONNECT_SECONDS = 5.0
 """Time limit to open a connection; after it the attempt fails and is retried."""

@@ -16,18 +16,18 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataIterator
 
-from models.errors import DinorayError
-from pipeline.augment.augmenter import Augmenter, crop_threads
-from pipeline.augment.config import CropsConfig, crop_bytes
-from pipeline.augment.multicrop import limit_threads, prepare_kernel
-from pipeline.cluster.channel import RunChannel
-from pipeline.cluster.pool_control import DrainPolicy, PoolControl, not_resized
-from pipeline.cluster.pool_mailbox import PoolMailbox
-from pipeline.cluster.pool_size import PoolSize
-from pipeline.data.order import Order
-from pipeline.data.partition import Layout
-from pipeline.data.source import Source
-from pipeline.ray_private import data as private
+from dinoray.models.errors import DinorayError
+from dinoray.pipeline.augment.augmenter import Augmenter, crop_threads
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
+from dinoray.pipeline.augment.multicrop import limit_threads, prepare_kernel
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.cluster.pool_control import DrainPolicy, PoolControl, not_resized
+from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
+from dinoray.pipeline.cluster.pool_size import PoolSize
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.partition import Layout
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.ray_private import data as private
 
 _LEG_BLOCKS = 4096
 """Blocks per execution of the plan: Ray plans all blocks before it starts, at about 1.3 ms per block."""

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from models.errors import DinorayError, ResourceError, one_line
-from pipeline.augment.augmenter import Augmenter
-from pipeline.augment.config import crop_bytes
-from pipeline.cluster.channel import actor_here
-from pipeline.data.partition import Layout
-from pipeline.stream.ray_data import StreamPlan, in_step, open_augmenter
+from dinoray.models.errors import DinorayError, ResourceError, one_line
+from dinoray.pipeline.augment.augmenter import Augmenter
+from dinoray.pipeline.augment.config import crop_bytes
+from dinoray.pipeline.cluster.channel import actor_here
+from dinoray.pipeline.data.partition import Layout
+from dinoray.pipeline.stream.ray_data import StreamPlan, in_step, open_augmenter
 
 _CALLS = 2
 """Concurrent calls per actor: one call fetches images while the other crops the block before."""

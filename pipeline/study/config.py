@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator
 
-from models.settings import Settings
-from pipeline.study.space import Domain, parse_space
+from dinoray.models.settings import Settings
+from dinoray.pipeline.study.space import Domain, parse_space
 
 Searcher = Literal["tpe", "random", "quasi", "grid"]
 

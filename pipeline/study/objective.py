@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from models.errors import ConfigError
+from dinoray.models.errors import ConfigError
 
 METRICS = ("knn", "rankme", "lidar", "loss")
 _CHANGE_THE_LOSS = (

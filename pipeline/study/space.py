@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from models.settings import Settings
-from pipeline.training.config import DINOConfig
+from dinoray.models.settings import Settings
+from dinoray.pipeline.training.config import DINOConfig
 
 Kind = Literal["uniform", "log", "one_minus_log", "int", "choice"]
 _KINDS: tuple[Kind, ...] = ("uniform", "log", "one_minus_log", "int", "choice")

@@ -23,9 +23,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
-from models.errors import DataError, one_line
-from pipeline.storage.files import Directory
-from pipeline.tracking.records import Records, read, read_records
+from dinoray.models.errors import DataError, one_line
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.tracking.records import Records, read, read_records
 
 STUDY = "study.json"
 TRIAL = "trial.json"

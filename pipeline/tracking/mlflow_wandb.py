@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from models.errors import ConfigError
-from pipeline.storage.files import Directory, is_s3
-from pipeline.storage.run_dir import checkpoint_name
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage.files import Directory, is_s3
+from dinoray.pipeline.storage.run_dir import checkpoint_name
 
 _TAG = "dinoray.id"
 _PARAM_LENGTH, _PARAMS_AT_ONCE = 500, 100

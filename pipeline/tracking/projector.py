@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo, ProjectorConfig
 
-from pipeline.storage.files import Directory, MissingObject
-from pipeline.tracking.sink import Embedding
+from dinoray.pipeline.storage.files import Directory, MissingObject
+from dinoray.pipeline.tracking.sink import Embedding
 
 CONFIG = "projector_config.pbtxt"
 """The file name that TensorBoard reads beside event files."""

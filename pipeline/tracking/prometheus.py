@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from pipeline.tracking.sink import MetricSink, numbers
+from dinoray.pipeline.tracking.sink import MetricSink, numbers
 
 PREFIX = "dinoray_"
 GAUGES = {

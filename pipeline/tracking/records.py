@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from pipeline.storage.files import Directory, MissingObject
+from dinoray.pipeline.storage.files import Directory, MissingObject
 
 Floats = npt.NDArray[np.float64]
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.files import Directory, MissingObject, is_s3
-from pipeline.storage.run_dir import checkpoint_name
-from pipeline.tracking.records import attention_figures
-from pipeline.tracking.sink import Embedding, MetricSink
-from pipeline.tracking.tensorboard import TensorBoard
+from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
+from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.tracking.records import attention_figures
+from dinoray.pipeline.tracking.sink import Embedding, MetricSink
+from dinoray.pipeline.tracking.tensorboard import TensorBoard
 
 
 class JsonLines:

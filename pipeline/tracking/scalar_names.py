@@ -7,7 +7,7 @@ metrics.jsonl, the report and the gauges for Prometheus keep the plain names. No
 import re
 from collections.abc import Mapping
 
-from pipeline.augment.augmenter import STAGES
+from dinoray.pipeline.augment.augmenter import STAGES
 
 GROUPS: dict[str, tuple[str, ...]] = {
     # The programs sort names within a section: the loss comes first.

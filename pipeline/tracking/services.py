@@ -15,12 +15,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
-from models.errors import ConfigError, one_line
-from pipeline.storage.files import Directory, MissingObject
-from pipeline.tracking.config import TrackConfig
-from pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
-from pipeline.tracking.scalar_names import grouped
-from pipeline.tracking.sink import MetricSink, numbers
+from dinoray.models.errors import ConfigError, one_line
+from dinoray.pipeline.storage.files import Directory, MissingObject
+from dinoray.pipeline.tracking.config import TrackConfig
+from dinoray.pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
+from dinoray.pipeline.tracking.scalar_names import grouped
+from dinoray.pipeline.tracking.sink import MetricSink, numbers
 
 FILE = "tracking.json"
 """File in the run directory with the run's id in the services, so that a resumed run continues there, and

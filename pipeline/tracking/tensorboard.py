@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.storage.files import Directory, is_s3
-from pipeline.tracking.projector import CONFIG, FOLDERS, write_projector
-from pipeline.tracking.scalar_names import grouped, with_group
-from pipeline.tracking.sink import Embedding, MetricSink, numbers
+from dinoray.pipeline.storage.files import Directory, is_s3
+from dinoray.pipeline.tracking.projector import CONFIG, FOLDERS, write_projector
+from dinoray.pipeline.tracking.scalar_names import grouped, with_group
+from dinoray.pipeline.tracking.sink import Embedding, MetricSink, numbers
 
 _NAME = "tensorboard"
 _FULL_BYTES = 4 << 20

@@ -8,7 +8,7 @@ prototypes, sharp targets and a fast teacher; small batches need a slow teacher.
 import math
 from typing import Any, NamedTuple
 
-from pipeline.training.config import DINOConfig, Schedule
+from dinoray.pipeline.training.config import DINOConfig, Schedule
 
 _SMALL, _LARGE = 20_000, 1_000_000
 """Numbers of images between which temperature and momentum change, linearly in the logarithm."""

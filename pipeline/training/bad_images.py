@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import DataError
-from pipeline.data.source import Status
-from pipeline.training.distributed import gather
+from dinoray.models.errors import DataError
+from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.training.distributed import gather
 
 
 class TooManyBadImagesError(DataError):

@@ -37,13 +37,13 @@ import pyarrow.fs
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.backbone import build_backbone
-from models.errors import ConfigError, DataError, one_line
-from models.optim import restore_optimizer
-from pipeline.storage.files import Directory, MissingObject
-from pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
-from pipeline.training.config import DINOConfig
-from pipeline.training.step import TrainState
+from dinoray.models.backbone import build_backbone
+from dinoray.models.errors import ConfigError, DataError, one_line
+from dinoray.models.optim import restore_optimizer
+from dinoray.pipeline.storage.files import Directory, MissingObject
+from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.step import TrainState
 
 FORMAT = 2
 FILES = ("student.safetensors", "teacher.safetensors", "train_state.pt", "meta.json")

@@ -10,12 +10,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from models import schedules
-from models.config import BackboneConfig, HeadConfig, LossConfig, OptimConfig, TeacherConfig
-from models.schedules import scaled_lr
-from models.settings import Settings, number
-from pipeline.augment.config import CropsConfig
-from pipeline.storage.files import normal_uri
+from dinoray.models import schedules
+from dinoray.models.config import BackboneConfig, HeadConfig, LossConfig, OptimConfig, TeacherConfig
+from dinoray.models.schedules import scaled_lr
+from dinoray.models.settings import Settings, number
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.storage.files import normal_uri
 
 
 class TrainConfig(Settings):

@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.backbone import has_batch_norm
-from models.dino import DINO
-from models.sync_batch_norm import synchronise_batch_norm
-from pipeline.training.distributed import world_size
+from dinoray.models.backbone import has_batch_norm
+from dinoray.models.dino import DINO
+from dinoray.models.sync_batch_norm import synchronise_batch_norm
+from dinoray.pipeline.training.distributed import world_size
 
 
 def distribute(dino: DINO, device: torch.device) -> nn.Module:

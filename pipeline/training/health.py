@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.training.config import HealthConfig
-from pipeline.training.distributed import all_reduce_sum
-from pipeline.training.verdict import Verdict
+from dinoray.pipeline.training.config import HealthConfig
+from dinoray.pipeline.training.distributed import all_reduce_sum
+from dinoray.pipeline.training.verdict import Verdict
 
 _UNIFORM_ENTROPY = 0.98
 _LEFT_UNIFORM = 0.95

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
 
-from models.errors import ConfigError, DataError, one_line
-from models.optim import restore_optimizer
-from models.published import checkpoint as interop
-from models.published.checkpoint import Loaded, Weights
-from pipeline.storage.files import Directory, normal_uri
-from pipeline.storage.run_dir import committed_checkpoints
-from pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_meta
-from pipeline.training.step import TrainState
+from dinoray.models.errors import ConfigError, DataError, one_line
+from dinoray.models.optim import restore_optimizer
+from dinoray.models.published import checkpoint as interop
+from dinoray.models.published.checkpoint import Loaded, Weights
+from dinoray.pipeline.storage.files import Directory, normal_uri
+from dinoray.pipeline.storage.run_dir import committed_checkpoints
+from dinoray.pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_meta
+from dinoray.pipeline.training.step import TrainState
 
 _NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
 """Suffixes of files that hold no weights, or weights of another kind of program."""

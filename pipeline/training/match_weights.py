@@ -2,9 +2,9 @@
 
 import math
 
-from models.backbone import is_plain_vit
-from models.published.checkpoint import Weights
-from pipeline.training.config import DINOConfig
+from dinoray.models.backbone import is_plain_vit
+from dinoray.models.published.checkpoint import Weights
+from dinoray.pipeline.training.config import DINOConfig
 
 
 def adapt(config: DINOConfig, weights: Weights) -> DINOConfig:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import huggingface_hub
 
-from models.backbone import build_backbone
-from pipeline.training.config import DINOConfig
+from dinoray.models.backbone import build_backbone
+from dinoray.pipeline.training.config import DINOConfig
 
 _ANSWER_SECONDS = 10.0
 """Time limit for the hub's first response, and for the next bytes of a download."""

@@ -16,18 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.dino import DINO, crop_major
-from models.errors import ConfigError, ResourceError
-from models.loss import batch_center, cross_entropy, koleo, sinkhorn_probs, teacher_probs, update_center
-from models.optim import build_optimizer, clip_per_parameter, drop_last_layer_grads, set_hyperparameters
-from models.published import checkpoint as interop
-from pipeline.augment.config import CropsConfig
-from pipeline.data.partition import check_accumulation
-from pipeline.training.auto import resolve
-from pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
-from pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
-from pipeline.training.health import Health, Sums, sums_of
-from pipeline.training.match_weights import adapt
+from dinoray.models import optim
+from dinoray.models.dino import DINO, crop_major
+from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.models.loss import (
+    batch_center,
+    cross_entropy,
+    koleo,
+    sinkhorn_probs,
+    teacher_probs,
+    update_center,
+)
+from dinoray.models.published import checkpoint as interop
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.data.partition import check_accumulation
+from dinoray.pipeline.training.auto import resolve
+from dinoray.pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
+from dinoray.pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
+from dinoray.pipeline.training.health import Health, Sums, sums_of
+from dinoray.pipeline.training.match_weights import adapt
 
 # Batches may be read-only views. Nothing writes to them, so torch's warning is not needed.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -96,7 +103,7 @@ def build_state(
         config=config,
         schedule=schedule,
         dino=dino,
-        optimizer=build_optimizer(config.optim, dino.student),
+        optimizer=optim.build_optimizer(config.optim, dino.student),
         device=torch.device(device),
         health=Health(health, grace_steps=grace if health.grace_steps is None else health.grace_steps),
     )
@@ -130,7 +137,7 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
 
 def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
     config, dino, now = state.config, state.dino, state.schedule.at(state.step - state.skipped)
-    set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
+    optim.set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
     # Stochastic depth is a function of (seed, step, rank): a resumed run makes the same draws.
     torch.manual_seed(((config.train.seed * 1_000_003 + state.step) * 65_537 + rank()) % (1 << 63))
@@ -142,9 +149,9 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     for part, is_last in _parts(batch, config.train.accumulate_steps):
         with contextlib.nullcontext() if is_last else _without_sync(state.student):
             seen.append(_backward(state, part, now))
-    grad_norm = clip_per_parameter(dino.student, config.optim.clip_grad)
+    grad_norm = optim.clip_per_parameter(dino.student, config.optim.clip_grad)
     if now.freeze_last_layer:
-        drop_last_layer_grads(dino.student.head)
+        optim.drop_last_layer_grads(dino.student.head)
     # One collective for the losses and the centre's sum and count.
     sums = all_reduce_sum(torch.stack([counted.sums for counted in seen]).sum(0))
     loss, pairs_loss, entropy = (sums[:3] / sums[-1]).unbind()

@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from models.errors import DinorayError
+from dinoray.models.errors import DinorayError
 
 
 class Verdict(str, Enum):

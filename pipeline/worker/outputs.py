@@ -7,20 +7,20 @@ from typing import Any
 
 import ray
 
-from pipeline.cluster.nodes import NodeWatch
-from pipeline.cluster.pool_mailbox import PoolMailbox
-from pipeline.evaluation.in_training import Evaluation
-from pipeline.reporting.run_report import build_report
-from pipeline.storage.run_dir import checkpoint_name
-from pipeline.tracking.prometheus import Gauges
-from pipeline.tracking.records import spent
-from pipeline.tracking.run_log import MetricsLog
-from pipeline.tracking.services import open_trackers
-from pipeline.training.bad_images import Quarantine
-from pipeline.training.checkpoint import temporary_checkpoint
-from pipeline.training.step import TrainState
-from pipeline.worker.spec import WorkerSpec
-from pipeline.worker.throughput import PoolThroughput, ThroughputMeter
+from dinoray.pipeline.cluster.nodes import NodeWatch
+from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
+from dinoray.pipeline.evaluation.in_training import Evaluation
+from dinoray.pipeline.reporting.run_report import build_report
+from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.tracking.prometheus import Gauges
+from dinoray.pipeline.tracking.records import spent
+from dinoray.pipeline.tracking.run_log import MetricsLog
+from dinoray.pipeline.tracking.services import open_trackers
+from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.checkpoint import temporary_checkpoint
+from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.worker.spec import WorkerSpec
+from dinoray.pipeline.worker.throughput import PoolThroughput, ThroughputMeter
 
 
 class Outputs:

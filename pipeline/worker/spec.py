@@ -7,16 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import ObjectRef
 
-from models.published.checkpoint import Weights
-from pipeline.cluster.channel import RunChannel
-from pipeline.cluster.cost import CostConfig
-from pipeline.data.source import Source
-from pipeline.evaluation.config import EvalConfig, ProbeConfig
-from pipeline.storage.files import Directory
-from pipeline.stream.ray_data import StreamPlan
-from pipeline.stream.shared_stream import SharedStream
-from pipeline.tracking.config import LogConfig, TrackConfig
-from pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
+from dinoray.models.published.checkpoint import Weights
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.cluster.cost import CostConfig
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.stream.ray_data import StreamPlan
+from dinoray.pipeline.stream.shared_stream import SharedStream
+from dinoray.pipeline.tracking.config import LogConfig, TrackConfig
+from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment.augmenter import STAGES
-from pipeline.cluster.pool_size import TrainerReading
+from dinoray.pipeline.augment.augmenter import STAGES
+from dinoray.pipeline.cluster.pool_size import TrainerReading
 
 _PACE_SECONDS = 2.0
 

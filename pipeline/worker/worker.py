@@ -15,25 +15,25 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
 
-from models.errors import DinorayError
-from pipeline.augment.config import crop_bytes
-from pipeline.cluster.channel import known_error
-from pipeline.cluster.resources import ResourcesConfig
-from pipeline.data.partition import lay_out
-from pipeline.evaluation.in_training import evaluate
-from pipeline.storage.files import filesystem
-from pipeline.storage.run_dir import checkpoint_name
-from pipeline.stream import ray_data, shared_stream
-from pipeline.training.bad_images import Quarantine
-from pipeline.training.checkpoint import load_checkpoint, own_copy
-from pipeline.training.ddp import distribute
-from pipeline.training.distributed import all_reduce_max, set_up_device
-from pipeline.training.init_weights import load_initial_weights
-from pipeline.training.step import build_state, train
-from pipeline.training.verdict import UnhealthyError, Verdict
-from pipeline.worker.cadence import Cadence
-from pipeline.worker.outputs import Outputs
-from pipeline.worker.spec import WorkerSpec
+from dinoray.models.errors import DinorayError
+from dinoray.pipeline.augment.config import crop_bytes
+from dinoray.pipeline.cluster.channel import known_error
+from dinoray.pipeline.cluster.resources import ResourcesConfig
+from dinoray.pipeline.data.partition import lay_out
+from dinoray.pipeline.evaluation.in_training import evaluate
+from dinoray.pipeline.storage.files import filesystem
+from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.stream import ray_data, shared_stream
+from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.checkpoint import load_checkpoint, own_copy
+from dinoray.pipeline.training.ddp import distribute
+from dinoray.pipeline.training.distributed import all_reduce_max, set_up_device
+from dinoray.pipeline.training.init_weights import load_initial_weights
+from dinoray.pipeline.training.step import build_state, train
+from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
+from dinoray.pipeline.worker.cadence import Cadence
+from dinoray.pipeline.worker.outputs import Outputs
+from dinoray.pipeline.worker.spec import WorkerSpec
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:

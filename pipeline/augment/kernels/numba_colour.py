@@ -10,8 +10,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.augment.jit import compiled
-from pipeline.augment.kernels.simd import BOX_BYTES, LANES, box, transpose_bytes
+from dinoray.pipeline.augment.jit import compiled
+from dinoray.pipeline.augment.kernels.simd import BOX_BYTES, LANES, box, transpose_bytes
 
 Plane = npt.NDArray[np.uint8]
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.augment import params as columns
-from pipeline.augment.jit import compiled, njit_cached
-from pipeline.augment.kernels.numba_colour import (
+from dinoray.pipeline.augment import params as columns
+from dinoray.pipeline.augment.jit import compiled, njit_cached
+from dinoray.pipeline.augment.kernels.numba_colour import (
     blend,
     blur_and_transpose,
     mean_luma,
@@ -25,7 +25,7 @@ from pipeline.augment.kernels.numba_colour import (
     transpose,
     turn_hue,
 )
-from pipeline.augment.kernels.simd import (
+from dinoray.pipeline.augment.kernels.simd import (
     LANES,
     ROW_BYTES,
     STRIP,

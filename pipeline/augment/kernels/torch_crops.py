@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.augment.kernels import opencv_colour
-from pipeline.augment.kernels.opencv_colour import Image
-from pipeline.augment.params import CropParams, OneCrop
-from pipeline.data.jpeg import Decoded
+from dinoray.pipeline.augment.kernels import opencv_colour
+from dinoray.pipeline.augment.kernels.opencv_colour import Image
+from dinoray.pipeline.augment.params import CropParams, OneCrop
+from dinoray.pipeline.data.jpeg import Decoded
 
 _MOST_SKIPPED = 8
 """Limit on pixels that are made and discarded to begin at a whole pixel of a reduced picture.

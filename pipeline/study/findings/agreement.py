@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.study.findings.ranking import metric_of
-from pipeline.study.findings.statistics import kendall
-from pipeline.study.trials import TrialRecord
+from dinoray.pipeline.study.findings.ranking import metric_of
+from dinoray.pipeline.study.findings.statistics import kendall
+from dinoray.pipeline.study.trials import TrialRecord
 
 
 @dataclass(frozen=True)

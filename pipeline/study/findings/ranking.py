@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.study.findings.statistics import difference_margin, sample_std
-from pipeline.study.space import Domain
-from pipeline.study.trials import TrialRecord
+from dinoray.pipeline.study.findings.statistics import difference_margin, sample_std
+from dinoray.pipeline.study.space import Domain
+from dinoray.pipeline.study.trials import TrialRecord
 
 Standing = Literal["best", "tie", "behind", "not confirmed", "collapsed"]
 """Certainty of a candidate's rank.

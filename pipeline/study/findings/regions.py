@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.study.findings.ranking import is_number, score_of, searched
-from pipeline.study.space import Domain
-from pipeline.study.trials import TrialRecord
+from dinoray.pipeline.study.findings.ranking import is_number, score_of, searched
+from dinoray.pipeline.study.space import Domain
+from dinoray.pipeline.study.trials import TrialRecord
 
 _MIN_TRIALS = 2
 _MAX_REGIONS = 2

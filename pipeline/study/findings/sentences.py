@@ -6,13 +6,13 @@ Each function yields the sentences on one subject, or none if there is nothing t
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.study.findings.agreement import Agreement
-from pipeline.study.findings.ranking import Candidate, place_in, searched
-from pipeline.study.findings.regions import collapse_regions, good_trials, ranges, short
-from pipeline.study.findings.statistics import chance_share, chance_tau
-from pipeline.study.space import Domain
-from pipeline.study.trials import TrialRecord
-from pipeline.training.verdict import Verdict
+from dinoray.pipeline.study.findings.agreement import Agreement
+from dinoray.pipeline.study.findings.ranking import Candidate, place_in, searched
+from dinoray.pipeline.study.findings.regions import collapse_regions, good_trials, ranges, short
+from dinoray.pipeline.study.findings.statistics import chance_share, chance_tau
+from dinoray.pipeline.study.space import Domain
+from dinoray.pipeline.study.trials import TrialRecord
+from dinoray.pipeline.training.verdict import Verdict
 
 _EDGE = 0.02
 _MAX_NAMES = 8

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.study.findings import sentences as in_words
-from pipeline.study.findings.agreement import Agreement, agreement
-from pipeline.study.findings.ranking import (
+from dinoray.pipeline.study.findings import sentences as in_words
+from dinoray.pipeline.study.findings.agreement import Agreement, agreement
+from dinoray.pipeline.study.findings.ranking import (
     Candidate,
     domains,
     is_population,
@@ -22,9 +22,9 @@ from pipeline.study.findings.ranking import (
     score_of,
     searched,
 )
-from pipeline.study.findings.statistics import explained, quantile_groups
-from pipeline.study.space import Domain
-from pipeline.study.trials import TrialRecord
+from dinoray.pipeline.study.findings.statistics import explained, quantile_groups
+from dinoray.pipeline.study.space import Domain
+from dinoray.pipeline.study.trials import TrialRecord
 
 _MIN_FOR_IMPORTANCE = 8
 _STATUSES = ("finished", "stopped", "collapsed", "failed", "unfinished")

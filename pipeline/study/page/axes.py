@@ -6,12 +6,12 @@ Knows nothing of files or pages.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.figures.palette import NUM_SCALE
-from pipeline.reporting.plots import STEPS
-from pipeline.study.findings.ranking import place_in, score_of, searched
-from pipeline.study.findings.regions import short
-from pipeline.study.space import Domain
-from pipeline.study.trials import TrialRecord
+from dinoray.pipeline.figures.palette import NUM_SCALE
+from dinoray.pipeline.reporting.plots import STEPS
+from dinoray.pipeline.study.findings.ranking import place_in, score_of, searched
+from dinoray.pipeline.study.findings.regions import short
+from dinoray.pipeline.study.space import Domain
+from dinoray.pipeline.study.trials import TrialRecord
 
 _MAX_LETTERS = 18
 _MIN_DISTANCE = 0.09

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.figures.palette import LIGHT, TOKENS, Palette, scale
-from pipeline.reporting.plots import STEPS, as_svg, dress, sheet
-from pipeline.study.findings.ranking import place_in, score_of
-from pipeline.study.findings.sentences import metric_name, score_text
-from pipeline.study.findings.summary import Findings
-from pipeline.study.page.axes import Range, plain, score_range, shown, ticks
-from pipeline.study.page.score_map import draw_map, map_keys
-from pipeline.study.trials import TrialRecord
-from pipeline.tracking.records import Series
+from dinoray.pipeline.figures.palette import LIGHT, TOKENS, Palette, scale
+from dinoray.pipeline.reporting.plots import STEPS, as_svg, dress, sheet
+from dinoray.pipeline.study.findings.ranking import place_in, score_of
+from dinoray.pipeline.study.findings.sentences import metric_name, score_text
+from dinoray.pipeline.study.findings.summary import Findings
+from dinoray.pipeline.study.page.axes import Range, plain, score_range, shown, ticks
+from dinoray.pipeline.study.page.score_map import draw_map, map_keys
+from dinoray.pipeline.study.trials import TrialRecord
+from dinoray.pipeline.tracking.records import Series
 
 _MAX_AXES = 9
 

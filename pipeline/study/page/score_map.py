@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.figures.palette import NUM_SCALE, TOKENS, Palette, scale
-from pipeline.reporting.plots import as_svg, dress, sheet
-from pipeline.study.findings.ranking import score_of
-from pipeline.study.findings.sentences import metric_name, score_text, stopped_for
-from pipeline.study.findings.summary import Findings
-from pipeline.study.page.axes import Range, drawn_keys, plain, point_of, score_range, shown, ticks
-from pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP
-from pipeline.study.trials import TrialRecord
+from dinoray.pipeline.figures.palette import NUM_SCALE, TOKENS, Palette, scale
+from dinoray.pipeline.reporting.plots import as_svg, dress, sheet
+from dinoray.pipeline.study.findings.ranking import score_of
+from dinoray.pipeline.study.findings.sentences import metric_name, score_text, stopped_for
+from dinoray.pipeline.study.findings.summary import Findings
+from dinoray.pipeline.study.page.axes import Range, drawn_keys, plain, point_of, score_range, shown, ticks
+from dinoray.pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP
+from dinoray.pipeline.study.trials import TrialRecord
 
 _MIN_FOR_GROUND = 6
 _GRID = 45

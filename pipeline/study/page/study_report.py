@@ -6,7 +6,7 @@ At any moment: of none, some or all of its trials, whatever their files hold. Lo
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.reporting.page import (
+from dinoray.pipeline.reporting.page import (
     Html,
     charts,
     contents,
@@ -21,15 +21,20 @@ from pipeline.reporting.page import (
     table,
     tiles,
 )
-from pipeline.reporting.settings import versions
-from pipeline.reporting.summary import duration
-from pipeline.storage.files import Directory
-from pipeline.study.findings.regions import short
-from pipeline.study.findings.sentences import metric_name, plural, result_text, score_text
-from pipeline.study.findings.summary import Findings, findings
-from pipeline.study.page.plots import curve_charts, importance_bars, parallel_coordinates, study_picture
-from pipeline.study.page.score_map import map_keys, score_map
-from pipeline.study.page.tables import (
+from dinoray.pipeline.reporting.settings import versions
+from dinoray.pipeline.reporting.summary import duration
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.findings.regions import short
+from dinoray.pipeline.study.findings.sentences import metric_name, plural, result_text, score_text
+from dinoray.pipeline.study.findings.summary import Findings, findings
+from dinoray.pipeline.study.page.plots import (
+    curve_charts,
+    importance_bars,
+    parallel_coordinates,
+    study_picture,
+)
+from dinoray.pipeline.study.page.score_map import map_keys, score_map
+from dinoray.pipeline.study.page.tables import (
     agreement_rows,
     aligned,
     candidate_row,
@@ -38,8 +43,8 @@ from pipeline.study.page.tables import (
     error_rows,
     trial_row,
 )
-from pipeline.study.trials import BEST, TrialRecord, read_study, read_trials
-from pipeline.tracking.records import flatten_tree, read
+from dinoray.pipeline.study.trials import BEST, TrialRecord, read_study, read_trials
+from dinoray.pipeline.tracking.records import flatten_tree, read
 
 PAGE, TABLE, PICTURE = "study.html", "study.csv", "study.png"
 _TOP = 10

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from pipeline.study.findings.ranking import Candidate, number_of, score_of
-from pipeline.study.findings.regions import short
-from pipeline.study.findings.sentences import metric_name, result_text, score_text
-from pipeline.study.findings.statistics import chance_tau
-from pipeline.study.findings.summary import Findings
-from pipeline.study.trials import Trial, TrialRecord
+from dinoray.pipeline.study.findings.ranking import Candidate, number_of, score_of
+from dinoray.pipeline.study.findings.regions import short
+from dinoray.pipeline.study.findings.sentences import metric_name, result_text, score_text
+from dinoray.pipeline.study.findings.statistics import chance_tau
+from dinoray.pipeline.study.findings.summary import Findings
+from dinoray.pipeline.study.trials import Trial, TrialRecord
 
 _MARKS = {"best": "best", "tie": "tied with the best", "collapsed": "collapsed with another seed"}
 _MAX_CELL = 34

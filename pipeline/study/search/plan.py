@@ -8,8 +8,8 @@ in, numbers out.
 from dataclasses import dataclass
 from math import ceil, floor
 
-from models.errors import ResourceError
-from pipeline.cluster.resources import ResourcesConfig
+from dinoray.models.errors import ResourceError
+from dinoray.pipeline.cluster.resources import ResourcesConfig
 
 _FOR_RAY = 1
 """CPUs that stay free: each of Ray Data's own tasks reserves a whole CPU."""

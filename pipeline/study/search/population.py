@@ -23,17 +23,17 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.util.placement_group import PlacementGroup
 
-from models.errors import DinorayError, ResourceError, one_line
-from pipeline.ray_private.tune import OpenPB2, check_pb2
-from pipeline.storage.files import Directory
-from pipeline.study.search.tuner import (
+from dinoray.models.errors import DinorayError, ResourceError, one_line
+from dinoray.pipeline.ray_private.tune import OpenPB2, check_pb2
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.search.tuner import (
     NotPickled,
     PlacementGroupRegistry,
     TrialListener,
     run_tune,
     tell_error,
 )
-from pipeline.training.checkpoint import own_copy
+from dinoray.pipeline.training.checkpoint import own_copy
 
 _POINTER = "pointer.json"
 _ALIKE, _ASIDE = 1e-3, 0.2

@@ -5,14 +5,14 @@ No Ray here.
 
 from collections.abc import Mapping, Sequence
 
-from models.errors import ConfigError, DinorayError
-from pipeline.storage.files import Directory
-from pipeline.storage.run_dir import committed_steps
-from pipeline.study.findings.ranking import searched
-from pipeline.study.objective import Objective
-from pipeline.study.search.samplers import Known
-from pipeline.study.space import Space, place
-from pipeline.study.trials import Trial, TrialRecord, evaluations, read_trials, trial_directory
+from dinoray.models.errors import ConfigError, DinorayError
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import committed_steps
+from dinoray.pipeline.study.findings.ranking import searched
+from dinoray.pipeline.study.objective import Objective
+from dinoray.pipeline.study.search.samplers import Known
+from dinoray.pipeline.study.space import Space, place
+from dinoray.pipeline.study.trials import Trial, TrialRecord, evaluations, read_trials, trial_directory
 
 
 def next_number(tried: Sequence[TrialRecord]) -> int:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.study.config import Searcher
-from pipeline.study.space import Space, at, grid, place
+from dinoray.pipeline.study.config import Searcher
+from dinoray.pipeline.study.space import Space, at, grid, place
 
 
 class Known(NamedTuple):

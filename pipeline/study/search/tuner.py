@@ -16,9 +16,9 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from models.errors import DinorayError, error_of
-from pipeline.cluster.channel import actor_here
-from pipeline.storage.files import Directory, filesystem
+from dinoray.models.errors import DinorayError, error_of
+from dinoray.pipeline.cluster.channel import actor_here
+from dinoray.pipeline.storage.files import Directory, filesystem
 
 _ON_HEAD = "node:__internal_head__"
 

@@ -19,17 +19,17 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup
 
-from models.errors import DinorayError
-from pipeline.cluster.channel import actor_here
-from pipeline.storage.files import Directory
-from pipeline.study.search.tuner import (
+from dinoray.models.errors import DinorayError
+from dinoray.pipeline.cluster.channel import actor_here
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.study.search.tuner import (
     NotPickled,
     PlacementGroupRegistry,
     TrialListener,
     run_tune,
     tell_error,
 )
-from pipeline.study.trials import Trial
+from dinoray.pipeline.study.trials import Trial
 
 Course = Mapping[int, float]
 """Scores by step."""

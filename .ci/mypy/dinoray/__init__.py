@@ -1,0 +1,1 @@
+../../../dinoray/__init__.py

@@ -1,0 +1,1 @@
+../../../dinoray/__main__.py

@@ -1,0 +1,1 @@
+../../../dinoray/notebook.py
