@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis
 import pytest
 from faults import FaultProxy, fault_proxy
-from jobs_processes import ROOT
+from jobs_processes import RAY_SETTINGS, ROOT
 from ray_head import RayHead, ray_head, run_job_on
 from servers import S3Server, aws_environment, s3_server, use_aws
 from xdist.scheduler import LoadScopeScheduling
@@ -23,12 +23,7 @@ hypothesis.settings.load_profile("dinoray")
 # Before torch is imported: the cores are for several processes, whose threads would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Before Ray is first used: a process keeps the mode that it finds then, and one that asks others for a token is called
-# by none of a Ray without them, which then takes its actors for abandoned.
-os.environ["RAY_AUTH_MODE"] = "disabled"
-
-# Ray's workers are niced otherwise, and would starve beside tests that run at the same time.
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own spelling)
+os.environ |= RAY_SETTINGS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -60,6 +60,17 @@ def foreign_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if _FOREIGN.match(_COLOUR.sub("", line).lstrip("\r "))]
 
 
+RAY_SETTINGS = {
+    # Set before Ray is first used: a process keeps the mode that it finds then, and one that asks others for a token is
+    # called by none of a Ray without them, which then takes its actors for abandoned.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",  # else workers starve beside tests that run at the same time
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a run ends the sooner
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run, for nodes that have a notice
+}
+"""Environment of every Ray of the tests, and of this process."""
+
+
 class Job:
     """A running job: its process and what it has printed so far (stdout and stderr together)."""
 
@@ -114,9 +125,7 @@ def start_job(
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_"))}
     variables |= {
         "RAY_TMPDIR": ray_temp_dir,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_worker_niceness": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        **RAY_SETTINGS,
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": str(ROOT),

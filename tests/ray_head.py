@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import ray
-from jobs_processes import end_processes, foreign_lines, processes_with
+from jobs_processes import RAY_SETTINGS, end_processes, foreign_lines, processes_with
 from servers import free_ports, use_aws
 
 from dinoray.jobs.cli.main import run_main
@@ -55,8 +55,7 @@ def ray_head(
     temp_dir = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
     gcs = f"127.0.0.1:{port}"
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
-    variables |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    variables |= {"RAY_worker_niceness": "0"}  # else it starves beside tests that run at the same time
+    variables |= {**RAY_SETTINGS, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"  # the job's `python`
     more = []
     if autoscaling is not None:
