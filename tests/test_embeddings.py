@@ -244,7 +244,7 @@ def test_a_network_without_tokens_has_no_patch_tokens_to_keep() -> None:
         tiny_config(backbone=TINY_RESNET | {"drop_path_rate": 0.0}, crops={"global_crop_size": 32})
     )
     assert measure(network, 32, patch_tokens=False)[1] == 0
-    with pytest.raises(ConfigError, match="no vision transformer"):
+    with pytest.raises(ConfigError, match="not a vision transformer"):
         measure(network, 32, patch_tokens=True)
 
 

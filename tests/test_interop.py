@@ -483,7 +483,7 @@ def test_the_permission_to_read_a_namespace_ends_with_the_reading() -> None:
     "data", [b"", b"something else", saved(Run().state())[:-4000], saved(Run().state())[:100]]
 )
 def test_a_damaged_file_is_one_line(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"^checkpoint\.pth is no file of weights") as caught:
+    with pytest.raises(DataError, match=r"^checkpoint\.pth is not a file of weights") as caught:
         read_weights(data, "checkpoint.pth")
     assert "\n" not in str(caught.value)
 

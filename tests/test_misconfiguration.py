@@ -421,8 +421,8 @@ def test_lines_on_initial_weights_are_printed_before_ray_starts(
 @pytest.mark.parametrize(
     ("name", "content", "code", "words"),
     [
-        ("x.onnx", b"\x08\x08", CONFIG, ["init.path=", "x.onnx is no file of weights", "pass the .pth"]),
-        ("x.ckpt", b"no weights", DATA, ["x.ckpt is no file of weights, or damaged"]),
+        ("x.onnx", b"\x08\x08", CONFIG, ["init.path=", "x.onnx is not a file of weights", "pass the .pth"]),
+        ("x.ckpt", b"no weights", DATA, ["x.ckpt is not a file of weights, or damaged"]),
         ("folder/x.png", b"", CONFIG, ["folder is a folder but no dinoray run", "pass a file of weights"]),
     ],
 )
@@ -480,7 +480,7 @@ def test_evaluating_what_is_no_run(run: Job, started: Directory, tmp_path: Path)
             "data.path=s3://BUCKET/x",
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
             DATA,
-            ["s3://BUCKET/x", "given up after 2 attempts", "check the network, AWS_ENDPOINT_URL"],
+            ["s3://BUCKET/x", "failed after 2 attempts", "check the network, AWS_ENDPOINT_URL"],
         ),
         (
             "data.path=s3://BUCKET/x",

@@ -35,7 +35,7 @@ def test_a_snapshot_that_breaks_off_has_an_error_of_its_own(snapshot: bytes) -> 
 @pytest.mark.parametrize("name", ["../other/step_00000004", "/etc", "step_00000004/", ".", ""])
 def test_a_name_that_leaves_the_run_directory_is_refused(name: str) -> None:
     snapshot = json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name}]}).encode()
-    with pytest.raises(DataError, match=r"names .* no checkpoint of this run"):
+    with pytest.raises(DataError, match=r"names .* not a checkpoint of this run"):
         committed(snapshot, file="x")
 
 

@@ -227,7 +227,7 @@ def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"is no run directory: it has neither config\.yaml"):
+    with pytest.raises(ConfigError, match=r"is not a run directory: it has neither config\.yaml"):
         build_report(Directory(str(tmp_path)))
 
 
@@ -241,7 +241,7 @@ def test_a_run_on_s3_is_reported_in_its_place(bucket: str, tmp_path: Path) -> No
     assert write_report(run) == f"s3://{bucket}/runs/first/report.html"
     assert run.read("report.html").decode() == build_report(local).replace(local.uri, run.uri)
     empty = Directory(f"s3://{bucket}/nothing")
-    with pytest.raises(ConfigError, match="no run directory"):
+    with pytest.raises(ConfigError, match="not a run directory"):
         write_report(empty)
 
 

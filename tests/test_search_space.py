@@ -90,8 +90,8 @@ def test_a_tree_may_be_dotted_nested_or_both_and_a_list_is_a_choice() -> None:
     ("tree", "told"),
     [
         ([1, 2], "must be a mapping"),
-        ({"a": 3}, "a: 3 is no domain; write {uniform"),
-        ({"a": {"uniform": [1, 2], "log": [1, 2]}}, "no domain"),
+        ({"a": 3}, "a: 3 is not a domain; write {uniform"),
+        ({"a": {"uniform": [1, 2], "log": [1, 2]}}, "not a domain"),
         ({"a": {"uniform": 3}}, "uniform: 3 must be a list"),
         ({"a": {"uniform": [0.1, 0.1]}}, r"uniform: \[0\.1, 0\.1\] must be \[least, largest\]"),
         ({"a": {"uniform": ["x", 2]}}, "two numbers in order"),

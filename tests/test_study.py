@@ -104,7 +104,7 @@ def run_finished(folder: Path, monkeypatch: pytest.MonkeyPatch, override: str, *
             ["loss.teacher_temp=-1", "greater than 0"],
         ),
         (["tune.space={loss.teacher_temp: {gauss: [1, 2]}}"], ["loss.teacher_temp.gauss"]),
-        (["tune.space={loss.teacher_temp: 3}"], ["3 is no domain; write {uniform"]),
+        (["tune.space={loss.teacher_temp: 3}"], ["3 is not a domain; write {uniform"]),
         (["tune.space={}"], ["nothing to search"]),
         (["tune.trails=3"], ["tune.trails=3: unknown key; did you mean tune.trials"]),
         (["tune.objective=loss"], ["tune.objective=loss cannot rank", "loss.teacher_temp", "entropy + KL"]),

@@ -81,10 +81,10 @@ def test_a_population_that_does_not_fit_is_told_to_be_smaller_not_to_wait() -> N
     config = load(StudyConfig, "demo", None, ["tune.scheduler=pb2", "tune.trials=8"])
     each = plan_of(config, 8, {"CPU": 100}).cpus_each
     with pytest.raises(
-        ResourceError, match=r"8 trials at once .* set tune\.trials=2, or take tune\.scheduler=asha"
+        ResourceError, match=r"8 trials at once .* set tune\.trials=2, or set tune\.scheduler=asha"
     ):
         plan_of(config, 8, {"CPU": 2 * each + 1})
-    with pytest.raises(ResourceError, match=r": take tune\.scheduler=asha"):
+    with pytest.raises(ResourceError, match=r": set tune\.scheduler=asha"):
         plan_of(config, 8, {"CPU": each + 1})
 
 

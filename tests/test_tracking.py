@@ -231,7 +231,7 @@ def test_what_fails_is_tried_again_in_its_order_and_told_once(tmp_path: Path) ->
     memory.wait_for(7)
     sink.close(failed=False)
     assert memory.steps == list(range(8))
-    assert told == ["warning: memory: http://...@host is busy; the run goes on without it for now"]
+    assert told == ["warning: memory: http://...@host is busy; the run continues without it"]
 
 
 def test_what_fails_for_good_is_left_out_and_counted(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_service_that_cannot_be_begun_with_costs_the_run_nothing(tmp_path: Pat
     sink.log(1, {"loss": 1.0})
     sink.close(failed=False)
     assert told == [
-        "warning: memory: log in first; the run goes on without it for now",
+        "warning: memory: log in first; the run continues without it",
         "warning: memory: 3 messages are lost",
     ]
 
@@ -286,7 +286,7 @@ def test_a_service_that_does_not_keep_up_loses_the_oldest(
     sink.close(failed=False)
     assert memory.steps == [0, *range(6, 16)]
     assert told == [
-        "warning: memory: it does not keep up; the run goes on without it for now",
+        "warning: memory: it does not keep up; the run continues without it",
         "warning: memory: 5 messages are lost",
     ]
 

@@ -444,7 +444,9 @@ def test_head_of_another_kind_can_be_left_out(tmp_path: Path) -> None:
 )
 def test_files_of_other_kinds_are_named_as_such(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"^init.path=.*{name} is no file of weights .*; pass the .pth or"):
+    with pytest.raises(
+        ConfigError, match=rf"^init.path=.*{name} is not a file of weights .*; pass the .pth or"
+    ):
         read_path(str(tmp_path / name))
 
 

@@ -208,7 +208,7 @@ def restricted_load(data: bytes, name: str) -> Any:
         elif found:
             what = f"{name} wants {found[1].rstrip('.')} to be called while it is read, which could run any program"
         else:
-            what = f"{name} is no file of weights that can be read without running what is in it"
+            what = f"{name} is not a file of weights that can be read without running what is in it"
         raise DataError(f"{what}; {_anew(name)}") from error
     except Exception as error:  # a damaged file may raise anything
         if "TorchScript" in str(error):
@@ -218,7 +218,7 @@ def restricted_load(data: bytes, name: str) -> Any:
                 f'python -c "{command}"'
             ) from error
         raise DataError(
-            f"{name} is no file of weights, or damaged: {one_line(error)}; save or download it anew"
+            f"{name} is not a file of weights, or damaged: {one_line(error)}; save or download it anew"
         ) from error
 
 

@@ -122,7 +122,7 @@ def measure(network: FrozenBackbone, image_size: int, *, patch_tokens: bool) -> 
         return width, 0
     if not has_tokens(backbone):
         raise ConfigError(
-            f"--patch-tokens: {network.config.backbone.name} is no vision transformer; leave the option out"
+            f"--patch-tokens: {network.config.backbone.name} is not a vision transformer; leave the option out"
         )
     with torch.no_grad():
         return width, with_patches(backbone, torch.zeros(1, 3, image_size, image_size)).shape[1] // width - 1

@@ -40,7 +40,7 @@ def committed(snapshot: bytes, *, file: str) -> list[str]:
         ) from error
     if strange:
         raise DataError(
-            f"{file} names {strange[0]!r}, which is no checkpoint of this run: take it out of the file"
+            f"{file} names {strange[0]!r}, which is not a checkpoint of this run: take it out of the file"
         )
     return names
 

@@ -20,7 +20,7 @@ def check_pb2() -> None:
     if missing:
         raise ResourceError(
             f"tune.scheduler=pb2 needs {', '.join(missing)} of PB2, which this version of Ray does not have: "
-            "pip install 'ray[tune]==2.60.*', or take tune.scheduler=asha"
+            "pip install 'ray[tune]==2.60.*', or set tune.scheduler=asha"
         )
 
 

@@ -76,7 +76,7 @@ def build_report(run: Directory, *, ending: str = "") -> str:
     config = read_mapping(run, "config.yaml")
     records = read_records(run)
     if not config and not len(records):
-        raise ConfigError(f"{run.uri} is no run directory: it has neither config.yaml nor metrics.jsonl")
+        raise ConfigError(f"{run.uri} is not a run directory: it has neither config.yaml nor metrics.jsonl")
     values = flatten_tree(config)
     name = str(config.get("name") or run.uri.rpartition("/")[2])
     result, bad = read_mapping(run, "result.json"), share(records, values)

@@ -122,7 +122,7 @@ def retrying(
             reason = _one_line(error)
             if attempt + 1 == attempts:
                 raise Unreachable(
-                    f"{what}: given up after {attempts} attempts, the last with {reason}; "
+                    f"{what}: failed after {attempts} attempts, the last with {reason}; "
                     "check the network, AWS_ENDPOINT_URL and the store's load"
                 ) from error
             pause = rng() * min(max_seconds, base_seconds * 2**attempt)

@@ -55,7 +55,7 @@ def choose(asked: str, *, keys: Iterable[str], labelled: bool, k: int) -> Object
     if asked == "knn" and not labelled:
         raise ConfigError(
             "tune.objective=knn needs labels: set eval.val_path, and data.label_column or "
-            "data.label_from_parent=true; or take tune.objective=rankme"
+            "data.label_from_parent=true; or set tune.objective=rankme"
         )
     if asked == "loss":
         wrong = [key for key in varied if key in _CHANGE_THE_LOSS]
@@ -63,7 +63,7 @@ def choose(asked: str, *, keys: Iterable[str], labelled: bool, k: int) -> Object
             raise ConfigError(
                 f"tune.objective=loss cannot rank trials that differ in {', '.join(wrong)}: the loss is entropy + "
                 "KL, and these move the entropy whatever is learnt, towards collapse in the end; "
-                "take tune.objective=knn with labels, or rankme without"
+                "set tune.objective=knn with labels, or rankme without"
             )
         return Objective("loss", "asked for; nothing that varies is part of the loss itself")
     if asked in ("rankme", "lidar"):

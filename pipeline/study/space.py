@@ -131,7 +131,7 @@ def parse_space(tree: Any) -> dict[str, Domain]:
         if isinstance(value, list | tuple):
             value = {"choice": value}
         if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in _KINDS:
-            raise ValueError(f"{key}: {value!r} is no domain; write {_EXAMPLE}")
+            raise ValueError(f"{key}: {value!r} is not a domain; write {_EXAMPLE}")
         ((kind, values),) = value.items()
         if not isinstance(values, list | tuple):
             raise ValueError(f"{key}: {kind}: {values!r} must be a list; write {_EXAMPLE}")

@@ -208,7 +208,7 @@ class _Line:
     def _warn(self, text: str) -> None:
         if not self._has_told:
             self._has_told = True
-            self._say(f"{text}; the run goes on without it for now")
+            self._say(f"{text}; the run continues without it")
 
     def _say(self, text: str) -> None:
         # An error may contain an address, and an address may contain a password.

@@ -165,7 +165,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is no checkpoint: meta.json: {error}") from error
+        raise DataError(f"{folder} is not a checkpoint: meta.json: {error}") from error
     if meta.get("format") != FORMAT:
         raise DataError(f"checkpoint {folder} has format {meta.get('format')}, this version reads {FORMAT}")
     return meta

@@ -45,7 +45,7 @@ def read_weights(path: str) -> Weights:
         return _read_folder(path, Directory(uri))
     if _NOT_WEIGHTS.search(uri):
         raise ConfigError(
-            f"init.path={path} is no file of weights that training can start from; pass the .pth or .safetensors file "
+            f"init.path={path} is not a file of weights that training can start from; pass the .pth or .safetensors file "
             "that it was made from, a run directory or a checkpoint folder"
         )
     data = here.read(name)
@@ -55,7 +55,7 @@ def read_weights(path: str) -> Weights:
         state = load_safetensors(data)
     except Exception as error:  # a damaged file may raise anything
         raise DataError(
-            f"{uri} is no safetensors file: {one_line(error)}; save or download it anew"
+            f"{uri} is not a safetensors file: {one_line(error)}; save or download it anew"
         ) from error
     # timm's names equal the published names. Only dinoray's mark shows how position embeddings were resized.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -111,7 +111,7 @@ def check_population() -> None:
     check_pb2()
     if importlib.util.find_spec("sklearn") is None:
         raise ResourceError(
-            "tune.scheduler=pb2 needs scikit-learn: pip install 'dinoray[pb2]', or take tune.scheduler=asha"
+            "tune.scheduler=pb2 needs scikit-learn: pip install 'dinoray[pb2]', or set tune.scheduler=asha"
         )
     try:
         # By address, because there may be more than one Ray on this machine.
@@ -119,7 +119,7 @@ def check_population() -> None:
     except Exception as error:  # of many kinds, by the missing part of the dashboard
         raise ResourceError(
             f"tune.scheduler=pb2 needs Ray's dashboard, to end what watches over a replaced trial ({one_line(error)}); "
-            "start the head with it, or take tune.scheduler=asha"
+            "start the head with it, or set tune.scheduler=asha"
         ) from error
 
 
