@@ -1,6 +1,7 @@
 """The installed package, the `dinoray` command, and what README shows for a notebook."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,9 +56,13 @@ def test_types_are_checked_in_all_files() -> None:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project as pip installs it, without its dependencies."""
-    folder = tmp_path_factory.mktemp("installed")
+    folder, source = tmp_path_factory.mktemp("installed"), tmp_path_factory.mktemp("source")
+    for name in (*FOLDERS, "dinoray"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):  # a copy: pip leaves its build in the tree
+        shutil.copy(ROOT / name, source)
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, ROOT],
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, source],
         check=True, capture_output=True,
     )  # fmt: skip
     return folder

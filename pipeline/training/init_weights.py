@@ -45,8 +45,8 @@ def read_weights(path: str) -> Weights:
         return _read_folder(path, Directory(uri))
     if _NOT_WEIGHTS.search(uri):
         raise ConfigError(
-            f"init.path={path} is not a file of weights that training can start from; pass the .pth or .safetensors file "
-            "that it was made from, a run directory or a checkpoint folder"
+            f"init.path={path} is not a file of weights that training can start from; pass the .pth or .safetensors "
+            "file that it was made from, a run directory or a checkpoint folder"
         )
     data = here.read(name)
     if not _is_safetensors(data):
