@@ -11,20 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from ray_files import RAY_FILES
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("models", "pipeline", "jobs", "dinoray")
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).glob("**/*.py"))]
 OTHER_FILES = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).glob("**/*.py"))]
-RAY_FILES = {
-    *(f"pipeline/cluster/{name}.py" for name in ("channel", "nodes", "pool_control", "pool_mailbox")),
-    *(f"pipeline/stream/{name}.py" for name in ("ray_data", "shared_stream")),
-    *(f"pipeline/worker/{name}.py" for name in ("worker", "outputs", "spec")),
-    *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
-    "pipeline/evaluation/actors.py",
-    "pipeline/tracking/prometheus.py",
-    *(f"pipeline/ray_private/{name}.py" for name in ("core", "data", "jobs", "tune")),
-}
 _TRAINING = "models published storage data augment training"
 _RUN = "models storage cluster data tracking training stream"
 _PAGES = "models storage data augment tracking training figures"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cluster_checks import LINTS, ec2_complaints, ray_checks, uses_private_ray
+from forecast_inputs import FIGURES, RUN
 from jobs_processes import ROOT, TINY, run_job
 from ray_head import ray_head
-from test_cluster import LINTS, ec2_complaints, ray_checks, uses_private_ray
-from test_forecast import FIGURES, RUN
 from tiny_run import write_images
 
 from dinoray.jobs.cli.config import load_config

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import CONFIG, Page, jsonl, make_run, png, step_record
+from report_runs import CONFIG, Page, jsonl, make_run, png, step_record
 
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.recipes import RECIPES

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Page, jsonl, make_run, step_record, whole_run
+from report_runs import Page, jsonl, make_run, step_record, whole_run
 
 from dinoray.jobs.cli.arguments import PretrainArguments, pretrain_config
 from dinoray.jobs.cli.config import Config, load_config

@@ -19,7 +19,7 @@ from dinoray.jobs import tune as job
 from dinoray.jobs.cli.arguments import PretrainArguments, pretrain_config
 from dinoray.jobs.cli.config import differences, load, load_config
 from dinoray.jobs.studies.config import (
-    FREE,
+    MUTABLE_ON_RESUME,
     StudyConfig,
     can_grow,
     candidate,
@@ -209,8 +209,8 @@ def test_a_population_is_never_mixed_with_trials_that_have_no_place_in_it(
 
 def test_more_trials_seeds_and_another_cluster_continue_a_study(tmp_path: Path) -> None:
     more = study("tune.trials=64", "tune.confirm_top=5", "tune.max_concurrent=8", "resources.train_workers=4")
-    assert differences(study(), more, free=FREE) == []
-    assert differences(study(), study("tune.epochs=3"), free=FREE) == ["tune.epochs: None -> 3.0"]
+    assert differences(study(), more, free=MUTABLE_ON_RESUME) == []
+    assert differences(study(), study("tune.epochs=3"), free=MUTABLE_ON_RESUME) == ["tune.epochs: None -> 3.0"]
 
 
 def test_a_finished_study_says_that_more_trials_extend_it_where_they_do(

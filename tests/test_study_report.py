@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from report_runs import Page
 from studies import SPACE, about, tried, write_tried, write_whole_study
-from test_report import Page
 
 from dinoray.pipeline.figures.palette import DARK, LIGHT, TOKENS
 from dinoray.pipeline.storage.files import Directory

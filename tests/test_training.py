@@ -15,7 +15,7 @@ import pytest
 import torch
 from oracles import WrittenOutRun
 from ranks import NUM_STEPS, run_steps, training_config, two_ranks
-from test_architecture import RAY_FILES
+from ray_files import RAY_FILES
 from tiny import NUM_IMAGES, TINY_RESNET, Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 

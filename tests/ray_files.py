@@ -1,0 +1,11 @@
+"""The files that may import Ray."""
+
+RAY_FILES = {
+    *(f"pipeline/cluster/{name}.py" for name in ("channel", "nodes", "pool_control", "pool_mailbox")),
+    *(f"pipeline/stream/{name}.py" for name in ("ray_data", "shared_stream")),
+    *(f"pipeline/worker/{name}.py" for name in ("worker", "outputs", "spec")),
+    *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
+    "pipeline/evaluation/actors.py",
+    "pipeline/tracking/prometheus.py",
+    *(f"pipeline/ray_private/{name}.py" for name in ("core", "data", "jobs", "tune")),
+}
