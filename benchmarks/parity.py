@@ -2,11 +2,11 @@
 
     python benchmarks/parity.py [configuration ...]
 
-`tests/dino_reference.py` is DINO written out a second time, in float64 and without a line of this package or of timm.
-Both start from the same weights and see the same crops, for 50 steps that pass through the warm-ups of the learning
+`tests/support/dino_reference.py` is DINO written out a second time, in float64 and without a line of this package or
+of timm. Both start from the same weights and see the same crops, for 50 steps that pass through the warm-ups of the learning
 rate and of the teacher's temperature and through the freeze of the last layer. Ours runs three times, as
-`tests/side_by_side.py` explains: as float64, where the algorithm alone is compared; as float32 with each step from the
-reference's state, where one step's rounding is; and as float32 throughout, where rounding has fifty steps to grow.
+`tests/support/side_by_side.py` explains: as float64, where the algorithm alone is compared; as float32 with each step
+from the reference's state, where one step's rounding is; and as float32 throughout, where rounding has fifty steps to grow.
 
 Prints a table for RESULTS.md: the largest relative deviation of each quantity, max |a - b| / max |b| of a tensor, over
 all tensors and steps. Takes about a minute on a CPU.
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import torch
 from side_by_side import CONFIGURATIONS, MODES, SCHEDULES, TENSORS, deviations

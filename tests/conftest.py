@@ -11,7 +11,8 @@ from typing import Any
 import hypothesis
 import pytest
 from faults import FaultProxy, fault_proxy
-from jobs_processes import RAY_SETTINGS, ROOT
+from jobs_processes import RAY_SETTINGS
+from paths import ROOT
 from ray_head import RayHead, ray_head, run_job_on
 from servers import S3Server, aws_environment, s3_server, use_aws
 from xdist.scheduler import LoadScopeScheduling

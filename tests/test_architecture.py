@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from ray_files import RAY_FILES
 
-ROOT = Path(__file__).parents[1]
 LAYERS = ("models", "pipeline", "jobs", "dinoray")
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).glob("**/*.py"))]
 OTHER_FILES = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).glob("**/*.py"))]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from jobs_processes import TINY
+from paths import ROOT
 from PIL import Image
 from ray_head import RayHead
 from test_dependencies import tomllib
@@ -25,7 +26,6 @@ from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import embed_source
 from dinoray.pipeline.training.checkpoint import read_frozen
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("models", "pipeline", "jobs")
 
 

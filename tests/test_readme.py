@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from paths import ROOT
 from PIL import Image
 
 from dinoray.jobs.cli.config import load_config
@@ -16,7 +17,6 @@ from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
 from dinoray.models.errors import DinorayError, ResourceError
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "jobs" / "README.md").read_text()
 CODE = (ROOT / "pipeline" / "README.md").read_text()

@@ -1,0 +1,60 @@
+"""Small data sets for the tests: a folder, a bucket, a Parquet shard, the shared collection of bad files."""
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from paths import SHARED
+from servers import S3Server
+
+HOSTILE = SHARED / "hostile"
+needs_hostile = pytest.mark.skipif(not HOSTILE.is_dir(), reason="the shared sample data is not here")
+
+
+class HostileEntry(NamedTuple):
+    """One object that a bucket may hold: its key, its bytes, and what is to become of it."""
+
+    key: str
+    data: bytes
+    expect: str
+
+
+def hostile_entries() -> list[HostileEntry]:
+    """The shared collection; keys that stand for a key alone get made-up bytes, folder markers none."""
+    entries = [entry for entry in json.loads((HOSTILE / "manifest.json").read_text()) if entry["key"]]
+    return [HostileEntry(entry["key"], _bytes_of(entry), entry["expect"]) for entry in entries]
+
+
+def _bytes_of(entry: dict[str, Any]) -> bytes:
+    if entry["file"]:
+        return (HOSTILE / entry["file"]).read_bytes()
+    return b"" if entry["key"].endswith("/") else b"some bytes"
+
+
+def put_all(s3: S3Server, bucket: str, objects: dict[str, bytes]) -> None:
+    """Put objects into a bucket, many at a time, by a client of our own."""
+    client = s3.client()
+    with ThreadPoolExecutor(16) as pool:
+        puts = [pool.submit(client.put_object, Bucket=bucket, Key=k, Body=v) for k, v in objects.items()]
+    for put in puts:
+        put.result()
+
+
+def write_all(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files below a folder, making the folders between."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def parquet(columns: dict[str, Any], *, row_group_size: int = 2, **options: Any) -> bytes:
+    """A Parquet file of these columns."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, row_group_size=row_group_size, **options)
+    return sink.getvalue()
