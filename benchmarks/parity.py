@@ -2,11 +2,12 @@
 
     python benchmarks/parity.py [configuration ...]
 
-`tests/support/dino_reference.py` is DINO written out a second time, in float64 and without a line of this package or
-of timm. Both start from the same weights and see the same crops, for 50 steps that pass through the warm-ups of the learning
-rate and of the teacher's temperature and through the freeze of the last layer. Ours runs three times, as
-`tests/support/side_by_side.py` explains: as float64, where the algorithm alone is compared; as float32 with each step
-from the reference's state, where one step's rounding is; and as float32 throughout, where rounding has fifty steps to grow.
+`tests/support/dino_reference.py` is DINO written out a second time, in float64 and without a line of this package
+or of timm. Both start from the same weights and see the same crops, for 50 steps that pass through the warm-ups of
+the learning rate and of the teacher's temperature and through the freeze of the last layer. Ours runs three times,
+as `tests/support/side_by_side.py` explains: as float64, where the algorithm alone is compared; as float32 with each
+step from the reference's state, where one step's rounding is; and as float32 throughout, where rounding has fifty
+steps to grow.
 
 Prints a table for RESULTS.md: the largest relative deviation of each quantity, max |a - b| / max |b| of a tensor, over
 all tensors and steps. Takes about a minute on a CPU.
