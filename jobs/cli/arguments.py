@@ -27,7 +27,7 @@ positive.__name__ = "positive number"  # as argparse names it in its error
 class CommandLine(argparse.ArgumentParser):
     """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
 
-    def __init__(self, prog: str, **options: Any) -> None:
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
         # As the user called it: the same command may be `dinoray NAME` or `python -m jobs.NAME`.
         super().__init__(prog=sys.argv[0] if sys.argv[0].startswith("dinoray ") else prog, **options)
 
