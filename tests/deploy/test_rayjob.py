@@ -178,8 +178,8 @@ def test_the_environment_is_that_of_submitted_jobs() -> None:
 
 def test_the_command_is_a_valid_config_that_the_cluster_can_hold() -> None:
     words = shlex.split(manifest()["spec"]["entrypoint"])
-    assert words[:4] == ["python", "-m", "jobs.pretrain", "--recipe"]
-    resources = load_config(words[4], None, words[5:]).resources
+    assert words[:3] == ["dinoray", "pretrain", "--recipe"]
+    resources = load_config(words[3], None, words[4:]).resources
     workers = groups(manifest())
     asked = {name: container(g)["resources"]["limits"] for name, g in workers.items()}
     gpus = asked["train"]["nvidia.com/gpu"] * workers["train"]["maxReplicas"]
