@@ -37,7 +37,7 @@ EXPERIMENTS: dict[str, tuple[dict[str, Any], Verdict]] = {
 """Loss settings by name (student_temp is 0.1: equal to it, nothing is sharpened), and the true verdict."""
 
 LOG_EVERY = 5
-TrainerReading = dict[str, Any]
+Reading = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         images = [(path.name, decode(path.read_bytes(), max_pixels=10**8)) for path in paths]
     print("| | seed | entropy / ln K at the end | KL | prototypes used | verdict | first at step |")
     print("|---|---|---|---|---|---|---|")
-    courses: dict[str, list[list[TrainerReading]]] = {}
+    courses: dict[str, list[list[Reading]]] = {}
     wrong = 0
     for name, (loss, truth) in EXPERIMENTS.items():
         for seed in arguments.seeds:
@@ -105,7 +105,7 @@ def config(loss: dict[str, Any], *, seed: int, steps: int, num_images: int) -> D
 
 def run(
     images: list[tuple[str, NDArray[np.uint8]]], loss: dict[str, Any], *, seed: int, steps: int
-) -> list[TrainerReading]:
+) -> list[Reading]:
     """Return readings of a run's health, every `LOG_EVERY` steps."""
     settings = config(loss, seed=seed, steps=steps, num_images=len(images))
     state = build_state(settings, num_images=len(images))
@@ -144,7 +144,7 @@ def batches(
                 }
 
 
-def draw(courses: dict[str, list[list[TrainerReading]]]) -> Figure:
+def draw(courses: dict[str, list[list[Reading]]]) -> Figure:
     """Plot entropy and KL over steps, one line per run."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, 2)
