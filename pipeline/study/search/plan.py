@@ -80,8 +80,8 @@ def plan_study(
         need = f"{asked} trials at once need {ceil(asked * cpus_each + cpus_shared)} CPUs"
         need += f" and {asked * gpus_each} GPUs" if gpus_each else ""
         if all_at_once:
-            remedy = f"set tune.trials={fit}, or take" if fit > 1 else "take"
-            remedy += " tune.scheduler=asha, whose trials may wait"
+            remedy = f"set tune.trials={fit}, or set " if fit > 1 else "set "
+            remedy += "tune.scheduler=asha, whose trials may wait"
         else:
             remedy = f"set tune.max_concurrent={fit}"
         remedy = remedy if fit > 0 else "lower resources.train_workers or their CPUs"
