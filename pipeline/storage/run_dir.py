@@ -8,6 +8,7 @@ from dinoray.pipeline.ray_private.train import SNAPSHOT, TornSnapshotError, comm
 from dinoray.pipeline.storage.files import Directory, MissingObject
 
 _CHECKPOINT = "step_"
+_LIST = f"checkpoints/{SNAPSHOT}"
 
 
 def checkpoint_name(step: int) -> str:
@@ -20,11 +21,8 @@ def committed_checkpoints(run: Directory) -> list[str]:
 
     Where Ray Train's list of them is torn, all whole checkpoints count.
     """
-    file = f"checkpoints/{SNAPSHOT}"
     try:
-        return committed(run.read(file), file=run.join(file))
-    except MissingObject:
-        return []
+        return _listed_checkpoints(run)
     except TornSnapshotError:
         return _whole_checkpoints(run.child("checkpoints"))
 
@@ -39,19 +37,24 @@ def mend_snapshot(run: Directory) -> list[str] | None:
 
     Only for a run that nobody trains: while Ray writes the list, it looks torn too.
     """
-    file = f"checkpoints/{SNAPSHOT}"
     try:
-        committed(run.read(file), file=run.join(file))
-    except MissingObject:
-        return None
+        _listed_checkpoints(run)
     except TornSnapshotError:
         names = _whole_checkpoints(run.child("checkpoints"))
         if names:
-            run.write(file, snapshot_of(names))
+            run.write(_LIST, snapshot_of(names))
         else:
-            run.delete(file)  # torn at the first checkpoint ever
+            run.delete(_LIST)  # torn at the first checkpoint ever
         return names
     return None
+
+
+def _listed_checkpoints(run: Directory) -> list[str]:
+    """Return what Ray Train's list holds; empty before the first checkpoint. Raises as `committed`."""
+    try:
+        return committed(run.read(_LIST), file=run.join(_LIST))
+    except MissingObject:
+        return []
 
 
 def _whole_checkpoints(checkpoints: Directory) -> list[str]:
