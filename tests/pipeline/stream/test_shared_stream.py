@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import ray
 from image_files import encode, picture
-from paths import ROOT
+from paths import ROOT, SUPPORT
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 from samples import write_all
@@ -66,7 +66,8 @@ def cluster() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
         patch.setenv("RAY_health_check_period_ms", "300")  # a lost node is noticed after five of them
-        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # of the workers
+        # Workers import what this file defines, and what it imports, by name.
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))))
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             started.add_node(num_cpus=4)
