@@ -5,8 +5,6 @@ what a recipe's crops need of them. The same command continues what was interrup
 finished.
 """
 
-import hashlib
-import json
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -20,29 +18,17 @@ from dinoray.jobs.cli.config import Config, apply_overrides, validate
 from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.data_lines import describe_data
-from dinoray.jobs.runs.write_parts import settings_of, write_missing
+from dinoray.jobs.runs.parts_job import PartsJob
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.manifest import Manifest, load_or_build
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.export.packing import (
-    FACTS,
     KIND,
-    MANIFEST,
     QUALITY,
-    SETTINGS,
     Plan,
     check_keys,
-    collect,
     cut_parts,
     shrink_pixels,
     write_part,
-)
-from dinoray.pipeline.export.parquet_parts import (
-    SUMMARY,
-    PartFooter,
-    check_bad,
-    check_settings,
-    missing_parts,
 )
 from dinoray.pipeline.storage.files import Directory
 
@@ -54,51 +40,36 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     config = _config(arguments)
-    data, out = config.data, Directory(arguments.out)
-    _check_apart(Directory(data.path), out)
-    source, plan = _plan(arguments, config, out)
-
-    missing = missing_parts(out, plan.num_parts)
-    if not missing and out.exists(SUMMARY):
-        console.print(f"{out.uri} is finished: {_told(json.loads(out.read(SUMMARY)))}")
-        console.print(_next_command(arguments, out))
-        return
-    console.print(
-        f"{describe_data(source)}, {_megabytes(_listed_bytes(source.manifest))}\n"
-        + (
-            "image files are stored unchanged\n"
-            if plan.max_pixels is None
-            else f"images of more than {plan.max_pixels} pixels are shrunk to {plan.max_pixels} if that makes the file "
-            f"smaller: no crop of {arguments.recipe} needs more\n"
-        )
-        + f"parts of up to {max(map(len, map(plan.rows, range(plan.num_parts))))} images in {out.uri}: "
-        f"{len(missing)} of {plan.num_parts} to do"
+    out = Directory(arguments.out)
+    _check_apart(Directory(config.data.path), out)
+    max_pixels = shrink_pixels(config.crops) if arguments.shrink else None
+    job = PartsJob(out, KIND, config, console, verbose=arguments.verbose)
+    source = job.list_images(
+        {
+            "max_pixels": max_pixels,
+            "quality": QUALITY if arguments.shrink else None,
+            "rows_per_file": arguments.rows_per_file,
+        }
     )
-
-    def account(numbers: Sequence[int]) -> tuple[list[PartFooter], int]:
-        footers, bad = collect(out, plan, numbers)
-        check_bad(len(bad), source.num_images, limit=data.max_bad_fraction, out=out, kind=KIND)
-        return footers, len(bad)
-
-    if missing:
-        write_missing(
-            partial(write_part, out=out, plan=plan),
-            None,
-            source,
-            missing=missing,
-            num_parts=plan.num_parts,
-            account=lambda numbers: account(numbers)[1],
-            limit=data.max_bad_fraction,
-            resources=config.resources.model_copy(update={"use_gpu": False}),
-            console=console,
-            verbose=arguments.verbose,
-        )
-    footers, num_bad = account(range(plan.num_parts))
-    summary = {"rows_in": source.num_images, "rows_out": sum(footer.num_rows for footer in footers)}
-    summary |= {"quarantined": num_bad}
-    summary |= {name: sum(footer.note[name] for footer in footers) for name in FACTS}
-    out.write(SUMMARY, json.dumps(summary).encode())
-    console.print(f"{out.uri}: {_told(summary)}")
+    edges = cut_parts(source.manifest, max_pixels=max_pixels, rows_per_file=arguments.rows_per_file)
+    plan = Plan(job.manifest_digest, edges, max_pixels)
+    about = {"num_images": source.num_images}
+    job.begin({"num_parts": plan.num_parts}, about, check=lambda: check_keys(source))
+    treatment = (
+        "image files are stored unchanged"
+        if max_pixels is None
+        else f"images of more than {max_pixels} pixels are shrunk to {max_pixels} if that makes the file smaller: "
+        f"no crop of {arguments.recipe} needs more"
+    )
+    job.write(
+        partial(write_part, out=out, plan=plan),
+        None,
+        source,
+        [plan.rows(part) for part in range(plan.num_parts)],
+        identity=plan.identity,
+        about=f"{describe_data(source)}, {_megabytes(_listed_bytes(source.manifest))}\n{treatment}",
+        describe=_told,
+    )
     console.print(_next_command(arguments, out))
 
 
@@ -150,29 +121,6 @@ def _check_apart(source: Directory, out: Directory) -> None:
             f"--out {out.uri}: must not be inside the folder of the images, {source.uri}, or contain it; "
             "choose another --out"
         )
-
-
-def _plan(arguments: Namespace, config: Config, out: Directory) -> tuple[Source, Plan]:
-    """List the images and cut the parts. ConfigError when `out` was begun otherwise, or two images have one key."""
-    max_pixels = shrink_pixels(config.crops) if arguments.shrink else None
-    settings: dict[str, Any] = {
-        "max_pixels": max_pixels,
-        "quality": QUALITY if arguments.shrink else None,
-        "rows_per_file": arguments.rows_per_file,
-    }
-    settings |= settings_of(config.data)
-    begun = check_settings(out, settings, KIND)
-    source = Source(config.data, load_or_build(config.data, out, MANIFEST, begun=SETTINGS))
-    settings |= settings_of(source.config)
-    digest = hashlib.blake2b(out.read(MANIFEST), digest_size=16).hexdigest()
-    edges = cut_parts(source.manifest, max_pixels=max_pixels, rows_per_file=arguments.rows_per_file)
-    plan = Plan(digest, edges, max_pixels)
-    settings |= {"manifest": digest, "num_parts": plan.num_parts}
-    check_settings(out, settings, KIND)
-    if not begun:
-        check_keys(source)
-        out.write(SETTINGS, json.dumps({"num_images": source.num_images, **settings}, indent=1).encode())
-    return source, plan
 
 
 def _listed_bytes(manifest: Manifest) -> int:

@@ -10,7 +10,7 @@ No Ray here.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,38 +28,20 @@ from dinoray.pipeline.data.loader import load_batches
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import has_tokens, with_patches
 from dinoray.pipeline.evaluation.features import embed
-from dinoray.pipeline.export import parquet_parts
 from dinoray.pipeline.export.config import Dtype, Precision
-from dinoray.pipeline.export.parquet_parts import (
-    SUMMARY,
-    PartFormat,
-    PartResult,
-    PartWriter,
-    missing_parts,
-    part_name,
-)
+from dinoray.pipeline.export.parquet_parts import PartFormat, PartResult, PartWriter
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
-__all__ = [
-    "MANIFEST",
-    "SETTINGS",
-    "SUMMARY",
-    "Plan",
-    "check_bad",
-    "check_settings",
-    "choose_rows_per_file",
-    "collect",
-    "measure",
-    "missing_parts",
-    "part_name",
-    "weights_digest",
-    "write_part",
-]
+KIND = PartFormat(
+    settings="_about/embed.json",
+    manifest="_about/manifest.parquet",
+    metadata=b"dinoray.embeddings",
+    rows="vectors",
+    written="embedded",
+    rows_out="vectors_out",
+)
 
-SETTINGS, MANIFEST = "_about/embed.json", "_about/manifest.parquet"
-
-_KIND = PartFormat(SETTINGS, b"dinoray.embeddings", rows="vectors", written="embedded")
 _AIM_BYTES, _MOST_BYTES = 64 << 20, 1 << 30
 
 
@@ -88,6 +70,11 @@ class Plan:
     def rows(self, part: int, num_images: int) -> range:
         """Return the manifest's rows that belong to a part."""
         return range(part * self.rows_per_file, min((part + 1) * self.rows_per_file, num_images))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return the settings recorded in the note of each part."""
+        return {"weights": self.weights}
 
     def schema(self) -> pa.Schema:
         """Return the columns of every part."""
@@ -141,15 +128,6 @@ def choose_rows_per_file(asked: int | None, *, row_bytes: int, num_images: int) 
     return asked
 
 
-def check_settings(out: Directory, settings: Mapping[str, Any]) -> bool:
-    """Return true if `out` was begun with these settings, false for an empty directory.
-
-    Only the given settings are compared. Raises ConfigError, naming the difference, if `out` holds vectors of
-    other settings, or parts without recorded settings.
-    """
-    return parquet_parts.check_settings(out, settings, _KIND)
-
-
 def write_part(
     backbone: nn.Module, source: Source, part: int, *, out: Directory, crops: CropsConfig, plan: Plan
 ) -> PartResult:
@@ -158,7 +136,7 @@ def write_part(
     Raises DataError if storage denies access, or if the vectors are not finite in the requested dtype.
     """
     rows = plan.rows(part, source.num_images)
-    writer = PartWriter(_KIND, part, rows, plan.schema())
+    writer = PartWriter(KIND, part, rows, plan.schema())
     keys: list[str] = []
     labels: list[str | None] = []
     vectors: list[NDArray[np.floating]] = []
@@ -179,24 +157,6 @@ def write_part(
             vectors.append(_vectors(backbone, np.stack(pixels), keys[-len(pixels) :], crops, plan))
     writer.write(_table(keys, labels, vectors, plan))
     return writer.commit(out, _facts(plan), compression="zstd", use_dictionary=False)
-
-
-def collect(
-    out: Directory, plan: Plan, num_images: int, numbers: Iterable[int]
-) -> tuple[int, list[dict[str, Any]]]:
-    """Return (number of vectors, quarantined images by row) of some parts, as recorded in their files.
-
-    Also writes quarantine.jsonl. Reads only the footer of each part. Raises DataError for a part that is
-    damaged, has other weights, or does not account for all rows: rows in = vectors out + quarantined.
-    """
-    images = {part: plan.rows(part, num_images) for part in numbers}
-    footers, bad = parquet_parts.collect(out, images, _KIND, {"weights": plan.weights})
-    return sum(footer.num_rows for footer in footers), bad
-
-
-def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory) -> None:
-    """Raise DataError if more than the share `limit` of all images could not be used."""
-    parquet_parts.check_bad(num_bad, num_images, limit=limit, out=out, kind=_KIND)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -29,8 +29,7 @@ from dinoray.pipeline.data.jpeg import DENOMINATORS, Pixels, open_image
 from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.data.parquet import CorruptShard, read_row_group
 from dinoray.pipeline.data.source import Fetched, Source, Status
-from dinoray.pipeline.export import parquet_parts
-from dinoray.pipeline.export.parquet_parts import PartFooter, PartFormat, PartResult, PartWriter
+from dinoray.pipeline.export.parquet_parts import PartFormat, PartResult, PartWriter
 from dinoray.pipeline.storage.files import ChangedObject, Directory, MissingObject, Unreachable
 
 QUALITY = 95
@@ -60,10 +59,15 @@ _SHRUNK_BYTES_PER_PIXEL = 0.5  # of photos at this quality; accurate enough for 
 _MOST_SIDE = 65_500  # side of a JPEG, in libjpeg
 _SPREAD_PARTS, _LEAST_ROWS = 64, 256  # enough parts to share among actors, none of them tiny
 
-SETTINGS, MANIFEST = "_about/pack.json", "_about/_manifest.parquet"
-KIND = PartFormat(SETTINGS, b"dinoray.packed", rows="images", written="packed")
-FACTS = ("num_shrunk", "bytes_in", "bytes_out")
-"""Counts in the note of each part."""
+KIND = PartFormat(
+    settings="_about/pack.json",
+    manifest="_about/_manifest.parquet",
+    metadata=b"dinoray.packed",
+    rows="images",
+    written="packed",
+    rows_out="rows_out",
+    counts=("num_shrunk", "bytes_in", "bytes_out"),
+)
 SCHEMA = pa.schema({"image": pa.binary(), "key": pa.string(), "label": pa.string()})
 # Page checksums: bit rot in a JPEG would be decoded without an error. Encoded images do not compress further.
 _PARQUET = {
@@ -208,11 +212,12 @@ def check_keys(source: Source) -> None:
 
 def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan) -> PartResult:
     """Pack the images of one part and write it, in one step. Raises DataError if storage denies access."""
-    writer = PartWriter(KIND, part, plan.rows(part), SCHEMA)
+    images = plan.rows(part)
+    writer = PartWriter(KIND, part, images, SCHEMA)
     rows: list[tuple[bytes, str, str | None]] = []
-    facts = dict.fromkeys(FACTS, 0)
+    facts = dict.fromkeys(KIND.counts, 0)
     group_bytes = 0
-    for position, fetched in zip(plan.rows(part), _fetch_ahead(source, plan.rows(part)), strict=True):
+    for position, fetched in zip(images, _fetch_ahead(source, images), strict=True):
         if fetched.data is None:
             writer.quarantine(position, fetched.key, fetched.status, fetched.reason)
             continue
@@ -233,17 +238,6 @@ def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan)
         facts["bytes_out"] += len(data)
     writer.write(_table(rows))
     return writer.commit(out, {**plan.identity, **facts}, **_PARQUET)
-
-
-def collect(
-    out: Directory, plan: Plan, numbers: Sequence[int]
-) -> tuple[list[PartFooter], list[dict[str, Any]]]:
-    """Return (footers, quarantined images by row) of some parts; also write quarantine.jsonl.
-
-    Reads only the footer of each part. Raises DataError for a part that is damaged, has other settings, or
-    does not account for all rows: rows in = images out + quarantined.
-    """
-    return parquet_parts.collect(out, {part: plan.rows(part) for part in numbers}, KIND, plan.identity)
 
 
 def _memory(num_bytes: int) -> Pixels:

@@ -36,12 +36,18 @@ class PartFormat(NamedTuple):
 
     settings: str
     """File of the settings that decide the rows."""
+    manifest: str
+    """File of the list of images."""
     metadata: bytes
     """Name of the note in each part's footer."""
     rows: str
     """Noun for the rows, in the plural."""
     written: str
     """Verb for rows that exist already."""
+    rows_out: str
+    """Name of the number of rows in summary.json."""
+    counts: tuple[str, ...] = ()
+    """Names of numbers in each part's note whose sums are in summary.json."""
 
 
 class PartFooter(NamedTuple):

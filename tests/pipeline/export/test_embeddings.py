@@ -19,22 +19,31 @@ from dinoray.pipeline.data.decode import decode, eval_crop
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.export.embeddings import (
+    KIND,
     Plan,
-    check_bad,
-    check_settings,
     choose_rows_per_file,
-    collect,
     measure,
-    missing_parts,
-    part_name,
     weights_digest,
     write_part,
+)
+from dinoray.pipeline.export.parquet_parts import (
+    PartFooter,
+    check_bad,
+    check_settings,
+    collect,
+    missing_parts,
+    part_name,
 )
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 from dinoray.pipeline.training.config import DINOConfig
 
 CONFIG = tiny_config()
+
+
+def account(out: Directory, plan: Plan, parts: range) -> tuple[list[PartFooter], list[dict[str, Any]]]:
+    """Of a table of nine images."""
+    return collect(out, {part: plan.rows(part, 9) for part in parts}, KIND, plan.identity)
 
 
 def frozen(config: DINOConfig = CONFIG, *, scale: float = 1.0) -> FrozenBackbone:
@@ -143,7 +152,8 @@ def test_a_part_of_unreadable_images_alone_is_written_too(
     write_all(network, source, out, plan(rows_per_file=1), range(2, 4))
     table = pq.read_table(tmp_path / "out" / part_name(2))
     assert (table.num_rows, table.column_names) == (0, ["key", "vector", "label"])
-    assert collect(out, plan(rows_per_file=1), 9, range(2, 4))[0] == 0
+    footers, _ = account(out, plan(rows_per_file=1), range(2, 4))
+    assert [footer.num_rows for footer in footers] == [0, 0]
 
 
 def test_vectors_beyond_half_precision_are_refused(source: Source, tmp_path: Path) -> None:
@@ -160,8 +170,9 @@ def test_every_row_is_accounted_for_from_what_lies_there(
 ) -> None:
     out = Directory(str(tmp_path / "out"))
     write_all(network, source, out, plan())
-    num_vectors, bad = collect(out, plan(), 9, range(3))
-    assert (num_vectors, [record["row"] for record in bad]) == (7, [2, 3])
+    footers, bad = account(out, plan(), range(3))
+    assert sum(footer.num_rows for footer in footers) == 7
+    assert [record["row"] for record in bad] == [2, 3]
     lines = (tmp_path / "out" / "_about/quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["dots/2.jpg", "rings/0.jpg"]
 
@@ -194,7 +205,7 @@ def test_a_part_that_does_not_account_for_its_rows_is_named(
     write_all(network, source, out, plan())
     spoil(tmp_path / "out" / part_name(1))
     with pytest.raises(DataError, match=rf"part-00001\.parquet.*{words}.*delete it and run again"):
-        collect(out, plan(), 9, range(3))
+        account(out, plan(), range(3))
 
 
 def test_parts_of_other_weights_are_not_taken_for_ours(
@@ -203,7 +214,7 @@ def test_parts_of_other_weights_are_not_taken_for_ours(
     out = Directory(str(tmp_path / "out"))
     write_all(network, source, out, plan())
     with pytest.raises(DataError, match=r"part-00000\.parquet"):
-        collect(out, plan(weights="others"), 9, range(3))
+        account(out, plan(weights="others"), range(3))
 
 
 def test_missing_parts_are_those_that_are_not_there(
@@ -272,22 +283,22 @@ def test_parts_that_memory_cannot_hold_are_refused() -> None:
 
 def test_a_directory_takes_the_settings_that_it_was_begun_with_alone(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
-    assert check_settings(out, {"dtype": "float16"}) is False
+    assert check_settings(out, {"dtype": "float16"}, KIND) is False
     out.write("_about/embed.json", json.dumps({"dtype": "float16", "step": 7}).encode())
-    assert check_settings(out, {"dtype": "float16"}) is True
+    assert check_settings(out, {"dtype": "float16"}, KIND) is True
     with pytest.raises(ConfigError, match=r"made with dtype='float16', not 'float32'; set it back"):
-        check_settings(out, {"dtype": "float32", "step": 7})
+        check_settings(out, {"dtype": "float32", "step": 7}, KIND)
 
 
 def test_parts_of_unknown_origin_are_not_continued(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
     out.write(part_name(3), b"")
     with pytest.raises(ConfigError, match=r"holds parts but no _about/embed\.json"):
-        check_settings(out, {})
+        check_settings(out, {}, KIND)
 
 
 def test_too_many_bad_images_are_an_error_that_says_where_they_are_named(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
-    check_bad(1, 100, limit=0.01, out=out)
+    check_bad(1, 100, limit=0.01, out=out, kind=KIND)
     with pytest.raises(DataError, match=r"2 of 100 .* data\.max_bad_fraction=0\.01.*quarantine\.jsonl"):
-        check_bad(2, 100, limit=0.01, out=out)
+        check_bad(2, 100, limit=0.01, out=out, kind=KIND)

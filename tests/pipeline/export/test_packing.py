@@ -22,22 +22,27 @@ from dinoray.pipeline.data.decode import BadImage
 from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.export.packing import (
+    KIND,
     PART_BYTES,
     PART_ROWS,
     ROW_GROUP_BYTES,
     Plan,
     check_keys,
-    collect,
     cut_parts,
     shrink,
     shrink_pixels,
     shrunk_size,
     write_part,
 )
+from dinoray.pipeline.export.parquet_parts import PartFooter, collect
 from dinoray.pipeline.storage.files import Directory
 
 MOST = 40_000
 ORIENTATION = 0x0112
+
+
+def account(out: Directory, plan: Plan, part: int) -> tuple[list[PartFooter], list[dict[str, Any]]]:
+    return collect(out, {part: plan.rows(part)}, KIND, plan.identity)
 
 
 def scene(width: int, height: int) -> Image.Image:
@@ -359,7 +364,7 @@ def test_a_shrunk_part_counts_what_was_shrunk_and_names_what_is_no_image(
         expected.append(shrink(data, max_pixels=400 * 200))
         assert (expected[-1] == data) is (key[2] != "2")  # those of 500 x 200 alone are larger
     assert table["image"].to_pylist() == expected
-    footers, bad = collect(out, plan, [0])
+    footers, bad = account(out, plan, 0)
     assert [record["status"] for record in bad] == ["corrupt", "missing"]
     note = footers[0].note
     assert (note["num_shrunk"], note["bytes_out"]) == (2, sum(map(len, expected)))
@@ -378,7 +383,7 @@ def test_a_part_without_a_usable_image_is_written_too(source: Source, tmp_path: 
     out, plan = Directory(str(tmp_path / "out")), Plan("m", (0, 4, 5, 6), None)
     assert write_part(None, source, 1, out=out, plan=plan) == (1, 0, 1)
     write_part(None, source, 2, out=out, plan=plan)
-    assert collect(out, plan, [1])[0][0].num_rows == 0
+    assert account(out, plan, 1)[0][0].num_rows == 0
     assert build_manifest(DataConfig(path=out.uri, key_column="key")).num_images == 1
 
 
@@ -410,7 +415,7 @@ def test_parts_of_other_settings_are_not_taken_for_ours(source: Source, tmp_path
     write_part(None, source, 0, out=out, plan=Plan("m", (0, 6), None))
     for other in (Plan("other", (0, 6), None), Plan("m", (0, 6), 9), Plan("m", (0, 5, 6), None)):
         with pytest.raises(DataError, match=r"part-00000\.parquet.*delete it and run again"):
-            collect(out, other, [0])
+            account(out, other, 0)
 
 
 # Keys.
