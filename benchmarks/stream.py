@@ -47,7 +47,7 @@ from augment_tables import machine
 from stream_alone import Work, available_cores, blocks_alone, kernel_alone
 
 from dinoray.jobs.cli.arguments import CommandLine
-from dinoray.jobs.cli.config import Config, load_config
+from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.main import run_main, start_ray
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.augment.augmenter import STAGES
@@ -58,6 +58,7 @@ from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout, steps_per_block
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.stream import ray_data
+from dinoray.pipeline.worker.config import Config
 
 MOST_ALONE = 4096
 """Maximum images per round for the kernel and the blocks, whose files are all in memory."""

@@ -20,7 +20,7 @@ import requests
 from ray.exceptions import AuthenticationError
 
 from dinoray.jobs.cli.arguments import CommandLine
-from dinoray.jobs.cli.config import Config, load_config
+from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.main import not_started, run_main, wants_token
 from dinoray.jobs.cli.quiet import quiet_ray
 from dinoray.jobs.cluster.job_server import attempts_at, connect, dashboard_address, finish, submit
@@ -47,6 +47,7 @@ from dinoray.jobs.cluster.node_checks import (
 from dinoray.jobs.cluster.upload import pack, read_runtime_env
 from dinoray.models.errors import ConfigError, DinorayError, ResourceError, one_line, redact_credentials
 from dinoray.pipeline.storage.files import is_shared_path
+from dinoray.pipeline.worker.config import Config
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 

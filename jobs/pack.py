@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from dinoray.jobs.cli.arguments import CommandLine, positive
-from dinoray.jobs.cli.config import Config, apply_overrides, validate
+from dinoray.jobs.cli.config import apply_overrides, validate
 from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.data_lines import describe_data
@@ -31,6 +31,7 @@ from dinoray.pipeline.export.packing import (
     write_part,
 )
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.config import Config
 
 _RECIPE = "vit_small_imagenet_vanilla"  # its crops are the published ones
 

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from dinoray.jobs.cli.arguments import PretrainArguments, pretrain_config
-from dinoray.jobs.cli.config import Config, differences, json_schema, load_run_config
+from dinoray.jobs.cli.config import differences, json_schema, load_run_config
 from dinoray.jobs.cli.keys import keep_detected
 from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cli.print_config import describe_config
 from dinoray.jobs.runs.result import RESULT, describe_result
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.config import Config
 
 
 def main(argv: Sequence[str]) -> None:

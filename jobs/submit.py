@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinoray.jobs.cli.arguments import CommandLine, PretrainArguments, positive, pretrain_config
-from dinoray.jobs.cli.config import RUN_NAME, Config, apply_overrides, differences, load_run_config
-from dinoray.jobs.cli.keys import did_you_mean, flatten, leaf_fields, looks_secret
+from dinoray.jobs.cli.config import apply_overrides, differences, load_run_config
+from dinoray.jobs.cli.keys import did_you_mean, leaf_fields, looks_secret
 from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cluster import job_server
 from dinoray.jobs.cluster.job_server import Attempt
@@ -27,7 +27,9 @@ from dinoray.jobs.runs.commit import COMMIT, commit_of
 from dinoray.jobs.runs.result import RESULT
 from dinoray.jobs.studies.config import StudyArguments, study_config
 from dinoray.models.errors import ConfigError, DinorayError, redact_credentials
+from dinoray.models.settings import flatten
 from dinoray.pipeline.storage.files import Directory, is_shared_path
+from dinoray.pipeline.worker.config import RUN_NAME, Config
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 _STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S"

@@ -1,5 +1,6 @@
 """The base class of every config section. It is in the lowest package, since all rooms define sections."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -34,3 +35,12 @@ def number(value: Number | Auto) -> Number:
     if value == "auto":
         raise ValueError("a value is still auto; pipeline.training.auto.resolve puts the number in")
     return value
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a tree; an empty mapping is a value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

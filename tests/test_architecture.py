@@ -41,10 +41,10 @@ ROOMS = {
     "pipeline/study/findings": "study training",
     "pipeline/study/page": "storage tracking figures reporting study findings",
     "pipeline/study/search": "models storage cluster training study findings ray_private",
-    "jobs/cli": "models storage cluster data tracking training evaluation study ray_private",
-    "jobs/runs": f"{_RUN} published augment figures evaluation export reporting worker cli",
-    "jobs/studies": f"{_RUN} reporting study findings page search cli runs",
-    "jobs/cluster": "models storage cluster data augment planning evaluation study cli runs studies ray_private",
+    "jobs/cli": "models storage cluster data worker study ray_private",
+    "jobs/runs": "models storage cluster data augment tracking training figures evaluation reporting worker export cli",
+    "jobs/studies": f"{_RUN} reporting worker study findings page search cli runs",
+    "jobs/cluster": "models storage cluster data augment planning evaluation worker study cli runs studies ray_private",
 }
 """Room -> the rooms that it imports, each of them above it in this list. The commands in jobs/, and dinoray/ for
 notebooks, import any."""

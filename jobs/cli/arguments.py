@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dinoray.jobs.cli.config import Config, load_config, load_kept
+from dinoray.jobs.cli.config import load_config, load_kept
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import Settings
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.study.trials import BEST, STUDY
+from dinoray.pipeline.worker.config import Config
 
 
 def positive(text: str) -> int:

@@ -1,7 +1,6 @@
-"""The tree of configs: recipe, then YAML file, then dotted overrides; strict; all errors at once.
+"""How a config is resolved: recipe, then YAML file, then dotted overrides; strict; all errors at once.
 
-Each section is declared beside the thing that it configures; they meet here and nowhere else. What becomes of
-a mistake stands in jobs/cli/keys.py.
+Its sections meet in pipeline/worker/config.py. What becomes of a mistake stands in jobs/cli/keys.py.
 """
 
 import copy
@@ -11,65 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError
 
-from dinoray.jobs.cli.keys import did_you_mean, explain, flatten, keep_detected, leaf_fields
+from dinoray.jobs.cli.keys import did_you_mean, explain, keep_detected, leaf_fields
 from dinoray.jobs.cli.recipes import RECIPES, starting_point
-from dinoray.jobs.cli.yaml_text import Dumper, Loader, read_mapping, yaml_problem
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.cluster.cost import CostConfig
-from dinoray.pipeline.cluster.resources import ResourcesConfig
-from dinoray.pipeline.data.manifest import DataConfig
-from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
-from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3, split_s3_uri
-from dinoray.pipeline.tracking.config import LogConfig, TrackConfig
-from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
-
-MUTABLE_ON_RESUME = frozenset(
-    {"resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
-)
-"""What may differ when a run is continued: nothing in them changes what is learnt."""
-
-
-RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""It names a folder, and a job in an address."""
-
-
-class Config(DINOConfig):
-    """All settings of a run."""
-
-    recipe: str = Field(json_schema_extra={"enum": list(RECIPES)})
-    """Name of the recipe, which sets the other values."""
-    name: str = Field(pattern=RUN_NAME, max_length=100)
-    """Name of the run and of its directory under `storage_path`; the same name resumes the run."""
-    storage_path: str = Field(default="runs", min_length=1)
-    """Folder or s3://bucket/prefix that holds run directories."""
-    data: DataConfig
-    init: InitConfig = InitConfig()
-    eval: EvalConfig = EvalConfig()
-    probe: ProbeConfig = ProbeConfig()
-    health: HealthConfig = HealthConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    track: TrackConfig = TrackConfig()
-    resources: ResourcesConfig = ResourcesConfig()
-    cost: CostConfig = CostConfig()
-
-    @field_validator("storage_path")
-    @classmethod
-    def _is_local_or_in_a_bucket(cls, path: str) -> str:
-        if is_s3(path):
-            split_s3_uri(path)
-        return path
-
-    def algorithm(self) -> DINOConfig:
-        """The part that defines what is learnt, without where and how it runs."""
-        return DINOConfig.model_validate({k: getattr(self, k) for k in DINOConfig.model_fields})
-
-    def to_yaml(self) -> str:
-        """The resolved config, in the form that `--config` reads."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
-
+from dinoray.models.settings import flatten
+from dinoray.pipeline.storage.files import Directory, MissingObject
+from dinoray.pipeline.storage.yaml_text import Loader, read_mapping, yaml_problem
+from dinoray.pipeline.worker.config import MUTABLE_ON_RESUME, Config
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -214,6 +163,7 @@ def json_schema(model: type[Config] = Config) -> str:
     schema = model.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
+    schema["properties"]["recipe"]["enum"] = list(RECIPES)
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1)
 
 

@@ -7,7 +7,7 @@ Knows models and plain trees of values; not which config, file or recipe they co
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from dinoray.models.config import argument_hint
 from dinoray.models.errors import redact_credentials
+from dinoray.models.settings import flatten
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -63,15 +64,6 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo
         else:
             leaves[prefix + name] = field
     return leaves
-
-
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in a tree; an empty mapping is a value."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:

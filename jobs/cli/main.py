@@ -9,16 +9,10 @@ from collections.abc import Callable, Sequence
 import ray
 from ray.exceptions import AuthenticationError
 
-from dinoray.jobs.cli.lost_ray import (
-    LostRayError,
-    answers,
-    end_at_once,
-    error_to_print,
-    print_error,
-    watch_ray,
-)
 from dinoray.jobs.cli.quiet import quiet_ray
+from dinoray.jobs.cli.ray_watch import answers, end_at_once, print_error, watch_ray
 from dinoray.models.errors import ResourceError, one_line
+from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 
 

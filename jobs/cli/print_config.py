@@ -14,10 +14,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dinoray.jobs.cli.arguments import overrides_of, pretrain_config
-from dinoray.jobs.cli.config import Config, apply_overrides, apply_tree, read_file, resolve, validate_as
-from dinoray.jobs.cli.keys import EXAMPLES, flatten, leaf_fields
+from dinoray.jobs.cli.config import apply_overrides, apply_tree, read_file, resolve, validate_as
+from dinoray.jobs.cli.keys import EXAMPLES, leaf_fields
 from dinoray.jobs.cli.recipes import starting_point
-from dinoray.jobs.cli.yaml_text import Dumper
+from dinoray.models.settings import flatten
+from dinoray.pipeline.storage.yaml_text import Dumper
+from dinoray.pipeline.worker.config import Config
 
 _WIDTH = 110
 

@@ -11,7 +11,6 @@ import torch
 
 from dinoray.jobs.cli.main import is_local, join_ray
 from dinoray.jobs.cluster.plan_config import OF_IMAGES, PlanConfig, trains_on_gpus
-from dinoray.jobs.runs.inputs import Inputs
 from dinoray.jobs.studies.config import schedule_of
 from dinoray.models.errors import DataError, ResourceError
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
@@ -30,6 +29,7 @@ from dinoray.pipeline.planning.calibrate import (
 )
 from dinoray.pipeline.planning.node_rates import Figures, Run
 from dinoray.pipeline.planning.prices import PlanSettings
+from dinoray.pipeline.worker.inputs import Inputs
 
 Say = Callable[[str], None]
 

@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from dinoray.jobs.cli.config import Config
 from dinoray.jobs.cluster.machine_checks import (
     Finding,
     check_data,
@@ -26,6 +25,7 @@ from dinoray.jobs.cluster.machine_checks import (
 from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.worker.config import Config
 
 _HEAD = "node:__internal_head__"
 _TASK_SECONDS, _GPU_SECONDS = 60.0, 120.0

@@ -7,10 +7,11 @@ from typing import Any
 from pydantic import model_validator
 
 from dinoray.jobs.cli.arguments import Arguments
-from dinoray.jobs.cli.config import Config, load
+from dinoray.jobs.cli.config import load
 from dinoray.jobs.cli.main import is_local
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.planning.prices import PlanSettings
+from dinoray.pipeline.worker.config import Config
 
 BUCKET = "s3://BUCKET/images"
 """Stands for `data.path` where a plan needs no images."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoray.jobs.cli.config import read_file
-from dinoray.jobs.cli.keys import flatten
 from dinoray.jobs.cluster.measure import Measured
 from dinoray.jobs.cluster.plan_config import PlanConfig
 from dinoray.models.errors import ConfigError
+from dinoray.models.settings import flatten
 from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.planning.forecast import HEADROOM, Forecast, forecast, with_workers
 from dinoray.pipeline.planning.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried

@@ -22,8 +22,8 @@ from dinoray.jobs.cluster.plan_lines import (
     size_table,
 )
 from dinoray.jobs.runs.run_files import draw_demo
-from dinoray.jobs.runs.train import check_run
 from dinoray.pipeline.planning.forecast import Forecast, forecast, forecast_here
+from dinoray.pipeline.worker.driver import check_run
 
 
 def plan(config: PlanConfig, arguments: Namespace) -> None:

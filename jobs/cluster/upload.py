@@ -15,8 +15,9 @@ from pathspec import GitIgnoreSpec
 from ray.runtime_env import RuntimeEnv
 
 from dinoray.jobs.cli.config import read_file
-from dinoray.jobs.cli.keys import did_you_mean, flatten, looks_secret
+from dinoray.jobs.cli.keys import did_you_mean, looks_secret
 from dinoray.models.errors import ConfigError, one_line, redact_credentials
+from dinoray.models.settings import flatten
 from dinoray.pipeline.study.trials import BEST
 
 MAX_BYTES = 50_000_000

@@ -2,10 +2,10 @@
 
 import pyarrow.compute as pc
 
-from dinoray.jobs.runs.inputs import Inputs
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.worker.inputs import Inputs
 
 
 def describe_data(images: Source) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dinoray.jobs.cli.config import Config, apply_overrides, validate
+from dinoray.jobs.cli.config import apply_overrides, validate
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.training.checkpoint import (
@@ -17,6 +17,7 @@ from dinoray.pipeline.training.checkpoint import (
     read_frozen,
     read_meta,
 )
+from dinoray.pipeline.worker.config import Config
 
 
 class Opened(NamedTuple):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 from rich.console import Console
 
-from dinoray.jobs.cli.config import Config
 from dinoray.jobs.cli.main import start_ray
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import DataConfig, load_or_build
@@ -28,6 +27,7 @@ from dinoray.pipeline.export.parquet_parts import (
     missing_parts,
 )
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.config import Config
 
 if TYPE_CHECKING:
     from dinoray.pipeline.training.checkpoint import FrozenBackbone

@@ -5,15 +5,12 @@ import contextlib
 import ray
 from rich.console import Console
 
-from dinoray.jobs.cli.config import Config
 from dinoray.jobs.cli.display import Display
 from dinoray.jobs.cli.main import start_ray
 from dinoray.jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
-from dinoray.jobs.runs.inputs import Inputs
 from dinoray.jobs.runs.result import describe_result, write_result
 from dinoray.jobs.runs.run_files import draw_demo, note_hardware, write_about
 from dinoray.jobs.runs.run_size import check_images, check_workers, length_warnings, warmup_warnings
-from dinoray.jobs.runs.train import check_run, run_training, what_is_learnt
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import describe_crops
 from dinoray.pipeline.augment.multicrop import kernel_name
@@ -23,6 +20,9 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.training.published_weights import fetch_published_weights
+from dinoray.pipeline.worker.config import Config
+from dinoray.pipeline.worker.driver import check_run, run_training, what_is_learnt
+from dinoray.pipeline.worker.inputs import Inputs
 
 
 def pretrain(config: Config, *, verbose: bool) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import ray
 import torch
 
-from dinoray.jobs.cli.config import Config
 from dinoray.models.backbone import embed_dim
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.source import Source
@@ -26,6 +25,7 @@ from dinoray.pipeline.evaluation.probes import (
     rankme,
 )
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
+from dinoray.pipeline.worker.config import Config
 
 
 class Prober:

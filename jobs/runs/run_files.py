@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dinoray.jobs.cli.config import Config, load
-from dinoray.jobs.cli.keys import flatten
+from dinoray.jobs.cli.config import load
 from dinoray.jobs.cli.main import is_local
 from dinoray.jobs.cli.recipes import demo_data
 from dinoray.jobs.runs.commit import COMMIT, commit_of
-from dinoray.jobs.runs.inputs import Inputs
+from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
 from dinoray.pipeline.cluster.nodes import group_identical_nodes
 from dinoray.pipeline.data.decode import BadImage, decode
@@ -26,6 +25,8 @@ from dinoray.pipeline.figures.contact_sheet import contact_sheet
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_mapping
 from dinoray.pipeline.training.init_weights import INIT_LINE
+from dinoray.pipeline.worker.config import Config
+from dinoray.pipeline.worker.inputs import Inputs
 
 ENVIRONMENT = "environment.json"
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from dinoray.jobs.cli.config import Config
 from dinoray.jobs.cli.main import check_gpus, is_local
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.training.config import Schedule
+from dinoray.pipeline.worker.config import Config
 
 FEW_IMAGES = 500
 """Below this many images a network that starts from noise learns little that carries over to others."""

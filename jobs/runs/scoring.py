@@ -10,7 +10,6 @@ import ray
 from dinoray.jobs.cli.config import load_run_config
 from dinoray.jobs.cli.main import start_ray
 from dinoray.jobs.runs.data_lines import unlabelled_warnings
-from dinoray.jobs.runs.inputs import evaluated_images
 from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.jobs.runs.prober import Prober
 from dinoray.models.errors import ConfigError
@@ -21,6 +20,7 @@ from dinoray.pipeline.evaluation.backbone_outputs import check_size
 from dinoray.pipeline.evaluation.class_names import class_mismatch
 from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.inputs import evaluated_images
 
 
 def score(arguments: Namespace) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dinoray.jobs.cli.arguments import Arguments
-from dinoray.jobs.cli.config import Config, apply_tree, load, validate_as
+from dinoray.jobs.cli.config import apply_tree, load, validate_as
 from dinoray.jobs.cli.keys import did_you_mean, leaf_fields
 from dinoray.jobs.studies.rules import scheduler_mistakes, warmup_mistakes
 from dinoray.models.config import LossConfig
@@ -30,6 +30,7 @@ from dinoray.pipeline.study.space import (
 )
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig, Schedule
+from dinoray.pipeline.worker.config import Config
 
 MUTABLE_ON_RESUME = (
     "tune.trials",

@@ -4,10 +4,8 @@ from rich.console import Console
 
 from dinoray.jobs.cli.main import is_local
 from dinoray.jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
-from dinoray.jobs.runs.inputs import Inputs
 from dinoray.jobs.runs.run_files import draw_demo, write_about
 from dinoray.jobs.runs.run_size import check_workers
-from dinoray.jobs.runs.train import check_run
 from dinoray.jobs.studies.config import StudyConfig, can_grow, first_points, objective_of, space_of
 from dinoray.jobs.studies.resources import check_growth, check_study_size
 from dinoray.jobs.studies.study_run import StudyRun
@@ -16,6 +14,8 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.study.page.study_report import describe_study
 from dinoray.pipeline.study.search.progress import check_any_ran
 from dinoray.pipeline.training.published_weights import fetch_published_weights
+from dinoray.pipeline.worker.driver import check_run
+from dinoray.pipeline.worker.inputs import Inputs
 
 
 def search(config: StudyConfig, directory: Directory, *, verbose: bool) -> None:

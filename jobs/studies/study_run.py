@@ -14,9 +14,7 @@ import ray
 from rich.console import Console
 
 from dinoray.jobs.cli.main import join_ray
-from dinoray.jobs.runs.inputs import Inputs
 from dinoray.jobs.runs.run_files import note_hardware
-from dinoray.jobs.runs.train import stream_plan
 from dinoray.jobs.studies.config import (
     StudyConfig,
     candidate,
@@ -55,6 +53,8 @@ from dinoray.pipeline.study.trials import (
     write_study,
     write_trial,
 )
+from dinoray.pipeline.worker.driver import stream_plan
+from dinoray.pipeline.worker.inputs import Inputs
 
 _REPORT_SECONDS = 60.0
 """Least time between two reports of a study that goes on."""

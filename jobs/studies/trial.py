@@ -13,10 +13,8 @@ from typing import Any
 
 import ray
 
-from dinoray.jobs.runs.inputs import Inputs
 from dinoray.jobs.runs.result import RESULT, write_result
 from dinoray.jobs.runs.run_files import write_environment
-from dinoray.jobs.runs.train import run_training, what_is_learnt
 from dinoray.jobs.studies.config import StudyConfig, space_of, trial_config
 from dinoray.models.errors import ConfigError, DataError, DinorayError, ResourceError
 from dinoray.models.settings import number
@@ -43,6 +41,8 @@ from dinoray.pipeline.study.trials import (
 )
 from dinoray.pipeline.tracking.records import read, read_records
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
+from dinoray.pipeline.worker.driver import run_training, what_is_learnt
+from dinoray.pipeline.worker.inputs import Inputs
 
 _COMMIT_SECONDS = 120.0
 """Ray commits a checkpoint some seconds after it was taken."""

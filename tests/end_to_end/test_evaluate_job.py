@@ -15,7 +15,7 @@ from ray_head import RayHead
 from tiny_run import NAME, STEP, write_images, write_run
 
 from dinoray.jobs import evaluate
-from dinoray.jobs.cli.config import Config, load_run_config
+from dinoray.jobs.cli.config import load_run_config
 from dinoray.jobs.runs.prober import sharded_knn
 from dinoray.jobs.runs.scoring import chosen_probes
 from dinoray.models.errors import ConfigError
@@ -34,6 +34,7 @@ from dinoray.pipeline.evaluation.labels import labelled_sources, subset
 from dinoray.pipeline.evaluation.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.checkpoint import FrozenBackbone, read_frozen
+from dinoray.pipeline.worker.config import Config
 
 LABELS = ("dots", "rings", "stripes")
 SETTINGS = [

@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayS
 from ray.train import ControllerError, WorkerGroupError
 from tiny_run import write_images
 
-from dinoray.jobs.cli.lost_ray import LostRayError, error_to_print
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print
 from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.ray_private.train import SNAPSHOT
 from dinoray.pipeline.storage.files import Directory

@@ -17,7 +17,6 @@ from pydantic.fields import FieldInfo
 
 from dinoray.jobs.cli.arguments import Arguments, PretrainArguments
 from dinoray.jobs.cli.config import (
-    Config,
     apply_overrides,
     differences,
     json_schema,
@@ -25,10 +24,12 @@ from dinoray.jobs.cli.config import (
     load_run_config,
     validate,
 )
-from dinoray.jobs.cli.keys import flatten, leaf_fields
+from dinoray.jobs.cli.keys import leaf_fields
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.models.errors import ConfigError
+from dinoray.models.settings import flatten
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.config import Config
 
 FIELDS = leaf_fields(Config)
 

@@ -6,8 +6,9 @@ import pytest
 from pydantic import BaseModel
 
 from dinoray.jobs.cli.config import load_config
-from dinoray.jobs.cli.keys import did_you_mean, flatten, leaf_fields
+from dinoray.jobs.cli.keys import did_you_mean, leaf_fields
 from dinoray.models.errors import ConfigError
+from dinoray.models.settings import flatten
 
 
 def mistakes(*overrides: str, file: Path | None = None) -> list[str]:

@@ -16,13 +16,14 @@ from paths import ROOT
 from tiny_run import write_run
 
 from dinoray.jobs.cli.arguments import PretrainArguments
-from dinoray.jobs.cli.config import Config, load, load_config
+from dinoray.jobs.cli.config import load, load_config
 from dinoray.jobs.cli.keys import leaf_fields
 from dinoray.jobs.cli.print_config import describe_config
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.cluster.plan_config import PlanConfig
 from dinoray.jobs.studies.config import NAME_SUFFIX, StudyConfig
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.worker.config import Config
 
 MODELS: dict[str, type[Config]] = {"pretrain": Config, "tune": StudyConfig, "plan": PlanConfig}
 VALUES = st.recursive(

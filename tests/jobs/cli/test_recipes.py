@@ -10,13 +10,14 @@ import torch
 from paths import SHARED
 
 from dinoray.jobs.cli.arguments import Arguments
-from dinoray.jobs.cli.config import Config, load_config
-from dinoray.jobs.cli.keys import flatten
+from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.models.backbone import build_backbone, embed_dim
+from dinoray.models.settings import flatten
 from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.partition import batch_size_per_worker
 from dinoray.pipeline.training.config import Schedule
+from dinoray.pipeline.worker.config import Config
 
 NUM_IMAGES = 1_281_167
 """Training images of ImageNet-1k."""

@@ -14,11 +14,11 @@ from dinoray.jobs.cli.arguments import PretrainArguments, pretrain_config
 from dinoray.jobs.cluster.measure import Measured, run_of
 from dinoray.jobs.cluster.plan_config import PlanArguments, plan_config
 from dinoray.jobs.cluster.plan_lines import other_sizes
-from dinoray.jobs.runs.train import check_run
 from dinoray.jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.planning.forecast import forecast
 from dinoray.pipeline.planning.node_rates import Figures
+from dinoray.pipeline.worker.driver import check_run
 
 VANILLA = ["--recipe", "vit_small_imagenet_vanilla"]
 NET = [

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dinoray.jobs.cli.config import Config, load_config
+from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.run_size import (
     FEW_IMAGES,
@@ -24,6 +24,7 @@ from dinoray.jobs.studies.resources import check_study_size
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
 from dinoray.pipeline.training.config import Schedule
+from dinoray.pipeline.worker.config import Config
 
 on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 

@@ -13,9 +13,9 @@ from samples import parquet, write_all
 
 from dinoray.jobs import pretrain
 from dinoray.jobs.cli.config import load_config, load_run_config
-from dinoray.jobs.cli.keys import flatten
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.models.errors import ConfigError
+from dinoray.models.settings import flatten
 from dinoray.pipeline.data.demo_images import demo_folder, draw_demo_image
 from dinoray.pipeline.storage.files import Directory
 

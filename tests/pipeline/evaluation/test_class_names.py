@@ -11,7 +11,6 @@ from no_ray import RayStarted, forbid_ray
 
 from dinoray.jobs import pretrain, tune
 from dinoray.jobs.cli.config import load_config
-from dinoray.jobs.runs.inputs import Inputs
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.demo_images import draw_demo_image
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
@@ -21,6 +20,7 @@ from dinoray.pipeline.evaluation import class_names
 from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.inputs import Inputs
 
 
 def folders(at: Path, labels: Mapping[str, int]) -> Source:

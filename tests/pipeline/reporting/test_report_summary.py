@@ -11,14 +11,15 @@ import pytest
 from report_runs import Page, jsonl, make_run, step_record, whole_run
 
 from dinoray.jobs.cli.arguments import PretrainArguments, pretrain_config
-from dinoray.jobs.cli.config import Config, load_config
+from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.run_files import recipe_changes
-from dinoray.jobs.runs.train import _reported
 from dinoray.models.errors import DataError
 from dinoray.pipeline.reporting.run_report import build_report
 from dinoray.pipeline.reporting.summary import duration
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.config import Config
+from dinoray.pipeline.worker.driver import _reported
 
 BEGIN = 1_700_000_000  # 2023-11-14 22:13:20 UTC
 SCORES = [{"step": s, "knn_10": a, "knn_20": a - 0.01, "majority": 0.1} for s, a in ((0, 0.2), (30, 0.5))]

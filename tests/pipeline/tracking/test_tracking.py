@@ -18,7 +18,6 @@ from jobs_processes import TINY
 from PIL import Image
 
 from dinoray.jobs.cli.config import load_config
-from dinoray.jobs.runs.train import check_run
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.reporting.run_report import build_report
 from dinoray.pipeline.storage.files import Directory
@@ -27,6 +26,7 @@ from dinoray.pipeline.tracking.config import TrackConfig
 from dinoray.pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
 from dinoray.pipeline.tracking.services import FILE, Trackers, open_trackers
 from dinoray.pipeline.tracking.sink import MetricSink
+from dinoray.pipeline.worker.driver import check_run
 
 MLFLOW = pytest.importorskip("mlflow")
 WANDB = pytest.importorskip("wandb")

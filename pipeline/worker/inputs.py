@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoray.jobs.cli.config import Config
 from dinoray.pipeline.data.decode import BadImage, decode
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import load_or_build
@@ -15,6 +14,7 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
 from dinoray.pipeline.evaluation.labels import held_out, labelled_sources
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.config import Config
 
 _NUM_PICTURES = 4
 """Images whose attention is drawn at each evaluation."""

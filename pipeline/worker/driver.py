@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator
 
 import ray
 
-from dinoray.jobs.cli.config import Config
-from dinoray.jobs.cli.keys import flatten
-from dinoray.jobs.cli.lost_ray import LostRayError, error_to_print, last_words
-from dinoray.jobs.runs.inputs import Inputs
 from dinoray.models.backbone import build_backbone
 from dinoray.models.errors import one_line
 from dinoray.models.published.checkpoint import Weights
+from dinoray.models.settings import flatten
 from dinoray.pipeline.cluster.channel import Event, RunChannel, fatal_error
+from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
 from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.reporting.run_report import write_report
@@ -31,6 +29,8 @@ from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.init_weights import INIT_LINE, load_initial_weights, read_weights
 from dinoray.pipeline.training.match_weights import adapt
 from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.worker.config import Config
+from dinoray.pipeline.worker.inputs import Inputs
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.worker import fit
 

@@ -1,0 +1,58 @@
+"""All settings of a run. Each section is declared beside the thing that it configures; they meet here."""
+
+import yaml
+from pydantic import Field, field_validator
+
+from dinoray.pipeline.cluster.cost import CostConfig
+from dinoray.pipeline.cluster.resources import ResourcesConfig
+from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
+from dinoray.pipeline.storage.files import is_s3, split_s3_uri
+from dinoray.pipeline.storage.yaml_text import Dumper
+from dinoray.pipeline.tracking.config import LogConfig, TrackConfig
+from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
+
+MUTABLE_ON_RESUME = frozenset(
+    {"resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
+)
+"""What may differ when a run is continued: nothing in them changes what is learnt."""
+
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""It names a folder, and a job in an address."""
+
+
+class Config(DINOConfig):
+    """All settings of a run."""
+
+    recipe: str
+    """Name of the recipe, which sets the other values."""
+    name: str = Field(pattern=RUN_NAME, max_length=100)
+    """Name of the run and of its directory under `storage_path`; the same name resumes the run."""
+    storage_path: str = Field(default="runs", min_length=1)
+    """Folder or s3://bucket/prefix that holds run directories."""
+    data: DataConfig
+    init: InitConfig = InitConfig()
+    eval: EvalConfig = EvalConfig()
+    probe: ProbeConfig = ProbeConfig()
+    health: HealthConfig = HealthConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    track: TrackConfig = TrackConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    cost: CostConfig = CostConfig()
+
+    @field_validator("storage_path")
+    @classmethod
+    def _is_local_or_in_a_bucket(cls, path: str) -> str:
+        if is_s3(path):
+            split_s3_uri(path)
+        return path
+
+    def algorithm(self) -> DINOConfig:
+        """The part that defines what is learnt, without where and how it runs."""
+        return DINOConfig.model_validate({k: getattr(self, k) for k in DINOConfig.model_fields})
+
+    def to_yaml(self) -> str:
+        """The resolved config, in the form that `--config` reads."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
