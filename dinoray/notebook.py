@@ -22,6 +22,7 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.data.decode import BadImage, decode
 from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.export.timm_export import CONFIG_FILE, WEIGHTS_FILE, export_timm
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_records
 
@@ -62,7 +63,7 @@ def load_teacher(
     """
     opened = open_network(str(run), step, which)
     around = opened.found.run
-    known = around is not None and around.exists("config.yaml")
+    known = around is not None and around.exists(run_dir.CONFIG)
     image_size = load_run_config(around).eval.image_size if around is not None and known else None
     exported = export_timm(opened.network, image_size=image_size)
     with tempfile.TemporaryDirectory(prefix="dinoray-teacher-") as folder:

@@ -13,8 +13,9 @@ from dinoray.jobs.cli.config import differences, json_schema, load_run_config
 from dinoray.jobs.cli.keys import keep_detected
 from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cli.print_config import describe_config
-from dinoray.jobs.runs.result import RESULT, describe_result
+from dinoray.jobs.runs.result import describe_result
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.worker.config import Config
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     config = pretrain_config(arguments)
     console = Console()
     run = Directory(config.storage_path).child(config.name)
-    if run.exists("config.yaml"):
+    if run.exists(run_dir.CONFIG):
         config = keep_detected(config, load_run_config(run))
     if _is_finished(run, config, resume=arguments.resume):
         console.print(f"{run.uri} is finished; choose another name=... to train again", soft_wrap=True)
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _is_finished(run: Directory, config: Config, *, resume: bool) -> bool:
     """Whether the run of this name is done. ConfigError when it was started with other settings."""
-    if not run.exists("config.yaml"):
+    if not run.exists(run_dir.CONFIG):
         return False
     changed = differences(load_run_config(run), config)
     if changed and not resume:
@@ -56,7 +57,7 @@ def _is_finished(run: Directory, config: Config, *, resume: bool) -> bool:
             f"name={config.name} is in use by a run with other settings ({'; '.join(changed[:3])}"
             f"{'; ...' if len(changed) > 3 else ''}): choose another name=...{remedy}"
         )
-    return run.exists(RESULT) and not changed
+    return run.exists(run_dir.RESULT) and not changed
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from dinoray.jobs.cluster import job_server
 from dinoray.jobs.cluster.job_server import Attempt
 from dinoray.jobs.cluster.upload import check_config_file, describe, named_files, pack, read_runtime_env
 from dinoray.jobs.runs.commit import COMMIT, commit_of
-from dinoray.jobs.runs.result import RESULT
 from dinoray.jobs.studies.config import StudyArguments, study_config
 from dinoray.models.errors import ConfigError, DinorayError, redact_credentials
 from dinoray.models.settings import flatten
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_shared_path
 from dinoray.pipeline.worker.config import RUN_NAME, Config
 
@@ -202,12 +202,12 @@ def _is_done(job: _Job, last: Attempt | None) -> bool:
         return False
     run = Directory(job.config.storage_path).child(job.config.name)
     try:
-        is_done = run.exists(RESULT) and not differences(load_run_config(run), job.config)
+        is_done = run.exists(run_dir.RESULT) and not differences(load_run_config(run), job.config)
     except DinorayError as error:
         print(f"warning: cannot check from this machine whether {run.uri} is finished: {error}", flush=True)
         return False
     if is_done:
-        print(f"{job.run} is done: {run.join(RESULT)} exists; choose another name=... to train again")
+        print(f"{job.run} is done: {run.join(run_dir.RESULT)} exists; choose another name=... to train again")
     return is_done
 
 

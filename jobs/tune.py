@@ -20,6 +20,7 @@ from dinoray.jobs.studies.config import (
     study_config,
 )
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.study.trials import STUDY
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         return
     config = study_config(arguments)
     directory = Directory(config.storage_path).child(config.name)
-    if directory.exists("config.yaml"):
+    if directory.exists(run_dir.CONFIG):
         config = keep_detected(config, load_kept(StudyConfig, directory))
     _check_name(directory, config, resume=arguments.resume)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
@@ -46,9 +47,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> None:
     """ConfigError when the directory is that of a run, or of a study with other settings."""
-    if not directory.exists("config.yaml"):
+    if not directory.exists(run_dir.CONFIG):
         return
-    if not directory.exists(STUDY) and directory.exists("metrics.jsonl"):
+    if not directory.exists(STUDY) and directory.exists(run_dir.METRICS):
         raise ConfigError(f"name={config.name} is in use by a run: choose another name=...")
     free = [key for key in MUTABLE_ON_RESUME if key != "tune.trials" or can_grow(config)]
     kept = load_kept(StudyConfig, directory)

@@ -16,6 +16,7 @@ from dinoray.jobs.cli.keys import did_you_mean, explain, keep_detected, leaf_fie
 from dinoray.jobs.cli.recipes import RECIPES, starting_point
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.yaml_text import Loader, read_mapping, yaml_problem
 from dinoray.pipeline.worker.config import MUTABLE_ON_RESUME, Config
@@ -78,7 +79,7 @@ def load_kept(
     directory: Directory,
     overrides: Sequence[str] = (),
     *,
-    name: str = "config.yaml",
+    name: str = run_dir.CONFIG,
     what: str = "run",
 ) -> AnyConfig:
     """The config that a directory keeps, with overrides; ConfigError says which of the two is wrong."""

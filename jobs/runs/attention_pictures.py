@@ -23,6 +23,7 @@ from dinoray.pipeline.figures.attention_animation import animation, read_frames
 from dinoray.pipeline.figures.attention_sheet import compute_attention, figure, overlays
 from dinoray.pipeline.figures.config import MASS
 from dinoray.pipeline.figures.drawing import png_bytes
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
 from dinoray.pipeline.training.checkpoint import find_checkpoint
 
@@ -92,16 +93,16 @@ def animate(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> Directory | None:
     """The run directory that the address stands for, also before its first checkpoint; None for a lone checkpoint."""
     here = Directory(arguments.run)
-    return find_checkpoint(arguments.run).run if here.exists("meta.json") else here
+    return find_checkpoint(arguments.run).run if here.exists(run_dir.META) else here
 
 
 def _out(arguments: argparse.Namespace, run: Directory | None) -> Directory:
-    return Directory(arguments.out) if arguments.out else (run or Directory(".")).child("attention")
+    return Directory(arguments.out) if arguments.out else (run or Directory(".")).child(run_dir.ATTENTION)
 
 
 def _image_column(run: Directory | None) -> str:
     """The column that the run's own images are in; a checkpoint's copy or folder has no config.yaml to say so."""
-    if run is None or not run.exists("config.yaml"):
+    if run is None or not run.exists(run_dir.CONFIG):
         return DataConfig.model_fields["image_column"].default
     return load_run_config(run).data.image_column
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dinoray.jobs.cli.config import apply_overrides, validate
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.training.checkpoint import (
     Found,
@@ -32,7 +33,7 @@ def open_network(address: str, step: int | None, which: Which) -> Opened:
     """Read one network of a run's checkpoint (at `step`, else the newest) or of a checkpoint's own folder."""
     found = find_checkpoint(address, step)
     with tempfile.TemporaryDirectory(prefix="dinoray-network-") as scratch:
-        files = (f"{which}.safetensors", "meta.json")
+        files = (f"{which}.safetensors", run_dir.META)
         folder = download_checkpoint(found.folder, Path(scratch), files)
         opened = Opened(found, read_frozen(folder, which), read_meta(folder)["step"])
     if step is not None and step != opened.step:

@@ -16,6 +16,7 @@ from dinoray.pipeline.augment.config import describe_crops
 from dinoray.pipeline.augment.multicrop import kernel_name
 from dinoray.pipeline.cluster.channel import Event, RunChannel
 from dinoray.pipeline.reporting.run_report import LiveReport, write_report
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.config import Schedule
@@ -36,7 +37,7 @@ def pretrain(config: Config, *, verbose: bool) -> None:
     inputs = Inputs.open(config, run)
     warnings += evaluation_warnings(inputs, config.eval)
     num_images = inputs.images.num_images
-    if not run.exists("config.yaml"):
+    if not run.exists(run_dir.CONFIG):
         check_images(config, num_images)
     warnings += [*length_warnings(config, num_images), *warmup_warnings(config, num_images)]
     algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images)

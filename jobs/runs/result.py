@@ -6,12 +6,10 @@ from typing import Any
 
 from dinoray.jobs.cli.display import describe_calibration
 from dinoray.models.errors import DataError
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.training.verdict import Verdict
-
-RESULT = "result.json"
-"""Written last: where it stands, the run is finished."""
 
 
 def write_result(run: Directory) -> None:
@@ -24,12 +22,12 @@ def write_result(run: Directory) -> None:
     result: dict[str, Any] = {"steps": steps[-1]["step"], "ended": time.time(), "last": steps[-1]}
     if evaluations:
         result |= {"before": evaluations[0], "after": evaluations[-1]}
-    run.write(RESULT, json.dumps(result, indent=1).encode())
+    run.write(run_dir.RESULT, json.dumps(result, indent=1).encode())
 
 
 def describe_result(run: Directory) -> str:
     """k-NN before and after, what could not be used, and where everything is."""
-    result = json.loads(run.read(RESULT))
+    result = json.loads(run.read(run_dir.RESULT))
     lines = []
     if "after" in result:
         after = f"after {result['steps']} steps"

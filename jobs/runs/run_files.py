@@ -22,13 +22,12 @@ from dinoray.pipeline.cluster.nodes import group_identical_nodes
 from dinoray.pipeline.data.decode import BadImage, decode
 from dinoray.pipeline.data.demo_images import demo_folder, write_demo_images
 from dinoray.pipeline.figures.contact_sheet import contact_sheet
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_mapping
 from dinoray.pipeline.training.init_weights import INIT_LINE
 from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.inputs import Inputs
-
-ENVIRONMENT = "environment.json"
 
 
 def draw_demo(config: Config, console: Console) -> None:
@@ -39,7 +38,7 @@ def draw_demo(config: Config, console: Console) -> None:
 
 def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequence[str]) -> None:
     """config.yaml, environment.json and crops.png."""
-    run.write("config.yaml", config.to_yaml().encode())
+    run.write(run_dir.CONFIG, config.to_yaml().encode())
     write_environment(run, config, reasons)
     images, samples = inputs.images, []
     _, first = inputs.order(config.train.seed).locate(range(min(6, images.num_images)))
@@ -52,7 +51,7 @@ def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequenc
         except BadImage:
             continue  # counted and named when the run comes to it
     if samples:
-        run.write("crops.png", contact_sheet(samples, config.crops))
+        run.write(run_dir.CROPS, contact_sheet(samples, config.crops))
 
 
 def write_environment(run: Directory, config: Config, reasons: Sequence[str]) -> None:
@@ -62,7 +61,7 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
     recipes change and a run does not. `started` is the first start of a run that was resumed, in seconds since 1970.
     """
     is_new = any(line.startswith(INIT_LINE) for line in reasons)
-    before = read_mapping(run, ENVIRONMENT)
+    before = read_mapping(run, run_dir.ENVIRONMENT)
     earlier = [] if is_new else before.get("automatic") or []
     kept = [line for line in earlier if str(line).startswith(INIT_LINE)]
     names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
@@ -79,7 +78,7 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
         "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
         "automatic": [*reasons, *kept],
     }
-    run.write(ENVIRONMENT, json.dumps(about, indent=1).encode())
+    run.write(run_dir.ENVIRONMENT, json.dumps(about, indent=1).encode())
 
 
 def recipe_changes(config: Config) -> dict[str, dict[str, Any]]:
@@ -114,12 +113,12 @@ def note_hardware(run: Directory, nodes: Iterable[Mapping[str, Any]]) -> None:
     A local Ray may have more logical CPUs than this machine has CPUs; the CPUs are noted.
     """
     machine_cpus = os.cpu_count() if is_local() else None
-    about = read_mapping(run, ENVIRONMENT)
+    about = read_mapping(run, run_dir.ENVIRONMENT)
     known: dict[str, dict[str, Any]] = {}
     for row in [*about.get("hardware", []), *group_identical_nodes(nodes, machine_cpus=machine_cpus)]:
         sort = json.dumps({key: value for key, value in row.items() if key != "nodes"}, sort_keys=True)
         known[sort] = row | {"nodes": max(row["nodes"], known[sort]["nodes"] if sort in known else 0)}
-    run.write(ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())
+    run.write(run_dir.ENVIRONMENT, json.dumps(about | {"hardware": list(known.values())}, indent=1).encode())
 
 
 def _version(package: str) -> str | None:

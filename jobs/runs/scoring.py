@@ -19,6 +19,7 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import check_size
 from dinoray.pipeline.evaluation.class_names import class_mismatch
 from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.worker.inputs import evaluated_images
 
@@ -27,9 +28,9 @@ def score(arguments: Namespace) -> None:
     """Embed, probe, print a summary, and write all scores to the run directory (a lone checkpoint: its folder)."""
     here = Directory(arguments.checkpoint)
     # Of a run the settings come first: where they are missing, it is no run.
-    config = None if here.exists("meta.json") else load_run_config(here, arguments.overrides)
+    config = None if here.exists(run_dir.META) else load_run_config(here, arguments.overrides)
     found, network, _ = open_network(arguments.checkpoint, arguments.step, arguments.which)
-    if config is None and found.run is not None and found.run.exists("config.yaml"):
+    if config is None and found.run is not None and found.run.exists(run_dir.CONFIG):
         config = load_run_config(found.run, arguments.overrides)
     if config is None:
         config = standalone_config(network, {}, arguments.overrides)
@@ -62,7 +63,7 @@ def score(arguments: Namespace) -> None:
         ray.shutdown()
     result = {"checkpoint": found.name, "which": arguments.which, **paths, **scores}
     suffix = "" if arguments.which == "teacher" else f"_{arguments.which}"
-    file, folder = f"evaluation_{found.name}{suffix}.json", found.run or found.folder
+    file, folder = run_dir.evaluation_name(found.name, suffix), found.run or found.folder
     # Scores of other probes stay, unless they are of other images.
     before = json.loads(folder.read(file)) if folder.exists(file) else {}
     kept = before if all(before.get(name, path) == path for name, path in paths.items()) else {}

@@ -10,6 +10,7 @@ from dinoray.jobs.studies.config import StudyConfig, can_grow, first_points, obj
 from dinoray.jobs.studies.resources import check_growth, check_study_size
 from dinoray.jobs.studies.study_run import StudyRun
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.study.page.study_report import describe_study
 from dinoray.pipeline.study.search.progress import check_any_ran
@@ -27,7 +28,7 @@ def search(config: StudyConfig, directory: Directory, *, verbose: bool) -> None:
     warnings = check_workers(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, directory)
-    if not directory.exists("config.yaml"):
+    if not directory.exists(run_dir.CONFIG):
         warnings += check_study_size(config, space, inputs.images.num_images)
     has_labels = inputs.labelled is not None or inputs.mismatch is not None
     objective = objective_of(config, space, labelled=has_labels)

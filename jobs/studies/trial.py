@@ -13,13 +13,14 @@ from typing import Any
 
 import ray
 
-from dinoray.jobs.runs.result import RESULT, write_result
+from dinoray.jobs.runs.result import write_result
 from dinoray.jobs.runs.run_files import write_environment
 from dinoray.jobs.studies.config import StudyConfig, space_of, trial_config
 from dinoray.models.errors import ConfigError, DataError, DinorayError, ResourceError
 from dinoray.models.settings import number
 from dinoray.pipeline.cluster.channel import Event, RunChannel
 from dinoray.pipeline.reporting.run_report import write_report
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 from dinoray.pipeline.stream.shared_stream import SharedStream
@@ -165,12 +166,12 @@ class _Attempt:
         run, config = self._run, self._config
         learnt, weights, reasons = what_is_learnt(config, run, num_images=self._inputs.images.num_images)
         self._out_dim = number(learnt.head.out_dim)
-        if run.exists(RESULT):
+        if run.exists(run_dir.RESULT):
             return
         self.stopped = self._clock.get("stopped") in committed_steps(run)
         if self.stopped:
             return
-        run.write("config.yaml", config.to_yaml().encode())
+        run.write(run_dir.CONFIG, config.to_yaml().encode())
         write_environment(run, config, reasons)
         if "group" in self._clock:
             remove_left_group(self._clock["group"])
@@ -231,7 +232,7 @@ class _Attempt:
         step = max((step for step in steps if step <= trial.from_step), default=None)
         if step is None:
             raise DataError(f"{donor.uri} has no checkpoint for trial {trial.name} to start from")
-        return {"path": donor.join("checkpoints", checkpoint_name(step)), "load": "run"}
+        return {"path": donor.join(run_dir.CHECKPOINTS, checkpoint_name(step)), "load": "run"}
 
     def _score(self, scores: Mapping[str, float]) -> float:
         """The worst there is for a metric that is missing or not finite."""

@@ -37,6 +37,7 @@ from dinoray.pipeline.data.detection import (
 )
 from dinoray.pipeline.data.listing import EntryTable, list_entries, role_of
 from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject, normal_uri
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class Manifest:
 
 
 def load_or_build(
-    config: DataConfig, directory: Directory, name: str = "manifest.parquet", *, begun: str = "config.yaml"
+    config: DataConfig, directory: Directory, name: str = run_dir.MANIFEST, *, begun: str = run_dir.CONFIG
 ) -> Manifest:
     """Return the manifest stored as `name` in the run directory; the first call lists the data and writes it.
 

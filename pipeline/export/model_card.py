@@ -12,6 +12,7 @@ import torch
 from dinoray.models.backbone import embed_dim
 from dinoray.models.errors import redact_credentials
 from dinoray.pipeline.export.timm_export import evaluation_size, timm_arguments
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.records import read_records
@@ -94,7 +95,7 @@ def read_scores(run: Directory, step: int, which: str) -> dict[str, Any]:
     found = {"during_training": _logged_scores(run, step) if which == "teacher" else None}
     suffix = "" if which == "teacher" else f"_{which}"
     try:
-        record = json.loads(run.read(f"evaluation_{checkpoint_name(step)}{suffix}.json"))
+        record = json.loads(run.read(run_dir.evaluation_name(checkpoint_name(step), suffix)))
         found["evaluation"] = {"step": step, **_scores_in(record)} if _scores_in(record) else None
     except (MissingObject, ValueError):
         pass

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dinoray.pipeline.data.source import Status
 from dinoray.pipeline.reporting.page import Html, details, section, table
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import Records, read_head
 
@@ -63,7 +64,7 @@ def near_limit_warning(found: Share | None) -> str | None:
 
 def bad_images(run: Directory, found: Share | None) -> Html:
     """The section: kinds with an example each, and the first rows of quarantine.jsonl folded away."""
-    rows, total = read_head(run, "quarantine.jsonl", _MAX_ROWS)
+    rows, total = read_head(run, run_dir.QUARANTINE, _MAX_ROWS)
     shown = f"first {_SHOWN} of {total:,}" if total > _SHOWN else f"{total}"
     part = f" Only the first {len(rows):,} are grouped by kind." if len(rows) < total else ""
     near = ""

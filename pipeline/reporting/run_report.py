@@ -30,6 +30,7 @@ from dinoray.pipeline.reporting.plots import Level
 from dinoray.pipeline.reporting.settings import settings, versions
 from dinoray.pipeline.reporting.summary import count, course, header, next_commands
 from dinoray.pipeline.reporting.throughput import cost_tiles, throughput_section
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import (
     Records,
@@ -41,14 +42,13 @@ from dinoray.pipeline.tracking.records import (
 )
 from dinoray.pipeline.training.verdict import Verdict
 
-NAME = "report.html"
 _MAX_FIGURES = 6
 
 
 def write_report(run: Directory, *, ending: str = "") -> str:
     """Write report.html into the run directory and return its address; see `build_report`."""
-    run.write(NAME, build_report(run, ending=ending).encode())
-    return run.join(NAME)
+    run.write(run_dir.REPORT, build_report(run, ending=ending).encode())
+    return run.join(run_dir.REPORT)
 
 
 class LiveReport:
@@ -73,13 +73,13 @@ def build_report(run: Directory, *, ending: str = "") -> str:
 
     ConfigError when it is no run's directory.
     """
-    config = read_mapping(run, "config.yaml")
+    config = read_mapping(run, run_dir.CONFIG)
     records = read_records(run)
     if not config and not len(records):
         raise ConfigError(f"{run.uri} is not a run directory: it has neither config.yaml nor metrics.jsonl")
     values = flatten_tree(config)
     name = str(config.get("name") or run.uri.rpartition("/")[2])
-    result, bad = read_mapping(run, "result.json"), share(records, values)
+    result, bad = read_mapping(run, run_dir.RESULT), share(records, values)
     found = course(run, records, values, ending=ending)
     sections = [
         section(
@@ -93,7 +93,7 @@ def build_report(run: Directory, *, ending: str = "") -> str:
         _attention(run),
         section(
             "Crops",
-            picture(read(run, "crops.png"), "images and their crops"),
+            picture(read(run, run_dir.CROPS), "images and their crops"),
             note="Crops that the student and the teacher receive as input.",
         ),
         bad_images(run, bad),
@@ -229,12 +229,12 @@ def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:
         yield table(
             [
                 {
-                    "file": "result.json",
+                    "file": run_dir.RESULT,
                     **{k: v for k, v in flatten_tree(result).items() if "knn" in k or k == "steps"},
                 }
             ]
         )
-    evaluations = [name for name in run.list() if name.startswith("evaluation_") and name.endswith(".json")]
+    evaluations = run_dir.evaluation_names(run)
     yield table([{"file": name, **read_mapping(run, name)} for name in evaluations])
     if result:
-        yield details("result.json", json.dumps(result, indent=1, ensure_ascii=False))
+        yield details(run_dir.RESULT, json.dumps(result, indent=1, ensure_ascii=False))

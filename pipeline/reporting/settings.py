@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dinoray.pipeline.reporting.page import Html, details, facts, section, sentences, table
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read, read_mapping
 
@@ -40,7 +41,7 @@ def settings(run: Directory, values: Mapping[str, Any]) -> Html:
         facts({key: values[key] for key in _HIGHLIGHTS if key in values}),
         sentences([str(reason) for reason in automatic]) if isinstance(automatic, list) else Html(""),
         *_changed(run),
-        _folded(run, "config.yaml"),
+        _folded(run, run_dir.CONFIG),
     )
 
 
@@ -52,7 +53,7 @@ def versions(run: Directory) -> Html:
     if isinstance(packages, dict):
         told |= {str(name): version or "not installed" for name, version in packages.items()}
     nodes = [row for row in hardware if isinstance(row, dict)] if isinstance(hardware, list) else []
-    return section("Versions and hardware", facts(told), table(nodes), _folded(run, "environment.json"))
+    return section("Versions and hardware", facts(told), table(nodes), _folded(run, run_dir.ENVIRONMENT))
 
 
 _ABOUT = {
@@ -66,7 +67,7 @@ _ABOUT = {
 
 
 def _environment(run: Directory) -> dict[str, Any]:
-    return read_mapping(run, "environment.json")
+    return read_mapping(run, run_dir.ENVIRONMENT)
 
 
 def _changed(run: Directory) -> Iterator[Html]:

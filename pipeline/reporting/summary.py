@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinoray.pipeline.reporting.page import Html, commands, escape, section
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.tracking.records import Records, attention_figures, read_mapping
@@ -62,7 +63,7 @@ class Course(NamedTuple):
 def course(run: Directory, records: Records, values: Mapping[str, Any], *, ending: str = "") -> Course:
     """How far the run is."""
     times = records.series("time", over="time").steps
-    result, about = read_mapping(run, "result.json"), read_mapping(run, "environment.json")
+    result, about = read_mapping(run, run_dir.RESULT), read_mapping(run, run_dir.ENVIRONMENT)
     epochs = values.get("train.epochs")
     return Course(
         step=records.last_step,
@@ -201,7 +202,7 @@ def _resume(run: Directory, values: Mapping[str, Any]) -> str:
     """The line that continues the run: from its config.yaml, or, where that is on S3, from recipe and settings."""
     if not is_s3(run.uri):
         return f"python -m jobs.pretrain --config {shlex.quote(run.join('config.yaml'))}"
-    recipe = read_mapping(run, "environment.json").get("recipe")
+    recipe = read_mapping(run, run_dir.ENVIRONMENT).get("recipe")
     changed = recipe.get("changed") if isinstance(recipe, dict) else None
     if not isinstance(recipe, dict) or not isinstance(changed, dict):
         return "repeat the command that started the run"

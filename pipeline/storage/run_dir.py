@@ -1,4 +1,29 @@
-"""File names in a run directory, and its committed checkpoints. No Ray here."""
+"""The files of a run directory, and which of its checkpoints are committed.
+
+A run directory (local or S3):
+
+    config.yaml                 the resolved config
+    environment.json            versions, hardware, git commit
+    manifest.parquet            the images, listed once
+    metrics.jsonl               one line per logged step and per evaluation
+    quarantine.jsonl            one line per image that could not be used
+    tensorboard/NAME/           the same metrics as event files; crops, attention, features for the projector
+    crops.png                   contact sheet of the crops
+    attention/                  step_00001000.png: the class token's attention at each evaluation
+    report.html                 all of this on one page
+    tracking.json               the run's id in MLflow and W&B, if they are enabled
+    result.json                 written last: the run is finished
+    evaluation_step_00001000.json    what the command evaluate found
+    checkpoints/
+      checkpoint_manager_snapshot.json    the committed checkpoints (Ray Train's file)
+      step_00001000/
+        student.safetensors     backbone.* and head.*
+        teacher.safetensors
+        train_state.pt          optimizer, center, health: tensors and numbers, loads with weights_only=True
+        meta.json               step, config and all else that is needed to rebuild the model
+
+No Ray here.
+"""
 
 import contextlib
 import json
@@ -7,13 +32,30 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.ray_private.train import SNAPSHOT, TornSnapshotError, committed, snapshot_of
 from dinoray.pipeline.storage.files import Directory, MissingObject
 
-_CHECKPOINT = "step_"
-_LIST = f"checkpoints/{SNAPSHOT}"
+CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
+MANIFEST, METRICS, QUARANTINE = "manifest.parquet", "metrics.jsonl", "quarantine.jsonl"
+CROPS, ATTENTION, TENSORBOARD = "crops.png", "attention", "tensorboard"
+REPORT, TRACKING = "report.html", "tracking.json"
+CHECKPOINTS = "checkpoints"
+STUDENT, TEACHER = "student.safetensors", "teacher.safetensors"
+TRAIN_STATE, META = "train_state.pt", "meta.json"
+_CHECKPOINT, _EVALUATION = "step_", "evaluation_"
+_LIST = f"{CHECKPOINTS}/{SNAPSHOT}"
 
 
 def checkpoint_name(step: int) -> str:
     """Return the folder name of the checkpoint that is taken before `step` runs."""
     return f"{_CHECKPOINT}{step:08d}"
+
+
+def evaluation_name(checkpoint: str, suffix: str = "") -> str:
+    """Return the name of the file with what the command evaluate found for a checkpoint."""
+    return f"{_EVALUATION}{checkpoint}{suffix}.json"
+
+
+def evaluation_names(run: Directory) -> list[str]:
+    """Return the names of all such files of a run."""
+    return [name for name in run.list() if name.startswith(_EVALUATION) and name.endswith(".json")]
 
 
 def committed_checkpoints(run: Directory) -> list[str]:
@@ -24,7 +66,7 @@ def committed_checkpoints(run: Directory) -> list[str]:
     try:
         return _listed_checkpoints(run)
     except TornSnapshotError:
-        return _whole_checkpoints(run.child("checkpoints"))
+        return _whole_checkpoints(run.child(CHECKPOINTS))
 
 
 def committed_steps(run: Directory) -> list[int]:
@@ -40,7 +82,7 @@ def mend_snapshot(run: Directory) -> list[str] | None:
     try:
         _listed_checkpoints(run)
     except TornSnapshotError:
-        names = _whole_checkpoints(run.child("checkpoints"))
+        names = _whole_checkpoints(run.child(CHECKPOINTS))
         if names:
             run.write(_LIST, snapshot_of(names))
         else:
@@ -72,6 +114,6 @@ def _whole_checkpoints(checkpoints: Directory) -> list[str]:
 def _is_whole(checkpoint: Directory) -> bool:
     """True if all files have the sizes that meta.json gives; older versions did not write them."""
     with contextlib.suppress(DataError, ValueError, KeyError, TypeError, AttributeError):
-        sizes = json.loads(checkpoint.read("meta.json"))["file_bytes"]
+        sizes = json.loads(checkpoint.read(META))["file_bytes"]
         return all(checkpoint.size(file) == size for file, size in sizes.items())
     return False

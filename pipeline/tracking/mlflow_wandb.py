@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 
@@ -105,7 +106,7 @@ class MLflow:
 
     def page(self, html: str) -> None:
         """Log the report as an artifact."""
-        self._client.log_text(self._id, html, "report.html")
+        self._client.log_text(self._id, html, run_dir.REPORT)
 
     def close(self, failed: bool) -> None:
         """Set the run's status."""

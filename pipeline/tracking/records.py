@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
 
 Floats = npt.NDArray[np.float64]
@@ -108,7 +109,7 @@ class Records:
 
 def read_records(run: Directory) -> Records:
     """Read metrics.jsonl; if it does not exist yet, the result has no lines."""
-    return Records(read(run, "metrics.jsonl") or b"")
+    return Records(read(run, run_dir.METRICS) or b"")
 
 
 def read(run: Directory, name: str) -> bytes | None:
@@ -144,8 +145,8 @@ def read_head(run: Directory, name: str, limit: int) -> tuple[list[dict[str, Any
 
 def attention_figures(run: Directory) -> list[tuple[int, str]]:
     """Return (step, file name) of each evaluation's attention figure, by step."""
-    matches = [match for name in run.child("attention").list() if (match := _FIGURE.fullmatch(name))]
-    return sorted((int(match[1]), f"attention/{match[0]}") for match in matches)
+    matches = [match for name in run.child(run_dir.ATTENTION).list() if (match := _FIGURE.fullmatch(name))]
+    return sorted((int(match[1]), f"{run_dir.ATTENTION}/{match[0]}") for match in matches)
 
 
 def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.records import attention_figures
@@ -63,7 +64,7 @@ class RunFiles(MetricSink):
     def __init__(self, run: Directory, *, first_step: int, staging: Path) -> None:
         self._run = run
         self._metrics = JsonLines(
-            run, "metrics.jsonl", keep=lambda r: 0 < first_step >= r["step"], staging=staging
+            run, run_dir.METRICS, keep=lambda r: 0 < first_step >= r["step"], staging=staging
         )
         for step, name in attention_figures(run):
             if not 0 < first_step >= step:
@@ -99,14 +100,14 @@ class MetricsLog(MetricSink):
         staging = Path(self._temporary.name if self._temporary else run.uri)
         staging.mkdir(parents=True, exist_ok=True)
         self._quarantine = JsonLines(
-            run, "quarantine.jsonl", keep=lambda r: r["position"] < first_position, staging=staging
+            run, run_dir.QUARANTINE, keep=lambda r: r["position"] < first_position, staging=staging
         )
         files = RunFiles(run, first_step=first_step, staging=staging)
         events = TensorBoard(run, staging=staging, purge_step=first_step + 1 if first_step else 0)
         self._sinks, self._closed = [files, events, *others], False
         if not first_step:
             with contextlib.suppress(MissingObject):  # trials of a study have none
-                crops = run.read("crops.png")
+                crops = run.read(run_dir.CROPS)
                 for sink in self._sinks[1:]:
                     sink.picture("crops", 0, crops)
 

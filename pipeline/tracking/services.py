@@ -16,13 +16,13 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from dinoray.models.errors import ConfigError, one_line
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.tracking.config import TrackConfig
 from dinoray.pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
 from dinoray.pipeline.tracking.scalar_names import grouped
 from dinoray.pipeline.tracking.sink import MetricSink, numbers
 
-FILE = "tracking.json"
 """File in the run directory with the run's id in the services, so that a resumed run continues there, and
 `grouped`: true if its curves have names with groups, which runs of earlier versions do not have."""
 _QUEUE_LENGTH = 1000
@@ -76,13 +76,15 @@ def open_trackers(
         return []
     is_grouped = True
     try:
-        kept = json.loads(run.read(FILE))
+        kept = json.loads(run.read(run_dir.TRACKING))
         number, is_grouped = str(kept["id"]), bool(kept.get("grouped"))
     except (MissingObject, ValueError, KeyError, TypeError) as error:
         if not isinstance(error, MissingObject):
-            tell(f"warning: {run.join(FILE)} is damaged: this run is a new one to {', '.join(names)}")
+            tell(
+                f"warning: {run.join(run_dir.TRACKING)} is damaged: this run is a new one to {', '.join(names)}"
+            )
         number = uuid.uuid4().hex[:12]
-        run.write(FILE, json.dumps({"id": number, "grouped": True}).encode())
+        run.write(run_dir.TRACKING, json.dumps({"id": number, "grouped": True}).encode())
     about = TrackedRun(name, number, config.project, params, run)
     return [Trackers(about, {name: OPEN[name] for name in names}, page, tell, is_grouped=is_grouped)]
 

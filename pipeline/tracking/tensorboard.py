@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.tracking.projector import CONFIG, FOLDERS, write_projector
 from dinoray.pipeline.tracking.scalar_names import grouped, with_group
 from dinoray.pipeline.tracking.sink import Embedding, MetricSink, numbers
 
-_NAME = "tensorboard"
 _FULL_BYTES = 4 << 20
 """On S3, size at which a new event file is started, because each upload transfers a whole file."""
 
@@ -27,9 +27,9 @@ class TensorBoard(MetricSink):
     """Events of a run. Events of earlier starts at `purge_step` or later are no longer shown."""
 
     def __init__(self, run: Directory, *, staging: Path, purge_step: int) -> None:
-        self._run, self._place = run, f"{_NAME}/{run.uri.rpartition('/')[2]}"
+        self._run, self._place = run, f"{run_dir.TENSORBOARD}/{run.uri.rpartition('/')[2]}"
         self._folder = staging / self._place
-        _move_old_files(run.child(_NAME), run.child(self._place))
+        _move_old_files(run.child(run_dir.TENSORBOARD), run.child(self._place))
         self._events = SummaryWriter(str(self._folder), purge_step=purge_step)
         self._uploaded: dict[Path, int] = {}
 

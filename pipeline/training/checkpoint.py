@@ -1,25 +1,4 @@
-"""Save, find and load checkpoints; the files of a run directory.
-
-A run directory (local or S3):
-
-    config.yaml                 the resolved config
-    environment.json            versions, hardware, git commit
-    manifest.parquet            the images, listed once
-    metrics.jsonl               one line per logged step and per evaluation
-    quarantine.jsonl            one line per image that could not be used
-    tensorboard/NAME/           the same metrics as event files; crops, attention, features for the projector
-    crops.png                   contact sheet of the crops
-    attention/                  step_00001000.png: the class token's attention at each evaluation
-    report.html                 all of this on one page
-    tracking.json               the run's id in MLflow and W&B, if they are enabled
-    result.json                 written last: the run is finished
-    checkpoints/
-      checkpoint_manager_snapshot.json    the committed checkpoints (Ray Train's file)
-      step_00001000/
-        student.safetensors     backbone.* and head.*
-        teacher.safetensors
-        train_state.pt          optimizer, center, health: tensors and numbers, loads with weights_only=True
-        meta.json               step, config and all else that is needed to rebuild the model
+"""Save, find and load checkpoints, whose files pipeline/storage/run_dir.py names.
 
 Only committed checkpoints count as progress: any other checkpoint folder may be incomplete. No Ray here, and
 no pickled objects.
@@ -40,26 +19,27 @@ from safetensors.torch import load_file, save_file
 from dinoray.models.backbone import build_backbone
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.models.optim import restore_optimizer
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.step import TrainState
 
 FORMAT = 2
-FILES = ("student.safetensors", "teacher.safetensors", "train_state.pt", "meta.json")
+FILES = (run_dir.STUDENT, run_dir.TEACHER, run_dir.TRAIN_STATE, run_dir.META)
 
 
 def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_images: dict[str, int]) -> None:
     """Write the checkpoint files into `folder`. Call on one rank; all ranks hold the same values."""
-    save_file(_contiguous(state.dino.student), folder / "student.safetensors")
-    save_file(_contiguous(state.dino.teacher), folder / "teacher.safetensors")
+    save_file(_contiguous(state.dino.student), folder / run_dir.STUDENT)
+    save_file(_contiguous(state.dino.teacher), folder / run_dir.TEACHER)
     torch.save(
         {
             "optimizer": state.optimizer.state_dict(),
             "center": state.dino.center.cpu(),
             "health": state.health.state_dict(),
         },
-        folder / "train_state.pt",
+        folder / run_dir.TRAIN_STATE,
     )
     meta = {
         "format": FORMAT,
@@ -74,7 +54,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_ima
         "torch": torch.__version__,
         "config": state.config.model_dump(mode="json"),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / run_dir.META).write_text(json.dumps(meta, indent=1))
 
 
 def temporary_checkpoint(state: TrainState, *, num_images: int, bad_images: dict[str, int]) -> Path:
@@ -112,9 +92,9 @@ def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
     if then != now:
         raise ConfigError(f"optim.name={now} cannot continue a run of {then}; set optim.name={then}")
     try:
-        state.dino.student.load_state_dict(load_file(folder / "student.safetensors"))
-        state.dino.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
-        train_state = torch.load(folder / "train_state.pt", weights_only=True, map_location=state.device)
+        state.dino.student.load_state_dict(load_file(folder / run_dir.STUDENT))
+        state.dino.teacher.load_state_dict(load_file(folder / run_dir.TEACHER))
+        train_state = torch.load(folder / run_dir.TRAIN_STATE, weights_only=True, map_location=state.device)
         restore_optimizer(state.optimizer, train_state["optimizer"])
         state.dino.center.copy_(train_state["center"])
         state.health.load_state_dict(train_state["health"], device=state.device)
@@ -163,7 +143,7 @@ def read_frozen(folder: Path, which: Which = "teacher") -> FrozenBackbone:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read the checkpoint's meta.json and check its format."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / run_dir.META).read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} is not a checkpoint: meta.json: {error}") from error
     if meta.get("format") != FORMAT:
@@ -185,12 +165,12 @@ def find_checkpoint(address: str, step: int | None = None) -> Found:
     For a run directory, find the committed checkpoint at `step`, or the newest.
     """
     here = Directory(address)
-    if here.exists("meta.json"):
+    if here.exists(run_dir.META):
         parent, _, name = here.uri.rpartition("/")
         run, _, between = parent.rpartition("/")
-        return Found(name, here, Directory(run) if between == "checkpoints" else None)
+        return Found(name, here, Directory(run) if between == run_dir.CHECKPOINTS else None)
     name = pick_checkpoint(here, step)
-    return Found(name, here.child("checkpoints").child(name), here)
+    return Found(name, here.child(run_dir.CHECKPOINTS).child(name), here)
 
 
 def download_checkpoint(folder: Directory, into: Path, files: Sequence[str] = FILES) -> Path:

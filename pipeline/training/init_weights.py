@@ -20,6 +20,7 @@ from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.published import checkpoint as interop
 from dinoray.models.published.checkpoint import Loaded, Weights
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, normal_uri
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_meta
@@ -165,7 +166,7 @@ def _read_folder(path: str, folder: Directory) -> Weights:
     names = folder.list()
     if not names:
         raise DataError(f"init.path={path}: there is no such file or folder; check the path")
-    if "meta.json" in names or "checkpoints" in names:
+    if run_dir.META in names or run_dir.CHECKPOINTS in names:
         return _read_run(folder.uri)
     for name in _MODEL_FILES:
         if name in names:
@@ -180,7 +181,7 @@ def _read_folder(path: str, folder: Directory) -> Weights:
 def _read_run(address: str) -> Weights:
     """Read the weights of a run's newest checkpoint, or of a checkpoint."""
     here = Directory(address)
-    if not here.exists("meta.json") and not committed_checkpoints(here):
+    if not here.exists(run_dir.META) and not committed_checkpoints(here):
         raise DataError(
             f"init.path={address} is a run that has no checkpoint yet; wait for its first, or pass another run"
         )
@@ -189,7 +190,7 @@ def _read_run(address: str) -> Weights:
         folder = download_checkpoint(found.folder, Path(scratch))
         meta = read_meta(folder)
         try:
-            state = torch.load(folder / "train_state.pt", weights_only=True, map_location="cpu")
+            state = torch.load(folder / run_dir.TRAIN_STATE, weights_only=True, map_location="cpu")
             student, teacher = (
                 load_file(folder / f"{which}.safetensors") for which in ("student", "teacher")
             )

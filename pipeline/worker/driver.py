@@ -19,6 +19,7 @@ from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last
 from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.reporting.run_report import write_report
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_checkpoints, committed_steps, mend_snapshot
 from dinoray.pipeline.stream.ray_data import StreamPlan
@@ -64,7 +65,7 @@ def what_is_learnt(
         return resolved.config, None, resolved.reasons
     names = committed_checkpoints(run)
     if names:
-        meta = json.loads(run.read(f"checkpoints/{names[-1]}/meta.json"))
+        meta = json.loads(run.read(f"{run_dir.CHECKPOINTS}/{names[-1]}/{run_dir.META}"))
         began = DINOConfig.model_validate(meta["config"]).backbone
         return resolved.config.model_copy(update={"backbone": began}), None, resolved.reasons
     weights = read_weights(config.init.path)

@@ -11,6 +11,7 @@ from dinoray.pipeline.cluster.nodes import NodeWatch
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.evaluation.in_training import Evaluation
 from dinoray.pipeline.reporting.run_report import build_report
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.prometheus import Gauges
 from dinoray.pipeline.tracking.records import spent
@@ -73,7 +74,7 @@ class Outputs:
     def log_evaluation(self, step: int, evaluated: Evaluation) -> None:
         """Log and post scores; add pictures and embeddings."""
         if evaluated.attention is not None:
-            self._log.picture("attention", step, evaluated.attention)
+            self._log.picture(run_dir.ATTENTION, step, evaluated.attention)
         if evaluated.embedding is not None:
             self._log.embedding(step, evaluated.embedding)
         if evaluated.scores:

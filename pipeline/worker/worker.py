@@ -21,6 +21,7 @@ from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.partition import lay_out
 from dinoray.pipeline.evaluation.in_training import evaluate
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import filesystem
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.stream import ray_data, shared_stream
@@ -50,7 +51,7 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
-            name="checkpoints",
+            name=run_dir.CHECKPOINTS,
             storage_path=path,
             storage_filesystem=storage,
             checkpoint_config=RayCheckpointConfig(num_to_keep=spec.checkpoint.num_to_keep),
@@ -192,7 +193,7 @@ class _Worker:
             num_seen=state.step * self.spec.config.train.global_batch_size,
             num_images=self.spec.num_images,
             limit=self.spec.max_bad_fraction,
-            file=self.spec.run.join("quarantine.jsonl"),
+            file=self.spec.run.join(run_dir.QUARANTINE),
         )
         metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=state.skipped_in_a_row)
         if self.outputs:

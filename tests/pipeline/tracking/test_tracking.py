@@ -20,11 +20,12 @@ from PIL import Image
 from dinoray.jobs.cli.config import load_config
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.reporting.run_report import build_report
+from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking import services
 from dinoray.pipeline.tracking.config import TrackConfig
 from dinoray.pipeline.tracking.mlflow_wandb import OPEN, TrackedRun, Tracker
-from dinoray.pipeline.tracking.services import FILE, Trackers, open_trackers
+from dinoray.pipeline.tracking.services import Trackers, open_trackers
 from dinoray.pipeline.tracking.sink import MetricSink
 from dinoray.pipeline.worker.driver import check_run
 
@@ -62,13 +63,13 @@ def sinks(folder: Path, config: TrackConfig, told: list[str], **params: object) 
 
 @pytest.mark.parametrize("damaged", ["", "{}", "[]", '{"id": "a'])
 def test_a_damaged_id_makes_it_a_new_run_and_harms_nothing(damaged: str, tmp_path: Path, mlflow: Any) -> None:
-    (tmp_path / FILE).write_text(damaged)
+    (tmp_path / run_dir.TRACKING).write_text(damaged)
     told: list[str] = []
     (sink,) = sinks(tmp_path, TrackConfig(mlflow=True, project="damaged"), told)
     follow(sink, 0, 1, loss=2.0)
     assert len(told) == 1
-    assert FILE in told[0]
-    assert len(json.loads((tmp_path / FILE).read_text())["id"]) == 12
+    assert run_dir.TRACKING in told[0]
+    assert len(json.loads((tmp_path / run_dir.TRACKING).read_text())["id"]) == 12
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_mlflow_has_one_run_of_all_lives_and_each_step_once(tmp_path: Path, mlfl
 
 
 def test_a_run_of_an_earlier_version_keeps_the_names_of_its_curves(tmp_path: Path, mlflow: Any) -> None:
-    (tmp_path / FILE).write_text('{"id": "fedcba987654"}')
+    (tmp_path / run_dir.TRACKING).write_text('{"id": "fedcba987654"}')
     (sink,) = sinks(tmp_path, TrackConfig(mlflow=True, project="earlier"), [])
     follow(sink, 0, 1, loss=2.0)
     (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("earlier").experiment_id])
@@ -152,7 +153,7 @@ def test_wandb_has_one_run_of_all_lives(tmp_path: Path, monkeypatch: pytest.Monk
         (sink,) = sinks(tmp_path, TrackConfig(wandb=True, project="plants"), told, lr=0.1)
         follow(sink, first, last, loss=2.0)
     assert told == []
-    number = json.loads((tmp_path / FILE).read_text())["id"]
+    number = json.loads((tmp_path / run_dir.TRACKING).read_text())["id"]
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
     assert [file.name for file in files] == [f"run-{number}.wandb"] * 2
     for file, steps in zip(files, (range(6), range(4, 9)), strict=True):
@@ -405,7 +406,7 @@ def test_a_server_that_dies_and_comes_back_has_missed_nothing(
 
 def test_without_trackers_nothing_is_made(tmp_path: Path) -> None:
     assert sinks(tmp_path, TrackConfig(), []) == []
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / run_dir.TRACKING).exists()
 
 
 def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
