@@ -39,7 +39,7 @@ ROOMS = {
     "pipeline/export": f"{_TRAINING} tracking evaluation",
     "pipeline/study": "models storage tracking training",
     "pipeline/study/findings": "study training",
-    "pipeline/study/page": "storage tracking figures reporting study findings",
+    "pipeline/study/page": "models storage tracking figures reporting study findings",
     "pipeline/study/search": "models storage cluster training study findings ray_private",
     "jobs/cli": "models storage cluster data worker study ray_private",
     "jobs/runs": "models storage cluster data augment tracking training figures evaluation reporting worker export cli",

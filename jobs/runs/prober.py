@@ -14,7 +14,8 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.actors import EmbedTask, embed_on_actors
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_blocks
-from dinoray.pipeline.evaluation.features import Features, KnnProblem, class_numbers, embed_source, merge
+from dinoray.pipeline.evaluation.features import Features, embed_source, merge
+from dinoray.pipeline.evaluation.knn import KnnProblem, class_numbers
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.probes import (
     LinearScores,

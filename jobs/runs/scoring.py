@@ -62,8 +62,7 @@ def score(arguments: Namespace) -> None:
     finally:
         ray.shutdown()
     result = {"checkpoint": found.name, "which": arguments.which, **paths, **scores}
-    suffix = "" if arguments.which == "teacher" else f"_{arguments.which}"
-    file, folder = run_dir.evaluation_name(found.name, suffix), found.run or found.folder
+    file, folder = run_dir.evaluation_name(found.name, arguments.which), found.run or found.folder
     # Scores of other probes stay, unless they are of other images.
     before = json.loads(folder.read(file)) if folder.exists(file) else {}
     kept = before if all(before.get(name, path) == path for name, path in paths.items()) else {}

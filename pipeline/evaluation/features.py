@@ -1,17 +1,14 @@
-"""Frozen-teacher features, and the weighted k-NN accuracy on them. No Ray here.
+"""Features of a frozen backbone. No Ray here.
 
-Labelled images -> clean eval crops -> backbone -> features [n, D] -> k-NN. Used inside a train worker, where
-each rank embeds its share, and by the evaluate job, where Ray Data embeds.
+Images -> clean eval crops -> backbone -> features [n, D]. Used inside a train worker, where each rank embeds its
+share, and by the evaluate job, where Ray Data embeds.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,7 +19,6 @@ from dinoray.pipeline.data.loader import load_batches
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
-from dinoray.pipeline.evaluation.probes import knn_vote
 from dinoray.pipeline.training import distributed
 from dinoray.pipeline.training.step import autocast, pixels
 
@@ -143,86 +139,3 @@ def embed_sharded(
         backbone, source, mine, crops, config, precision=precision, labelled=labelled, on_batch=on_batch
     )
     return merge(distributed.gather(part))
-
-
-def knn_classify(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, k: int, temperature: float, num_classes: int
-) -> Tensor:
-    """Classify queries [m, D] by weighted cosine k-NN: bank [n, D], int labels [n] -> int labels [m]."""
-    similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(bank.float(), dim=-1).T
-    return knn_vote(similarity, bank_labels, ks=(k,), temperature=temperature, num_classes=num_classes)[0]
-
-
-@dataclass(frozen=True)
-class KnnProblem:
-    """k-NN in blocks of queries that can be counted anywhere, in any order, with the same result.
-
-    Rows are float32 of unit length: the voters' `bank` [n, D] with int64 labels [n], and the `queries` [m, D]
-    with their true labels [m]. All are arrays, which tasks on one node share.
-    """
-
-    bank: NDArray[np.float32]
-    bank_labels: NDArray[np.int64]
-    queries: NDArray[np.float32]
-    truth: NDArray[np.int64]
-    num_classes: int
-    config: EvalConfig
-
-    @classmethod
-    def of(cls, train: Features, val: Features, config: EvalConfig) -> "KnnProblem":
-        """Build the problem from two sets of features. Raises DataError if a set has no readable image."""
-        classes = class_numbers(train, val)
-
-        def side(features: Features) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            rows = F.normalize(torch.from_numpy(features.features), dim=-1)
-            return rows.numpy(), np.array([classes[label] for label in features.labels], np.int64)
-
-        return cls(*side(train), *side(val), len(classes), config)
-
-    @property
-    def blocks(self) -> list[int]:
-        """Return the first query of each block."""
-        return list(range(0, len(self.queries), self._block_size))
-
-    @property
-    def _block_size(self) -> int:
-        return max(1, min(1024, (1 << 27) // len(self.bank)))  # at most 512 MiB of cosines
-
-    def hits(self, block: int) -> list[int]:
-        """Return the correct answers per k among the queries of the block that starts at `block`."""
-        part = slice(block, block + self._block_size)
-        guesses = knn_vote(
-            torch.from_numpy(self.queries[part] @ self.bank.T),
-            torch.tensor(self.bank_labels),
-            ks=self.config.k,
-            temperature=self.config.temperature,
-            num_classes=self.num_classes,
-        )
-        return (guesses == torch.tensor(self.truth[part])).sum(dim=1).tolist()
-
-    def scores(self, hits: Iterable[Sequence[int]]) -> dict[str, float]:
-        """Return top-1 accuracy per k (`knn_10`, ...) in [0, 1]; `majority` always guesses one label.
-
-        That label is the commonest voter label.
-        """
-        totals = np.sum(list(hits), axis=0)
-        scores = {f"knn_{k}": int(n) / len(self.truth) for k, n in zip(self.config.k, totals, strict=True)}
-        commonest = Counter(self.bank_labels.tolist()).most_common(1)[0][0]
-        return scores | {"majority": int((self.truth == commonest).sum()) / len(self.truth)}
-
-
-def class_numbers(train: Features, val: Features) -> dict[str, int]:
-    """Number labels in order of appearance, voters first. Raises DataError if a set is empty."""
-    for side, features in (("eval.train_path", train), ("eval.val_path", val)):
-        if not features.labels:
-            raise DataError(f"{side} has no readable labelled image ({features.num_bad} unreadable)")
-    return {name: i for i, name in enumerate(dict.fromkeys(train.labels + val.labels))}
-
-
-def knn_accuracy(train: Features, val: Features, config: EvalConfig) -> dict[str, float]:
-    """Compute the scores of a `KnnProblem` in this process.
-
-    A class that only the val set has counts as wrong.
-    """
-    problem = KnnProblem.of(train, val, config)
-    return problem.scores(problem.hits(block) for block in problem.blocks)

@@ -12,7 +12,8 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views
 from dinoray.pipeline.evaluation.batch_statistics import calibrated
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
-from dinoray.pipeline.evaluation.features import Features, embed_sharded, knn_accuracy
+from dinoray.pipeline.evaluation.features import Features, embed_sharded
+from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.probes import lidar, rankme
 from dinoray.pipeline.figures.attention_sheet import attention_figure

@@ -1,11 +1,10 @@
-"""Probes of frozen features: k-NN, a linear classifier, and three label-free probes. Pure functions.
+"""Probes of frozen features: a linear classifier, and three label-free probes. Pure functions.
 
 Features [n, D] in, numbers out; there are no images, files or Ray here. Axes: n images, D feature, C classes,
 R learning rates, q views of an image.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,26 +18,6 @@ from dinoray.models.schedules import warmup_cosine
 from dinoray.pipeline.evaluation.config import ProbeConfig
 
 Rows = Tensor | NDArray[np.floating]
-
-
-def knn_vote(
-    similarity: Tensor, bank_labels: Tensor, *, ks: Sequence[int], temperature: float, num_classes: int
-) -> Tensor:
-    """Classify by weighted k-NN for each k: cosines [m, n] to a bank with labels [n] -> labels [len(ks), m].
-
-    Each of the k nearest neighbours votes for its label with exp(cosine / temperature); the first label wins
-    a tie. A k beyond the bank's size means the whole bank.
-    """
-    cosine, nearest = similarity.topk(min(max(ks), similarity.shape[1]), dim=-1)
-    labels = bank_labels[nearest]
-    # Relative to the nearest neighbour: the same votes up to a factor, without overflow at small
-    # temperatures.
-    weights = ((cosine - cosine[:, :1]) / temperature).exp()
-    guesses = []
-    for k in ks:
-        votes = torch.zeros(len(similarity), num_classes, device=similarity.device)
-        guesses.append(votes.scatter_add_(1, labels[:, :k], weights[:, :k]).argmax(dim=-1))
-    return torch.stack(guesses)
 
 
 def rankme(features: Rows) -> float:

@@ -93,9 +93,8 @@ def read_scores(run: Directory, step: int, which: str) -> dict[str, Any]:
     scores is missing.
     """
     found = {"during_training": _logged_scores(run, step) if which == "teacher" else None}
-    suffix = "" if which == "teacher" else f"_{which}"
     try:
-        record = json.loads(run.read(run_dir.evaluation_name(checkpoint_name(step), suffix)))
+        record = json.loads(run.read(run_dir.evaluation_name(checkpoint_name(step), which)))
         found["evaluation"] = {"step": step, **_scores_in(record)} if _scores_in(record) else None
     except (MissingObject, ValueError):
         pass

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dinoray.models.errors import ConfigError
+from dinoray.models.settings import flatten
 from dinoray.pipeline.reporting.bad_images import bad_images, near_limit_warning, share
 from dinoray.pipeline.reporting.charts import Chart, drawn
 from dinoray.pipeline.reporting.health import health
@@ -35,7 +36,6 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import (
     Records,
     attention_figures,
-    flatten_tree,
     read,
     read_mapping,
     read_records,
@@ -77,7 +77,7 @@ def build_report(run: Directory, *, ending: str = "") -> str:
     records = read_records(run)
     if not config and not len(records):
         raise ConfigError(f"{run.uri} is not a run directory: it has neither config.yaml nor metrics.jsonl")
-    values = flatten_tree(config)
+    values = dict(flatten(config))
     name = str(config.get("name") or run.uri.rpartition("/")[2])
     result, bad = read_mapping(run, run_dir.RESULT), share(records, values)
     found = course(run, records, values, ending=ending)
@@ -230,7 +230,7 @@ def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:
             [
                 {
                     "file": run_dir.RESULT,
-                    **{k: v for k, v in flatten_tree(result).items() if "knn" in k or k == "steps"},
+                    **{k: v for k, v in flatten(result) if "knn" in k or k == "steps"},
                 }
             ]
         )

@@ -48,8 +48,9 @@ def checkpoint_name(step: int) -> str:
     return f"{_CHECKPOINT}{step:08d}"
 
 
-def evaluation_name(checkpoint: str, suffix: str = "") -> str:
-    """Return the name of the file with what the command evaluate found for a checkpoint."""
+def evaluation_name(checkpoint: str, which: str) -> str:
+    """Return the name of the file with what the command evaluate found for the student or teacher of a checkpoint."""
+    suffix = "" if which == "teacher" else f"_{which}"
     return f"{_EVALUATION}{checkpoint}{suffix}.json"
 
 

@@ -149,16 +149,6 @@ def attention_figures(run: Directory) -> list[tuple[int, str]]:
     return sorted((int(match[1]), f"{run_dir.ATTENTION}/{match[0]}") for match in matches)
 
 
-def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a tree of mappings by their dotted names."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= (
-            flatten_tree(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
-    return leaves
-
-
 def _json(line: bytes) -> Any:
     try:
         return json.loads(line)

@@ -23,13 +23,8 @@ from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views, with_blocks
 from dinoray.pipeline.evaluation.config import EvalConfig
-from dinoray.pipeline.evaluation.features import (
-    Features,
-    KnnProblem,
-    class_numbers,
-    embed_source,
-    knn_accuracy,
-)
+from dinoray.pipeline.evaluation.features import Features, embed_source
+from dinoray.pipeline.evaluation.knn import KnnProblem, class_numbers, knn_accuracy
 from dinoray.pipeline.evaluation.labels import labelled_sources, subset
 from dinoray.pipeline.evaluation.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
 from dinoray.pipeline.storage.files import Directory

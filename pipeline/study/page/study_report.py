@@ -6,6 +6,7 @@ At any moment: of none, some or all of its trials, whatever their files hold. Lo
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dinoray.models.settings import flatten
 from dinoray.pipeline.reporting.page import (
     Html,
     charts,
@@ -44,7 +45,7 @@ from dinoray.pipeline.study.page.tables import (
     trial_row,
 )
 from dinoray.pipeline.study.trials import BEST, TrialRecord, read_study, read_trials
-from dinoray.pipeline.tracking.records import flatten_tree, read
+from dinoray.pipeline.tracking.records import read
 
 PAGE, TABLE, PICTURE = "study.html", "study.csv", "study.png"
 _TOP = 10
@@ -220,7 +221,7 @@ def _tiles(found: Findings) -> Iterator[tuple[str, str, str]]:
 def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
     plan = about.get("plan")
     return {k: about[k] for k in _SETTINGS if k in about} | (
-        flatten_tree({"plan": plan}) if isinstance(plan, dict) else {}
+        dict(flatten({"plan": plan})) if isinstance(plan, dict) else {}
     )
 
 

@@ -11,8 +11,9 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation import in_training
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views
 from dinoray.pipeline.evaluation.config import ProbeConfig
-from dinoray.pipeline.evaluation.features import Features, embed_source, eval_batches, knn_accuracy
+from dinoray.pipeline.evaluation.features import Features, embed_source, eval_batches
 from dinoray.pipeline.evaluation.in_training import Evaluation, evaluate
+from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.probes import lidar, rankme
 

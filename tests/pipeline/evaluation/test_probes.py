@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.evaluation.config import ProbeConfig
+from dinoray.pipeline.evaluation.knn import knn_vote
 from dinoray.pipeline.evaluation.probes import (
     collapsed_dims,
     feature_std,
-    knn_vote,
     lidar,
     linear_probe,
     rankme,

@@ -22,7 +22,8 @@ from dinoray.models.published.checkpoint import POS_EMBED_KEY
 from dinoray.pipeline.data.decode import eval_crop
 from dinoray.pipeline.data.demo_images import draw_demo_image
 from dinoray.pipeline.evaluation.config import EvalConfig
-from dinoray.pipeline.evaluation.features import Features, embed, knn_accuracy
+from dinoray.pipeline.evaluation.features import Features, embed
+from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.export.timm_export import TimmExport, crop_share, export_timm, timm_arguments
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 from dinoray.pipeline.training.config import DINOConfig

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from report_runs import Page, jsonl, make_run, png, step_record, whole_run
 
 from dinoray.models.errors import ConfigError
+from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
 from dinoray.pipeline.figures.contact_sheet import contact_sheet
@@ -22,7 +23,7 @@ from dinoray.pipeline.reporting.page import escape, picture
 from dinoray.pipeline.reporting.plots import Curve, Level, chart, downsample
 from dinoray.pipeline.reporting.run_report import LiveReport, build_report, write_report
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.tracking.records import Records, Series, attention_figures, flatten_tree
+from dinoray.pipeline.tracking.records import Records, Series, attention_figures
 from dinoray.pipeline.training.verdict import Verdict
 
 
@@ -400,5 +401,5 @@ def test_only_a_very_wide_picture_is_scrolled_and_on_a_phone_a_large_one() -> No
 
 
 def test_names_are_dotted_and_values_are_text() -> None:
-    assert flatten_tree({"a": {"b": {"c": 1}}, "d": [2], "e": {}}) == {"a.b.c": 1, "d": [2]}
+    assert dict(flatten({"a": {"b": {"c": 1}}, "d": [2], "e": {}})) == {"a.b.c": 1, "d": [2], "e": {}}
     assert escape({"<": "é"}) == "{&quot;&lt;&quot;: &quot;é&quot;}"
