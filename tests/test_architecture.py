@@ -210,6 +210,14 @@ def test_no_file_is_longer_than_300_lines_besides_its_imports() -> None:
     assert offenders(FILES, too_long) == {}
 
 
+def test_no_test_file_is_longer_than_400_lines() -> None:
+    def too_long(path: Path) -> int:
+        lines = len(path.read_text().splitlines())
+        return lines if lines > 400 else 0
+
+    assert offenders([path for path in OTHER_FILES if layer(path) == "tests"], too_long) == {}
+
+
 def test_a_file_is_named_after_what_is_in_it() -> None:
     vague = re.compile(r"(^|_)(utils?|common|helpers?|base|misc)(_|$)")
     assert offenders(FILES + OTHER_FILES, lambda path: vague.search(path.stem)) == {}

@@ -5,74 +5,23 @@ are made by hand: committed checkpoints of a tiny network, no Ray.
 """
 
 import io
-import itertools
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from image_files import encode
+from attention_runs import Run, attention_job, evaluate_run, make_run, noise
 from jobs_processes import run_job
-from no_ray import forbid_ray
 from PIL import Image
 from samples import parquet
-from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
+from tiny import TINY_RESNET
 
-from dinoray.jobs import attention
-from dinoray.jobs.cli.main import run_main
 from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.figures.attention_sheet import attention_figure, compute_attention, figure
+from dinoray.pipeline.figures.attention_sheet import compute_attention, figure
 from dinoray.pipeline.figures.drawing import png_bytes
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
-from dinoray.pipeline.tracking.run_log import MetricsLog
-from dinoray.pipeline.training.checkpoint import read_frozen, save_checkpoint
-from dinoray.pipeline.training.step import build_state, train_step
-
-Run = Callable[..., tuple[int, list[str], list[str]]]
-
-
-def noise(height: int = 20, width: int = 30, seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return encode(pixels, "PNG")
-
-
-EVALUATED = (0, 4, 8)
-
-
-def evaluate_run(folder: Path, **changes: dict[str, Any]) -> Path:
-    """What the evaluations of a run leave behind which learns fast: their figures, and no checkpoint at all."""
-    state = build_state(tiny_config(optim={"base_lr": 2.0}, **changes), num_images=NUM_IMAGES)
-    pictures = [(f"{i}.png", decode(noise(seed=i), max_pixels=10_000)) for i in range(2)]
-    log = MetricsLog(Directory(str(folder)), first_step=0, first_position=0)
-    for step in EVALUATED:
-        while state.step < step:
-            train_step(state, tiny_batch(state.config, seed=state.step))
-        sheet = attention_figure(
-            state.dino.teacher.backbone, pictures, state.config.crops, title=f"step {step}"
-        )
-        if sheet is not None:
-            log.picture("attention", step, sheet)
-    log.close()
-    return folder
-
-
-def make_run(folder: Path, *, steps: tuple[int, ...] = (0, 1, 2), **changes: dict[str, Any]) -> Path:
-    """A run directory with checkpoints committed at these steps, and one that was not."""
-    state = build_state(tiny_config(**changes), num_images=NUM_IMAGES)
-    for step in (*steps, steps[-1] + 1):
-        while state.step < step:
-            train_step(state, tiny_batch(state.config, seed=state.step))
-        checkpoint = folder / "checkpoints" / checkpoint_name(step)
-        checkpoint.mkdir(parents=True)
-        save_checkpoint(state, checkpoint, num_images=NUM_IMAGES, bad_images={})
-    results = [{"checkpoint_dir_name": checkpoint_name(step)} for step in steps]
-    (folder / "checkpoints" / SNAPSHOT).write_text(json.dumps({"checkpoint_results": results}))
-    return folder
+from dinoray.pipeline.training.checkpoint import read_frozen
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the job; returns exit code, lines of stdout, lines of stderr."""
-
-    def run(*arguments: object) -> tuple[int, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["job", *map(str, arguments)])
-        code: Any = 0
-        try:
-            run_main(attention.main)
-        except SystemExit as exit_:
-            code = exit_.code
-        output, errors = capsys.readouterr()
-        assert "Traceback" not in output + errors
-        return code, output.splitlines(), errors.splitlines()
-
-    forbid_ray(monkeypatch)
-    return run
+    return attention_job(monkeypatch, capsys)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -204,94 +139,6 @@ def test_images_of_one_name_have_folders_of_their_own(tmp_path: Path, trained: P
         path.write_bytes(noise())
     code, output, _ = run(trained, *paths, f"--out={tmp_path}/out")
     assert (code, [Path(line).name for line in output[1:]]) == (0, ["000_x", "001_x", "002_x", "003_X"])
-
-
-# The animation
-
-
-def test_an_animation_has_a_frame_for_each_evaluation_whatever_checkpoints_are_kept(
-    tmp_path: Path, run: Run
-) -> None:
-    folder = evaluate_run(tmp_path / "first")
-    code, output, errors = run(folder, "--animate")
-    assert (code, errors) == (0, [])
-    gif = folder / "attention" / "attention.gif"
-    assert output == [f"{gif}  (3 evaluations, steps 0 to 8: the teacher on the run's own images)"]
-    film, frames, durations = Image.open(gif), [], []
-    assert (film.format, film.n_frames, film.info["loop"]) == ("GIF", len(EVALUATED), 0)
-    for number, step in enumerate(EVALUATED):
-        film.seek(number)
-        durations.append(film.info["duration"])
-        frames.append(np.asarray(film.convert("RGB"), int))
-        sheet = np.asarray(Image.open(folder / "attention" / f"step_{step:08d}.png"), int)
-        assert abs(frames[-1][: len(sheet)] - sheet).mean() < 6
-    assert durations == [1000, 1000, 3000]
-    below = len(sheet)
-    for earlier, later in itertools.pairwise(frames):
-        heads = slice(200, below), slice(360, None)
-        assert (abs(earlier - later)[heads].max(axis=2) > 30).mean() > 0.01  # it looks elsewhere
-        assert (earlier[below:, 24:170] != later[below:, 24:170]).any()  # the step, in words
-    sheets = [np.asarray(Image.open(folder / "attention" / f"step_{s:08d}.png")) for s in EVALUATED]
-    same = (sheets[0] == sheets[1]).all(axis=2)
-    assert (frames[0][:below][same] == frames[1][:below][same]).all()  # what is still does not flicker
-
-
-def test_an_animation_comes_beside_the_sheet_of_other_images(tmp_path: Path, run: Run) -> None:
-    folder = make_run(evaluate_run(tmp_path / "first"))
-    (tmp_path / "a.png").write_bytes(noise())
-    for address in (folder, folder / "checkpoints" / checkpoint_name(1)):
-        code, output, _ = run(address, tmp_path / "a.png", "--animate", f"--out={tmp_path}/out")
-        assert code == 0
-        assert len(output) == 3
-        assert output[-1].startswith(f"{tmp_path}/out/attention.gif  (3 evaluations")
-
-
-def test_figures_of_other_sizes_and_damaged_ones_spoil_no_animation(tmp_path: Path, run: Run) -> None:
-    folder = evaluate_run(tmp_path / "first")
-    (folder / "attention" / "step_00000012.png").write_bytes(png_bytes(Image.new("RGB", (300, 1000))))
-    data = (folder / "attention" / "step_00000004.png").read_bytes()
-    (folder / "attention" / "step_00000004.png").write_bytes(data[: len(data) // 2])
-    code, output, errors = run(folder, "--animate")
-    assert (code, len(output)) == (0, 1)
-    assert errors == [f"skipped {folder}/attention/step_00000004.png: it cannot be read as PNG"]
-    film = Image.open(folder / "attention" / "attention.gif")
-    assert film.n_frames == 3
-    assert film.height > 1000
-
-
-def test_an_animation_of_one_evaluation_is_a_picture(tmp_path: Path, run: Run) -> None:
-    folder = tmp_path / "first"
-    (folder / "attention").mkdir(parents=True)
-    (folder / "attention" / "step_00000000.png").write_bytes(png_bytes(Image.new("RGB", (400, 300))))
-    code, output, _ = run(folder, "--animate")
-    assert code == 0
-    assert "(1 evaluation, step 0:" in output[0]
-    assert Image.open(folder / "attention" / "attention.gif").n_frames == 1
-
-
-def test_without_figures_the_remedy_ends_the_error(tmp_path: Path, trained: Path, run: Run) -> None:
-    evaluate_run(
-        resnet := make_run(tmp_path / "resnet", steps=(0,), backbone=TINY_RESNET), backbone=TINY_RESNET
-    )
-    code, output, errors = run(resnet, "--animate")
-    assert (code, output, len(errors)) == (3, [], 1)
-    assert errors[0].startswith(f"error: {resnet}/attention holds no figure step_*.png")
-    (tmp_path / "a.png").write_bytes(noise())
-    code, _, errors = run(trained, tmp_path / "a.png", "--animate", f"--out={tmp_path}/out")
-    assert (code, len(errors)) == (3, 1)
-    assert errors[0].endswith("or leave out --animate")
-    assert run(trained, tmp_path / "a.png", f"--out={tmp_path}/out")[0] == 0
-
-
-def test_without_images_the_remedies_end_the_error(tmp_path: Path, run: Run) -> None:
-    folder = make_run(evaluate_run(tmp_path / "first"))
-    code, output, errors = run(folder)
-    assert (code, output) == (2, [])
-    assert errors == [
-        "error: no images are given; name files or folders, or pass --animate for the run's own images"
-    ]
-    (tmp_path / "a.png").write_bytes(noise())
-    assert run(folder, tmp_path / "a.png")[0] == run(folder, "--animate")[0] == 0
 
 
 def test_the_mass_is_used(tmp_path: Path, trained: Path, run: Run) -> None:
@@ -421,6 +268,31 @@ def test_a_network_without_class_attention_is_told_before_images_are_read(tmp_pa
     code, _, errors = run(folder, "missing.png")
     assert (code, len(errors)) == (2, 1)
     assert "ResNet has no class token that attends to patches" in errors[0]
+
+
+def test_without_figures_the_remedy_ends_the_error(tmp_path: Path, trained: Path, run: Run) -> None:
+    evaluate_run(
+        resnet := make_run(tmp_path / "resnet", steps=(0,), backbone=TINY_RESNET), backbone=TINY_RESNET
+    )
+    code, output, errors = run(resnet, "--animate")
+    assert (code, output, len(errors)) == (3, [], 1)
+    assert errors[0].startswith(f"error: {resnet}/attention holds no figure step_*.png")
+    (tmp_path / "a.png").write_bytes(noise())
+    code, _, errors = run(trained, tmp_path / "a.png", "--animate", f"--out={tmp_path}/out")
+    assert (code, len(errors)) == (3, 1)
+    assert errors[0].endswith("or leave out --animate")
+    assert run(trained, tmp_path / "a.png", f"--out={tmp_path}/out")[0] == 0
+
+
+def test_without_images_the_remedies_end_the_error(tmp_path: Path, run: Run) -> None:
+    folder = make_run(evaluate_run(tmp_path / "first"))
+    code, output, errors = run(folder)
+    assert (code, output) == (2, [])
+    assert errors == [
+        "error: no images are given; name files or folders, or pass --animate for the run's own images"
+    ]
+    (tmp_path / "a.png").write_bytes(noise())
+    assert run(folder, tmp_path / "a.png")[0] == run(folder, "--animate")[0] == 0
 
 
 # Processes and S3

@@ -1,105 +1,27 @@
 """Wrong inputs end a job before anything is started: its exit code, one line per mistake, never a traceback.
 
 Most cases run the job's main within this process, as `python -m` does but without the seconds that imports
-take; one test runs real processes and finds the same. Ray must not start: the guard fails the test if it does.
+take; one test runs a real process. In the others Ray must not start: the guard fails the test if it does.
 """
 
-import json
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import published
 import pytest
 import torch
 from jobs_processes import run_job
-from no_ray import RayStarted, forbid_ray
-from paths import ROOT
-from published import ViT
-from samples import parquet, write_all
-from servers import S3Server, aws_environment, use_aws
+from no_ray import RayStarted
+from samples import write_all
+from wrong_inputs import CONFIG, DATA, RESOURCES, TINY, Job, runner_in
 
 from dinoray.jobs import evaluate, pretrain
-from dinoray.jobs.cli.config import load_run_config
-from dinoray.jobs.cli.main import run_main
-from dinoray.jobs.runs.run_files import write_environment
 from dinoray.pipeline.data.demo_images import draw_demo_image
 from dinoray.pipeline.storage.files import Directory
-
-TINY = [
-    "--recipe=vit_small_imagenet_vanilla",
-    "name=run",
-    "backbone.kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}",
-    "crops.global_crop_size=32",
-    "crops.local_crop_size=16",
-    "head.out_dim=64",
-    "train.global_batch_size=8",
-    "resources.train_workers=2",
-]
-CONFIG, DATA, RESOURCES = 2, 3, 4
-
-
-@dataclass
-class Ending:
-    """How a job ended: its exit code and its two streams."""
-
-    code: int
-    output: str
-    errors: str
-
-    def check(self, code: int, *lines: Sequence[str]) -> None:
-        """The exit code, and for each line of stderr the words that it must hold."""
-        found = self.errors.splitlines()
-        assert self.code == code, self.errors
-        assert "Traceback" not in self.output + self.errors
-        assert len(found) == len(lines), found
-        for line, words in zip(found, lines, strict=True):
-            assert line.startswith("error: ")
-            for word in words:
-                assert word in line
-
-
-Job = Callable[..., Ending]
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
-    """Runs a job's main as its command line does, in a folder of its own; `WORLD` stands for that folder."""
-
-    def run(main: Callable[[Sequence[str]], None], *arguments: str) -> Ending:
-        monkeypatch.setattr(sys, "argv", ["job", *(x.replace("WORLD", str(tmp_path)) for x in arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            run_main(main)
-        assert isinstance(exit_.value.code, int)
-        return Ending(exit_.value.code, *capsys.readouterr())
-
-    forbid_ray(monkeypatch)
-    monkeypatch.setenv("DINORAY_CACHE", str(tmp_path / "cache"))
-    use_aws(monkeypatch, {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"})
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    image = draw_demo_image("dots", "train", 0)
-    write_all(
-        tmp_path,
-        {
-            **{f"images/{label}/{i}.jpg": image for label in ("dots", "rings") for i in range(4)},
-            **{f"loose/{i}.jpg": image for i in range(8)},
-            "one/1.jpg": image,
-            "texts/readme.txt": b"words",
-            "shards/a.parquet": parquet({"jpeg": [image], "label": [1]}),
-            "tables/a.parquet": parquet({"url": ["http://x/1.jpg"], "label": [1]}),
-            "corrupt/a.parquet": b"PAR1 nothing of the kind PAR1",
-            "mixed/1.jpg": image,
-            "mixed/a.parquet": parquet({"image": [image]}),
-            "broken.yaml": b"optim: {base_lr: 1\n",
-            "list.yaml": b"- optim\n",
-            "file": b"",
-        },
-    )
-    (tmp_path / "empty").mkdir()
-    return run
+    return runner_in(tmp_path, monkeypatch, capsys)
 
 
 WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
@@ -377,67 +299,6 @@ def test_a_mistake_once_mended_does_not_hold_the_name(run: Job) -> None:
         run(pretrain.main, *again)
 
 
-def test_a_wrong_file_of_weights_once_mended_does_not_hold_the_name(run: Job, tmp_path: Path) -> None:
-    again = [*TINY, "name=start", "storage_path=WORLD/runs", "data.path=WORLD/images"]
-    run(pretrain.main, *again, "--init-from", str(tmp_path / "none.pth")).check(
-        DATA, [f"{tmp_path}/none.pth"]
-    )
-    with pytest.raises(RayStarted):
-        run(pretrain.main, *again)
-
-
-def test_lines_on_initial_weights_are_printed_before_ray_starts(
-    run: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def backbone() -> ViT:
-        return ViT(size=32, patch=8, dim=16, depth=1)
-
-    state = published.Run(backbone=backbone, size=32, out_dim=64).train().state() | {
-        "[/b]": {},
-        "\x1b[2J": {},
-    }
-    (tmp_path / "checkpoint.pth").write_bytes(published.saved(state))
-    again = [*TINY, "name=init", "storage_path=WORLD/runs", "data.path=WORLD/images", "train.epochs=9"]
-    again += ["head.hidden_dim=48", "head.bottleneck_dim=16", "init.load=run"]
-    with pytest.raises(RayStarted):
-        run(pretrain.main, *again, "--init-from", f"{tmp_path}/checkpoint.pth")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init: ")]
-    file = f"{tmp_path}/checkpoint.pth"
-    assert [line.partition("; training continues")[0] for line in lines] == [
-        f"init: student from 'student.module.backbone' of {file}: backbone (18 tensors), head (8 tensors)",
-        f"init: teacher from 'teacher.backbone' of {file}: backbone (18 tensors), head (8 tensors)",
-        f"init: centre from 'dino_loss.center' of {file}",
-        "init: optimizer state of 25 of 25 parameters",
-        "init: skipped: fp16_scaler, [/b]",
-        "init: new: nothing",
-    ]
-    directory = Directory(f"{tmp_path}/runs/init")
-    for reasons in (None, []):  # as the run began, and as it is resumed
-        if reasons is not None:
-            write_environment(directory, load_run_config(directory), reasons)
-        assert json.loads(directory.read("environment.json"))["automatic"][-len(lines) :] == lines
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "code", "words"),
-    [
-        ("x.onnx", b"\x08\x08", CONFIG, ["init.path=", "x.onnx is not a file of weights", "pass the .pth"]),
-        ("x.ckpt", b"no weights", DATA, ["x.ckpt is not a file of weights, or damaged"]),
-        ("folder/x.png", b"", CONFIG, ["folder is a folder but no dinoray run", "pass a file of weights"]),
-    ],
-)
-def test_initial_weights_of_a_wrong_kind(
-    run: Job, tmp_path: Path, name: str, content: bytes, code: int, words: list[str]
-) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_bytes(content)
-    again = [*TINY, "name=init", "storage_path=WORLD/runs", "data.path=WORLD/images"]
-    path = name.removesuffix("/x.png")
-    run(pretrain.main, *again, f"--init-from=WORLD/{path}").check(code, words)
-    with pytest.raises(RayStarted):
-        run(pretrain.main, *again)
-
-
 def test_evaluating_what_is_no_run(run: Job, started: Directory, tmp_path: Path) -> None:
     run(evaluate.main, "WORLD/runs/none").check(CONFIG, [f"{tmp_path}/runs/none is not a run directory"])
     run(evaluate.main, "WORLD/runs/run").check(DATA, [f"{started.uri} has no committed checkpoint"])
@@ -445,109 +306,6 @@ def test_evaluating_what_is_no_run(run: Job, started: Directory, tmp_path: Path)
         CONFIG, ["argument --step: invalid int value: 'x'"]
     )
     run(evaluate.main, "WORLD/runs/run", "eval.kk=1").check(CONFIG, ["eval.kk=1", "did you mean eval.k?"])
-
-
-@pytest.mark.s3
-@pytest.mark.parametrize(
-    ("argument", "environment", "code", "words"),
-    [
-        (
-            "data.path=s3://no-such-bucket/x",
-            {},
-            DATA,
-            ["s3://no-such-bucket/x", "NoSuchBucket", "check the bucket's name"],
-        ),
-        ("data.path=s3://BUCKET/none", {}, DATA, ["no images under s3://BUCKET/none", "check data.path"]),
-        (
-            "data.path=s3://BUCKET/x",
-            {"AWS_SECRET_ACCESS_KEY": "wrong"},
-            DATA,
-            ["s3://BUCKET/x", "SignatureDoesNotMatch", "check AWS_ACCESS_KEY_ID"],
-        ),
-        (
-            "data.path=s3://BUCKET/x",
-            {"AWS_ACCESS_KEY_ID": "nobody"},
-            DATA,
-            ["s3://BUCKET/x", "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"],
-        ),
-        (
-            "data.path=s3://BUCKET/x",
-            {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None},
-            DATA,
-            ["no AWS credentials", "set AWS_PROFILE or AWS_ACCESS_KEY_ID"],
-        ),
-        (
-            "data.path=s3://BUCKET/x",
-            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
-            DATA,
-            ["s3://BUCKET/x", "failed after 2 attempts", "check the network, AWS_ENDPOINT_URL"],
-        ),
-        (
-            "data.path=s3://BUCKET/x",
-            {"AWS_ENDPOINT_URL": "127.0.0.1:9"},
-            CONFIG,
-            ["127.0.0.1:9", "AWS_ENDPOINT_URL must look like"],
-        ),
-        (
-            "storage_path=s3://no-such-bucket/runs",
-            {},
-            DATA,
-            ["s3://no-such-bucket/runs/run", "NoSuchBucket", "check the bucket's name"],
-        ),
-        (
-            "storage_path=s3://BUCKET/runs",
-            {"AWS_SECRET_ACCESS_KEY": "wrong"},
-            DATA,
-            ["s3://BUCKET/runs/run", "403", "to these credentials"],
-        ),
-    ],
-    ids=[
-        "missing bucket",
-        "empty prefix",
-        "wrong secret",
-        "wrong key",
-        "no credentials",
-        "no server",
-        "bad endpoint",
-        "storage bucket missing",
-        "storage closed",
-    ],
-)
-def test_an_object_store_that_refuses_is_named_with_the_remedy(
-    run: Job,
-    s3: S3Server,
-    bucket: str,
-    monkeypatch: pytest.MonkeyPatch,
-    argument: str,
-    environment: dict[str, str | None],
-    code: int,
-    words: list[str],
-) -> None:
-    changed = aws_environment(s3.endpoint) | environment
-    use_aws(monkeypatch, {name: value for name, value in changed.items() if value is not None})
-    arguments = ["storage_path=WORLD/runs", "data.path=WORLD/images", "data.fetch_attempts=2"]
-    ending = run(pretrain.main, *TINY, *arguments, argument.replace("BUCKET", bucket))
-    ending.check(code, [word.replace("BUCKET", bucket) for word in words])
-
-
-@pytest.mark.s3
-def test_a_real_process_ends_in_the_same_way(s3: S3Server, tmp_path: Path) -> None:
-    def start(*arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs.pretrain", *TINY, f"storage_path={tmp_path}", *arguments],
-            cwd=ROOT,
-            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **s3.env},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    config = start("data.path=/data", "train.epochs=many", "optim.lrr=1")
-    data = start("data.path=s3://no-such-bucket/x")
-    output, errors = config.communicate()
-    Ending(config.returncode, output, errors).check(CONFIG, ["optim.lrr=1"], ["train.epochs='many'"])
-    output, errors = data.communicate()
-    Ending(data.returncode, output, errors).check(DATA, ["s3://no-such-bucket/x", "NoSuchBucket"])
 
 
 @pytest.mark.ray

@@ -1,6 +1,7 @@
 """Image files of every format, made on the spot, and what Pillow sees in them."""
 
 import io
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,3 +52,16 @@ FILES = {
 }
 if features.check("avif"):
     FILES["avif"] = encode(picture(), "AVIF")
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """A picture with edges, slopes and some grain, that no flip or turn leaves the same."""
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    rings = 60 * np.sign(np.sin(25 * np.hypot(x - 0.3, y - 0.2)))
+    grain = np.random.default_rng(0).normal(0, 6, (height, width))
+    planes = [140 + rings + grain - 90 * y, 110 + 120 * x - rings / 2 + grain, 60 + 150 * y + grain]
+    return Image.fromarray(np.clip(np.stack(planes, axis=-1), 0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    return encode(image, "JPEG", **{"quality": 95, **options})

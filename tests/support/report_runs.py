@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from dinoray.pipeline.cluster.nodes import group_identical_nodes
 from dinoray.pipeline.storage.files import Directory
 
 CONFIG = {"name": "first", "head": {"out_dim": 64}, "train": {"epochs": 4.0}, "data": {"path": "/images"}}
@@ -112,4 +114,95 @@ def whole_run(folder: Path) -> Directory:
         environment_dot_json={"python": "3.11.1"},
         result_dot_json={"steps": 30, "after": {"knn_20": 0.49}, "last": step_record(30)},
         evaluation_step_00000030_dot_json={"checkpoint": "step_00000030", "knn_20": 0.481},
+    )
+
+
+BEGIN = 1_700_000_000.0
+HEAD = {"CPU": 4.0, "memory": 12 * 2.0**30, "object_store_memory": 4 * 2.0**30, "node:__internal_head__": 1.0}
+GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 64 * 2.0**30, "accelerator_type:A10G": 1.0}
+
+
+def fed_record(step: int, seconds: float, **changes: Any) -> dict[str, Any]:
+    """A line as a run on a cluster writes it: nodes come, the pool follows, waiting ends."""
+    cpu_nodes = min(3, step // 60)
+    return step_record(
+        step,
+        time=BEGIN + seconds,
+        images_per_second=300.0 + 250 * cpu_nodes + 20 * math.sin(step),
+        data_wait=max(0.004, 0.6 - 0.2 * cpu_nodes),
+        nodes_head=1,
+        nodes_cpu=cpu_nodes,
+        nodes_gpu=1,
+        augment_actors=4 + 8 * cpu_nodes,
+        augment_target=4 + 8 * min(3, (step + 20) // 60),
+        dollars=round(seconds / 3600 * 4.2, 4),
+        fetch_cpu_ms=0.6,
+        decode_cpu_ms=5.2 + 0.2 * math.sin(step / 7),
+        crop_cpu_ms=7.9 + 0.2 * math.cos(step / 5),
+        bad_images=step // 4,
+        **changes,
+    )
+
+
+def fed_run(folder: Path) -> Directory:
+    """Four hours and a half, of which the run was down for one, with every kind of file that it leaves."""
+    health = {
+        "entropy_ratio": 0.4,
+        "mutual_information": 1.5,
+        "feature_std": 0.05,
+        "verdict": "healthy",
+        "prototypes_used": 0.8,
+        "commonest_prototype": 0.02,
+        "rankme": 40.0,
+    }
+    lines: list[dict[str, Any]] = []
+    for step in range(10, 401, 2):
+        lines.append(fed_record(step, step * 30.0 + (3600 if step > 200 else 0), **health))
+        if step % 100 == 0:
+            knn = 0.1 + step / 900
+            lines.append({"step": step, "knn_10": knn - 0.01, "knn_20": knn, "majority": 0.08})
+    reasons = [
+        ("corrupt", "damaged or cut off JPEG: OpenCV finds no whole picture"),
+        ("corrupt", "damaged or cut off JPEG: OpenCV finds no whole picture"),
+        ("missing", "s3://photos/train/{}: there is no such object (404)"),
+        ("corrupt", "0 bytes"),
+        ("too_large", "99887{}66 bytes, more than data.max_object_bytes=67108864"),
+    ]
+    bad = []
+    for i in range(100):
+        status, reason = reasons[i % len(reasons)]
+        key = f"train/2019/archive-of-summer/IMG_{i:06d}.jpg"
+        bad.append({"position": 40 * i, "status": status, "key": key, "reason": reason.format(i)})
+    config = CONFIG | {
+        "name": "photos-vit-s",
+        "recipe": "photos_small",
+        "data": {"path": "s3://photos/train", "max_bad_fraction": 0.01},
+        "train": {"epochs": 40.0, "global_batch_size": 64, "precision": "bf16"},
+    }
+    changed = {
+        "data.path": {"recipe": None, "run": "s3://photos/train"},
+        "train.epochs": {"recipe": 20.0, "run": 40.0},
+        "crops.blur_sigma": {"recipe": [0.1, 0.9], "run": [0.1, 2.0]},
+    }
+    environment = {
+        "python": "3.11.1",
+        "platform": "Linux-6.1-x86_64",
+        "processor": "Xeon",
+        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "cuda": "12.8",
+        "packages": {"dinoray": "0.1.0", "ray": "2.60.0", "torch": "2.10.0", "numba": None},
+        "automatic": ["head.out_dim=1024: 4000 images"],
+        "recipe": {"name": "photos_small", "changed": changed},
+        "hardware": group_identical_nodes([{"Alive": True, "Resources": r} for r in (HEAD, GPU, GPU)]),
+    }
+    return make_run(
+        folder,
+        config_dot_yaml=config,
+        metrics_dot_jsonl=jsonl(*lines),
+        quarantine_dot_jsonl=jsonl(*bad),
+        crops_dot_png=png(600, 200, seed=1),
+        attention__step_00000000_dot_png=png(700, 180, seed=2),
+        attention__step_00000400_dot_png=png(700, 180, seed=3),
+        environment_dot_json=environment,
+        evaluation_step_00000400_dot_json={"checkpoint": "step_00000400", "knn_20": 0.481},
     )

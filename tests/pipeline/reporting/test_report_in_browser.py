@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from browser import Browser, View, open_browser
 from PIL import Image
+from report_runs import fed_run
 from studies import write_whole_study
-from test_report_sections import fed_run
 
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop

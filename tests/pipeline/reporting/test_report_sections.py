@@ -9,109 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_runs import CONFIG, Page, jsonl, make_run, png, step_record
+from report_runs import GPU, HEAD, Page, fed_record, fed_run, jsonl, make_run, step_record
 
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.run_files import note_hardware, recipe_changes
 from dinoray.jobs.studies.config import StudyConfig, load
-from dinoray.pipeline.cluster.nodes import group_identical_nodes
-from dinoray.pipeline.data.decode import BadImage, decode
-from dinoray.pipeline.reporting.bad_images import Share, kind_of, near_limit_warning
 from dinoray.pipeline.reporting.plots import Curve, Span, chart, downsample
 from dinoray.pipeline.reporting.run_report import build_report
-from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.tracking.records import Records, Series, read_head
-
-BEGIN = 1_700_000_000.0
-HEAD = {"CPU": 4.0, "memory": 12 * 2.0**30, "object_store_memory": 4 * 2.0**30, "node:__internal_head__": 1.0}
-GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 64 * 2.0**30, "accelerator_type:A10G": 1.0}
-
-
-def fed_record(step: int, seconds: float, **changes: Any) -> dict[str, Any]:
-    """A line as a run on a cluster writes it: nodes come, the pool follows, waiting ends."""
-    cpu_nodes = min(3, step // 60)
-    return step_record(
-        step,
-        time=BEGIN + seconds,
-        images_per_second=300.0 + 250 * cpu_nodes + 20 * math.sin(step),
-        data_wait=max(0.004, 0.6 - 0.2 * cpu_nodes),
-        nodes_head=1,
-        nodes_cpu=cpu_nodes,
-        nodes_gpu=1,
-        augment_actors=4 + 8 * cpu_nodes,
-        augment_target=4 + 8 * min(3, (step + 20) // 60),
-        dollars=round(seconds / 3600 * 4.2, 4),
-        fetch_cpu_ms=0.6,
-        decode_cpu_ms=5.2 + 0.2 * math.sin(step / 7),
-        crop_cpu_ms=7.9 + 0.2 * math.cos(step / 5),
-        bad_images=step // 4,
-        **changes,
-    )
-
-
-def fed_run(folder: Path) -> Directory:
-    """Four hours and a half, of which the run was down for one, with every kind of file that it leaves."""
-    health = {
-        "entropy_ratio": 0.4,
-        "mutual_information": 1.5,
-        "feature_std": 0.05,
-        "verdict": "healthy",
-        "prototypes_used": 0.8,
-        "commonest_prototype": 0.02,
-        "rankme": 40.0,
-    }
-    lines: list[dict[str, Any]] = []
-    for step in range(10, 401, 2):
-        lines.append(fed_record(step, step * 30.0 + (3600 if step > 200 else 0), **health))
-        if step % 100 == 0:
-            knn = 0.1 + step / 900
-            lines.append({"step": step, "knn_10": knn - 0.01, "knn_20": knn, "majority": 0.08})
-    reasons = [
-        ("corrupt", "damaged or cut off JPEG: OpenCV finds no whole picture"),
-        ("corrupt", "damaged or cut off JPEG: OpenCV finds no whole picture"),
-        ("missing", "s3://photos/train/{}: there is no such object (404)"),
-        ("corrupt", "0 bytes"),
-        ("too_large", "99887{}66 bytes, more than data.max_object_bytes=67108864"),
-    ]
-    bad = []
-    for i in range(100):
-        status, reason = reasons[i % len(reasons)]
-        key = f"train/2019/archive-of-summer/IMG_{i:06d}.jpg"
-        bad.append({"position": 40 * i, "status": status, "key": key, "reason": reason.format(i)})
-    config = CONFIG | {
-        "name": "photos-vit-s",
-        "recipe": "photos_small",
-        "data": {"path": "s3://photos/train", "max_bad_fraction": 0.01},
-        "train": {"epochs": 40.0, "global_batch_size": 64, "precision": "bf16"},
-    }
-    changed = {
-        "data.path": {"recipe": None, "run": "s3://photos/train"},
-        "train.epochs": {"recipe": 20.0, "run": 40.0},
-        "crops.blur_sigma": {"recipe": [0.1, 0.9], "run": [0.1, 2.0]},
-    }
-    environment = {
-        "python": "3.11.1",
-        "platform": "Linux-6.1-x86_64",
-        "processor": "Xeon",
-        "git_commit": "0123456789abcdef0123456789abcdef01234567",
-        "cuda": "12.8",
-        "packages": {"dinoray": "0.1.0", "ray": "2.60.0", "torch": "2.10.0", "numba": None},
-        "automatic": ["head.out_dim=1024: 4000 images"],
-        "recipe": {"name": "photos_small", "changed": changed},
-        "hardware": group_identical_nodes([{"Alive": True, "Resources": r} for r in (HEAD, GPU, GPU)]),
-    }
-    return make_run(
-        folder,
-        config_dot_yaml=config,
-        metrics_dot_jsonl=jsonl(*lines),
-        quarantine_dot_jsonl=jsonl(*bad),
-        crops_dot_png=png(600, 200, seed=1),
-        attention__step_00000000_dot_png=png(700, 180, seed=2),
-        attention__step_00000400_dot_png=png(700, 180, seed=3),
-        environment_dot_json=environment,
-        evaluation_step_00000400_dot_json={"checkpoint": "step_00000400", "knn_20": 0.481},
-    )
+from dinoray.pipeline.tracking.records import Records, Series
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +121,6 @@ def test_counts_change_at_once() -> None:
 # Bad images
 
 
-def test_the_commonest_kind_comes_first(tmp_path: Path) -> None:
-    bad = [
-        {"position": i, "status": s, "key": f"{i}.jpg"} for i, s in enumerate(["missing", *["too_large"] * 2])
-    ]
-    text = Page(build_report(make_run(tmp_path, quarantine_dot_jsonl=jsonl(*bad)))).text
-    assert text.index("too many bytes2") < text.index("missing1")
-
-
 def test_bad_images_are_summed_up_by_kind(fed: Page) -> None:
     section = fed.text.split("Bad images")[1].split("Scores")[0]
     assert (
@@ -235,68 +133,6 @@ def test_bad_images_are_summed_up_by_kind(fed: Page) -> None:
     assert "too many bytes200.078 %" in section
     assert "Rows of quarantine.jsonl: first 20 of 100" in section
     assert len(fed.all("details")) == 4
-
-
-@pytest.mark.parametrize(
-    ("data", "kind"),
-    [
-        (b"", "empty"),
-        (b"hello, world", "not an image"),
-        (png(8, 8)[:-20], "damaged or cut off PNG"),
-        (png(60, 60), "too large"),
-        (png(2, 60), "too small"),
-    ],
-)
-def test_what_the_decoder_says_is_grouped_by_its_words(data: bytes, kind: str) -> None:
-    with pytest.raises(BadImage) as error:
-        decode(data, max_pixels=3000, min_side=4)
-    assert kind_of("corrupt", error.value.reason) == kind
-
-
-@pytest.mark.parametrize(
-    ("status", "reason", "kind"),
-    [
-        ("corrupt", "null", "empty"),
-        ("corrupt", "shards/a-3.parquet changed after it was listed", "changed file or damaged shard"),
-        ("corrupt", "s3://b/k has 5 bytes, not 7 as listed: list again", "changed file or damaged shard"),
-        ("missing", "/images/a.jpg: No such file or directory", "missing"),
-        ("unreachable", "s3://b/k: gave up after 5 attempts", "unreachable"),
-        ("of another version", "x", "of another version"),
-        (None, None, "None"),
-        (["x"], {"y": 1}, "['x']"),
-    ],
-)
-def test_what_storage_says_is_grouped_by_status(status: Any, reason: Any, kind: str) -> None:
-    assert kind_of(status, reason) == kind
-
-
-def test_many_kinds_are_shown_as_others(tmp_path: Path) -> None:
-    bad = [{"position": i, "status": f"kind {i:02d}", "key": f"{i}.jpg", "reason": ""} for i in range(30)]
-    text = Page(build_report(make_run(tmp_path, quarantine_dot_jsonl=jsonl(*bad)))).text
-    assert "kind 1111" in text.replace(".jpg", "")
-    assert "other kinds1812.jpg" in text
-
-
-@pytest.mark.parametrize(
-    ("bad", "seen", "limit", "told"),
-    [(4, 1000, 0.01, False), (5, 1000, 0.01, True), (50, 999, 0.01, False), (0, 1000, 0.0, False)],
-)
-def test_a_run_near_its_limit_is_told_of(bad: int, seen: int, limit: float, told: bool) -> None:
-    line = near_limit_warning(Share(bad, seen, limit))
-    assert (line is not None) is told
-    assert not told or "0.5 % of the images seen; the run fails above data.max_bad_fraction=0.01." in str(
-        line
-    )
-
-
-@pytest.mark.parametrize("number", [0, 1, 4, 5, 6, 40])
-@pytest.mark.parametrize("end", [b"", b'{"position": 9', b'{"position": 9}'])
-def test_only_the_head_of_a_long_file_is_looked_into(tmp_path: Path, number: int, end: bytes) -> None:
-    lines = b"".join(b'{"position": %d}\n' % i for i in range(number))
-    rows, total = read_head(make_run(tmp_path, a_dot_jsonl=lines + end), "a.jsonl", 5)
-    assert total == number + (end[-1:] == b"}" and number <= 5)
-    assert [row["position"] for row in rows[:5]] == [*range(number), *([9] if end[-1:] == b"}" else [])][:5]
-    assert len(rows) <= 6
 
 
 # Recipe, versions, hardware

@@ -1,0 +1,43 @@
+"""Networks of the smallest run, fresh or after some steps, what they have learnt, and what a step tells."""
+
+from typing import Any
+
+import torch
+from tiny import NUM_IMAGES, tiny_batch, tiny_config
+from torch import Tensor
+
+from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.step import TrainState, build_state, train_step
+
+METRICS = {
+    "loss",
+    "teacher_entropy",
+    "kl",
+    "grad_norm",
+    "lr",
+    "weight_decay",
+    "teacher_momentum",
+    "teacher_temp",
+}
+
+
+def tiny_state(config: DINOConfig | None = None) -> TrainState:
+    return build_state(config or tiny_config(), num_images=NUM_IMAGES)
+
+
+def weights(state: TrainState) -> dict[str, Tensor]:
+    """Everything learnt: student, teacher, centre."""
+    return {name: x.clone() for name, x in state.dino.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def after(steps: int, **changes: dict[str, Any]) -> TrainState:
+    """A run after some steps on the same images."""
+    config = tiny_config(**changes)
+    state = build_state(config, num_images=NUM_IMAGES)
+    for seed in range(steps):
+        train_step(state, tiny_batch(config, seed=seed))
+    return state
