@@ -155,7 +155,10 @@ def run_training(
     channel = RunChannel()
     whole = mend_snapshot(run)
     if whole is not None:
-        text = f"Ray's list of checkpoints was torn by a kill: {len(whole)} whole ones are found and listed again"
+        names = ", ".join(whole) or "none"
+        text = (
+            f"Ray's list of checkpoints was torn by a kill and is written again; whole checkpoints: {names}"
+        )
         on_event(Event("note", {"text": text}), channel)
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")

@@ -165,6 +165,7 @@ def test_another_network_is_refused(world: Path, reference: Path, tmp_path: Path
 
 
 @pytest.mark.ray
+@pytest.mark.nightly  # the job of pack, which is the same, ends so too
 def test_more_bad_images_than_allowed_end_the_job(
     world: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
@@ -202,6 +203,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.slow
+@pytest.mark.nightly  # pack, whose job is the same, goes from S3 to S3 too
 def test_parquet_on_s3_becomes_vectors_on_s3(
     world: Path, store: S3Server, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
@@ -255,6 +257,7 @@ def test_parquet_on_s3_becomes_vectors_on_s3(
 
 @pytest.mark.ray
 @pytest.mark.s3
+@pytest.mark.nightly  # beside the same of a run
 def test_a_forbidden_image_ends_the_job_at_once_with_its_name(
     world: Path, s3: S3Server, tmp_path: Path
 ) -> None:

@@ -192,6 +192,7 @@ def test_a_run_that_loses_a_worker_recovers_by_itself(images: Bucket, reference:
     assert_same_weights(images.final("lost"), images.final(reference))
 
 
+@pytest.mark.nightly  # beside the steps of several processes in tests/pipeline/training
 def test_the_number_of_workers_does_not_change_what_is_learnt(
     images: Bucket, run_here: Callable[..., str]
 ) -> None:
@@ -228,20 +229,22 @@ def test_evaluate_finds_the_accuracy_that_the_run_logged(
     }
 
 
-def test_bad_images_are_replaced_counted_and_named(images: Bucket, run_here: Callable[..., str]) -> None:
+@pytest.fixture(scope="module")
+def spoilt(images: Bucket) -> list[str]:
+    """Overrides that read 32 images, two of which are bad."""
     good = draw_demo_image("dots", "train", 0)
     for i in range(30):
         images.put(f"spoilt/{i:02d}.jpg", draw_demo_image("dots", "train", i))
     images.put("spoilt/cut.jpg", good[: len(good) // 2])
     images.put("spoilt/text.jpg", b"<html>not an image</html>")
-    arguments = images.pretrain_arguments(
-        "spoilt",
-        f"data.path=s3://{images.name}/spoilt",
-        "data.label_from_parent=false",
-        "eval.val_path=null",
-        "train.epochs=2",
-    )
-    run_here("jobs.pretrain", *arguments, "data.max_bad_fraction=0.1")
+    path = f"data.path=s3://{images.name}/spoilt"
+    return [path, "data.label_from_parent=false", "eval.val_path=null", "train.epochs=2"]
+
+
+def test_bad_images_are_replaced_counted_and_named(
+    images: Bucket, spoilt: list[str], run_here: Callable[..., str]
+) -> None:
+    run_here("jobs.pretrain", *images.pretrain_arguments("spoilt", *spoilt), "data.max_bad_fraction=0.1")
     lines = [json.loads(x) for x in images.get("runs/spoilt/quarantine.jsonl").splitlines()]
     names = sorted(x["key"] for x in lines)
     assert names == ["spoilt/cut.jpg"] * 2 + ["spoilt/text.jpg"] * 2  # once per epoch, none twice
@@ -250,8 +253,13 @@ def test_bad_images_are_replaced_counted_and_named(images: Bucket, run_here: Cal
     result = json.loads(images.get("runs/spoilt/result.json"))
     assert result["last"]["bad_images"] == 4
 
-    strict = ["name=strict", "data.max_bad_fraction=0.01"]
-    output = run_here("jobs.pretrain", *arguments, *strict, code=3)
+
+@pytest.mark.nightly  # beside the same of the jobs that write tables, and of Quarantine
+def test_more_bad_images_than_allowed_end_the_run(
+    images: Bucket, spoilt: list[str], run_here: Callable[..., str]
+) -> None:
+    strict = images.pretrain_arguments("strict", *spoilt, "data.max_bad_fraction=0.01")
+    output = run_here("jobs.pretrain", *strict, code=3)
     assert "error: " in output
     assert "max_bad_fraction=0.01" in output
     assert "Traceback" not in output

@@ -63,6 +63,7 @@ def test_a_run_that_collapses_is_stopped_with_its_verdict_and_remedy(
     assert "uniform collapse" in report
 
 
+@pytest.mark.nightly  # but for the flag, as the test before
 def test_a_collapse_is_only_told_of_unless_asked_to_stop_for(
     images: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
