@@ -69,6 +69,7 @@ def ray_head(
             *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"),
             *(f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}"),
             "--object-store-memory=400000000",
+            "--include-log-monitor=False",  # reads every log for drivers that show none
             *("--min-worker-port=0", "--max-worker-port=0"),  # else a fixed range that may hold our ports
         ],
         env={**variables, **(env or {}), **(head_env or {})},
