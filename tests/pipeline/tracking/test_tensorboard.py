@@ -12,6 +12,7 @@ from run_logs import BLUE, RED, embedding, lines, log_of, log_steps, png_of
 from servers import S3Server
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from dinoray.pipeline.storage.files import Directory
@@ -20,6 +21,13 @@ from dinoray.pipeline.tracking.projector import CONFIG
 from dinoray.pipeline.tracking.prometheus import GAUGES
 from dinoray.pipeline.tracking.run_log import MetricsLog
 from dinoray.pipeline.tracking.scalar_names import GROUPS, group_of
+
+
+@pytest.fixture(autouse=True)
+def _files_are_numbered_from_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that one process begins in one second are read in the order of their names, in which 10 is before 9."""
+    counter = event_file_writer.AtomicCounter(0)
+    monkeypatch.setattr(event_file_writer, "_global_uid", counter)
 
 
 def shown(folder: Path) -> EventMultiplexer:
