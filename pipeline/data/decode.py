@@ -13,7 +13,8 @@ Pixels without a fixed range (float, 32-bit, Lab) are refused. No files, no stor
 
 import contextlib
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -35,7 +36,18 @@ _OPENCV_MODES = {"1", "L", "RGB", "CMYK", "I;16", "I;16B"}
 _PILLOW_MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
 _BACKGROUND = (255, 255, 255)
 
+MAX_SCANS = 500
+"""Maximum scans of a JPEG, as libjpeg-turbo advises; encoders write about ten."""
+MAX_SCANNED_PIXELS = 2_000_000_000
+"""Maximum of pixels times scans of a JPEG, some seconds of work: each scan may visit every pixel, in a few bytes.
+
+A limit of time instead would make it depend on the load of the machine which images a run learns from.
+"""
+
 _EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
+_SOF0, _SOF1, _SOS, _EOI = 0xC0, 0xC1, 0xDA, 0xD9
+_NO_FRAME_HEADERS = (0xC4, 0xC8, 0xCC)  # tables among the markers of frame headers
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # among coded pixels, without restart markers
 _TURNS: dict[int, Callable[[Any], Any]] = {
     2: lambda p: cv2.flip(p, 1),
     3: lambda p: cv2.rotate(p, cv2.ROTATE_180),
@@ -64,6 +76,8 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
     header = _read_header(data)
     width, height = header.size
     check_size(width, height, max_pixels=max_pixels, min_side=min_side)
+    if header.format in ("JPEG", "MPO"):
+        check_scans(data, width, height)
     if header.format == "JPEG2000" and _stops_between_tiles(data):
         raise BadImage("cut off JPEG2000: no end of codestream")
     try:
@@ -84,6 +98,39 @@ def check_size(width: int, height: int, *, max_pixels: int, min_side: int) -> No
         raise BadImage(f"too large: {width}x{height} pixels, max_pixels={max_pixels}")
     if min(width, height) < min_side:
         raise BadImage(f"too small: {width}x{height} pixels, min_side={min_side}")
+
+
+def check_scans(data: bytes, width: int, height: int) -> None:
+    """Raise BadImage if a JPEG of this size has more than MAX_SCANS scans, or too many for its pixels."""
+    most = max(1, min(MAX_SCANS, MAX_SCANNED_PIXELS // (width * height)))
+    found = count_scans(data)
+    if found > most:
+        raise BadImage(f"too many scans: {found} of {width}x{height} pixels, at most {most}")
+
+
+def count_scans(data: bytes) -> int:
+    """Return how often a decoder passes over the pixels of a JPEG: once if its first scan has all of them.
+
+    What follows the end of the picture does not count: a phone may append a film.
+    """
+    place, is_sequential, num_components = 2, False, 0
+    for marker, place in _segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME_HEADERS:
+            is_sequential = marker in (_SOF0, _SOF1)
+            num_components = data[place + 9] if place + 9 < len(data) else 0
+        elif marker == _SOS:
+            if is_sequential and place + 4 < len(data) and data[place + 4] == num_components:
+                return 1
+            break
+    else:
+        return 0
+    num_scans = 0
+    for match in _MARKER.finditer(data, place):
+        marker = match[1][0]
+        if marker == _EOI:
+            break
+        num_scans += marker == _SOS
+    return num_scans
 
 
 def jpeg_orientation(data: bytes) -> int:
@@ -140,18 +187,21 @@ def _has_exif(data: bytes) -> bool:
 
     Most files have none, and Pillow is slow to check.
     """
+    return any(data.startswith(_EXIF, place + 4) for _, place in _segments(data))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (marker, place) of the segments of a JPEG up to its first scan, that included."""
     place = 2
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
-        if marker == 0xDA:  # the pixels
-            return False
         if marker == 0xFF:  # a fill byte
             place += 1
             continue
-        if data.startswith(_EXIF, place + 4):
-            return True
+        yield marker, place
+        if marker == _SOS:
+            return
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return False
 
 
 def _opencv_is_right(header: Image.Image) -> bool:

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dinoray.pipeline.data.decode import BadImage, check_size, decode, jpeg_orientation, turn_upright
+from dinoray.pipeline.data.decode import (
+    BadImage,
+    check_scans,
+    check_size,
+    decode,
+    jpeg_orientation,
+    turn_upright,
+)
 
 try:
     import simplejpeg
@@ -105,6 +112,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) 
             space = ""  # decode() then raises the reason
         if space in ("YCbCr", "Gray"):
             check_size(width, height, max_pixels=max_pixels, min_side=min_side)
+            check_scans(data, width, height)
             orientation = jpeg_orientation(data)
             if orientation >= 5:
                 width, height = height, width
