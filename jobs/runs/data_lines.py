@@ -1,11 +1,15 @@
 """Lines for a person: what lies at `data.path`, and on which images a run is evaluated."""
 
+from collections.abc import Sequence
+
 import pyarrow.compute as pc
 
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.worker.inputs import Inputs
+
+_MOST_NAMES = 5
 
 
 def describe_data(images: Source) -> str:
@@ -26,9 +30,19 @@ def describe_data(images: Source) -> str:
         folders = _count(pc.count_distinct(labels).as_py(), "class folder")
         outside = f" ({labels.null_count} outside of them)" if labels.null_count else ""
         where += f" in {folders}{outside}"
+    if manifest.damaged:
+        notes.append(
+            f"{_count(len(manifest.damaged), 'damaged Parquet file')} left out: {_names(manifest.damaged)}"
+        )
     if manifest.num_ignored:
         notes.append(f"{_count(manifest.num_ignored, 'other file')} ignored")
     return f"data: {_count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
+
+
+def _names(keys: Sequence[str]) -> str:
+    """The first few."""
+    more = f" and {len(keys) - _MOST_NAMES} more" if len(keys) > _MOST_NAMES else ""
+    return ", ".join(keys[:_MOST_NAMES]) + more
 
 
 def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:

@@ -87,7 +87,8 @@ class Manifest:
 
     `root` is the address that keys are relative to (`s3://bucket` or a folder). `num_ignored` counts listed
     objects that are no images. `listed_as` has the config values that determine the table, `detected` the
-    values found for its auto settings, `notes` messages about them.
+    values found for its auto settings, `notes` messages about them. `damaged` are keys of Parquet shards that
+    could not be read and are left out.
     """
 
     table: pa.Table
@@ -97,6 +98,7 @@ class Manifest:
     listed_as: dict[str, Any]
     detected: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
 
     def settle(self, config: DataConfig) -> DataConfig:
         """Return `config` with its auto settings replaced by the values of this manifest."""
@@ -142,6 +144,7 @@ class Manifest:
             "listed_as": self.listed_as,
             "detected": self.detected,
             "notes": self.notes,
+            "damaged": self.damaged,
         }
         sink = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({_METADATA: json.dumps(about)})
@@ -176,7 +179,8 @@ class Manifest:
                 )
         table = table.replace_schema_metadata(None)
         kept = (table, about["kind"], about["root"], about["num_ignored"])
-        return cls(*kept, listed, detected, tuple(about.get("notes", ())))
+        lists = (tuple(about.get(name, ())) for name in ("notes", "damaged"))
+        return cls(*kept, listed, detected, *lists)
 
 
 def load_or_build(
@@ -202,7 +206,7 @@ def load_or_build(
 def build_manifest(config: DataConfig) -> Manifest:
     """List `config.path` (all pages, all folders), keep images by name, and sort by key.
 
-    Raises DataError if there are no images, listing fails, or a Parquet shard is damaged. Raises ConfigError
+    Raises DataError if there are no images, listing fails, or most Parquet shards are damaged. Raises ConfigError
     if image objects and Parquet shards are mixed, or a column or option does not fit the data.
     """
     listing = list_entries(config.path, attempts=config.fetch_attempts)
@@ -231,13 +235,14 @@ def build_manifest(config: DataConfig) -> Manifest:
         )
     if num_shards:
         num_ignored += len(found["bare"])
-        table, detected, notes = _row_groups(config, path, listing.root, found["parquet"].table())
+        table, detected, notes, damaged = _row_groups(config, path, listing.root, found["parquet"].table())
     else:
         table = pa.concat_tables([found["image"].table(), found["bare"].table()])
-        table, detected, notes = _images(config, path, table, num_ignored)
+        table, detected, notes, damaged = _images(config, path, table, num_ignored)
     notes += note_on_parts(parts, path, labelled=any(note.startswith("labels ") for note in notes))
     kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
-    manifest = Manifest(table, kind, listing.root, num_ignored, _listed_as(config), detected, tuple(notes))
+    about = (_listed_as(config), detected, tuple(notes), tuple(damaged))
+    manifest = Manifest(table, kind, listing.root, num_ignored, *about)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -247,8 +252,8 @@ def _sorted(table: pa.Table, *columns: str) -> pa.Table:
     return table.sort_by([(column, "ascending") for column in columns]).combine_chunks()
 
 
-_Found = tuple[pa.Table, dict[str, Any], list[str]]
-"""A manifest's table, the detected values, and notes on them."""
+_Found = tuple[pa.Table, dict[str, Any], list[str], list[str]]
+"""A manifest's table, the detected values, notes on them, and the damaged shards."""
 
 
 def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) -> _Found:
@@ -276,11 +281,11 @@ def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) ->
             pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
         )
         table = table.set_column(table.schema.get_field_index("label"), "label", labels)
-    return _sorted(table, "key"), detected, notes
+    return _sorted(table, "key"), detected, notes, []
 
 
 def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table) -> _Found:
-    table, columns, from_folders = list_row_groups(
+    table, columns, from_folders, damaged = list_row_groups(
         _sorted(shards, "key"),
         path=path,
         root=root,
@@ -294,6 +299,7 @@ def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table) -> _
         table,
         {name: value for name, value in detected.items() if getattr(config, name) == AUTO},
         columns.notes,
+        damaged,
     )
 
 

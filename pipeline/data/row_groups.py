@@ -4,7 +4,7 @@ Stands between the listing of shards and the manifest. Reads footers; reads rows
 ambiguous. No Ray here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +53,8 @@ class RowGroups(NamedTuple):
     table: pa.Table
     columns: Columns
     from_folders: bool
+    damaged: list[str]
+    """Keys of the shards that are left out."""
 
 
 def list_row_groups(
@@ -60,16 +62,25 @@ def list_row_groups(
 ) -> RowGroups:
     """Return the row groups of `shards`, a table sorted by key: key, size, etag and label (from its folders).
 
-    Reads `concurrency` footers at a time. Raises ConfigError if a column or setting does not fit the shards,
-    and DataError if they hold no rows.
+    Reads `concurrency` footers at a time. A damaged shard is left out. Raises ConfigError
+    if a column or setting does not fit the shards, and DataError if they hold no rows or most are damaged.
     """
     from_folders = _is_labelled_by_folders(shards, path, asked)
     rows = shards.to_pylist()
+    damaged: dict[str, CorruptShard] = {}
 
-    def footer_of(shard: dict[str, Any]) -> PartFooter:
-        return read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"], attempts=attempts)
+    def footer_of(shard: dict[str, Any]) -> PartFooter | None:
+        try:
+            return read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"], attempts=attempts)
+        except CorruptShard as error:
+            damaged[shard["key"]] = error
+            return None
 
-    first = footer_of(rows[0])
+    number, first = next(
+        ((i, footer) for i, shard in enumerate(rows) if (footer := footer_of(shard))), (len(rows), None)
+    )
+    if first is None:
+        raise _too_many_damaged(damaged, len(rows), path)
     if from_folders and asked.label == AUTO:
         asked = asked._replace(label=None)
     elif asked.label not in (AUTO, None, *first.schema.names) and not shards["label"].null_count:
@@ -77,13 +88,15 @@ def list_row_groups(
             f"data.label_column={asked.label!r}: {first.uri} has no such column, but lies in a folder of a label; "
             "set data.label_from_parent=true and leave out data.label_column"
         )
-    columns = _columns(first, rows[0]["size"], asked, attempts)
+    columns = _columns(first, rows[number]["size"], asked, attempts)
     if from_folders:
         columns.notes.append("labels from folder names; data.label_from_parent=false ignores them")
     others = [column for column in (columns.key, columns.label) if column is not None]
 
     def read(shard: dict[str, Any]) -> list[tuple[dict[str, Any], ColumnFacts]]:
-        footer = first if shard is rows[0] else footer_of(shard)
+        footer = first if shard is rows[number] else footer_of(shard)
+        if footer is None:
+            return []
         found = []
         for group in row_groups(footer, image_column=columns.image, other_columns=others):
             labels = (
@@ -94,17 +107,26 @@ def list_row_groups(
 
     with ThreadPoolExecutor(concurrency) as pool:
         try:
-            found = [group for part in pool.map(read, rows) for group in part]
+            found = [group for part in pool.map(read, rows[number:]) for group in part]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # stop reading after the first damaged shard
+            pool.shutdown(wait=False, cancel_futures=True)  # stop reading after the first error
             raise
+    if len(damaged) > len(rows) / 2:
+        raise _too_many_damaged(damaged, len(rows), path)
     if not found:
         raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows")
     if asked.label == AUTO and columns.label is not None:
         columns = _without_useless_label(columns, [labels for _, labels in found])
     schema = _TABLE.append(shards.schema.field("label")) if from_folders else _TABLE
-    return RowGroups(
-        pa.Table.from_pylist([group for group, _ in found], schema=schema), columns, from_folders
+    table = pa.Table.from_pylist([group for group, _ in found], schema=schema)
+    return RowGroups(table, columns, from_folders, sorted(damaged))
+
+
+def _too_many_damaged(damaged: Mapping[str, CorruptShard], num_shards: int, path: str) -> DataError:
+    """Return the error for a data set most of whose shards are damaged, with the reason for the first."""
+    return DataError(
+        f"{len(damaged)} of {num_shards} Parquet shards under {path} are damaged, the first of them: "
+        f"{damaged[min(damaged)]}"
     )
 
 

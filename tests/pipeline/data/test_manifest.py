@@ -213,14 +213,22 @@ def test_one_parquet_file_is_a_data_set_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1", b"x" * 5000, "cut", "flipped"], ids=str)
-def test_a_damaged_shard_is_named(tmp_path: Path, damage: bytes | str) -> None:
+def test_a_damaged_shard_is_left_out_and_named_unless_most_are(tmp_path: Path, damage: bytes | str) -> None:
     good = parquet({"image": [b"1" * 500]})
     damaged = good[: len(good) // 2] if damage == "cut" else good[:-60] + b"\xff" * 52 + good[-8:]
-    write_all(
-        tmp_path, {"good.parquet": good, "bad.parquet": damage if isinstance(damage, bytes) else damaged}
-    )
-    with pytest.raises(DataError, match=rf"{tmp_path}/bad\.parquet is not a readable Parquet file"):
+    bad = damage if isinstance(damage, bytes) else damaged
+    write_all(tmp_path, {"good.parquet": good, "bad.parquet": bad})
+    manifest = build_manifest(DataConfig(path=str(tmp_path)))
+    assert keys_of(manifest) == ["good.parquet"]
+    assert manifest.damaged == ("bad.parquet",)
+    assert Manifest.from_bytes(manifest.to_bytes(), DataConfig(path=str(tmp_path))) == manifest
+
+    write_all(tmp_path, {"worse.parquet": bad})
+    says = rf"2 of 3 .* are damaged, .*{tmp_path}/bad\.parquet is not a readable Parquet file.*remove it$"
+    with pytest.raises(DataError, match=says):
         build_manifest(DataConfig(path=str(tmp_path)))
+    (tmp_path / "worse.parquet").unlink()  # as it says
+    assert build_manifest(DataConfig(path=str(tmp_path))).num_images == 1
 
 
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
@@ -348,7 +356,9 @@ def test_an_s3_path_may_name_one_object(s3: S3Server, bucket: str) -> None:
     put_all(s3, bucket, {"shards/a.parquet": parquet({"image": [b"1"] * 3}), "shards/b.parquet": b"bad"})
     manifest = build_manifest(DataConfig(path=f"s3://{bucket}/shards/a.parquet"))
     assert keys_of(manifest) == ["shards/a.parquet", "shards/a.parquet"]
-    with pytest.raises(DataError, match=rf"s3://{bucket}/shards/b\.parquet is not a readable Parquet file"):
+    with pytest.raises(
+        DataError, match=rf"1 of 1 .*s3://{bucket}/shards/b\.parquet is not a readable Parquet file"
+    ):
         build_manifest(DataConfig(path=f"s3://{bucket}/shards"))
 
 
