@@ -32,7 +32,9 @@ from dinoray.pipeline.worker.config import Config
 if TYPE_CHECKING:
     from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
-_NOT_IN_ROWS = {"fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction"}
+_NOT_IN_ROWS = {
+    *("fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction", "on_change"),
+}
 """Settings of `data` that do not change what is written."""
 
 

@@ -41,9 +41,9 @@ class PartFooter(NamedTuple):
     metadata: pq.FileMetaData
 
 
-def read_footer(uri: str, num_bytes: int, *, attempts: int = 5) -> PartFooter:
+def read_footer(uri: str, num_bytes: int, *, attempts: int = 5, etag: str | None = None) -> PartFooter:
     """Read the footer of one shard: one ranged GET on S3. Raises CorruptShard if it is not a Parquet file."""
-    with _open_shard(uri, num_bytes, attempts) as shard:
+    with _open_shard(uri, num_bytes, attempts, etag) as shard:
         return PartFooter(uri, shard.schema_arrow, shard.metadata)
 
 
@@ -112,13 +112,16 @@ def read_row_group(
     image_column: str,
     other_columns: Sequence[str],
     attempts: int = 5,
+    etag: str | None = None,
+    metadata: pq.FileMetaData | None = None,
 ) -> pa.Table:
     """Read columns of one row group: `image_column` as plain (large) binary, the others as text.
 
-    Raises MissingObject, Unreachable or DataError from the store, and CorruptShard if the bytes cannot be
-    parsed.
+    With `metadata` from the shard's footer, the footer is not read again. An object on S3 must have the ETag
+    `etag`, if one is given. Raises MissingObject, Unreachable or
+    DataError from the store, and CorruptShard if the bytes cannot be parsed.
     """
-    with _open_shard(uri, num_bytes, attempts) as shard:
+    with _open_shard(uri, num_bytes, attempts, etag, metadata) as shard:
         table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
         images = table[image_column]
         if pa.types.is_struct(images.type):
@@ -168,14 +171,21 @@ class RowGroupCache:
 
 
 @contextmanager
-def _open_shard(uri: str, num_bytes: int, attempts: int) -> Iterator[pq.ParquetFile]:
+def _open_shard(
+    uri: str,
+    num_bytes: int,
+    attempts: int,
+    etag: str | None = None,
+    metadata: pq.FileMetaData | None = None,
+) -> Iterator[pq.ParquetFile]:
     try:
         if is_s3(uri):
-            source = ObjectFile(*split_s3_uri(uri), num_bytes, attempts=attempts)
+            source = ObjectFile(*split_s3_uri(uri), num_bytes, attempts=attempts, etag=etag)
         else:
             source = pa.OSFile(uri)
         # pre_buffer joins the column chunks of a row group into few large reads.
-        with source, pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as shard:
+        options: dict[str, Any] = {"pre_buffer": True, "page_checksum_verification": True}
+        with source, pq.ParquetFile(source, metadata=metadata, **options) as shard:
             yield shard
     except FileNotFoundError as error:
         raise MissingObject(f"{uri}: there is no such file") from error

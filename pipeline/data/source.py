@@ -9,19 +9,23 @@ import os
 import posixpath
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
-from dinoray.pipeline.data.parquet import CorruptShard, RowGroupCache, read_row_group
+from dinoray.pipeline.data.parquet import CorruptShard, RowGroupCache, read_footer, read_row_group
 from dinoray.pipeline.storage.files import ChangedObject, MissingObject, ObjectTooLarge, Unreachable
+from dinoray.pipeline.storage.retry import LIST_AGAIN
 from dinoray.pipeline.storage.s3 import is_s3, read_object, s3_client, split_s3_uri
 
 __all__ = ["DataConfig", "Fetched", "Source", "Status"]
@@ -150,7 +154,8 @@ class _Objects:
     def __init__(self, config: DataConfig, manifest: Manifest) -> None:
         self._config = config
         self._manifest = manifest
-        self._keys, self._sizes, self._labels = (manifest.table[name] for name in ("key", "size", "label"))
+        columns = (manifest.table[name] for name in ("key", "size", "etag", "label"))
+        self._keys, self._sizes, self._etags, self._labels = columns
         self.num_images = manifest.num_images
         self._read = self._read_s3 if is_s3(manifest.root) else self._read_file
 
@@ -167,16 +172,20 @@ class _Objects:
             reason = f"{self._sizes[index].as_py()} bytes, more than data.max_object_bytes={limit}"
             return Fetched(key, None, label, Status.TOO_LARGE, reason)
         try:
-            data = self._read(key, limit)
+            data = self._read(index, limit)
         except tuple(_BAD_IMAGE) as error:
             return Fetched(key, None, label, _BAD_IMAGE[type(error)], str(error))
         return _whole(key, data, label, limit)
 
-    def _read_s3(self, key: str, limit: int) -> bytes:
+    def _read_s3(self, index: int, limit: int) -> bytes:
         bucket, _ = split_s3_uri(self._manifest.root)
-        return read_object(bucket, key, max_bytes=limit, attempts=self._config.fetch_attempts)
+        etag = _expected_etag(self._config, self._etags[index].as_py())
+        return read_object(
+            bucket, self.key(index), etag=etag, max_bytes=limit, attempts=self._config.fetch_attempts
+        )
 
-    def _read_file(self, key: str, limit: int) -> bytes:
+    def _read_file(self, index: int, limit: int) -> bytes:
+        key, listed = self.key(index), self._sizes[index].as_py()
         path = self._manifest.uri(key)
         if posixpath.isabs(key) or ".." in key.split("/"):
             raise MissingObject(f"{key!r} leads out of {self._manifest.root}")
@@ -185,9 +194,23 @@ class _Objects:
                 size = os.fstat(file.fileno()).st_size
                 if size > limit:
                     raise ObjectTooLarge(f"{path} holds {size} bytes, more than {limit}")
+                # Not by its time, which differs between copies on several nodes.
+                if size != listed and self._config.on_change == "bad":
+                    raise ChangedObject(f"{path} has {size} bytes, not {listed} as listed; {LIST_AGAIN}")
                 return file.read()
         except OSError as error:
             raise MissingObject(f"{path}: {error.strerror or error}") from error
+
+
+def _expected_etag(config: DataConfig, listed: str | None) -> str | None:
+    """Return the ETag that an object must have to be read, None for any."""
+    return listed if listed and config.on_change == "bad" else None
+
+
+_FOOTERS = 256
+"""Footers of shards that each process keeps."""
+_MOST_DAMAGES = 4
+"""Kinds of damage to one row group after which it is given up."""
 
 
 class _Rows:
@@ -204,6 +227,9 @@ class _Rows:
         starts = np.r_[0, self._ends[:-1]]
         self._shard_starts = np.maximum.accumulate(np.where(first_of_shard, starts, 0))
         self._cache = RowGroupCache(config.row_group_cache_bytes)
+        self._footer = lru_cache(_FOOTERS)(self._read_footer)
+        self._reading: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+        self._reading_lock = threading.Lock()
 
     def key(self, index: int) -> str:
         return self._name(index, self._group_of(index))
@@ -238,19 +264,40 @@ class _Rows:
 
     def _table(self, group: int) -> pa.Table | DataError:
         """Return the rows of a group, from the cache or the shard, or the error that all its images share."""
-        table = self._cache.get(group)
-        if table is not None:
-            return table
+        with self._reading_lock:
+            reading = self._reading[group]
+        try:
+            with reading:  # who asks meanwhile waits, and does not read it too
+                table = self._cache.get(group)
+                return self._read_again_if_damaged(group) if table is None else table
+        finally:
+            with self._reading_lock:
+                self._reading.pop(group, None)
+
+    def _read_again_if_damaged(self, group: int) -> pa.Table | DataError:
+        """As `_read`. Bytes may be damaged on their way: damage counts once another attempt has found the same."""
+        seen: set[str] = set()
+        while True:
+            found = self._read(group)
+            if not isinstance(found, CorruptShard) or str(found) in seen or len(seen) == _MOST_DAMAGES:
+                return found
+            seen.add(str(found))
+            self._footer.cache_clear()  # it may be what is damaged
+
+    def _read(self, group: int) -> pa.Table | DataError:
         about = self._groups[group]
+        uri = self._manifest.uri(about["key"])
         columns = (self._config.key_column, self._config.label_column)
         try:
             table = read_row_group(
-                self._manifest.uri(about["key"]),
+                uri,
                 about["size"],
                 about["row_group"],
                 image_column=self._config.image_column,
                 other_columns=[column for column in columns if column is not None],
                 attempts=self._config.fetch_attempts,
+                etag=_expected_etag(self._config, about["etag"]),
+                metadata=self._footer(uri, about["size"], about["etag"]),
             )
         except tuple(_BAD_IMAGE) as error:
             return error
@@ -258,6 +305,10 @@ class _Rows:
             return CorruptShard(f"{about['key']} changed after it was listed")
         self._cache.put(group, table)
         return table
+
+    def _read_footer(self, uri: str, num_bytes: int, etag: str) -> pq.FileMetaData:
+        expected = _expected_etag(self._config, etag)
+        return read_footer(uri, num_bytes, attempts=self._config.fetch_attempts, etag=expected).metadata
 
     def _row(self, index: int, group: int, table: pa.Table | DataError) -> Fetched:
         name = self._name(index, group)

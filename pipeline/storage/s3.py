@@ -6,10 +6,12 @@ request goes through `retrying`. No images, no run directories and no Ray here.
 """
 
 import contextlib
+import hashlib
 import io
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -32,6 +34,11 @@ READ_SECONDS = 20.0
 """Longest pause within a response; after it the request fails and is retried."""
 MAX_CONNECTIONS = 512
 """Largest number of open connections; at least the number of requests that a source may have in flight."""
+
+_ENOUGH_OTHERS = 8
+"""Objects of a bucket whose ETags look like an MD5 and are none after which no other is expected to be."""
+_md5_etags: dict[str, int] = {}
+"""Bucket -> 1 if an ETag has been the MD5 of its object, else minus the number of those that were not."""
 
 _clients: dict[tuple[Any, ...], Any] = {}
 _clients_lock = threading.Lock()
@@ -113,25 +120,31 @@ def read_object(
     *,
     byte_range: tuple[int, int] | None = None,
     listed_bytes: int | None = None,
+    etag: str | None = None,
     max_bytes: int | None = None,
     attempts: int = 5,
 ) -> bytes:
     """Return the bytes of one object, or its bytes [first, last], both included; retry the whole GET.
 
     Raises MissingObject, Unreachable or DataError. Before reading the body, raises ObjectTooLarge if its
-    length is over `max_bytes`, and ChangedObject if the object of a range no longer has `listed_bytes` in
-    total.
+    length is over `max_bytes`, and ChangedObject if the object no longer has the ETag `etag`, or that of a
+    range no longer `listed_bytes` in total. A whole body is compared with the ETag where that is its MD5.
     """
     client = s3_client()
     uri = f"s3://{bucket}/{key}"
     extra = {"Range": f"bytes={byte_range[0]}-{byte_range[1]}"} if byte_range else {}
 
+    seen: set[str] = set()
+
     def get() -> bytes:
         response = client.get_object(Bucket=bucket, Key=key, **extra)
+        found = response.get("ETag", "").strip('"')
         with contextlib.closing(response["Body"]) as body:
             length = response.get("ContentLength")
             if max_bytes is not None and length is not None and length > max_bytes:
                 raise ObjectTooLarge(f"{uri} holds {length} bytes, more than {max_bytes}")
+            if etag and found and found != etag:
+                raise ChangedObject(f"{uri} was overwritten after it was listed; {LIST_AGAIN}")
             total = response.get("ContentRange", "").rpartition("/")[2]
             if listed_bytes is not None and total.isdigit() and int(total) != listed_bytes:
                 raise ChangedObject(f"{uri} has {total} bytes, not {listed_bytes} as listed; {LIST_AGAIN}")
@@ -139,9 +152,43 @@ def read_object(
         expected = byte_range[1] - byte_range[0] + 1 if byte_range else length
         if expected is not None and len(data) != expected:
             raise botocore.exceptions.IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
+        if not byte_range and _may_be_md5(bucket, found, response):
+            _compare(data, found, seen, bucket=bucket, uri=uri)
         return data
 
     return retrying(get, what=uri, attempts=attempts)
+
+
+def _compare(data: bytes, etag: str, seen: set[str], *, bucket: str, uri: str) -> None:
+    """Compare a body with the MD5 in its ETag. `seen` holds the digests of earlier attempts.
+
+    Raises botocore's ChecksumError, which is retried, and ChangedObject for the same wrong body twice. Unless no
+    ETag of the bucket has been an MD5 so far: then that of this store is something else.
+    """
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if digest == etag:
+        _md5_etags[bucket] = 1
+    elif digest not in seen:
+        seen.add(digest)
+        raise botocore.exceptions.ChecksumError(
+            checksum_type="md5", expected_checksum=etag, actual_checksum=digest
+        )
+    elif _md5_etags.get(bucket, 0) > 0:
+        raise ChangedObject(f"{uri} is damaged: its MD5 is {digest}, not its ETag {etag}; upload it again")
+    else:
+        _md5_etags[bucket] = _md5_etags.get(bucket, 0) - 1
+
+
+def _may_be_md5(bucket: str, etag: str, response: Mapping[str, Any]) -> bool:
+    """Return True if the ETag of an answer may be the MD5 of its body: as of objects in one part, unless encrypted with
+    a key of AWS KMS or of the customer."""
+    if _md5_etags.get(bucket, 0) <= -_ENOUGH_OTHERS:
+        return False
+    if response.get("SSECustomerAlgorithm") or str(response.get("ServerSideEncryption", "")).startswith(
+        "aws:kms"
+    ):
+        return False
+    return re.fullmatch("[0-9a-f]{32}", etag) is not None
 
 
 def list_pages(
@@ -166,9 +213,12 @@ class ObjectFile(io.RawIOBase):
     `num_bytes` is the listed size, so opening needs no request.
     """
 
-    def __init__(self, bucket: str, key: str, num_bytes: int, *, attempts: int = 5) -> None:
+    def __init__(
+        self, bucket: str, key: str, num_bytes: int, *, attempts: int = 5, etag: str | None = None
+    ) -> None:
         super().__init__()
         self._bucket, self._key, self._num_bytes, self._attempts = bucket, key, num_bytes, attempts
+        self._etag = etag
         self._position = 0
 
     def readable(self) -> bool:
@@ -194,6 +244,7 @@ class ObjectFile(io.RawIOBase):
             self._key,
             byte_range=(self._position, end - 1),
             listed_bytes=self._num_bytes,
+            etag=self._etag,
             attempts=self._attempts,
         )
         self._position = end

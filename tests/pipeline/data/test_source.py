@@ -11,20 +11,12 @@ import pytest
 from faults import FaultProxy
 from samples import hostile_entries, needs_hostile, parquet, put_all, write_all
 from servers import ACCESS_KEY, SECRET_KEY, S3Server, aws_environment, use_aws
-from sources import fetch_all, source_of
+from sources import IMAGES, as_shard, fetch_all, source_of
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
 from dinoray.pipeline.data.source import Fetched, Source, Status
 from dinoray.pipeline.storage import s3 as s3_module
-
-IMAGES = {f"{label}/{n}.jpg": random.Random(label).randbytes(500 + n) for label in "ab" for n in range(9)}
-
-
-def as_shard(images: dict[str, bytes], *, row_group_size: int = 4) -> bytes:
-    labels = [key.split("/")[0] for key in images]
-    columns = {"unused": labels, "name": list(images), "jpeg": list(images.values()), "class": labels}
-    return parquet(columns, row_group_size=row_group_size)
 
 
 @pytest.mark.s3
