@@ -25,7 +25,7 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.parquet import CorruptShard, RowGroupCache, read_footer, read_row_group
 from dinoray.pipeline.storage.files import ChangedObject, MissingObject, ObjectTooLarge, Unreachable
-from dinoray.pipeline.storage.retry import LIST_AGAIN
+from dinoray.pipeline.storage.retry import LIST_AGAIN, retrying
 from dinoray.pipeline.storage.s3 import is_s3, read_object, s3_client, split_s3_uri
 
 __all__ = ["DataConfig", "Fetched", "Source", "Status"]
@@ -189,7 +189,8 @@ class _Objects:
         path = self._manifest.uri(key)
         if posixpath.isabs(key) or ".." in key.split("/"):
             raise MissingObject(f"{key!r} leads out of {self._manifest.root}")
-        try:
+
+        def read() -> bytes:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > limit:
@@ -198,6 +199,9 @@ class _Objects:
                 if size != listed and self._config.on_change == "bad":
                     raise ChangedObject(f"{path} has {size} bytes, not {listed} as listed; {LIST_AGAIN}")
                 return file.read()
+
+        try:
+            return retrying(read, what=path, attempts=self._config.fetch_attempts)
         except OSError as error:
             raise MissingObject(f"{path}: {error.strerror or error}") from error
 

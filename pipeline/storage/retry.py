@@ -1,21 +1,24 @@
 """One policy for failed requests to an object store: which are retried and which end the run.
 
-Every request to S3 in this project passes through `retrying`, which repeats the *whole* operation. The S3
-client itself stops retrying once a body starts to arrive, so a truncated body requires that the whole GET is
-repeated. Handles botocore's and urllib3's exceptions; no client, no bucket and no Ray here.
+Every request to S3 in this project, and every read of an image on a disk, passes through `retrying`, which
+repeats the *whole* operation. The S3 client itself stops retrying once a body starts to arrive, so a truncated
+body requires that the whole GET is repeated. Handles botocore's and urllib3's exceptions; no client, no bucket
+and no Ray here.
 
-    transient   5xx, throttling, timeouts, broken connections, short or damaged bodies
+    transient   5xx, throttling, timeouts, broken connections, short or damaged bodies; on disks and network
+                file systems: no free descriptors, input or output errors, stale handles
                 -> retried after a random pause; Unreachable when no attempts are left
     missing     the object does not exist                              -> MissingObject, at once
     permanent   403, no such bucket, bad or expired credentials, ...   -> DataError, at once
 """
 
+import errno
 import http.client
 import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import urllib3.exceptions
 from botocore import exceptions as boto
@@ -67,6 +70,9 @@ _TRANSIENT_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
+_TRANSIENT_NUMBERS = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ENOBUFS}
+)
 _CREDENTIAL_ERRORS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -110,25 +116,38 @@ def retrying(
 
     The pause after attempt i (from 0) is uniform in [0, min(max_seconds, base_seconds * 2**i)] ("full
     jitter": actors that failed together do not retry together). Raises MissingObject, Unreachable or
-    DataError as in the module's table. Any other exception is a bug and is not caught.
+    DataError as in the module's table. Any other exception is not caught: other errors of a disk are the caller's.
     """
     for attempt in range(attempts):
         try:
             return operation()
-        except (boto.ClientError, boto.BotoCoreError, *_TRANSIENT_ERRORS) as error:
-            permanent = _permanent(error, what)
+        except (boto.ClientError, boto.BotoCoreError, *_TRANSIENT_ERRORS, OSError) as error:
+            if _is_of_a_disk(error) and error.errno not in _TRANSIENT_NUMBERS:
+                raise
+            permanent = None if _is_of_a_disk(error) else _permanent(error, what)
             if permanent is not None:
                 raise permanent from error
             reason = _one_line(error)
             if attempt + 1 == attempts:
                 raise Unreachable(
-                    f"{what}: failed after {attempts} attempts, the last with {reason}; "
-                    "check the network, AWS_ENDPOINT_URL and the store's load"
+                    f"{what}: failed after {attempts} attempts, the last with {reason}; {_remedy(error)}"
                 ) from error
             pause = rng() * min(max_seconds, base_seconds * 2**attempt)
             logger.debug("%s: %s; attempt %d of %d in %.2f s", what, reason, attempt + 2, attempts, pause)
             sleep(pause)
     raise ValueError(f"attempts={attempts} must be at least 1")
+
+
+def _is_of_a_disk(error: Exception) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and not isinstance(error, _TRANSIENT_ERRORS)
+
+
+def _remedy(error: Exception) -> str:
+    if not _is_of_a_disk(error):
+        return "check the network, AWS_ENDPOINT_URL and the store's load"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    return "check the disk, or the server of this network file system"
 
 
 def _permanent(error: Exception, what: str) -> DataError | None:

@@ -1,6 +1,9 @@
 """Bytes are those that were listed: overwritten objects are noticed, damage on the way is read again, groups once."""
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.config import Config
 from faults import FaultProxy
+from paths import ROOT, SUPPORT
 from samples import put_all, write_all
 from servers import S3Server
 from sources import IMAGES, as_shard, fetch_all, source_of
@@ -118,6 +122,34 @@ def test_etags_that_are_no_md5_cost_a_few_requests_and_no_image(
     for index in range(12):
         assert source.fetch([index])[0].status == Status.OK
     assert proxy.count("^GET ") == before + 2 * storage._ENOUGH_OTHERS + (12 - storage._ENOUGH_OTHERS)
+
+
+# Disks
+
+EXHAUSTED = """
+import os, resource, sys, threading
+from sources import source_of
+
+source = source_of(sys.argv[1], fetch_attempts=100)
+source.fetch([0])  # what is imported at first use is there
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+held = []
+try:
+    while True:
+        held.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+threading.Timer(1.0, lambda: [os.close(number) for number in held]).start()
+print(*(fetched.status.name for fetched in source.fetch(range(source.num_images))))
+"""
+
+
+def test_images_wait_for_free_descriptors(tmp_path: Path) -> None:
+    write_all(tmp_path, {f"{i}.jpg": b"x" for i in range(20)})
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
+    command = [sys.executable, "-c", EXHAUSTED, str(tmp_path)]
+    output = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=True)
+    assert output.stdout.decode().split() == 20 * ["OK"]
 
 
 # Row groups

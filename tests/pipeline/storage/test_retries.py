@@ -1,6 +1,8 @@
 """The retry policy by itself: what is tried again, how often, after which pauses, and what ends it at once."""
 
+import errno
 import random
+import re
 
 import pytest
 from botocore import exceptions as boto
@@ -48,7 +50,31 @@ TRANSIENT = [
     boto.ResponseStreamingError(error="broken"),
     boto.FlexibleChecksumError(error_msg="crc32"),
     ConnectionResetError("reset"),
+    OSError(errno.EIO, "input or output error"),
+    OSError(errno.ESTALE, "stale handle"),
+    OSError(errno.EMFILE, "too many open files"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EMFILE, "raise the limit of open files (ulimit -n)"),
+        (errno.EIO, "check the disk, or the server of"),
+    ],
+)
+def test_a_disk_that_keeps_failing_is_given_up_with_a_remedy_of_its_own(number: int, remedy: str) -> None:
+    operation = Failing(*3 * [OSError(number, "again")])
+    with pytest.raises(Unreachable, match=rf"^/a/b.jpg: failed after 3 attempts, .*; {re.escape(remedy)}"):
+        retrying(operation, what="/a/b.jpg", attempts=3, sleep=lambda seconds: None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR])
+def test_what_a_disk_says_of_one_file_is_raised_as_it_is(number: int) -> None:
+    operation = Failing(OSError(number, "no"))
+    with pytest.raises(OSError, match="no"):
+        retrying(operation, what="/a/b.jpg", sleep=lambda seconds: None)
+    assert operation.calls == 1
 
 
 @pytest.mark.parametrize("error", TRANSIENT, ids=lambda error: type(error).__name__)
