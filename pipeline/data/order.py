@@ -5,12 +5,16 @@ data stream. Within an epoch the order is a seeded permutation, evaluated point 
 in memory, nothing is stored, and position 10^9 costs as much as position 0. No files and no Ray here.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _ROUNDS = 6
+_EPOCHS = 2
+"""Epochs whose order of row groups is kept: a block may lie in two."""
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
@@ -20,22 +24,32 @@ def permute(index: ArrayLike, *, size: int, seed: int) -> NDArray[np.int64]:
     A balanced Feistel network over the next even power of two, applied until the value is in the range (cycle
     walking). It is a bijection by construction, for any round function.
     """
-    x = np.asarray(index, dtype=np.uint64)
+    x = np.asarray(index, dtype=np.int64)
     if x.size and int(x.max()) >= size:
         raise ValueError(f"index={int(x.max())} must be below size={size}")
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    keys = [np.uint64(_splitmix64(seed * _ROUNDS + r + 1)) for r in range(_ROUNDS)]
-    out = x.copy()
-    pending = np.ones(out.shape, dtype=bool)
-    while pending.any():
-        left, right = out[pending] >> half, out[pending] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        walked = (left << half) | right
-        out[pending] = walked
-        pending[pending] = walked >= size
-    return out.astype(np.int64)
+    mask = (1 << half_bits) - 1
+    tables = _round_function(half_bits, seed)
+    out = np.empty(x.size, np.int64)
+    walking, places = x.ravel(), np.arange(x.size)
+    while len(places):
+        left, right = walking >> half_bits, walking & mask
+        for table in tables:
+            left, right = right, left ^ table[right]
+        walking = (left << half_bits) | right
+        has_arrived = walking < size
+        out[places[has_arrived]] = walking[has_arrived]
+        walking, places = walking[~has_arrived], places[~has_arrived]
+    return out.reshape(x.shape)
+
+
+@lru_cache(maxsize=8)
+def _round_function(half_bits: int, seed: int) -> NDArray[np.int64]:
+    """Return each round's function of every half: [rounds, 2**half_bits]. Half of a billion has 15 bits."""
+    halves = np.arange(1 << half_bits, dtype=np.uint64)
+    keys = [np.uint64(_splitmix64(seed * _ROUNDS + number + 1)) for number in range(_ROUNDS)]
+    mask = np.uint64((1 << half_bits) - 1)
+    return np.stack([_mix(halves ^ key) & mask for key in keys]).astype(np.int64)
 
 
 class Order:
@@ -63,7 +77,13 @@ class Order:
         if group_sizes is not None:
             if int(group_sizes.sum()) != num_images:
                 raise ValueError(f"group_sizes sum to {int(group_sizes.sum())}, not num_images={num_images}")
-            self._group_starts = np.concatenate([[0], np.cumsum(group_sizes)])
+            self._group_starts = np.cumsum(group_sizes) - group_sizes
+            sizes = group_sizes.astype(np.int64, copy=False)
+            self._windows = lru_cache(_EPOCHS)(lambda epoch_seed: _windows(sizes, window_groups, epoch_seed))
+
+    def __reduce__(self) -> tuple[Callable[[int], "Order"], tuple[int]]:
+        options: dict[str, Any] = {"group_sizes": self._group_sizes, "window_groups": self._window_groups}
+        return partial(Order, seed=self._seed, **options), (self.num_images,)
 
     def locate(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Map positions (int array, >= 0) to (epochs, image indices), each int64 of the same shape."""
@@ -84,7 +104,7 @@ class Order:
         seed = _splitmix64(self._seed) ^ _splitmix64(~epoch)
         if self._group_sizes is None:
             return permute(ranks, size=self.num_images, seed=seed)
-        groups, row_ends, window_starts = _windows(self._group_sizes.tobytes(), self._window_groups, seed)
+        groups, row_ends, window_starts = self._windows(seed)
         windows = np.searchsorted(window_starts, ranks, side="right") - 1
         images = np.empty_like(ranks)
         for window in np.unique(windows):
@@ -101,12 +121,10 @@ class Order:
         return images
 
 
-@lru_cache(maxsize=4)
 def _windows(
-    group_sizes: bytes, window_groups: int, seed: int
+    sizes: NDArray[np.int64], window_groups: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return one epoch's permuted groups, the cumulative ends of their rows, and window starts plus end."""
-    sizes = np.frombuffer(group_sizes, dtype=np.int64)
     groups = permute(np.arange(len(sizes)), size=len(sizes), seed=seed)
     row_ends = np.cumsum(sizes[groups])
     starts = np.concatenate([[0], row_ends])

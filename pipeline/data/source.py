@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -223,12 +224,16 @@ class _Rows:
     def __init__(self, config: DataConfig, manifest: Manifest) -> None:
         self._config = config
         self._manifest = manifest
-        self._groups = manifest.table.to_pylist()
-        self._ends = np.cumsum([group["num_rows"] for group in self._groups])
+        # Arrays, not Python objects: there may be a million row groups, in each of many actors.
+        self._groups = manifest.table.combine_chunks()
+        self._num_rows, self._num_bytes = (
+            self._groups[name].to_numpy() for name in ("num_rows", "num_bytes")
+        )
+        self._ends = np.cumsum(self._num_rows)
         self.num_images = int(self._ends[-1])
-        shards = np.array([group["key"] for group in self._groups])
-        first_of_shard = np.r_[True, shards[1:] != shards[:-1]]
-        starts = np.r_[0, self._ends[:-1]]
+        shards = self._groups["key"].chunk(0)
+        first_of_shard = np.r_[True, pc.not_equal(shards[1:], shards[:-1]).to_numpy(zero_copy_only=False)]
+        starts = self._ends - self._num_rows
         self._shard_starts = np.maximum.accumulate(np.where(first_of_shard, starts, 0))
         self._cache = RowGroupCache(config.row_group_cache_bytes)
         self._footer = lru_cache(_FOOTERS)(self._read_footer)
@@ -258,10 +263,10 @@ class _Rows:
         wave: list[int] = []
         num_bytes = 0
         for group in dict.fromkeys(groups):
-            num_bytes += self._groups[group]["num_bytes"]
+            num_bytes += int(self._num_bytes[group])
             if wave and num_bytes > self._config.row_group_cache_bytes:
                 yield wave
-                wave, num_bytes = [], self._groups[group]["num_bytes"]
+                wave, num_bytes = [], int(self._num_bytes[group])
             wave.append(group)
         if wave:
             yield wave
@@ -289,7 +294,7 @@ class _Rows:
             self._footer.cache_clear()  # it may be what is damaged
 
     def _read(self, group: int) -> pa.Table | DataError:
-        about = self._groups[group]
+        (about,) = self._groups.slice(group, 1).to_pylist()
         uri = self._manifest.uri(about["key"])
         columns = (self._config.key_column, self._config.label_column)
         try:
@@ -318,12 +323,13 @@ class _Rows:
         name = self._name(index, group)
         if isinstance(table, DataError):
             return Fetched(name, None, None, _BAD_IMAGE[type(table)], str(table))
-        row = index - (int(self._ends[group]) - self._groups[group]["num_rows"])
+        row = index - int(self._ends[group] - self._num_rows[group])
         key, label = (
             table[column][row].as_py() if column is not None else None
             for column in (self._config.key_column, self._config.label_column)
         )
-        label = label or self._groups[group].get("label")  # the label of the shard's folder
+        if not label and "label" in self._groups.column_names:
+            label = self._groups["label"][group].as_py()  # the label of the shard's folder
         data = table[self._config.image_column][row].as_py()
         return _whole(name if key is None else key, data, label, self._config.max_object_bytes)
 
@@ -331,7 +337,7 @@ class _Rows:
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def _name(self, index: int, group: int) -> str:
-        return f"{self._groups[group]['key']}#{index - int(self._shard_starts[group])}"
+        return f"{self._groups['key'][group].as_py()}#{index - int(self._shard_starts[group])}"
 
 
 _BAD_IMAGE: dict[type[DataError], Status] = {

@@ -3,8 +3,10 @@
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from fresh_python import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import hostile_entries, needs_hostile, parquet, write_all
@@ -119,3 +121,39 @@ def test_hostile_shards_give_their_good_rows_and_count_the_others(tmp_path: Path
     assert sorted(f.status.name for f in nulls) == ["CORRUPT", "CORRUPT", "OK"]
     mixed = fetch_all(source_of(str(tmp_path / "parquet/mixed-good-bad.parquet")))
     assert len(mixed) == 6
+
+
+MILLION = """
+import numpy as np, psutil, pyarrow as pa
+from dinoray.pipeline.data.manifest import DataConfig, Manifest
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.source import Source
+
+n = 1_000_000
+columns = {
+    "key": pa.array(np.repeat([f"p/{i:05d}.parquet" for i in range(n // 100)], 100), pa.large_string()),
+    "size": pa.array(np.full(n, 500_000_000)),
+    "etag": pa.array(np.repeat([f"{i:032x}" for i in range(n // 100)], 100)),
+    "row_group": pa.array((np.arange(n) % 100).astype(np.int32)),
+    "num_rows": pa.array(np.arange(n) % 3 + 99),
+    "num_bytes": pa.array(np.full(n, 5_000_000)),
+    "num_unlabelled": pa.array(np.zeros(n, np.int64)),
+}
+columns_of_images = {"image_column": "image", "key_column": None, "label_column": None, "label_from_parent": False}
+manifest = Manifest(pa.table(columns), "parquet", "s3://b", 0, {"path": "s3://b/p", **columns_of_images})
+before = psutil.Process().memory_info().rss
+source = Source(DataConfig(path="s3://b/p", **columns_of_images), manifest)
+order = Order(source.num_images, seed=0, group_sizes=manifest.group_sizes, window_groups=64)
+order.locate(range(192))
+print(source.num_images, source.key(12_345_678), (psutil.Process().memory_info().rss - before) // 1_000_000)
+"""
+
+
+def test_a_million_row_groups_take_little_memory_in_each_actor() -> None:
+    num_images, key, megabytes = run_python(MILLION).split()
+    assert int(num_images) == sum(i % 3 + 99 for i in range(1_000_000))
+    sizes = [i % 3 + 99 for i in range(200_000)]
+    starts = np.cumsum(sizes) - sizes
+    group = int(np.searchsorted(starts, 12_345_678, side="right")) - 1
+    assert key == f"p/{group // 100:05d}.parquet#{12_345_678 - starts[group // 100 * 100]}"
+    assert int(megabytes) < 150  # as Python objects they took 589
