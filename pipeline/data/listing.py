@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.files import MissingObject, normal_uri, retrying
-from dinoray.pipeline.storage.s3 import is_s3, list_pages, s3_client, split_s3_uri
+from dinoray.pipeline.storage.s3 import etag_of, is_s3, list_pages, s3_client, split_s3_uri
 
 Role = Literal["image", "bare", "parquet", "other"]
 
@@ -134,7 +134,7 @@ def _objects(bucket: str, key: str, prefix: str, attempts: int) -> Iterator[Entr
     for page in list_pages(bucket, prefix, attempts=attempts):
         for item in page.get("Contents", []):
             found = True
-            yield Entry(item["Key"], item["Size"], item.get("ETag", "").strip('"'))
+            yield Entry(item["Key"], item["Size"], etag_of(item))
     if found or not key:
         return
     try:
@@ -142,7 +142,7 @@ def _objects(bucket: str, key: str, prefix: str, attempts: int) -> Iterator[Entr
         answer = retrying(request, what=f"s3://{bucket}/{key}", attempts=attempts)
     except MissingObject:
         return
-    yield Entry(key, answer["ContentLength"], answer.get("ETag", "").strip('"'))
+    yield Entry(key, answer["ContentLength"], etag_of(answer))
 
 
 def _files(root: str) -> Iterator[Entry]:

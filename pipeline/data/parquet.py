@@ -118,8 +118,8 @@ def read_row_group(
     """Read columns of one row group: `image_column` as plain (large) binary, the others as text.
 
     With `metadata` from the shard's footer, the footer is not read again. An object on S3 must have the ETag
-    `etag`, if one is given. Raises MissingObject, Unreachable or
-    DataError from the store, and CorruptShard if the bytes cannot be parsed.
+    `etag`, if one is given. Raises MissingObject, Unreachable or DataError from the store, and CorruptShard if
+    the bytes cannot be parsed.
     """
     with _open_shard(uri, num_bytes, attempts, etag, metadata) as shard:
         table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)

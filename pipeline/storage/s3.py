@@ -114,6 +114,11 @@ def _new_client() -> Any:
         ) from error
 
 
+def etag_of(answer: Mapping[str, Any]) -> str:
+    """Return the ETag in an answer or a listing, without quotes or a proxy's mark of weakness; "" if there is none."""
+    return str(answer.get("ETag", "")).removeprefix("W/").strip('"')
+
+
 def read_object(
     bucket: str,
     key: str,
@@ -138,7 +143,7 @@ def read_object(
 
     def get() -> bytes:
         response = client.get_object(Bucket=bucket, Key=key, **extra)
-        found = response.get("ETag", "").strip('"')
+        found = etag_of(response)
         with contextlib.closing(response["Body"]) as body:
             length = response.get("ContentLength")
             if max_bytes is not None and length is not None and length > max_bytes:
