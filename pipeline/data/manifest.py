@@ -65,7 +65,7 @@ class DataConfig(Settings):
     """Images, or Parquet row groups, that each augmentation actor requests at once."""
     fetch_attempts: int = Field(default=5, ge=1)
     """Attempts per request before its image counts as unreachable."""
-    on_change: Literal["bad", "use"] = "bad"
+    if_overwritten: Literal["bad", "use"] = "bad"
     """Objects that were overwritten after they were listed: bad counts them as bad images, use trains on them."""
     max_object_bytes: int = Field(default=64 << 20, ge=1)
     """Larger image objects are not read; they count as bad images."""

@@ -148,11 +148,11 @@ def read_object(
             length = response.get("ContentLength")
             if max_bytes is not None and length is not None and length > max_bytes:
                 raise ObjectTooLarge(f"{uri} holds {length} bytes, more than {max_bytes}")
-            if etag and found and found != etag:
-                raise ChangedObject(f"{uri} was overwritten after it was listed; {LIST_AGAIN}")
             total = response.get("ContentRange", "").rpartition("/")[2]
             if listed_bytes is not None and total.isdigit() and int(total) != listed_bytes:
                 raise ChangedObject(f"{uri} has {total} bytes, not {listed_bytes} as listed; {LIST_AGAIN}")
+            if etag and found and found != etag:
+                raise ChangedObject(f"{uri} was overwritten after it was listed; {LIST_AGAIN}")
             data: bytes = body.read()
         expected = byte_range[1] - byte_range[0] + 1 if byte_range else length
         if expected is not None and len(data) != expected:

@@ -62,7 +62,7 @@ def test_an_overwritten_object_is_bad_or_used_as_set(
         write_all(tmp_path, files) if store == "local" else put_all(s3, bucket, files)
 
     write(IMAGES)
-    source = source_of(path, on_change=policy)
+    source = source_of(path, if_overwritten=policy)
     write({KEYS[1]: b"longer than before" + IMAGES[KEYS[1]]})
     fetched = fetch_all(source)
     assert [f.status for f in fetched] == [status if key == KEYS[1] else Status.OK for key in KEYS]
@@ -81,7 +81,7 @@ def test_an_overwritten_object_of_the_same_size_is_noticed_too(s3: S3Server, buc
     put_all(s3, bucket, {"a.jpg": b"after!", "p/x.parquet": as_shard(other)})
     for source in (images, rows):
         assert {f.status for f in fetch_all(source)} == {Status.CORRUPT}
-        assert "was overwritten after it was listed" in fetch_all(source)[0].reason
+    assert "a.jpg was overwritten after it was listed" in fetch_all(images)[0].reason
 
 
 # Damage on the way
