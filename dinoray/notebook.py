@@ -47,9 +47,8 @@ def read_metrics(run: str | Path) -> pd.DataFrame:
     for line in read_records(Directory(str(run))).lines:
         rows.setdefault(line["step"], {}).update(line)
     if not rows:
-        raise DataError(
-            f"{Directory(str(run)).join('metrics.jsonl')} holds no metrics; is it a run directory?"
-        )
+        file = Directory(str(run)).join(run_dir.METRICS)
+        raise DataError(f"{file} holds no metrics; is it a run directory?")
     return pd.DataFrame(list(rows.values())).set_index("step").sort_index()
 
 
@@ -63,8 +62,9 @@ def load_teacher(
     """
     opened = open_network(str(run), step, which)
     around = opened.found.run
-    known = around is not None and around.exists(run_dir.CONFIG)
-    image_size = load_run_config(around).eval.image_size if around is not None and known else None
+    image_size = None
+    if around is not None and around.exists(run_dir.CONFIG):
+        image_size = load_run_config(around).eval.image_size
     exported = export_timm(opened.network, image_size=image_size)
     with tempfile.TemporaryDirectory(prefix="dinoray-teacher-") as folder:
         (Path(folder) / CONFIG_FILE).write_bytes(exported.config)
