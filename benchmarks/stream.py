@@ -54,7 +54,6 @@ from dinoray.pipeline.augment.augmenter import STAGES
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.data.manifest import build_manifest
-from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout, steps_per_block
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.stream import ray_data
@@ -267,11 +266,7 @@ def main(argv: list[str]) -> None:
         if arguments.path is None:
             draw(Path(folder), arguments.unique, arguments.layout)
         source = Source(config.data, build_manifest(config.data))
-        group_bytes = source.manifest.group_bytes
-        window = config.data.row_group_cache_bytes // int(group_bytes.max()) if group_bytes is not None else 1
-        order = Order(
-            source.num_images, seed=0, group_sizes=source.manifest.group_sizes, window_groups=max(1, window)
-        )
+        order = source.order(seed=0)
         work = Work(source, order, config.crops)
         title = arguments.path or f"drawn images of 0.2 megapixels, {arguments.layout}"
         print(f"{source.num_images} images: {title}; {crop_bytes(config.crops):,} bytes of crops each\n")

@@ -21,15 +21,8 @@ from dinoray.jobs.runs.data_lines import describe_data
 from dinoray.jobs.runs.parts_job import PartsJob
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.manifest import Manifest
-from dinoray.pipeline.export.packing import (
-    KIND,
-    QUALITY,
-    Plan,
-    check_keys,
-    cut_parts,
-    shrink_pixels,
-    write_part,
-)
+from dinoray.pipeline.export.packing import KIND, QUALITY, check_keys, shrink_pixels, write_part
+from dinoray.pipeline.export.packing_plan import make_plan
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.worker.config import Config
 
@@ -52,10 +45,14 @@ def main(argv: Sequence[str]) -> None:
             "rows_per_file": arguments.rows_per_file,
         }
     )
-    edges = cut_parts(source.manifest, max_pixels=max_pixels, rows_per_file=arguments.rows_per_file)
-    plan = Plan(job.manifest_digest, edges, max_pixels)
+    plan = make_plan(
+        source.manifest,
+        digest=job.manifest_digest,
+        max_pixels=max_pixels,
+        rows_per_file=arguments.rows_per_file,
+    )
     about = {"num_images": source.num_images}
-    job.begin({"num_parts": plan.num_parts}, about, check=lambda: check_keys(source))
+    job.begin({"num_parts": plan.num_parts, **plan.layout}, about, check=lambda: check_keys(source))
     treatment = (
         "image files are stored unchanged"
         if max_pixels is None

@@ -29,7 +29,6 @@ from dinoray.pipeline.planning.calibrate import (
 )
 from dinoray.pipeline.planning.node_rates import Figures, Run
 from dinoray.pipeline.planning.prices import PlanSettings
-from dinoray.pipeline.worker.inputs import Inputs
 
 Say = Callable[[str], None]
 
@@ -106,7 +105,7 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
         note("latency_ms", measure_latency(source), "measured from here")
     if known["images_per_second_per_cpu"] is None:
         say(f"measuring crops for {plan.seconds:g} s")
-        order = Inputs(source, None).order(config.train.seed)
+        order = source.order(config.train.seed)
         options: dict[str, Any] = {"seed": config.train.seed, "seconds": plan.seconds}
         if is_local():
             cropped = measure_crops(source, order, config.crops, **options)

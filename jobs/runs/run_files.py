@@ -41,7 +41,7 @@ def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequenc
     run.write(run_dir.CONFIG, config.to_yaml().encode())
     write_environment(run, config, reasons)
     images, samples = inputs.images, []
-    _, first = inputs.order(config.train.seed).locate(range(min(6, images.num_images)))
+    _, first = images.order(config.train.seed).locate(range(min(6, images.num_images)))
     for fetched in images.fetch(first.tolist()):
         try:
             if fetched.data is not None:

@@ -15,8 +15,9 @@ Settings of `data` that are auto are resolved here, by the rules of detection.py
 import contextlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +91,8 @@ class Manifest:
     `root` is the address that keys are relative to (`s3://bucket` or a folder). `num_ignored` counts listed
     objects that are no images. `listed_as` has the config values that determine the table, `detected` the
     values found for its auto settings, `notes` messages about them. `damaged` are keys of Parquet shards that
-    could not be read and are left out.
+    could not be read and are left out. `rows_per_group` is set for a packed set, whose rows lie shuffled in row
+    groups of that many, or fewer at the ends of shards.
     """
 
     table: pa.Table
@@ -101,6 +103,7 @@ class Manifest:
     detected: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
+    rows_per_group: int | None = None
 
     def settle(self, config: DataConfig) -> DataConfig:
         """Return `config` with its auto settings replaced by the values of this manifest."""
@@ -147,6 +150,7 @@ class Manifest:
             "detected": self.detected,
             "notes": self.notes,
             "damaged": self.damaged,
+            "rows_per_group": self.rows_per_group,
         }
         sink = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({_METADATA: json.dumps(about)})
@@ -181,8 +185,8 @@ class Manifest:
                 )
         table = table.replace_schema_metadata(None)
         kept = (table, about["kind"], about["root"], about["num_ignored"])
-        lists = (tuple(about.get(name, ())) for name in ("notes", "damaged"))
-        return cls(*kept, listed, detected, *lists)
+        notes, damaged = (tuple(about.get(name, ())) for name in ("notes", "damaged"))
+        return cls(*kept, listed, detected, notes, damaged, about.get("rows_per_group"))
 
 
 def load_or_build(
@@ -237,14 +241,23 @@ def build_manifest(config: DataConfig) -> Manifest:
         )
     if num_shards:
         num_ignored += len(found["bare"])
-        table, detected, notes, damaged = _row_groups(config, path, listing.root, found["parquet"].table())
+        kept = _row_groups(config, path, listing.root, found["parquet"].table())
     else:
         table = pa.concat_tables([found["image"].table(), found["bare"].table()])
-        table, detected, notes, damaged = _images(config, path, table, num_ignored)
+        kept = _images(config, path, table, num_ignored)
+    notes = kept.notes
     notes += note_on_parts(parts, path, labelled=any(note.startswith("labels ") for note in notes))
-    kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
-    about = (_listed_as(config), detected, tuple(notes), tuple(damaged))
-    manifest = Manifest(table, kind, listing.root, num_ignored, *about)
+    manifest = Manifest(
+        kept.table,
+        "parquet" if num_shards else "images",
+        listing.root,
+        num_ignored,
+        _listed_as(config),
+        kept.detected,
+        tuple(notes),
+        tuple(kept.damaged),
+        kept.rows_per_group,
+    )
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -254,8 +267,14 @@ def _sorted(table: pa.Table, *columns: str) -> pa.Table:
     return table.sort_by([(column, "ascending") for column in columns]).combine_chunks()
 
 
-_Found = tuple[pa.Table, dict[str, Any], list[str], list[str]]
-"""A manifest's table, the detected values, notes on them, and the damaged shards."""
+class _Found(NamedTuple):
+    """What `Manifest` has of these names."""
+
+    table: pa.Table
+    detected: dict[str, Any]
+    notes: list[str]
+    damaged: Sequence[str] = ()
+    rows_per_group: int | None = None
 
 
 def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) -> _Found:
@@ -283,11 +302,11 @@ def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) ->
             pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
         )
         table = table.set_column(table.schema.get_field_index("label"), "label", labels)
-    return _sorted(table, "key"), detected, notes, []
+    return _Found(_sorted(table, "key"), detected, notes)
 
 
 def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table) -> _Found:
-    table, columns, from_folders, damaged = list_row_groups(
+    found = list_row_groups(
         _sorted(shards, "key"),
         path=path,
         root=root,
@@ -295,14 +314,11 @@ def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table) -> _
         concurrency=config.fetch_concurrency,
         attempts=config.fetch_attempts,
     )
-    values = (columns.image, columns.key, columns.label, from_folders)
+    columns = found.columns
+    values = (columns.image, columns.key, columns.label, found.from_folders)
     detected = dict(zip(_DETECTABLE, values, strict=True))
-    return (
-        table,
-        {name: value for name, value in detected.items() if getattr(config, name) == AUTO},
-        columns.notes,
-        damaged,
-    )
+    chosen = {name: value for name, value in detected.items() if getattr(config, name) == AUTO}
+    return _Found(found.table, chosen, columns.notes, found.damaged, found.rows_per_group)
 
 
 def _listed_as(config: DataConfig) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class Order:
     Without `group_sizes` each epoch permutes all images. With `group_sizes` (rows per Parquet row group),
     groups are permuted and taken in windows of `window_groups`, and rows are permuted within a window.
     Neighbouring positions then need few groups, and a reader that caches one window reads each group once.
+
+    With `rows_per_group`, rows lie shuffled in groups of that size, and each group is taken whole (WholeGroups):
+    the readers of different positions then share no group.
     """
 
     def __init__(
@@ -67,23 +70,28 @@ class Order:
         seed: int,
         group_sizes: NDArray[np.int64] | None = None,
         window_groups: int = 1,
+        rows_per_group: int | None = None,
     ) -> None:
         if num_images < 1:
             raise ValueError(f"num_images={num_images} must be at least 1")
         self.num_images = num_images
         self._seed = seed
-        self._group_sizes = group_sizes
-        self._window_groups = window_groups
+        self._options: dict[str, Any] = {
+            "group_sizes": group_sizes,
+            "window_groups": window_groups,
+            "rows_per_group": rows_per_group,
+        }
+        self._groups: Windows | WholeGroups | None = None
         if group_sizes is not None:
-            if int(group_sizes.sum()) != num_images:
-                raise ValueError(f"group_sizes sum to {int(group_sizes.sum())}, not num_images={num_images}")
-            self._group_starts = np.cumsum(group_sizes) - group_sizes
             sizes = group_sizes.astype(np.int64, copy=False)
-            self._windows = lru_cache(_EPOCHS)(lambda epoch_seed: _windows(sizes, window_groups, epoch_seed))
+            if int(sizes.sum()) != num_images:
+                raise ValueError(f"group_sizes sum to {int(sizes.sum())}, not num_images={num_images}")
+            self._groups = (
+                WholeGroups(sizes, rows_per_group) if rows_per_group else Windows(sizes, window_groups)
+            )
 
     def __reduce__(self) -> tuple[Callable[[int], "Order"], tuple[int]]:
-        options: dict[str, Any] = {"group_sizes": self._group_sizes, "window_groups": self._window_groups}
-        return partial(Order, seed=self._seed, **options), (self.num_images,)
+        return partial(Order, seed=self._seed, **self._options), (self.num_images,)
 
     def locate(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Map positions (int array, >= 0) to (epochs, image indices), each int64 of the same shape."""
@@ -101,10 +109,26 @@ class Order:
         return int(self._within_epoch(epoch, np.array([rank]))[0])
 
     def _within_epoch(self, epoch: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        seed = _splitmix64(self._seed) ^ _splitmix64(~epoch)
-        if self._group_sizes is None:
+        seed = epoch_seed(self._seed, epoch)
+        if self._groups is None:
             return permute(ranks, size=self.num_images, seed=seed)
-        groups, row_ends, window_starts = self._windows(seed)
+        return self._groups.images(epoch, seed, ranks)
+
+
+class Windows:
+    """Row groups of `sizes` rows, permuted, of which each `window_groups` have their rows permuted together."""
+
+    def __init__(self, sizes: NDArray[np.int64], window_groups: int) -> None:
+        self._starts = np.cumsum(sizes) - sizes
+        self._of_epoch = lru_cache(_EPOCHS)(lambda seed: _windows(sizes, window_groups, seed))
+
+    def groups(self, seed: int) -> NDArray[np.int64]:
+        """Return the row groups in the order of an epoch with this seed."""
+        return self._of_epoch(seed)[0]
+
+    def images(self, epoch: int, seed: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the images at these ranks of an epoch with this seed."""
+        groups, row_ends, window_starts = self._of_epoch(seed)
         windows = np.searchsorted(window_starts, ranks, side="right") - 1
         images = np.empty_like(ranks)
         for window in np.unique(windows):
@@ -117,8 +141,13 @@ class Order:
             )
             slot = np.searchsorted(row_ends, rows + start, side="right")
             begin = np.where(slot > 0, row_ends[slot - 1], 0)
-            images[mine] = self._group_starts[groups[slot]] + (rows + start - begin)
+            images[mine] = self._starts[groups[slot]] + (rows + start - begin)
         return images
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of an epoch's permutation."""
+    return _splitmix64(seed) ^ _splitmix64(~epoch)
 
 
 def _windows(
@@ -129,6 +158,49 @@ def _windows(
     row_ends = np.cumsum(sizes[groups])
     starts = np.concatenate([[0], row_ends])
     return groups, row_ends, np.append(starts[:-1:window_groups], starts[-1])
+
+
+class WholeGroups:
+    """Row groups of `rows` images each, permuted, whose rows follow one another.
+
+    A group begins at a multiple of `rows` in the stream of all epochs, so whoever reads a run of positions that
+    begins and ends at such multiples reads whole groups, and nobody else reads these. Where the epochs before end
+    between two multiples, one group of the epoch is divided: its first part begins the epoch. Groups of fewer rows
+    end the epoch.
+    """
+
+    def __init__(self, sizes: NDArray[np.int64], rows: int) -> None:
+        if int(sizes.max()) > rows:
+            raise ValueError(f"group_sizes has {int(sizes.max())}, more than rows_per_group={rows}")
+        starts = np.cumsum(sizes) - sizes
+        self._rows, self._num_images = rows, int(sizes.sum())
+        self._whole = starts[sizes == rows]
+        is_short = (sizes > 0) & (sizes < rows)
+        self._short, self._short_sizes = starts[is_short], sizes[is_short]
+        self._of_epoch = lru_cache(_EPOCHS)(self._order)
+
+    def images(self, epoch: int, seed: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the images at these ranks of an epoch with this seed."""
+        head, whole, tail = self._of_epoch(epoch, seed)
+        body = ranks - len(head)
+        last = len(whole) * self._rows
+        is_whole, is_tail = (body >= 0) & (body < last), body >= last
+        images = np.empty_like(ranks)
+        images[body < 0] = head[ranks[body < 0]]
+        images[is_whole] = whole[body[is_whole] // self._rows] + body[is_whole] % self._rows
+        images[is_tail] = tail[body[is_tail] - last]
+        return images
+
+    def _order(self, epoch: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return an epoch's first images, the first images of its whole groups, and its last images."""
+        whole = self._whole[permute(np.arange(len(self._whole)), size=max(1, len(self._whole)), seed=seed)]
+        num_first = -(epoch * self._num_images) % self._rows if len(whole) else 0
+        divided, whole = (whole[:1], whole[1:]) if num_first else (whole[:0], whole)
+        of_divided = (divided[:, None] + np.arange(self._rows)).ravel()
+        order = permute(np.arange(len(self._short)), size=max(1, len(self._short)), seed=_splitmix64(seed))
+        short, sizes = self._short[order], self._short_sizes[order]
+        of_short = np.arange(sizes.sum()) + np.repeat(short - (np.cumsum(sizes) - sizes), sizes)
+        return of_divided[:num_first], whole, np.concatenate([of_divided[num_first:], of_short])
 
 
 def _splitmix64(x: int) -> int:

@@ -4,6 +4,7 @@ Stands between the listing of shards and the manifest. Reads footers; reads rows
 ambiguous. No Ray here.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
@@ -35,6 +36,11 @@ _TABLE = pa.schema(
 )
 
 
+PACKED = b"dinoray.packed"
+"""Name of the note in the footers of shards that `jobs.pack` wrote."""
+ROWS_PER_GROUP = "rows_per_group"
+"""Rows in each row group of a packed shard but the last: an entry of that note."""
+
 _NO_LABELS = ColumnFacts(None, None)
 
 
@@ -55,6 +61,8 @@ class RowGroups(NamedTuple):
     from_folders: bool
     damaged: list[str]
     """Keys of the shards that are left out."""
+    rows_per_group: int | None
+    """Rows in each row group, or fewer at the ends of shards, if all shards are packed so; else None."""
 
 
 def list_row_groups(
@@ -68,6 +76,7 @@ def list_row_groups(
     from_folders = _is_labelled_by_folders(shards, path, asked)
     rows = shards.to_pylist()
     damaged: dict[str, CorruptShard] = {}
+    per_group: set[int | None] = set()
 
     def footer_of(shard: dict[str, Any]) -> PartFooter | None:
         try:
@@ -97,6 +106,7 @@ def list_row_groups(
         footer = first if shard is rows[number] else footer_of(shard)
         if footer is None:
             return []
+        per_group.add(_rows_per_group(footer))
         found = []
         for group in row_groups(footer, image_column=columns.image, other_columns=others):
             labels = (
@@ -119,7 +129,19 @@ def list_row_groups(
         columns = _without_useless_label(columns, [labels for _, labels in found])
     schema = _TABLE.append(shards.schema.field("label")) if from_folders else _TABLE
     table = pa.Table.from_pylist([group for group, _ in found], schema=schema)
-    return RowGroups(table, columns, from_folders, sorted(damaged))
+    rows_per_group = per_group.pop() if len(per_group) == 1 else None
+    return RowGroups(table, columns, from_folders, sorted(damaged), rows_per_group)
+
+
+def _rows_per_group(footer: PartFooter) -> int | None:
+    """Return what a packed shard notes of its row groups, unless others have since written it in larger ones."""
+    metadata = footer.metadata
+    try:
+        rows = json.loads(footer.schema.metadata[PACKED])[ROWS_PER_GROUP]
+    except (TypeError, KeyError, ValueError):
+        return None
+    sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    return rows if isinstance(rows, int) and 0 < max(sizes, default=1) <= rows else None
 
 
 def _too_many_damaged(damaged: Mapping[str, CorruptShard], num_shards: int, path: str) -> DataError:

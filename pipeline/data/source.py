@@ -2,7 +2,7 @@
 
 Stands between the manifest and the decoder, inside every augmentation actor. A bad image becomes a status,
 never an exception, so positions do not shift; storage that denies access ends the run at once. Returns
-encoded bytes; no decoding, no order and no Ray here.
+encoded bytes; no decoding and no Ray here.
 """
 
 import os
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dinoray.pipeline.data.fetched import BAD_IMAGE, Fetched, Status, expected_etag, whole
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
+from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.rows import Rows
 from dinoray.pipeline.storage.files import ChangedObject, MissingObject, ObjectTooLarge
 from dinoray.pipeline.storage.retry import LIST_AGAIN, retrying
@@ -84,6 +85,21 @@ class Source:
         if is_s3(self.manifest.root):
             s3_client()  # made here once, so that the threads do not all make one
         return self._reader.arrivals(self.in_manifest(indices).tolist(), self._begin)
+
+    def order(self, seed: int) -> Order:
+        """Return the order of these images with this seed."""
+        manifest = self.manifest
+        # Row groups among which rows are shuffled: as many as fit the cache.
+        window = 1
+        if manifest.group_bytes is not None:
+            window = max(1, int(self.config.row_group_cache_bytes // max(1, manifest.group_bytes.max())))
+        return Order(
+            self.num_images,
+            seed=seed,
+            group_sizes=manifest.group_sizes,
+            window_groups=window,
+            rows_per_group=manifest.rows_per_group,
+        )
 
     def in_manifest(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the manifest's indices [n] of these images; the manifest may have more images."""

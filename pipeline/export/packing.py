@@ -3,7 +3,7 @@
 This module stands between a source of any kind and the next run's `data.path`. A packed directory, local or
 on S3, follows parquet_parts.py:
 
-    part-00000.parquet        image, key, label?, in the manifest's order and in row groups of a few MiB
+    part-00000.parquet        image, key, label?, shuffled, in row groups of 16 images (packing_plan.py)
     _about/pack.json          settings that decide the rows; a command with other settings is refused
     _about/_manifest.parquet  the images, listed once; `data.path` skips files, not folders, with such names
 
@@ -13,7 +13,6 @@ The location of the images is known only to the source; no Ray here.
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from math import ceil, floor, sqrt
 from typing import Any
 
@@ -26,9 +25,10 @@ from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
 from dinoray.pipeline.data.decode import BadImage
 from dinoray.pipeline.data.jpeg import DENOMINATORS, Pixels, open_image
-from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.data.parquet import CorruptShard, read_row_group
+from dinoray.pipeline.data.row_groups import PACKED
 from dinoray.pipeline.data.source import Fetched, Source, Status
+from dinoray.pipeline.export.packing_plan import Plan
 from dinoray.pipeline.export.parquet_parts import PartFormat, PartResult, PartWriter
 from dinoray.pipeline.storage.files import ChangedObject, Directory, MissingObject, Unreachable
 
@@ -44,25 +44,11 @@ SLACK = 1.21
 The narrowest region of the same area, 3:4, has sqrt(4/3) = 1.155 times fewer pixels along its short side.
 That is still no fewer than the crop has.
 """
-PART_BYTES = 128 << 20
-"""Maximum bytes of a part, by sizes known in advance; actors hold two to three times as much in memory."""
-PART_ROWS = 10_000
-"""Maximum images in a part: with tiny images an actor would otherwise take many minutes per part."""
-ROW_GROUP_BYTES = 4 << 20
-"""Maximum bytes of a row group, unless one image is larger.
-
-Images are shuffled among the row groups that `data.row_group_cache_bytes` holds at a time: 64 by default.
-Each row group is still large enough for one request.
-"""
-
-_SHRUNK_BYTES_PER_PIXEL = 0.5  # of photos at this quality; accurate enough for planning
 _MOST_SIDE = 65_500  # side of a JPEG, in libjpeg
-_SPREAD_PARTS, _LEAST_ROWS = 64, 256  # enough parts to share among actors, none of them tiny
-
 KIND = PartFormat(
     settings="_about/pack.json",
     manifest="_about/_manifest.parquet",
-    metadata=b"dinoray.packed",
+    metadata=PACKED,
     rows="images",
     written="packed",
     rows_out="rows_out",
@@ -76,34 +62,6 @@ _PARQUET = {
     "write_statistics": ["key", "label"],
     "write_page_checksum": True,
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All settings that decide the content of the parts, beside the images.
-
-    `manifest` identifies the image list.
-    """
-
-    manifest: str
-    edges: tuple[int, ...]
-    """First row of each part in the manifest, and at the end the total number of rows."""
-    max_pixels: int | None
-    """Larger images are shrunk to this; None leaves every file unchanged."""
-
-    @property
-    def num_parts(self) -> int:
-        """Return the number of parts."""
-        return len(self.edges) - 1
-
-    def rows(self, part: int) -> range:
-        """Return the manifest's rows that belong to a part."""
-        return range(self.edges[part], self.edges[part + 1])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Return the settings recorded in the note of each part."""
-        return {"manifest": self.manifest, "max_pixels": self.max_pixels}
 
 
 def shrink_pixels(crops: CropsConfig, *, slack: float = SLACK) -> int:
@@ -152,35 +110,6 @@ def shrink(data: bytes, *, max_pixels: int, quality: int = QUALITY, most_pixels:
     return file.getvalue() if file.tell() < len(data) else data
 
 
-def cut_parts(manifest: Manifest, *, max_pixels: int | None, rows_per_file: int | None) -> tuple[int, ...]:
-    """Return `Plan.edges` for parts of `rows_per_file` images each, by default of about `PART_BYTES`.
-
-    Parts are smaller if there are few images. Row groups of a source are not divided between parts unless
-    they are larger than a part, so that each is read once.
-    """
-    num_images = manifest.num_images
-    if rows_per_file is not None:
-        return (*range(0, num_images, rows_per_file), num_images)
-    groups, sizes = manifest.group_sizes, manifest.group_bytes
-    rows = np.ones(num_images, int) if groups is None else groups
-    weights = manifest.table["size"].to_numpy() if sizes is None else sizes
-    if max_pixels is not None:
-        weights = np.minimum(weights, rows * ceil(max_pixels * _SHRUNK_BYTES_PER_PIXEL))
-    weights = np.maximum(weights, rows * (PART_BYTES // PART_ROWS))
-    total = int(weights.sum())
-    most = min(PART_BYTES, max(total // _SPREAD_PARTS, ceil(_LEAST_ROWS * total / num_images)))
-    # As floats, which are exact here, because np.interp takes floats.
-    row_ends, weight_ends = (np.concatenate([[0.0], np.cumsum(values)]) for values in (rows, weights))
-    edges = [0]
-    while edges[-1] < num_images:
-        full = float(np.interp(edges[-1], row_ends, weight_ends)) + most
-        end = int(row_ends[np.searchsorted(weight_ends, full, side="right") - 1])
-        if end <= edges[-1]:  # within a row group
-            end = max(edges[-1] + 1, int(np.interp(full, weight_ends, row_ends)))
-        edges.append(end)
-    return tuple(edges)
-
-
 def check_keys(source: Source) -> None:
     """Raise ConfigError, naming the key, if two Parquet rows have one key; image objects cannot."""
     config, manifest = source.config, source.manifest
@@ -212,27 +141,26 @@ def check_keys(source: Source) -> None:
 
 def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan) -> PartResult:
     """Pack the images of one part and write it, in one step. Raises DataError if storage denies access."""
-    images = plan.rows(part)
-    writer = PartWriter(KIND, part, images, SCHEMA)
+    places = plan.rows(part)
+    images = plan.images(part, source.manifest).tolist()
+    writer = PartWriter(KIND, part, places, SCHEMA)
     rows: list[tuple[bytes, str, str | None]] = []
     facts = dict.fromkeys(KIND.counts, 0)
-    group_bytes = 0
-    for position, fetched in zip(images, _fetch_ahead(source, images), strict=True):
+    for image, fetched in zip(images, _fetch_ahead(source, images), strict=True):
         if fetched.data is None:
-            writer.quarantine(position, fetched.key, fetched.status, fetched.reason)
+            writer.quarantine(image, fetched.key, fetched.status, fetched.reason)
             continue
         data = fetched.data
         try:
             if plan.max_pixels is not None:
                 data = shrink(data, max_pixels=plan.max_pixels, most_pixels=source.config.max_pixels)
         except BadImage as error:
-            writer.quarantine(position, fetched.key, Status.CORRUPT, error.reason)
+            writer.quarantine(image, fetched.key, Status.CORRUPT, error.reason)
             continue
-        if rows and group_bytes + len(data) > ROW_GROUP_BYTES:
+        if len(rows) == plan.rows_per_group:
             writer.write(_table(rows))
-            rows, group_bytes = [], 0
+            rows = []
         rows.append((data, fetched.key, fetched.label))
-        group_bytes += len(data)
         facts["num_shrunk"] += data is not fetched.data
         facts["bytes_in"] += len(fetched.data)
         facts["bytes_out"] += len(data)
@@ -244,8 +172,8 @@ def _memory(num_bytes: int) -> Pixels:
     return np.empty(num_bytes, np.uint8)
 
 
-def _fetch_ahead(source: Source, rows: range) -> Iterator[Fetched]:
-    """Yield the images at these rows of the manifest, in order, while the next images are being fetched."""
+def _fetch_ahead(source: Source, rows: Sequence[int]) -> Iterator[Fetched]:
+    """Yield the images at these rows of the manifest, in this order, while the next images are being fetched."""
     step = source.config.fetch_concurrency
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(source.fetch, rows[:step])

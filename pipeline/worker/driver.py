@@ -87,7 +87,7 @@ def stream_plan(
     return StreamPlan(
         source=images,
         channel=channel,
-        order=inputs.order(config.train.seed),
+        order=inputs.images.order(config.train.seed),
         crops=config.crops,
         seed=config.train.seed,
         augment_actors=augment_actors,

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from dinoray.pipeline.data.decode import BadImage, decode
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import load_or_build
-from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
 from dinoray.pipeline.evaluation.labels import held_out, labelled_sources
@@ -36,19 +35,6 @@ class Inputs:
         labelled = evaluated_images(config, images, directory)
         mismatch = class_mismatch(*labelled, config.eval) if labelled else None
         return cls(images, None if mismatch and mismatch.is_disjoint else labelled, mismatch)
-
-    def order(self, seed: int) -> Order:
-        """The order in which a run of this seed takes the images."""
-        manifest = self.images.manifest
-        # Parquet row groups among which rows are shuffled: as many as an augment actor can keep in memory.
-        window = 1
-        if manifest.group_bytes is not None:
-            window = max(
-                1, int(self.images.config.row_group_cache_bytes // max(1, manifest.group_bytes.max()))
-            )
-        return Order(
-            self.images.num_images, seed=seed, group_sizes=manifest.group_sizes, window_groups=window
-        )
 
     def pictures(self) -> list[tuple[str, NDArray[np.uint8]]]:
         """A handful, the same for each evaluation: evenly spaced ones of those that are classified, if any are."""

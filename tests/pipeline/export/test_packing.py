@@ -1,109 +1,26 @@
-"""Packing: where parts are cut, what a part holds, and which keys are refused."""
+"""Packing: what a part holds, and which keys are refused."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from image_files import jpeg, scene
 from samples import parquet, write_all
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
 from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.export.packing import (
-    KIND,
-    PART_BYTES,
-    PART_ROWS,
-    ROW_GROUP_BYTES,
-    Plan,
-    check_keys,
-    cut_parts,
-    shrink,
-    write_part,
-)
+from dinoray.pipeline.export.packing import KIND, check_keys, shrink, write_part
+from dinoray.pipeline.export.packing_plan import Plan
 from dinoray.pipeline.export.parquet_parts import PartFooter, collect
 from dinoray.pipeline.storage.files import Directory
 
 
 def account(out: Directory, plan: Plan, part: int) -> tuple[list[PartFooter], list[dict[str, Any]]]:
     return collect(out, {part: plan.rows(part)}, KIND, plan.identity)
-
-
-# Parts.
-
-
-def listed(sizes: list[int]) -> Manifest:
-    """A manifest of image objects of these sizes."""
-    return Manifest(pa.table({"size": pa.array(sizes, pa.int64())}), "images", "/", 0, {})
-
-
-def grouped(groups: list[tuple[int, int]]) -> Manifest:
-    """A manifest of row groups, (rows, bytes) each."""
-    return Manifest(
-        pa.Table.from_pylist([{"num_rows": rows, "num_bytes": size} for rows, size in groups]),
-        "parquet",
-        "/",
-        0,
-        {},
-    )
-
-
-def cut(manifest: Manifest, max_pixels: int | None = None, rows_per_file: int | None = None) -> list[int]:
-    return list(cut_parts(manifest, max_pixels=max_pixels, rows_per_file=rows_per_file))
-
-
-def test_parts_hold_what_they_may_and_no_more() -> None:
-    size = PART_BYTES // 400
-    assert cut(listed([size] * 100_000)) == [*range(0, 100_000, 400), 100_000]
-    # Two to one: the larger ones are fewer to a part.
-    assert np.diff(cut(listed([2 * size] * 50_000 + [size] * 50_000))).tolist() == [200] * 250 + [400] * 125
-
-
-def test_few_images_make_few_parts_and_tiny_ones_are_bounded_by_their_number() -> None:
-    assert cut(listed([5000] * 200)) == [0, 200]
-    assert cut(listed([5000] * 1024)) == [0, 256, 512, 768, 1024]
-    assert cut(listed([0] * 10 * PART_ROWS * 64))[1] == PART_ROWS
-    assert cut(listed([7])) == [0, 1]
-
-
-def test_what_will_be_shrunk_counts_as_what_it_will_be() -> None:
-    photos = listed([3_000_000] * 100_000)
-    assert cut(photos)[1] == PART_BYTES // 3_000_000
-    assert cut(photos, max_pixels=270_000)[1] == PART_BYTES // 135_000
-    assert cut(listed([20_000] * 100_000), max_pixels=270_000) == cut(listed([20_000] * 100_000))
-
-
-def test_an_image_larger_than_a_part_is_one() -> None:
-    sizes = [10] * 3000 + [3 * PART_BYTES] * 2 + [10] * 3000
-    edges = cut(listed(sizes))
-    assert {3001, 3002} <= set(edges)
-
-
-def test_row_groups_are_whole_unless_they_are_larger_than_a_part() -> None:
-    quarter = PART_BYTES // 4
-    assert cut(grouped([(100, quarter)] * 1000)) == [*range(0, 100_000, 400), 100_000]
-    assert cut(grouped([(100, 3 * quarter)] * 1000)) == [*range(0, 100_000, 100), 100_000]
-    assert cut(grouped([(100, 4 * PART_BYTES)] * 300)) == [*range(0, 30_000, 25), 30_000]
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 4000), st.integers(0, 2 * PART_BYTES)), min_size=1, max_size=30),
-    st.sampled_from([None, 1, 10**6]),
-    st.sampled_from([None, 1, 77]),
-)
-def test_parts_hold_every_row_once(
-    groups: list[tuple[int, int]], max_pixels: int | None, rows_per_file: int | None
-) -> None:
-    edges = cut(grouped(groups), max_pixels, rows_per_file)
-    assert edges[0] == 0
-    assert edges[-1] == sum(rows for rows, _ in groups)
-    assert all(np.diff(edges) > 0)
 
 
 # What a part holds.
@@ -120,21 +37,34 @@ def source(tmp_path: Path) -> Source:
     return source
 
 
-def test_a_part_holds_image_key_and_label_of_each_usable_image(source: Source, tmp_path: Path) -> None:
+def test_parts_hold_image_key_and_label_of_each_usable_image(source: Source, tmp_path: Path) -> None:
     out, plan = Directory(str(tmp_path / "out")), Plan("m", (0, 2, 6), None)
-    assert write_part(None, source, 0, out=out, plan=plan) == (0, 2, 0)  # nothing is decoded
-    assert write_part(None, source, 1, out=out, plan=plan) == (1, 3, 1)
-    table = pq.read_table(tmp_path / "out" / "part-00001.parquet")
+    results = [write_part(None, source, part, out=out, plan=plan) for part in (0, 1)]
+    assert sum(result.num_rows for result in results) == 5  # nothing is decoded
+    assert [result.num_rows + result.num_bad for result in results] == [2, 4]
+    tables = [pq.read_table(tmp_path / "out" / f"part-0000{part}.parquet") for part in (0, 1)]
+    keys = [key for part in (0, 1) for key in plan.images(part, source.manifest).tolist()]
+    assert sorted(keys) == list(range(6))
+    assert keys != list(range(6))  # they are shuffled
+    expected = [source.key(image) for image in keys if image != 4]
+    quarantined = [
+        x for table in tables for x in json.loads(table.schema.metadata[b"dinoray.packed"])["quarantined"]
+    ]
+    assert [(x["row"], x["key"], x["status"]) for x in quarantined] == [(4, "b/1.jpg", "missing")]
+    table = pa.concat_tables(tables)
+    assert table["key"].to_pylist() == expected
     assert table.column_names == ["image", "key", "label"]
     assert [str(kind) for kind in table.schema.types] == ["binary", "string", "string"]
-    assert table["key"].to_pylist() == ["a/2.jpg", "b/0.jpg", "b/2.jpg"]
-    assert table["label"].to_pylist() == ["a", "b", "b"]
-    files = [(tmp_path / "images" / key).read_bytes() for key in table["key"].to_pylist()]
+    assert table["label"].to_pylist() == [key[0] for key in expected]
+    files = [(tmp_path / "images" / key).read_bytes() for key in expected]
     assert table["image"].to_pylist() == files
-    note = json.loads(table.schema.metadata[b"dinoray.packed"])
-    assert [(x["row"], x["key"], x["status"]) for x in note["quarantined"]] == [(4, "b/1.jpg", "missing")]
-    assert note["bytes_in"] == note["bytes_out"] == sum(map(len, files))
-    assert note["num_shrunk"] == 0
+    notes = [json.loads(table.schema.metadata[b"dinoray.packed"]) for table in tables]
+    assert (
+        sum(note["bytes_in"] for note in notes)
+        == sum(note["bytes_out"] for note in notes)
+        == sum(map(len, files))
+    )
+    assert [note["num_shrunk"] for note in notes] == [0, 0]
 
 
 def test_a_shrunk_part_counts_what_was_shrunk_and_names_what_is_no_image(
@@ -150,7 +80,7 @@ def test_a_shrunk_part_counts_what_was_shrunk_and_names_what_is_no_image(
         assert (expected[-1] == data) is (key[2] != "2")  # those of 500 x 200 alone are larger
     assert table["image"].to_pylist() == expected
     footers, bad = account(out, plan, 0)
-    assert [record["status"] for record in bad] == ["corrupt", "missing"]
+    assert {record["row"]: record["status"] for record in bad} == {1: "corrupt", 4: "missing"}
     note = footers[0].note
     assert (note["num_shrunk"], note["bytes_out"]) == (2, sum(map(len, expected)))
     assert note["bytes_in"] > note["bytes_out"]
@@ -165,23 +95,39 @@ def test_the_same_images_make_the_same_bytes(source: Source, tmp_path: Path) -> 
 
 
 def test_a_part_without_a_usable_image_is_written_too(source: Source, tmp_path: Path) -> None:
-    out, plan = Directory(str(tmp_path / "out")), Plan("m", (0, 4, 5, 6), None)
-    assert write_part(None, source, 1, out=out, plan=plan) == (1, 0, 1)
-    write_part(None, source, 2, out=out, plan=plan)
-    assert account(out, plan, 1)[0][0].num_rows == 0
-    assert build_manifest(DataConfig(path=out.uri, key_column="key")).num_images == 1
+    out = Directory(str(tmp_path / "out"))
+    place = Plan("m", (0, 6), None).images(0, source.manifest).tolist().index(4)
+    plan = Plan("m", tuple(sorted({0, place, place + 1, 6})), None)
+    part = plan.edges.index(place)
+    assert write_part(None, source, part, out=out, plan=plan) == (part, 0, 1)
+    assert account(out, plan, part)[0][0].num_rows == 0
+    others = [other for other in range(plan.num_parts) if other != part]
+    for other in others:
+        write_part(None, source, other, out=out, plan=plan)
+    assert build_manifest(DataConfig(path=out.uri, key_column="key")).num_images == 5
 
 
-def test_row_groups_stay_small_beside_what_a_reader_caches(tmp_path: Path) -> None:
-    sizes = [900_000] * 9 + [3 * ROW_GROUP_BYTES] + [900_000] * 3
-    write_all(tmp_path / "images", {f"{i:02d}.jpg": bytes([i]) * size for i, size in enumerate(sizes)})
-    config = DataConfig(path=str(tmp_path / "images"))
-    source, out = Source(config, build_manifest(config)), Directory(str(tmp_path / "out"))
-    plan = Plan("m", (0, len(sizes)), None)
+def test_row_groups_have_the_same_number_of_rows_but_the_last_of_a_part(
+    source: Source, tmp_path: Path
+) -> None:
+    out, plan = Directory(str(tmp_path / "out")), Plan("m", (0, 6), None, rows_per_group=2)
     write_part(None, source, 0, out=out, plan=plan)
-    groups = build_manifest(DataConfig(path=out.uri, key_column="key")).table
-    assert groups["num_rows"].to_pylist() == [4, 4, 1, 1, 3]
-    assert DataConfig(path="x").row_group_cache_bytes / 32 >= ROW_GROUP_BYTES
+    manifest = build_manifest(DataConfig(path=out.uri, key_column="key"))
+    assert manifest.table["num_rows"].to_pylist() == [2, 2, 1]
+    assert manifest.rows_per_group == 2
+    assert (
+        Manifest.from_bytes(manifest.to_bytes(), DataConfig(path=out.uri, key_column="key")).rows_per_group
+        == 2
+    )
+
+
+def test_shards_that_others_wrote_from_packed_ones_count_as_theirs(source: Source, tmp_path: Path) -> None:
+    out, plan = Directory(str(tmp_path / "out")), Plan("m", (0, 6), None, rows_per_group=2)
+    write_part(None, source, 0, out=out, plan=plan)
+    part = tmp_path / "out" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part), part)  # one row group, whose shard keeps the note
+    assert b"dinoray.packed" in pq.read_schema(part).metadata
+    assert build_manifest(DataConfig(path=out.uri, key_column="key")).rows_per_group is None
 
 
 def test_damage_in_a_packed_image_is_noticed_when_it_is_read(source: Source, tmp_path: Path) -> None:
