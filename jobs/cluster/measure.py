@@ -18,11 +18,11 @@ from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.partition import batch_size_per_worker
+from dinoray.pipeline.data.reads import count_reads
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.labels import HELD_OUT_SHARE
 from dinoray.pipeline.planning.calibrate import (
     gradient_bytes,
-    listed,
     measure_crops,
     measure_latency,
     measure_step,
@@ -98,14 +98,23 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
 
     say(f"listing {config.data.path}")
     manifest = build_manifest(config.data)
-    for name, value in listed(manifest)._asdict().items():
-        note(name, value, "listed")
     source = Source(config.data, manifest)
+    order = source.order(config.train.seed)
+    reads = count_reads(
+        manifest,
+        order,
+        train_workers=config.resources.train_workers,
+        global_batch_size=config.train.global_batch_size,
+        image_bytes=crop_bytes(config.crops),
+    )
+    again = f"; each row group is read {reads.times_read:.1f} times" if reads.times_read > 1.05 else ""
+    note("num_images", manifest.num_images, "listed")
+    note("bytes_per_image", reads.bytes_per_image, f"listed{again}")
+    note("images_per_request", reads.images_per_request, "listed")
     if known["latency_ms"] is None:
         note("latency_ms", measure_latency(source), "measured from here")
     if known["images_per_second_per_cpu"] is None:
         say(f"measuring crops for {plan.seconds:g} s")
-        order = source.order(config.train.seed)
         options: dict[str, Any] = {"seed": config.train.seed, "seconds": plan.seconds}
         if is_local():
             cropped = measure_crops(source, order, config.crops, **options)

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 import pyarrow.compute as pc
 
+from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.reads import count_reads
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.inputs import Inputs
 
 _MOST_NAMES = 5
+_MOST_TIMES_READ = 1.5
 
 
 def describe_data(images: Source) -> str:
@@ -43,6 +47,24 @@ def _names(keys: Sequence[str]) -> str:
     """The first few."""
     more = f" and {len(keys) - _MOST_NAMES} more" if len(keys) > _MOST_NAMES else ""
     return ", ".join(keys[:_MOST_NAMES]) + more
+
+
+def reading_warnings(images: Source, config: Config, *, most_actors: int) -> list[str]:
+    """A line on Parquet whose row groups up to `most_actors` augment actors read again and again."""
+    reads = count_reads(
+        images.manifest,
+        images.order(config.train.seed),
+        train_workers=config.resources.train_workers,
+        global_batch_size=config.train.global_batch_size,
+        image_bytes=crop_bytes(config.crops),
+    )
+    times = min(reads.times_read, most_actors)
+    if times < _MOST_TIMES_READ:
+        return []
+    return [
+        f"{times:.3g} augment actors read each row group of {images.manifest.path}, each for some of its images; "
+        f"python -m jobs.pack {images.manifest.path} --out FOLDER writes Parquet of which each byte is read once"
+    ]
 
 
 def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:

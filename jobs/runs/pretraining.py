@@ -7,7 +7,12 @@ from rich.console import Console
 
 from dinoray.jobs.cli.display import Display
 from dinoray.jobs.cli.main import start_ray
-from dinoray.jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
+from dinoray.jobs.runs.data_lines import (
+    describe_data,
+    describe_evaluation,
+    evaluation_warnings,
+    reading_warnings,
+)
 from dinoray.jobs.runs.result import describe_result, write_result
 from dinoray.jobs.runs.run_files import draw_demo, note_hardware, write_about
 from dinoray.jobs.runs.run_size import check_images, check_workers, length_warnings, warmup_warnings
@@ -57,6 +62,8 @@ def pretrain(config: Config, *, verbose: bool) -> None:
         soft_wrap=True,
     )
     use_gpu, augment_actors = start_ray(config.resources, verbose=verbose)
+    for line in reading_warnings(inputs.images, config, most_actors=augment_actors[1]):
+        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
     report = LiveReport(run)
     try:
         with Display(console, title=run.uri) as display:

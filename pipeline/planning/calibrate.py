@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from dinoray.pipeline.augment.augmenter import STAGES, Augmenter
 from dinoray.pipeline.augment.config import CropsConfig, crop_shapes
 from dinoray.pipeline.augment.multicrop import limit_threads, prepare_kernel
-from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.training.config import DINOConfig
@@ -28,14 +27,6 @@ from dinoray.pipeline.training.step import TrainState, build_state, train_step
 _BLOCK_IMAGES = 64
 _REQUESTS = 24
 _LEAST_STEPS = 3
-
-
-class Listed(NamedTuple):
-    """Result of listing the images."""
-
-    num_images: int
-    bytes_per_image: float
-    images_per_request: float
 
 
 class Cropped(NamedTuple):
@@ -53,14 +44,6 @@ class Trained(NamedTuple):
     images_per_second: float
     device: str
     steps: int
-
-
-def listed(manifest: Manifest) -> Listed:
-    """Return the number of images, bytes per image, and images per request: an object or a row group."""
-    sizes, group_bytes = manifest.group_sizes, manifest.group_bytes
-    if sizes is None or group_bytes is None:
-        return Listed(manifest.num_images, float(manifest.table["size"].to_numpy().mean()), 1.0)
-    return Listed(manifest.num_images, float(group_bytes.sum() / sizes.sum()), float(sizes.mean()))
 
 
 def measure_crops(

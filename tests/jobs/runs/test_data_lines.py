@@ -4,7 +4,8 @@ from pathlib import Path
 
 from samples import parquet, write_all
 
-from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.runs.data_lines import describe_data, reading_warnings
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Source
 
@@ -23,3 +24,17 @@ def test_damaged_shards_are_counted_and_the_first_few_named(tmp_path: Path) -> N
     write_all(tmp_path, {f"{i:02d}.parquet": b"x" if i % 2 else good for i in range(3, 15)})
     names = "01.parquet, 03.parquet, 05.parquet, 07.parquet, 09.parquet and 2 more"
     assert line(tmp_path).endswith(f"; 7 damaged Parquet files left out: {names})")
+
+
+def test_row_groups_that_many_actors_read_are_warned_of_with_the_remedy(tmp_path: Path) -> None:
+    write_all(tmp_path, {"a.parquet": parquet({"image": [b"x" * 100] * 4000}, row_group_size=100)})
+    config = load_config(
+        "photos_small",
+        None,
+        [f"data.path={tmp_path}", "train.global_batch_size=64", "resources.train_workers=1"],
+    )
+    images = Source(config.data, build_manifest(config.data))
+    (warning,) = reading_warnings(images, config, most_actors=16)
+    assert warning.startswith("16 augment actors read each row group")
+    assert f"python -m jobs.pack {tmp_path} --out FOLDER" in warning
+    assert reading_warnings(images, config, most_actors=1) == []

@@ -1,0 +1,44 @@
+"""What a plan and a run expect to be read: counted here block by block, in the slow way."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dinoray.pipeline.data.manifest import Manifest
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.partition import lay_out
+from dinoray.pipeline.data.reads import count_reads
+
+BATCH = {"train_workers": 2, "global_batch_size": 128, "image_bytes": 400_000}
+
+
+def grouped(sizes: list[int]) -> Manifest:
+    rows = [{"num_rows": size, "num_bytes": 1000 * size} for size in sizes]
+    return Manifest(pa.Table.from_pylist(rows), "parquet", "/", 0, {})
+
+
+def test_an_object_is_read_once_for_its_image() -> None:
+    manifest = Manifest(pa.table({"size": pa.array([10, 20, 60], pa.int64())}), "images", "/", 0, {})
+    assert count_reads(manifest, Order(3, seed=0), **BATCH) == (1.0, 30.0, 1.0)
+
+
+@pytest.mark.parametrize("window_groups", [1, 8, 20])
+def test_row_groups_are_read_by_each_block_that_needs_a_row(window_groups: int) -> None:
+    sizes = [100] * 40
+    manifest, n = grouped(sizes), 4000
+    order = Order(n, seed=5, group_sizes=np.array(sizes), window_groups=window_groups)
+    layout = lay_out(range(n // 128), world_size=2, global_batch_size=128, image_bytes=400_000)
+    read = images = 0
+    for block in range(layout.num_blocks):
+        here = order.locate(layout.block(block))[1].tolist()
+        read, images = read + 100_000 * len({image // 100 for image in here}), images + len(here)
+    found = count_reads(manifest, order, **BATCH)
+    assert found.times_read == pytest.approx(read / images / 1000)
+    assert found.bytes_per_image == pytest.approx(read / images)
+    assert found.images_per_request == pytest.approx(100 / found.times_read)
+
+
+def test_whole_groups_are_read_once() -> None:
+    sizes = [16] * 1000
+    order = Order(16_000, seed=5, group_sizes=np.array(sizes), rows_per_group=16)
+    assert count_reads(grouped(sizes), order, **BATCH) == (16.0, 1000.0, 1.0)
