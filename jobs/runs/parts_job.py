@@ -33,7 +33,14 @@ if TYPE_CHECKING:
     from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 _NOT_IN_ROWS = {
-    *("fetch_concurrency", "fetch_attempts", "row_group_cache_bytes", "max_bad_fraction", "if_overwritten"),
+    *(
+        "fetch_concurrency",
+        "fetch_attempts",
+        "fetch_buffer_bytes",
+        "row_group_cache_bytes",
+        "max_bad_fraction",
+        "if_overwritten",
+    ),
 }
 """Settings of `data` that do not change what is written."""
 

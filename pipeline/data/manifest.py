@@ -66,6 +66,8 @@ class DataConfig(Settings):
     """Images, or Parquet row groups, that each augmentation actor requests at once."""
     fetch_attempts: int = Field(default=5, ge=1)
     """Attempts per request before its image counts as unreachable."""
+    fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
+    """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""
     if_overwritten: Literal["bad", "use"] = "bad"
     """Objects that were overwritten after they were listed: bad counts them as bad images, use trains on them."""
     max_object_bytes: int = Field(default=64 << 20, ge=1)
@@ -245,8 +247,8 @@ def build_manifest(config: DataConfig) -> Manifest:
     else:
         table = pa.concat_tables([found["image"].table(), found["bare"].table()])
         kept = _images(config, path, table, num_ignored)
-    notes = kept.notes
-    notes += note_on_parts(parts, path, labelled=any(note.startswith("labels ") for note in notes))
+    has_note = any(note.startswith("labels ") for note in kept.notes)
+    notes = [*kept.notes, *note_on_parts(parts, path, labelled=has_note)]
     manifest = Manifest(
         kept.table,
         "parquet" if num_shards else "images",
@@ -268,8 +270,6 @@ def _sorted(table: pa.Table, *columns: str) -> pa.Table:
 
 
 class _Found(NamedTuple):
-    """What `Manifest` has of these names."""
-
     table: pa.Table
     detected: dict[str, Any]
     notes: list[str]

@@ -2,7 +2,7 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -51,29 +51,15 @@ class Rows:
         places: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
             places.setdefault(self._group_of(index), []).append(place)
-        waves = list(self._waves(places))
-        first = begin(self._table, waves[0]) if waves else iter(())
+        groups = list(places)
+        tables = begin(self._table, groups, self._num_bytes[groups].tolist())
 
         def rows() -> Iterator[tuple[int, Fetched]]:
-            for number, wave in enumerate(waves):
-                for which, table in first if number == 0 else begin(self._table, wave):
-                    for place in places[wave[which]]:
-                        yield place, self._row(indices[place], wave[which], table)
+            for which, table in tables:
+                for place in places[groups[which]]:
+                    yield place, self._row(indices[place], groups[which], table)
 
         return rows()
-
-    def _waves(self, groups: Iterable[int]) -> Iterator[list[int]]:
-        """Yield the distinct groups in portions that fit the cache, so memory stays near twice its size."""
-        wave: list[int] = []
-        num_bytes = 0
-        for group in dict.fromkeys(groups):
-            num_bytes += int(self._num_bytes[group])
-            if wave and num_bytes > self._config.row_group_cache_bytes:
-                yield wave
-                wave, num_bytes = [], int(self._num_bytes[group])
-            wave.append(group)
-        if wave:
-            yield wave
 
     def _table(self, group: int) -> pa.Table | DataError:
         """Return the rows of a group, from the cache or the shard, or the error that all its images share."""

@@ -9,8 +9,10 @@ import os
 import posixpath
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -115,8 +117,14 @@ class Source:
             seconds, self._cpu_seconds = self._cpu_seconds, 0.0
         return seconds
 
-    def _begin(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-        """Yield (place, result of `work`) as calls end; the first exception cancels calls not yet begun."""
+    def _begin(
+        self, work: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield (place, result of `work`) as calls end; the first exception cancels calls not yet begun.
+
+        Calls begin ahead of the consumer while their results, of about `sizes` bytes, fit the buffer. The memory of a
+        block thus has a limit, however large its images are.
+        """
 
         def timed(item: Item) -> Result:
             begin = time.thread_time()
@@ -126,17 +134,35 @@ class Source:
                 with self._lock:
                     self._cpu_seconds += time.thread_time() - begin
 
-        places = {self._pool.submit(timed, item): place for place, item in enumerate(items)}
+        waiting = deque(range(len(items)))
+        places: dict[Future[Result], int] = {}
+        done: SimpleQueue[Future[Result]] = SimpleQueue()
 
-        def ended() -> Iterator[tuple[int, Result]]:
+        def begin_more(num_bytes: int) -> int:
+            """Begin the calls that fit beside `num_bytes`, at least one if none is under way; return the new sum."""
+            while waiting and (not places or num_bytes + sizes[waiting[0]] <= self.config.fetch_buffer_bytes):
+                place = waiting.popleft()
+                num_bytes += sizes[place]
+                future = self._pool.submit(timed, items[place])
+                places[future] = place
+                future.add_done_callback(done.put)
+            return num_bytes
+
+        num_bytes = begin_more(0)
+
+        def ended(num_bytes: int) -> Iterator[tuple[int, Result]]:
             try:
-                for future in as_completed(places):
-                    yield places[future], future.result()
+                while places:
+                    future = done.get()
+                    place = places.pop(future)
+                    yield place, future.result()
+                    num_bytes = begin_more(num_bytes - sizes[place])
             finally:
+                waiting.clear()
                 for future in places:
                     future.cancel()
 
-        return ended()
+        return ended(num_bytes)
 
 
 class _Objects:
@@ -154,7 +180,9 @@ class _Objects:
         return str(self._keys[index].as_py())
 
     def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
-        images: Iterator[tuple[int, Fetched]] = begin(self._one, indices)
+        images: Iterator[tuple[int, Fetched]] = begin(
+            self._one, indices, [self._sizes[index].as_py() for index in indices]
+        )
         return images
 
     def _one(self, index: int) -> Fetched:

@@ -220,6 +220,34 @@ def test_many_requests_are_in_flight_but_never_more_than_allowed(
 
 
 @pytest.mark.s3
+@pytest.mark.parametrize("as_parquet", [False, True])
+def test_no_more_is_fetched_ahead_than_the_buffer_holds(
+    as_parquet: bool, proxy: FaultProxy, s3: S3Server, bucket: str
+) -> None:
+    """However slowly images are taken, and however many requests are allowed."""
+    images = {f"{number:02}.jpg": bytes([number]) * 10_000 for number in range(12)}
+    put_all(s3, bucket, {"p/x.parquet": as_shard(images, row_group_size=1)} if as_parquet else images)
+    config = {"image_column": "jpeg"} if as_parquet else {}
+    source = source_of(f"s3://{bucket}", fetch_buffer_bytes=35_000, **config)
+    arrivals = source.arrivals(range(12))
+    pattern = r"^GET .*\.(jpg|parquet)"
+    before = proxy.count(pattern)
+    proxy.max_in_flight, proxy.gate = 0, 3  # no answer before three requests are under way
+    taken = [next(arrivals) for _ in range(5)]
+    assert proxy.count(pattern) - before <= 3 + len(taken)
+    taken += list(arrivals)
+    assert proxy.max_in_flight == 3
+    assert {index: fetched.data for index, fetched in taken} == dict(enumerate(images.values()))
+
+
+def test_an_image_larger_than_the_buffer_is_fetched_alone(tmp_path: Path) -> None:
+    images = {f"{number}.jpg": bytes([number]) * (1000 if number % 2 else 10) for number in range(9)}
+    write_all(tmp_path, images)
+    source = source_of(str(tmp_path), fetch_buffer_bytes=100)
+    assert [fetched.data for fetched in fetch_all(source)] == list(images.values())
+
+
+@pytest.mark.s3
 def test_a_pickled_source_works_and_carries_no_secret(s3: S3Server, bucket: str) -> None:
     put_all(s3, bucket, {"p/x.parquet": as_shard(IMAGES)} | IMAGES)
     for source in (source_of(f"s3://{bucket}/a"), source_of(f"s3://{bucket}/p", image_column="jpeg")):
@@ -240,7 +268,7 @@ def test_a_row_group_is_read_once_while_it_is_cached(proxy: FaultProxy, s3: S3Se
     before = len(proxy.requests)
     assert fetch_all(source)[3].data == list(IMAGES.values())[3]
     assert len(proxy.requests) == before
-    small = source_of(**config, row_group_cache_bytes=1)
+    small = source_of(**config, row_group_cache_bytes=1, fetch_buffer_bytes=1)
     fetch_all(small)
     before = len(proxy.requests)
     small.fetch([17])  # the group read last is kept whatever its size
