@@ -98,10 +98,10 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
             known[name], sources[name] = value, source
 
     say(f"listing {config.data.path}")
-    manifest = build_manifest(config.data)
+    manifest = build_manifest(config.data, config.storage)
     for name, value in listed(manifest)._asdict().items():
         note(name, value, "listed")
-    source = Source(config.data, manifest)
+    source = Source(config.data, manifest, config.storage)
     if known["latency_ms"] is None:
         note("latency_ms", measure_latency(source), "measured from here")
     if known["images_per_second_per_cpu"] is None:
