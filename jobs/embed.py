@@ -12,7 +12,7 @@ from dinoray.jobs.cli.main import run_main
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.export.config import Dtype, Precision
 
-_SECTIONS = ("data", "resources")
+_SECTIONS = ("data", "storage", "resources")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,9 +20,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     for override in arguments.overrides:
         if override.partition(".")[0] not in _SECTIONS:
-            raise ConfigError(
-                f"{override!r}: only {' and '.join(f'{s}.*' for s in _SECTIONS)} can be set here"
-            )
+            raise ConfigError(f"{override!r}: only {', '.join(f'{s}.*' for s in _SECTIONS)} can be set here")
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
     from dinoray.jobs.runs.embedding import embed_parts
 

@@ -99,7 +99,7 @@ def _parser() -> CommandLine:
 
 def _config(arguments: Namespace) -> Config:
     """The recipe's settings for `arguments.source`, which the recipe knows nothing of, with the overrides."""
-    sections = ("data", "resources", "crops") if arguments.shrink else ("data", "resources")
+    sections = ("data", "storage", "resources", *(("crops",) if arguments.shrink else ()))
     for override in arguments.overrides:
         if override.partition(".")[0] not in sections:
             allowed = ", ".join(f"{section}.*" for section in sections)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from dinoray.jobs.cli.keys import did_you_mean, explain, keep_detected, leaf_fields
+from dinoray.jobs.cli.keys import REPLACED, did_you_mean, explain, keep_detected, leaf_fields
 from dinoray.jobs.cli.recipes import RECIPES, starting_point
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
@@ -85,7 +85,7 @@ def load_kept(
     """The config that a directory keeps, with overrides; ConfigError says which of the two is wrong."""
     file = directory.join(name)
     try:
-        tree = read_mapping(directory.read(name), file)
+        tree = _without_replaced(read_mapping(directory.read(name), file))
     except MissingObject as error:
         raise ConfigError(f"{directory.uri} is not a {what} directory: it has no {name}") from error
     try:
@@ -154,7 +154,7 @@ def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list
 def read_file(file: Path, option: str) -> dict[str, Any]:
     """The mapping in the YAML file that `option` names; ConfigError when it cannot be read or is none."""
     try:
-        return read_mapping(file.read_bytes(), f"{option} {file}")
+        return _without_replaced(read_mapping(file.read_bytes(), f"{option} {file}"))
     except OSError as error:
         raise ConfigError(f"{option} {file}: {error.strerror}; check the path") from error
 
@@ -169,6 +169,15 @@ def json_schema(model: type[Config] = Config) -> str:
 
 
 _FIELDS = leaf_fields(Config)
+
+
+def _without_replaced(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a file without settings that earlier versions had."""
+    for key in REPLACED:
+        section, _, leaf = key.rpartition(".")
+        if isinstance(tree.get(section), dict):
+            tree[section].pop(leaf, None)
+    return tree
 
 
 def _read_value(key: str, text: str) -> Any:

@@ -22,6 +22,8 @@ Config = TypeVar("Config", bound=BaseModel)
 
 EXAMPLES = {"data.path": "s3://bucket/train"}
 """A value for settings that must be given."""
+REPLACED = {"data.fetch_attempts": "storage.give_up_after_seconds"}
+"""Settings of earlier versions -> those that have taken their place. A file may still hold them; they do nothing."""
 _RULES = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -124,6 +126,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _instead(name: str, value: str, known: Iterable[str]) -> str:
     """What to write in place of a key that there is not."""
     section, _, leaf = name.rpartition(".")
+    if name in REPLACED:
+        return f"; set {REPLACED[name]} instead"
     if section == "backbone":
         return did_you_mean(name, [key for key in known if key.startswith("backbone.")]) or argument_hint(
             leaf, value

@@ -28,6 +28,7 @@ from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.storage.files import Directory, filesystem, is_s3, normal_uri, retrying, split_s3_uri
 from dinoray.pipeline.storage.s3 import read_object, s3_client
 
+_few = partial(retrying, attempts=2)
 _NUM_LISTED = 1000  # as many as one page of a listing on S3 holds
 _NUM_READ = 5
 _READ_BYTES = 8 << 20
@@ -121,7 +122,7 @@ def check_data(config: DataConfig, where: str = "here") -> Finding:
     if Path(path).is_relative_to(demo_folder()) and not Path(path).exists():
         return Finding("ok", "data", f"{where}: the first run generates the demo images at {path}")
     try:
-        listing = list_entries(path, attempts=2)
+        listing = list_entries(path, retry=_few, retry_later=_few)
         began = time.perf_counter()
         entries = list(islice(listing.entries, _NUM_LISTED))
         seconds = time.perf_counter() - began
@@ -155,7 +156,7 @@ def _read_speed(root: str, entries: list[Entry]) -> tuple[float, float]:
 
 def _read(uri: str, num_bytes: int) -> bytes:
     if is_s3(uri):
-        return read_object(*split_s3_uri(uri), byte_range=(0, num_bytes - 1), attempts=2)
+        return read_object(*split_s3_uri(uri), byte_range=(0, num_bytes - 1), retry=_few)
     try:
         with open(uri, "rb") as file:
             return file.read(num_bytes)
@@ -204,7 +205,7 @@ def check_clock(uri: str) -> list[Finding]:
     try:
         ask = partial(s3_client().head_bucket, Bucket=bucket)
         began = time.time()
-        answer = retrying(ask, what=f"s3://{bucket}", attempts=2)
+        answer = _few(ask, what=f"s3://{bucket}")
         middle = (began + time.time()) / 2
         date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
     except (DinorayError, KeyError):

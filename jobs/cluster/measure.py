@@ -97,8 +97,8 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
             known[name], sources[name] = value, source
 
     say(f"listing {config.data.path}")
-    manifest = build_manifest(config.data)
-    source = Source(config.data, manifest)
+    manifest = build_manifest(config.data, config.storage)
+    source = Source(config.data, manifest, config.storage)
     order = source.order(config.train.seed)
     reads = count_reads(
         manifest,

@@ -33,14 +33,8 @@ if TYPE_CHECKING:
     from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 _NOT_IN_ROWS = {
-    *(
-        "fetch_concurrency",
-        "fetch_attempts",
-        "fetch_buffer_bytes",
-        "row_group_cache_bytes",
-        "max_bad_fraction",
-        "if_overwritten",
-    ),
+    *("fetch_concurrency", "fetch_buffer_bytes"),
+    *("row_group_cache_bytes", "max_bad_fraction", "if_overwritten"),
 }
 """Settings of `data` that do not change what is written."""
 
@@ -53,7 +47,7 @@ class PartsJob:
     ) -> None:
         self.out = out
         self._kind, self._console, self._verbose = kind, console, verbose
-        self._data, self._resources = config.data, config.resources
+        self._data, self._storage, self._resources = config.data, config.storage, config.resources
         self._settings: dict[str, Any] = {}
         """All that decides the rows, as far as it is known."""
 
@@ -64,8 +58,10 @@ class PartsJob:
         """
         self._settings = {**settings, **_settings_of(self._data)}
         check_settings(self.out, self._settings, self._kind)
-        manifest = load_or_build(self._data, self.out, self._kind.manifest, begun=self._kind.settings)
-        source = Source(self._data, manifest)
+        manifest = load_or_build(
+            self._data, self.out, self._kind.manifest, storage=self._storage, begun=self._kind.settings
+        )
+        source = Source(self._data, manifest, self._storage)
         digest = hashlib.blake2b(self.out.read(self._kind.manifest), digest_size=16).hexdigest()
         self._settings |= _settings_of(source.config) | {"manifest": digest}
         return source

@@ -38,7 +38,7 @@ def score(arguments: Namespace) -> None:
     asked = set(chosen_probes(arguments.probes, labelled=True))
     wants_images = not asked.isdisjoint(LABEL_FREE)
     images = (
-        Source(config.data, build_manifest(config.data))
+        Source(config.data, build_manifest(config.data, config.storage), config.storage)
         if wants_images or config.eval.val_path == AUTO
         else None
     )

@@ -1,12 +1,20 @@
 """What becomes of the request for one image, and what an object must be to be read."""
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import NamedTuple
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.data.parquet import CorruptShard
-from dinoray.pipeline.storage.files import ChangedObject, MissingObject, ObjectTooLarge, Unreachable
+from dinoray.pipeline.storage.retry import (
+    ArchivedObject,
+    ChangedObject,
+    DeniedObject,
+    FailingObject,
+    MissingObject,
+    ObjectTooLarge,
+)
 
 
 class Status(IntEnum):
@@ -17,6 +25,8 @@ class Status(IntEnum):
     CORRUPT = 2
     UNREACHABLE = 3
     TOO_LARGE = 4
+    DENIED = 5
+    ARCHIVED = 6
 
 
 class Fetched(NamedTuple):
@@ -29,13 +39,18 @@ class Fetched(NamedTuple):
     reason: str
 
 
-BAD_IMAGE: dict[type[DataError], Status] = {
+BAD_IMAGE: Mapping[type[DataError], Status] = {
     MissingObject: Status.MISSING,
-    Unreachable: Status.UNREACHABLE,
+    FailingObject: Status.UNREACHABLE,
+    DeniedObject: Status.DENIED,
+    ArchivedObject: Status.ARCHIVED,
     ObjectTooLarge: Status.TOO_LARGE,
     ChangedObject: Status.CORRUPT,
     CorruptShard: Status.CORRUPT,
 }
+"""Errors of one object or shard. Unreachable is none of them: an outage is never a property of an image."""
+BAD_OBJECT = tuple(BAD_IMAGE)
+"""The same, for `except`."""
 
 
 def whole(key: str, data: bytes | None, label: str | None, limit: int) -> Fetched:

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.storage.files import MissingObject, normal_uri, retrying
+from dinoray.pipeline.storage.files import MissingObject, normal_uri
+from dinoray.pipeline.storage.retry import Retry, retrying
 from dinoray.pipeline.storage.s3 import etag_of, is_s3, list_pages, s3_client, split_s3_uri
 
 Role = Literal["image", "bare", "parquet", "other"]
@@ -78,19 +79,20 @@ class EntryTable:
         self._pending = []
 
 
-def list_entries(path: str, *, attempts: int = 5) -> Listing:
+def list_entries(path: str, *, retry: Retry = retrying, retry_later: Retry = retrying) -> Listing:
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
     Keys are full object keys on S3 (root `s3://bucket`) and slash-separated paths relative to the folder on a
     disk. Links to files are followed; links to folders are not, because they may form loops. Pipes, sockets
-    and devices are skipped. A broken link is listed with size 0, so that its image counts as missing. Raises
-    DataError if the folder or bucket is missing or access is denied; on S3 only during iteration.
+    and devices are skipped. A broken link is listed with size 0, so that its image counts as missing. On S3,
+    `retry` repeats the first request and `retry_later` all others. Raises DataError if the folder or bucket is
+    missing or access is denied; on S3 only during iteration.
     """
     path = normal_uri(path)
     if is_s3(path):
         bucket, key = split_s3_uri(path)
         prefix = f"{key}/" if key else ""
-        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, attempts))
+        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later))
     if os.path.isfile(path):
         folder, name = os.path.split(path)
         return Listing(folder, "", (entry for entry in [_entry(path, name)] if entry is not None))
@@ -129,9 +131,9 @@ def _is_unicode(key: str) -> bool:
     return True
 
 
-def _objects(bucket: str, key: str, prefix: str, attempts: int) -> Iterator[Entry]:
+def _objects(bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry) -> Iterator[Entry]:
     found = False
-    for page in list_pages(bucket, prefix, attempts=attempts):
+    for page in list_pages(bucket, prefix, retry=retry, retry_later=retry_later):
         for item in page.get("Contents", []):
             found = True
             yield Entry(item["Key"], item["Size"], etag_of(item))
@@ -139,7 +141,7 @@ def _objects(bucket: str, key: str, prefix: str, attempts: int) -> Iterator[Entr
         return
     try:
         request = partial(s3_client().head_object, Bucket=bucket, Key=key)
-        answer = retrying(request, what=f"s3://{bucket}/{key}", attempts=attempts)
+        answer = retry_later(request, what=f"s3://{bucket}/{key}")
     except MissingObject:
         return
     yield Entry(key, answer["ContentLength"], etag_of(answer))

@@ -39,7 +39,9 @@ from dinoray.pipeline.data.detection import (
 from dinoray.pipeline.data.listing import EntryTable, list_entries, role_of
 from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
 from dinoray.pipeline.storage import run_dir
-from dinoray.pipeline.storage.files import Directory, MissingObject, normal_uri
+from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
+from dinoray.pipeline.storage.files import Directory, MissingObject, check_bucket, normal_uri
+from dinoray.pipeline.storage.waiting import Patient
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +66,6 @@ class DataConfig(Settings):
     """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     fetch_concurrency: int = Field(default=32, ge=16, le=512)
     """Images, or Parquet row groups, that each augmentation actor requests at once."""
-    fetch_attempts: int = Field(default=5, ge=1)
-    """Attempts per request before its image counts as unreachable."""
     fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
     """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""
     if_overwritten: Literal["bad", "use"] = "bad"
@@ -192,32 +192,43 @@ class Manifest:
 
 
 def load_or_build(
-    config: DataConfig, directory: Directory, name: str = run_dir.MANIFEST, *, begun: str = run_dir.CONFIG
+    config: DataConfig,
+    directory: Directory,
+    name: str = run_dir.MANIFEST,
+    *,
+    storage: StorageConfig = DEFAULTS,
+    begun: str = run_dir.CONFIG,
 ) -> Manifest:
     """Return the manifest stored as `name` in the run directory; the first call lists the data and writes it.
 
     Before the run has begun (it then writes the file `begun`), a manifest listed with other values is
-    replaced: an attempt that failed on a wrong setting must not fix that setting.
+    replaced: an attempt that failed on a wrong setting must not fix that setting. Raises DataError soon if
+    the store of the images does not answer: its address may be wrong.
     """
     with contextlib.suppress(MissingObject):
         data, has_begun = directory.read(name), directory.exists(begun)
         try:
-            return Manifest.from_bytes(data, config, has_begun=has_begun)
+            manifest = Manifest.from_bytes(data, config, has_begun=has_begun)
         except ConfigError:
             if has_begun:
                 raise
-    manifest = build_manifest(config)
+        else:
+            check_bucket(manifest.root)
+            return manifest
+    manifest = build_manifest(config, storage)
     directory.write(name, manifest.to_bytes())
     return manifest
 
 
-def build_manifest(config: DataConfig) -> Manifest:
+def build_manifest(config: DataConfig, storage: StorageConfig = DEFAULTS) -> Manifest:
     """List `config.path` (all pages, all folders), keep images by name, and sort by key.
 
-    Raises DataError if there are no images, listing fails, or most Parquet shards are damaged. Raises ConfigError
-    if image objects and Parquet shards are mixed, or a column or option does not fit the data.
+    Once the store has answered the first request, all others wait for it. Raises DataError if there are no
+    images, listing fails, or most Parquet shards are damaged. Raises ConfigError if image objects and Parquet
+    shards are mixed, or a column or option does not fit the data.
     """
-    listing = list_entries(config.path, attempts=config.fetch_attempts)
+    patient = Patient(storage.give_up_after_seconds)
+    listing = list_entries(config.path, retry_later=patient)
     found = {role: EntryTable() for role in ("image", "bare", "parquet")}
     num_ignored = 0
     parts: set[str | None] = set()
@@ -243,7 +254,7 @@ def build_manifest(config: DataConfig) -> Manifest:
         )
     if num_shards:
         num_ignored += len(found["bare"])
-        kept = _row_groups(config, path, listing.root, found["parquet"].table())
+        kept = _row_groups(config, path, listing.root, found["parquet"].table(), storage)
     else:
         table = pa.concat_tables([found["image"].table(), found["bare"].table()])
         kept = _images(config, path, table, num_ignored)
@@ -305,14 +316,14 @@ def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) ->
     return _Found(_sorted(table, "key"), detected, notes)
 
 
-def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table) -> _Found:
+def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, storage: StorageConfig) -> _Found:
     found = list_row_groups(
         _sorted(shards, "key"),
         path=path,
         root=root,
         asked=Asked(config.image_column, config.key_column, config.label_column, config.label_from_parent),
         concurrency=config.fetch_concurrency,
-        attempts=config.fetch_attempts,
+        give_up_after_seconds=storage.give_up_after_seconds,
     )
     columns = found.columns
     values = (columns.image, columns.key, columns.label, found.from_folders)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.detection import is_bytes
-from dinoray.pipeline.storage.files import MissingObject
+from dinoray.pipeline.storage.retry import DeniedObject, MissingObject, Retry, retrying
 from dinoray.pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
 
 
@@ -41,9 +41,9 @@ class PartFooter(NamedTuple):
     metadata: pq.FileMetaData
 
 
-def read_footer(uri: str, num_bytes: int, *, attempts: int = 5, etag: str | None = None) -> PartFooter:
+def read_footer(uri: str, num_bytes: int, *, retry: Retry = retrying, etag: str | None = None) -> PartFooter:
     """Read the footer of one shard: one ranged GET on S3. Raises CorruptShard if it is not a Parquet file."""
-    with _open_shard(uri, num_bytes, attempts, etag) as shard:
+    with _open_shard(uri, num_bytes, retry, etag) as shard:
         return PartFooter(uri, shard.schema_arrow, shard.metadata)
 
 
@@ -111,17 +111,17 @@ def read_row_group(
     *,
     image_column: str,
     other_columns: Sequence[str],
-    attempts: int = 5,
+    retry: Retry = retrying,
     etag: str | None = None,
     metadata: pq.FileMetaData | None = None,
 ) -> pa.Table:
     """Read columns of one row group: `image_column` as plain (large) binary, the others as text.
 
     With `metadata` from the shard's footer, the footer is not read again. An object on S3 must have the ETag
-    `etag`, if one is given. Raises MissingObject, Unreachable or DataError from the store, and CorruptShard if
-    the bytes cannot be parsed.
+    `etag`, if one is given. Raises the errors of `retry` from the store, and CorruptShard if the bytes cannot
+    be parsed.
     """
-    with _open_shard(uri, num_bytes, attempts, etag, metadata) as shard:
+    with _open_shard(uri, num_bytes, retry, etag, metadata) as shard:
         table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
         images = table[image_column]
         if pa.types.is_struct(images.type):
@@ -130,9 +130,11 @@ def read_row_group(
         return pa.table({image_column: images, **texts})
 
 
-def read_column(uri: str, num_bytes: int, group: int, *, column: str, attempts: int = 5) -> list[str | None]:
+def read_column(
+    uri: str, num_bytes: int, group: int, *, column: str, retry: Retry = retrying
+) -> list[str | None]:
     """Read one column of one row group as text; raises as `read_row_group`."""
-    with _open_shard(uri, num_bytes, attempts) as shard:
+    with _open_shard(uri, num_bytes, retry) as shard:
         table = shard.read_row_group(group, columns=[column], use_threads=False)
         texts: list[str | None] = table[column].cast(pa.string()).to_pylist()
         return texts
@@ -174,13 +176,13 @@ class RowGroupCache:
 def _open_shard(
     uri: str,
     num_bytes: int,
-    attempts: int,
+    retry: Retry,
     etag: str | None = None,
     metadata: pq.FileMetaData | None = None,
 ) -> Iterator[pq.ParquetFile]:
     try:
         if is_s3(uri):
-            source = ObjectFile(*split_s3_uri(uri), num_bytes, attempts=attempts, etag=etag)
+            source = ObjectFile(*split_s3_uri(uri), num_bytes, retry=retry, etag=etag)
         else:
             source = pa.OSFile(uri)
         # pre_buffer joins the column chunks of a row group into few large reads.
@@ -190,7 +192,7 @@ def _open_shard(
     except FileNotFoundError as error:
         raise MissingObject(f"{uri}: there is no such file") from error
     except PermissionError as error:
-        raise DataError(f"{uri}: {error}; check the file's permissions") from error
+        raise DeniedObject(f"{uri}: {error}; check the file's permissions") from error
     except (pa.ArrowException, OSError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise CorruptShard(

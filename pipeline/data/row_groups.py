@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.detection import AUTO, Columns, detect_columns, is_bytes
+from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.data.parquet import (
     ColumnFacts,
     CorruptShard,
@@ -22,6 +23,8 @@ from dinoray.pipeline.data.parquet import (
     read_row_group,
     row_groups,
 )
+from dinoray.pipeline.storage.retry import ArchivedObject, DeniedObject, FailingObject, Retry
+from dinoray.pipeline.storage.waiting import Patient
 
 _TABLE = pa.schema(
     {
@@ -66,22 +69,28 @@ class RowGroups(NamedTuple):
 
 
 def list_row_groups(
-    shards: pa.Table, *, path: str, root: str, asked: Asked, concurrency: int, attempts: int
+    shards: pa.Table, *, path: str, root: str, asked: Asked, concurrency: int, give_up_after_seconds: float
 ) -> RowGroups:
     """Return the row groups of `shards`, a table sorted by key: key, size, etag and label (from its folders).
 
-    Reads `concurrency` footers at a time. A damaged shard is left out. Raises ConfigError
-    if a column or setting does not fit the shards, and DataError if they hold no rows or most are damaged.
+    Reads `concurrency` footers at a time, each as patiently as an image. A shard that is damaged or cannot be
+    read is left out. Raises ConfigError if a column or setting does not fit the shards, and DataError if they
+    hold no rows or most are damaged.
     """
     from_folders = _is_labelled_by_folders(shards, path, asked)
     rows = shards.to_pylist()
-    damaged: dict[str, CorruptShard] = {}
     per_group: set[int | None] = set()
+    damaged: dict[str, DataError] = {}
+    others = OtherObjects(shards, root)
+
+    def retry_of(shard: dict[str, Any]) -> Retry:
+        return Patient(give_up_after_seconds, others=lambda: others.probes(shard["key"]))
 
     def footer_of(shard: dict[str, Any]) -> PartFooter | None:
+        uri = f"{root.rstrip('/')}/{shard['key']}"
         try:
-            return read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"], attempts=attempts)
-        except CorruptShard as error:
+            return read_footer(uri, shard["size"], retry=retry_of(shard))
+        except (CorruptShard, DeniedObject, ArchivedObject, FailingObject) as error:
             damaged[shard["key"]] = error
             return None
 
@@ -97,10 +106,10 @@ def list_row_groups(
             f"data.label_column={asked.label!r}: {first.uri} has no such column, but lies in a folder of a label; "
             "set data.label_from_parent=true and leave out data.label_column"
         )
-    columns = _columns(first, rows[number]["size"], asked, attempts)
+    columns = _columns(first, rows[number]["size"], asked, retry_of(rows[number]))
     if from_folders:
         columns.notes.append("labels from folder names; data.label_from_parent=false ignores them")
-    others = [column for column in (columns.key, columns.label) if column is not None]
+    other_columns = [column for column in (columns.key, columns.label) if column is not None]
 
     def read(shard: dict[str, Any]) -> list[tuple[dict[str, Any], ColumnFacts]]:
         footer = first if shard is rows[number] else footer_of(shard)
@@ -108,7 +117,7 @@ def list_row_groups(
             return []
         per_group.add(_rows_per_group(footer))
         found = []
-        for group in row_groups(footer, image_column=columns.image, other_columns=others):
+        for group in row_groups(footer, image_column=columns.image, other_columns=other_columns):
             labels = (
                 _NO_LABELS if columns.label is None else column_facts(footer, group.row_group, columns.label)
             )
@@ -144,7 +153,7 @@ def _rows_per_group(footer: PartFooter) -> int | None:
     return rows if isinstance(rows, int) and 0 < max(sizes, default=1) <= rows else None
 
 
-def _too_many_damaged(damaged: Mapping[str, CorruptShard], num_shards: int, path: str) -> DataError:
+def _too_many_damaged(damaged: Mapping[str, DataError], num_shards: int, path: str) -> DataError:
     """Return the error for a data set most of whose shards are damaged, with the reason for the first."""
     return DataError(
         f"{len(damaged)} of {num_shards} Parquet shards under {path} are damaged, the first of them: "
@@ -157,7 +166,7 @@ def hold_images(shards: pa.Table, root: str) -> bool:
     shard = shards.sort_by("key").slice(0, 1).to_pylist()[0]
     try:
         footer = read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"])
-    except CorruptShard:
+    except (CorruptShard, DeniedObject, ArchivedObject):
         return True
     return any(is_bytes(column.type) for column in footer.schema)
 
@@ -181,12 +190,12 @@ def _is_labelled_by_folders(shards: pa.Table, path: str, asked: Asked) -> bool:
     return True
 
 
-def _columns(footer: PartFooter, num_bytes: int, asked: Asked, attempts: int) -> Columns:
+def _columns(footer: PartFooter, num_bytes: int, asked: Asked, retry: Retry) -> Columns:
     def first_rows(column: str) -> list[Any]:
         for index in range(footer.metadata.num_row_groups):
             if footer.metadata.row_group(index).num_rows:
                 table = read_row_group(
-                    footer.uri, num_bytes, index, image_column=column, other_columns=[], attempts=attempts
+                    footer.uri, num_bytes, index, image_column=column, other_columns=[], retry=retry
                 )
                 return list(table[column].to_pylist())
         return []

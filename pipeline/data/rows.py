@@ -2,9 +2,9 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +12,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.data.fetched import BAD_IMAGE, Fetched, expected_etag, whole
+from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, expected_etag, whole
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.parquet import CorruptShard, RowGroupCache, read_footer, read_row_group
+from dinoray.pipeline.storage.retry import Retry
+
+Result = TypeVar("Result")
 
 _FOOTERS = 256
 """Footers of shards that each process keeps."""
@@ -22,12 +25,19 @@ _MOST_DAMAGES = 4
 """Kinds of damage to one row group after which it is given up."""
 
 
+class Read(Protocol):
+    """`Source.read`: how an object or shard is read."""
+
+    def __call__(self, key: str, operation: Callable[[Retry], Result]) -> Result:
+        """Return `operation(retry)`."""
+        ...
+
+
 class Rows:
     """One image per row of Parquet shards. Whole row groups are read and the latest are cached."""
 
-    def __init__(self, config: DataConfig, manifest: Manifest) -> None:
-        self._config = config
-        self._manifest = manifest
+    def __init__(self, config: DataConfig, manifest: Manifest, read: Read) -> None:
+        self._config, self._manifest, self._waiting = config, manifest, read
         # Arrays, not Python objects: there may be a million row groups, in each of many actors.
         self._groups = manifest.table.combine_chunks()
         self._num_rows, self._num_bytes = (
@@ -87,27 +97,33 @@ class Rows:
         (about,) = self._groups.slice(group, 1).to_pylist()
         uri = self._manifest.uri(about["key"])
         columns = (self._config.key_column, self._config.label_column)
-        try:
-            table = read_row_group(
+
+        def read(retry: Retry) -> pa.Table:
+            return read_row_group(
                 uri,
                 about["size"],
                 about["row_group"],
                 image_column=self._config.image_column,
                 other_columns=[column for column in columns if column is not None],
-                attempts=self._config.fetch_attempts,
+                retry=retry,
                 etag=expected_etag(self._config, about["etag"]),
-                metadata=self._footer(uri, about["size"], about["etag"]),
+                metadata=self._footer(about["key"], about["size"], about["etag"]),
             )
-        except tuple(BAD_IMAGE) as error:
+
+        try:
+            table = self._waiting(about["key"], read)
+        except BAD_OBJECT as error:
             return error
         if table.num_rows != about["num_rows"]:
             return CorruptShard(f"{about['key']} changed after it was listed")
         self._cache.put(group, table)
         return table
 
-    def _read_footer(self, uri: str, num_bytes: int, etag: str) -> pq.FileMetaData:
-        expected = expected_etag(self._config, etag)
-        return read_footer(uri, num_bytes, attempts=self._config.fetch_attempts, etag=expected).metadata
+    def _read_footer(self, key: str, num_bytes: int, etag: str) -> pq.FileMetaData:
+        uri, expected = self._manifest.uri(key), expected_etag(self._config, etag)
+        return self._waiting(
+            key, lambda retry: read_footer(uri, num_bytes, retry=retry, etag=expected).metadata
+        )
 
     def _row(self, index: int, group: int, table: pa.Table | DataError) -> Fetched:
         name = self._name(index, group)

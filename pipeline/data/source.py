@@ -1,8 +1,8 @@
 """Fetch the bytes of images by index, many at once, from the addresses in the manifest.
 
 Stands between the manifest and the decoder, inside every augmentation actor. A bad image becomes a status,
-never an exception, so positions do not shift; storage that denies access ends the run at once. Returns
-encoded bytes; no decoding and no Ray here.
+never an exception, so positions do not shift. A read waits while the storage does not answer; storage that
+refuses every image ends the run at once. Returns encoded bytes; no decoding and no Ray here.
 """
 
 import os
@@ -18,13 +18,22 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoray.pipeline.data.fetched import BAD_IMAGE, Fetched, Status, expected_etag, whole
+from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, Status, expected_etag, whole
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.rows import Rows
-from dinoray.pipeline.storage.files import ChangedObject, MissingObject, ObjectTooLarge
-from dinoray.pipeline.storage.retry import LIST_AGAIN, retrying
+from dinoray.pipeline.data.others import OtherObjects
+from dinoray.pipeline.data.rows import Read, Rows
+from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
+from dinoray.pipeline.storage.retry import (
+    LIST_AGAIN,
+    ChangedObject,
+    DeniedObject,
+    MissingObject,
+    ObjectTooLarge,
+    Retry,
+)
 from dinoray.pipeline.storage.s3 import is_s3, read_object, s3_client, split_s3_uri
+from dinoray.pipeline.storage.waiting import Patient
 
 __all__ = ["DataConfig", "Fetched", "Source", "Status"]
 
@@ -39,17 +48,23 @@ class Source:
     """
 
     def __init__(
-        self, config: DataConfig, manifest: Manifest, selected: NDArray[np.int64] | None = None
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        storage: StorageConfig = DEFAULTS,
+        *,
+        selected: NDArray[np.int64] | None = None,
     ) -> None:
         self.config = config = manifest.settle(config)
-        self.manifest, self._selected = manifest, selected
+        self.manifest, self.storage, self._selected = manifest, storage, selected
         self._pool = ThreadPoolExecutor(config.fetch_concurrency, "fetch")  # no thread before its first task
         self._lock, self._cpu_seconds = threading.Lock(), 0.0
+        self._others, self._call = OtherObjects(manifest.table, manifest.root), threading.local()
         reader = Rows if manifest.kind == "parquet" else _Objects
-        self._reader: Rows | _Objects = reader(config, manifest)
+        self._reader: Rows | _Objects = reader(config, manifest, self.read)
 
-    def __reduce__(self) -> tuple[type["Source"], tuple[Any, ...]]:
-        return Source, (self.config, self.manifest, self._selected)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _source, (self.config, self.manifest, self.storage, self._selected)
 
     @property
     def num_images(self) -> int:
@@ -64,7 +79,23 @@ class Source:
     def select(self, indices: NDArray[np.int64]) -> "Source":
         """Return a source of only the images at these indices."""
         chosen = indices if self._selected is None else self._selected[indices]
-        return Source(self.config, self.manifest, chosen)
+        return _source(self.config, self.manifest, self.storage, chosen)
+
+    def read(self, key: str, operation: Callable[[Retry], Result]) -> Result:
+        """Return `operation(retry)`, which reads the object or shard `key`; its `retry` waits for the storage.
+
+        Raises an error of BAD_IMAGE, Unreachable, or DataError if the store refuses all objects.
+        """
+        is_over: threading.Event = getattr(self._call, "is_over", None) or threading.Event()
+        retry = Patient(
+            self.storage.give_up_after_seconds,
+            others=lambda: self._others.probes(key),
+            is_wanted=lambda: not is_over.is_set(),
+            sleep=is_over.wait,
+        )
+        result = operation(retry)
+        self._others.was_read(key)
+        return result
 
     def key(self, index: int) -> str:
         """Return the name of an image without reading it: the object's key, or `shard#row` for Parquet.
@@ -76,8 +107,10 @@ class Source:
     def fetch(self, indices: Sequence[int]) -> list[Fetched]:
         """Fetch the images at `indices`, in that order, with up to `fetch_concurrency` requests in flight.
 
-        An image that is missing, empty, too large or unreachable after all attempts is returned with its
-        status. Raises DataError with the object's name at once if the bucket is missing or denies access.
+        An image that is missing, empty, too large or refused is returned with its status. So is an image all
+        of whose requests fail while those for others succeed. Raises DataError with the object's name at once
+        if the bucket is missing or all images are refused, and Unreachable if the storage does not answer for
+        `storage.give_up_after_seconds`.
         """
         fetched = dict(self.arrivals(indices))
         return [fetched[place] for place in range(len(indices))]
@@ -120,14 +153,16 @@ class Source:
     def _begin(
         self, work: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]
     ) -> Iterator[tuple[int, Result]]:
-        """Yield (place, result of `work`) as calls end; the first exception cancels calls not yet begun.
+        """Yield (place, result of `work`) as calls end; the first exception cancels all other calls.
 
         Calls begin ahead of the consumer while their results, of about `sizes` bytes, fit the buffer. The memory of a
         block thus has a limit, however large its images are.
         """
+        is_over = threading.Event()
 
         def timed(item: Item) -> Result:
             begin = time.thread_time()
+            self._call.is_over = is_over
             try:
                 return work(item)
             finally:
@@ -158,6 +193,7 @@ class Source:
                     yield place, future.result()
                     num_bytes = begin_more(num_bytes - sizes[place])
             finally:
+                is_over.set()  # those that wait for the storage end too
                 waiting.clear()
                 for future in places:
                     future.cancel()
@@ -165,12 +201,17 @@ class Source:
         return ended(num_bytes)
 
 
+def _source(
+    config: DataConfig, manifest: Manifest, storage: StorageConfig, selected: NDArray[np.int64] | None
+) -> Source:
+    return Source(config, manifest, storage, selected=selected)
+
+
 class _Objects:
     """One image per object or file."""
 
-    def __init__(self, config: DataConfig, manifest: Manifest) -> None:
-        self._config = config
-        self._manifest = manifest
+    def __init__(self, config: DataConfig, manifest: Manifest, read: Read) -> None:
+        self._config, self._manifest, self._waiting = config, manifest, read
         columns = (manifest.table[name] for name in ("key", "size", "etag", "label"))
         self._keys, self._sizes, self._etags, self._labels = columns
         self.num_images = manifest.num_images
@@ -180,9 +221,9 @@ class _Objects:
         return str(self._keys[index].as_py())
 
     def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
-        images: Iterator[tuple[int, Fetched]] = begin(
-            self._one, indices, [self._sizes[index].as_py() for index in indices]
-        )
+        limit = self._config.max_object_bytes
+        sizes = [min(self._sizes[index].as_py(), limit) for index in indices]
+        images: Iterator[tuple[int, Fetched]] = begin(self._one, indices, sizes)
         return images
 
     def _one(self, index: int) -> Fetched:
@@ -191,19 +232,17 @@ class _Objects:
             reason = f"{self._sizes[index].as_py()} bytes, more than data.max_object_bytes={limit}"
             return Fetched(key, None, label, Status.TOO_LARGE, reason)
         try:
-            data = self._read(index, limit)
-        except tuple(BAD_IMAGE) as error:
+            data = self._waiting(key, lambda retry: self._read(index, limit, retry))
+        except BAD_OBJECT as error:
             return Fetched(key, None, label, BAD_IMAGE[type(error)], str(error))
         return whole(key, data, label, limit)
 
-    def _read_s3(self, index: int, limit: int) -> bytes:
+    def _read_s3(self, index: int, limit: int, retry: Retry) -> bytes:
         bucket, _ = split_s3_uri(self._manifest.root)
         etag = expected_etag(self._config, self._etags[index].as_py())
-        return read_object(
-            bucket, self.key(index), etag=etag, max_bytes=limit, attempts=self._config.fetch_attempts
-        )
+        return read_object(bucket, self.key(index), etag=etag, max_bytes=limit, retry=retry)
 
-    def _read_file(self, index: int, limit: int) -> bytes:
+    def _read_file(self, index: int, limit: int, retry: Retry) -> bytes:
         key, listed = self.key(index), self._sizes[index].as_py()
         path = self._manifest.uri(key)
         if posixpath.isabs(key) or ".." in key.split("/"):
@@ -220,6 +259,8 @@ class _Objects:
                 return file.read()
 
         try:
-            return retrying(read, what=path, attempts=self._config.fetch_attempts)
+            return retry(read, what=path)
+        except PermissionError as error:
+            raise DeniedObject(f"{path}: {error.strerror}; make it readable") from error
         except OSError as error:
             raise MissingObject(f"{path}: {error.strerror or error}") from error

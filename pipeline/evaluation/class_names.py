@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dinoray.pipeline.data.detection import AUTO
-from dinoray.pipeline.data.parquet import CorruptShard, read_column
+from dinoray.pipeline.data.fetched import BAD_OBJECT
+from dinoray.pipeline.data.parquet import read_column
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
-from dinoray.pipeline.storage.files import ChangedObject, MissingObject, Unreachable
 
 _NUM_NAMES = 3
 _NAME_LENGTH = 40
@@ -107,12 +107,10 @@ def _read(source: Source, group: int) -> list[str | None]:
     if config.label_column is None:
         return [shard["label"]] * shard["num_rows"]  # label of the folder around the shard
     try:
-        return read_column(
-            source.manifest.uri(shard["key"]),
-            shard["size"],
-            shard["row_group"],
-            column=config.label_column,
-            attempts=config.fetch_attempts,
+        uri, column = source.manifest.uri(shard["key"]), config.label_column
+        return source.read(
+            shard["key"],
+            lambda retry: read_column(uri, shard["size"], shard["row_group"], column=column, retry=retry),
         )
-    except (MissingObject, Unreachable, ChangedObject, CorruptShard):
+    except BAD_OBJECT:
         return []

@@ -17,28 +17,40 @@ from dinoray.pipeline.data.order import permute
 from dinoray.pipeline.data.parquet import read_column
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
+from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory
 
 HELD_OUT_SHARE = 0.2
 """Share of the labelled images that is classified if no evaluation set is named."""
 
 
-def open_source(config: DataConfig, run: Directory | None, name: str) -> Source:
+def open_source(
+    config: DataConfig, run: Directory | None, name: str, *, storage: StorageConfig = DEFAULTS
+) -> Source:
     """Open the images of `config`; keep their manifest in the run directory, if given, under `name`."""
-    return Source(config, load_or_build(config, run, name) if run else build_manifest(config))
+    manifest = load_or_build(config, run, name, storage=storage) if run else build_manifest(config, storage)
+    return Source(config, manifest, storage)
 
 
-def open_labelled(config: DataConfig, run: Directory | None, name: str, *, setting: str) -> Source:
+def open_labelled(
+    config: DataConfig,
+    run: Directory | None,
+    name: str,
+    *,
+    setting: str,
+    storage: StorageConfig = DEFAULTS,
+) -> Source:
     """Open the labelled images of `config`, whose path comes from `setting`.
 
     Raises ConfigError if there are none.
 
     A set named for evaluation counts as labelled: its folders are classes, however few images they hold.
     """
-    source = open_source(config, run, name)
+    source = open_source(config, run, name, storage=storage)
     if not source.has_labels and setting != "data.path" and config.label_from_parent == AUTO:
         with contextlib.suppress(ConfigError):  # the path has no folders
-            source = open_source(config.model_copy(update={"label_from_parent": True}), run, name)
+            from_folders = config.model_copy(update={"label_from_parent": True})
+            source = open_source(from_folders, run, name, storage=storage)
     labelled = with_labels(source)
     if not source.has_labels or not labelled.num_images:
         raise ConfigError(
@@ -69,12 +81,10 @@ def _rows_with_labels(source: Source, column: str) -> Source:
     def read(group: dict[str, Any], number: int | None) -> NDArray[np.bool_]:
         if number in (0, group["num_rows"]):
             return np.full(group["num_rows"], number == 0)
-        labels = read_column(
-            source.manifest.uri(group["key"]),
-            group["size"],
-            group["row_group"],
-            column=column,
-            attempts=source.config.fetch_attempts,
+        uri = source.manifest.uri(group["key"])
+        labels = source.read(
+            group["key"],
+            lambda retry: read_column(uri, group["size"], group["row_group"], column=column, retry=retry),
         )
         return np.asarray([label is not None for label in labels])
 
@@ -99,7 +109,11 @@ def held_out(images: Source, *, max_train_images: int, max_val_images: int) -> t
 
 
 def labelled_sources(
-    data: DataConfig, config: EvalConfig, run: Directory | None = None
+    data: DataConfig,
+    config: EvalConfig,
+    run: Directory | None = None,
+    *,
+    storage: StorageConfig = DEFAULTS,
 ) -> tuple[Source, Source] | None:
     """Return the sources of voters and classified images, read like `data`; None without `eval.val_path`.
 
@@ -111,7 +125,7 @@ def labelled_sources(
 
     def source(path: str, name: str, setting: str) -> Source:
         at = DataConfig.model_validate(data.model_dump() | {"path": path})
-        return open_labelled(at, run, name, setting=setting)
+        return open_labelled(at, run, name, setting=setting, storage=storage)
 
     return (
         source(

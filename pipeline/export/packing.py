@@ -24,13 +24,14 @@ from PIL import Image
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
 from dinoray.pipeline.data.decode import BadImage
+from dinoray.pipeline.data.fetched import BAD_OBJECT
 from dinoray.pipeline.data.jpeg import DENOMINATORS, Pixels, open_image
-from dinoray.pipeline.data.parquet import CorruptShard, read_row_group
+from dinoray.pipeline.data.parquet import read_row_group
 from dinoray.pipeline.data.row_groups import PACKED
 from dinoray.pipeline.data.source import Fetched, Source, Status
 from dinoray.pipeline.export.packing_plan import Plan
 from dinoray.pipeline.export.parquet_parts import PartFormat, PartResult, PartWriter
-from dinoray.pipeline.storage.files import ChangedObject, Directory, MissingObject, Unreachable
+from dinoray.pipeline.storage.files import Directory
 
 QUALITY = 95
 """JPEG quality of the images that `shrink` writes, at full colour resolution.
@@ -120,10 +121,13 @@ def check_keys(source: Source) -> None:
     def read(group: Mapping[str, Any]) -> pa.ChunkedArray:
         uri, size, row_group = manifest.uri(group["key"]), group["size"], group["row_group"]
         try:
-            table = read_row_group(
-                uri, size, row_group, image_column=column, other_columns=[], attempts=config.fetch_attempts
+            table = source.read(
+                group["key"],
+                lambda retry: read_row_group(
+                    uri, size, row_group, image_column=column, other_columns=[], retry=retry
+                ),
             )
-        except (MissingObject, Unreachable, ChangedObject, CorruptShard):
+        except BAD_OBJECT:
             return pa.chunked_array([], pa.string())  # its images will be among the bad images
         return table[column].cast(pa.string())
 

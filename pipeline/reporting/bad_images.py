@@ -24,6 +24,8 @@ _KINDS = {
     Status.MISSING: "missing",
     Status.UNREACHABLE: "unreachable",
     Status.TOO_LARGE: "too many bytes",
+    Status.DENIED: "refused",
+    Status.ARCHIVED: "archived",
     Status.CORRUPT: "changed file or damaged shard",
 }
 

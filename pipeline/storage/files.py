@@ -17,7 +17,14 @@ from urllib.parse import urlsplit
 import pyarrow.fs
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.storage.retry import ChangedObject, MissingObject, ObjectTooLarge, Unreachable, retrying
+from dinoray.pipeline.storage.retry import (
+    ChangedObject,
+    DeniedObject,
+    MissingObject,
+    ObjectTooLarge,
+    Unreachable,
+    retrying,
+)
 from dinoray.pipeline.storage.s3 import (
     CONNECT_SECONDS,
     READ_SECONDS,
@@ -34,6 +41,7 @@ __all__ = [
     "MissingObject",
     "ObjectTooLarge",
     "Unreachable",
+    "check_bucket",
     "filesystem",
     "is_s3",
     "is_shared_path",
@@ -88,6 +96,17 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         **options,
     )
     return s3, f"{bucket}/{key}".rstrip("/")
+
+
+def check_bucket(uri: str) -> None:
+    """Raise DataError soon if the bucket of an `s3://` address does not answer or does not exist.
+
+    Credentials that may read objects need not be allowed to ask for the bucket.
+    """
+    if is_s3(uri):
+        bucket, _ = split_s3_uri(uri)
+        with contextlib.suppress(DeniedObject):
+            retrying(partial(s3_client().head_bucket, Bucket=bucket), what=f"s3://{bucket}")
 
 
 @dataclass(frozen=True)

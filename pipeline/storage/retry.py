@@ -1,15 +1,16 @@
-"""One policy for failed requests to an object store: which are retried and which end the run.
+"""One policy for failed requests to an object store: which are retried, which concern one object, which end the run.
 
-Every request to S3 in this project, and every read of an image on a disk, passes through `retrying`, which
-repeats the *whole* operation. The S3 client itself stops retrying once a body starts to arrive, so a truncated
-body requires that the whole GET is repeated. Handles botocore's and urllib3's exceptions; no client, no bucket
-and no Ray here.
+Every request to S3 in this project, and every read of an image on a disk, is repeated *whole*. The S3 client
+itself stops retrying once a body starts to arrive, so a truncated body requires that the whole GET is repeated.
+`retrying` makes few attempts: for the first contact with a store, and for the files of a run. Reads of images
+wait longer: see waiting.py. Handles botocore's and urllib3's exceptions; no client, no bucket and no Ray here.
 
     transient   5xx, throttling, timeouts, broken connections, short or damaged bodies; on disks and network
                 file systems: no free descriptors, input or output errors, stale handles
                 -> retried after a random pause; Unreachable when no attempts are left
     missing     the object does not exist                              -> MissingObject, at once
-    permanent   403, no such bucket, bad or expired credentials, ...   -> DataError, at once
+    refused     403, an archived object, a disabled key, ...           -> DeniedObject, ArchivedObject, at once
+    permanent   no such bucket, bad or expired credentials, ...        -> DataError, at once
 """
 
 import errno
@@ -18,7 +19,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import urllib3.exceptions
 from botocore import exceptions as boto
@@ -31,7 +32,15 @@ T = TypeVar("T")
 
 # Separate from the global generator: its seed must not give all actors the same pauses, and network failures
 # must not change its state.
-_jitter = random.SystemRandom().random
+jitter = random.SystemRandom().random
+
+
+class Retry(Protocol):
+    """A way to repeat an operation until it succeeds. `what`: the object's name, for messages."""
+
+    def __call__(self, operation: Callable[[], T], *, what: str) -> T:
+        """Return the operation's result. Raises DataError."""
+        ...
 
 
 class MissingObject(DataError):  # noqa: N818  (the name is a state of the object)
@@ -39,7 +48,19 @@ class MissingObject(DataError):  # noqa: N818  (the name is a state of the objec
 
 
 class Unreachable(DataError):  # noqa: N818
-    """All allowed attempts to reach the storage failed."""
+    """The storage did not answer in the allowed attempts or time."""
+
+
+class FailingObject(DataError):  # noqa: N818
+    """All requests for the object failed, although the store answered requests for others."""
+
+
+class DeniedObject(DataError):  # noqa: N818
+    """The store refuses the object."""
+
+
+class ArchivedObject(DataError):  # noqa: N818
+    """The object is in an archive class, whose objects cannot be read."""
 
 
 class ChangedObject(DataError):  # noqa: N818
@@ -50,13 +71,16 @@ class ObjectTooLarge(DataError):  # noqa: N818
     """The object is larger than the caller's limit."""
 
 
-_TRANSIENT_CODES = frozenset(
+_THROTTLING_CODES = frozenset(
     {
         *("SlowDown", "SlowDownRead", "SlowDownWrite", "Throttling", "ThrottlingException"),
-        *("RequestLimitExceeded", "TooManyRequests", "RequestTimeout", "InternalError", "ServiceUnavailable"),
-        *("BadDigest", "IncompleteBody", "OperationAborted", "ConditionalRequestConflict"),
+        *("RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable", "KMS.ThrottlingException"),
     }
 )
+_TRANSIENT_CODES = _THROTTLING_CODES | {
+    *("RequestTimeout", "InternalError", "KMS.InternalException"),
+    *("BadDigest", "IncompleteBody", "OperationAborted", "ConditionalRequestConflict"),
+}
 _MISSING_CODES = frozenset({"NoSuchKey", "NotFound", "404"})
 _TRANSIENT_ERRORS = (
     boto.HTTPClientError,  # read timeouts, closed connections, broken streams
@@ -70,9 +94,10 @@ _TRANSIENT_ERRORS = (
     ConnectionError,
     TimeoutError,
 )
-_TRANSIENT_NUMBERS = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ENOBUFS}
-)
+_EXHAUSTED_NUMBERS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOBUFS})
+_TRANSIENT_NUMBERS = _EXHAUSTED_NUMBERS | {errno.EIO, errno.ESTALE, errno.EBUSY}
+RETRIED = (boto.ClientError, boto.BotoCoreError, *_TRANSIENT_ERRORS, OSError)
+"""Exceptions of an operation that `judge` takes."""
 _CREDENTIAL_ERRORS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -85,15 +110,19 @@ _CREDENTIAL_ERRORS = (
 LIST_AGAIN = "remove the manifest to list the data again"
 SET_CREDENTIALS = "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role"
 _CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
+_RENEW = "renew the credentials (for SSO: aws sso login)"
 _CHECK_REGION = "set AWS_REGION to the bucket's region"
-_REMEDIES = {
+_REMEDIES = {  # of answers that concern the whole store
     "NoSuchBucket": "check the bucket's name and AWS_ENDPOINT_URL",
     "InvalidBucketName": "check the bucket's name",
     "InvalidAccessKeyId": _CHECK_KEYS,
     "SignatureDoesNotMatch": _CHECK_KEYS,
-    "ExpiredToken": "renew the credentials (for SSO: aws sso login)",
+    "InvalidToken": _CHECK_KEYS,
+    "ExpiredToken": _RENEW,
+    "ExpiredTokenException": _RENEW,
+    "TokenRefreshRequired": _RENEW,
+    "RequestExpired": "set this machine's clock",
     "RequestTimeTooSkewed": "set this machine's clock",
-    "InvalidObjectState": "restore the object from its archive class first",
     "PermanentRedirect": _CHECK_REGION,
     "AuthorizationHeaderMalformed": _CHECK_REGION,
 }
@@ -107,30 +136,28 @@ def retrying(
     *,
     what: str,
     attempts: int = 5,
+    most_seconds: float = 10.0,
     base_seconds: float = 0.2,
     max_seconds: float = 5.0,
-    rng: Callable[[], float] = _jitter,
+    rng: Callable[[], float] = jitter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
     """Call `operation` until it succeeds, at most `attempts` times. `what`: the object's name, for messages.
 
     The pause after attempt i (from 0) is uniform in [0, min(max_seconds, base_seconds * 2**i)] ("full
-    jitter": actors that failed together do not retry together). Raises MissingObject, Unreachable or
+    jitter": actors that failed together do not retry together). No attempt begins after `most_seconds`, because
+    an address where nothing answers takes seconds each time. Raises MissingObject, Unreachable or another
     DataError as in the module's table. Any other exception is not caught: other errors of a disk are the caller's.
     """
+    began = time.monotonic()
     for attempt in range(attempts):
         try:
             return operation()
-        except (boto.ClientError, boto.BotoCoreError, *_TRANSIENT_ERRORS, OSError) as error:
-            if _is_of_a_disk(error) and error.errno not in _TRANSIENT_NUMBERS:
-                raise
-            permanent = None if _is_of_a_disk(error) else _permanent(error, what)
-            if permanent is not None:
-                raise permanent from error
-            reason = _one_line(error)
-            if attempt + 1 == attempts:
+        except RETRIED as error:
+            reason = judge(error, what)
+            if attempt + 1 == attempts or time.monotonic() - began > most_seconds:
                 raise Unreachable(
-                    f"{what}: failed after {attempts} attempts, the last with {reason}; {_remedy(error)}"
+                    f"{what}: failed after {attempt + 1} attempts, the last with {reason}; {remedy(error)}"
                 ) from error
             pause = rng() * min(max_seconds, base_seconds * 2**attempt)
             logger.debug("%s: %s; attempt %d of %d in %.2f s", what, reason, attempt + 2, attempts, pause)
@@ -138,11 +165,30 @@ def retrying(
     raise ValueError(f"attempts={attempts} must be at least 1")
 
 
+def judge(error: Exception, what: str) -> str:
+    """Return the reason of a failure that may pass. Raises the error that stands for any other failure."""
+    if _is_of_a_disk(error):
+        if error.errno not in _TRANSIENT_NUMBERS:
+            raise error
+    elif (permanent := _permanent(error, what)) is not None:
+        raise permanent from error
+    return _one_line(error)
+
+
+def is_throttling(error: Exception) -> bool:
+    """Return True for a failure that only says how busy the store or this process is."""
+    if isinstance(error, boto.ClientError):
+        code, status = _code_and_status(error)
+        return status in (429, 503) or code in _THROTTLING_CODES
+    return _is_of_a_disk(error) and error.errno in _EXHAUSTED_NUMBERS
+
+
 def _is_of_a_disk(error: Exception) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and not isinstance(error, _TRANSIENT_ERRORS)
 
 
-def _remedy(error: Exception) -> str:
+def remedy(error: Exception) -> str:
+    """Return what to check after a failure that did not pass."""
     if not _is_of_a_disk(error):
         return "check the network, AWS_ENDPOINT_URL and the store's load"
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -163,8 +209,7 @@ def _permanent(error: Exception, what: str) -> DataError | None:
 
 def _permanent_answer(error: Any, what: str) -> DataError | None:
     """As `_permanent`, for an error response of the store: by its HTTP status and error code."""
-    code = str(error.response.get("Error", {}).get("Code", "unknown"))
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code, status = _code_and_status(error)
     if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
         return None
     if code in _MISSING_CODES and error.operation_name == "HeadBucket":
@@ -173,14 +218,22 @@ def _permanent_answer(error: Any, what: str) -> DataError | None:
         return MissingObject(f"{what}: there is no such object ({code})")
     if status == 416:  # the requested range fits the listed size, so the size has changed
         return ChangedObject(f"{what}: its size changed after it was listed; {LIST_AGAIN}")
-    if code in _REMEDIES:
-        remedy = _REMEDIES[code]
-    elif status in (401, 403):
-        remedy = _FORBIDDEN
-    else:
-        remedy = "check the path and AWS_ENDPOINT_URL"
     message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())
-    return DataError(f"{what}: {code} (HTTP {status}){': ' + message if message else ''}; {remedy}")
+    text = f"{what}: {code} (HTTP {status}){': ' + message if message else ''}"
+    if code in _REMEDIES:
+        return DataError(f"{text}; {_REMEDIES[code]}")
+    if code == "InvalidObjectState":
+        return ArchivedObject(f"{text}; restore the object from its archive class first")
+    if code.startswith("KMS."):
+        return DeniedObject(f"{text}; allow kms:Decrypt to these credentials, and enable the key")
+    return DeniedObject(
+        f"{text}; {_FORBIDDEN if status in (401, 403) else 'check the path and AWS_ENDPOINT_URL'}"
+    )
+
+
+def _code_and_status(error: Any) -> tuple[str, int]:
+    code = str(error.response.get("Error", {}).get("Code", "unknown"))
+    return code, int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _one_line(error: Exception) -> str:

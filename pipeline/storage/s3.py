@@ -25,6 +25,7 @@ from dinoray.pipeline.storage.retry import (
     SET_CREDENTIALS,
     ChangedObject,
     ObjectTooLarge,
+    Retry,
     retrying,
 )
 
@@ -127,11 +128,11 @@ def read_object(
     listed_bytes: int | None = None,
     etag: str | None = None,
     max_bytes: int | None = None,
-    attempts: int = 5,
+    retry: Retry = retrying,
 ) -> bytes:
-    """Return the bytes of one object, or its bytes [first, last], both included; retry the whole GET.
+    """Return the bytes of one object, or its bytes [first, last], both included; `retry` the whole GET.
 
-    Raises MissingObject, Unreachable or DataError. Before reading the body, raises ObjectTooLarge if its
+    Raises MissingObject, Unreachable or another DataError. Before reading the body, raises ObjectTooLarge if its
     length is over `max_bytes`, and ChangedObject if the object no longer has the ETag `etag`, or that of a
     range no longer `listed_bytes` in total. A whole body is compared with the ETag where that is its MD5.
     """
@@ -161,7 +162,7 @@ def read_object(
             _compare(data, found, seen, bucket=bucket, uri=uri)
         return data
 
-    return retrying(get, what=uri, attempts=attempts)
+    return retry(get, what=uri)
 
 
 def _compare(data: bytes, etag: str, seen: set[str], *, bucket: str, uri: str) -> None:
@@ -196,33 +197,48 @@ def _may_be_md5(bucket: str, etag: str, response: Mapping[str, Any]) -> bool:
     return re.fullmatch("[0-9a-f]{32}", etag) is not None
 
 
+def probe_object(bucket: str, key: str) -> None:
+    """Read one byte of an object in a single attempt. Raises botocore's own errors."""
+    response = s3_client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")
+    with contextlib.closing(response["Body"]) as body:
+        body.read()
+
+
 def list_pages(
-    bucket: str, prefix: str, *, delimiter: str | None = None, attempts: int = 5
+    bucket: str,
+    prefix: str,
+    *,
+    delimiter: str | None = None,
+    retry: Retry = retrying,
+    retry_later: Retry = retrying,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the ListObjectsV2 pages of all keys that start with `prefix`; each page is retried separately."""
+    """Yield the ListObjectsV2 pages of all keys that start with `prefix`.
+
+    Each page is retried separately: the first page by `retry`, further pages by `retry_later`.
+    """
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
     if delimiter:
         request["Delimiter"] = delimiter
     while True:
         operation = partial(s3_client().list_objects_v2, **request)
-        page = retrying(operation, what=f"s3://{bucket}/{prefix}", attempts=attempts)
+        page = retry(operation, what=f"s3://{bucket}/{prefix}")
         yield page
         if not page.get("IsTruncated"):
             return
-        request["ContinuationToken"] = page["NextContinuationToken"]
+        request["ContinuationToken"], retry = page["NextContinuationToken"], retry_later
 
 
 class ObjectFile(io.RawIOBase):
-    """One S3 object as a seekable, read-only file for pyarrow: each read is one ranged GET, retried whole.
+    """One S3 object as a seekable, read-only file for pyarrow: each read is one ranged GET, repeated whole by `retry`.
 
     `num_bytes` is the listed size, so opening needs no request.
     """
 
     def __init__(
-        self, bucket: str, key: str, num_bytes: int, *, attempts: int = 5, etag: str | None = None
+        self, bucket: str, key: str, num_bytes: int, *, retry: Retry = retrying, etag: str | None = None
     ) -> None:
         super().__init__()
-        self._bucket, self._key, self._num_bytes, self._attempts = bucket, key, num_bytes, attempts
+        self._bucket, self._key, self._num_bytes, self._retry = bucket, key, num_bytes, retry
         self._etag = etag
         self._position = 0
 
@@ -250,7 +266,7 @@ class ObjectFile(io.RawIOBase):
             byte_range=(self._position, end - 1),
             listed_bytes=self._num_bytes,
             etag=self._etag,
-            attempts=self._attempts,
+            retry=self._retry,
         )
         self._position = end
         return data

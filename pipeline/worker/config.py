@@ -7,13 +7,17 @@ from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
+from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import is_s3, split_s3_uri
 from dinoray.pipeline.storage.yaml_text import Dumper
 from dinoray.pipeline.tracking.config import LogConfig, TrackConfig
 from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
 
 MUTABLE_ON_RESUME = frozenset(
-    {"resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage_path", "name", "recipe"}
+    {
+        *("resources", "cost", "log", "track", "checkpoint", "health", "probe", "storage"),
+        *("storage_path", "name", "recipe"),
+    }
 )
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
@@ -32,6 +36,7 @@ class Config(DINOConfig):
     storage_path: str = Field(default="runs", min_length=1)
     """Folder or s3://bucket/prefix that holds run directories."""
     data: DataConfig
+    storage: StorageConfig = StorageConfig()
     init: InitConfig = InitConfig()
     eval: EvalConfig = EvalConfig()
     probe: ProbeConfig = ProbeConfig()

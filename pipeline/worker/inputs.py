@@ -31,7 +31,8 @@ class Inputs:
     @classmethod
     def open(cls, config: Config, directory: Directory) -> "Inputs":
         """List them, or read the manifests that `directory` keeps of an earlier listing."""
-        images = Source(config.data, load_or_build(config.data, directory))
+        manifest = load_or_build(config.data, directory, storage=config.storage)
+        images = Source(config.data, manifest, config.storage)
         labelled = evaluated_images(config, images, directory)
         mismatch = class_mismatch(*labelled, config.eval) if labelled else None
         return cls(images, None if mismatch and mismatch.is_disjoint else labelled, mismatch)
@@ -53,7 +54,7 @@ def evaluated_images(
 ) -> tuple[Source, Source] | None:
     """Labelled images that vote and labelled images that are classified: those that the settings name, else a held-out
     part of `images`; None where there are no labels."""
-    named = labelled_sources(config.data, config.eval, directory)
+    named = labelled_sources(config.data, config.eval, directory, storage=config.storage)
     if images is None or config.eval.val_path != AUTO:
         return named
     limits = {"max_train_images": config.eval.max_train_images, "max_val_images": config.eval.max_val_images}

@@ -50,7 +50,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             "data.path=s3://BUCKET/x",
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
             DATA,
-            ["s3://BUCKET/x", "failed after 2 attempts", "check the network, AWS_ENDPOINT_URL"],
+            ["s3://BUCKET/x", "failed after 5 attempts", "check the network, AWS_ENDPOINT_URL"],
         ),
         (
             "data.path=s3://BUCKET/x",
@@ -95,7 +95,7 @@ def test_an_object_store_that_refuses_is_named_with_the_remedy(
 ) -> None:
     changed = aws_environment(s3.endpoint) | environment
     use_aws(monkeypatch, {name: value for name, value in changed.items() if value is not None})
-    arguments = ["storage_path=WORLD/runs", "data.path=WORLD/images", "data.fetch_attempts=2"]
+    arguments = ["storage_path=WORLD/runs", "data.path=WORLD/images"]
     ending = run(pretrain.main, *TINY, *arguments, argument.replace("BUCKET", bucket))
     ending.check(code, [word.replace("BUCKET", bucket) for word in words])
 

@@ -6,6 +6,7 @@ next, to count them, and to spoil an answer.
 
 import asyncio
 import contextlib
+import random
 import re
 import socket
 import struct
@@ -21,6 +22,7 @@ class Fault:
     kind: str
     pattern: str
     times: int
+    share: float
 
 
 @dataclass
@@ -37,13 +39,22 @@ class FaultProxy:
     """How long each GET answer takes at least, as if the store were far away."""
     bytes_answered: int = 0
     """Bytes of answers passed on, without their heads."""
+    go_down: Callable[[], None] = lambda: None
+    """Refuse connections, and reset those that there are."""
+    come_up: Callable[[], None] = lambda: None
+    """Accept connections again, at the same address."""
     _faults: list[Fault] = field(default_factory=list)
+    _chance: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def fail(self, kind: str, *, pattern: str = "^GET ", times: int = 1) -> None:
-        """Queue a fault: slow_down, internal_error, forbid, truncate, corrupt, reset or hang."""
+    def fail(self, kind: str, *, pattern: str = "^GET ", times: int = 1, share: float = 1.0) -> None:
+        """Queue a fault of a `share` of the requests: hang, reset, truncate, corrupt, or one of _ANSWERS."""
         if kind not in (*_ANSWERS, "truncate", "corrupt", "reset", "hang"):
             raise ValueError(kind)
-        self._faults.append(Fault(kind, pattern, times))
+        self._faults.append(Fault(kind, pattern, times, share))
+
+    def heal(self) -> None:
+        """Forget all faults that are queued."""
+        self._faults.clear()
 
     def count(self, pattern: str) -> int:
         """How many requests so far match."""
@@ -51,7 +62,7 @@ class FaultProxy:
 
     def _fault_for(self, line: str) -> str | None:
         for fault in self._faults:
-            if fault.times and re.search(fault.pattern, line):
+            if fault.times and re.search(fault.pattern, line) and self._chance.random() < fault.share:
                 fault.times -= 1
                 return fault.kind
         return None
@@ -67,6 +78,9 @@ _ANSWERS = {
     "slow_down": _answer("503 Slow Down", "SlowDown"),
     "internal_error": _answer("500 Internal Server Error", "InternalError"),
     "forbid": _answer("403 Forbidden", "AccessDenied"),
+    "archived": _answer("403 Forbidden", "InvalidObjectState"),
+    "disabled_key": _answer("400 Bad Request", "KMS.DisabledException"),
+    "expired": _answer("400 Bad Request", "ExpiredToken"),
 }
 
 
@@ -78,19 +92,43 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
     started = threading.Event()
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()
+    servers: list[asyncio.Server] = []
+    own_port = 0
 
-    async def serve() -> None:
-        server = await asyncio.start_server(
-            lambda r, w: _Connection(proxy, r, w).serve(host, int(port)), "127.0.0.1", 0, limit=1 << 20
+    async def listen() -> None:
+        servers.append(
+            await asyncio.start_server(
+                lambda r, w: _Connection(proxy, r, w).serve(host, int(port)),
+                "127.0.0.1",
+                own_port,
+                limit=1 << 20,
+            )
         )
-        proxy.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        started.set()
-        await stop.wait()
-        server.close()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    async def close() -> None:
+        for server in servers:
+            server.close()
+        servers.clear()
+        here = (asyncio.current_task(), main_task)
+        tasks = [task for task in asyncio.all_tasks() if task not in here]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # transports that were being opened are closed in the next turn
+
+    async def serve() -> None:
+        nonlocal own_port, main_task
+        main_task = asyncio.current_task()
+        await listen()
+        own_port = servers[0].sockets[0].getsockname()[1]
+        proxy.endpoint = f"http://127.0.0.1:{own_port}"
+        started.set()
+        await stop.wait()
+        await close()
+
+    main_task: asyncio.Task[None] | None = None
+    proxy.go_down = lambda: asyncio.run_coroutine_threadsafe(close(), loop).result()
+    proxy.come_up = lambda: asyncio.run_coroutine_threadsafe(listen(), loop).result()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
     thread.start()

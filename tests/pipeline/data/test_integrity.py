@@ -130,7 +130,7 @@ EXHAUSTED = """
 import os, resource, sys, threading
 from sources import source_of
 
-source = source_of(sys.argv[1], fetch_attempts=100)
+source = source_of(sys.argv[1])
 source.fetch([0])  # what is imported at first use is there
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 held = []

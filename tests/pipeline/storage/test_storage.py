@@ -6,6 +6,7 @@ import pickle
 import random
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from dinoray.pipeline.storage.files import (
     ObjectTooLarge,
     Unreachable,
     filesystem,
+    retrying,
     s3_client,
     split_s3_uri,
 )
@@ -136,7 +138,7 @@ def test_a_store_that_keeps_failing_is_given_up_on_by_name(proxy: FaultProxy, bu
     Directory(f"s3://{bucket}").write("x.jpg", b"data")
     proxy.fail("slow_down", times=99)
     with pytest.raises(Unreachable, match=f"s3://{bucket}/x.jpg.*3 attempts.*SlowDown"):
-        read_object(bucket, "x.jpg", attempts=3)
+        read_object(bucket, "x.jpg", retry=partial(retrying, attempts=3))
     assert proxy.count("^GET ") == 3
 
 
@@ -144,7 +146,7 @@ def test_a_store_that_keeps_failing_is_given_up_on_by_name(proxy: FaultProxy, bu
 def test_a_closed_endpoint_is_unreachable(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_aws(monkeypatch, aws_environment("http://127.0.0.1:9"))
     with pytest.raises(Unreachable, match=r"2 attempts.*AWS_ENDPOINT_URL"):
-        read_object(bucket, "x.jpg", attempts=2)
+        read_object(bucket, "x.jpg", retry=partial(retrying, attempts=2))
 
 
 @pytest.mark.s3
