@@ -260,17 +260,9 @@ def build_manifest(config: DataConfig, storage: StorageConfig = DEFAULTS) -> Man
         kept = _images(config, path, table, num_ignored)
     has_note = any(note.startswith("labels ") for note in kept.notes)
     notes = [*kept.notes, *note_on_parts(parts, path, labelled=has_note)]
-    manifest = Manifest(
-        kept.table,
-        "parquet" if num_shards else "images",
-        listing.root,
-        num_ignored,
-        _listed_as(config),
-        kept.detected,
-        tuple(notes),
-        tuple(kept.damaged),
-        kept.rows_per_group,
-    )
+    kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
+    about = (_listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged), kept.rows_per_group)
+    manifest = Manifest(kept.table, kind, listing.root, num_ignored, *about)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
