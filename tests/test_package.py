@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
+from cluster_lints import RAY
 from jobs_processes import TINY
 from paths import ROOT
 from PIL import Image
@@ -91,6 +93,19 @@ def test_the_code_in_the_current_folder_comes_before_an_installation(installed: 
         assert python(*command, "--version", cwd=tmp_path, env=env).split()[-1] == str(installed / "dinoray")
     code = "import dinoray.models.errors as errors; print(errors.__file__)"
     assert python("-c", code, cwd=ROOT, env=env).strip() == str(ROOT / "models" / "errors.py")
+
+
+@pytest.mark.slow
+def test_the_doctor_of_an_installation_refuses_a_ray_below_the_bound(installed: Path, tmp_path: Path) -> None:
+    code = "from dinoray.jobs.cluster.machine_checks import check_packages; print(*check_packages())"
+    found = python("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(installed)})
+    assert f"ray {ray.__version__}," in found
+    (tmp_path / "ray-2.57.1.dist-info").mkdir()
+    (tmp_path / "ray-2.57.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: ray\nVersion: 2.57.1\n"
+    )
+    found = python("-c", code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{installed}"})
+    assert f"ray is 2.57.1, wanted {RAY}: pip install -e ." in found
 
 
 def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:

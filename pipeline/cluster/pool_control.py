@@ -24,7 +24,7 @@ _RENEWED_SECONDS = 60.0
 _NODE_LABEL = "ray.io/node-id"
 
 
-class DrainPolicy:
+class DrainPolicy(private.BackpressurePolicy):
     """Backpressure policy of Ray Data that gives less work to a pool that is too large.
 
     Ray stops only idle actors, and no actor is idle while Ray gives all of them blocks that are not yet
@@ -75,7 +75,7 @@ def not_resized(why: str) -> str:
     )
 
 
-class PoolControl:
+class PoolControl(private.ExecutionCallback):
     """Execution callback of Ray Data; its hooks have Ray's names.
 
     If this version of Ray lacks a private name that `ray_private.data` uses, the pool keeps its size and a

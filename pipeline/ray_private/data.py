@@ -3,10 +3,10 @@
 Publicly an actor pool has a least and a most size, and Ray Data chooses between them by its own rules, which never
 shrink a pool that is given work and never take back a request for nodes. Without these names a stream's pool is left
 to Ray Data's own rules: `MISSING` is the reason where that shows at import, and the functions below raise
-MissingNameError.
+MissingNameError. Of the names only `REMAINING` differs between Ray 2.58.1, 2.59.0 and 2.60.0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -16,19 +16,60 @@ import ray.data
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-MISSING: str | None = None
+
+def lacking(used: Mapping[type, Sequence[str]]) -> str | None:
+    """Return which of these names their classes do not have, None where they have all."""
+    missing = [
+        f"{kind.__name__}.{name}"
+        for kind, names in used.items()
+        for name in names
+        if not hasattr(kind, name) and name not in getattr(kind, "__dataclass_fields__", ())
+    ]
+    return f"no {', '.join(missing)}" if missing else None
+
+
+MISSING: str | None
 """Why pools cannot be resized with this Ray; None when they can."""
 try:
-    # Kinds of resources of which a stream takes its share of what is left over, as Ray's own requests name them.
-    from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import STANDARD_RESOURCE_TYPES
+    from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
+    from ray.data._internal.cluster_autoscaler.base_cluster_autoscaler import ClusterAutoscaler
 
     # Backpressure policies: what decides when an operator may start with one more block.
     from ray.data._internal.execution.backpressure_policy import (
         ENABLED_BACKPRESSURE_POLICIES,
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+        BackpressurePolicy,  # it and ExecutionCallback have a default for each hook that a later Ray may add
+    )
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+    from ray.data._internal.execution.interfaces import PhysicalOperator
+
+    # A name that is only set or defined, and not called, would otherwise be missed without an error.
+    MISSING = lacking(
+        {
+            AutoscalingActorPool: (
+                *("num_running_actors", "num_pending_actors", "num_restarting_actors", "num_tasks_in_flight"),
+                *("max_size", "per_actor_resource_usage"),
+            ),
+            BackpressurePolicy: ("can_add_input", "max_task_output_bytes_to_read"),
+            ClusterAutoscaler: ("try_trigger_scaling",),
+            ExecutionCallback: ("before_execution_starts", "on_execution_step"),
+            PhysicalOperator: ("get_autoscaling_actor_pools",),
+            ray.data.DataContext: ("custom_execution_callback_classes", "set_config"),
+        }
     )
 except ImportError as error:
     MISSING = str(error)
+    BackpressurePolicy = ExecutionCallback = object
+
+REMAINING: list[str] | bool = True
+"""Resources of which a stream takes its share of what is left over, as Ray's own requests name them: a list of types
+since Ray 2.60, all or none before."""
+try:
+    from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import STANDARD_RESOURCE_TYPES
+
+    REMAINING = STANDARD_RESOURCE_TYPES
+except ImportError:
+    pass
 
 
 class MissingNameError(Exception):
@@ -91,5 +132,5 @@ def request_nodes(
         resources=list(resources),
         label_selectors=list(label_selectors),
         expire_after_s=expire_after_seconds,
-        request_remaining=STANDARD_RESOURCE_TYPES,
+        request_remaining=REMAINING,
     )

@@ -1,7 +1,8 @@
 """The file in which Ray Train keeps which checkpoints of a run are committed.
 
 Train restores from this file, but has no public function that lists the checkpoints of a run that is not running.
-Train writes over it in place, so a process that is killed meanwhile leaves a torn file.
+Train writes over it in place, so a process that is killed meanwhile leaves a torn file. Its form is the same in Ray
+2.58.1, 2.59.0 and 2.60.0.
 """
 
 import importlib.metadata
@@ -35,8 +36,8 @@ def committed(snapshot: bytes, *, file: str) -> list[str]:
         strange = [name for name in names if not _PLAIN.fullmatch(name)]
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"{file} is not a list of checkpoints as Ray Train 2.60 writes it ({error!r}): resume the run with the "
-            "version of Ray that began it"
+            f"{file} is not a list of checkpoints as Ray Train 2.58 to 2.60 writes it ({error!r}): resume the run "
+            "with the version of Ray that began it"
         ) from error
     if strange:
         raise DataError(

@@ -115,8 +115,9 @@ def open_splits(
                 min_size=actors[0],
                 max_size=actors[1],
                 enable_true_multi_threading=True,
-                max_concurrent_calls_per_actor=2,
             ),
+            # Calls at once per actor. The strategy has an argument for it since Ray 2.59, which sets this.
+            max_concurrency=2,
             num_cpus=plan.cpus_per_augment_actor,
             # Otherwise Ray also requests the bytes of a block, and never starts a node type that declares no
             # memory.

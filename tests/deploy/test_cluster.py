@@ -22,10 +22,10 @@ from cluster_checks import (
     config,
     ec2_complaints,
     ray_checks,
-    uses_private_ray,
 )
 from cluster_lints import Config, Lint
 from paths import ROOT
+from ray_releases import uses_private_ray
 from servers import use_aws
 
 

@@ -54,7 +54,7 @@ def test_the_dockerfile_passes() -> None:
     ("old", "new"),
     [
         ("rayproject/ray:2.60.0-py311-${PLATFORM}", "rayproject/ray:latest"),
-        ("rayproject/ray:2.60.0-", "rayproject/ray:2.61.0-"),
+        ("rayproject/ray:2.60.0-", "rayproject/ray:2.57.0-"),
         ("ARG PLATFORM=cu128", "ARG PLATFORM=gpu"),
         ("USER ray", "USER root"),
         ("USER ray", ""),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import boto3
@@ -11,11 +10,10 @@ import pytest
 import yaml
 from iam_policies import FOLDER, allows, policy
 from paths import ROOT
+from ray_releases import uses_private_ray
 from servers import aws_environment, use_aws
 
-pytestmark = pytest.mark.skipif(
-    not version("ray").startswith("2.60."), reason="calls modules that are private to Ray, known for 2.60"
-)
+pytestmark = uses_private_ray
 
 FILE = ROOT / "cluster.yaml"
 ACCOUNT = "123456789012"  # moto's, and the placeholder of our files

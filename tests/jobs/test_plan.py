@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cluster_checks import LINTS, ec2_complaints, ray_checks, uses_private_ray
+from cluster_checks import LINTS, ec2_complaints, ray_checks
 from forecast_inputs import FIGURES, RUN
 from jobs_processes import TINY, run_job
 from paths import ROOT
 from ray_head import ray_head
+from ray_releases import uses_private_ray
 from tiny_run import write_images
 
 from dinoray.jobs.cli.config import load_config

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from jobs_processes import TINY, start_job
 from paths import ROOT
 from ray_head import RAY, RayHead, ray_head
@@ -163,7 +164,7 @@ def test_the_doctor_looks_at_the_nodes(
     for beginning in (
         "ok    job server    http://127.0.0.1:",
         f"ok    data          cluster: here: {tmp_path}/images: 24 listed",
-        "ok    cluster       cluster: joined, Ray 2.60",
+        f"ok    cluster       cluster: joined, Ray {ray.__version__}",
         "ok    nodes         cluster: 1 x head: 4 CPUs, 0 GPUs",
         "ok    CPUs          cluster: 4 CPUs, the run needs 3",
         "ok    dashboard     cluster: 127.0.0.1:",

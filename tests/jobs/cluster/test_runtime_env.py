@@ -2,14 +2,13 @@
 
 import shutil
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import cluster_lints as lints
-import pytest
 import yaml
 from paths import ROOT
 from ray.runtime_env import RuntimeEnv
+from ray_releases import uses_private_ray
 
 from dinoray.jobs.cluster.upload import NO_JOB_READS, SECRET_FILES, list_files
 
@@ -72,9 +71,7 @@ AT_HOME += ["tests/test_a.py", "benchmarks/a.png", "deploy/runtime_env.yaml", ".
 TAKEN = ["jobs/pretrain.py", "models/data/table.json", "pyproject.toml", "models/tests/table.json"]
 
 
-@pytest.mark.skipif(
-    not version("ray").startswith("2.60."), reason="reads a module that is private to Ray 2.60"
-)
+@uses_private_ray
 def test_a_submitted_job_brings_code_along_and_nothing_else(tmp_path: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
@@ -87,9 +84,7 @@ def test_a_submitted_job_brings_code_along_and_nothing_else(tmp_path: Path) -> N
         assert {name for name in package.namelist() if not name.endswith("/")} == set(TAKEN)
 
 
-@pytest.mark.skipif(
-    not version("ray").startswith("2.60."), reason="reads a module that is private to Ray 2.60"
-)
+@uses_private_ray
 def test_rays_own_command_sends_the_files_that_submit_sends(tmp_path: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
