@@ -84,7 +84,7 @@ def test_images_wait_for_a_store_that_is_down(
 
     waiting.report_outages(report)
     proxy.go_down()
-    comes_back = threading.Thread(target=lambda: (told.wait(), proxy.come_up()))
+    comes_back = threading.Thread(target=lambda: (told.wait(), proxy.come_up()), daemon=True)
     comes_back.start()
     assert fetch_all(source) == calm
     comes_back.join()
@@ -152,6 +152,18 @@ def test_a_store_that_refuses_everything_ends_the_fetch_at_once(
         assert type(caught.value) is DataError
         proxy.heal()
         assert {f.status for f in fetch_all(source)} == {Status.OK}
+
+
+@pytest.mark.timeout(60)  # they would wait for hours
+def test_reads_that_wait_end_with_the_fetch_that_wanted_them(
+    proxy: FaultProxy, put: Callable[..., Source]
+) -> None:
+    source = put(give_up_after_seconds=10_000)
+    proxy.fail("expired", pattern=source.key(5).partition("#")[0], times=EVER)
+    proxy.fail("slow_down", times=EVER)
+    with pytest.raises(DataError, match="ExpiredToken"):
+        fetch_all(source)
+    source._pool.shutdown(wait=True)
 
 
 def test_half_of_the_objects_refused_are_so_many_bad_images(
