@@ -30,7 +30,7 @@ ROOMS = {
     "pipeline/augment": "models storage data",
     "pipeline/tracking": "models storage augment",
     "pipeline/training": "models published storage data augment",
-    "pipeline/stream": "models cluster data augment ray_private",
+    "pipeline/stream": "models storage cluster data augment ray_private",
     "pipeline/figures": "models storage augment tracking training",
     "pipeline/planning": "models data augment training",
     "pipeline/evaluation": _PAGES,

@@ -7,6 +7,7 @@ an evaluation for the decision to continue or end the trial.
 
 import asyncio
 import pickle
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,9 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinoray.models.errors import DinorayError
+
+_OUTAGE_SECONDS = 60.0
+"""Least time between the beginnings of two outages that are posted."""
 
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
 
@@ -34,11 +38,21 @@ class _RunChannelActor:
         self._claims: Counter[str] = Counter()
         self._answers: defaultdict[int, asyncio.Future[bool]] = defaultdict(asyncio.Future)
         self._stop = False
+        self._in_outage, self._outage_posted = False, -_OUTAGE_SECONDS
         self._values: dict[str, Any] = {}
         self._sums: dict[str, Any] = {}
 
     async def post(self, event: Event) -> None:
         self._queue.put_nowait(event)
+
+    async def note_outage(self, text: str, is_over: bool) -> None:
+        if is_over is not self._in_outage:
+            return  # another process has posted it
+        now = time.monotonic()
+        if not is_over and now - self._outage_posted < _OUTAGE_SECONDS:
+            return
+        self._in_outage, self._outage_posted = not is_over, self._outage_posted if is_over else now
+        self._queue.put_nowait(Event("note", {"text": text}))
 
     async def put(self, name: str, value: Any) -> None:
         self._values[name] = value
@@ -92,6 +106,10 @@ class RunChannel:
         # As bytes, so that the actor, which only forwards the error, need not import the module that defines
         # it.
         ray.get(self._actor.post.remote(Event("fatal", {"error": pickle.dumps(error)})))
+
+    def note_outage(self, text: str, is_over: bool) -> None:
+        """Send a line about the storage, without waiting; one line stands for those of all processes."""
+        self._actor.note_outage.remote(text, is_over)
 
     def stop(self) -> None:
         """Request the workers to end the run, with a checkpoint, at the next step that they log."""

@@ -28,6 +28,7 @@ from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.ray_private import data as private
+from dinoray.pipeline.storage.waiting import report_outages
 
 _LEG_BLOCKS = 4096
 """Blocks per execution of the plan: Ray plans all blocks before it starts, at about 1.3 ms per block."""
@@ -51,9 +52,10 @@ class StreamPlan:
 def open_augmenter(plan: StreamPlan) -> Augmenter:
     """Return an augmenter that is ready for its first image.
 
-    Also limits the whole process's threads and prepares the crop kernel.
+    Also limits the whole process's threads, prepares the crop kernel and posts outages of the storage.
     """
     limit_threads()
+    report_outages(plan.channel.note_outage)
     prepare_kernel(plan.crops)
     threads = crop_threads(plan.cpus_per_augment_actor)
     source: Source = ray.get(plan.source)

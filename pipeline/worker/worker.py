@@ -24,6 +24,7 @@ from dinoray.pipeline.evaluation.in_training import evaluate
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import filesystem
 from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.storage.waiting import report_outages
 from dinoray.pipeline.stream import ray_data, shared_stream
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import load_checkpoint, own_copy
@@ -66,6 +67,7 @@ def work(loop_config: dict[str, Any]) -> None:
     An error that all workers raise is posted only: if it were raised, Ray would restart the workers.
     """
     spec: WorkerSpec = ray.get(loop_config["spec"])
+    report_outages(spec.channel.note_outage)
     outputs = None
     try:
         worker = _Worker(spec)

@@ -17,7 +17,6 @@ from safetensors.torch import load
 from servers import S3Server, aws_environment
 
 from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
-from dinoray.pipeline.data.order import Order
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 
@@ -266,18 +265,27 @@ def test_more_bad_images_than_allowed_end_the_run(
     assert b"spoilt/cut.jpg" in page or b"spoilt/text.jpg" in page
 
 
-def test_a_forbidden_image_ends_the_run_at_once_with_its_name(images: Bucket) -> None:
-    keys = sorted(
-        f"images/train/{label}/{i}.jpg" for label in list(PATTERNS)[:4] for i in range(NUM_PER_CLASS)
-    )
-    position = 30  # reached by the stream, not by the contact sheet that is made before it
-    _, (image,) = Order(len(keys), seed=0).locate([position])
+def test_a_forbidden_image_is_replaced_counted_and_named(images: Bucket) -> None:
+    forbidden = f"images/train/{next(iter(PATTERNS))}/3.jpg"
     with fault_proxy(images.server.endpoint) as proxy:
-        proxy.fail("forbid", pattern=f"^GET /{images.name}/{keys[image]}", times=1_000_000)
-        arguments = images.pretrain_arguments("forbidden", "eval.val_path=null")
+        proxy.fail("forbid", pattern=f"^GET /{images.name}/{forbidden}", times=1_000_000)
+        settings = ["eval.val_path=null", "train.epochs=2", "data.max_bad_fraction=0.1"]
+        arguments = images.pretrain_arguments("forbidden", *settings)
+        run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint))
+    lines = [json.loads(x) for x in images.get("runs/forbidden/quarantine.jsonl").splitlines()]
+    assert [(x["key"], x["status"]) for x in lines] == [(forbidden, "denied")] * 2
+    assert all(f"s3://{images.name}/{forbidden}: AccessDenied" in x["reason"] for x in lines)
+
+
+def test_a_bucket_that_forbids_all_images_ends_the_run_at_once(images: Bucket) -> None:
+    with fault_proxy(images.server.endpoint) as proxy:
+        proxy.fail("forbid", pattern=f"^GET /{images.name}/images/train/", times=1_000_000)
+        arguments = images.pretrain_arguments("closed", "eval.val_path=null")
         output = run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint), code=3)
-    assert f"{images.name}/{keys[image]}" in output.splitlines()[-1]
-    assert output.splitlines()[-1].startswith("error: ")
+    last_line = output.splitlines()[-1]
+    assert last_line.startswith(f"error: s3://{images.name}/images/train/")
+    assert "AccessDenied" in last_line
+    assert "s3:GetObject" in last_line
     assert "Traceback" not in output
 
 

@@ -148,7 +148,11 @@ class _Connection:
         self.proxy, self.reader, self.writer = proxy, reader, writer
 
     async def serve(self, host: str, port: int) -> None:
-        up_reader, up_writer = await asyncio.open_connection(host, port, limit=1 << 20)
+        try:
+            up_reader, up_writer = await asyncio.open_connection(host, port, limit=1 << 20)
+        except asyncio.CancelledError:  # the proxy goes down
+            self.writer.close()
+            return
         try:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
                 while await self._one_request(up_reader, up_writer):

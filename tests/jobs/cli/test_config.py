@@ -276,6 +276,14 @@ def test_the_config_of_a_run_takes_overrides_and_names_itself(tmp_path: Path) ->
         load_run_config(run)
 
 
+def test_a_file_of_an_earlier_version_is_read_without_settings_that_are_gone(tmp_path: Path) -> None:
+    text = config_of().to_yaml().replace("data:\n", "data:\n  fetch_attempts: 5\n")
+    assert "fetch_attempts" in text
+    (tmp_path / "config.yaml").write_text(text)
+    assert load_run_config(Directory(str(tmp_path))) == config_of()
+    assert load_config(None, tmp_path / "config.yaml", []) == config_of()
+
+
 def test_only_what_decides_what_is_learnt_is_a_difference() -> None:
     old = config_of()
     free = [

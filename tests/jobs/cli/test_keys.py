@@ -49,6 +49,11 @@ def test_no_more_than_three_keys_are_proposed_the_likeliest_first() -> None:
     assert did_you_mean("x", []) == ""
 
 
+def test_a_key_of_an_earlier_version_is_answered_with_its_replacement() -> None:
+    [mistake] = mistakes("data.fetch_attempts=1")
+    assert mistake == "data.fetch_attempts=1: unknown key; set storage.give_up_after_seconds instead"
+
+
 @pytest.mark.parametrize(
     ("override", "near"),
     [

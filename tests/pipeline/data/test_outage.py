@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from faults import FaultProxy
 from samples import put_all
-from servers import S3Server
+from servers import S3Server, aws_environment, use_aws
 from sources import IMAGES, as_shard, fetch_all, source_of
 
 from dinoray.models.errors import DataError
+from dinoray.pipeline.data.manifest import DataConfig, load_or_build
 from dinoray.pipeline.data.source import Source, Status
 from dinoray.pipeline.storage import waiting
 from dinoray.pipeline.storage.config import StorageConfig
+from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.retry import Unreachable
 
 pytestmark = pytest.mark.s3
@@ -82,7 +84,7 @@ def test_images_wait_for_a_store_that_is_down(
 
     waiting.report_outages(report)
     proxy.go_down()
-    comes_back = threading.Thread(target=lambda: (told.wait(), proxy.come_up()))
+    comes_back = threading.Thread(target=lambda: (told.wait(), proxy.come_up()), daemon=True)
     comes_back.start()
     assert fetch_all(source) == calm
     comes_back.join()
@@ -152,6 +154,18 @@ def test_a_store_that_refuses_everything_ends_the_fetch_at_once(
         assert {f.status for f in fetch_all(source)} == {Status.OK}
 
 
+@pytest.mark.timeout(60)  # they would wait for hours
+def test_reads_that_wait_end_with_the_fetch_that_wanted_them(
+    proxy: FaultProxy, put: Callable[..., Source]
+) -> None:
+    source = put(give_up_after_seconds=10_000)
+    proxy.fail("expired", pattern=source.key(5).partition("#")[0], times=EVER)
+    proxy.fail("slow_down", times=EVER)
+    with pytest.raises(DataError, match="ExpiredToken"):
+        fetch_all(source)
+    source._pool.shutdown(wait=True)
+
+
 def test_half_of_the_objects_refused_are_so_many_bad_images(
     proxy: FaultProxy, s3: S3Server, bucket: str
 ) -> None:
@@ -187,6 +201,18 @@ def test_a_shard_that_is_refused_at_the_listing_is_left_out(
     proxy.heal()
     proxy.fail("slow_down", pattern=r"\.parquet", times=20)
     assert source_of(f"s3://{bucket}", image_column="jpeg").num_images == 3 * len(IMAGES)
+
+
+def test_a_data_set_that_is_listed_but_has_a_wrong_address_fails_soon(
+    s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_all(s3, bucket, {"a.jpg": b"x"})
+    config, run = DataConfig(path=f"s3://{bucket}"), Directory(str(tmp_path))
+    listed = load_or_build(config, run)
+    assert load_or_build(config, run).table.equals(listed.table)
+    use_aws(monkeypatch, aws_environment("http://127.0.0.1:9"))
+    with pytest.raises(Unreachable, match="failed after 5 attempts"):
+        load_or_build(config, run)
 
 
 # Disks

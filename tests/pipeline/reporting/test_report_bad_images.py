@@ -44,6 +44,8 @@ def test_what_the_decoder_says_is_grouped_by_its_words(data: bytes, kind: str) -
         ("corrupt", "s3://b/k has 5 bytes, not 7 as listed: list again", "changed file or damaged shard"),
         ("missing", "/images/a.jpg: No such file or directory", "missing"),
         ("unreachable", "s3://b/k: gave up after 5 attempts", "unreachable"),
+        ("denied", "s3://b/k: AccessDenied (HTTP 403)", "refused"),
+        ("archived", "s3://b/k: InvalidObjectState (HTTP 403)", "archived"),
         ("of another version", "x", "of another version"),
         (None, None, "None"),
         (["x"], {"y": 1}, "['x']"),
