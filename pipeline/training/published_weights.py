@@ -19,16 +19,16 @@ _ANSWER_SECONDS = 10.0
 """Time limit for the hub's first response, and for the next bytes of a download."""
 
 
-def fetch_published_weights(config: DINOConfig) -> None:
+def fetch_published_weights(config: DINOConfig, *, init_path: str | None = None) -> None:
     """Download the weights of `backbone.pretrained=true`, unless they are in the cache.
 
     If the hub does not respond, this process and its children make no further requests to it. Raises
     DataError if the weights cannot be downloaded, ConfigError if they do not exist, do not fit, or if
-    `init.path` names other weights.
+    `init_path` names other weights.
     """
-    if config.init.path is not None:
+    if init_path is not None:
         raise ConfigError(
-            f"backbone.pretrained=true and init.path={config.init.path} both give the initial weights; set "
+            f"backbone.pretrained=true and init.path={init_path} both give the initial weights; set "
             "backbone.pretrained=false, or leave init.path (--init-from) out"
         )
     if not huggingface_hub.constants.HF_HUB_OFFLINE and not _hub_answers():

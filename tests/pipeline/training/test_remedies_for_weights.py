@@ -219,11 +219,11 @@ def test_optimizer_state_that_is_not_restored_is_named_with_its_reason(tmp_path:
 
 def test_pretrained_and_a_file_are_not_both_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
-    config = tiny_config(backbone={"pretrained": True}, init={"path": "/x.pth"})
+    config = tiny_config(backbone={"pretrained": True})
     with pytest.raises(
         ConfigError, match=r"^backbone.pretrained=true and init.path=/x.pth both .*pretrained=false"
     ):
-        fetch_published_weights(config)
+        fetch_published_weights(config, init_path="/x.pth")
 
 
 def test_empty_folder_is_not_called_missing(tmp_path: Path) -> None:
