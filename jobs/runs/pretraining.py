@@ -36,7 +36,7 @@ def pretrain(config: Config, *, verbose: bool) -> None:
     console, run = Console(), Directory(config.storage_path).child(config.name)
     check_run(config)
     if config.backbone.pretrained and not committed_checkpoints(run):
-        fetch_published_weights(config)
+        fetch_published_weights(config, init_path=config.init.path)
     warnings = check_workers(config)
     draw_demo(config, console)
     inputs = Inputs.open(config, run)

@@ -47,7 +47,7 @@ def search(config: StudyConfig, directory: Directory, *, verbose: bool) -> None:
     else:
         check_growth(config, is_local=is_local())
         if config.backbone.pretrained:
-            fetch_published_weights(config)
+            fetch_published_weights(config, init_path=config.init.path)
         study.run(verbose=verbose)
     study.write_findings()
     console.print(describe_study(directory))

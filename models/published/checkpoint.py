@@ -25,7 +25,12 @@ from dinoray.models.errors import DataError
 from dinoray.models.published.fit import fit_backbone, fit_head
 from dinoray.models.published.networks_in_files import find_networks
 from dinoray.models.published.optimizer import load_optimizer, official_state
-from dinoray.models.published.restricted_load import restricted_load, values_of
+from dinoray.models.published.restricted_load import (
+    as_tensors,
+    holds_arrays,
+    restricted_load,
+    values_of,
+)
 from dinoray.models.published.timm_names import in_timms_names
 
 __all__ = [
@@ -106,6 +111,8 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
     """
     found = find_networks(state)
     if found is None:
+        if holds_arrays(state):
+            raise DataError(f"{name} holds numpy arrays, not tensors; {as_tensors(name)}")
         keys = [key[:40] if _is_name(key) else f"a {type(key).__name__}" for key in list(state)[:5]]
         raise DataError(
             f"{name} holds no weights: its keys are {', '.join(keys) or 'none'}; "

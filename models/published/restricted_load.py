@@ -25,6 +25,10 @@ from dinoray.models.published.pickle_size import check_size
 _GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
 _NUMBER = re.compile(r"b1|[iu][1248]|f(?:2|4|8|12|16)|c(?:8|16)|[?bBhHiIlLqQefdgFD]")
 _TEXT = re.compile(r"[SaU]\d{0,6}")
+_PAGE = re.compile(
+    rb"(?i)(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b",
+    re.S,
+)
 _LOCK = threading.Lock()
 """Only one file is read at a time, because torch's list of allowed names is per process."""
 
@@ -196,6 +200,14 @@ def restricted_load(data: bytes, name: str) -> Any:
     numpy numbers become Python numbers, paths become text, and an argparse.Namespace becomes the stand-in
     that `values_of` reads. Raises DataError for a damaged file and for a file that requires any other call.
     """
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise DataError(
+            f"{name} is a Git LFS pointer, a text in place of the file; run git lfs pull in its repository"
+        )
+    if _PAGE.match(data[:1000]):
+        raise DataError(
+            f"{name} is a web page, not a file of weights; download the file itself from its direct address"
+        )
     try:
         check_size(data)
         with _LOCK, warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
@@ -228,6 +240,24 @@ def values_of(arguments: Any) -> dict[str, Any]:
         return dict(vars(arguments))
     arguments = getattr(arguments, "values", None) if isinstance(arguments, _Namespace) else arguments
     return dict(arguments) if isinstance(arguments, Mapping) else {}
+
+
+def holds_arrays(state: Mapping[Any, Any], depth: int = 0) -> bool:
+    """Return True if a dict, or a dict inside it, has arrays of numpy for values."""
+    return any(
+        isinstance(v, _Array) or (isinstance(v, Mapping) and depth < 3 and holds_arrays(v, depth + 1))
+        for v in state.values()
+    )
+
+
+def as_tensors(name: str) -> str:
+    """Return the remedy for arrays: a command that saves them as tensors, run where the file is trusted."""
+    command = (
+        "import numpy, torch; f = lambda v: {k: f(x) for k, x in v.items()} if isinstance(v, dict) else "
+        "torch.as_tensor(v) if isinstance(v, numpy.ndarray) else v; "
+        f"torch.save(f(torch.load({_file(name)!r}, map_location='cpu', weights_only=False)), 'weights.pth')"
+    )
+    return f'where you trust it, save them as tensors and start from weights.pth: python -c "{command}"'
 
 
 _KEYS = ("student", "teacher", "dino_loss", "state_dict", "state_dict_ema", "model", "model_ema", "ema")

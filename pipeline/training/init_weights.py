@@ -20,6 +20,7 @@ from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.published import checkpoint as interop
 from dinoray.models.published.checkpoint import Loaded, Weights
+from dinoray.models.published.optimizer import why_fresh
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, normal_uri
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
@@ -83,7 +84,13 @@ def load_initial_weights(
     if weights.center is not None and not loaded.center:
         skipped.append(weights.places[2] or "centre")
     if load == "run":
-        lines.append(_continue_from(state, weights))
+        line, fresh = _continue_from(state, weights)
+        lines.append(line)
+        if fresh == sum(len(group["params"]) for group in state.optimizer.param_groups):
+            new.append("optimizer state")
+            skipped.append("optimizer")
+        elif fresh:
+            new.append(f"optimizer state of {fresh} parameters")
     else:
         new.append("optimizer state")
         skipped += [
@@ -109,8 +116,8 @@ def _network_lines(state: TrainState, weights: Weights, loaded: Loaded) -> list[
     return lines + ([f"centre from {center}"] if loaded.center else [])
 
 
-def _continue_from(state: TrainState, weights: Weights) -> str:
-    """Restore optimizer and step; return a line about them."""
+def _continue_from(state: TrainState, weights: Weights) -> tuple[str, int]:
+    """Restore optimizer and step; return a line about them, and the number of parameters left fresh."""
     if weights.optimizer is None or weights.epoch is None:
         raise ConfigError(
             f"init.load=run needs optimizer and epoch, which {weights.name} lacks; set init.load=weights"
@@ -124,15 +131,15 @@ def _continue_from(state: TrainState, weights: Weights) -> str:
         )
     optim, then, why = state.config.optim, weights.args, ""
     if not weights.is_own:
-        restored, fresh = interop.load_optimizer(state.optimizer, state.dino.student, weights.optimizer)
+        student = state.dino.student
+        restored, fresh = interop.load_optimizer(state.optimizer, student, weights.optimizer, weights.student)
+        if fresh:
+            why = why_fresh(state.optimizer, student, weights.optimizer, weights.name)
     else:
-        changed = [
-            f"optim.{key}={getattr(optim, key)} is {then[key]} there"
-            for key in ("name", "layer_decay")
-            if then[key] != getattr(optim, key)
-        ]
+        changed = [key for key in ("name", "layer_decay") if then[key] != getattr(optim, key)]
         if changed:
-            why = f" ({', '.join(changed)})"
+            why = ", ".join(f"optim.{key}={getattr(optim, key)} is {then[key]} there" for key in changed)
+            why += f"; set {' '.join(f'optim.{key}={then[key]}' for key in changed)} to restore it"
         else:
             restore_optimizer(state.optimizer, weights.optimizer)
         restored = len(state.optimizer.state)
@@ -144,10 +151,12 @@ def _continue_from(state: TrainState, weights: Weights) -> str:
         raise DataError(
             f"{weights.name} has NaN or infinite values in the optimizer's state; set init.load=weights"
         )
-    return (
-        f"optimizer state of {restored} of {restored + fresh} parameters{why}; training continues "
-        f"at epoch {weights.epoch:g}, step {state.step}"
-    )
+    at, because = f"at epoch {weights.epoch:g}, step {state.step}", f", because {why}" if why else ""
+    if not restored:
+        what, with_ = f"optimizer state: none of {fresh} parameters restored", " with fresh moments"
+    else:
+        what, with_ = f"optimizer state of {restored} of {restored + fresh} parameters", ""
+    return f"{what}{because}; training continues{with_} {at}", fresh
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -164,6 +173,8 @@ def _is_safetensors(data: bytes) -> bool:
 def _read_folder(path: str, folder: Directory) -> Weights:
     """Read the weights of a run, of a checkpoint, or of another library's model folder."""
     names = folder.list()
+    if not names and Path(folder.uri).is_dir():
+        raise DataError(f"init.path={path} is an empty folder; pass a file of weights, or a run directory")
     if not names:
         raise DataError(f"init.path={path}: there is no such file or folder; check the path")
     if run_dir.META in names or run_dir.CHECKPOINTS in names:

@@ -12,18 +12,25 @@ from collections.abc import Iterator
 import huggingface_hub
 
 from dinoray.models.backbone import build_backbone
+from dinoray.models.errors import ConfigError
 from dinoray.pipeline.training.config import DINOConfig
 
 _ANSWER_SECONDS = 10.0
 """Time limit for the hub's first response, and for the next bytes of a download."""
 
 
-def fetch_published_weights(config: DINOConfig) -> None:
+def fetch_published_weights(config: DINOConfig, *, init_path: str | None = None) -> None:
     """Download the weights of `backbone.pretrained=true`, unless they are in the cache.
 
     If the hub does not respond, this process and its children make no further requests to it. Raises
-    DataError if the weights cannot be downloaded, ConfigError if they do not exist or do not fit.
+    DataError if the weights cannot be downloaded, ConfigError if they do not exist, do not fit, or if
+    `init_path` names other weights.
     """
+    if init_path is not None:
+        raise ConfigError(
+            f"backbone.pretrained=true and init.path={init_path} both give the initial weights; set "
+            "backbone.pretrained=false, or leave init.path (--init-from) out"
+        )
     if not huggingface_hub.constants.HF_HUB_OFFLINE and not _hub_answers():
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # its own retries take minutes
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -34,6 +34,21 @@ def read(state: Any) -> Any:
     return read_weights(saved(state), "checkpoint.pth")
 
 
+def reordered(state: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of a network that registers its final norm before its blocks, with torch's own optimiser."""
+    names = sorted(state["student"], key=lambda k: k.partition("backbone.")[2].startswith("blocks.") * 1)
+    names.sort(key=lambda k: k.startswith("module.head."))
+    student = {k: nn.Parameter(state["student"][k].clone()) for k in names}
+    decayed = [p for k, p in student.items() if p.ndim > 1 and not k.endswith(".bias")]
+    plain = [p for p in student.values() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=1e-4)
+    for p in student.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    networks = {k: p.detach() for k, p in student.items()}
+    return state | {"student": networks, "optimizer": optimizer.state_dict()}
+
+
 def torchvision_resnet() -> nn.Module:
     model = torchvision.models.resnet18(weights=None)
     model.fc = nn.Identity()

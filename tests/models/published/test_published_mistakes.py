@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -193,3 +195,32 @@ def test_metadata_of_any_kind_do_no_harm() -> None:
     state = OrderedDict(ViT().state_dict())
     state._metadata = ["strange"]  # type: ignore[attr-defined]
     assert parse(state).official
+
+
+@pytest.mark.parametrize("place", [lambda state: state, lambda state: {"state_dict": state}])
+def test_arrays_of_numpy_are_named_and_the_command_makes_tensors_of_them(place: Any, tmp_path: Path) -> None:
+    vit, path = ViT(), tmp_path / "arrays.pth"
+    path.write_bytes(saved(place({k: v.numpy() for k, v in vit.state_dict().items()})))
+    with pytest.raises(DataError, match="holds numpy arrays, not tensors") as caught:
+        read_weights(path.read_bytes(), str(path))
+    command = str(caught.value).partition('python -c "')[2].removesuffix('"')
+    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+    found = read_weights((tmp_path / "weights.pth").read_bytes(), "weights.pth").teacher
+    assert torch.equal(found["backbone.cls_token"], vit.cls_token)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a Git LFS pointer.*git lfs pull",
+        ),
+        (b"<!DOCTYPE html>\n<html></html>", "is a web page"),
+        (b"\n <HTML lang=en><body>404</body>", "is a web page"),
+        (b"<!-- x -->\n<head></head>", "is a web page"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_weights(data, "x.pth")

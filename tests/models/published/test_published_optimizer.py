@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from published import Run, ViT
-from published_twins import assert_same_moments, dino, moments, optimizer_of, read
+from published_twins import assert_same_moments, dino, moments, optimizer_of, read, reordered
 
 from dinoray.models.published.checkpoint import load, load_optimizer
 
@@ -130,3 +130,19 @@ def test_steps_that_old_files_count_in_plain_numbers_are_read() -> None:
     optimizer = optimizer_of(ours)
     load_optimizer(optimizer, ours.student, read(state).optimizer)
     assert {float(m["step"]) for m in optimizer.state.values()} == {3.0}
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_moments_follow_the_order_of_the_file_s_own_network(norm_last_layer: bool) -> None:
+    state, ours = reordered(Run().train().state()), dino(norm_last_layer=norm_last_layer)
+    weights, optimizer = read(state), optimizer_of(ours)
+    load_optimizer(optimizer, ours.student, weights.optimizer, weights.student)
+    numbers = [
+        *(k for k, v in state["student"].items() if v.ndim > 1),
+        *(k for k, v in state["student"].items() if v.ndim == 1),
+    ]
+    found = moments(optimizer, ours.student)
+    assert found.keys() == {k for k, p in ours.student.named_parameters() if p.requires_grad}
+    for name, own in found.items():
+        saved = state["optimizer"]["state"][numbers.index(f"module.{name}")]
+        assert torch.equal(own["exp_avg"], saved["exp_avg"]), name

@@ -11,6 +11,7 @@ import timm
 import torch
 from foreign_weights import Module, assert_backbones, started, vit
 from published import Run, saved
+from published_twins import reordered
 from safetensors.torch import save_file
 from tiny import tiny_config
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.models.published.checkpoint import read_weights
 from dinoray.pipeline.training.init_weights import read_weights as read_path
+from dinoray.pipeline.training.published_weights import fetch_published_weights
 
 
 @pytest.fixture(autouse=True)
@@ -187,3 +189,46 @@ def test_tensors_without_values_are_no_weights(tmp_path: Path) -> None:
     torch.save(state, file)
     with pytest.raises(DataError, match="holds no weights"):
         read_weights(file.getvalue(), "x.pth")
+
+
+LONGER = {"train": {"epochs": 9, "global_batch_size": 4}}
+
+
+def test_optimizer_state_of_another_order_is_restored(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(saved(reordered(Run().train().state())))
+    lines = started(tmp_path / "x.pth", "run", **LONGER)[1]
+    assert [line for line in lines if line.startswith("optimizer state of 37 of 37 parameters; training")]
+    assert "new: nothing" in lines
+
+
+def test_optimizer_state_that_is_not_restored_is_named_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(saved(Run().train().state()))
+    lines = started(tmp_path / "x.pth", "run", optim={"name": "sgd"}, **LONGER)[1]
+    assert (
+        "optimizer state: none of 37 parameters restored, because optim.name=sgd is adamw there; set optim.name=adamw "
+        "to restore it; training continues with fresh moments at epoch 7, step 70"
+    ) in lines
+    assert "new: optimizer state" in lines
+    state = Run().train().state()
+    state["optimizer"]["param_groups"][0]["params"].pop()
+    state["optimizer"]["param_groups"][1]["params"].pop()
+    (tmp_path / "x.pth").write_bytes(saved(state))
+    (line,) = [k for k in started(tmp_path / "x.pth", "run", **LONGER)[1] if k.startswith("optimizer state")]
+    assert "because" in line
+
+
+def test_pretrained_and_a_file_are_not_both_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    config = tiny_config(backbone={"pretrained": True})
+    with pytest.raises(
+        ConfigError, match=r"^backbone.pretrained=true and init.path=/x.pth both .*pretrained=false"
+    ):
+        fetch_published_weights(config, init_path="/x.pth")
+
+
+def test_empty_folder_is_not_called_missing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is an empty folder; pass a file of weights"):
+        read_path(str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        read_path(str(tmp_path / "none"))

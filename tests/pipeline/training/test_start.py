@@ -100,7 +100,7 @@ def test_another_layer_decay_starts_the_optimiser_fresh_and_says_so(tmp_path: Pa
     weights = read_weights(checkpoint(trained(3), tmp_path / "first"))
     state = build_state(tiny_config(optim={"layer_decay": 0.5}), num_images=NUM_IMAGES)
     lines = load_initial_weights(state, weights, "run")
-    expected = "optimizer state of 0 of 37 parameters (optim.layer_decay=0.5 is 1.0 there)"
+    expected = "optimizer state: none of 37 parameters restored, because optim.layer_decay=0.5 is 1.0 there"
     assert [line for line in lines if line.startswith(expected)]
     assert state.optimizer.state_dict()["state"] == {}
 
