@@ -133,6 +133,17 @@ def no_images(contents: Contents, path: str, num_ignored: int, *, setting: str) 
     return DataError(f"no images under {path}, {num_ignored} other objects ignored; {remedy}")
 
 
+def labelled_parts(table: pa.Table, contents: Contents) -> frozenset[str]:
+    """Return the parts with labels of their own: all of Parquet with a label column, else those with class folders."""
+    parts = frozenset(part for part in contents.parts if part is not None)
+    if "label" not in table.column_names:
+        return parts
+    labelled = table.filter(pc.is_valid(table["label"]))["key"]
+    return frozenset(
+        part for part in parts if pc.any(pc.starts_with(labelled, f"{contents.prefix}{part}/")).as_py()
+    )
+
+
 def _output(marks: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
     """Return the outermost folders of each kind of output, sorted; a trial lies within its study."""
     found: dict[str, list[str]] = {kind: [] for kind in _KINDS}

@@ -27,7 +27,7 @@ from pydantic import Field, field_validator
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.models.settings import Auto, Settings
-from dinoray.pipeline.data.contents import Contents, list_contents, no_images
+from dinoray.pipeline.data.contents import labelled_parts, list_contents, no_images
 from dinoray.pipeline.data.detection import (
     AUTO,
     is_class,
@@ -254,21 +254,12 @@ def build_manifest(
     else:
         raise no_images(contents, path, num_ignored, setting=setting)
     labelled = (
-        _labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
+        labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
     )
     notes = [*kept.notes, *note_on_parts(contents.parts, path, labelled=labelled)]
-    manifest = Manifest(
-        kept.table,
-        "parquet" if num_shards else "images",
-        contents.root,
-        num_ignored,
-        _listed_as(config),
-        kept.detected,
-        tuple(notes),
-        tuple(kept.damaged),
-        kept.rows_per_group,
-        contents.passed_over,
-    )
+    found = (contents.root, num_ignored, _listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
+    kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
+    manifest = Manifest(kept.table, kind, *found, kept.rows_per_group, contents.passed_over)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -310,17 +301,6 @@ def _images(config: DataConfig, path: str, table: pa.Table) -> _Found:
         )
         table = table.set_column(table.schema.get_field_index("label"), "label", labels)
     return _Found(_sorted(table, "key"), detected, notes)
-
-
-def _labelled_parts(table: pa.Table, contents: Contents) -> frozenset[str]:
-    """Return the parts with labels of their own: all of Parquet with a label column, else those with class folders."""
-    parts = frozenset(part for part in contents.parts if part is not None)
-    if "label" not in table.column_names:
-        return parts
-    labelled = table.filter(pc.is_valid(table["label"]))["key"]
-    return frozenset(
-        part for part in parts if pc.any(pc.starts_with(labelled, f"{contents.prefix}{part}/")).as_py()
-    )
 
 
 def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, storage: StorageConfig) -> _Found:
