@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     out = Directory(arguments.out)
     _check_apart(Directory(config.data.path), out)
     max_pixels = shrink_pixels(config.crops) if arguments.shrink else None
-    job = PartsJob(out, KIND, config, console, verbose=arguments.verbose)
+    job = PartsJob(out, KIND, config, console, argument="source", verbose=arguments.verbose)
     source = job.list_images(
         {
             "max_pixels": max_pixels,

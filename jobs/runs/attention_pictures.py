@@ -128,7 +128,7 @@ def _load(address: str, column: str, limit: int) -> Iterator[tuple[str, npt.NDAr
     config = DataConfig(path=address, image_column=column)
     path = normal_uri(address)
     if is_s3(path) or os.path.isdir(path) or path.lower().endswith(".parquet"):
-        source = Source(config, build_manifest(config))
+        source = Source(config, build_manifest(config, setting="argument images"))
         indices = subset(source.num_images, limit).tolist()
         for batch in load_batches(source, indices, lambda image, _: image, batch_size=16):
             for loaded in batch:

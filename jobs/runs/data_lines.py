@@ -8,6 +8,7 @@ from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.reads import count_reads
 from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.class_names import overlap_warnings
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.inputs import Inputs
@@ -38,6 +39,7 @@ def describe_data(images: Source) -> str:
         notes.append(
             f"{_count(len(manifest.damaged), 'damaged Parquet file')} left out: {_names(manifest.damaged)}"
         )
+    notes += manifest.passed_over
     if manifest.num_ignored:
         notes.append(f"{_count(manifest.num_ignored, 'other file')} ignored")
     return f"data: {_count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
@@ -75,6 +77,8 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
             if inputs.images.has_labels
             else "for k-NN set eval.val_path and eval.train_path to images in one folder per class"
         )
+        if inputs.mismatch and config.val_path == AUTO:
+            remedy = "for k-NN start a run with another name and labels that repeat"
         if not config.label_free:
             return f"evaluation: none (eval.label_free=false); {remedy}"
         return f"evaluation: RankMe, which needs no labels; {remedy}"
@@ -108,7 +112,8 @@ def unlabelled_warnings(labelled: tuple[Source, Source] | None, config: EvalConf
 def evaluation_warnings(inputs: Inputs, config: EvalConfig) -> list[str]:
     """Lines on labelled images that an evaluation leaves out, and on classes that its two sets do not share."""
     mismatch = [inputs.mismatch.text] if inputs.mismatch else []
-    return [*unlabelled_warnings(inputs.labelled, config), *mismatch]
+    labelled = inputs.labelled
+    return [*unlabelled_warnings(labelled, config), *overlap_warnings(labelled, config), *mismatch]
 
 
 def _labels(images: Source) -> str:

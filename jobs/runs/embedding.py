@@ -33,7 +33,7 @@ def embed_parts(arguments: Namespace) -> None:
     check_size(opened.network, size)
     dim, num_patches = measure(opened.network, size, patch_tokens=arguments.patch_tokens)
 
-    job = PartsJob(out, KIND, config, console, verbose=arguments.verbose)
+    job = PartsJob(out, KIND, config, console, argument="data", verbose=arguments.verbose)
     source = job.list_images({"step": opened.step, "which": arguments.which})
     row_bytes = (1 + num_patches) * dim * (2 if arguments.dtype == "float16" else 4)
     plan = Plan(

@@ -43,9 +43,18 @@ class PartsJob:
     """One table in `out`: `list_images`, then `begin`, then `write`."""
 
     def __init__(
-        self, out: Directory, kind: PartFormat, config: Config, console: Console, *, verbose: bool
+        self,
+        out: Directory,
+        kind: PartFormat,
+        config: Config,
+        console: Console,
+        *,
+        argument: str,
+        verbose: bool,
     ) -> None:
+        """`argument` is the name of the command's argument that gave the path of the images."""
         self.out = out
+        self._argument = f"argument {argument}"
         self._kind, self._console, self._verbose = kind, console, verbose
         self._data, self._storage, self._resources = config.data, config.storage, config.resources
         self._settings: dict[str, Any] = {}
@@ -59,7 +68,12 @@ class PartsJob:
         self._settings = {**settings, **_settings_of(self._data)}
         check_settings(self.out, self._settings, self._kind)
         manifest = load_or_build(
-            self._data, self.out, self._kind.manifest, storage=self._storage, begun=self._kind.settings
+            self._data,
+            self.out,
+            self._kind.manifest,
+            storage=self._storage,
+            begun=self._kind.settings,
+            setting=self._argument,
         )
         source = Source(self._data, manifest, self._storage)
         digest = hashlib.blake2b(self.out.read(self._kind.manifest), digest_size=16).hexdigest()

@@ -17,7 +17,7 @@ from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import check_size
-from dinoray.pipeline.evaluation.class_names import class_mismatch
+from dinoray.pipeline.evaluation.class_names import class_mismatch, overlap_warnings
 from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
@@ -43,7 +43,7 @@ def score(arguments: Namespace) -> None:
         else None
     )
     sides = None if asked.isdisjoint(LABELLED) else evaluated_images(config, images)
-    for line in unlabelled_warnings(sides, config.eval):
+    for line in [*unlabelled_warnings(sides, config.eval), *overlap_warnings(sides, config.eval)]:
         print(f"warning: {line}", flush=True)
     paths = {"train_path": sides[0].config.path, "val_path": sides[1].config.path} if sides else {}
     paths |= {"images_path": config.data.path} if wants_images else {}

@@ -39,6 +39,10 @@ _IMAGE_STARTS = (
 _BOX_TYPES = (b"ftyp", b"jP  ")  # of AVIF and JPEG 2000, after 4 bytes of length
 _NO_CLASSES = re.compile(r"[\d\s_.-]{4,}")
 """Folder names that are no classes: years, dates and numbered shards."""
+_YEAR = re.compile(r"(19|20)\d\d")
+_MONTH_OR_DAY = re.compile(r"0?[1-9]|[12]\d|3[01]")
+_CAMERA_ROOT, _CAMERA_FOLDER = "dcim", re.compile(r"[1-9]\d\d[A-Z0-9_]{5}", re.IGNORECASE)
+"""Folders of cameras by their file system standard (DCF): DCIM, and 100CANON or 101_PANA in it."""
 
 
 class Columns(NamedTuple):
@@ -59,6 +63,21 @@ def folder_label(folders: Sequence[str]) -> str | None:
     return folders[-1] if folders else None
 
 
+def automatic_label(folders: Sequence[str]) -> str | None:
+    """Return the label as `folder_label`, or the path `/2023/01` for a folder that is no class by its place or name.
+
+    Such a folder is a month or day below a year, or a camera's folder. No folder name has a slash.
+    """
+    if not folders or has_label_pair(folders):
+        return folder_label(folders)
+    *above, name = folders
+    while above and _MONTH_OR_DAY.fullmatch(name) and _MONTH_OR_DAY.fullmatch(above[-1]):
+        above.pop()
+    is_date = bool(above) and _MONTH_OR_DAY.fullmatch(name) and _YEAR.fullmatch(above[-1])
+    is_camera = _CAMERA_FOLDER.fullmatch(name) or any(folder.lower() == _CAMERA_ROOT for folder in folders)
+    return f"/{'/'.join(folders)}" if is_date or is_camera else name
+
+
 def has_label_pair(folders: Sequence[str]) -> bool:
     """Return True if one of the folders is `label=value`, as in partitioned tables."""
     return any("=" in folder and folder.partition("=")[0].lower() in _LABEL_COLUMNS for folder in folders)
@@ -66,7 +85,7 @@ def has_label_pair(folders: Sequence[str]) -> bool:
 
 def is_class(label: str | None) -> bool:
     """Return True if a folder of this name may be a class."""
-    return label is not None and label.lower() not in SPLIT_FOLDERS
+    return label is not None and label.lower() not in SPLIT_FOLDERS and not label.startswith("/")
 
 
 def labels_from_folders(counts: Mapping[str | None, int]) -> tuple[bool, str]:
@@ -74,6 +93,8 @@ def labels_from_folders(counts: Mapping[str | None, int]) -> tuple[bool, str]:
     classes = {name: number for name, number in counts.items() if is_class(name)}
     labelled, total = sum(classes.values()), sum(counts.values())
     override = "data.label_from_parent=true takes folder names as labels"
+    if any(name is not None and name.startswith("/") for name in counts) and len(classes) < 2:
+        return False, f"no labels: the folders are named by dates or cameras; {override}"
     if not classes:
         inside = any(counts.get(name) for name in counts if name is not None)
         return False, "no labels: there are no class folders" + (f"; {override}" if inside else "")
@@ -94,15 +115,19 @@ def part_of(folders: Sequence[str], name: str) -> str | None:
     return folders[0] if folders else f"{split}-" if dash and split.lower() in SPLIT_FOLDERS else None
 
 
-def note_on_parts(parts: Collection[str | None], path: str, *, labelled: bool) -> list[str]:
-    """Return a note if `path` holds training and evaluation parts side by side, since all are trained on."""
+def note_on_parts(parts: Collection[str | None], path: str, *, labelled: Collection[str]) -> list[str]:
+    """Return a note if `path` holds training and evaluation parts side by side, since all are trained on.
+
+    The note proposes an evaluation part only where it and the training part are `labelled`.
+    """
     splits = sorted(part for part in parts if part is not None and part.rstrip("-").lower() in SPLIT_FOLDERS)
     splits.sort(key=lambda part: not part.lower().startswith("train"))
     if len(splits) < 2 or not splits[0].lower().startswith("train"):
         return []
     remedy = f"data.path={path}/{splits[0]}"
-    if labelled:
-        remedy += f" eval.val_path={path}/{splits[1]}"
+    with_labels = [part for part in splits[1:] if part in labelled]
+    if with_labels and splits[0] in labelled:
+        remedy += f" eval.val_path={path}/{with_labels[0]}"
     if any(part.endswith("-") for part in splits):
         remedy = "a folder for each"
     return [f"{', '.join(splits).replace('-', '')} are all trained on; {remedy} keeps them apart"]
@@ -139,6 +164,12 @@ def detect_columns(
         named = [name for name in _all_named(schema, _KEY_COLUMNS) if name not in (image, label)]
         key = next((name for name in named if is_unique(name)), None)
     return Columns(image, key, label, notes)
+
+
+def other_label_column(schema: pa.Schema, column: str) -> str | None:
+    """Return a column of text that is named like a label, besides `column`, unless that has text too."""
+    texts = [field.name for field in schema if _is_text(field.type)]
+    return None if column in texts else _named(schema, _LABEL_COLUMNS, texts)
 
 
 def is_bytes(kind: pa.DataType) -> bool:
@@ -186,6 +217,12 @@ def _all_named(schema: pa.Schema, names: Sequence[str], among: Collection[str] |
 
 def _named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | None = None) -> str | None:
     return next(iter(_all_named(schema, names, among)), None)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _is_plain(kind: pa.DataType) -> bool:

@@ -6,6 +6,7 @@ the decoder checks the content later, whatever the suffix is. No Ray here.
 
 import os
 import posixpath
+import re
 import stat
 from collections.abc import Iterator
 from functools import partial
@@ -27,6 +28,7 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 _TEXT_NAMES = frozenset({"readme", "license", "licence", "copying", "notice", "authors", "makefile"})
+_PATTERN = re.compile(r"[*?]|\[.+\]|\{.+,.+\}")
 _BATCH_ROWS = 65_536
 
 
@@ -79,14 +81,16 @@ class EntryTable:
         self._pending = []
 
 
-def list_entries(path: str, *, retry: Retry = retrying, retry_later: Retry = retrying) -> Listing:
+def list_entries(
+    path: str, *, setting: str = "data.path", retry: Retry = retrying, retry_later: Retry = retrying
+) -> Listing:
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
     Keys are full object keys on S3 (root `s3://bucket`) and slash-separated paths relative to the folder on a
     disk. Links to files are followed; links to folders are not, because they may form loops. Pipes, sockets
     and devices are skipped. A broken link is listed with size 0, so that its image counts as missing. On S3,
     `retry` repeats the first request and `retry_later` all others. Raises DataError if the folder or bucket is
-    missing or access is denied; on S3 only during iteration.
+    missing or access is denied; on S3 only during iteration. The message names `setting`, which gave the path.
     """
     path = normal_uri(path)
     if is_s3(path):
@@ -97,7 +101,8 @@ def list_entries(path: str, *, retry: Retry = retrying, retry_later: Retry = ret
         folder, name = os.path.split(path)
         return Listing(folder, "", (entry for entry in [_entry(path, name)] if entry is not None))
     if not os.path.isdir(path):
-        raise DataError(f"data.path={path}: there is no such folder or file")
+        remedy = f"; patterns are not supported: set {setting} to a folder" if is_pattern(path) else ""
+        raise DataError(f"{setting}={path}: there is no such folder or file{remedy}")
     return Listing(path, "", _files(path))
 
 
@@ -117,6 +122,11 @@ def role_of(key: str) -> Role:
     if name.startswith((".", "_")) or name in _TEXT_NAMES:
         return "other"
     return "parquet" if suffix == ".parquet" else "other" if suffix else "bare"
+
+
+def is_pattern(path: str) -> bool:
+    """Return True if a path looks like a pattern of a shell."""
+    return _PATTERN.search(path) is not None
 
 
 def _is_unicode(key: str) -> bool:

@@ -27,16 +27,13 @@ from pydantic import Field, field_validator
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.models.settings import Auto, Settings
+from dinoray.pipeline.data.contents import labelled_parts, list_contents, no_images
 from dinoray.pipeline.data.detection import (
     AUTO,
-    folder_label,
-    has_label_pair,
     is_class,
     labels_from_folders,
     note_on_parts,
-    part_of,
 )
-from dinoray.pipeline.data.listing import EntryTable, list_entries, role_of
 from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
@@ -94,7 +91,7 @@ class Manifest:
     objects that are no images. `listed_as` has the config values that determine the table, `detected` the
     values found for its auto settings, `notes` messages about them. `damaged` are keys of Parquet shards that
     could not be read and are left out. `rows_per_group` is set for a packed set, whose rows lie shuffled in row
-    groups of that many, or fewer at the ends of shards.
+    groups of that many, or fewer at the ends of shards. `passed_over` counts and names what is left out on purpose.
     """
 
     table: pa.Table
@@ -106,6 +103,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
     rows_per_group: int | None = None
+    passed_over: tuple[str, ...] = ()
 
     def settle(self, config: DataConfig) -> DataConfig:
         """Return `config` with its auto settings replaced by the values of this manifest."""
@@ -153,6 +151,7 @@ class Manifest:
             "notes": self.notes,
             "damaged": self.damaged,
             "rows_per_group": self.rows_per_group,
+            "passed_over": self.passed_over,
         }
         sink = pa.BufferOutputStream()
         table = self.table.replace_schema_metadata({_METADATA: json.dumps(about)})
@@ -187,8 +186,10 @@ class Manifest:
                 )
         table = table.replace_schema_metadata(None)
         kept = (table, about["kind"], about["root"], about["num_ignored"])
-        notes, damaged = (tuple(about.get(name, ())) for name in ("notes", "damaged"))
-        return cls(*kept, listed, detected, notes, damaged, about.get("rows_per_group"))
+        notes, damaged, passed_over = (
+            tuple(about.get(name, ())) for name in ("notes", "damaged", "passed_over")
+        )
+        return cls(*kept, listed, detected, notes, damaged, about.get("rows_per_group"), passed_over)
 
 
 def load_or_build(
@@ -198,6 +199,7 @@ def load_or_build(
     *,
     storage: StorageConfig = DEFAULTS,
     begun: str = run_dir.CONFIG,
+    setting: str = "data.path",
 ) -> Manifest:
     """Return the manifest stored as `name` in the run directory; the first call lists the data and writes it.
 
@@ -215,54 +217,49 @@ def load_or_build(
         else:
             check_bucket(manifest.root)
             return manifest
-    manifest = build_manifest(config, storage)
+    manifest = build_manifest(config, storage, setting=setting)
     directory.write(name, manifest.to_bytes())
     return manifest
 
 
-def build_manifest(config: DataConfig, storage: StorageConfig = DEFAULTS) -> Manifest:
+def build_manifest(
+    config: DataConfig, storage: StorageConfig = DEFAULTS, *, setting: str = "data.path"
+) -> Manifest:
     """List `config.path` (all pages, all folders), keep images by name, and sort by key.
+
+    Errors name `setting`, the setting or argument that gave the path.
 
     Once the store has answered the first request, all others wait for it. Raises DataError if there are no
     images, listing fails, or most Parquet shards are damaged. Raises ConfigError if image objects and Parquet
     shards are mixed, or a column or option does not fit the data.
     """
     patient = Patient(storage.give_up_after_seconds)
-    listing = list_entries(config.path, retry_later=patient)
-    found = {role: EntryTable() for role in ("image", "bare", "parquet")}
-    num_ignored = 0
-    parts: set[str | None] = set()
-    for entry in listing.entries:
-        role = role_of(entry.key)
-        if role == "other":
-            num_ignored += 1
-            continue
-        *folders, name = entry.key[len(listing.prefix) :].split("/")
-        parts.add(part_of(folders, name))
-        is_labelled = config.label_from_parent
-        if is_labelled == AUTO and role == "parquet":
-            is_labelled = has_label_pair(folders)
-        found[role].add(entry, folder_label(folders) if is_labelled else None)
     path = normal_uri(config.path)
-    num_images, num_shards = len(found["image"]), len(found["parquet"])
-    if num_images and num_shards and not hold_images(found["parquet"].table(), listing.root):
+    contents = list_contents(config.path, config.label_from_parent, setting=setting, retry_later=patient)
+    num_ignored, num_images, num_shards = (
+        table.num_rows for table in (contents.others, contents.images, contents.shards)
+    )
+    if num_images and num_shards and not hold_images(contents.shards, contents.root):
         num_ignored, num_shards = num_ignored + num_shards, 0  # the shards are metadata about the images
     if num_images and num_shards:
         raise ConfigError(
-            f"data.path={path} holds {num_images} images and {num_shards} Parquet shards; "
-            "point data.path at a folder with one kind"
+            f"{setting}={path} holds {num_images} images and {num_shards} Parquet shards; "
+            f"point {setting} at a folder with one kind"
         )
     if num_shards:
-        num_ignored += len(found["bare"])
-        kept = _row_groups(config, path, listing.root, found["parquet"].table(), storage)
+        num_ignored += contents.bare.num_rows
+        kept = _row_groups(config, path, contents.root, contents.shards, storage)
+    elif num_images or contents.bare.num_rows:
+        kept = _images(config, path, pa.concat_tables([contents.images, contents.bare]))
     else:
-        table = pa.concat_tables([found["image"].table(), found["bare"].table()])
-        kept = _images(config, path, table, num_ignored)
-    has_note = any(note.startswith("labels ") for note in kept.notes)
-    notes = [*kept.notes, *note_on_parts(parts, path, labelled=has_note)]
+        raise no_images(contents, path, num_ignored, setting=setting)
+    labelled = (
+        labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
+    )
+    notes = [*kept.notes, *note_on_parts(contents.parts, path, labelled=labelled)]
+    found = (contents.root, num_ignored, _listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
     kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
-    about = (_listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged), kept.rows_per_group)
-    manifest = Manifest(kept.table, kind, listing.root, num_ignored, *about)
+    manifest = Manifest(kept.table, kind, *found, kept.rows_per_group, contents.passed_over)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -280,9 +277,7 @@ class _Found(NamedTuple):
     rows_per_group: int | None = None
 
 
-def _images(config: DataConfig, path: str, table: pa.Table, num_ignored: int) -> _Found:
-    if not table.num_rows:
-        raise DataError(f"no images under {path}, {num_ignored} other objects ignored; check data.path")
+def _images(config: DataConfig, path: str, table: pa.Table) -> _Found:
     detected: dict[str, Any] = {}
     for name in ("key_column", "label_column"):
         if getattr(config, name) == AUTO:

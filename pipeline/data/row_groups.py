@@ -5,7 +5,7 @@ ambiguous. No Ray here.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -207,6 +207,8 @@ def _columns(footer: PartFooter, num_bytes: int, asked: Asked, retry: Retry) -> 
         values = first_rows(column)
         return None not in values and len(set(values)) == len(values)
 
+    if asked.key not in (AUTO, None) and asked.key in footer.schema.names:
+        _check_keys(footer, asked.key, first_rows)
     return detect_columns(
         footer.schema,
         uri=footer.uri,
@@ -216,6 +218,18 @@ def _columns(footer: PartFooter, num_bytes: int, asked: Asked, retry: Retry) -> 
         first_bytes=first_bytes,
         is_unique=is_unique,
     )
+
+
+def _check_keys(footer: PartFooter, column: str, first_rows: Callable[[str], list[Any]]) -> None:
+    """Raise ConfigError if keys repeat among the first rows. Rows without a key are named by their place."""
+    if pa.types.is_nested(footer.schema.field(column).type):
+        return  # refused with the column's type
+    keys = [key for key in first_rows(column) if key is not None]
+    if len(set(keys)) < len(keys):
+        raise ConfigError(
+            f"data.key_column={column!r}: keys must differ, but the first {len(keys)} rows of {footer.uri} hold "
+            f"{len(set(keys))} different values; set another column, or data.key_column=null"
+        )
 
 
 def _without_useless_label(columns: Columns, facts: Sequence[ColumnFacts]) -> Columns:

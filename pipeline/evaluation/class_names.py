@@ -3,21 +3,25 @@
 Reads only labels; no Ray here.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.detection import AUTO, other_label_column
 from dinoray.pipeline.data.fetched import BAD_OBJECT
-from dinoray.pipeline.data.parquet import read_column
+from dinoray.pipeline.data.parquet import read_column, read_footer
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.storage.s3 import is_s3
 
 _NUM_NAMES = 3
+_IMAGES_PER_CLASS = 2
 _NAME_LENGTH = 40
 
 
@@ -31,11 +35,11 @@ class Mismatch(NamedTuple):
 def class_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch | None:
     """Compare the images that an evaluation takes from each side; return None if no class is missing.
 
-    A held-out part of one data set is not compared: its classes also occur in the rest, except for the
-    rarest.
+    The classes of a held-out part also occur in the rest, except for the rarest. It is compared only if labels
+    hardly repeat.
     """
     if config.val_path == AUTO:
-        return None
+        return _held_out_mismatch(train, val, config)
     classified = Counter(name for names in _names(val, config.max_val_images) for name in names)
     missing, known = set(classified), set[str]()
     if not missing:  # the evaluation rejects images without labels
@@ -52,7 +56,7 @@ def class_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch |
         return Mismatch(
             "k-NN and linear accuracy have no meaning, because the classes are disjoint: "
             f"{val_path} has {_classes(classified)}, {train_path} has {_classes(known)}; "
-            "set eval.train_path and eval.val_path to images that share class names",
+            f"{_names_remedy(train, val)}set eval.train_path and eval.val_path to images that share class names",
             is_disjoint=True,
         )
     remedy = "add training images of these classes, or remove the classes from eval.val_path"
@@ -65,6 +69,76 @@ def class_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch |
         f"{remedy}",
         is_disjoint=False,
     )
+
+
+def overlap_warnings(labelled: tuple[Source, Source] | None, config: EvalConfig) -> list[str]:
+    """Return a warning if images of `eval.val_path` also vote, because one address is or holds the other."""
+    if labelled is None or config.val_path == AUTO:
+        return []
+    train, val = (_real(side.manifest.path) for side in labelled)
+    if not (f"{train}/".startswith(f"{val}/") or f"{val}/".startswith(f"{train}/")):
+        return []
+    setting = "data.path" if config.train_path is None else "eval.train_path"
+    where = "is" if train == val else "holds images of" if train.startswith(f"{val}/") else "lies in"
+    return [
+        f"k-NN accuracy is too high, because images vote for themselves: eval.val_path={labelled[1].manifest.path} "
+        f"{where} {setting}={labelled[0].manifest.path}; leave eval.val_path out to hold out a part of data.path, "
+        "or move the images of eval.val_path into a folder outside"
+    ]
+
+
+def _real(path: str) -> str:
+    return path if is_s3(path) else os.path.realpath(path)
+
+
+def _held_out_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch | None:
+    """Return a mismatch if most held-out images have a class that no other image has.
+
+    Reads labels only until enough repeat: r repeats among n of N labels suggest 2rN/n^2 images per class.
+    """
+    known, number = set[str](), 0
+    for names in _names(train, config.max_train_images):
+        known |= set(names)
+        number += len(names)
+        repeats = number - len(known)
+        if 2 * repeats * train.num_images >= _IMAGES_PER_CLASS * number**2 > 0:
+            return None
+    classified = Counter(name for names in _names(val, config.max_val_images) for name in names)
+    wrong = sum(count for name, count in classified.items() if name not in known)
+    if 2 * wrong <= classified.total():
+        return None
+    column = train.config.label_column
+    setting, remedy = "data.label_from_parent=true", "data.label_from_parent=false"
+    if column is not None:
+        setting, remedy = (
+            f"data.label_column={column!r}",
+            "data.label_column to a column of classes, or to null",
+        )
+    total = number + classified.total()
+    values = len(known | set(classified))
+    return Mismatch(
+        f"k-NN and linear accuracy have no meaning, because labels hardly repeat: {setting} gives {values} classes "
+        f"to {total} images, and {wrong} of {classified.total()} held-out images have a class of their own; "
+        f"set {remedy}",
+        is_disjoint=wrong == classified.total(),
+    )
+
+
+def _names_remedy(train: Source, val: Source) -> str:
+    """Return `set data.label_column=NAME, or ` where Parquet has another column of labels, as text."""
+    for side in (train, val):
+        column, table = side.config.label_column, side.manifest.table
+        if column is None or side.manifest.kind != "parquet":
+            continue
+        shard = table.slice(0, 1).to_pylist()[0]
+        read = partial(read_footer, side.manifest.uri(shard["key"]), shard["size"])
+        try:
+            schema = side.read(shard["key"], lambda retry, read=read: read(retry=retry).schema)  # type: ignore[misc]
+        except BAD_OBJECT:
+            continue
+        if other := other_label_column(schema, column):
+            return f"set data.label_column={other}, or "
+    return ""
 
 
 def _classes(names: Iterable[str]) -> str:

@@ -25,10 +25,21 @@ HELD_OUT_SHARE = 0.2
 
 
 def open_source(
-    config: DataConfig, run: Directory | None, name: str, *, storage: StorageConfig = DEFAULTS
+    config: DataConfig,
+    run: Directory | None,
+    name: str,
+    *,
+    setting: str = "data.path",
+    storage: StorageConfig = DEFAULTS,
 ) -> Source:
-    """Open the images of `config`; keep their manifest in the run directory, if given, under `name`."""
-    manifest = load_or_build(config, run, name, storage=storage) if run else build_manifest(config, storage)
+    """Open the images of `config`, whose path comes from `setting`.
+
+    Their manifest is kept in the run directory, if given, under `name`.
+    """
+    if run is None:
+        manifest = build_manifest(config, storage, setting=setting)
+    else:
+        manifest = load_or_build(config, run, name, storage=storage, setting=setting)
     return Source(config, manifest, storage)
 
 
@@ -46,11 +57,21 @@ def open_labelled(
 
     A set named for evaluation counts as labelled: its folders are classes, however few images they hold.
     """
-    source = open_source(config, run, name, storage=storage)
+    try:
+        source = open_source(config, run, name, setting=setting, storage=storage)
+    except ConfigError:
+        columns = dict.fromkeys(("key_column", "label_column"), AUTO)
+        if setting == "data.path" or config == config.model_copy(update=columns):
+            raise
+        # The columns may be those of the Parquet at data.path, which class folders elsewhere lack.
+        config = config.model_copy(update=columns)
+        source = open_source(config, run, name, setting=setting, storage=storage)
+        if source.manifest.kind != "images":
+            raise
     if not source.has_labels and setting != "data.path" and config.label_from_parent == AUTO:
         with contextlib.suppress(ConfigError):  # the path has no folders
             from_folders = config.model_copy(update={"label_from_parent": True})
-            source = open_source(from_folders, run, name, storage=storage)
+            source = open_source(from_folders, run, name, setting=setting, storage=storage)
     labelled = with_labels(source)
     if not source.has_labels or not labelled.num_images:
         raise ConfigError(
@@ -127,14 +148,14 @@ def labelled_sources(
         at = DataConfig.model_validate(data.model_dump() | {"path": path})
         return open_labelled(at, run, name, setting=setting, storage=storage)
 
-    return (
-        source(
-            config.train_path or data.path,
-            "manifest_eval_train.parquet",
-            "eval.train_path" if config.train_path else "data.path",
-        ),
-        source(config.val_path, "manifest_eval_val.parquet", "eval.val_path"),
+    # First the set that the evaluation names: a wrong path is reported before missing labels of data.path.
+    val = source(config.val_path, "manifest_eval_val.parquet", "eval.val_path")
+    train = source(
+        config.train_path or data.path,
+        "manifest_eval_train.parquet",
+        "eval.train_path" if config.train_path else "data.path",
     )
+    return train, val
 
 
 def subset(num_images: int, limit: int) -> NDArray[np.int64]:

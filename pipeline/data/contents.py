@@ -1,0 +1,183 @@
+"""List what lies at `data.path`, by role, and pass over what this program wrote there: runs, studies, tables.
+
+Stands between the listing and the manifest. Recognises output by the names of its files, so it needs no request
+besides the listing. No Ray here.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dinoray.models.errors import DataError
+from dinoray.models.settings import Auto
+from dinoray.pipeline.data.detection import AUTO, automatic_label, folder_label, has_label_pair, part_of
+from dinoray.pipeline.data.listing import EntryTable, is_pattern, list_entries, role_of
+from dinoray.pipeline.storage.files import normal_uri
+from dinoray.pipeline.storage.retry import Retry
+
+_CONFIG, _STUDY = "config.yaml", "study.json"
+_OF_A_RUN = frozenset({"environment.json", "manifest.parquet", "trial.json"})
+_EMBEDDINGS, _PACKED = "_about/embed.json", "_about/pack.json"
+_KINDS = {
+    "run": ("run directory", "run directories"),
+    "study": ("study", "studies"),
+    "embeddings": ("table of embeddings", "tables of embeddings"),
+    "packed": ("packed set", "packed sets"),
+}
+_MOST_NAMES = 5
+_ARCHIVE = re.compile(r"\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\.\w{1,4})$", re.IGNORECASE)
+
+
+class Contents(NamedTuple):
+    """Objects by role: key, size, etag, and the label of their folders. Keys are relative to `root`."""
+
+    root: str
+    prefix: str
+    """The folder prefix of each key."""
+    images: pa.Table
+    bare: pa.Table
+    shards: pa.Table
+    others: pa.Table
+    parts: frozenset[str | None]
+    """The parts of a data set, such as `train`, that the objects are in."""
+    passed_over: tuple[str, ...]
+    """Phrases that count and name output of this program, and archives."""
+
+
+def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, retry_later: Retry) -> Contents:
+    """List `path`, which comes from `setting`, and drop output of this program.
+
+    A packed set is dropped only beside image objects, because it can be the data. Raises DataError if `path` is
+    missing, is a run directory, or holds nothing but output.
+    """
+    listing = list_entries(path, setting=setting, retry_later=retry_later)
+    found = {role: EntryTable() for role in ("image", "bare", "parquet", "other")}
+    marks: dict[str, set[str]] = defaultdict(set)
+    parts: set[str | None] = set()
+    for entry in listing.entries:
+        role = role_of(entry.key)
+        *folders, name = entry.key[len(listing.prefix) :].split("/")
+        if name in (_CONFIG, _STUDY) or name in _OF_A_RUN:
+            marks["/".join(folders)].add(name)
+        elif folders and f"{folders[-1]}/{name}" in (_EMBEDDINGS, _PACKED):
+            marks["/".join(folders[:-1])].add(f"{folders[-1]}/{name}")
+        if role == "other":
+            key = entry.key.encode(errors="replace").decode()
+            found[role].add(entry._replace(key=key), None)
+            continue
+        parts.add(part_of(folders, name))
+        label = folder_label(folders) if label_from_parent else None
+        if label_from_parent == AUTO:
+            is_shard = role == "parquet"
+            label = automatic_label(folders) if not is_shard or has_label_pair(folders) else None
+        found[role].add(entry, label)
+    images, bare, shards, others = (table.table() for table in found.values())
+    setting_path = f"{setting}={normal_uri(path)}"
+    folders_of = _output(marks)
+    if folders_of["run"][:1] == [""] or folders_of["study"][:1] == [""]:
+        raise DataError(f"{setting_path} is a run directory or a study; set it to a folder of images")
+    sets = [folders_of.pop("packed"), *folders_of.values()]
+    tables = [images, bare, shards, others]
+    own = [folder for folders in sets[1:] for folder in folders]
+    tables = [_outside(table, listing.prefix, own) for table in tables]
+    if sets[0] and _outside(tables[0], listing.prefix, sets[0]).num_rows:
+        folders_of["packed"] = sets[0]
+        tables = [_outside(table, listing.prefix, sets[0]) for table in tables]
+    passed_over = [
+        f"{_counted(len(folders), *_KINDS[kind])} passed over: {_some(folders)}"
+        for kind, folders in folders_of.items()
+        if folders
+    ]
+    if passed_over and not any(table.num_rows for table in tables[:3]):
+        raise DataError(
+            f"{setting_path} holds no images, but output of this program ({'; '.join(passed_over)}); "
+            "set it to a folder of images"
+        )
+    archives = [key for key in tables[3]["key"].to_pylist() if _ARCHIVE.search(key)] if len(tables[3]) else []
+    if archives:
+        tables[3] = tables[3].filter(
+            pc.invert(pc.is_in(tables[3]["key"], pa.array(archives, pa.large_string())))
+        )
+        names = _some(sorted(key[len(listing.prefix) :] for key in archives))
+        one = len(archives) == 1
+        passed_over.append(
+            f"{_counted(len(archives), 'archive', 'archives')} not read: {names}; unpack "
+            f"{'it' if one else 'them'} to use {'its' if one else 'their'} images"
+        )
+    images, bare, shards, others = tables
+    return Contents(
+        listing.root,
+        listing.prefix,
+        images,
+        bare,
+        shards,
+        others,
+        frozenset(parts - set(own)),
+        tuple(passed_over),
+    )
+
+
+def no_images(contents: Contents, path: str, num_ignored: int, *, setting: str) -> DataError:
+    """Return the error for a place without images; it names archives and patterns, which are not supported."""
+    remedy = f"check {setting}"
+    archives = [text for text in contents.passed_over if "archive" in text]
+    if archives:
+        remedy = f"archives are not supported: {archives[0]}"
+    elif is_pattern(path):
+        remedy = f"patterns are not supported: set {setting} to a folder"
+    return DataError(f"no images under {path}, {num_ignored} other objects ignored; {remedy}")
+
+
+def labelled_parts(table: pa.Table, contents: Contents) -> frozenset[str]:
+    """Return the parts with labels of their own: all of Parquet with a label column, else those with class folders."""
+    parts = frozenset(part for part in contents.parts if part is not None)
+    if "label" not in table.column_names:
+        return parts
+    labelled = table.filter(pc.is_valid(table["label"]))["key"]
+    return frozenset(
+        part for part in parts if pc.any(pc.starts_with(labelled, f"{contents.prefix}{part}/")).as_py()
+    )
+
+
+def _output(marks: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
+    """Return the outermost folders of each kind of output, sorted; a trial lies within its study."""
+    found: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+    outer: list[str] = []
+    for folder in sorted(marks, key=lambda name: name.split("/")):
+        kind = _kind(marks[folder])
+        if kind is None or (folder == "" and kind in ("embeddings", "packed")):
+            continue
+        if not any(above == "" or folder.startswith(f"{above}/") for above in outer[-1:]):
+            outer.append(folder)
+            found[kind].append(folder)
+    return found
+
+
+def _kind(names: Collection[str]) -> str | None:
+    if _CONFIG in names and _STUDY in names:
+        return "study"
+    if _CONFIG in names and not _OF_A_RUN.isdisjoint(names):
+        return "run"
+    return "embeddings" if _EMBEDDINGS in names else "packed" if _PACKED in names else None
+
+
+def _outside(table: pa.Table, prefix: str, folders: Iterable[str]) -> pa.Table:
+    """Return the rows whose keys lie in none of the folders."""
+    inside = np.zeros(table.num_rows, bool)
+    for folder in folders:
+        inside |= pc.starts_with(table["key"], f"{prefix}{folder}/").to_numpy(zero_copy_only=False)
+    return table.filter(pa.array(~inside)) if inside.any() else table
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
