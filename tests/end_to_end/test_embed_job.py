@@ -182,7 +182,7 @@ def test_more_bad_images_than_allowed_end_the_job(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["crops.global_crop_size=48"], r"only data\.\* and resources\.\* can be set here"),
+        (["crops.global_crop_size=48"], r"only data\.\*, storage\.\*, resources\.\* can be set here"),
         (["--image-size=33"], "cannot take images of 33 px"),
         (["--image-size=0"], "invalid positive number"),
         (["--rows-per-file=100000000"], "--rows-per-file 100000000 makes parts of"),

@@ -201,7 +201,7 @@ def test_more_bad_images_than_allowed_end_the_job(packed: Path, images: Path) ->
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["train.epochs=2"], r"only data\.\*, resources\.\*, crops\.\* can be set here"),
+        (["train.epochs=2"], r"only data\.\*, storage\.\*, resources\.\*, crops\.\* can be set here"),
         (["--recipe=demo_"], "invalid choice: 'demo_'"),
         (["--rows-per-file=0"], "invalid positive number"),
         (["data.pth=x"], r"did you mean data\.path"),
