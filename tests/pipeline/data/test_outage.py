@@ -110,8 +110,7 @@ def test_a_store_that_stays_down_ends_the_fetch_with_a_remedy(
 def test_one_object_that_always_fails_is_a_bad_image(
     proxy: FaultProxy, put: Callable[..., Source], fault: str
 ) -> None:
-    source = put()
-    calm = fetch_all(source)
+    calm, source = fetch_all(put()), put()  # of its own: the row group that was read last is kept
     bad = source.key(1).partition("#")[0]
     proxy.fail(fault, pattern=rf"^GET /\S+/{bad}", times=EVER)
     fetched = fetch_all(source)
