@@ -52,7 +52,8 @@ def test_records_can_be_written_as_json() -> None:
     quarantine.note(batch(*list(Status)))
     records = quarantine.share()
     assert json.loads(json.dumps(records)) == records
-    assert [record["status"] for record in records] == ["missing", "corrupt", "unreachable", "too_large"]
+    named = ["missing", "corrupt", "unreachable", "too_large", "denied", "archived"]
+    assert [record["status"] for record in records] == named
 
 
 def test_records_come_by_position() -> None:
