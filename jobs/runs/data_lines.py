@@ -1,10 +1,9 @@
 """Lines for a person: what lies at `data.path`, and on which images a run is evaluated."""
 
-from collections.abc import Sequence
-
 import pyarrow.compute as pc
 
 from dinoray.pipeline.augment.config import crop_bytes
+from dinoray.pipeline.data.contents import some_names
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.reads import count_reads
 from dinoray.pipeline.data.source import Source
@@ -13,7 +12,6 @@ from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.inputs import Inputs
 
-_MOST_NAMES = 5
 _MOST_TIMES_READ = 1.5
 
 
@@ -37,18 +35,12 @@ def describe_data(images: Source) -> str:
         where += f" in {folders}{outside}"
     if manifest.damaged:
         notes.append(
-            f"{_count(len(manifest.damaged), 'damaged Parquet file')} left out: {_names(manifest.damaged)}"
+            f"{_count(len(manifest.damaged), 'damaged Parquet file')} left out: {some_names(manifest.damaged)}"
         )
     notes += manifest.passed_over
     if manifest.num_ignored:
         notes.append(f"{_count(manifest.num_ignored, 'other file')} ignored")
     return f"data: {_count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
-
-
-def _names(keys: Sequence[str]) -> str:
-    """The first few."""
-    more = f" and {len(keys) - _MOST_NAMES} more" if len(keys) > _MOST_NAMES else ""
-    return ", ".join(keys[:_MOST_NAMES]) + more
 
 
 def reading_warnings(images: Source, config: Config, *, most_actors: int) -> list[str]:

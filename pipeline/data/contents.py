@@ -89,7 +89,7 @@ def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, re
         folders_of["packed"] = sets[0]
         tables = [_outside(table, listing.prefix, sets[0]) for table in tables]
     passed_over = [
-        f"{_counted(len(folders), *_KINDS[kind])} passed over: {_some(folders)}"
+        f"{_counted(len(folders), *_KINDS[kind])} passed over: {some_names(folders)}"
         for kind, folders in folders_of.items()
         if folders
     ]
@@ -103,7 +103,7 @@ def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, re
         tables[3] = tables[3].filter(
             pc.invert(pc.is_in(tables[3]["key"], pa.array(archives, pa.large_string())))
         )
-        names = _some(sorted(key[len(listing.prefix) :] for key in archives))
+        names = some_names(sorted(key[len(listing.prefix) :] for key in archives))
         one = len(archives) == 1
         passed_over.append(
             f"{_counted(len(archives), 'archive', 'archives')} not read: {names}; unpack "
@@ -174,7 +174,8 @@ def _outside(table: pa.Table, prefix: str, folders: Iterable[str]) -> pa.Table:
     return table.filter(pa.array(~inside)) if inside.any() else table
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """Return the first few names as text, and how many more there are."""
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more
 
