@@ -55,16 +55,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndRay:
 
 
 @pytest.fixture(scope="session")
-def store() -> Iterator[S3Server]:
-    """The S3 server that the nodes of `cluster` are led to."""
+def s3() -> Iterator[S3Server]:
+    """A SeaweedFS server, started when the first test asks for it; `s3.env` is for child processes.
+
+    The nodes of `cluster` are led to it too.
+    """
     with s3_server() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def cluster(store: S3Server) -> Iterator[RayHead]:
+def cluster(s3: S3Server) -> Iterator[RayHead]:
     """A Ray that all jobs of this process's tests may share which do not need one of their own."""
-    with ray_head({**store.env, "PYTHONPATH": str(ROOT)}, num_cpus=6) as head:
+    with ray_head({**s3.env, "PYTHONPATH": str(ROOT)}, num_cpus=6) as head:
         yield head
 
 
@@ -74,17 +77,7 @@ def run_here(cluster: RayHead) -> Callable[..., str]:
     return partial(run_job_on, cluster)
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    """A SeaweedFS server, started when the first test of a file asks for it; `s3.env` is for child processes.
-
-    One per file: each bucket takes volumes of the server, which has some hundred.
-    """
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def next_bucket(s3: S3Server) -> Iterator[Callable[[], str]]:
     """Gives new, empty buckets. SeaweedFS takes 0.2 s over a bucket's first object, so each is made ahead."""
 

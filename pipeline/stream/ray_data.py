@@ -8,6 +8,7 @@ of its step. `batches` checks this.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,16 @@ from dinoray.pipeline.storage.waiting import report_outages
 
 _LEG_BLOCKS = 4096
 """Blocks per execution of the plan: Ray plans all blocks before it starts, at about 1.3 ms per block."""
+
+_CALLS_PER_ACTOR = 2
+"""One fetches the images of the next block while the other crops its block."""
+_of_strategy: dict[str, Any] = {}
+_of_actors: dict[str, Any] = {}
+# The strategy has an argument for the calls at once since Ray 2.59; before, it was an option of the actors.
+if "max_concurrent_calls_per_actor" in signature(ActorPoolStrategy).parameters:
+    _of_strategy["max_concurrent_calls_per_actor"] = _CALLS_PER_ACTOR
+else:
+    _of_actors["max_concurrency"] = _CALLS_PER_ACTOR
 
 
 @dataclass(frozen=True)
@@ -117,9 +128,9 @@ def open_splits(
                 min_size=actors[0],
                 max_size=actors[1],
                 enable_true_multi_threading=True,
+                **_of_strategy,
             ),
-            # Calls at once per actor. The strategy has an argument for it since Ray 2.59, which sets this.
-            max_concurrency=2,
+            **_of_actors,
             num_cpus=plan.cpus_per_augment_actor,
             # Otherwise Ray also requests the bytes of a block, and never starts a node type that declares no
             # memory.

@@ -205,9 +205,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 @pytest.mark.slow
 @pytest.mark.nightly  # pack, whose job is the same, goes from S3 to S3 too
 def test_parquet_on_s3_becomes_vectors_on_s3(
-    world: Path, store: S3Server, tmp_path: Path, run_here: Callable[..., str]
+    world: Path, s3: S3Server, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
-    store.client().create_bucket(Bucket="embed")
+    s3.client().create_bucket(Bucket="embed")
     drawings = {f"{label} {i}": draw_demo_image(label, "val", i) for label in LABELS for i in range(6)}
     names = list(drawings)
     shards = {
@@ -216,7 +216,7 @@ def test_parquet_on_s3_becomes_vectors_on_s3(
         )
         for s, some in enumerate((names[:12], names[12:]))
     }
-    put_all(store, "embed", shards)
+    put_all(s3, "embed", shards)
     command = [
         str(world / "run" / "checkpoints" / NAME),
         "s3://embed/data",
@@ -228,7 +228,7 @@ def test_parquet_on_s3_becomes_vectors_on_s3(
     output = run_here("jobs.embed", *command)
     assert "24 images in = 24 vectors out + 0 quarantined" in output
     for name in ("_about/embed.json", *(f"part-{p:05d}.parquet" for p in range(5))):
-        body = store.client().get_object(Bucket="embed", Key=f"vectors/{name}")["Body"].read()
+        body = s3.client().get_object(Bucket="embed", Key=f"vectors/{name}")["Body"].read()
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(body)
     found = table(tmp_path)
@@ -242,11 +242,11 @@ def test_parquet_on_s3_becomes_vectors_on_s3(
 
     # A part that is gone is made again, and no other.
     def written() -> dict[str, object]:
-        listed = store.client().list_objects_v2(Bucket="embed", Prefix="vectors/part")["Contents"]
+        listed = s3.client().list_objects_v2(Bucket="embed", Prefix="vectors/part")["Contents"]
         return {entry["Key"]: entry["LastModified"] for entry in listed}
 
     before = written()
-    store.client().delete_object(Bucket="embed", Key="vectors/part-00002.parquet")
+    s3.client().delete_object(Bucket="embed", Key="vectors/part-00002.parquet")
     assert "1 of 5 to do" in run_here("jobs.embed", *command)
     after = written()
     assert after.keys() == before.keys()

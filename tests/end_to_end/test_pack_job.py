@@ -239,9 +239,9 @@ def test_two_rows_of_one_key_are_refused_before_anything_is_packed(tmp_path: Pat
 @pytest.mark.s3
 @pytest.mark.slow
 def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(
-    store: S3Server, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., str]
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., str]
 ) -> None:
-    store.client().create_bucket(Bucket="pack")
+    s3.client().create_bucket(Bucket="pack")
     names = [f"photo {i}" for i in range(24)]
     files = {name: photo(i) for i, name in enumerate(names)}
     kinds = [None if i == 5 else LABELS[i % 3] for i in range(24)]
@@ -250,7 +250,7 @@ def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(
         f"in/{s}.parquet": parquet({"photo": structs[rows], "name": names[rows], "kind": kinds[rows]})
         for s, rows in enumerate((slice(12), slice(12, 24)))
     }
-    put_all(store, "pack", shards)
+    put_all(s3, "pack", shards)
     command = [
         *("s3://pack/in", "--out=s3://pack/out", "--rows-per-file=5"),
         *("data.image_column=photo", "data.key_column=name", "data.label_column=kind"),
@@ -258,10 +258,10 @@ def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(
     output = run_here("jobs.pack", *command)
     assert "image files are stored unchanged" in output
     assert "24 images in = 24 images out + 0 quarantined, 0 shrunk" in output
-    listed = store.client().list_objects_v2(Bucket="pack", Prefix="out/part")["Contents"]
+    listed = s3.client().list_objects_v2(Bucket="pack", Prefix="out/part")["Contents"]
     assert [entry["Key"] for entry in listed] == [f"out/part-{p:05d}.parquet" for p in range(5)]
 
-    use_aws(monkeypatch, store.env)
+    use_aws(monkeypatch, s3.env)
     read = read_as_told(output)
     labels = dict(zip(names, kinds, strict=True))
     assert sorted(image.key for image in read) == sorted(names)

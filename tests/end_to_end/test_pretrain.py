@@ -68,9 +68,9 @@ class Bucket:
 
 
 @pytest.fixture(scope="module")
-def images(store: S3Server) -> Bucket:
-    bucket = Bucket(store, "pretrain-test")
-    store.client().create_bucket(Bucket=bucket.name)
+def images(s3: S3Server) -> Bucket:
+    bucket = Bucket(s3, "pretrain-test")
+    s3.client().create_bucket(Bucket=bucket.name)
     for split, count in (("train", NUM_PER_CLASS), ("val", 6)):
         for label in list(PATTERNS)[:4]:
             for i in range(count):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import boto3
 import pytest
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 ACCESS_KEY, SECRET_KEY = "AKTESTKEY", "SKtestsecretvalue"
 
@@ -65,27 +67,33 @@ def aws_environment(endpoint: str, *, secret: str = SECRET_KEY) -> dict[str, str
 def s3_server() -> Iterator[S3Server]:
     """SeaweedFS on free ports of 127.0.0.1, ready for requests; about two seconds to start."""
     with tempfile.TemporaryDirectory(prefix="weed-", ignore_cleanup_errors=True) as folder:
-        log = Path(folder, "weed.log")
-        s3, master, volume, filer, admin = free_ports(5)
-        command = [
-            *(_weed(), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-            *(f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}"),
-            *(f"-filer.port={filer}", f"-admin.port={admin}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-            *("-webdav=false", "-admin.ui=false", "-master.telemetry=false"),
-            *("-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false"),
-        ]
-        keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, env=os.environ | keys, stdout=output, stderr=output, cwd=folder
-            )
-        try:
-            server = S3Server(f"http://127.0.0.1:{s3}", log)
-            _wait_until_ready(server, process)
-            yield server
-        finally:
-            process.kill()  # a polite stop takes seconds, and nothing here is kept
-            process.wait()
+        for _ in range(3):  # another process may take a port that was free
+            process, server = _start(folder)
+            try:
+                if _is_ready(server, process):
+                    yield server
+                    return
+            finally:
+                process.kill()  # a polite stop takes seconds, and nothing here is kept
+                process.wait()
+        raise RuntimeError(f"weed did not start: {server.log.read_text()[-2000:]}")
+
+
+def _start(folder: str) -> tuple["subprocess.Popen[bytes]", S3Server]:
+    log = Path(folder, "weed.log")
+    s3, master, volume, filer, admin = free_ports(5)
+    command = [
+        *(_weed(), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+        *(f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}"),
+        *(f"-filer.port={filer}", f"-admin.port={admin}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+        # It takes as many volumes as the free disk holds, and each bucket takes one: small ones never run out.
+        *("-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-master.volumeSizeLimitMB=16"),
+        *("-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false"),
+    ]
+    keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=os.environ | keys, stdout=output, stderr=output, cwd=folder)
+    return process, S3Server(f"http://127.0.0.1:{s3}", log)
 
 
 def _weed() -> str:
@@ -94,25 +102,25 @@ def _weed() -> str:
     return str(beside) if beside.exists() else "weed"
 
 
-def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> None:
+def _is_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> bool:
+    """Wait until the server takes an object; False where its process ends first."""
     client = server.client()
     for _ in range(300):
-        try:
+        with contextlib.suppress(BotoCoreError, ClientError):
             client.create_bucket(Bucket="ready")
             client.put_object(Bucket="ready", Key="ready", Body=b"1")
-            return
-        except Exception as error:
-            last = error
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
-                break
-    raise RuntimeError(f"weed did not start ({last}): {server.log.read_text()[-2000:]}")
+            return process.poll() is None  # else another's answered
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+            return False
+    raise RuntimeError(f"weed is not ready after 30 s: {server.log.read_text()[-2000:]}")
 
 
 def free_ports(count: int) -> list[int]:
     """Ports that are free now, and free again 10,000 higher, where SeaweedFS puts gRPC."""
     ports: list[int] = []
-    start = 12_000 + os.getpid() % 8_000  # below the range that the kernel gives to outgoing connections
+    # Below the range that the kernel gives to outgoing connections; processes that look at the same time part.
+    start = random.SystemRandom().randrange(12_000, 20_000)
     for port in [*range(start, 20_000), *range(12_000, start)]:
         if len(ports) == count:
             break
