@@ -49,10 +49,18 @@ def describe_result(run: Directory) -> str:
     if result["last"]["skipped_steps"]:
         lines.append(f"skipped       {result['last']['skipped_steps']} steps that were not finite")
     if result["last"]["bad_images"]:
-        lines.append(
-            f"bad images    {result['last']['bad_images']}, listed in {run.join('quarantine.jsonl')}"
-        )
+        lines.append(f"bad images    {_accounts(result['last'])}, listed in {run.join('quarantine.jsonl')}")
     return "\n".join(lines)
+
+
+def _accounts(last: dict[str, Any]) -> str:
+    """Every position of the stream, as trained on or replaced."""
+    bad, name = last["bad_images"], "bad_images_"
+    if "trained_images" not in last:  # a run of an earlier version
+        return f"{bad:,}"
+    trained = last["trained_images"]
+    kinds = (f"{n:,} {key.removeprefix(name)}" for key, n in last.items() if key.startswith(name))
+    return f"{trained + bad:,} images seen = {trained:,} trained on + {bad:,} replaced ({', '.join(kinds)})"
 
 
 def _calibration(scores: dict[str, float]) -> str:

@@ -132,8 +132,8 @@ class Augmenter:
 
         The crops are `global_crops` uint8 [n, G, H, W, 3] and `local_crops` uint8 [n, L, h, w, 3]. Beside
         them are `position` int64, `status` int8, `note`, `cpu_ms` float32 [n, 3] (see STAGES) and `busy_ms`
-        float32 (see BusyTimer). `note` is JSON of key and reason where status is not OK, else empty. The
-        means of `cpu_ms` and `busy_ms` hold for the block.
+        float32 (see BusyTimer). `note` is JSON of key, reason and bytes read where status is not OK, else
+        empty. The means of `cpu_ms` and `busy_ms` hold for the block.
 
         A bad image is replaced by the next readable image in the epoch's order, and its row records that.
         Raises DataError if none of the next 16 images is readable either. Several calls may run at once.
@@ -179,7 +179,8 @@ class Augmenter:
                     f"unreadable ({reason}); check data.path"
                 )
             columns["status"][row] = fetched.status if fetched.data is None else Status.CORRUPT
-            columns["note"][row] = json.dumps({"key": fetched.key, "reason": reason})
+            size = None if fetched.data is None else len(fetched.data)
+            columns["note"][row] = json.dumps({"key": fetched.key, "reason": reason, "bytes": size})
 
         self._croppers.for_each(crop, self._source.arrivals(images.tolist()))
         columns["cpu_ms"][:, 0] = 1000 * self._source.take_cpu_seconds() / max(1, n)

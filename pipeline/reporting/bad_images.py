@@ -1,11 +1,10 @@
 """Images that could not be used: how many, of what kinds, and how near they bring the run to its limit. No Ray here."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.data.bad_kinds import kind_of
 from dinoray.pipeline.reporting.page import Html, details, section, table
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
@@ -19,15 +18,6 @@ _NEAR = 0.5
 """Share of what is allowed from which on a person should know."""
 _FIRST_IMAGES = 1000
 """Before so many were seen, a fraction says little; the run ignores it too (training/bad_images.py)."""
-
-_KINDS = {
-    Status.MISSING: "missing",
-    Status.UNREACHABLE: "unreachable",
-    Status.TOO_LARGE: "too many bytes",
-    Status.DENIED: "refused",
-    Status.ARCHIVED: "archived",
-    Status.CORRUPT: "changed file or damaged shard",
-}
 
 
 class Share(NamedTuple):
@@ -72,29 +62,16 @@ def bad_images(run: Directory, found: Share | None) -> Html:
     near = ""
     if found:
         limit = f", {found.of_limit:.0%} of the limit data.max_bad_fraction={found.limit:g}"
-        near = (
-            f" ({_percent(total / found.seen)} of {found.seen:,} images seen{limit if found.limit else ''})"
-        )
+        times = f"{found.bad:,.0f} times ({_percent(found.bad / found.seen)} of {found.seen:,} images seen"
+        near = f" {times}{limit if found.limit else ''})"
     return section(
         "Bad images",
         table(_kinds(rows, found)),
-        details(f"Rows of quarantine.jsonl: {shown}", table(rows[:_SHOWN])) if rows else Html(""),
-        note=f"Images that could not be used: {total:,}{near}. Each was replaced by another image.{part}",
+        details(f"Rows of quarantine.jsonl: {shown}", table(list(map(_row, rows[:_SHOWN]))))
+        if rows
+        else Html(""),
+        note=f"Images that could not be used: {total:,}. They were replaced by other images{near}.{part}",
     )
-
-
-def kind_of(status: Any, reason: Any) -> str:
-    """What is the same in the reasons of all images with one trouble: not their names, sizes or bytes."""
-    known = Status.__members__.get(str(status).upper())
-    if known is None:
-        return str(status)
-    if known is not Status.CORRUPT:
-        return _KINDS[known]
-    if str(reason) in ("null", "0 bytes"):
-        return "empty"
-    # Those of data/decode.py begin with words and a colon; those of storage with an address.
-    words = re.match(r"[A-Za-z][A-Za-z0-9 ]*(?=: )", str(reason))
-    return words[0] if words else _KINDS[known]
 
 
 def _kinds(rows: list[dict[str, Any]], found: Share | None) -> list[dict[str, Any]]:
@@ -109,12 +86,26 @@ def _kinds(rows: list[dict[str, Any]], found: Share | None) -> list[dict[str, An
         {
             "kind": kind,
             "images": len(alike),
-            **({"share of images seen": _percent(len(alike) / found.seen)} if found else {}),
+            **({"share of images seen": _percent(sum(map(_times, alike)) / found.seen)} if found else {}),
             "example": alike[0].get("key", ""),
             "reason": alike[0].get("reason", ""),
         }
         for kind, alike in [*shown.items(), *([("other kinds", rest)] if rest else [])]
     ]
+
+
+def _times(row: Mapping[str, Any]) -> int:
+    """How often the image was replaced; files of earlier versions have a row each time."""
+    epochs = row.get("epochs")
+    return len(epochs) if isinstance(epochs, list) else 1
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is worth a look: how often in place of the list, and no positions."""
+    return {
+        **{k: v for k, v in row.items() if k not in ("epochs", "positions", "position")},
+        "replaced": _times(row),
+    }
 
 
 def _percent(part: float) -> str:

@@ -6,8 +6,6 @@ steps after its checkpoint, because it repeats those steps.
 """
 
 import contextlib
-import json
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,46 +14,11 @@ from typing import Any
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
 from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.tracking.bad_image_file import BadImageFile
+from dinoray.pipeline.tracking.json_lines import JsonLines
 from dinoray.pipeline.tracking.records import attention_figures
 from dinoray.pipeline.tracking.sink import Embedding, MetricSink
 from dinoray.pipeline.tracking.tensorboard import TensorBoard
-
-
-class JsonLines:
-    """A file with one JSON object per line that can be appended to, local or on S3."""
-
-    def __init__(
-        self, run: Directory, name: str, *, keep: Callable[[dict[str, Any]], bool], staging: Path
-    ) -> None:
-        self._run, self._name, self._path = run, name, staging / name
-        try:
-            old = run.read(name).decode()
-        except MissingObject:
-            old = ""
-        # The text after the last line end was cut off by a kill, unless only its line end is missing.
-        whole, _, last = old.rpartition("\n")
-        kept = [line for line in [*whole.split("\n"), *_if_whole(last)] if line and keep(json.loads(line))]
-        self._path.write_text("".join(f"{line}\n" for line in kept))
-        self._dirty = bool(old)
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Append one object as a line. Non-finite numbers become strings, since JSON has none."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n")
-        self._dirty = True
-
-    def sync(self) -> None:
-        """Upload the file if it changed; a local run directory needs no upload."""
-        if self._dirty and is_s3(self._run.uri):
-            self._run.write(self._name, self._path.read_bytes())
-        self._dirty = False
-
-
-def _if_whole(line: str) -> list[str]:
-    try:
-        return [line] if isinstance(json.loads(line), dict) else []
-    except ValueError:
-        return []
 
 
 class RunFiles(MetricSink):
@@ -90,17 +53,24 @@ class RunFiles(MetricSink):
 class MetricsLog(MetricSink):
     """The log of a run that starts or resumes at `first_step`: quarantine.jsonl, and sinks for all the rest.
 
-    The sinks are its files, TensorBoard and then `others`.
+    The sinks are its files, TensorBoard and then `others`. `tell` takes a line for the user.
     """
 
     def __init__(
-        self, run: Directory, *, first_step: int, first_position: int, others: Sequence[MetricSink] = ()
+        self,
+        run: Directory,
+        *,
+        num_images: int,
+        first_step: int = 0,
+        first_position: int = 0,
+        others: Sequence[MetricSink] = (),
+        tell: Callable[[str], None] = print,
     ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="dinoray-log-") if is_s3(run.uri) else None
         staging = Path(self._temporary.name if self._temporary else run.uri)
         staging.mkdir(parents=True, exist_ok=True)
-        self._quarantine = JsonLines(
-            run, run_dir.QUARANTINE, keep=lambda r: r["position"] < first_position, staging=staging
+        self._bad_images = BadImageFile(
+            run, num_images=num_images, first_position=first_position, staging=staging, tell=tell
         )
         files = RunFiles(run, first_step=first_step, staging=staging)
         events = TensorBoard(run, staging=staging, purge_step=first_step + 1 if first_step else 0)
@@ -126,14 +96,13 @@ class MetricsLog(MetricSink):
         for sink in self._sinks:
             sink.embedding(step, embedding)
 
-    def quarantine(self, records: list[dict[str, Any]]) -> None:
-        """Append records of bad images to quarantine.jsonl."""
-        for record in records:
-            self._quarantine.append(record)
+    def add_bad_images(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add records of images that were replaced to quarantine.jsonl."""
+        self._bad_images.add(records)
 
     def sync(self) -> None:
         """Write everything logged so far to the run directory."""
-        self._quarantine.sync()
+        self._bad_images.sync()
         for sink in self._sinks:
             sink.sync()
 
@@ -147,8 +116,4 @@ class MetricsLog(MetricSink):
                 last.callback(self._temporary.cleanup)
             for sink in reversed(self._sinks):
                 last.callback(sink.close, failed=failed)
-            self._quarantine.sync()
-
-
-def _json_number(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            self._bad_images.sync()

@@ -22,6 +22,7 @@ from dinoray.models.optim import restore_optimizer
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
+from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.step import TrainState
 
@@ -29,7 +30,7 @@ FORMAT = 2
 FILES = (run_dir.STUDENT, run_dir.TEACHER, run_dir.TRAIN_STATE, run_dir.META)
 
 
-def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_images: dict[str, int]) -> None:
+def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, quarantine: Quarantine) -> None:
     """Write the checkpoint files into `folder`. Call on one rank; all ranks hold the same values."""
     save_file(_contiguous(state.dino.student), folder / run_dir.STUDENT)
     save_file(_contiguous(state.dino.teacher), folder / run_dir.TEACHER)
@@ -49,7 +50,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_ima
         "positions": state.step * state.config.train.global_batch_size,
         "total_steps": state.schedule.total_steps,
         "num_images": num_images,
-        "bad_images": bad_images,
+        **quarantine.meta(),
         "file_bytes": {file: (folder / file).stat().st_size for file in FILES[:-1]},
         "torch": torch.__version__,
         "config": state.config.model_dump(mode="json"),
@@ -57,11 +58,11 @@ def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, bad_ima
     (folder / run_dir.META).write_text(json.dumps(meta, indent=1))
 
 
-def temporary_checkpoint(state: TrainState, *, num_images: int, bad_images: dict[str, int]) -> Path:
+def temporary_checkpoint(state: TrainState, *, num_images: int, quarantine: Quarantine) -> Path:
     """Run `save_checkpoint` into a new local folder and return it; the uploader must remove it."""
     folder = Path(tempfile.mkdtemp(prefix="dinoray-checkpoint-"))
     try:
-        save_checkpoint(state, folder, num_images=num_images, bad_images=bad_images)
+        save_checkpoint(state, folder, num_images=num_images, quarantine=quarantine)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

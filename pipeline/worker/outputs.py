@@ -36,9 +36,11 @@ class Outputs:
         self._nodes = NodeWatch(spec.cost, dollars=spent(spec.run))
         self._log = MetricsLog(
             spec.run,
+            num_images=spec.num_images,
             first_step=state.step,
             first_position=state.step * self._images_per_step,
             others=[Gauges(spec.name, total_steps=state.schedule.total_steps), *trackers],
+            tell=self.note,
         )
         self._channel.post("placed", group=ray.util.get_current_placement_group())
         self._pool = PoolMailbox(spec.channel)
@@ -59,14 +61,16 @@ class Outputs:
         self._pool_meter.restart()
 
     def write_bad_images(self, bad: list[dict[str, Any]]) -> None:
-        """Append to quarantine.jsonl."""
-        self._log.quarantine(bad)
+        """Add to quarantine.jsonl."""
+        self._log.add_bad_images(bad)
 
     def log_step(self, state: TrainState, metrics: Mapping[str, Any], quarantine: Quarantine) -> None:
         """Log and post a step's metrics, with those of data, cluster and cost."""
         epoch = state.step * self._images_per_step / self._spec.num_images
         logged = {**metrics, "epoch": epoch, "time": time.time(), **self._meter.read()}
-        logged |= {"bad_images": quarantine.counts.total(), "skipped_steps": state.skipped}
+        logged |= {"trained_images": quarantine.trained, "bad_images": quarantine.counts.total()}
+        logged |= {f"bad_images_{status}": count for status, count in sorted(quarantine.counts.items())}
+        logged |= {"skipped_steps": state.skipped}
         logged |= {**self._nodes.read(), **self._pool.metrics()}
         self._log.log(state.step, logged)
         self._channel.post("step", step=state.step, total_steps=state.schedule.total_steps, **logged)
@@ -85,9 +89,7 @@ class Outputs:
     def write_checkpoint(self, state: TrainState, quarantine: Quarantine) -> Path:
         """Write the checkpoint into a new local folder, which the uploader must remove."""
         self._log.sync()  # before the commit: a checkpoint's metrics must be written before it
-        folder = temporary_checkpoint(
-            state, num_images=self._spec.num_images, bad_images=dict(quarantine.counts)
-        )
+        folder = temporary_checkpoint(state, num_images=self._spec.num_images, quarantine=quarantine)
         self._channel.post("checkpoint", step=state.step, name=checkpoint_name(state.step))
         return folder
 

@@ -103,7 +103,7 @@ class _Worker:
             health=spec.health,
             resumed=not self.is_new,
         )
-        self.quarantine = Quarantine(self._initialise() if self.is_new else self._restore())
+        self.quarantine = self._initialise() if self.is_new else self._restore()
         self.state.student = distribute(self.state.dino, device)
         self.cadence = Cadence(
             self.state.schedule.total_steps,
@@ -128,21 +128,21 @@ class _Worker:
             if self.stopped:
                 self.spec.channel.post_and_wait("stopped", step=state.step)
 
-    def _initialise(self) -> dict[str, int]:
-        """Load the configured initial weights, if any; return empty counts of bad images."""
+    def _initialise(self) -> Quarantine:
+        """Load the configured initial weights, if any; return empty counts of images."""
         spec = self.spec
         if spec.init_weights is not None:
             # Its lines are printed before Ray starts.
             load_initial_weights(self.state, ray.get(spec.init_weights), spec.init.load)
-        return {}
+        return Quarantine()
 
-    def _restore(self) -> dict[str, int]:
-        """Load the newest committed checkpoint; return its counts of bad images."""
+    def _restore(self) -> Quarantine:
+        """Load the newest committed checkpoint; return its counts of images."""
         with own_copy(ray.train.get_checkpoint()) as folder:
             meta = load_checkpoint(self.state, folder)
         if self.rank == 0:
             self.spec.channel.post("note", text=f"resuming from step {self.state.step}")
-        return meta["bad_images"]
+        return Quarantine.restored(meta)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         layout = lay_out(
@@ -188,11 +188,12 @@ class _Worker:
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
         state = self.state
-        bad = self.quarantine.share()
+        positions = state.step * self.spec.config.train.global_batch_size
+        bad = self.quarantine.share(positions=positions)
         if self.outputs:
             self.outputs.write_bad_images(bad)
         self.quarantine.check(
-            num_seen=state.step * self.spec.config.train.global_batch_size,
+            num_seen=positions,
             num_images=self.spec.num_images,
             limit=self.spec.max_bad_fraction,
             file=self.spec.run.join(run_dir.QUARANTINE),

@@ -240,10 +240,17 @@ def spoilt(images: Bucket) -> list[str]:
 def test_bad_images_are_replaced_counted_and_named(
     images: Bucket, spoilt: list[str], run_here: Callable[..., str]
 ) -> None:
-    run_here("jobs.pretrain", *images.pretrain_arguments("spoilt", *spoilt), "data.max_bad_fraction=0.1")
+    output = run_here(
+        "jobs.pretrain", *images.pretrain_arguments("spoilt", *spoilt), "data.max_bad_fraction=0.1"
+    )
+    assert "64 images seen = 60 trained on + 4 replaced (4 corrupt), listed in" in output
     lines = [json.loads(x) for x in images.get("runs/spoilt/quarantine.jsonl").splitlines()]
-    names = sorted(x["key"] for x in lines)
-    assert names == ["spoilt/cut.jpg"] * 2 + ["spoilt/text.jpg"] * 2  # once per epoch, none twice
+    names = sorted((x["key"], x["epochs"], x["bytes"]) for x in lines)
+    assert [(key, epochs) for key, epochs, _ in names] == [
+        ("spoilt/cut.jpg", [0, 1]),
+        ("spoilt/text.jpg", [0, 1]),
+    ]
+    assert names[1][2] == len(b"<html>not an image</html>")
     assert {x["status"] for x in lines} == {"corrupt"}
     assert all(x["reason"] for x in lines)
     result = json.loads(images.get("runs/spoilt/result.json"))
@@ -273,7 +280,7 @@ def test_a_forbidden_image_is_replaced_counted_and_named(images: Bucket) -> None
         arguments = images.pretrain_arguments("forbidden", *settings)
         run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint))
     lines = [json.loads(x) for x in images.get("runs/forbidden/quarantine.jsonl").splitlines()]
-    assert [(x["key"], x["status"]) for x in lines] == [(forbidden, "denied")] * 2
+    assert [(x["key"], x["status"], x["epochs"]) for x in lines] == [(forbidden, "denied", [0, 1])]
     assert all(f"s3://{images.name}/{forbidden}: AccessDenied" in x["reason"] for x in lines)
 
 

@@ -19,6 +19,7 @@ from dinoray.pipeline.figures.attention_sheet import attention_figure
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
 from dinoray.pipeline.tracking.run_log import MetricsLog
+from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
 from dinoray.pipeline.training.step import build_state, train_step
 
@@ -37,7 +38,7 @@ def evaluate_run(folder: Path, **changes: dict[str, Any]) -> Path:
     """What the evaluations of a run leave behind which learns fast: their figures, and no checkpoint at all."""
     state = build_state(tiny_config(optim={"base_lr": 2.0}, **changes), num_images=NUM_IMAGES)
     pictures = [(f"{i}.png", decode(noise(seed=i), max_pixels=10_000)) for i in range(2)]
-    log = MetricsLog(Directory(str(folder)), first_step=0, first_position=0)
+    log = MetricsLog(Directory(str(folder)), num_images=NUM_IMAGES)
     for step in EVALUATED:
         while state.step < step:
             train_step(state, tiny_batch(state.config, seed=state.step))
@@ -58,7 +59,7 @@ def make_run(folder: Path, *, steps: tuple[int, ...] = (0, 1, 2), **changes: dic
             train_step(state, tiny_batch(state.config, seed=state.step))
         checkpoint = folder / "checkpoints" / checkpoint_name(step)
         checkpoint.mkdir(parents=True)
-        save_checkpoint(state, checkpoint, num_images=NUM_IMAGES, bad_images={})
+        save_checkpoint(state, checkpoint, num_images=NUM_IMAGES, quarantine=Quarantine())
     results = [{"checkpoint_dir_name": checkpoint_name(step)} for step in steps]
     (folder / "checkpoints" / SNAPSHOT).write_text(json.dumps({"checkpoint_results": results}))
     return folder

@@ -11,6 +11,7 @@ import torch
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
+from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import FrozenBackbone, save_checkpoint
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
@@ -50,7 +51,7 @@ def trained(config: DINOConfig, steps: int = 3) -> TrainState:
 
 def checkpoint(state: TrainState, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(state, folder, num_images=NUM_IMAGES, bad_images={})
+    save_checkpoint(state, folder, num_images=NUM_IMAGES, quarantine=Quarantine())
     return folder
 
 

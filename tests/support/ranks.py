@@ -45,6 +45,7 @@ class Rank(NamedTuple):
     drop_path_logits: Tensor
     found: list[dict[str, Any]]
     counts: dict[str, int]
+    trained: int
     features: Features
     embedding: Embedding | None
 
@@ -148,9 +149,9 @@ def _work(rank: int, source: Source) -> Rank:
     state.student = distribute(state.dino, state.device)
     rows = state.config.train.global_batch_size // WORLD_SIZE
     metrics, centers = run_steps(state, rows=slice(rank * rows, (rank + 1) * rows))
-    quarantine = Quarantine({"corrupt": 10})
+    quarantine = Quarantine(trained=10)
     quarantine.note(bad_batch(rank))
-    found = quarantine.share()
+    found = quarantine.share(positions=16)
     features = embed_sharded(
         seeded_backbone(), source, state.config.crops, eval_config(), limit=1000, precision="fp32"
     )
@@ -172,6 +173,7 @@ def _work(rank: int, source: Source) -> Rank:
         drop_path_logits=_drop_path_logits(),
         found=found,
         counts=dict(quarantine.counts),
+        trained=quarantine.trained,
         features=features,
         embedding=evaluation.embedding if evaluation else None,
     )

@@ -18,7 +18,9 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def log_of(folder: Path, *, first_step: int = 0, first_position: int = 0) -> MetricsLog:
-    return MetricsLog(Directory(str(folder)), first_step=first_step, first_position=first_position)
+    return MetricsLog(
+        Directory(str(folder)), num_images=20, first_step=first_step, first_position=first_position
+    )
 
 
 def log_steps(log: MetricsLog, first: int, last: int, *, loss: float) -> None:

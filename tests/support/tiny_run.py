@@ -9,6 +9,7 @@ from jobs_processes import TINY
 from dinoray.jobs.cli.config import load_config
 from dinoray.pipeline.data.demo_images import draw_demo_image
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
+from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
 from dinoray.pipeline.training.step import build_state
 
@@ -37,7 +38,7 @@ def write_run(folder: Path, *settings: str) -> Path:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
     checkpoint = folder / "checkpoints" / NAME
     checkpoint.mkdir(parents=True)
-    save_checkpoint(state, checkpoint, num_images=40, bad_images={})
+    save_checkpoint(state, checkpoint, num_images=40, quarantine=Quarantine())
     (folder / "config.yaml").write_text(config.to_yaml())
     snapshot = {"checkpoint_results": [{"checkpoint_dir_name": NAME}]}
     (folder / "checkpoints" / SNAPSHOT).write_text(json.dumps(snapshot))

@@ -124,8 +124,8 @@ def test_counts_change_at_once() -> None:
 def test_bad_images_are_summed_up_by_kind(fed: Page) -> None:
     section = fed.text.split("Bad images")[1].split("Scores")[0]
     assert (
-        "Images that could not be used: 100 (0.39 % of 25,600 images seen, 39% of the limit "
-        "data.max_bad_fraction=0.01). Each was replaced by another image." in section
+        "Images that could not be used: 100. They were replaced by other images 100 times (0.39 % of 25,600 images "
+        "seen, 39% of the limit data.max_bad_fraction=0.01)." in section
     )
     assert "damaged or cut off JPEG400.16 %train/2019/archive-of-summer/IMG_000000.jpg" in section
     assert "missing200.078 %train/2019/archive-of-summer/IMG_000002.jpg" in section

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from run_logs import BLUE, RED, embedding, lines, log_of, log_steps, png_of
 
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.tracking.run_log import JsonLines, MetricsLog
+from dinoray.pipeline.tracking.json_lines import JsonLines
+from dinoray.pipeline.tracking.run_log import MetricsLog
 from dinoray.pipeline.tracking.sink import MetricSink
 from dinoray.pipeline.worker.throughput import ThroughputMeter
 
@@ -57,20 +58,12 @@ def test_the_evaluation_before_the_first_step_is_kept_by_a_resumed_run(tmp_path:
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
 
-def test_quarantined_images_at_positions_to_come_are_dropped(tmp_path: Path) -> None:
-    first = log_of(tmp_path)
-    first.quarantine([{"position": position, "key": f"{position}.jpg"} for position in (3, 39, 40, 55)])
-    first.close()
-    log_of(tmp_path, first_step=10, first_position=40).close()
-    assert [line["position"] for line in lines(tmp_path, "quarantine.jsonl")] == [3, 39]
-
-
 def test_a_last_line_cut_off_anywhere_by_a_kill_is_no_line(tmp_path: Path) -> None:
     whole, last = '{"position": 0, "key": "a"}\n', '{"position": 1, "key": "a{b}c"}\n'
     for length in range(len(last) + 1):
         (tmp_path / "quarantine.jsonl").write_text(whole + last[:length])
         log_of(tmp_path, first_step=1, first_position=10).close()
-        positions = [line["position"] for line in lines(tmp_path, "quarantine.jsonl")]
+        positions = [p for line in lines(tmp_path, "quarantine.jsonl") for p in line["positions"]]
         assert positions == ([0, 1] if length >= len(last) - 1 else [0]), last[:length]
 
 
@@ -127,7 +120,7 @@ class Told(MetricSink):
 def test_other_sinks_are_given_all_of_it(tmp_path: Path) -> None:
     (tmp_path / "crops.png").write_bytes(png_of(RED))
     sink = Told()
-    log = MetricsLog(Directory(str(tmp_path)), first_step=0, first_position=0, others=[sink])
+    log = MetricsLog(Directory(str(tmp_path)), num_images=20, others=[sink])
     log.log(1, {"loss": 2.5, "verdict": "healthy"})
     log.picture("attention", 1, png_of(BLUE))
     log.embedding(1, embedding(1.0))

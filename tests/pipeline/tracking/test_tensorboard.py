@@ -58,7 +58,10 @@ PICTURES = ("attention", "crops")
 def logged(step: int) -> dict[str, Any]:
     """A line of a run, with every number that runs log."""
     numbers = [name for names in GROUPS.values() for name in names if name not in PICTURES]
-    return {name.replace(r"\d+", "20"): 1.0 for name in numbers} | {"time": 1.7e9, "verdict": "healthy"}
+    return {name.replace(r"\d+", "20").replace(r"\w+", "corrupt"): 1.0 for name in numbers} | {
+        "time": 1.7e9,
+        "verdict": "healthy",
+    }
 
 
 def test_tensorboard_has_one_section_a_subject_and_the_loss_first(tmp_path: Path) -> None:
@@ -141,10 +144,10 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path: Path, first
 def test_what_is_synced_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     log.log(1, {"loss": 2.5})
-    log.quarantine([{"position": 0, "key": "a.jpg"}])
+    log.add_bad_images([{"position": 0, "key": "a.jpg"}])
     log.sync()
     assert lines(tmp_path)[0]["loss"] == 2.5
-    assert lines(tmp_path, "quarantine.jsonl") == [{"position": 0, "key": "a.jpg"}]
+    assert lines(tmp_path, "quarantine.jsonl") == [{"key": "a.jpg", "epochs": [0], "positions": [0]}]
     assert scalars(tmp_path, "train/loss") == [(1, 2.5)]
     log.close()
 
@@ -272,7 +275,7 @@ def test_a_run_on_s3_leaves_what_a_local_one_leaves(
     run.write("crops.png", png_of(RED))
 
     def live(first_step: int, last: int, *, loss: float) -> None:
-        log = MetricsLog(run, first_step=first_step, first_position=0)
+        log = MetricsLog(run, num_images=20, first_step=first_step)
         for step in range(first_step + 1 if first_step else 0, last + 1):
             log.log(step, {"loss": loss})
             if step % 10 == 0:

@@ -17,6 +17,7 @@ from dinoray.models.errors import ConfigError, DataError, DinorayError
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints, mend_snapshot
+from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import (
     Found,
     download_checkpoint,
@@ -60,7 +61,9 @@ def run_to(state: TrainState, step: int) -> None:
 
 def save(state: TrainState, folder: Path, **bad_images: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(state, folder, num_images=NUM_IMAGES, bad_images=bad_images)
+    quarantine = Quarantine()
+    quarantine.counts.update(bad_images)
+    save_checkpoint(state, folder, num_images=NUM_IMAGES, quarantine=quarantine)
     return folder
 
 

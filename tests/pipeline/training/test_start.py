@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
 from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
@@ -23,7 +24,7 @@ def trained(steps: int, **changes: dict) -> TrainState:
 
 def checkpoint(state: TrainState, folder: Path) -> str:
     folder.mkdir()
-    save_checkpoint(state, folder, num_images=NUM_IMAGES, bad_images={})
+    save_checkpoint(state, folder, num_images=NUM_IMAGES, quarantine=Quarantine())
     return str(folder)
 
 

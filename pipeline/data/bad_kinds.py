@@ -1,0 +1,29 @@
+"""Name the trouble of an image that could not be used: the same words for all images with the same trouble."""
+
+import re
+from typing import Any
+
+from dinoray.pipeline.data.fetched import Status
+
+_KINDS = {
+    Status.MISSING: "missing",
+    Status.UNREACHABLE: "unreachable",
+    Status.TOO_LARGE: "too many bytes",
+    Status.DENIED: "refused",
+    Status.ARCHIVED: "archived",
+    Status.CORRUPT: "changed file or damaged shard",
+}
+
+
+def kind_of(status: Any, reason: Any) -> str:
+    """Return what the reasons of all images with one trouble share: not their names, sizes or bytes."""
+    known = Status.__members__.get(str(status).upper())
+    if known is None:
+        return str(status)
+    if known is not Status.CORRUPT:
+        return _KINDS[known]
+    if str(reason) in ("null", "0 bytes"):
+        return "empty"
+    # Those of data/decode.py begin with words and a colon; those of storage with an address.
+    words = re.match(r"[A-Za-z][A-Za-z0-9 ]*(?=: )", str(reason))
+    return words[0] if words else _KINDS[known]

@@ -1,0 +1,54 @@
+"""Files with one JSON object per line, local or on S3."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
+
+
+class JsonLines:
+    """A file with one JSON object per line that can be appended to, local or on S3."""
+
+    def __init__(
+        self, run: Directory, name: str, *, keep: Callable[[dict[str, Any]], bool], staging: Path
+    ) -> None:
+        self._run, self._name, self._path = run, name, staging / name
+        old = whole_lines(run, name)
+        self._path.write_text("".join(f"{line}\n" for line in old if keep(json.loads(line))))
+        self._dirty = bool(old)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append one object as a line. Non-finite numbers become strings, since JSON has none."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n")
+        self._dirty = True
+
+    def sync(self) -> None:
+        """Upload the file if it changed; a local run directory needs no upload."""
+        if self._dirty and is_s3(self._run.uri):
+            self._run.write(self._name, self._path.read_bytes())
+        self._dirty = False
+
+
+def whole_lines(run: Directory, name: str) -> list[str]:
+    """Return the lines of a file; none if it does not exist. A last line that a kill has cut off is left out."""
+    try:
+        whole, _, last = run.read(name).decode().rpartition("\n")
+    except MissingObject:
+        return []
+    return [line for line in [*whole.split("\n"), *_if_whole(last)] if line]
+
+
+def _if_whole(line: str) -> list[str]:
+    """Only the line end may be missing."""
+    try:
+        return [line] if isinstance(json.loads(line), dict) else []
+    except ValueError:
+        return []
+
+
+def _json_number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
