@@ -35,8 +35,8 @@ from dinoray.pipeline.worker.inputs import Inputs
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.worker import fit
 
-_END_SECONDS = 60.0
-"""Within which workers that all came to the same error have ended."""
+_END_SECONDS = 120.0
+"""Within which workers that all came to the same error have ended, some with a checkpoint to upload."""
 
 
 def check_run(config: Config) -> None:
@@ -182,6 +182,7 @@ def run_training(
         pictures=ray.put(inputs.pictures() if shows_images else []),
         eval_sources=(ray.put(inputs.labelled[0]), ray.put(inputs.labelled[1])) if inputs.labelled else None,
         num_images=inputs.images.num_images,
+        give_up_after_seconds=config.storage.give_up_after_seconds,
         max_bad_fraction=config.data.max_bad_fraction,
         prefetch_batches=config.resources.prefetch_batches,
         can_restart=config.resources.max_failures != 0,

@@ -43,6 +43,8 @@ class WorkerSpec:
     pictures: "ObjectRef[list[tuple[str, NDArray[np.uint8]]]]"
     eval_sources: "tuple[ObjectRef[Source], ObjectRef[Source]] | None"
     num_images: int
+    give_up_after_seconds: float
+    """How long a read waits for the storage."""
     max_bad_fraction: float
     prefetch_batches: int
     can_restart: bool

@@ -33,6 +33,7 @@ from dinoray.pipeline.training.distributed import all_reduce_max, set_up_device
 from dinoray.pipeline.training.init_weights import load_initial_weights
 from dinoray.pipeline.training.step import build_state, train
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
+from dinoray.pipeline.worker.agreement import Agreement, StreamEndedError
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.outputs import Outputs
 from dinoray.pipeline.worker.spec import WorkerSpec
@@ -104,7 +105,9 @@ class _Worker:
             resumed=not self.is_new,
         )
         self.quarantine = self._initialise() if self.is_new else self._restore()
+        self.saved_step = self.state.step
         self.state.student = distribute(self.state.dino, device)
+        self.agreement = Agreement(patience_seconds=spec.give_up_after_seconds)
         self.cadence = Cadence(
             self.state.schedule.total_steps,
             log_every=spec.log.every_steps,
@@ -120,7 +123,13 @@ class _Worker:
         state, total = self.state, self.state.schedule.total_steps
         if self.is_new:
             self._evaluate()
-        train(state, self._batches(), on_step=self._on_step)
+        try:
+            train(state, self.agreement.batches(self._batches()), on_step=self._on_step)
+        except StreamEndedError as ended:
+            if state.step > self.saved_step and not state.skipped_in_a_row:
+                self._count_images()
+                self._save()
+            raise ended.error from ended
         if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
         if self.outputs:
@@ -188,12 +197,9 @@ class _Worker:
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
         state = self.state
-        positions = state.step * self.spec.config.train.global_batch_size
-        bad = self.quarantine.share(positions=positions)
-        if self.outputs:
-            self.outputs.write_bad_images(bad)
+        self._count_images()
         self.quarantine.check(
-            num_seen=positions,
+            num_seen=self._num_seen,
             num_images=self.spec.num_images,
             limit=self.spec.max_bad_fraction,
             file=self.spec.run.join(run_dir.QUARANTINE),
@@ -202,6 +208,15 @@ class _Worker:
         if self.outputs:
             self.outputs.log_step(state, metrics, self.quarantine)
         self._act_on(Verdict(metrics["verdict"]))
+
+    @property
+    def _num_seen(self) -> int:
+        return self.state.step * self.spec.config.train.global_batch_size
+
+    def _count_images(self) -> None:
+        bad = self.quarantine.share(positions=self._num_seen)
+        if self.outputs:
+            self.outputs.write_bad_images(bad)
 
     def _act_on(self, verdict: Verdict) -> None:
         """Post a changed verdict; raise it on a collapse if configured. All ranks do the same."""
@@ -254,6 +269,7 @@ class _Worker:
             checkpoint_dir_name=checkpoint_name(self.state.step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         )
+        self.saved_step = self.state.step
         if self.outputs:
             self.outputs.restart_meters()
 

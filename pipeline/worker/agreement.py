@@ -1,0 +1,77 @@
+"""Train workers agree before each step that all of them have a batch.
+
+Without it, a worker that has one would wait in the backward pass for one that has none, until NCCL gives up; and no
+checkpoint could be saved. Gloo carries it, on CPUs: 0.4 ms a step.
+"""
+
+import pickle
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dinoray.models.errors import DinorayError
+from dinoray.pipeline.cluster.channel import known_error
+from dinoray.pipeline.training.distributed import world_size
+
+Batch = TypeVar("Batch")
+
+_MARGIN_SECONDS = 600.0
+"""Beyond the time that a read of one worker may wait for the storage."""
+
+
+class StreamEndedError(Exception):
+    """The stream of at least one worker has failed. All workers raise it, after the same step."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+        """To be raised once the state of the last step is saved: the first worker's that is for a person to read."""
+
+
+class Agreement:
+    """A process group of its own, whose waiting workers have patience with the one whose storage is down."""
+
+    def __init__(self, *, patience_seconds: float) -> None:
+        self._group: Any = None
+        if world_size() > 1:
+            timeout = timedelta(seconds=patience_seconds + _MARGIN_SECONDS)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def batches(self, mine: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield this worker's batches for as long as all workers have one. Raises StreamEndedError if one fails."""
+        iterator = iter(mine)
+        while True:
+            batch, error = None, None
+            try:
+                batch = next(iterator, None)
+            except Exception as caught:
+                error = caught
+            if not self._all(batch is not None):
+                break
+            assert batch is not None
+            yield batch
+        first = self._first_known(error)
+        if first is not None:
+            first.raised_by_all_ranks = True
+            raise StreamEndedError(first) from error
+        if not self._all(error is None):
+            raise StreamEndedError(error or RuntimeError("the stream of another train worker has failed"))
+
+    def _all(self, mine: bool) -> bool:
+        if self._group is None:
+            return mine
+        agreed = torch.tensor(int(mine))
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(agreed)
+
+    def _first_known(self, error: Exception | None) -> DinorayError | None:
+        """Return the first worker's error that a person can act on; the same on all workers."""
+        mine = pickle.dumps(known_error(error))
+        held: list[Any] = [mine]
+        if self._group is not None:
+            held = [None] * world_size()
+            dist.all_gather_object(held, mine, group=self._group)
+        return next((found for part in held if (found := pickle.loads(part)) is not None), None)
