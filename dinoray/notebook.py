@@ -79,7 +79,7 @@ def embed(
 ) -> NDArray[np.float32]:
     """Return the teacher's features of image files, local or s3://, as float32 [len(files), D].
 
-    On a GPU if there is one. `jobs.embed` is for many images. Raises DataError for a file that cannot be read.
+    On a GPU if there is one. `dinoray embed` is for many images. Raises DataError for a file that cannot be read.
     """
     model, transform = load_teacher(run, step=step)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,9 @@ ORDER = ("pretrain", "plan", "doctor", "submit", "tune", "evaluate", "attention"
 
 def describe_commands() -> str:
     """One line per command, read from its docstring: importing ten commands takes seconds."""
-    lines = ["Commands; `dinoray NAME` is `python -m jobs.NAME`, and its --help lists the arguments:"]
+    lines = [
+        "Commands; --help of each lists its arguments; in a checkout, `python -m jobs.NAME` is `dinoray NAME`:"
+    ]
     for name in ORDER:
         text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text())) or ""
         purpose, _, usage = text.partition("\n")[0].partition("`")

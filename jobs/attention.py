@@ -1,4 +1,4 @@
-"""Draw attention maps of a checkpoint: `python -m jobs.attention RUN [IMAGE ...] [--animate]`.
+"""Draw attention maps of a checkpoint: `dinoray attention RUN [IMAGE ...] [--animate]`.
 
 Checkpoint -> backbone -> the class token's attention on a few images -> one sheet and a folder of overlays. With
 --animate, also an animation of the figures that the run's evaluations have drawn. Runs in one process, without Ray.
@@ -13,7 +13,7 @@ from dinoray.pipeline.figures.config import MASS
 
 def main(argv: Sequence[str]) -> None:
     """Look at images with one checkpoint, animate the run's evaluations; write the pictures, print their paths."""
-    parser = CommandLine(prog="python -m jobs.attention", description="Draw attention maps of a checkpoint.")
+    parser = CommandLine("attention", description="Draw attention maps of a checkpoint.")
     parser.add_argument("run", help="run directory or checkpoint folder, local or s3://")
     parser.add_argument(
         "images", nargs="*", help="image files, folders, s3:// objects or prefixes, Parquet shards"

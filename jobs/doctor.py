@@ -1,4 +1,4 @@
-"""Check the cluster, data and storage of a run: `python -m jobs.doctor [--address ADDRESS] [--json] [key=value ...]`.
+"""Check the cluster, data and storage of a run: `dinoray doctor [--address ADDRESS] [--json] [key=value ...]`.
 
 One line for each thing that was looked at: ok, warn or FAIL, and what to do. Without an address it looks at this
 machine; with that of a dashboard (http://...) it sends itself to the cluster as a job and looks around there.
@@ -54,9 +54,7 @@ _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 
 def main(argv: Sequence[str]) -> None:
     """Look at everything, and end with the exit code of the first thing that fails."""
-    parser = CommandLine(
-        prog="python -m jobs.doctor", description="Check the cluster, data and storage of a run."
-    )
+    parser = CommandLine("doctor", description="Check the cluster, data and storage of a run.")
     parser.add_argument(
         "--address",
         default=None,

@@ -1,4 +1,4 @@
-"""Embed a data set with a checkpoint: `python -m jobs.embed RUN_OR_CHECKPOINT DATA --out FOLDER_OR_S3 [options]`.
+"""Embed a data set with a checkpoint: `dinoray embed RUN_OR_CHECKPOINT DATA --out FOLDER_OR_S3 [options]`.
 
 Images -> frozen backbone on a pool of actors -> Parquet parts of key and vector, written by the actors. The same
 command continues what was interrupted, and does nothing for what is finished.
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> CommandLine:
-    parser = CommandLine(prog="python -m jobs.embed", description="Embed a data set with a checkpoint.")
+    parser = CommandLine("embed", description="Embed a data set with a checkpoint.")
     parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
     parser.add_argument("data", help="images: a folder, s3://bucket/prefix, or Parquet in either")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python -m jobs.evaluate RUN_OR_CHECKPOINT [--step N] [--probes LIST] [key=value ...]`.
+"""Evaluate a checkpoint: `dinoray evaluate RUN_OR_CHECKPOINT [--step N] [--probes LIST] [key=value ...]`.
 
 Ray Data embeds images with the frozen backbone on a pool of actors. k-NN and a linear probe classify labelled
 ones; RankMe, LiDAR and feature std need no labels.
@@ -13,7 +13,7 @@ from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
 
 def main(argv: Sequence[str]) -> None:
     """Parse, embed and probe."""
-    parser = CommandLine(prog="python -m jobs.evaluate", description="Probe the features of a checkpoint.")
+    parser = CommandLine("evaluate", description="Probe the features of a checkpoint.")
     parser.add_argument("checkpoint", help="run directory, or a checkpoint's own folder; local or s3://")
     parser.add_network()
     parser.add_argument(

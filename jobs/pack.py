@@ -1,11 +1,10 @@
-"""Pack images for pretraining: `python -m jobs.pack SOURCE --out FOLDER_OR_S3 [--shrink] [--recipe R] [options]`.
+"""Pack images for pretraining: `dinoray pack SOURCE --out FOLDER_OR_S3 [--shrink] [--recipe R] [options]`.
 
 Image objects or Parquet of any layout -> a pool of actors -> Parquet parts, whose images are shrunk on request to
 what a recipe's crops need of them. The same command continues what was interrupted, and does nothing for what is
 finished.
 """
 
-import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.data_lines import describe_data
 from dinoray.jobs.runs.parts_job import PartsJob
+from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.export.packing import KIND, QUALITY, check_keys, shrink_pixels, write_part
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> CommandLine:
-    parser = CommandLine(prog="python -m jobs.pack", description="Pack images for pretraining.")
+    parser = CommandLine("pack", description="Pack images for pretraining.")
     parser.add_argument("source", help="images: a folder, s3://bucket/prefix, or Parquet in either")
     parser.add_argument(
         "--out", required=True, help="output folder or s3://bucket/prefix for the Parquet parts"
@@ -142,9 +142,9 @@ def _told(summary: Mapping[str, Any]) -> str:
 
 def _next_command(arguments: Namespace, out: Directory) -> str:
     """The command that pretrains from what was packed."""
-    words = ["python", "-m", "jobs.pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}"]
-    words += [override for override in arguments.overrides if override.startswith("crops.")]
-    return "command that pretrains on the packed images:\n" + shlex.join(words)
+    crops = [override for override in arguments.overrides if override.startswith("crops.")]
+    line = command("pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}", *crops)
+    return f"command that pretrains on the packed images:\n{line}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Estimate nodes, time and cost of a run: `python -m jobs.plan [--recipe NAME] [--out FILE] [key=value ...]`.
+"""Estimate nodes, time and cost of a run: `dinoray plan [--recipe NAME] [--out FILE] [key=value ...]`.
 
 Figures, given or measured for some seconds -> nodes, hours, dollars, what limits them -> the command that starts the
 run, and cluster.yaml filled in. Starts nothing itself, and rents nothing.

@@ -1,4 +1,4 @@
-"""Pretrain a backbone with DINO: `python -m jobs.pretrain [--recipe NAME] [--config FILE] [key=value ...]`.
+"""Pretrain a backbone with DINO: `dinoray pretrain [--recipe NAME] [--config FILE] [key=value ...]`.
 
 Images -> manifest -> Ray Data multi-crop -> Ray Train DINO -> checkpoints -> k-NN. The same command continues a
 run that was killed, and does nothing for a run that is finished.

@@ -1,4 +1,4 @@
-"""Run a job on a cluster: `python -m jobs.submit [options] -- JOB ARGS...`, e.g. `-- jobs.pretrain name=first`.
+"""Run a job on a cluster: `dinoray submit [options] -- JOB ARGS...`, e.g. `-- dinoray pretrain name=first`.
 
 The same command again follows the job while it runs, continues it after it failed or was stopped, and does
 nothing once it is done. It shows the job's log and ends with the job's exit code.
@@ -25,6 +25,7 @@ from dinoray.jobs.cluster.job_server import Attempt
 from dinoray.jobs.cluster.upload import check_config_file, describe, named_files, pack, read_runtime_env
 from dinoray.jobs.runs.commit import COMMIT, commit_of
 from dinoray.jobs.studies.config import StudyArguments, study_config
+from dinoray.models.commands import command, command_words
 from dinoray.models.errors import ConfigError, DinorayError, redact_credentials
 from dinoray.models.settings import flatten
 from dinoray.pipeline.storage import run_dir
@@ -45,6 +46,7 @@ class _Job(NamedTuple):
 
     @property
     def command(self) -> str:
+        """The command on the cluster: a module of the code that is sent, not of an older installation there."""
         return shlex.join(["python", "-m", *self.words])
 
 
@@ -78,11 +80,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """Our options, and the words after `--` that name the job, without a leading `python -m`."""
+    """Our options, and NAME ARGUMENTS... of the job after `--`."""
     parser = CommandLine(
-        prog="python -m jobs.submit",
+        "submit",
         description="Run a job on a Ray cluster. The same command follows a running job and resumes a failed one.",
-        usage="%(prog)s [options] -- jobs.NAME ARGUMENTS...",
+        usage="%(prog)s [options] -- dinoray NAME ARGUMENTS...",
     )
     parser.add_argument(
         "--address",
@@ -114,35 +116,47 @@ def _parse(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     what.add_argument("--stop", action="store_true", help="stop the run and wait until it has ended")
     what.add_argument("--status", action="store_true", help="list the attempts of the run")
     cut = argv.index("--") if "--" in argv else len(argv)
-    options, words = parser.parse_args(argv[:cut]), list(argv[cut + 1 :])
+    options, words = parser.parse_args(argv[:cut]), _without_program(argv[cut + 1 :])
+    if not words and not (options.run and (options.stop or options.status)):
+        example = command("submit", "--", *command_words("pretrain", "name=NAME", "..."))
+        raise ConfigError(f"no job is given; pass one, e.g. {example}, or --run NAME with --stop or --status")
+    return options, words
+
+
+def _without_program(words: Sequence[str]) -> list[str]:
+    """NAME ARGUMENTS... of `dinoray NAME ARGUMENTS...` or `jobs.NAME ARGUMENTS...`, each also after `python -m`."""
     if len(words) > 1 and re.fullmatch(r"(.*/)?python[0-9.]*", words[0]) and words[1] == "-m":
         words = words[2:]
-    if not words and not (options.run and (options.stop or options.status)):
-        raise ConfigError(
-            "no job is given; pass one, e.g. python -m jobs.submit -- jobs.pretrain name=NAME ..., or --run NAME with "
-            "--stop or --status"
-        )
-    return options, words
+    if words and re.fullmatch(r"(.*/)?dinoray", words[0]):
+        return list(words[1:])
+    return [words[0].removeprefix("jobs."), *words[1:]] if words else []
 
 
 def _read_job(options: Namespace, words: list[str]) -> _Job:
     """Check the job and its arguments as far as that can be done here."""
+    name, *arguments = words
     folder = options.working_dir / "jobs"
-    jobs = {f"jobs.{file.stem}" for file in folder.glob("*.py") if "run_main(main)" in file.read_text()}
-    if words[0] not in jobs:
-        raise ConfigError(f"{words[0]} is not a job in {folder}{did_you_mean(words[0], jobs)}")
-    if words[0] in ("jobs.pretrain", "jobs.tune"):
-        config = _config(words)
-        _refuse_secrets(words[1:])
+    jobs = {file.stem for file in folder.glob("*.py") if "run_main(main)" in file.read_text()}
+    if not jobs:
+        raise ConfigError(
+            f"--working-dir {options.working_dir}: holds no code of dinoray to send; run the command in a checkout "
+            "of the project, or pass --working-dir CHECKOUT"
+        )
+    if name not in jobs:
+        raise ConfigError(f"{name} is not a job in {folder}{did_you_mean(name, jobs)}")
+    words = [f"jobs.{name}", *arguments]
+    if name in ("pretrain", "tune"):
+        config = _config(name, arguments)
+        _refuse_secrets(arguments)
         if options.run not in (None, config.name):
             raise ConfigError(
                 f"--run {options.run} is for jobs without name=, but this job has name={config.name}; leave out --run"
             )
         return _Job(config.name, words, config)
-    _refuse_secrets(words[1:])
+    _refuse_secrets(arguments)
     names = [word.removeprefix("name=") for word in words if word.startswith("name=")]
     digest = hashlib.blake2b(shlex.join(words).encode(), digest_size=4).hexdigest()
-    run = options.run or (names or [f"{words[0].removeprefix('jobs.')}-{digest}"])[-1]
+    run = options.run or (names or [f"{name}-{digest}"])[-1]
     if not re.fullmatch(RUN_NAME, run):
         raise ConfigError(
             f"{'--run ' if options.run else 'name='}{run}: must be letters, digits, '.', '_' and '-', beginning with "
@@ -172,12 +186,12 @@ def _refuse_secrets(words: Sequence[str]) -> None:
             )
 
 
-def _config(words: list[str]) -> Config:
+def _config(name: str, arguments: list[str]) -> Config:
     """The config of a pretraining or a study. ConfigError for what would be wrong there, or lost."""
-    if words[0] == "jobs.tune":
-        config: Config = study_config(StudyArguments().parse_args(words[1:]))
+    if name == "tune":
+        config: Config = study_config(StudyArguments().parse_args(arguments))
     else:
-        config = pretrain_config(PretrainArguments().parse_args(words[1:]))
+        config = pretrain_config(PretrainArguments().parse_args(arguments))
     if not is_shared_path(config.storage_path):
         raise ConfigError(
             f"storage_path={config.storage_path} would lie in a temporary folder of the cluster; set "

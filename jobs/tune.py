@@ -1,4 +1,4 @@
-"""Search hyper-parameters with Ray Tune: `python -m jobs.tune [--recipe NAME] [key=value ...] [tune.key=value ...]`.
+"""Search hyper-parameters with Ray Tune: `dinoray tune [--recipe NAME] [key=value ...] [tune.key=value ...]`.
 
 Config -> plan -> trials, each a run of its own -> the best again with more seeds -> report and best.yaml. The same
 command continues a study that was killed, from the trials that its directory holds; more `tune.trials` extend it, but

@@ -29,12 +29,9 @@ def commands() -> list[str]:
 
 
 def pretrain_commands() -> list[list[str]]:
-    """The arguments of each `python -m jobs.pretrain` in them."""
-    return [
-        shlex.split(line.split("python -m jobs.pretrain", 1)[1])
-        for line in commands()
-        if "python -m jobs.pretrain" in line
-    ]
+    """The arguments of each `python -m jobs.pretrain` or `dinoray pretrain` in them."""
+    found = [re.split(r"python -m jobs\.pretrain|dinoray pretrain", line, maxsplit=1) for line in commands()]
+    return [shlex.split(parts[1]) for parts in found if len(parts) == 2]
 
 
 def test_the_two_set_up_commands_are_one_line_each() -> None:
@@ -57,8 +54,9 @@ def test_each_pretrain_command_is_a_valid_config(arguments: list[str]) -> None:
 
 
 def other_job_commands() -> list[list[str]]:
-    """The words of each `python -m jobs.<name>` that is not pretrain."""
-    found = [shlex.split(line) for line in commands() if line.startswith("python -m jobs.")]
+    """The words of each `python -m jobs.<name>` that is not pretrain; so those of a `dinoray <name>`, too."""
+    lines = [re.sub(r"^dinoray ", "python -m jobs.", line) for line in commands()]
+    found = [shlex.split(line) for line in lines if line.startswith("python -m jobs.")]
     return [words for words in found if words[2] not in ("jobs.pretrain", "jobs.tune", "jobs.plan")]
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from dinoray.jobs.cli.config import load_config, load_kept
 from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import Settings
 from dinoray.pipeline.storage.files import Directory
@@ -28,9 +29,10 @@ positive.__name__ = "positive number"  # as argparse names it in its error
 class CommandLine(argparse.ArgumentParser):
     """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
 
-    def __init__(self, prog: str | None = None, **options: Any) -> None:
-        # As the user called it: the same command may be `dinoray NAME` or `python -m jobs.NAME`.
-        super().__init__(prog=sys.argv[0] if sys.argv[0].startswith("dinoray ") else prog, **options)
+    def __init__(self, name: str | None = None, **options: Any) -> None:
+        # As the user called it: the command `name` may be `dinoray NAME` or `python -m jobs.NAME`.
+        prog = sys.argv[0] if sys.argv[0].startswith("dinoray ") else name and f"python -m jobs.{name}"
+        super().__init__(prog=prog, **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse does, but options may stand before, between and after the overrides."""
@@ -71,9 +73,9 @@ class CommandLine(argparse.ArgumentParser):
 class Arguments(CommandLine):
     """The command line that jobs with a config share."""
 
-    def __init__(self, prog: str, description: str, config: type[Config], *, resumes: bool = True) -> None:
+    def __init__(self, name: str, description: str, config: type[Config], *, resumes: bool = True) -> None:
         super().__init__(
-            prog=prog,
+            name,
             description=description,
             epilog=_settings_help(config),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -130,7 +132,7 @@ class PretrainArguments(Arguments):
     """The command line of jobs.pretrain."""
 
     def __init__(self) -> None:
-        super().__init__("python -m jobs.pretrain", "Pretrain a vision backbone with DINO.", Config)
+        super().__init__("pretrain", "Pretrain a vision backbone with DINO.", Config)
         self.add_argument(
             "--init-from",
             metavar="PATH",
@@ -160,6 +162,6 @@ def pretrain_config(arguments: argparse.Namespace) -> Config:
     if study.exists(STUDY) and not study.exists(BEST):
         raise ConfigError(
             f"--from-study={study.uri}: the study has no {BEST}, because it has not ended or has no best trial; "
-            "see its study.html, then run its jobs.tune command again, or search another tune.space"
+            f"see its study.html, then run its `{command('tune')}` command again, or search another tune.space"
         )
     return load_kept(Config, study, overrides, name=BEST, what="finished study")

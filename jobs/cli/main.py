@@ -11,6 +11,7 @@ from ray.exceptions import AuthenticationError
 
 from dinoray.jobs.cli.quiet import quiet_ray
 from dinoray.jobs.cli.ray_watch import answers, end_at_once, print_error, watch_ray
+from dinoray.models.commands import command
 from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print
 from dinoray.pipeline.cluster.resources import ResourcesConfig
@@ -141,7 +142,7 @@ def _check_address(address: str) -> None:
 def _not_joined(address: str, why: str) -> ResourceError:
     return ResourceError(
         f"RAY_ADDRESS={address} cannot be joined: {why}; start a head there, unset RAY_ADDRESS to start a local Ray, "
-        "or submit the job with jobs.submit"
+        f"or submit the job with `{command('submit')}`"
     )
 
 

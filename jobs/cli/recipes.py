@@ -29,7 +29,7 @@ def demo() -> Tree:
     sharper teacher to leave the plateau of the first steps soon.
 
     Source: ours; accuracy before and after training over three seeds: benchmarks/RESULTS.md.
-    Command: python -m jobs.pretrain
+    Command: dinoray pretrain
     """
     return {
         "eval": {"every_steps": 270},
@@ -71,7 +71,7 @@ def photos_small() -> Tree:
     photos, colour does tell something.
 
     Source: ours, sized for one machine; accuracy before and after training: benchmarks/RESULTS.md.
-    Command: python -m jobs.pretrain --recipe photos_small data.path=PHOTOS/train eval.val_path=PHOTOS/val
+    Command: dinoray pretrain --recipe photos_small data.path=PHOTOS/train eval.val_path=PHOTOS/val
     """
     return {
         "eval": {"every_steps": 200},
@@ -103,7 +103,7 @@ def vit_small_imagenet_vanilla() -> Tree:
 
     Source: DINO (arXiv 2104.14294), its code's default arguments and README ("vanilla").
     Published: k-NN 69.3, linear 74.0, 1.75 days on 8 GPUs.
-    Command: python -m jobs.pretrain --recipe vit_small_imagenet_vanilla data.path=s3://BUCKET/imagenet/train
+    Command: dinoray pretrain --recipe vit_small_imagenet_vanilla data.path=s3://BUCKET/imagenet/train
     """
     return {
         "backbone": {"name": "vit_small_patch16_224"},
@@ -117,7 +117,7 @@ def vit_small_imagenet_boost() -> Tree:
 
     Source: the README of DINO's code ("boosting"), on its default 2 nodes of 8 GPUs by batch 64.
     Published: k-NN 73.3, linear 76.0, 2.6 days on 16 GPUs.
-    Command: python -m jobs.pretrain --recipe vit_small_imagenet_boost data.path=s3://BUCKET/imagenet/train
+    Command: dinoray pretrain --recipe vit_small_imagenet_boost data.path=s3://BUCKET/imagenet/train
     """
     return {
         "backbone": {"name": "vit_small_patch16_224"},
@@ -133,7 +133,7 @@ def vit_base_imagenet() -> Tree:
 
     Source: args.txt of the released checkpoint as three independent projects quote it, alike; unverified at
     the source. Published (README of DINO's code): k-NN 76.1, linear 78.2; 32 GPUs by batch 32.
-    Command: python -m jobs.pretrain --recipe vit_base_imagenet data.path=s3://BUCKET/imagenet/train
+    Command: dinoray pretrain --recipe vit_base_imagenet data.path=s3://BUCKET/imagenet/train
     """
     return {
         "crops": {"num_local_crops": 10, "global_crop_scale": [0.25, 1.0], "local_crop_scale": [0.05, 0.25]},
@@ -151,7 +151,7 @@ def resnet50_imagenet() -> Tree:
     Source: args.txt of the released checkpoint; its batch of 4080 over 80 GPUs is confirmed by DINO's author
     (issue 133 of its code), all else is as another project quotes it, unverified at the source.
     Published (README of DINO's code): k-NN 67.5, linear 75.3; 80 GPUs by batch 51.
-    Command: python -m jobs.pretrain --recipe resnet50_imagenet data.path=s3://BUCKET/imagenet/train
+    Command: dinoray pretrain --recipe resnet50_imagenet data.path=s3://BUCKET/imagenet/train
     """
     return {
         "crops": {"num_local_crops": 6, "global_crop_scale": [0.14, 1.0], "local_crop_scale": [0.05, 0.14]},

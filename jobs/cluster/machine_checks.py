@@ -5,6 +5,7 @@ Each check is a function that returns findings and raises nothing: what is wrong
 
 import os
 import resource
+import shlex
 import shutil
 import statistics
 import tempfile
@@ -61,7 +62,7 @@ def check_packages() -> list[Finding]:
     except metadata.PackageNotFoundError:
         text = f"Python {python_version()}; dinoray is not installed here: pip install -e ."
         return [Finding("warn", "packages", text)]
-    wrong, versions = [], []
+    wrong, remedies, versions = [], [], []
     for requirement in required:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -71,10 +72,13 @@ def check_packages() -> list[Finding]:
             version = "not installed"
         if version == "not installed" or not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} is {version}, wanted {requirement.specifier}")
+            remedies.append(str(requirement))
         elif requirement.name in ("ray", "torch", "timm", "numpy", "pyarrow", "boto3"):
             versions.append(f"{requirement.name} {version}")
     if wrong:
-        return [Finding("FAIL", "packages", f"{'; '.join(wrong)}: pip install -e .", ResourceError.exit_code)]
+        # Not `pip install -e .`, for which one must stand in a checkout.
+        text = f"{'; '.join(wrong)}: {shlex.join(['pip', 'install', *remedies])}"
+        return [Finding("FAIL", "packages", text, ResourceError.exit_code)]
     return [Finding("ok", "packages", f"Python {python_version()}, {', '.join(versions)}")]
 
 
@@ -172,7 +176,7 @@ def check_storage(storage_path: str) -> Finding:
             path for path in (folder.uri, *map(str, Path(folder.uri).parents)) if os.path.lexists(path)
         )
         folder = Directory(existing)
-    name, text = f".dinoray-doctor-{uuid.uuid4().hex}", b"python -m jobs.doctor"
+    name, text = f".dinoray-doctor-{uuid.uuid4().hex}", b"dinoray doctor"
     began = time.perf_counter()
     try:
         storage, path = filesystem(folder.uri)

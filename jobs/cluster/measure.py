@@ -12,6 +12,7 @@ import torch
 from dinoray.jobs.cli.main import is_local, join_ray
 from dinoray.jobs.cluster.plan_config import OF_IMAGES, PlanConfig, trains_on_gpus
 from dinoray.jobs.studies.config import schedule_of
+from dinoray.models.commands import command, command_words
 from dinoray.models.errors import DataError, ResourceError
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.cluster.channel import known_error
@@ -54,7 +55,7 @@ def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
     if on_gpus and trained_on is None and is_local() and not torch.cuda.is_available():
         raise ResourceError(
             "plan.images_per_second_per_gpu: not set, and this machine has no GPU to measure it; "
-            "set it, or measure on a GPU node: python -m jobs.submit -- python -m jobs.plan ..."
+            f"set it, or measure on a GPU node: {command('submit', '--', *command_words('plan', '...'))}"
         )
     known = {name: getattr(plan, name) for name in PlanSettings.model_fields if name in Figures._fields}
     known["num_images"] = plan.num_images

@@ -42,7 +42,7 @@ class PlanArguments(Arguments):
 
     def __init__(self) -> None:
         super().__init__(
-            "python -m jobs.plan",
+            "plan",
             "Estimate the nodes, time and cost of a pretraining run.",
             PlanConfig,
             resumes=False,

@@ -11,6 +11,7 @@ from typing import Any
 from dinoray.jobs.cli.config import read_file
 from dinoray.jobs.cluster.measure import Measured
 from dinoray.jobs.cluster.plan_config import PlanConfig
+from dinoray.models.commands import command, command_words
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.cluster.cost import CostConfig
@@ -158,7 +159,8 @@ def _storage(measured: Measured, found: Forecast) -> str:
     text = f"{requests:,.0f} requests/s, {found.images_per_second * f.bytes_per_image / 1e6:,.0f} MB/s"
     if requests <= _S3_REQUESTS:
         return text
-    return f"{text}; S3 documents {_S3_REQUESTS:,} requests/s per prefix: use several prefixes, or jobs.pack"
+    text += f"; S3 documents {_S3_REQUESTS:,} requests/s per prefix: "
+    return f"{text}use several prefixes, or pack images with `{command('pack')}`"
 
 
 def _store(config: PlanConfig, found: Forecast) -> str:
@@ -219,7 +221,7 @@ def size_table(forecasts: Sequence[Forecast]) -> list[str]:
 
 
 def settings_of(config: PlanConfig, found: Forecast) -> dict[str, Any]:
-    """Settings of jobs.pretrain that follow from the plan of a cluster."""
+    """Settings of a run that follow from the plan of a cluster."""
     plan, (least, most) = config.plan, found.augment_actors
     cost = CostConfig(
         head_hourly=plan.head.hourly,
@@ -234,11 +236,11 @@ def settings_of(config: PlanConfig, found: Forecast) -> dict[str, Any]:
     }
 
 
-def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) -> str:
+def run_command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) -> str:
     """The command that starts the planned run: the arguments given here without the plan's own, a name, `settings`."""
     kept = [word for word in arguments.overrides if word.partition("=")[0] not in settings]
     kept = [word for word in kept if word.partition("=")[0].partition(".")[0] != "plan"]
-    words = ["python", "-m", "jobs.pretrain", "--recipe", config.recipe]
+    words = command_words("pretrain", "--recipe", config.recipe)
     words += _from_file(arguments.config) if arguments.config else []
     named = {word.partition("=")[0] for word in kept}
     words += [*([] if "name" in named else [f"name={config.name}"]), *kept]
@@ -248,12 +250,12 @@ def command(arguments: Namespace, config: PlanConfig, settings: dict[str, Any]) 
         asked |= {"storage_path": config.storage_path if shared else "s3://BUCKET/runs"}
         words += [f"{key}={value}" for key, value in asked.items() if key not in named]
         words += [f"{key}={value}" for key, value in settings.items()]
-        words = ["python", "-m", "jobs.submit", "--", *words]
+        words = command_words("submit", "--", *words)
     return shlex.join(words)
 
 
 def _from_file(file: Path) -> list[str]:
-    """The file, if it has no settings of the plan, which jobs.pretrain does not know; else its other ones."""
+    """The file, if it has no settings of the plan, which a run does not know; else its other ones."""
     tree = read_file(file, "--config")
     if "plan" not in tree:
         return ["--config", str(file)]

@@ -13,10 +13,10 @@ from dinoray.jobs.cluster.measure import measure, run_of
 from dinoray.jobs.cluster.plan_config import BUCKET, PlanConfig
 from dinoray.jobs.cluster.plan_lines import (
     cluster_rows,
-    command,
     figure_rows,
     machine_rows,
     other_sizes,
+    run_command,
     settings_of,
     show,
     size_table,
@@ -41,7 +41,7 @@ def plan(config: PlanConfig, arguments: Namespace) -> None:
         found = forecast_here(run, measured.figures, config.plan, cores=cores)
         others, settings = [], {}
     made_from = write_cluster_file(arguments.out, config.plan, found) if arguments.out else None
-    start = command(arguments, config, settings)
+    start = run_command(arguments, config, settings)
     if arguments.json:
         facts = {"figures": measured.figures._asdict(), "num_images": measured.num_images}
         facts |= {"sources": measured.sources, "plan": _facts(found), "command": start}

@@ -2,6 +2,7 @@
 
 import pyarrow.compute as pc
 
+from dinoray.models.commands import command
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.data.contents import some_names
 from dinoray.pipeline.data.detection import AUTO
@@ -57,7 +58,7 @@ def reading_warnings(images: Source, config: Config, *, most_actors: int) -> lis
         return []
     return [
         f"{times:.3g} augment actors read each row group of {images.manifest.path}, each for some of its images; "
-        f"python -m jobs.pack {images.manifest.path} --out FOLDER writes Parquet of which each byte is read once"
+        f"`{command('pack', images.manifest.path, '--out', 'FOLDER')}` writes Parquet of which each byte is read once"
     ]
 
 

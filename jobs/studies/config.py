@@ -70,9 +70,7 @@ class StudyArguments(Arguments):
     """The command line of jobs.tune."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "python -m jobs.tune", "Search hyper-parameters of a pretraining run with Ray Tune.", StudyConfig
-        )
+        super().__init__("tune", "Search hyper-parameters of a pretraining run with Ray Tune.", StudyConfig)
         self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
 

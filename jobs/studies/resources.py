@@ -7,6 +7,7 @@ from dinoray.jobs.cli.main import is_local
 from dinoray.jobs.runs.run_size import check_images, length_warnings
 from dinoray.jobs.studies.config import StudyConfig, trial_config
 from dinoray.jobs.studies.trial import CLOCK
+from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.study.findings.ranking import number_of
@@ -23,7 +24,7 @@ def check_growth(config: StudyConfig, *, is_local: bool) -> None:
     if is_local and said:
         raise ResourceError(
             f"{said}: only a cluster scales up to this size, not a Ray on this machine; "
-            "leave it out, or run the study on a cluster with jobs.submit"
+            f"leave it out, or run the study on a cluster with `{command('submit')}`"
         )
 
 

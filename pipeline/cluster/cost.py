@@ -6,7 +6,7 @@ from dinoray.models.settings import Settings
 
 
 class CostConfig(Settings):
-    """Prices of nodes, from which the status line computes dollars; 0: free or unknown. `jobs.plan` fills them in."""
+    """Prices of nodes for the dollars in the status line; 0: free or unknown. `dinoray plan` fills them in."""
 
     head_hourly: float = Field(default=0.0, ge=0)
     """Dollars an hour of the head."""

@@ -9,6 +9,8 @@ cost of a missing actor.
 import math
 from dataclasses import dataclass, field
 
+from dinoray.models.commands import command
+
 STARVED = 0.05
 """Data wait, as a share of time, at and above which there are too few actors."""
 FED = 0.03
@@ -164,7 +166,7 @@ class PoolSize:
                 self.note = (
                     f"training waits for data {reading.data_wait:.0%} of the time with all {running} augment actors "
                     "there may be: raise resources.augment_actors, with CPUs for them, or make images smaller once "
-                    "with jobs.pack --shrink"
+                    f"with `{command('pack', '--shrink')}`"
                 )
         share = max(1 - reading.data_wait, 1 / _MOST_GROWTH)
         self._change(min(self.high, math.ceil(running / share)), now)

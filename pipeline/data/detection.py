@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
+from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 
 AUTO = "auto"
@@ -188,7 +189,7 @@ def _image_column(
         kinds = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "no column"
         raise ConfigError(
             f"{uri} has no column of image bytes; it has {kinds}; write the encoded images into a binary column "
-            "(python -m jobs.pack does so), or point data.path at the images themselves"
+            f"(`{command('pack')}` does so), or point data.path at the images themselves"
         )
     marked = [name for name, feature in _features(schema).items() if feature.get("_type") == "Image"]
     marked = [name for name in columns if name in marked]

@@ -46,7 +46,7 @@ class EvalConfig(Settings):
 
 
 class ProbeConfig(Settings):
-    """Probes of `jobs.evaluate` besides k-NN; they do not change a run."""
+    """Probes of `dinoray evaluate` besides k-NN; they do not change a run."""
 
     max_images: int = Field(default=25_600, ge=2)
     """RankMe and feature std: maximum number of images of `data.path`, a fixed random subset."""

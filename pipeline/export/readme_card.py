@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dinoray.models.commands import command
 from dinoray.models.schedules import scaled_lr
 from dinoray.pipeline.export.loading_code import loading_code
 
@@ -222,7 +223,8 @@ def _onnx_sizes(card: Mapping[str, Any], multiple: int | None) -> str:
 def _licence(card: Mapping[str, Any]) -> Iterator[str]:
     if card["license"] == "unknown":
         yield "No licence has been chosen for these weights: `license: unknown`."
-        yield "Whoever publishes them chooses one: `python -m jobs.export RUN --license apache-2.0` writes it here."
+        line = command("export", "RUN", "--license", "apache-2.0")
+        yield f"Whoever publishes them chooses one: `{line}` writes it here."
     else:
         yield f"`{card['license']}`, chosen by whoever exported the weights."
     yield "The licences of the training images and of the initial weights may restrict their use."

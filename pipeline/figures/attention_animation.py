@@ -44,7 +44,7 @@ def read_frames(run: Directory) -> tuple[list[Frame], list[str]]:
             damaged.append(name)
     if not frames:
         raise DataError(
-            f"{run.join('attention')} holds no figure step_*.png that can be read: each evaluation of jobs.pretrain "
+            f"{run.join('attention')} holds no figure step_*.png that can be read: each evaluation of a run "
             "draws one if the backbone has a class token, trials of a study draw none; "
             "give another run directory, or leave out --animate"
         )

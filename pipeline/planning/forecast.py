@@ -7,6 +7,7 @@ unless network links or a ceiling on augment actors limit it further.
 import math
 from dataclasses import dataclass, replace
 
+from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.planning.node_rates import (
     BLOCKS_PER_ACTOR,
@@ -221,10 +222,11 @@ def with_workers(run: Run, workers: int) -> Run:
 
 def _remedy(bottleneck: Limit, plan: PlanSettings) -> str:
     """Return one sentence with the remedy for a bottleneck."""
+    shrink = command("pack", "--shrink")
     return {
         "training step": "the devices that train are busy: more train workers, or faster ones",
-        "augmentation": "raise resources.augment_actors, or make images smaller once with jobs.pack --shrink",
+        "augmentation": f"raise resources.augment_actors, or make images smaller once with `{shrink}`",
         "network": f"take a plan.gpu_node whose link carries more than {plan.gpu.gbit:g} Gbit/s",
-        "S3 latency": "raise data.fetch_concurrency, or pack images into Parquet with jobs.pack",
+        "S3 latency": f"raise data.fetch_concurrency, or pack images into Parquet with `{command('pack')}`",
         "object store": "raise resources.cpus_per_augment_actor: fewer actors hold fewer blocks",
     }[bottleneck]

@@ -5,13 +5,13 @@ Of the run's files alone, so that the same files give the same words.
 
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dinoray.models.commands import command
 from dinoray.pipeline.reporting.page import Html, commands, escape, section
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
@@ -180,28 +180,24 @@ def next_commands(run: Directory, found: Course, records: Records, values: Mappi
 
 
 def _commands(run: Directory, found: Course, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    place, images = shlex.quote(run.uri), values.get("data.path")
-    where = shlex.quote(images) if isinstance(images, str) else ""
+    place, images = run.uri, values.get("data.path")
+    where = [images] if isinstance(images, str) and images else []
     if not found.is_done:
         yield "resume", _resume(run, values)
     if not committed_checkpoints(run):
         return
-    yield "evaluate", f"python -m jobs.evaluate {place}"
+    yield "evaluate", command("evaluate", place)
     if attention_figures(run):
-        arguments = f"{place} {where}" if where else place
-        yield "animate the attention maps", f"python -m jobs.attention {arguments} --animate"
-    yield "export the backbone", f"python -m jobs.export {place} --format timm"
+        yield "animate the attention maps", command("attention", place, *where, "--animate")
+    yield "export the backbone", command("export", place, "--format", "timm")
     if where:
-        yield (
-            "embed images",
-            f"python -m jobs.embed {place} {where} --out {shlex.quote(run.join('embeddings'))}",
-        )
+        yield "embed images", command("embed", place, *where, "--out", run.join("embeddings"))
 
 
 def _resume(run: Directory, values: Mapping[str, Any]) -> str:
     """The line that continues the run: from its config.yaml, or, where that is on S3, from recipe and settings."""
     if not is_s3(run.uri):
-        return f"python -m jobs.pretrain --config {shlex.quote(run.join('config.yaml'))}"
+        return command("pretrain", "--config", run.join("config.yaml"))
     recipe = read_mapping(run, run_dir.ENVIRONMENT).get("recipe")
     changed = recipe.get("changed") if isinstance(recipe, dict) else None
     if not isinstance(recipe, dict) or not isinstance(changed, dict):
@@ -212,7 +208,7 @@ def _resume(run: Directory, values: Mapping[str, Any]) -> str:
         if isinstance(two, dict) and not (key.startswith("backbone.kwargs.") and two.get("run") is None):
             settings[key] = two.get("run")
     overrides = (f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())
-    return shlex.join(["python", "-m", "jobs.pretrain", "--recipe", str(recipe.get("name")), *overrides])
+    return command("pretrain", "--recipe", str(recipe.get("name")), *overrides)
 
 
 def count(number: float, what: str) -> str:

@@ -15,7 +15,7 @@ def test_every_command_is_listed_with_its_purpose_and_usage() -> None:
     for name, purpose, usage in zip(ORDER, lines[::2], lines[1::2], strict=True):
         assert purpose.split()[0] == name
         assert len(purpose.split()) > 3
-        assert usage.strip().startswith(f"python -m jobs.{name}")
+        assert usage.strip().startswith(f"dinoray {name} ")
 
 
 def test_the_list_imports_no_command() -> None:

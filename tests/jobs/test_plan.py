@@ -70,8 +70,8 @@ def test_where_all_figures_are_given_no_images_are_looked_at(capsys: pytest.Capt
 def test_the_command_it_prints_is_a_config_with_the_plan_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     facts = planned(capsys, *VIT_S, *GIVEN, "optim.base_lr=1e-3", "resources.train_workers=4", "name=mine")
     words = shlex.split(facts["command"])
-    assert words[:7] == ["python", "-m", "jobs.submit", "--", "python", "-m", "jobs.pretrain"]
-    config = load_config(words[8], None, words[9:])
+    assert words[:6] == ["dinoray", "submit", "--", "dinoray", "pretrain", "--recipe"]
+    config = load_config(words[6], None, words[7:])
     assert (config.recipe, config.name, config.optim.base_lr) == ("vit_small_imagenet_vanilla", "mine", 1e-3)
     assert (config.resources.train_workers, config.resources.use_gpu) == (4, True)
     assert list(config.resources.augment_actors) == facts["plan"]["augment_actors"]
@@ -96,7 +96,7 @@ def test_prices_in_a_file_are_for_the_plan_and_its_other_settings_for_the_run(
     assert f"--config {file}" in planned(capsys, *VIT_S, *GIVEN, "--config", str(file))["command"]
     file.write_text(yaml.dump({**settings, "plan": {"prices": {"g6e.12xlarge": {"hourly": 9}}}}))
     facts = planned(capsys, *VIT_S, *GIVEN, "--config", str(file))
-    config = load_config(None, None, shlex.split(facts["command"])[9:])
+    config = load_config(None, None, shlex.split(facts["command"])[7:])
     assert (config.train.epochs, config.eval.k, config.data.path) == (50, (5, 10), "s3://mine/images")
     assert config.storage_path == "s3://mine/runs"
     assert config.cost.gpu_hourly == 9
@@ -106,7 +106,7 @@ def test_prices_in_a_file_are_for_the_plan_and_its_other_settings_for_the_run(
 def test_settings_of_the_plan_in_one_mapping_are_not_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
     given = ", ".join(word.removeprefix("plan.").replace("=", ": ") for word in GIVEN)
     facts = planned(capsys, *VIT_S, f"plan={{{given}}}")
-    load_config(None, None, shlex.split(facts["command"])[9:])
+    load_config(None, None, shlex.split(facts["command"])[7:])
 
 
 def test_a_number_of_gpus_that_no_node_has_the_cpus_for_is_left_out_of_the_table(

@@ -6,6 +6,7 @@ At any moment: of none, some or all of its trials, whatever their files hold. Lo
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dinoray.models.commands import command
 from dinoray.models.settings import flatten
 from dinoray.pipeline.reporting.page import (
     Html,
@@ -144,7 +145,7 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[TrialRecor
         section(
             "Best config",
             details(BEST, best.decode(errors="replace")) if best else Html(""),
-            note=f"python -m jobs.pretrain --config {study.join(BEST)}",
+            note=command("pretrain", "--from-study", study.uri),
         ),
         section("Settings", facts(_settings(about)), _space(found)),
         versions(study),

@@ -292,7 +292,7 @@ def test_a_recipe_has_a_receipt(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_command_on_a_receipt_runs_the_recipe(recipe: str) -> None:
-    command = re.search(r"Command: python -m jobs.pretrain(.*)", RECIPES[recipe].__doc__ or "")
+    command = re.search(r"Command: dinoray pretrain(.*)", RECIPES[recipe].__doc__ or "")
     assert command
     arguments = Arguments("pretrain", "", Config).parse_args(shlex.split(command[1]))
     assert load_config(arguments.recipe, arguments.config, arguments.overrides).recipe == recipe

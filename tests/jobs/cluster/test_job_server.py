@@ -18,7 +18,8 @@ from dinoray.models.errors import ResourceError
 
 NO_AGENT = "No available agent to submit job, please try again later."
 """What the job server of Ray 2.60 answers, with status 500, before the head's agent is up."""
-COMMAND = ["--no-wait", "--", "jobs.pretrain", "name=x", "data.path=s3://b/i", "storage_path=s3://b/r"]
+ARGUMENTS = ["name=x", "data.path=s3://b/i", "storage_path=s3://b/r"]
+COMMAND = ["--no-wait", "--", "dinoray", "pretrain", *ARGUMENTS]
 
 
 @dataclass
@@ -109,6 +110,26 @@ def test_a_cluster_that_gets_no_agent_ends_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: the cluster at {server.address} has had no agent for jobs for ")
     assert "dashboard_agent.log" in line
+
+
+@pytest.mark.parametrize("program", ["dinoray pretrain", "jobs.pretrain", "/venv/bin/dinoray pretrain",
+                                     "python -m jobs.pretrain", "/usr/bin/python3.12 -m dinoray pretrain"])  # fmt: skip
+def test_a_job_in_any_form_runs_as_a_module_of_the_code_that_is_sent(program: str) -> None:
+    with job_server(JobServer()) as server:
+        job.main(["--address", server.address, "--no-wait", "--", *program.split(), *ARGUMENTS])
+    (sent,) = server.submitted
+    assert sent["entrypoint"] == f"python -m jobs.pretrain {' '.join(ARGUMENTS)}"
+    assert sent["submission_id"] == "x-a1"
+
+
+def test_a_job_without_a_name_has_the_same_run_in_any_form() -> None:
+    runs = set()
+    for words in (["dinoray", "embed"], ["jobs.embed"], ["python", "-m", "dinoray", "embed"]):
+        with job_server(JobServer()) as server:
+            job.main(["--address", server.address, "--no-wait", "--", *words, "s3://b/r", "s3://b/i"])
+        runs |= {sent["submission_id"] for sent in server.submitted}
+    (run,) = runs
+    assert run.startswith("embed-")
 
 
 def test_another_refusal_is_not_repeated() -> None:

@@ -36,5 +36,5 @@ def test_row_groups_that_many_actors_read_are_warned_of_with_the_remedy(tmp_path
     images = Source(config.data, build_manifest(config.data))
     (warning,) = reading_warnings(images, config, most_actors=16)
     assert warning.startswith("16 augment actors read each row group")
-    assert f"python -m jobs.pack {tmp_path} --out FOLDER" in warning
+    assert f"dinoray pack {tmp_path} --out FOLDER" in warning
     assert reading_warnings(images, config, most_actors=1) == []

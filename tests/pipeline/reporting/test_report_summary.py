@@ -223,10 +223,11 @@ def test_commands_have_the_runs_own_addresses(tmp_path: Path) -> None:
     (commands,) = re.findall(r'<section id="next-commands">.*?</section>', build_report(run), re.DOTALL)
     assert "resume" not in commands
     lines = [shlex.split(html.unescape(line)) for line in re.findall(r"<code>(.*?)</code>", commands)]
-    assert [line[2] for line in lines] == ["jobs.evaluate", "jobs.attention", "jobs.export", "jobs.embed"]
-    assert all(line[3] == str(folder) for line in lines)
-    assert lines[1][4:] == ["/images", "--animate"]
-    assert lines[3][4:] == ["/images", "--out", f"{folder}/embeddings"]
+    assert {line[0] for line in lines} == {"dinoray"}
+    assert [line[1] for line in lines] == ["evaluate", "attention", "export", "embed"]
+    assert all(line[2] == str(folder) for line in lines)
+    assert lines[1][3:] == ["/images", "--animate"]
+    assert lines[3][3:] == ["/images", "--out", f"{folder}/embeddings"]
 
 
 def asked_for(recipe: str, storage: str) -> Config:
@@ -239,8 +240,8 @@ def resumed(run: Directory) -> Config:
     """The config that the page's line asks for."""
     (line,) = re.findall(r"<dt>resume</dt><dd><code>(.*?)</code>", build_report(run))
     arguments = shlex.split(html.unescape(line))
-    assert arguments[:3] == ["python", "-m", "jobs.pretrain"]
-    return pretrain_config(PretrainArguments().parse_args(arguments[3:]))
+    assert arguments[:2] == ["dinoray", "pretrain"]
+    return pretrain_config(PretrainArguments().parse_args(arguments[2:]))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

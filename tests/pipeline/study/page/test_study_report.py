@@ -66,6 +66,7 @@ def test_a_whole_study_has_every_section(whole: Directory) -> None:
         assert heading in page.text, heading
     assert "tied with the best" in page.text
     assert "teacher_temp: 0.0377" in page.text
+    assert f"dinoray pretrain --from-study {whole.uri}" in page.text
     assert "there are labels" in page.text
     found = findings(read_trials(whole), read_study(whole))
     for sentence in found.words:
