@@ -74,8 +74,7 @@ class DataConfig(Settings):
     row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
     """Parquet: bytes of row groups that each actor caches; it always keeps the latest row group."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Maximum fraction of images that cannot be read or decoded; above it the run ends. A run counts over the
-    latest one to two epochs, of large sets over the latest 100,000 to 200,000 images."""
+    """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); above it a run ends."""
 
     @field_validator("path")
     @classmethod

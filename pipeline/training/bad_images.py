@@ -48,28 +48,36 @@ class Mark(NamedTuple):
 class Quarantine:
     """Counts over the whole run, and records of bad images since the last `share`."""
 
-    def __init__(self, *, trained: int = 0) -> None:
-        self.trained = trained
+    def __init__(self, *, first: int = 0) -> None:
+        self.first = first
+        """The run's first position; those before it were another run's, which this one goes on from."""
+        self.trained = 0
         """Positions whose own image was used."""
         self.counts: Counter[str] = Counter()
         """Replaced positions by status."""
         self._kinds: dict[str, Kind] = {}
-        self._marks = [Mark()]  # of the window before this one, if any, and of this one
+        self._marks = [Mark(first)]  # of the window before this one, if any, and of this one
         self._found: list[dict[str, Any]] = []
         self._used = 0
 
     @classmethod
     def restored(cls, meta: Mapping[str, Any]) -> "Quarantine":
         """Return the counts of a checkpoint's meta data, of earlier versions too."""
-        quarantine = cls(trained=meta["positions"] - sum(meta["bad_images"].values()))
+        quarantine = cls(first=meta.get("first_position", 0))
         quarantine.counts.update(meta["bad_images"])
+        quarantine.trained = meta["positions"] - quarantine.first - quarantine.counts.total()
         quarantine._kinds = {kind: Kind(*about) for kind, about in meta.get("bad_kinds", {}).items()}
-        quarantine._marks = [Mark(*mark) for mark in meta.get("bad_windows", [Mark()])]
+        quarantine._marks = [Mark(*mark) for mark in meta.get("bad_windows", quarantine._marks)]
         return quarantine
 
     def meta(self) -> dict[str, Any]:
         """Return what `restored` needs, beside `positions`, for JSON."""
-        return {"bad_images": dict(self.counts), "bad_kinds": self._kinds, "bad_windows": self._marks}
+        return {
+            "first_position": self.first,
+            "bad_images": dict(self.counts),
+            "bad_kinds": self._kinds,
+            "bad_windows": self._marks,
+        }
 
     def note(self, batch: Mapping[str, Any]) -> None:
         """Count the rows of a batch, and record those whose `status` is not OK."""
@@ -96,9 +104,9 @@ class Quarantine:
         self.counts.update(r["status"] for r in records)
         for record in records:
             self._count_kind(record)
-        if self.trained + self.counts.total() != positions:
+        if self.trained + self.counts.total() != positions - self.first:
             raise DinorayError(
-                f"{positions} positions of the stream are {self.trained} images trained on and "
+                f"{positions - self.first} positions of the stream are {self.trained} images trained on and "
                 f"{self.counts.total()} replaced: images were lost or came twice"
             )
         return records

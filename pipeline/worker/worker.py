@@ -143,7 +143,7 @@ class _Worker:
         if spec.init_weights is not None:
             # Its lines are printed before Ray starts.
             load_initial_weights(self.state, ray.get(spec.init_weights), spec.init.load)
-        return Quarantine()
+        return Quarantine(first=self._num_seen)
 
     def _restore(self) -> Quarantine:
         """Load the newest committed checkpoint; return its counts of images."""

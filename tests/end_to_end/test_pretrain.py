@@ -193,11 +193,11 @@ def test_a_run_that_loses_a_worker_recovers_by_itself(images: Bucket, reference:
 def test_a_run_whose_store_stays_away_ends_with_a_checkpoint_and_goes_on_from_it(
     images: Bucket, reference: str, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
-    settings = ["checkpoint.every_steps=1000", "storage.give_up_after_seconds=3", "data.fetch_concurrency=1"]
+    settings = ["checkpoint.every_steps=1000", "storage.give_up_after_seconds=3"]
     arguments = images.pretrain_arguments("away", f"storage_path={tmp_path}", *settings)
     metrics = tmp_path / "away" / "metrics.jsonl"
     with fault_proxy(images.server.endpoint) as proxy:
-        proxy.delay_seconds = 0.05  # else all images are read before the first step
+        proxy.delay_seconds = 1.0  # else all images are read before the first step
         with start_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint)) as job:
             job.wait_until(lambda: metrics.exists() and len(losses(metrics.read_bytes())) >= 3)
             proxy.go_down()

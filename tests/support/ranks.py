@@ -149,9 +149,9 @@ def _work(rank: int, source: Source) -> Rank:
     state.student = distribute(state.dino, state.device)
     rows = state.config.train.global_batch_size // WORLD_SIZE
     metrics, centers = run_steps(state, rows=slice(rank * rows, (rank + 1) * rows))
-    quarantine = Quarantine(trained=10)
+    quarantine = Quarantine(first=100)
     quarantine.note(bad_batch(rank))
-    found = quarantine.share(positions=16)
+    found = quarantine.share(positions=106)
     features = embed_sharded(
         seeded_backbone(), source, state.config.crops, eval_config(), limit=1000, precision="fp32"
     )

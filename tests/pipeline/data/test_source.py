@@ -226,7 +226,7 @@ def test_no_more_is_fetched_ahead_than_the_buffer_holds(
     before = proxy.count(pattern)
     proxy.max_in_flight, proxy.gate = 0, 3  # no answer before three requests are under way
     taken = [next(arrivals) for _ in range(5)]
-    assert proxy.count(pattern) - before <= 3 + len(taken)
+    assert proxy.count(pattern) - before <= 3 + len(taken) + as_parquet  # the shard's footer
     taken += list(arrivals)
     assert proxy.max_in_flight == 3
     assert {index: fetched.data for index, fetched in taken} == dict(enumerate(images.values()))

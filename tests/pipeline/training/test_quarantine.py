@@ -57,7 +57,7 @@ def test_good_rows_are_only_counted() -> None:
 
 
 def test_bad_rows_are_told_once_with_all_that_is_known_of_them() -> None:
-    quarantine = Quarantine(trained=40)
+    quarantine = Quarantine(first=40)
     quarantine.note(batch(Status.OK, Status.CORRUPT, Status.MISSING, first_position=40))
     assert quarantine.share(positions=43) == [
         {"position": 41, "status": "corrupt", "key": "41.jpg", "reason": "because", "bytes": 7},
@@ -65,7 +65,7 @@ def test_bad_rows_are_told_once_with_all_that_is_known_of_them() -> None:
     ]
     assert quarantine.share(positions=43) == []
     assert quarantine.counts == {"corrupt": 1, "missing": 1}
-    assert quarantine.trained == 41
+    assert quarantine.trained == 1
 
 
 def test_records_can_be_written_as_json() -> None:
@@ -86,8 +86,8 @@ def test_records_come_by_position() -> None:
 
 @pytest.mark.parametrize("positions", [3, 5])
 def test_a_position_that_is_lost_or_comes_twice_ends_the_run(positions: int) -> None:
-    quarantine = Quarantine(trained=2)
-    quarantine.note(batch(Status.OK, Status.CORRUPT, first_position=2))
+    quarantine = Quarantine()
+    quarantine.note(batch(Status.OK, Status.OK, Status.OK, Status.CORRUPT))
     with pytest.raises(
         DinorayError, match=f"{positions} positions .* are 3 images trained on and 1 replaced"
     ):
@@ -95,15 +95,15 @@ def test_a_position_that_is_lost_or_comes_twice_ends_the_run(positions: int) -> 
 
 
 def test_every_process_learns_what_all_found() -> None:
-    alone = Quarantine(trained=10)
+    alone = Quarantine(first=100)
     for rank in (0, 1):
         alone.note(bad_batch(rank))
-    expected = alone.share(positions=16)
+    expected = alone.share(positions=106)
     assert [record["position"] for record in expected] == [0, 3, 5]
     for found in two_ranks():
         assert found.found == expected
         assert found.counts == dict(alone.counts) == {"corrupt": 1, "missing": 2}
-        assert found.trained == alone.trained == 13
+        assert found.trained == alone.trained == 3
 
 
 # The limit
@@ -204,6 +204,16 @@ def test_stops_change_neither_counts_nor_when_a_run_ends(
         if number in stops:
             parts = resumed(parts, positions)
         assert (whole.trained, whole.counts, whole.meta()) == (parts.trained, parts.counts, parts.meta())
+
+
+def test_positions_of_the_run_that_it_goes_on_from_are_not_counted() -> None:
+    quarantine = Quarantine(first=1000)
+    seen(quarantine, 9, Status.CORRUPT, positions=1010)
+    quarantine = resumed(quarantine, 1010)
+    seen(quarantine, 10, positions=1020)
+    assert (quarantine.trained, quarantine.counts) == (19, {"corrupt": 1})
+    with pytest.raises(DataError, match="^1 of the last 20 images"):
+        check(quarantine, num_seen=1020, num_images=20, limit=0.04)
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_counting() -> None:
