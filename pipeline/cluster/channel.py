@@ -35,6 +35,7 @@ class Event:
 class _RunChannelActor:
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._fatal: Event | None = None
         self._claims: Counter[str] = Counter()
         self._answers: defaultdict[int, asyncio.Future[bool]] = defaultdict(asyncio.Future)
         self._stop = False
@@ -43,7 +44,12 @@ class _RunChannelActor:
         self._sums: dict[str, Any] = {}
 
     async def post(self, event: Event) -> None:
+        if event.kind == "fatal":
+            self._fatal = self._fatal or event
         self._queue.put_nowait(event)
+
+    async def fatal(self) -> Event | None:
+        return self._fatal
 
     async def note_outage(self, text: str, is_over: bool) -> None:
         if is_over is not self._in_outage:
@@ -106,6 +112,11 @@ class RunChannel:
         # As bytes, so that the actor, which only forwards the error, need not import the module that defines
         # it.
         ray.get(self._actor.post.remote(Event("fatal", {"error": pickle.dumps(error)})))
+
+    def posted_error(self) -> DinorayError | None:
+        """Return the first error that `post_fatal` sent since the driver started; None if there is none."""
+        event = ray.get(self._actor.fatal.remote())
+        return event and fatal_error(event)
 
     def note_outage(self, text: str, is_over: bool) -> None:
         """Send a line about the storage, without waiting; one line stands for those of all processes."""

@@ -129,7 +129,8 @@ class _Worker:
             if state.step > self.saved_step and not state.skipped_in_a_row:
                 self._count_images()
                 self._save()
-            raise ended.error from ended
+            # Of an augment actor's error Ray forwards only the text; the actor has posted the error itself.
+            raise self.spec.channel.posted_error() or ended.error from ended
         if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
         if self.outputs:

@@ -197,7 +197,7 @@ def test_a_run_whose_store_stays_away_ends_with_a_checkpoint_and_goes_on_from_it
     arguments = images.pretrain_arguments("away", f"storage_path={tmp_path}", *settings)
     metrics = tmp_path / "away" / "metrics.jsonl"
     with fault_proxy(images.server.endpoint) as proxy:
-        proxy.delay_seconds = 1.0  # else all images are read before the first step
+        proxy.delay_seconds = 0.3  # else all images are read before the first step
         with start_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint)) as job:
             job.wait_until(lambda: metrics.exists() and len(losses(metrics.read_bytes())) >= 3)
             proxy.go_down()

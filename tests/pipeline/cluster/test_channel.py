@@ -1,9 +1,11 @@
-"""The lines about outages that many processes send: one for all of them."""
+"""What the channel remembers: one line about an outage for those of many processes, and the first fatal error."""
 
 import asyncio
+import pickle
 
 import pytest
 
+from dinoray.models.errors import DataError, DinorayError
 from dinoray.pipeline.cluster import channel
 
 
@@ -50,3 +52,21 @@ def test_outages_that_follow_at_once_are_one(clock: Clock) -> None:
     assert sent(actor, ("a waits", False), ("a is back", True)) == []
     clock.now += 2
     assert sent(actor, ("a waits", False), ("a is back", True)) == ["a waits", "a is back"]
+
+
+def test_the_first_fatal_error_is_kept_for_workers_that_learn_only_its_text() -> None:
+    def fatal(error: DinorayError) -> channel.Event:
+        return channel.Event("fatal", {"error": pickle.dumps(error)})
+
+    async def send() -> list[channel.Event | None]:
+        actor = channel._RunChannelActor()
+        kept = [await actor.fatal()]
+        for error in (DataError("the cause"), DataError("what came of it")):
+            await actor.post(fatal(error))
+            kept.append(await actor.fatal())
+        assert actor._queue.qsize() == 2
+        return kept
+
+    none, *kept = asyncio.run(send())
+    assert none is None
+    assert [str(channel.fatal_error(event)) for event in kept if event] == ["the cause", "the cause"]

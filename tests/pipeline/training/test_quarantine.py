@@ -212,7 +212,7 @@ def test_positions_of_the_run_that_it_goes_on_from_are_not_counted() -> None:
     quarantine = resumed(quarantine, 1010)
     seen(quarantine, 10, positions=1020)
     assert (quarantine.trained, quarantine.counts) == (19, {"corrupt": 1})
-    with pytest.raises(DataError, match="^1 of the last 20 images"):
+    with pytest.raises(DataError, match=r"^1 of the last 20 images"):
         check(quarantine, num_seen=1020, num_images=20, limit=0.04)
 
 
