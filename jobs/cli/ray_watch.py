@@ -43,13 +43,20 @@ def answers(host: str, port: int, *, timeout_seconds: float) -> bool:
     return False
 
 
+def _connection() -> tuple[str, str]:
+    """The address of the head that this process is connected to, and the job that it is there."""
+    context = ray.get_runtime_context()
+    return context.gcs_address, context.get_job_id()
+
+
 class _Watch(threading.Thread):
     """Connects to the ports of Ray's head and of this node each second, until one is gone or Ray is shut down."""
 
     def __init__(self, *, local: bool) -> None:
         super().__init__(name="ray-watch", daemon=True)
         self.loss: LostRayError | None = None
-        self._ports = {"head": _address(ray.get_runtime_context().gcs_address)}
+        self._connection = _connection()
+        self._ports = {"head": _address(self._connection[0])}
         here = ray.get_runtime_context().get_node_id()
         for node in ray.nodes():
             if node["NodeID"] == here:
@@ -60,14 +67,20 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         answered = dict.fromkeys(self._ports, time.monotonic())
-        while ray.is_initialized():
+        while self._is_awaited():
             time.sleep(_POLL_SECONDS)
             for part, port in self._ports.items():
                 if answers(*port, timeout_seconds=_LOCAL_SECONDS):
                     answered[part] = time.monotonic()
-                elif time.monotonic() - answered[part] > self._patience and ray.is_initialized():
+                elif time.monotonic() - answered[part] > self._patience and self._is_awaited():
                     self._end_job(part)
                     return
+
+    def _is_awaited(self) -> bool:
+        """Whether this process still uses the Ray that it did, not another one since."""
+        with contextlib.suppress(Exception):  # it is just being shut down
+            return ray.is_initialized() and _connection() == self._connection
+        return False
 
     def _end_job(self, part: str) -> None:
         host, port = self._ports[part]

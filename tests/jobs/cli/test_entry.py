@@ -3,16 +3,19 @@
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from jobs_processes import start_job
 from paths import ROOT
+from ray_head import RayHead
 from servers import free_ports
 
-from dinoray.jobs.cli.main import run_main, start_ray
+from dinoray.jobs.cli.main import join_ray, run_main, start_ray
 from dinoray.models.errors import ResourceError
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 
@@ -144,3 +147,23 @@ def test_an_address_without_a_head_is_refused_at_once(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ResourceError, match=f"^RAY_ADDRESS={address} cannot be joined: {why}; start a head"):
         start_ray(ResourcesConfig(), verbose=False)
+
+
+@pytest.mark.ray
+def test_a_watch_ends_with_its_ray_though_the_process_joins_one_again(
+    cluster: RayHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.gcs)
+    before = set(threading.enumerate())
+    join_ray(1, verbose=False)
+    (watch,) = (
+        thread for thread in threading.enumerate() if thread.name == "ray-watch" and thread not in before
+    )
+    assert watch.is_alive()
+    ray.shutdown()
+    join_ray(1, verbose=False)
+    try:
+        watch.join(10)
+        assert not watch.is_alive()
+    finally:
+        ray.shutdown()
