@@ -35,7 +35,7 @@ ROOMS = {
     "pipeline/planning": "models data augment training",
     "pipeline/evaluation": _PAGES,
     "pipeline/reporting": _PAGES,
-    "pipeline/worker": f"{_TRAINING} cluster tracking stream evaluation reporting",
+    "pipeline/worker": f"{_TRAINING} cluster tracking stream evaluation reporting ray_private",
     "pipeline/export": f"{_TRAINING} tracking evaluation",
     "pipeline/study": "models storage tracking training",
     "pipeline/study/findings": "study training",
@@ -174,7 +174,7 @@ def test_ray_is_known_in_few_places_alone() -> None:
             "data",
             {"pipeline/stream/ray_data.py", "pipeline/evaluation/actors.py", "pipeline/ray_private/data.py"},
         ),
-        ("train", {"pipeline/worker/worker.py"}),
+        ("train", {"pipeline/worker/worker.py", "pipeline/ray_private/train_controller.py"}),
         (
             "tune",
             {

@@ -5,7 +5,7 @@ checkpoint could be saved. Gloo carries it, on CPUs: 0.4 ms a step.
 """
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from dinoray.models.errors import DinorayError
-from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.training.distributed import world_size
 
 Batch = TypeVar("Batch")
@@ -32,9 +31,15 @@ class StreamEndedError(Exception):
 
 
 class Agreement:
-    """A process group of its own, whose waiting workers have patience with the one whose storage is down."""
+    """A process group of its own, whose waiting workers have patience with the one whose storage is down.
 
-    def __init__(self, *, patience_seconds: float) -> None:
+    `known` returns the error behind an exception of the stream that a person can act on, or None. No Ray here.
+    """
+
+    def __init__(
+        self, *, patience_seconds: float, known: Callable[[Exception | None], DinorayError | None]
+    ) -> None:
+        self._known = known
         self._group: Any = None
         if world_size() > 1:
             timeout = timedelta(seconds=patience_seconds + _MARGIN_SECONDS)
@@ -69,7 +74,7 @@ class Agreement:
 
     def _first_known(self, error: Exception | None) -> DinorayError | None:
         """Return the first worker's error that a person can act on; the same on all workers."""
-        mine = pickle.dumps(known_error(error))
+        mine = pickle.dumps(self._known(error))
         held: list[Any] = [mine]
         if self._group is not None:
             held = [None] * world_size()

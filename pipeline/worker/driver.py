@@ -6,6 +6,7 @@ Shared by the job that pretrains and by the trials of a study, which read the sa
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import ray
@@ -33,10 +34,12 @@ from dinoray.pipeline.training.step import build_state
 from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.inputs import Inputs
 from dinoray.pipeline.worker.spec import WorkerSpec
-from dinoray.pipeline.worker.worker import fit
+from dinoray.pipeline.worker.worker import CONTROLLER, fit
 
 _END_SECONDS = 120.0
 """Within which workers that all came to the same error have ended, some with a checkpoint to upload."""
+_KILL_SECONDS = 20.0
+"""Within which Ray Train's controller has started, and a killed one is known to be dead."""
 
 
 def check_run(config: Config) -> None:
@@ -121,6 +124,26 @@ def _reported(run: Directory) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _ended(fit: threading.Thread, channel: RunChannel) -> Iterator[None]:
+    """Upon an error, end what still trains: a thread that waits inside Ray when Ray is shut down crashes the process.
+
+    That matters to a process that lives on, such as a notebook's.
+    """
+    try:
+        yield
+    except LostRayError:
+        raise
+    except BaseException:
+        deadline = time.monotonic() + _KILL_SECONDS
+        while fit.is_alive() and time.monotonic() < deadline:
+            controller = channel.get(CONTROLLER)
+            if controller is not None:
+                ray.kill(controller)
+            fit.join(0.2)
+        raise
+
+
 def _how_to_resume(run: Directory) -> str:
     try:
         step = max(committed_steps(run), default=0)
@@ -198,7 +221,7 @@ def run_training(
             outcome.append(error)
 
     # In a thread, because an error that only a person can mend must not wait for Ray's retries.
-    thread = threading.Thread(target=run_fit, daemon=True)
+    thread = threading.Thread(target=run_fit, name="fit", daemon=True)
     thread.start()
     trains, stopped_at = False, None
 
@@ -222,7 +245,7 @@ def run_training(
         if outcome and outcome[0] is not None:
             raise outcome[0]
 
-    with _reported(run):
+    with _reported(run), _ended(thread, channel):
         try:
             follow()
         except KeyboardInterrupt:

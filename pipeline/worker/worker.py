@@ -5,6 +5,7 @@ The only user of ray.train. `fit` starts the workers from the driver; each worke
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.partition import lay_out
 from dinoray.pipeline.evaluation.in_training import evaluate
+from dinoray.pipeline.ray_private.train_controller import controller_callbacks
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import filesystem
 from dinoray.pipeline.storage.run_dir import checkpoint_name
@@ -37,6 +39,9 @@ from dinoray.pipeline.worker.agreement import Agreement, StreamEndedError
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.outputs import Outputs
 from dinoray.pipeline.worker.spec import WorkerSpec
+
+CONTROLLER = "train controller"
+"""Name under which the run's channel keeps the handle of Ray Train's controller."""
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
@@ -58,6 +63,7 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
             storage_filesystem=storage,
             checkpoint_config=RayCheckpointConfig(num_to_keep=spec.checkpoint.num_to_keep),
             failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=10),
+            callbacks=controller_callbacks(partial(spec.channel.put, CONTROLLER)),
         ),
     ).fit()
 
@@ -107,7 +113,7 @@ class _Worker:
         self.quarantine = self._initialise() if self.is_new else self._restore()
         self.saved_step = self.state.step
         self.state.student = distribute(self.state.dino, device)
-        self.agreement = Agreement(patience_seconds=spec.give_up_after_seconds)
+        self.agreement = Agreement(patience_seconds=spec.give_up_after_seconds, known=known_error)
         self.cadence = Cadence(
             self.state.schedule.total_steps,
             log_every=spec.log.every_steps,

@@ -1,8 +1,10 @@
 """What a run does about its health, end to end: stops on collapse, goes back when steps are not finite."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from jobs_processes import TINY
 from safetensors.torch import load_file
 from tiny_run import write_images
 
+from dinoray.jobs.cli.display import Display
 from dinoray.pipeline.data.demo_images import PATTERNS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -61,6 +64,27 @@ def test_a_run_that_collapses_is_stopped_with_its_verdict_and_remedy(
     report = (tmp_path / "flat" / "report.html").read_text()
     assert f"step {last['step']}" in report
     assert "uniform collapse" in report
+
+
+def test_a_run_that_is_interrupted_before_its_first_step_trains_no_further(
+    images: Path, tmp_path: Path, run_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of it that was left in Ray would crash this process once it joins Ray again."""
+    told: list[threading.Thread] = []
+
+    def interrupt(*_: Any) -> None:
+        told.extend(thread for thread in threading.enumerate() if thread.name == "fit")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "eval", interrupt)
+    output = run_here(
+        "jobs.pretrain",
+        *arguments(images, tmp_path, "early"),
+        code="stopped; run the same command again to resume",
+    )
+    assert "evaluation after step" not in output
+    (fit,) = told
+    assert not fit.is_alive()
 
 
 @pytest.mark.nightly  # but for the flag, as the test before

@@ -6,9 +6,9 @@ RAY_FILES = {
         for name in ("channel", "lost_ray", "nodes", "pool_control", "pool_mailbox")
     ),
     *(f"pipeline/stream/{name}.py" for name in ("ray_data", "shared_stream")),
-    *(f"pipeline/worker/{name}.py" for name in ("agreement", "driver", "worker", "outputs", "spec")),
+    *(f"pipeline/worker/{name}.py" for name in ("driver", "worker", "outputs", "spec")),
     *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
     "pipeline/evaluation/actors.py",
     "pipeline/tracking/prometheus.py",
-    *(f"pipeline/ray_private/{name}.py" for name in ("core", "data", "jobs", "tune")),
+    *(f"pipeline/ray_private/{name}.py" for name in ("core", "data", "jobs", "train_controller", "tune")),
 }

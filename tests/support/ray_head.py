@@ -106,7 +106,7 @@ def _wait_for_dashboard(address: str, process: "subprocess.Popen[bytes]") -> Non
             time.sleep(0.2)
 
 
-def run_job_on(head: RayHead, module: str, *arguments: str, code: int = 0) -> str:
+def run_job_on(head: RayHead, module: str, *arguments: str, code: int | str = 0) -> str:
     """As run_job, but the driver is this process and its Ray is `head`: no time goes into starting either.
 
     For what is not about processes, their signals or their exit.

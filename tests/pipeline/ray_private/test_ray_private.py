@@ -11,7 +11,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _Chec
 from ray_releases import TRIED, minor
 
 from dinoray.models.errors import DataError, ResourceError
-from dinoray.pipeline.ray_private import core, data, jobs, tune
+from dinoray.pipeline.ray_private import core, data, jobs, train_controller, tune
 from dinoray.pipeline.ray_private.train import TornSnapshotError, committed, snapshot_of
 
 
@@ -116,3 +116,9 @@ def test_a_share_of_what_is_left_over_is_requested_as_ray_takes_it(
 def test_the_version_of_a_cluster_may_be_unknown() -> None:
     assert jobs.server_version(SimpleNamespace(_server_ray_version="2.60.0")) == "2.60.0"  # type: ignore[arg-type]
     assert jobs.server_version(SimpleNamespace()) is None  # type: ignore[arg-type]
+
+
+def test_without_its_callback_ray_train_is_not_ended_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(train_controller.controller_callbacks(print)) == 1
+    monkeypatch.setattr(train_controller, "ControllerCallback", None)
+    assert train_controller.controller_callbacks(print) == []

@@ -7,6 +7,7 @@ import pytest
 from ranks import on_two_ranks
 
 from dinoray.models.errors import ConfigError, DataError, DinorayError
+from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.worker.agreement import Agreement, StreamEndedError
 
 ENDS: dict[str, tuple[int, Exception | None]] = {
@@ -30,7 +31,7 @@ def consume(rank: int, ends: tuple[str, str]) -> tuple[list[int], str, str, Any]
     """The batches that a rank trained on; kind, text and mark of the error that it ends with."""
     taken = []
     try:
-        for batch in Agreement(patience_seconds=60).batches(stream(ends[rank])):
+        for batch in Agreement(patience_seconds=60, known=known_error).batches(stream(ends[rank])):
             taken.append(batch)  # what came before an error counts too
     except StreamEndedError as ended:
         error = ended.error
@@ -69,7 +70,7 @@ def test_one_worker_alone_ends_with_its_own_error(error: Exception) -> None:
         raise error
 
     with pytest.raises(StreamEndedError) as ended:
-        list(Agreement(patience_seconds=1).batches(mine()))
+        list(Agreement(patience_seconds=1, known=known_error).batches(mine()))
     assert type(ended.value.error) is type(error)
     assert str(ended.value.error) == str(error)
     if isinstance(ended.value.error, DinorayError):
