@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,27 +191,43 @@ def test_a_run_that_loses_a_worker_recovers_by_itself(images: Bucket, reference:
     assert_same_weights(images.final("lost"), images.final(reference))
 
 
-def test_a_run_whose_store_stays_away_ends_with_a_checkpoint_and_goes_on_from_it(
-    images: Bucket, reference: str, tmp_path: Path, run_here: Callable[..., str]
+@pytest.mark.parametrize("outage_seconds", [0, pytest.param(180, marks=pytest.mark.nightly)])
+def test_a_run_whose_store_stays_away_ends_with_a_checkpoint_and_one_whose_store_comes_back_ends_as_if_it_had_not_gone(
+    images: Bucket, reference: str, tmp_path: Path, outage_seconds: float
 ) -> None:
-    settings = ["checkpoint.every_steps=1000", "storage.give_up_after_seconds=3"]
-    arguments = images.pretrain_arguments("away", f"storage_path={tmp_path}", *settings)
+    arguments = images.pretrain_arguments("away", f"storage_path={tmp_path}", "checkpoint.every_steps=1000")
     metrics = tmp_path / "away" / "metrics.jsonl"
+
+    def num_steps() -> int:
+        return len(losses(metrics.read_bytes())) if metrics.exists() else 0
+
     with fault_proxy(images.server.endpoint) as proxy:
         proxy.delay_seconds = 0.3  # else all images are read before the first step
-        with start_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint)) as job:
-            job.wait_until(lambda: metrics.exists() and len(losses(metrics.read_bytes())) >= 3)
+        environment = aws_environment(proxy.endpoint)
+        with start_job(
+            "jobs.pretrain", *arguments, "storage.give_up_after_seconds=3", env=environment
+        ) as job:
+            job.wait_until(lambda: num_steps() >= 3)
             proxy.go_down()
             assert job.wait() == 3, job.output
-    error = job.output.splitlines()[-1]
-    assert f"error: s3://{images.name}/images/train/" in error
-    assert "storage.give_up_after_seconds=3" in error
-    assert "Traceback" not in job.output
-    (step,) = committed_steps(Directory(str(tmp_path / "away")))
-    assert step == losses(metrics.read_bytes())[-1][0] < STEPS  # none is lost
+        error = job.output.splitlines()[-1]
+        assert f"error: s3://{images.name}/images/train/" in error
+        assert "storage.give_up_after_seconds=3" in error
+        assert "Traceback" not in job.output
+        (step,) = committed_steps(Directory(str(tmp_path / "away")))
+        assert step == losses(metrics.read_bytes())[-1][0] < STEPS  # none is lost
 
-    output = run_here("jobs.pretrain", *arguments)
-    assert f"resuming from step {step}" in output
+        proxy.come_up()
+        with start_job("jobs.pretrain", *arguments, env=environment) as job:
+            job.wait_until(lambda: num_steps() > step)
+            proxy.go_down()
+            since = time.monotonic()
+            job.wait_until(lambda: "storage has not answered for" in job.output)
+            job.wait_until(lambda: time.monotonic() - since >= outage_seconds)
+            proxy.come_up()
+            assert job.wait() == 0, job.output
+        assert f"resuming from step {step}" in job.output
+        assert "storage answers again after" in job.output
     assert losses(metrics.read_bytes()) == images.losses(reference)
     weights = tmp_path / "away" / "checkpoints" / f"step_{STEPS:08d}" / "teacher.safetensors"
     assert_same_weights(load(weights.read_bytes()), images.final(reference))
