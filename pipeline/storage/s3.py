@@ -20,6 +20,7 @@ import botocore.session
 from botocore.config import Config
 
 from dinoray.models.errors import ConfigError, DataError, one_line, redact_credentials
+from dinoray.pipeline.storage.bodies import read_body
 from dinoray.pipeline.storage.retry import (
     LIST_AGAIN,
     SET_CREDENTIALS,
@@ -32,7 +33,7 @@ from dinoray.pipeline.storage.retry import (
 CONNECT_SECONDS = 5.0
 """Time limit to open a connection; after it the attempt fails and is retried."""
 READ_SECONDS = 20.0
-"""Longest pause within a response; after it the request fails and is retried."""
+"""Longest pause within a response; after it the request fails and is retried. bodies.py bounds a body as a whole."""
 MAX_CONNECTIONS = 512
 """Largest number of open connections; at least the number of requests that a source may have in flight."""
 
@@ -154,7 +155,7 @@ def read_object(
                 raise ChangedObject(f"{uri} has {total} bytes, not {listed_bytes} as listed; {LIST_AGAIN}")
             if etag and found and found != etag:
                 raise ChangedObject(f"{uri} was overwritten after it was listed; {LIST_AGAIN}")
-            data: bytes = body.read()
+            data = read_body(body)
         expected = byte_range[1] - byte_range[0] + 1 if byte_range else length
         if expected is not None and len(data) != expected:
             raise botocore.exceptions.IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
@@ -200,8 +201,7 @@ def _may_be_md5(bucket: str, etag: str, response: Mapping[str, Any]) -> bool:
 def probe_object(bucket: str, key: str) -> None:
     """Read one byte of an object in a single attempt. Raises botocore's own errors."""
     response = s3_client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")
-    with contextlib.closing(response["Body"]) as body:
-        body.read()
+    read_body(response["Body"])
 
 
 def list_pages(
