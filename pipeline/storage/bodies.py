@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dinoray.pipeline.storage.hedging import check_wanted
+
 PACE_SECONDS = 60.0
 """Longest time for each PACE_BYTES of a body, and for what is left at its end; after it the attempt fails."""
 PACE_BYTES = 600_000
@@ -42,15 +44,18 @@ class Pace:
 def read_body(body: Any) -> bytes:
     """Return all bytes of botocore's `body`, and close it.
 
-    Raises TimeoutError if it keeps no pace, and what botocore raises for a wrong length or checksum.
+    Raises TimeoutError if it keeps no pace, Abandoned if nobody awaits it any more, and what botocore raises for a
+    wrong length or checksum.
     """
-    with body as response:  # urllib3's; closed at the end
+    with body as response:  # urllib3's; its end closes the connection, unless all of the body was read
+        check_wanted()
         receive, pace = response.read1, Pace()
 
         def read(size: int) -> bytes:
             """As the response's own `read`, but return after one receive. `read` waits for all `size` bytes."""
             data: bytes = receive(size)
             pace.received(len(data))
+            check_wanted()
             return data
 
         response.read = read  # which `body.read` calls; it adds the checks of length and checksum
