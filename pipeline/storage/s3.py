@@ -42,7 +42,7 @@ _ENOUGH_OTHERS = 8
 _md5_etags: dict[str, int] = {}
 """Bucket -> 1 if an ETag has been the MD5 of its object, else minus the number of those that were not."""
 
-_clients: dict[tuple[Any, ...], Any] = {}
+_clients: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 _clients_lock = threading.Lock()
 
 
@@ -83,6 +83,19 @@ def s3_client() -> Any:
     addresses for a custom endpoint. Raises DataError without credentials, ConfigError for an unusable
     endpoint.
     """
+    return _client_and_credentials()[0]
+
+
+def s3_keys() -> tuple[str, str, str | None]:
+    """Return (access key, secret key, session token or None) of `s3_client`'s requests, renewed if they soon expire.
+
+    Raises DataError where that fails. They are for pyarrow alone: never log, pickle or send them.
+    """
+    keys = retrying(_client_and_credentials()[1].get_frozen_credentials, what="AWS credentials")
+    return keys.access_key, keys.secret_key, keys.token
+
+
+def _client_and_credentials() -> tuple[Any, Any]:
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _clients_lock:
         if environment not in _clients:
@@ -91,14 +104,16 @@ def s3_client() -> Any:
         return _clients[environment]
 
 
-def _new_client() -> Any:
+def _new_client() -> tuple[Any, Any]:
+    """Return a client, and botocore's credentials that it signs with."""
     session = botocore.session.Session()
     try:
         if session.get_config_variable("metadata_service_num_attempts") == 1:
             # The metadata service of a node throttles many actors that start at once. botocore makes one
             # attempt only and would then report missing credentials.
             session.set_config_variable("metadata_service_num_attempts", 3)
-        if session.get_credentials() is None:
+        credentials = session.get_credentials()
+        if credentials is None:
             raise DataError(f"no AWS credentials found; {SET_CREDENTIALS}")
         config = Config(
             retries={"total_max_attempts": 1, "mode": "standard"},
@@ -107,7 +122,7 @@ def _new_client() -> Any:
             max_pool_connections=MAX_CONNECTIONS,
             tcp_keepalive=True,
         )
-        return session.create_client("s3", config=config)
+        return session.create_client("s3", config=config), credentials
     except ValueError as error:
         raise ConfigError(f"{one_line(error)}; AWS_ENDPOINT_URL must look like http://host:port") from error
     except botocore.exceptions.BotoCoreError as error:
