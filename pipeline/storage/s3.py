@@ -1,7 +1,7 @@
 """One S3 client per process, and the basic reads: an object, a range, a listing.
 
 Stands between botocore and the rest of pipeline/. Credentials, region and endpoint come only from the AWS
-default chain (environment, profile, role; AWS_ENDPOINT_URL included), so this code handles no secret. Every
+default chain (environment, profile, role; AWS_ENDPOINT_URL included), so this code stores no secret. Every
 request goes through `retrying`. No images, no run directories and no Ray here.
 """
 

@@ -3,7 +3,10 @@
 import json
 import pickle
 import sys
+import threading
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.fs
@@ -67,6 +70,51 @@ def test_keys_that_expire_are_renewed_in_a_filesystem_that_exists(issuer: Issuer
     issuer.give(SECRET_KEY, minutes=5)
     write(storage, f"{path}/third")
     assert Directory(f"s3://{bucket}/run").list() == ["first", "third"]
+
+
+class TokenService(BaseHTTPRequestHandler):
+    """Gives the keys of the store to whoever assumes a role, as AWS STS does."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        expires = datetime.now(timezone.utc) + timedelta(hours=1)
+        keys = f"<AccessKeyId>{ACCESS_KEY}</AccessKeyId><SecretAccessKey>{SECRET_KEY}</SecretAccessKey>"
+        body = (
+            "<AssumeRoleResponse><AssumeRoleResult>"
+            f"<Credentials>{keys}<SessionToken/><Expiration>{expires.isoformat()}</Expiration></Credentials>"
+            "</AssumeRoleResult></AssumeRoleResponse>"
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def token_service() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), TokenService) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.usefixtures("issuer")
+def test_a_role_that_a_profile_assumes_writes_as_it_reads(
+    token_service: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow's own chain does not know such a profile, and would make requests without keys."""
+    role = "[profile issued]\nrole_arn = arn:aws:iam::123456789012:role/r\nsource_profile = base\n"
+    base = "[profile base]\naws_access_key_id = of-base\naws_secret_access_key = of-base\n"
+    (tmp_path / "config").write_text(role + base)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", token_service)
+    storage, path = filesystem(f"s3://{bucket}/run")
+    write(storage, f"{path}/x")
+    assert Directory(f"s3://{bucket}/run").read("x") == b"data"
 
 
 def test_keys_that_last_are_asked_for_once(issuer: Issuer, bucket: str) -> None:
