@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.data.rows import Read, Rows
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
+from dinoray.pipeline.storage.hedging import hedged
 from dinoray.pipeline.storage.retry import (
     LIST_AGAIN,
     ChangedObject,
@@ -59,6 +61,8 @@ class Source:
         self.manifest, self.storage, self._selected = manifest, storage, selected
         self._pool = ThreadPoolExecutor(config.fetch_concurrency, "fetch")  # no thread before its first task
         self._lock, self._cpu_seconds = threading.Lock(), 0.0
+        hedge = storage.hedge_after_seconds if is_s3(manifest.root) else None
+        self._once = {} if hedge is None else {"once": partial(hedged, after_seconds=hedge)}
         self._others, self._call = OtherObjects(manifest.table, manifest.root), threading.local()
         reader = Rows if manifest.kind == "parquet" else _Objects
         self._reader: Rows | _Objects = reader(config, manifest, self.read)
@@ -92,6 +96,7 @@ class Source:
             others=lambda: self._others.probes(key),
             is_wanted=lambda: not is_over.is_set(),
             sleep=is_over.wait,
+            **self._once,
         )
         result = operation(retry)
         self._others.was_read(key)

@@ -11,5 +11,8 @@ class StorageConfig(Settings):
     give_up_after_seconds: float = Field(default=900, ge=0)
     """Seconds for which each read of images waits for storage that does not answer, before the run ends."""
 
+    hedge_after_seconds: float | None = Field(default=None, gt=0)
+    """Seconds without the whole answer after which an image or shard on S3 is asked for a second time; null: never."""
+
 
 DEFAULTS = StorageConfig()

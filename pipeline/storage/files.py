@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pyarrow.fs
 
 from dinoray.models.errors import DataError
+from dinoray.pipeline.storage.arrow_s3 import RenewedS3
 from dinoray.pipeline.storage.retry import (
     ChangedObject,
     DeniedObject,
@@ -26,8 +27,6 @@ from dinoray.pipeline.storage.retry import (
     retrying,
 )
 from dinoray.pipeline.storage.s3 import (
-    CONNECT_SECONDS,
-    READ_SECONDS,
     is_s3,
     list_pages,
     read_object,
@@ -71,7 +70,7 @@ def is_shared_path(uri: str) -> bool:
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return a pyarrow filesystem and the path of `uri` in it; a relative local path becomes absolute.
 
-    For S3, botocore resolves endpoint, scheme and region, and credentials come from the same default chain,
+    For S3, botocore resolves endpoint, scheme and region, and the keys of each call, also of keys that are renewed;
     so a pickled filesystem contains no secret. Raises DataError with the bucket's name if it is missing or
     forbidden, so that the first checkpoint does not fail later.
     """
@@ -87,15 +86,11 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         options |= {"endpoint_override": endpoint.netloc, "force_virtual_addressing": virtual}
     if os.environ.get("AWS_CA_BUNDLE"):
         options["tls_ca_file_path"] = os.environ["AWS_CA_BUNDLE"]  # pyarrow does not read it
-    s3 = pyarrow.fs.S3FileSystem(
-        region=answer.get("BucketRegion") or client.meta.region_name,
-        scheme=endpoint.scheme,
-        connect_timeout=CONNECT_SECONDS,
-        request_timeout=READ_SECONDS,
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=5),
-        **options,
-    )
-    return s3, f"{bucket}/{key}".rstrip("/")
+    options |= {
+        "region": answer.get("BucketRegion") or client.meta.region_name,
+        "scheme": endpoint.scheme,
+    }
+    return pyarrow.fs.PyFileSystem(RenewedS3(options)), f"{bucket}/{key}".rstrip("/")
 
 
 def check_bucket(uri: str) -> None:

@@ -1,7 +1,7 @@
 """One S3 client per process, and the basic reads: an object, a range, a listing.
 
 Stands between botocore and the rest of pipeline/. Credentials, region and endpoint come only from the AWS
-default chain (environment, profile, role; AWS_ENDPOINT_URL included), so this code handles no secret. Every
+default chain (environment, profile, role; AWS_ENDPOINT_URL included), so this code stores no secret. Every
 request goes through `retrying`. No images, no run directories and no Ray here.
 """
 
@@ -20,6 +20,7 @@ import botocore.session
 from botocore.config import Config
 
 from dinoray.models.errors import ConfigError, DataError, one_line, redact_credentials
+from dinoray.pipeline.storage.bodies import read_body
 from dinoray.pipeline.storage.retry import (
     LIST_AGAIN,
     SET_CREDENTIALS,
@@ -32,7 +33,7 @@ from dinoray.pipeline.storage.retry import (
 CONNECT_SECONDS = 5.0
 """Time limit to open a connection; after it the attempt fails and is retried."""
 READ_SECONDS = 20.0
-"""Longest pause within a response; after it the request fails and is retried."""
+"""Longest pause within a response; after it the request fails and is retried. bodies.py bounds a body as a whole."""
 MAX_CONNECTIONS = 512
 """Largest number of open connections; at least the number of requests that a source may have in flight."""
 
@@ -41,7 +42,7 @@ _ENOUGH_OTHERS = 8
 _md5_etags: dict[str, int] = {}
 """Bucket -> 1 if an ETag has been the MD5 of its object, else minus the number of those that were not."""
 
-_clients: dict[tuple[Any, ...], Any] = {}
+_clients: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 _clients_lock = threading.Lock()
 
 
@@ -82,6 +83,19 @@ def s3_client() -> Any:
     addresses for a custom endpoint. Raises DataError without credentials, ConfigError for an unusable
     endpoint.
     """
+    return _client_and_credentials()[0]
+
+
+def s3_keys() -> tuple[str, str, str | None]:
+    """Return (access key, secret key, session token or None) of `s3_client`'s requests, renewed if they soon expire.
+
+    Raises DataError where that fails. They are for pyarrow alone: never log, pickle or send them.
+    """
+    keys = retrying(_client_and_credentials()[1].get_frozen_credentials, what="AWS credentials")
+    return keys.access_key, keys.secret_key, keys.token
+
+
+def _client_and_credentials() -> tuple[Any, Any]:
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _clients_lock:
         if environment not in _clients:
@@ -90,14 +104,16 @@ def s3_client() -> Any:
         return _clients[environment]
 
 
-def _new_client() -> Any:
+def _new_client() -> tuple[Any, Any]:
+    """Return a client, and botocore's credentials that it signs with."""
     session = botocore.session.Session()
     try:
         if session.get_config_variable("metadata_service_num_attempts") == 1:
             # The metadata service of a node throttles many actors that start at once. botocore makes one
             # attempt only and would then report missing credentials.
             session.set_config_variable("metadata_service_num_attempts", 3)
-        if session.get_credentials() is None:
+        credentials = session.get_credentials()
+        if credentials is None:
             raise DataError(f"no AWS credentials found; {SET_CREDENTIALS}")
         config = Config(
             retries={"total_max_attempts": 1, "mode": "standard"},
@@ -106,7 +122,7 @@ def _new_client() -> Any:
             max_pool_connections=MAX_CONNECTIONS,
             tcp_keepalive=True,
         )
-        return session.create_client("s3", config=config)
+        return session.create_client("s3", config=config), credentials
     except ValueError as error:
         raise ConfigError(f"{one_line(error)}; AWS_ENDPOINT_URL must look like http://host:port") from error
     except botocore.exceptions.BotoCoreError as error:
@@ -154,7 +170,7 @@ def read_object(
                 raise ChangedObject(f"{uri} has {total} bytes, not {listed_bytes} as listed; {LIST_AGAIN}")
             if etag and found and found != etag:
                 raise ChangedObject(f"{uri} was overwritten after it was listed; {LIST_AGAIN}")
-            data: bytes = body.read()
+            data = read_body(body)
         expected = byte_range[1] - byte_range[0] + 1 if byte_range else length
         if expected is not None and len(data) != expected:
             raise botocore.exceptions.IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
@@ -200,8 +216,7 @@ def _may_be_md5(bucket: str, etag: str, response: Mapping[str, Any]) -> bool:
 def probe_object(bucket: str, key: str) -> None:
     """Read one byte of an object in a single attempt. Raises botocore's own errors."""
     response = s3_client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")
-    with contextlib.closing(response["Body"]) as body:
-        body.read()
+    read_body(response["Body"])
 
 
 def list_pages(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.retry import (
@@ -49,6 +49,12 @@ Probe = Callable[[], object]
 """Reads one byte of an object, in a single attempt. Raises the client's own errors."""
 Report = Callable[[str, bool], None]
 """(line for the user, True if the storage answers again)."""
+Once = Callable[[Callable[[], Any]], Any]
+"""Calls an operation, and returns or raises as it does."""
+
+
+def _call(operation: Callable[[], T]) -> T:
+    return operation()
 
 
 class OutageWatch:
@@ -106,12 +112,13 @@ class Patient:
     """Retries reads of one object until the storage answers.
 
     `others` returns probes of other objects, the likeliest to be readable first. `is_wanted` returns False once
-    nobody awaits the read any more.
+    nobody awaits the read any more. `once` makes one attempt: it calls the operation.
     """
 
     give_up_after_seconds: float
     others: Callable[[], Iterable[Probe]] = tuple
     is_wanted: Callable[[], bool] = lambda: True
+    once: Once = _call
     sleep: Callable[[float], object] = time.sleep
     clock: Callable[[], float] = time.monotonic
     rng: Callable[[], float] = jitter
@@ -127,7 +134,7 @@ class Patient:
         doubts = _Doubts(self.others)
         for attempt in itertools.count():
             try:
-                result = operation()
+                result = self.once(operation)
             except RETRIED as error:
                 failure: Exception = error
             except DataError:

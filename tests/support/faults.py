@@ -31,12 +31,16 @@ class FaultProxy:
 
     endpoint: str = ""
     requests: list[str] = field(default_factory=list)
+    connections: int = 0
+    """Connections of clients so far."""
     in_flight: int = 0
     max_in_flight: int = 0
     gate: int = 0
     """Hold GET answers back until this many requests wait at once; proves that so many really do."""
     delay_seconds: float = 0.0
     """How long each GET answer takes at least, as if the store were far away."""
+    drip_seconds: float = 0.05
+    """Pause after each byte of an answer that drips."""
     bytes_answered: int = 0
     """Bytes of answers passed on, without their heads."""
     go_down: Callable[[], None] = lambda: None
@@ -47,8 +51,8 @@ class FaultProxy:
     _chance: random.Random = field(default_factory=lambda: random.Random(0))
 
     def fail(self, kind: str, *, pattern: str = "^GET ", times: int = 1, share: float = 1.0) -> None:
-        """Queue a fault of a `share` of the requests: hang, reset, truncate, corrupt, or one of _ANSWERS."""
-        if kind not in (*_ANSWERS, "truncate", "corrupt", "reset", "hang"):
+        """Queue a fault of a `share` of the requests: hang, reset, truncate, corrupt, drip, or one of _ANSWERS."""
+        if kind not in (*_ANSWERS, "truncate", "corrupt", "reset", "hang", "drip"):
             raise ValueError(kind)
         self._faults.append(Fault(kind, pattern, times, share))
 
@@ -148,6 +152,7 @@ class _Connection:
         self.proxy, self.reader, self.writer = proxy, reader, writer
 
     async def serve(self, host: str, port: int) -> None:
+        self.proxy.connections += 1
         try:
             up_reader, up_writer = await asyncio.open_connection(host, port, limit=1 << 20)
         except asyncio.CancelledError:  # the proxy goes down
@@ -213,9 +218,23 @@ class _Connection:
             self.writer.write(await up_reader.readexactly(_length(head) // 2))
             await self.writer.drain()
             return False
+        if fault == "drip":
+            return await self._drip(await up_reader.readexactly(_length(head)))
         self.proxy.bytes_answered += _length(head)
         await _copy_body(head, up_reader, self.writer, _flip_middle_byte if fault == "corrupt" else None)
         return True
+
+    async def _drip(self, data: bytes) -> bool:
+        """Send single bytes, each after a pause, until the client gives up."""
+        client = asyncio.create_task(self.reader.read())
+        for place in range(len(data)):
+            self.writer.write(data[place : place + 1])
+            await self.writer.drain()
+            await asyncio.wait([client], timeout=self.proxy.drip_seconds)
+            if client.done():
+                return False
+        client.cancel()
+        return False
 
 
 async def _copy_body(

@@ -112,7 +112,7 @@ def values_of(key: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     )
     if kind in (int, int | None):
         return st.integers(low, high)
-    assert kind is float, f"{key} needs an entry in _SPECIAL"
+    assert kind in (float, float | None), f"{key} needs an entry in _SPECIAL"
     return st.floats(low, high, exclude_min=True, exclude_max=True)
 
 

@@ -1,0 +1,96 @@
+"""pyarrow's S3 filesystem with botocore's credentials, so that what is written and what is read have the same keys.
+
+Stands between botocore and what takes a pyarrow filesystem: Ray's checkpoints and Parquet files. pyarrow has a chain of
+its own, which knows fewer kinds of profiles (no role of another profile), and keys given to it are never renewed. So
+each call takes the keys of now, and a new S3FileSystem once they differ. Bytes pass between Python and pyarrow as
+without it. No Ray here.
+"""
+
+import threading
+from typing import Any
+
+import pyarrow.fs
+
+from dinoray.pipeline.storage.s3 import CONNECT_SECONDS, READ_SECONDS, s3_keys
+
+
+class RenewedS3(pyarrow.fs.FileSystemHandler):
+    """The S3 of `options`, arguments of pyarrow's S3FileSystem without keys. A pickle has only these.
+
+    botocore renews keys minutes before they expire; a single file must be written within that time.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options, self._lock = options, threading.Lock()
+        self._keys: tuple[str, str, str | None] | None = None
+        self._made: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RenewedS3, (self._options,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RenewedS3) and self._options == other._options
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _s3(self) -> Any:
+        keys = s3_keys()
+        with self._lock:
+            if keys != self._keys:
+                access_key, secret_key, session_token = keys
+                self._made = pyarrow.fs.S3FileSystem(
+                    access_key=access_key,
+                    secret_key=secret_key,
+                    session_token=session_token,
+                    connect_timeout=CONNECT_SECONDS,
+                    request_timeout=READ_SECONDS,
+                    retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=5),
+                    **self._options,
+                )
+                self._keys = keys
+            return self._made
+
+    def get_type_name(self) -> str:
+        return "s3"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> Any:
+        return self._s3().get_file_info(paths)
+
+    def get_file_info_selector(self, selector: Any) -> Any:
+        return self._s3().get_file_info(selector)
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        self._s3().create_dir(path, recursive=recursive)
+
+    def delete_dir(self, path: str) -> None:
+        self._s3().delete_dir(path)
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        self._s3().delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
+
+    def delete_root_dir_contents(self) -> None:
+        raise NotImplementedError("all buckets are never emptied")
+
+    def delete_file(self, path: str) -> None:
+        self._s3().delete_file(path)
+
+    def move(self, src: str, dest: str) -> None:
+        self._s3().move(src, dest)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self._s3().copy_file(src, dest)
+
+    def open_input_stream(self, path: str) -> Any:
+        return self._s3().open_input_stream(path)
+
+    def open_input_file(self, path: str) -> Any:
+        return self._s3().open_input_file(path)
+
+    def open_output_stream(self, path: str, metadata: dict[str, str]) -> Any:
+        return self._s3().open_output_stream(path, metadata=metadata)
+
+    def open_append_stream(self, path: str, metadata: dict[str, str]) -> Any:
+        raise NotImplementedError(f"{path}: nothing is appended to objects of S3")
