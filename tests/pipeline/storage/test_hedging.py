@@ -174,8 +174,22 @@ def test_an_error_before_the_time_is_up_is_raised_at_once() -> None:
     assert calls.made == 1
 
 
-@pytest.mark.usefixtures("no_slots_left_taken")
-def test_second_requests_are_bounded_in_number() -> None:
+class Slots(threading.BoundedSemaphore):
+    """A semaphore that lists whether each of those who asked got a place."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__(value)
+        self.given: list[bool] = []
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        is_given = super().acquire(blocking, timeout)
+        self.given.append(is_given)
+        return is_given
+
+
+def test_second_requests_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(MAX_SECOND_REQUESTS)
+    monkeypatch.setattr(hedging, "_second_requests", slots)
     reads = 3 * MAX_SECOND_REQUESTS
     calls = Calls(*["a"] * 2 * reads)
     threads = [
@@ -183,9 +197,13 @@ def test_second_requests_are_bounded_in_number() -> None:
     ]
     for thread in threads:
         thread.start()
+    until(lambda: len(slots.given) == reads)  # all are slow, and no call ends before
+    assert sum(slots.given) == MAX_SECOND_REQUESTS
     until(lambda: calls.made == reads + MAX_SECOND_REQUESTS)
     for gate in calls.gates:
         gate.set()
     for thread in threads:
         thread.join()
-    assert calls.made <= reads + MAX_SECOND_REQUESTS
+    assert calls.made == reads + MAX_SECOND_REQUESTS
+    for _ in range(MAX_SECOND_REQUESTS):  # each place is free again, once the slower call has ended too
+        assert slots.acquire(timeout=30)
