@@ -42,6 +42,9 @@ class RenewedS3(pyarrow.fs.FileSystemHandler):
                     access_key=access_key,
                     secret_key=secret_key,
                     session_token=session_token,
+                    # Ray copies files on the threads that would also upload their parts: many large files at once
+                    # would wait for one another for ever (https://github.com/apache/arrow/issues/32372).
+                    background_writes=False,
                     connect_timeout=CONNECT_SECONDS,
                     request_timeout=READ_SECONDS,
                     retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=5),
