@@ -60,15 +60,14 @@ def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, re
     marks: dict[str, set[str]] = defaultdict(set)
     parts: set[str | None] = set()
     for entry in listing.entries:
-        role = role_of(entry.key)
+        role = "other" if entry.size is None else role_of(entry.key)
         *folders, name = entry.key[len(listing.prefix) :].split("/")
         if name in (_CONFIG, _STUDY) or name in _OF_A_RUN:
             marks["/".join(folders)].add(name)
         elif folders and f"{folders[-1]}/{name}" in (_EMBEDDINGS, _PACKED):
             marks["/".join(folders[:-1])].add(f"{folders[-1]}/{name}")
         if role == "other":
-            key = entry.key.encode(errors="replace").decode()
-            found[role].add(entry._replace(key=key), None)
+            found[role].add(entry, None)
             continue
         parts.add(part_of(folders, name))
         label = folder_label(folders) if label_from_parent else None
