@@ -79,6 +79,13 @@ class EntryTable:
         if len(self._pending) == _BATCH_ROWS:
             self._flush()
 
+    def add_batch(self, batch: pa.RecordBatch, labels: pa.Array) -> None:
+        """Append rows of the schema LISTED and their labels."""
+        if self._pending:
+            self._flush()
+        if batch.num_rows:
+            self._batches.append(pa.record_batch([*batch.columns, labels], self.schema))
+
     def table(self) -> pa.Table:
         """Return all rows so far, in the order they were added: key, size, etag, label."""
         if self._pending:
