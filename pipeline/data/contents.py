@@ -120,9 +120,9 @@ def labelled_parts(table: pa.Table, contents: Contents) -> frozenset[str]:
     Only parts named as splits are looked at: a data set may have thousands of folders.
     """
     parts = frozenset(part for part in contents.parts if part is not None and is_split(part))
-    if "label" not in table.column_names:
+    if "label" not in table.column_names or not parts:
         return parts
-    labelled = table.filter(pc.is_valid(table["label"]))["key"]
+    labelled = table["key"].filter(pc.is_valid(table["label"]))
     return frozenset(
         part for part in parts if pc.any(pc.starts_with(labelled, f"{contents.prefix}{part}/")).as_py()
     )

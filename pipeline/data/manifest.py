@@ -17,7 +17,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,6 +35,7 @@ from dinoray.pipeline.data.detection import (
     note_on_parts,
 )
 from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
+from dinoray.pipeline.data.sorting import sorted_by_key
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, check_bucket, normal_uri
@@ -168,9 +168,8 @@ class Manifest:
         try:
             file = pq.ParquetFile(pa.BufferReader(data))
             about = json.loads(file.schema_arrow.metadata[_METADATA])
-            names = file.schema_arrow.names
-            columns = [file.read(columns=[name]).combine_chunks()[name] for name in names]  # one exists twice
-            table = pa.table(columns, names)
+            columns = [file.read(columns=[n]).combine_chunks()[n] for n in file.schema_arrow.names]
+            table = pa.table(columns, file.schema_arrow.names)
         except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
             raise DataError(
                 f"the manifest is damaged ({error}); delete it to list {config.path} again"
@@ -272,30 +271,6 @@ def build_manifest(
     return manifest
 
 
-def _sorted(columns: dict[str, pa.ChunkedArray]) -> pa.Table:
-    """Sort in byte order of the key, as Arrow compares strings, because stores list in different orders.
-
-    Takes the columns out of `columns`, one after the other, so that only one exists twice at a time.
-    """
-    order = None if _is_sorted(columns["key"]) else pc.sort_indices(columns["key"])
-    table = pa.table({})
-    for name in list(columns):
-        column = columns.pop(name)
-        one = pa.table({name: column if order is None else column.take(order)}).combine_chunks()
-        table = table.append_column(name, one[name]) if table.num_columns else one
-        del column, one
-    return table
-
-
-def _is_sorted(keys: pa.ChunkedArray) -> bool:
-    """Return True if keys are in the order of their bytes."""
-    chunks = [chunk for chunk in keys.chunks if len(chunk)]
-    pairs = [pa.array([one[-1].as_py(), other[0].as_py()], keys.type) for one, other in pairwise(chunks)]
-    return all(
-        pc.all(pc.less_equal(chunk[:-1], chunk[1:]), min_count=0).as_py() for chunk in (*pairs, *chunks)
-    )
-
-
 class _Found(NamedTuple):
     table: pa.Table
     detected: dict[str, Any]
@@ -328,12 +303,12 @@ def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) 
             pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
         )
         del labels
-    return _Found(_sorted(columns), detected, notes)
+    return _Found(sorted_by_key(columns), detected, notes)
 
 
 def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, storage: StorageConfig) -> _Found:
     found = list_row_groups(
-        _sorted(dict(zip(shards.column_names, shards.columns, strict=True))),
+        sorted_by_key(dict(zip(shards.column_names, shards.columns, strict=True))),
         path=path,
         root=root,
         asked=Asked(config.image_column, config.key_column, config.label_column, config.label_from_parent),

@@ -7,16 +7,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoray.pipeline.data import classify, manifest
+from dinoray.pipeline.data import classify
 from dinoray.pipeline.data.classify import EMBEDDINGS, PACKED, Classifier
 from dinoray.pipeline.data.contents import _ARCHIVE, _LIKE_AN_ARCHIVE
 from dinoray.pipeline.data.detection import AUTO, automatic_label, folder_label, has_label_pair, part_of
 from dinoray.pipeline.data.listing import Listing, role_of
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
+from dinoray.pipeline.data.sorting import is_sorted
 from dinoray.pipeline.storage.pages import Objects
 
 names = st.one_of(
@@ -104,7 +106,7 @@ def test_keys_in_order_are_found_to_be(chunks: list[list[str]]) -> None:
     keys = [key.encode(errors="replace").decode() for chunk in chunks for key in chunk]
     clean = [[key.encode(errors="replace").decode() for key in chunk] for chunk in chunks]
     array = pa.chunked_array(clean, pa.large_string())
-    assert manifest._is_sorted(array) == (keys == sorted(keys, key=str.encode))
+    assert is_sorted(array) == (keys == sorted(keys, key=str.encode))
 
 
 def test_a_manifest_is_the_same_whatever_order_the_store_has(
@@ -122,3 +124,31 @@ def test_a_manifest_is_the_same_whatever_order_the_store_has(
     assert tables[0]["key"].to_pylist() == keys
     assert tables[0] == tables[1] == tables[2]
     assert tables[0]["key"].num_chunks == 1
+
+
+def test_a_manifest_of_many_row_groups_is_one_table(tmp_path: Path) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.jpg").write_bytes(b"1")
+    config = DataConfig(path=str(tmp_path))
+    one = build_manifest(config)
+    table = pq.read_table(pa.BufferReader(one.to_bytes()))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=2)
+    again = Manifest.from_bytes(sink.getvalue().to_pybytes(), config)
+    assert again == one
+    assert [column.num_chunks for column in again.table.columns] == [1] * 4
+
+
+def test_thousands_of_class_folders_cost_no_pass_over_the_keys_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [f"d/train/{n:04}/x.jpg" for n in range(9)] + [
+        f"d/c{n:04}/{m}.jpg" for n in range(2000) for m in "abc"
+    ]
+    found = Listing("s3://bucket", "d/", iter([listed(keys)]))
+    monkeypatch.setattr("dinoray.pipeline.data.contents.list_entries", lambda *_, **__: found)
+    looked_for: list[str] = []
+    starts_with = pc.starts_with
+    monkeypatch.setattr(
+        pc, "starts_with", lambda keys, name: looked_for.append(name) or starts_with(keys, name)
+    )
+    assert build_manifest(DataConfig(path="s3://bucket/d")).num_images == len(keys)
+    assert looked_for == ["d/train/"]
