@@ -152,7 +152,7 @@ def _read_speed(root: str, entries: list[Entry]) -> tuple[float, float]:
         began = time.perf_counter()
         _read(uri, 1)
         middle = time.perf_counter()
-        num_bytes = len(_read(uri, min(entry.size, _READ_BYTES)))
+        num_bytes = len(_read(uri, min(entry.size or 0, _READ_BYTES)))
         rates.append(num_bytes / (time.perf_counter() - middle))
         latencies.append(middle - began)
     return statistics.median(rates), statistics.median(latencies)

@@ -5,7 +5,6 @@ besides the listing. No Ray here.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,14 +14,12 @@ import pyarrow.compute as pc
 
 from dinoray.models.errors import DataError
 from dinoray.models.settings import Auto
-from dinoray.pipeline.data.detection import AUTO, automatic_label, folder_label, has_label_pair, part_of
-from dinoray.pipeline.data.listing import EntryTable, is_pattern, list_entries, role_of
+from dinoray.pipeline.data.classify import CONFIG, EMBEDDINGS, OF_A_RUN, PACKED, STUDY, Classifier
+from dinoray.pipeline.data.detection import is_split
+from dinoray.pipeline.data.listing import is_pattern, list_entries
 from dinoray.pipeline.storage.files import normal_uri
 from dinoray.pipeline.storage.retry import Retry
 
-_CONFIG, _STUDY = "config.yaml", "study.json"
-_OF_A_RUN = frozenset({"environment.json", "manifest.parquet", "trial.json"})
-_EMBEDDINGS, _PACKED = "_about/embed.json", "_about/pack.json"
 _KINDS = {
     "run": ("run directory", "run directories"),
     "study": ("study", "studies"),
@@ -30,6 +27,7 @@ _KINDS = {
     "packed": ("packed set", "packed sets"),
 }
 _MOST_NAMES = 5
+_LIKE_AN_ARCHIVE = r"(?is)\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\..{1,4})\n?$"
 _ARCHIVE = re.compile(r"\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\.\w{1,4})$", re.IGNORECASE)
 
 
@@ -56,29 +54,11 @@ def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, re
     missing, is a run directory, or holds nothing but output.
     """
     listing = list_entries(path, setting=setting, retry_later=retry_later)
-    found = {role: EntryTable() for role in ("image", "bare", "parquet", "other")}
-    marks: dict[str, set[str]] = defaultdict(set)
-    parts: set[str | None] = set()
-    for entry in listing.entries:
-        role = role_of(entry.key)
-        *folders, name = entry.key[len(listing.prefix) :].split("/")
-        if name in (_CONFIG, _STUDY) or name in _OF_A_RUN:
-            marks["/".join(folders)].add(name)
-        elif folders and f"{folders[-1]}/{name}" in (_EMBEDDINGS, _PACKED):
-            marks["/".join(folders[:-1])].add(f"{folders[-1]}/{name}")
-        if role == "other":
-            key = entry.key.encode(errors="replace").decode()
-            found[role].add(entry._replace(key=key), None)
-            continue
-        parts.add(part_of(folders, name))
-        label = folder_label(folders) if label_from_parent else None
-        if label_from_parent == AUTO:
-            is_shard = role == "parquet"
-            label = automatic_label(folders) if not is_shard or has_label_pair(folders) else None
-        found[role].add(entry, label)
-    images, bare, shards, others = (table.table() for table in found.values())
+    found = Classifier(listing.prefix, label_from_parent)
+    found.add(listing.batches)
+    images, bare, shards, others = found.tables()
     setting_path = f"{setting}={normal_uri(path)}"
-    folders_of = _output(marks)
+    folders_of = _output(found.marks)
     if folders_of["run"][:1] == [""] or folders_of["study"][:1] == [""]:
         raise DataError(f"{setting_path} is a run directory or a study; set it to a folder of images")
     sets = [folders_of.pop("packed"), *folders_of.values()]
@@ -98,7 +78,8 @@ def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, re
             f"{setting_path} holds no images, but output of this program ({'; '.join(passed_over)}); "
             "set it to a folder of images"
         )
-    archives = [key for key in tables[3]["key"].to_pylist() if _ARCHIVE.search(key)] if len(tables[3]) else []
+    likely = tables[3]["key"].filter(pc.match_substring_regex(tables[3]["key"], _LIKE_AN_ARCHIVE))
+    archives = [key for key in likely.to_pylist() if _ARCHIVE.search(key)]
     if archives:
         tables[3] = tables[3].filter(
             pc.invert(pc.is_in(tables[3]["key"], pa.array(archives, pa.large_string())))
@@ -117,7 +98,7 @@ def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, re
         bare,
         shards,
         others,
-        frozenset(parts - set(own)),
+        frozenset(found.parts - set(own)),
         tuple(passed_over),
     )
 
@@ -134,11 +115,14 @@ def no_images(contents: Contents, path: str, num_ignored: int, *, setting: str) 
 
 
 def labelled_parts(table: pa.Table, contents: Contents) -> frozenset[str]:
-    """Return the parts with labels of their own: all of Parquet with a label column, else those with class folders."""
-    parts = frozenset(part for part in contents.parts if part is not None)
-    if "label" not in table.column_names:
+    """Return the parts with labels of their own: all of Parquet with a label column, else those with class folders.
+
+    Only parts named as splits are looked at: a data set may have thousands of folders.
+    """
+    parts = frozenset(part for part in contents.parts if part is not None and is_split(part))
+    if "label" not in table.column_names or not parts:
         return parts
-    labelled = table.filter(pc.is_valid(table["label"]))["key"]
+    labelled = table["key"].filter(pc.is_valid(table["label"]))
     return frozenset(
         part for part in parts if pc.any(pc.starts_with(labelled, f"{contents.prefix}{part}/")).as_py()
     )
@@ -159,11 +143,11 @@ def _output(marks: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
 
 
 def _kind(names: Collection[str]) -> str | None:
-    if _CONFIG in names and _STUDY in names:
+    if CONFIG in names and STUDY in names:
         return "study"
-    if _CONFIG in names and not _OF_A_RUN.isdisjoint(names):
+    if CONFIG in names and not OF_A_RUN.isdisjoint(names):
         return "run"
-    return "embeddings" if _EMBEDDINGS in names else "packed" if _PACKED in names else None
+    return "embeddings" if EMBEDDINGS in names else "packed" if PACKED in names else None
 
 
 def _outside(table: pa.Table, prefix: str, folders: Iterable[str]) -> pa.Table:

@@ -116,12 +116,17 @@ def part_of(folders: Sequence[str], name: str) -> str | None:
     return folders[0] if folders else f"{split}-" if dash and split.lower() in SPLIT_FOLDERS else None
 
 
+def is_split(part: str) -> bool:
+    """Return True if a part of a data set is named as a split: `train`, or `train-`."""
+    return part.rstrip("-").lower() in SPLIT_FOLDERS
+
+
 def note_on_parts(parts: Collection[str | None], path: str, *, labelled: Collection[str]) -> list[str]:
     """Return a note if `path` holds training and evaluation parts side by side, since all are trained on.
 
     The note proposes an evaluation part only where it and the training part are `labelled`.
     """
-    splits = sorted(part for part in parts if part is not None and part.rstrip("-").lower() in SPLIT_FOLDERS)
+    splits = sorted(part for part in parts if part is not None and is_split(part))
     splits.sort(key=lambda part: not part.lower().startswith("train"))
     if len(splits) < 2 or not splits[0].lower().startswith("train"):
         return []

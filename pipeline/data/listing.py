@@ -10,14 +10,17 @@ import re
 import stat
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.files import MissingObject, normal_uri
+from dinoray.pipeline.storage.key_ranges import list_ranges
+from dinoray.pipeline.storage.pages import LISTED, Objects
 from dinoray.pipeline.storage.retry import Retry, retrying
-from dinoray.pipeline.storage.s3 import etag_of, is_s3, list_pages, s3_client, split_s3_uri
+from dinoray.pipeline.storage.s3 import etag_of, is_s3, list_page, s3_client, split_s3_uri
 
 Role = Literal["image", "bare", "parquet", "other"]
 
@@ -33,31 +36,39 @@ _BATCH_ROWS = 65_536
 
 
 class Entry(NamedTuple):
-    """One object or file: its key, its size in bytes, and a tag that changes with its content."""
+    """One object or file: its key, its size in bytes, and a tag that changes with its content.
+
+    The size is None for a file whose name is not valid UTF-8, which disks allow: no manifest and no log can hold it.
+    """
 
     key: str
-    size: int
+    size: int | None
     etag: str
 
 
 class Listing(NamedTuple):
-    """Entries, the address that their keys are relative to, and the folder prefix of each key."""
+    """Entries as record batches, the address that their keys are relative to, and the folder prefix of each key."""
 
     root: str
     prefix: str
-    entries: Iterator[Entry]
+    batches: Iterator[pa.RecordBatch]
+    """Of the schema LISTED; what is wrong in a name that is not valid UTF-8 is replaced."""
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        """The same entries one by one."""
+        for batch in self.batches:
+            yield from map(Entry, *(column.to_pylist() for column in batch.columns))
 
 
 class EntryTable:
     """Entries and labels in Arrow batches, because Python objects would need far more memory."""
 
-    schema = pa.schema(
-        {"key": pa.large_string(), "size": pa.int64(), "etag": pa.string(), "label": pa.string()}
-    )
+    schema = LISTED.append(pa.field("label", pa.string()))
 
     def __init__(self) -> None:
         self._batches: list[pa.RecordBatch] = []
-        self._pending: list[tuple[str, int, str, str | None]] = []
+        self._pending: list[tuple[str, int | None, str, str | None]] = []
 
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self._batches) + len(self._pending)
@@ -67,6 +78,13 @@ class EntryTable:
         self._pending.append((*entry, label))
         if len(self._pending) == _BATCH_ROWS:
             self._flush()
+
+    def add_batch(self, batch: pa.RecordBatch, labels: pa.Array) -> None:
+        """Append rows of the schema LISTED and their labels."""
+        if self._pending:
+            self._flush()
+        if batch.num_rows:
+            self._batches.append(pa.record_batch([*batch.columns, labels], self.schema))
 
     def table(self) -> pa.Table:
         """Return all rows so far, in the order they were added: key, size, etag, label."""
@@ -86,11 +104,12 @@ def list_entries(
 ) -> Listing:
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
-    Keys are full object keys on S3 (root `s3://bucket`) and slash-separated paths relative to the folder on a
-    disk. Links to files are followed; links to folders are not, because they may form loops. Pipes, sockets
-    and devices are skipped. A broken link is listed with size 0, so that its image counts as missing. On S3,
-    `retry` repeats the first request and `retry_later` all others. Raises DataError if the folder or bucket is
-    missing or access is denied; on S3 only during iteration. The message names `setting`, which gave the path.
+    Keys are full object keys on S3 (root `s3://bucket`), in the store's order, and slash-separated paths
+    relative to the folder on a disk. Links to files are followed; links to folders are not, because they may
+    form loops. Pipes, sockets and devices are skipped. A broken link is listed with size 0, so that its image
+    counts as missing. On S3, `retry` repeats the first request and `retry_later` all others, several at once.
+    Raises DataError if the folder or bucket is missing or access is denied; on S3 only during iteration. The
+    message names `setting`, which gave the path.
     """
     path = normal_uri(path)
     if is_s3(path):
@@ -99,11 +118,11 @@ def list_entries(
         return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later))
     if os.path.isfile(path):
         folder, name = os.path.split(path)
-        return Listing(folder, "", (entry for entry in [_entry(path, name)] if entry is not None))
+        return Listing(folder, "", _batches(entry for entry in [_entry(path, name)] if entry is not None))
     if not os.path.isdir(path):
         remedy = f"; patterns are not supported: set {setting} to a folder" if is_pattern(path) else ""
         raise DataError(f"{setting}={path}: there is no such folder or file{remedy}")
-    return Listing(path, "", _files(path))
+    return Listing(path, "", _batches(_files(path)))
 
 
 def role_of(key: str) -> Role:
@@ -115,7 +134,7 @@ def role_of(key: str) -> Role:
     """
     name = key.rsplit("/", 1)[-1].rstrip(" ").lower()
     suffix = posixpath.splitext(name)[1]
-    if not name or name.startswith("._") or not _is_unicode(key):
+    if not name or name.startswith("._"):
         return "other"
     if suffix in IMAGE_SUFFIXES:
         return "image"
@@ -130,10 +149,6 @@ def is_pattern(path: str) -> bool:
 
 
 def _is_unicode(key: str) -> bool:
-    """Return True if a key is valid UTF-8.
-
-    Disks allow other names, but manifests and logs cannot hold them.
-    """
     try:
         key.encode()
     except UnicodeEncodeError:
@@ -141,12 +156,16 @@ def _is_unicode(key: str) -> bool:
     return True
 
 
-def _objects(bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry) -> Iterator[Entry]:
-    found = False
-    for page in list_pages(bucket, prefix, retry=retry, retry_later=retry_later):
-        for item in page.get("Contents", []):
-            found = True
-            yield Entry(item["Key"], item["Size"], etag_of(item))
+def _objects(
+    bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry
+) -> Iterator[pa.RecordBatch]:
+    def folders(folder: str, *, retry: Retry) -> list[str]:
+        return list_page(bucket, folder, delimiter="/", retry=retry).folders
+
+    found, read = False, partial(list_page, bucket, prefix)
+    for batch in list_ranges(read, folders, prefix, retry=retry, retry_later=retry_later):
+        found = True
+        yield batch
     if found or not key:
         return
     try:
@@ -154,7 +173,18 @@ def _objects(bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retr
         answer = retry_later(request, what=f"s3://{bucket}/{key}")
     except MissingObject:
         return
-    yield Entry(key, answer["ContentLength"], etag_of(answer))
+    yield Objects([key], [answer["ContentLength"]], [etag_of(answer)]).to_arrow()
+
+
+def _batches(entries: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
+    while some := list(islice(entries, _BATCH_ROWS)):
+        some = [entry if _is_unicode(entry.key) else _replaced(entry) for entry in some]
+        columns = zip(*some, strict=True)
+        yield pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, LISTED, strict=True)], LISTED)
+
+
+def _replaced(entry: Entry) -> Entry:
+    return Entry(entry.key.encode(errors="replace").decode(), None, entry.etag)
 
 
 def _files(root: str) -> Iterator[Entry]:

@@ -35,6 +35,7 @@ from dinoray.pipeline.data.detection import (
     note_on_parts,
 )
 from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
+from dinoray.pipeline.data.sorting import sorted_by_key
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, check_bucket, normal_uri
@@ -165,8 +166,10 @@ class Manifest:
         If the run `has_begun`, a setting that is auto in `config` accepts any value of the manifest.
         """
         try:
-            table = pq.read_table(pa.BufferReader(data)).combine_chunks()
-            about = json.loads(table.schema.metadata[_METADATA])
+            file = pq.ParquetFile(pa.BufferReader(data))
+            about = json.loads(file.schema_arrow.metadata[_METADATA])
+            columns = [file.read(columns=[n]).combine_chunks()[n] for n in file.schema_arrow.names]
+            table = pa.table(columns, file.schema_arrow.names)
         except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
             raise DataError(
                 f"the manifest is damaged ({error}); delete it to list {config.path} again"
@@ -184,7 +187,6 @@ class Manifest:
                     f"data.{name}={now!r}, but the manifest of this run was listed with "
                     f"{detected.get(name, then)!r}; give the run another name, or set the old value"
                 )
-        table = table.replace_schema_metadata(None)
         kept = (table, about["kind"], about["root"], about["num_ignored"])
         notes, damaged, passed_over = (
             tuple(about.get(name, ())) for name in ("notes", "damaged", "passed_over")
@@ -250,7 +252,12 @@ def build_manifest(
         num_ignored += contents.bare.num_rows
         kept = _row_groups(config, path, contents.root, contents.shards, storage)
     elif num_images or contents.bare.num_rows:
-        kept = _images(config, path, pa.concat_tables([contents.images, contents.bare]))
+        images = pa.concat_tables([contents.images, contents.bare])
+        nothing = images.schema.empty_table()
+        contents = contents._replace(images=nothing, bare=nothing)  # `images` holds them alone, to be freed
+        columns = dict(zip(images.column_names, images.columns, strict=True))
+        del images
+        kept = _images(config, path, columns)
     else:
         raise no_images(contents, path, num_ignored, setting=setting)
     labelled = (
@@ -264,11 +271,6 @@ def build_manifest(
     return manifest
 
 
-def _sorted(table: pa.Table, *columns: str) -> pa.Table:
-    """Sort in byte order of the key, as Arrow compares strings, because stores list in different orders."""
-    return table.sort_by([(column, "ascending") for column in columns]).combine_chunks()
-
-
 class _Found(NamedTuple):
     table: pa.Table
     detected: dict[str, Any]
@@ -277,7 +279,8 @@ class _Found(NamedTuple):
     rows_per_group: int | None = None
 
 
-def _images(config: DataConfig, path: str, table: pa.Table) -> _Found:
+def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) -> _Found:
+    """Takes the columns out of `columns`."""
     detected: dict[str, Any] = {}
     for name in ("key_column", "label_column"):
         if getattr(config, name) == AUTO:
@@ -287,25 +290,25 @@ def _images(config: DataConfig, path: str, table: pa.Table) -> _Found:
                 f"data.{name}={getattr(config, name)!r} is for Parquet, but {path} holds image objects; "
                 "unset it (labels of image objects: data.label_from_parent=true)"
             )
-    if config.label_from_parent is True and table["label"].null_count == table.num_rows:
+    if config.label_from_parent is True and columns["label"].null_count == len(columns["label"]):
         raise ConfigError(f"data.label_from_parent=true, but no image of {path} lies in a folder below it")
     notes = []
     if config.label_from_parent == AUTO:
-        counts = {row["values"]: row["counts"] for row in table["label"].value_counts().to_pylist()}
+        labels = columns["label"]
+        counts = {row["values"]: row["counts"] for row in labels.value_counts().to_pylist()}
         detected["label_from_parent"], note = labels_from_folders(counts)
         notes.append(note)
         classes = [name for name in counts if detected["label_from_parent"] and is_class(name)]
-        labels = table["label"]
-        labels = pc.if_else(
+        columns["label"] = pc.if_else(
             pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
         )
-        table = table.set_column(table.schema.get_field_index("label"), "label", labels)
-    return _Found(_sorted(table, "key"), detected, notes)
+        del labels
+    return _Found(sorted_by_key(columns), detected, notes)
 
 
 def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, storage: StorageConfig) -> _Found:
     found = list_row_groups(
-        _sorted(shards, "key"),
+        sorted_by_key(dict(zip(shards.column_names, shards.columns, strict=True))),
         path=path,
         root=root,
         asked=Asked(config.image_column, config.key_column, config.label_column, config.label_from_parent),

@@ -181,8 +181,8 @@ class Directory:
             bucket, prefix = split_s3_uri(self.join(""))
             names: set[str] = set()
             for page in list_pages(bucket, prefix, delimiter="/"):
-                names.update(entry["Key"][len(prefix) :] for entry in page.get("Contents", []))
-                names.update(entry["Prefix"][len(prefix) : -1] for entry in page.get("CommonPrefixes", []))
+                names.update(key[len(prefix) :] for key in page.objects.keys)
+                names.update(folder[len(prefix) : -1] for folder in page.folders)
             return sorted(names - {""})
         if not os.path.lexists(self.uri):
             return []

@@ -20,6 +20,7 @@ import botocore.session
 from botocore.config import Config
 
 from dinoray.models.errors import ConfigError, DataError, one_line, redact_credentials
+from dinoray.pipeline.storage import pages
 from dinoray.pipeline.storage.bodies import read_body
 from dinoray.pipeline.storage.retry import (
     LIST_AGAIN,
@@ -122,18 +123,20 @@ def _new_client() -> tuple[Any, Any]:
             max_pool_connections=MAX_CONNECTIONS,
             tcp_keepalive=True,
         )
-        return session.create_client("s3", config=config), credentials
+        client = session.create_client("s3", config=config)
     except ValueError as error:
         raise ConfigError(f"{one_line(error)}; AWS_ENDPOINT_URL must look like http://host:port") from error
     except botocore.exceptions.BotoCoreError as error:
         raise DataError(
             f"no usable AWS credentials or configuration: {one_line(error)}; {SET_CREDENTIALS}"
         ) from error
+    client.meta.events.register(pages.EVENT, pages.take_objects)
+    return client, credentials
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
     """Return the ETag in an answer or a listing, without quotes or a proxy's mark of weakness; "" if there is none."""
-    return str(answer.get("ETag", "")).removeprefix("W/").strip('"')
+    return pages.etag_text(str(answer.get("ETag", "")))
 
 
 def read_object(
@@ -219,28 +222,32 @@ def probe_object(bucket: str, key: str) -> None:
     read_body(response["Body"])
 
 
-def list_pages(
+def list_page(
     bucket: str,
     prefix: str,
     *,
     delimiter: str | None = None,
+    start_after: str | None = None,
+    token: str | None = None,
     retry: Retry = retrying,
-    retry_later: Retry = retrying,
-) -> Iterator[dict[str, Any]]:
-    """Yield the ListObjectsV2 pages of all keys that start with `prefix`.
+) -> pages.Page:
+    """Return one page of the keys that start with `prefix`: that after the key `start_after`, or that of `token`.
 
-    Each page is retried separately: the first page by `retry`, further pages by `retry_later`.
+    With `delimiter`, keys that have one after the prefix are folded into common prefixes.
     """
-    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
-    if delimiter:
-        request["Delimiter"] = delimiter
-    while True:
-        operation = partial(s3_client().list_objects_v2, **request)
-        page = retry(operation, what=f"s3://{bucket}/{prefix}")
+    parameters = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
+    parameters |= {"StartAfter": start_after, "ContinuationToken": token}
+    operation = partial(pages.request_page, s3_client().list_objects_v2, **parameters)
+    return retry(operation, what=f"s3://{bucket}/{prefix}")
+
+
+def list_pages(bucket: str, prefix: str, *, delimiter: str | None = None) -> Iterator[pages.Page]:
+    """Yield the pages of all keys that start with `prefix`, one request after the other."""
+    token: str | None = ""
+    while token is not None:
+        page = list_page(bucket, prefix, delimiter=delimiter, token=token or None)
         yield page
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"], retry = page["NextContinuationToken"], retry_later
+        token = page.token
 
 
 class ObjectFile(io.RawIOBase):

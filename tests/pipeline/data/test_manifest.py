@@ -50,7 +50,6 @@ def keys_of(manifest: Manifest) -> list[str]:
         ("x.svg", "other"),
         ("README", "other"),
         ("_SUCCESS", "other"),
-        ("not-utf8-\udcff.jpg", "other"),
         ("part-0.parquet", "parquet"),
         ("_metadata.parquet", "other"),
     ],
