@@ -16,7 +16,7 @@ _KINDS = {
 
 
 def kind_of(status: Any, reason: Any) -> str:
-    """Return what the reasons of all images with one trouble share: not their names, sizes or bytes."""
+    """Return a name for the trouble, without the image's name, size or bytes."""
     known = Status.__members__.get(str(status).upper())
     if known is None:
         return str(status)

@@ -36,12 +36,13 @@ class Share(NamedTuple):
 
 
 def share(records: Records, values: Mapping[str, Any]) -> Share | None:
-    """As the run counts them; None where batch or limit are not known, or nothing was seen."""
+    """Over the whole run; None where batch or limit are not known, or nothing was seen."""
     batch, limit = values.get("train.global_batch_size"), values.get("data.max_bad_fraction")
     bad, step = records.series("bad_images").last, records.last_step
     if not (isinstance(batch, int) and isinstance(limit, int | float) and bad >= 0 and step):
         return None
-    return Share(bad, step * batch, float(limit))
+    trained = records.series("trained_images").last
+    return Share(bad, int(trained + bad) if trained >= 0 else step * batch, float(limit))
 
 
 def near_limit_warning(found: Share | None) -> str | None:

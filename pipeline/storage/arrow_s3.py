@@ -1,9 +1,8 @@
 """pyarrow's S3 filesystem with botocore's credentials, so that what is written and what is read have the same keys.
 
-Stands between botocore and what takes a pyarrow filesystem: Ray's checkpoints and Parquet files. pyarrow has a chain of
-its own, which knows fewer kinds of profiles (no role of another profile), and keys given to it are never renewed. So
-each call takes the keys of now, and a new S3FileSystem once they differ. Bytes pass between Python and pyarrow as
-without it. No Ray here.
+Ray's checkpoints and Parquet files need a pyarrow filesystem. pyarrow's own search for keys knows fewer kinds of
+profiles (no role of another profile), and does not renew keys that it is given. So each call asks botocore for the
+keys, and makes a new S3FileSystem once they differ. The data itself does not pass through Python. No Ray here.
 """
 
 import threading
@@ -75,7 +74,7 @@ class RenewedS3(pyarrow.fs.FileSystemHandler):
         self._s3().delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
 
     def delete_root_dir_contents(self) -> None:
-        raise NotImplementedError("all buckets are never emptied")
+        raise NotImplementedError("this would empty all buckets")
 
     def delete_file(self, path: str) -> None:
         self._s3().delete_file(path)
@@ -87,13 +86,13 @@ class RenewedS3(pyarrow.fs.FileSystemHandler):
         self._s3().copy_file(src, dest)
 
     def open_input_stream(self, path: str) -> Any:
-        return self._s3().open_input_stream(path)
+        return self._s3().open_input_stream(path, compression=None)
 
     def open_input_file(self, path: str) -> Any:
         return self._s3().open_input_file(path)
 
     def open_output_stream(self, path: str, metadata: dict[str, str]) -> Any:
-        return self._s3().open_output_stream(path, metadata=metadata)
+        return self._s3().open_output_stream(path, compression=None, metadata=metadata)
 
     def open_append_stream(self, path: str, metadata: dict[str, str]) -> Any:
         raise NotImplementedError(f"{path}: nothing is appended to objects of S3")

@@ -15,7 +15,7 @@ PACE_SECONDS = 60.0
 PACE_BYTES = 600_000
 """Bytes that must arrive within PACE_SECONDS. So an attempt takes at most 60 s, and 1 s more for each 10 kB.
 
-That is slow on purpose: many reads share a link, and one that is cut begins again from nothing. 512 reads at this
+The limit is low, because many reads share a link, and a read that is stopped starts again. 512 reads at this
 pace are 41 Mbit/s.
 """
 _RECEIVED_AT_ONCE = 1 << 20
@@ -44,7 +44,7 @@ class Pace:
 def read_body(body: Any) -> bytes:
     """Return all bytes of botocore's `body`, and close it.
 
-    Raises TimeoutError if it keeps no pace, Abandoned if nobody awaits it any more, and what botocore raises for a
+    Raises TimeoutError if it is too slow, Abandoned if nobody awaits it any more, and what botocore raises for a
     wrong length or checksum.
     """
     with body as response:  # urllib3's; its end closes the connection, unless all of the body was read

@@ -12,7 +12,7 @@ class StorageConfig(Settings):
     """Seconds for which each read of images waits for storage that does not answer, before the run ends."""
 
     hedge_after_seconds: float | None = Field(default=None, gt=0)
-    """Seconds without the whole answer after which an image or shard on S3 is asked for a second time; null: never."""
+    """Seconds after which an image or shard on S3 that has not arrived is requested again; null: never."""
 
 
 DEFAULTS = StorageConfig()

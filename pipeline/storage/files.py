@@ -70,8 +70,8 @@ def is_shared_path(uri: str) -> bool:
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return a pyarrow filesystem and the path of `uri` in it; a relative local path becomes absolute.
 
-    For S3, botocore resolves endpoint, scheme and region, and the keys of each call, also of keys that are renewed;
-    so a pickled filesystem contains no secret. Raises DataError with the bucket's name if it is missing or
+    For S3, endpoint, scheme, region and keys come from botocore. Each call asks for the keys anew, because they may
+    expire. So a pickled filesystem contains no secret. Raises DataError with the bucket's name if it is missing or
     forbidden, so that the first checkpoint does not fail later.
     """
     if not is_s3(uri):

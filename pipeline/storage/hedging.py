@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_SECOND_REQUESTS = 16
-"""Reads of this process that may have two requests at once: a store that is slow for all is not asked for all twice."""
+"""Reads of this process that may have two requests at once: so that a slow store does not get twice the load."""
 
 _second_requests = threading.BoundedSemaphore(MAX_SECOND_REQUESTS)
 _here = threading.local()

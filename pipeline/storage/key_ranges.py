@@ -4,10 +4,11 @@ A page can be asked for only with the token of the page before it, or after a gi
 ranges, each of which is read page by page. A thread without work cuts a range that another reads, at a folder or a
 name in the middle of what is left of it; no key needs to have that name, so this works for any layout of folders.
 
-Whether no key is lost and none comes twice does not depend on the cuts. A range is read until the first key beyond
+Cuts lose no key and double none. A range is read until the first key beyond
 its end, and the next range counts only if the store began it with that very key: then both are one stretch of the
-store's order. Else (the store ignores StartAfter, does not order keys by their bytes, or has just changed) the
-range reads on in place of the next one; after a few of these no more cuts are made.
+store's order. Else (the store ignores StartAfter, or begins elsewhere, or has just changed) the
+range reads on in place of the next one; after a few of these no more cuts are made. Not covered, and not known to
+exist: a store that compares StartAfter by bytes with each key, but lists keys in another order.
 """
 
 import logging
@@ -74,7 +75,7 @@ def list_ranges(
     The first request is repeated by `retry`, all others by `retry_later`. Raises the DataError of the first request
     that fails for good.
     """
-    keys, token = KeyRange(prefix, None), None
+    keys, token = KeyRange("", None), None  # an object may have the prefix itself as its key
     for number in range(_PAGES_FIRST):
         page = read(start_after=None, token=token, retry=retry if number == 0 else retry_later)
         keys.take(page.objects, page.token)
@@ -175,7 +176,7 @@ class _Team:
         for _ in range(_MOST_LISTS):
             try:
                 found = self._read_folders(outer.popleft(), retry=self._retry_while_wanted) if outer else []
-            except DataError:  # if this is no matter of folders, the pages fail too
+            except DataError:  # if the store itself fails, the pages fail too
                 found = []
             outer += found
             with self._changed:

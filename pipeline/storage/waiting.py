@@ -112,7 +112,7 @@ class Patient:
     """Retries reads of one object until the storage answers.
 
     `others` returns probes of other objects, the likeliest to be readable first. `is_wanted` returns False once
-    nobody awaits the read any more. `once` makes one attempt: it calls the operation.
+    nobody awaits the read any more. `once` calls the operation for one attempt; hedging.py replaces it.
     """
 
     give_up_after_seconds: float

@@ -89,7 +89,7 @@ class MultiCropActor:
         try:
             return self._augmenter.block(positions)
         except DinorayError as error:
-            error.raised_by_all_ranks = True  # they end by themselves once the stream does, with a checkpoint
+            error.raised_by_all_ranks = True  # they stop once the stream has failed
             # Posted from here because Ray forwards only the text of an actor's error, not the error itself.
             self._channel.post_fatal(error)
             raise

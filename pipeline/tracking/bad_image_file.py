@@ -66,7 +66,7 @@ class BadImageFile:
         self._is_stale = False
 
     def _count(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Merge a record into its image; return the image if it is new."""
+        """Merge a record into the image of its key; return the image if it is new."""
         key, position = str(record["key"]), int(record["position"])
         known = self._images.get(key)
         if known is None and len(self._images) == _MAX_NAMES:

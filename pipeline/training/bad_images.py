@@ -62,7 +62,10 @@ class Quarantine:
 
     @classmethod
     def restored(cls, meta: Mapping[str, Any]) -> "Quarantine":
-        """Return the counts of a checkpoint's meta data, of earlier versions too."""
+        """Return the counts of a checkpoint's meta data, of earlier versions too.
+
+        Those did not keep the first position: what another run trained on then counts as this run's.
+        """
         quarantine = cls(first=meta.get("first_position", 0))
         quarantine.counts.update(meta["bad_images"])
         quarantine.trained = meta["positions"] - quarantine.first - quarantine.counts.total()
@@ -120,9 +123,9 @@ class Quarantine:
         seen, bad = num_seen - first.positions, total - first.bad
         if seen >= min(_FIRST_CHECK, num_images) and bad > limit * seen:
             raise TooManyBadImagesError(
-                f"{bad} of the last {seen} images could not be used, more than data.max_bad_fraction={limit}: "
-                f"{'; '.join(self._commonest())}; mend or remove them, or raise data.max_bad_fraction; "
-                f"they are named in {file}"
+                f"{bad} of the last {seen} images could not be used, more than data.max_bad_fraction={limit}; "
+                f"in the whole run: {'; '.join(self._commonest())}; "
+                f"mend or remove them, or raise data.max_bad_fraction; they are named in {file}"
             )
         if num_seen - self._marks[-1].positions >= min(_WINDOW, num_images):
             self._marks = [*self._marks[-1:], Mark(num_seen, total)]

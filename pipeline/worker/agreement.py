@@ -21,17 +21,17 @@ _MARGIN_SECONDS = 600.0
 """Beyond the time that a read of one worker may wait for the storage."""
 
 
-class StreamEndedError(Exception):
+class StreamFailedError(Exception):
     """The stream of at least one worker has failed. All workers raise it, after the same step."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
-        """To be raised once the state of the last step is saved: the first worker's that is for a person to read."""
+        """The first error that a person can act on, if there is one; raised once the last step is saved."""
 
 
 class Agreement:
-    """A process group of its own, whose waiting workers have patience with the one whose storage is down.
+    """A process group of its own. Its time limit is long enough for a worker that waits for storage.
 
     `known` returns the error behind an exception of the stream that a person can act on, or None. No Ray here.
     """
@@ -46,7 +46,7 @@ class Agreement:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     def batches(self, mine: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield this worker's batches for as long as all workers have one. Raises StreamEndedError if one fails."""
+        """Yield this worker's batches for as long as all workers have one. Raises StreamFailedError if one fails."""
         iterator = iter(mine)
         while True:
             batch, error = None, None
@@ -54,18 +54,19 @@ class Agreement:
                 batch = next(iterator, None)
             except Exception as caught:
                 error = caught
-            if not self._all(batch is not None):
+            if not self.is_everywhere(batch is not None):
                 break
             assert batch is not None
             yield batch
         first = self._first_known(error)
         if first is not None:
             first.raised_by_all_ranks = True
-            raise StreamEndedError(first) from error
-        if not self._all(error is None):
-            raise StreamEndedError(error or RuntimeError("the stream of another train worker has failed"))
+            raise StreamFailedError(first) from error
+        if not self.is_everywhere(error is None):
+            raise StreamFailedError(error or RuntimeError("the stream of another train worker has failed"))
 
-    def _all(self, mine: bool) -> bool:
+    def is_everywhere(self, mine: bool) -> bool:
+        """Return True on all workers if `mine` is True on all of them."""
         if self._group is None:
             return mine
         agreed = torch.tensor(int(mine))

@@ -19,6 +19,7 @@ from dinoray.pipeline.cluster.channel import Event, RunChannel, fatal_error
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
 from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
 from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.ray_private.train_controller import ControllerCallback
 from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
@@ -37,9 +38,9 @@ from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.worker import CONTROLLER, fit
 
 _END_SECONDS = 120.0
-"""Within which workers that all came to the same error have ended, some with a checkpoint to upload."""
+"""Longest wait for workers that all met the same error; they may upload a checkpoint."""
 _KILL_SECONDS = 20.0
-"""Within which Ray Train's controller has started, and a killed one is known to be dead."""
+"""Longest wait for Ray Train's controller to start, and to end once it is killed."""
 
 
 def check_run(config: Config) -> None:
@@ -135,13 +136,17 @@ def _ended(fit: threading.Thread, channel: RunChannel) -> Iterator[None]:
     except LostRayError:
         raise
     except BaseException:
-        deadline = time.monotonic() + _KILL_SECONDS
+        deadline = time.monotonic() + (_KILL_SECONDS if ControllerCallback else 0)
         while fit.is_alive() and time.monotonic() < deadline:
-            controller = channel.get(CONTROLLER)
-            if controller is not None:
-                ray.kill(controller)
+            with contextlib.suppress(Exception):  # the error that ended the run is the one to report
+                controller = channel.get(CONTROLLER)
+                if controller is not None:
+                    ray.kill(controller)
             fit.join(0.2)
         raise
+    finally:
+        with contextlib.suppress(Exception):
+            channel.put(CONTROLLER, None)  # it holds the channel too: neither would end
 
 
 def _how_to_resume(run: Directory) -> str:

@@ -20,7 +20,7 @@ from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.cluster.resources import ResourcesConfig
-from dinoray.pipeline.data.partition import lay_out
+from dinoray.pipeline.data.partition import Layout, lay_out
 from dinoray.pipeline.evaluation.in_training import evaluate
 from dinoray.pipeline.ray_private.train_controller import controller_callbacks
 from dinoray.pipeline.storage import run_dir
@@ -35,7 +35,7 @@ from dinoray.pipeline.training.distributed import all_reduce_max, set_up_device
 from dinoray.pipeline.training.init_weights import load_initial_weights
 from dinoray.pipeline.training.step import build_state, train
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
-from dinoray.pipeline.worker.agreement import Agreement, StreamEndedError
+from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.outputs import Outputs
 from dinoray.pipeline.worker.spec import WorkerSpec
@@ -75,6 +75,8 @@ def work(loop_config: dict[str, Any]) -> None:
     """
     spec: WorkerSpec = ray.get(loop_config["spec"])
     report_outages(spec.channel.note_outage)
+    if spec.channel.posted_error() is not None:
+        return  # the run has ended with it: a worker that Ray restarts has nothing to do
     outputs = None
     try:
         worker = _Worker(spec)
@@ -130,13 +132,18 @@ class _Worker:
         if self.is_new:
             self._evaluate()
         try:
-            train(state, self.agreement.batches(self._batches()), on_step=self._on_step)
-        except StreamEndedError as ended:
-            if state.step > self.saved_step and not state.skipped_in_a_row:
-                self._count_images()
-                self._save()
+            train(state, self._batches(), on_step=self._on_step)
+        except StreamFailedError as failed:
             # Of an augment actor's error Ray forwards only the text; the actor has posted the error itself.
-            raise self.spec.channel.posted_error() or ended.error from ended
+            error = self.spec.channel.posted_error() or failed.error
+            # After another error Ray restarts the workers, and does not wait for an upload.
+            if (
+                isinstance(error, DinorayError)
+                and state.step > self.saved_step
+                and not state.skipped_in_a_row
+            ):
+                self._save_last_step()
+            raise error from failed
         if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
         if self.outputs:
@@ -161,6 +168,7 @@ class _Worker:
         return Quarantine.restored(meta)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
+        """Yield batches for as long as all workers have one. Raises StreamFailedError."""
         layout = lay_out(
             range(self.state.step, self.state.schedule.total_steps),
             world_size=self.world_size,
@@ -169,11 +177,24 @@ class _Worker:
         )
         shared, ahead = self.spec.shared, self.spec.prefetch_batches
         if shared:
-            yield from shared_stream.batches(shared, layout, rank=self.rank, prefetch_batches=ahead)
-        for leg in [] if shared else ray_data.legs(layout):
-            splits = ray_data.open_splits(self.spec.stream, leg) if self.rank == 0 else None
-            mine = ray.train.collective.broadcast_from_rank_zero(splits)[self.rank]
-            yield from ray_data.batches(mine, leg, rank=self.rank, prefetch_batches=ahead)
+            stream = shared_stream.batches(shared, layout, rank=self.rank, prefetch_batches=ahead)
+            yield from self.agreement.batches(stream)
+            return
+        for leg in ray_data.legs(layout):
+            yield from self.agreement.batches(self._batches_of(leg))
+
+    def _batches_of(self, leg: Layout) -> Iterator[dict[str, Any]]:
+        splits, failure = None, None
+        if self.rank == 0:
+            try:
+                splits = ray_data.open_splits(self.spec.stream, leg)
+            except Exception as error:
+                failure = error  # raised once the others, who wait for the splits, know that there are none
+        splits = ray.train.collective.broadcast_from_rank_zero(splits)
+        if splits is None:
+            raise failure or RuntimeError("train worker 0 could not open the stream")
+        ahead = self.spec.prefetch_batches
+        yield from ray_data.batches(splits[self.rank], leg, rank=self.rank, prefetch_batches=ahead)
 
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> bool:
         """Do what is due after a step; return True if the run must end here. All ranks call it alike."""
@@ -265,10 +286,28 @@ class _Worker:
             self.outputs.restart_meters()
 
     def _save(self) -> None:
-        checkpoint = None
-        if self.outputs:
-            folder = self.outputs.write_checkpoint(self.state, self.quarantine)
-            checkpoint = Checkpoint.from_directory(str(folder))
+        self._report(self._written())
+
+    def _save_last_step(self) -> None:
+        """Save after the stream has failed, unless that fails too: the storage may be the same."""
+        checkpoint, failure = None, None
+        try:
+            self._count_images()
+            checkpoint = self._written()
+        except DinorayError as error:
+            failure = error
+        if self.agreement.is_everywhere(failure is None):
+            self._report(checkpoint)
+        elif self.outputs:
+            self.outputs.note(f"warning: no checkpoint of step {self.state.step}: {failure}")
+
+    def _written(self) -> Checkpoint | None:
+        """Return the checkpoint in a local folder, on rank 0."""
+        if not self.outputs:
+            return None
+        return Checkpoint.from_directory(str(self.outputs.write_checkpoint(self.state, self.quarantine)))
+
+    def _report(self, checkpoint: Checkpoint | None) -> None:
         # Uploads in the background and removes the folder afterwards.
         ray.train.report(
             {"step": self.state.step},

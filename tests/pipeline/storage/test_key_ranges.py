@@ -81,6 +81,13 @@ def test_all_keys_come_once_and_in_order(names: list[str], prefix: str) -> None:
     assert listed(Store(keys), prefix) == keys
 
 
+@pytest.mark.parametrize("count", [0, 1, PAGE - 1, PAGE, 5 * PAGE, 20 * PAGE])
+def test_an_object_whose_key_is_the_prefix_itself_is_one_of_the_keys(count: int) -> None:
+    """As the folders are that S3's console makes."""
+    keys = ["photos/", *(f"photos/{number:04}.jpg" for number in range(count))]
+    assert listed(Store(keys), "photos/") == keys
+
+
 @given(st.integers(0, 300), st.integers(1, 10**9), st.sampled_from(["{:012}.jpg", "train/{:x}/x.jpg"]))
 def test_numbered_keys_come_once_and_in_order(count: int, step: int, form: str) -> None:
     keys = sorted(form.format(number * step) for number in range(count))

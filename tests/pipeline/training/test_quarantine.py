@@ -127,9 +127,9 @@ def test_a_run_ends_when_more_than_the_limit_is_bad(bad: int, num_seen: int, end
     with pytest.raises(DataError) as caught:
         check(quarantine, num_seen=num_seen)
     assert str(caught.value) == (
-        "11 of the last 1000 images could not be used, more than data.max_bad_fraction=0.01: 11 changed file or "
-        "damaged shard (999.jpg: because); mend or remove them, or raise data.max_bad_fraction; they are named in "
-        "runs/demo/quarantine.jsonl"
+        "11 of the last 1000 images could not be used, more than data.max_bad_fraction=0.01; in the whole run: "
+        "11 changed file or damaged shard (999.jpg: because); mend or remove them, or raise data.max_bad_fraction; "
+        "they are named in runs/demo/quarantine.jsonl"
     )
 
 
@@ -141,7 +141,7 @@ def test_the_five_commonest_reasons_are_told_with_an_example_each() -> None:
         seen(quarantine, 99, *bad, positions=positions, reason=f"trouble {'abcdefg'[number]}: 12")
     with pytest.raises(DataError) as caught:
         check(quarantine, num_seen=positions, num_images=100)
-    told = str(caught.value).split("=0.01: ")[1].split("; ")[:-2]
+    told = str(caught.value).split("in the whole run: ")[1].split("; ")[:-2]
     assert [reason.split(" (")[0] for reason in told] == [
         f"{n} trouble {name}" for n, name in zip((7, 6, 5, 4, 3), "gfedc", strict=True)
     ]

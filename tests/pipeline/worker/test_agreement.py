@@ -8,7 +8,7 @@ from ranks import on_two_ranks
 
 from dinoray.models.errors import ConfigError, DataError, DinorayError
 from dinoray.pipeline.cluster.channel import known_error
-from dinoray.pipeline.worker.agreement import Agreement, StreamEndedError
+from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 
 ENDS: dict[str, tuple[int, Exception | None]] = {
     "done": (6, None),
@@ -33,7 +33,7 @@ def consume(rank: int, ends: tuple[str, str]) -> tuple[list[int], str, str, Any]
     try:
         for batch in Agreement(patience_seconds=60, known=known_error).batches(stream(ends[rank])):
             taken.append(batch)  # what came before an error counts too
-    except StreamEndedError as ended:
+    except StreamFailedError as ended:
         error = ended.error
         return taken, type(error).__name__, str(error), getattr(error, "raised_by_all_ranks", None)
     return taken, "", "", None
@@ -69,7 +69,7 @@ def test_one_worker_alone_ends_with_its_own_error(error: Exception) -> None:
         yield 1
         raise error
 
-    with pytest.raises(StreamEndedError) as ended:
+    with pytest.raises(StreamFailedError) as ended:
         list(Agreement(patience_seconds=1, known=known_error).batches(mine()))
     assert type(ended.value.error) is type(error)
     assert str(ended.value.error) == str(error)
