@@ -179,8 +179,7 @@ def _objects(
 def _batches(entries: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
     while some := list(islice(entries, _BATCH_ROWS)):
         some = [entry if _is_unicode(entry.key) else _replaced(entry) for entry in some]
-        columns = zip(*some, strict=True)
-        yield pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, LISTED, strict=True)], LISTED)
+        yield Objects(*map(list, zip(*some, strict=True))).to_arrow()
 
 
 def _replaced(entry: Entry) -> Entry:

@@ -4,11 +4,11 @@ A page can be asked for only with the token of the page before it, or after a gi
 ranges, each of which is read page by page. A thread without work cuts a range that another reads, at a folder or a
 name in the middle of what is left of it; no key needs to have that name, so this works for any layout of folders.
 
-Cuts lose no key and double none. A range is read until the first key beyond
-its end, and the next range counts only if the store began it with that very key: then both are one stretch of the
-store's order. Else (the store ignores StartAfter, or begins elsewhere, or has just changed) the
-range reads on in place of the next one; after a few of these no more cuts are made. Not covered, and not known to
-exist: a store that compares StartAfter by bytes with each key, but lists keys in another order.
+Cuts lose no key and double none. A range is read until the first key beyond its end, and the next range counts only if
+the store began it with that very key: then both are one stretch of the store's order. Else (the store ignores
+StartAfter, or begins elsewhere, or has just changed) the range reads on in place of the next one; after a few of these
+no more cuts are made. Not covered, and not known to exist: a store
+that compares StartAfter by bytes with each key, but lists keys in another order.
 """
 
 import logging
@@ -264,7 +264,7 @@ class _Team:
         return self._retry(wanted, what=what)
 
     def learn(self, keys: list[str]) -> None:
-        """Add the letters and digits of some keys to those that names are made of: no name then means another place."""
+        """Add the letters and digits of some keys to those that names are made of."""
         new = {letter for key in keys[::_SAMPLED] for letter in key if letter.isalnum()}
         if not new.issubset(self._letters):
             self._letters = "".join(sorted(new.union(self._letters)))
