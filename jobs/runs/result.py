@@ -9,6 +9,7 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_records
+from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
 from dinoray.pipeline.training.verdict import Verdict
 
 
@@ -55,11 +56,12 @@ def describe_result(run: Directory) -> str:
 
 def _accounts(last: dict[str, Any]) -> str:
     """Every position of the stream, as trained on or replaced."""
-    bad, name = last["bad_images"], "bad_images_"
+    bad = last["bad_images"]
     if "trained_images" not in last:  # a run of an earlier version
         return f"{bad:,}"
     trained = last["trained_images"]
-    kinds = (f"{n:,} {key.removeprefix(name)}" for key, n in last.items() if key.startswith(name))
+    counts = {key.removeprefix(BAD_IMAGES_OF): n for key, n in last.items() if key.startswith(BAD_IMAGES_OF)}
+    kinds = (f"{n:,} {status}" for status, n in counts.items())
     return f"{trained + bad:,} images seen = {trained:,} trained on + {bad:,} replaced ({', '.join(kinds)})"
 
 

@@ -5,6 +5,9 @@ from typing import Any
 
 from dinoray.pipeline.data.fetched import Status
 
+FIRST_CHECK = 1000
+"""Images: before so many were seen, the share of bad ones says little."""
+
 _KINDS = {
     Status.MISSING: "missing",
     Status.UNREACHABLE: "unreachable",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dinoray.pipeline.data.bad_kinds import kind_of
+from dinoray.pipeline.data.bad_kinds import FIRST_CHECK, kind_of
 from dinoray.pipeline.reporting.page import Html, details, section, table
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
@@ -16,8 +16,6 @@ _SHOWN = 20
 _MAX_KINDS = 12
 _NEAR = 0.5
 """Share of what is allowed from which on a person should know."""
-_FIRST_IMAGES = 1000
-"""Before so many were seen, a fraction says little; the run ignores it too (training/bad_images.py)."""
 
 
 class Share(NamedTuple):
@@ -47,7 +45,7 @@ def share(records: Records, values: Mapping[str, Any]) -> Share | None:
 
 def near_limit_warning(found: Share | None) -> str | None:
     """A line where the run is near the limit."""
-    if found is None or found.seen < _FIRST_IMAGES or found.of_limit < _NEAR:
+    if found is None or found.seen < FIRST_CHECK or found.of_limit < _NEAR:
         return None
     return (
         f"Bad images: {_percent(found.bad / found.seen)} of the images seen; the run fails above "

@@ -17,7 +17,7 @@ _MAX_NAMES = 100_000
 
 
 class BadImageFile:
-    """The file of a run that starts or resumes at `first_position`.
+    """The file of a run that starts or resumes at `resume_position`.
 
     `tell` takes a line for the user, once there are too many images to name them all.
     """
@@ -27,7 +27,7 @@ class BadImageFile:
         run: Directory,
         *,
         num_images: int,
-        first_position: int,
+        resume_position: int,
         staging: Path,
         tell: Callable[[str], None],
     ) -> None:
@@ -39,7 +39,7 @@ class BadImageFile:
         for line in map(json.loads, old):
             # Earlier versions wrote a line for each position.
             for position in line.pop("positions", None) or [line["position"]]:
-                if position < first_position:
+                if position < resume_position:
                     self._count({**line, "position": position})
         self._write()
         self._is_uploaded = not old

@@ -62,7 +62,7 @@ class MetricsLog(MetricSink):
         *,
         num_images: int,
         first_step: int = 0,
-        first_position: int = 0,
+        resume_position: int = 0,
         others: Sequence[MetricSink] = (),
         tell: Callable[[str], None] = print,
     ) -> None:
@@ -70,7 +70,7 @@ class MetricsLog(MetricSink):
         staging = Path(self._temporary.name if self._temporary else run.uri)
         staging.mkdir(parents=True, exist_ok=True)
         self._bad_images = BadImageFile(
-            run, num_images=num_images, first_position=first_position, staging=staging, tell=tell
+            run, num_images=num_images, resume_position=resume_position, staging=staging, tell=tell
         )
         files = RunFiles(run, first_step=first_step, staging=staging)
         events = TensorBoard(run, staging=staging, purge_step=first_step + 1 if first_step else 0)

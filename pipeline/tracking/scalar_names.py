@@ -9,6 +9,9 @@ from collections.abc import Mapping
 
 from dinoray.pipeline.augment.augmenter import STAGES
 
+BAD_IMAGES_OF = "bad_images_"
+"""Before a status: how many images with that status were replaced."""
+
 GROUPS: dict[str, tuple[str, ...]] = {
     # The programs sort names within a section: the loss comes first.
     "train": ("loss", "teacher_entropy"),
@@ -16,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "health": (
         *("kl", "kl_mean", "entropy_ratio", "mutual_information", "prototypes_used", "commonest_prototype"),
         *("center_norm", "center_drift", "feature_std", "collapsed_dims", "grad_norm"),
-        *("skipped_steps", "trained_images", "bad_images", r"bad_images_\w+", "crops"),
+        *("skipped_steps", "trained_images", "bad_images", rf"{BAD_IMAGES_OF}\w+", "crops"),
     ),
     "throughput": ("images_per_second", "data_wait", *(f"{stage}_cpu_ms" for stage in STAGES)),
     "eval": (r"knn_\d+", "majority", "rankme", "lidar", "calibration_images", "attention"),

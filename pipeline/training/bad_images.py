@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinoray.models.errors import DataError, DinorayError
-from dinoray.pipeline.data.bad_kinds import kind_of
+from dinoray.pipeline.data.bad_kinds import FIRST_CHECK, kind_of
 from dinoray.pipeline.data.source import Status
 from dinoray.pipeline.training.distributed import gather
 
 _WINDOW = 100_000
 """Positions, or an epoch if that is shorter: so many that chance moves the share of bad images by under a tenth."""
-_FIRST_CHECK = 1000
 _NUM_REASONS = 5
 _MAX_KINDS = 100
 """Reasons of a damaged store may all differ: further ones are counted as one."""
@@ -121,7 +120,7 @@ class Quarantine:
         """
         total, first = self.counts.total(), self._marks[0]
         seen, bad = num_seen - first.positions, total - first.bad
-        if seen >= min(_FIRST_CHECK, num_images) and bad > limit * seen:
+        if seen >= min(FIRST_CHECK, num_images) and bad > limit * seen:
             raise TooManyBadImagesError(
                 f"{bad} of the last {seen} images could not be used, more than data.max_bad_fraction={limit}; "
                 f"in the whole run: {'; '.join(self._commonest())}; "

@@ -16,6 +16,7 @@ from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.prometheus import Gauges
 from dinoray.pipeline.tracking.records import spent
 from dinoray.pipeline.tracking.run_log import MetricsLog
+from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
 from dinoray.pipeline.tracking.services import open_trackers
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import temporary_checkpoint
@@ -38,7 +39,7 @@ class Outputs:
             spec.run,
             num_images=spec.num_images,
             first_step=state.step,
-            first_position=state.step * self._images_per_step,
+            resume_position=state.step * self._images_per_step,
             others=[Gauges(spec.name, total_steps=state.schedule.total_steps), *trackers],
             tell=self.note,
         )
@@ -69,7 +70,7 @@ class Outputs:
         epoch = state.step * self._images_per_step / self._spec.num_images
         logged = {**metrics, "epoch": epoch, "time": time.time(), **self._meter.read()}
         logged |= {"trained_images": quarantine.trained, "bad_images": quarantine.counts.total()}
-        logged |= {f"bad_images_{status}": count for status, count in sorted(quarantine.counts.items())}
+        logged |= {f"{BAD_IMAGES_OF}{status}": count for status, count in sorted(quarantine.counts.items())}
         logged |= {"skipped_steps": state.skipped}
         logged |= {**self._nodes.read(), **self._pool.metrics()}
         self._log.log(state.step, logged)

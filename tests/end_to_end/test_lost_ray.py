@@ -18,8 +18,8 @@ from dinoray.pipeline.ray_private.train import SNAPSHOT
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_steps
 
-STEPS = 240
-"""So many that a kill comes before the last."""
+STEPS = 80
+"""So many that a kill comes before the last. Each takes all 24 images."""
 
 
 def task_error(cause: Exception) -> RayTaskError:
@@ -140,7 +140,8 @@ def test_a_run_that_loses_its_controller_or_its_head_is_continued_by_the_same_co
         f"data.path={images}",
         f"eval.val_path={images}",
         f"storage_path={tmp_path}",
-        f"train.epochs={STEPS * 8 / 24}",
+        f"train.epochs={STEPS}",
+        "train.global_batch_size=24",
         "resources.train_workers=1",
         "optim.warmup_epochs=0",
         "head.use_bn=false",

@@ -24,9 +24,13 @@ from dinoray.pipeline.storage.run_dir import committed_steps
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 
 NUM_PER_CLASS = 15
-STEPS = 400
-"""So many that a kill comes before the last. 15 images x 4 classes, 8 a step: epochs of 7.5 steps end inside steps."""
-EPOCHS = STEPS * 8 / (4 * NUM_PER_CLASS)
+BATCH = 32
+STEPS = 104
+"""So many that a kill comes before the last, and not all images fit in the buffers before the trainer.
+
+15 images x 4 classes, 32 a step: epochs of less than two steps end inside steps.
+"""
+EPOCHS = STEPS * BATCH / (4 * NUM_PER_CLASS)
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Bucket:
             f"eval.val_path=s3://{self.name}/images/val",
             f"storage_path=s3://{self.name}/runs",
             f"train.epochs={EPOCHS}",
+            f"train.global_batch_size={BATCH}",
             "resources.train_workers=2",
             "checkpoint.every_steps=8",
             "eval.every_steps=1000",
@@ -149,7 +154,7 @@ def test_mlflow_and_wandb_have_followed_the_run(images: Bucket, reference: str, 
     logged = [loss for _, loss in images.losses(reference)]
     assert [(p.step, p.value) for p in points] == list(enumerate(logged, start=1))
     assert [p.step for p in client.get_metric_history(run.info.run_id, "eval/knn_20")] == [0, STEPS]
-    assert run.data.params["train.global_batch_size"] == "8"
+    assert run.data.params["train.global_batch_size"] == str(BATCH)
     artifacts = f"runs/mlartifacts/{run.info.run_id}/artifacts"
     for file in ("crops/step_00000000.png", f"attention/step_{STEPS:08d}.png", "report.html"):
         assert images.get(f"{artifacts}/{file}")
@@ -321,8 +326,9 @@ def test_a_forbidden_image_is_replaced_counted_and_named(images: Bucket) -> None
     forbidden = f"images/train/{next(iter(PATTERNS))}/3.jpg"
     with fault_proxy(images.server.endpoint) as proxy:
         proxy.fail("forbid", pattern=f"^GET /{images.name}/{forbidden}", times=1_000_000)
-        settings = ["eval.val_path=null", "train.epochs=2", "data.max_bad_fraction=0.1"]
-        arguments = images.pretrain_arguments("forbidden", *settings)
+        settings = ["eval.val_path=null", "data.max_bad_fraction=0.1"]
+        two_epochs = ["train.epochs=2", "train.global_batch_size=20"]
+        arguments = images.pretrain_arguments("forbidden", *settings, *two_epochs)
         run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint))
     lines = [json.loads(x) for x in images.get("runs/forbidden/quarantine.jsonl").splitlines()]
     assert [(x["key"], x["status"], x["epochs"]) for x in lines] == [(forbidden, "denied", [0, 1])]

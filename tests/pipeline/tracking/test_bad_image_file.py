@@ -15,11 +15,11 @@ from dinoray.pipeline.tracking.bad_image_file import BadImageFile
 NUM_IMAGES = 20
 
 
-def open_file(folder: Path, *, first_position: int = 0, told: list[str] | None = None) -> BadImageFile:
+def open_file(folder: Path, *, resume_position: int = 0, told: list[str] | None = None) -> BadImageFile:
     return BadImageFile(
         Directory(str(folder)),
         num_images=NUM_IMAGES,
-        first_position=first_position,
+        resume_position=resume_position,
         staging=folder,
         tell=[].append if told is None else told.append,
     )
@@ -63,14 +63,14 @@ def test_positions_to_come_are_dropped(tmp_path: Path) -> None:
     first = open_file(tmp_path)
     first.add([record(position) for position in (3, 23, 39, 40, 55, 59)])
     first.sync()
-    open_file(tmp_path, first_position=40)
+    open_file(tmp_path, resume_position=40)
     assert [(line["key"], line["epochs"]) for line in named(tmp_path)] == [("3.jpg", [0, 1]), ("19.jpg", [1])]
 
 
 def test_lines_of_an_earlier_version_are_merged(tmp_path: Path) -> None:
     old = '{"position": 3, "status": "missing", "key": "a"}\n{"position": 23, "status": "missing", "key": "a"}\n'
     (tmp_path / "quarantine.jsonl").write_text(old)
-    open_file(tmp_path, first_position=40)
+    open_file(tmp_path, resume_position=40)
     assert named(tmp_path) == [{"status": "missing", "key": "a", "epochs": [0, 1], "positions": [3, 23]}]
 
 
@@ -96,10 +96,10 @@ def test_kills_and_resumes_leave_what_a_calm_run_leaves(
     for folder, stops in ((calm, [100]), (killed, [*sorted(checkpoints), 100])):
         begin = 0
         for stop in stops:
-            file = open_file(folder, first_position=begin)
+            file = open_file(folder, resume_position=begin)
             file.add([record(position) for position in sorted(positions) if begin <= position < stop])
             file.sync()  # as before each checkpoint
             file.add([record(position) for position in sorted(positions) if stop <= position < stop + 30])
             begin = stop  # killed
-    open_file(killed, first_position=100)
+    open_file(killed, resume_position=100)
     assert sorted(named(killed), key=str) == sorted(named(calm), key=str)
