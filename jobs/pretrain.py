@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     run = Directory(config.storage_path).child(config.name)
     if run.exists(run_dir.CONFIG):
         config = keep_detected(config, load_run_config(run))
-    if _is_finished(run, config, resume=arguments.resume):
+    if _is_finished(run, config, resume=arguments.resume, typed=arguments.overrides):
         console.print(f"{run.uri} is finished; choose another name=... to train again", soft_wrap=True)
         console.print(describe_result(run), highlight=False, soft_wrap=True)
         return
@@ -45,12 +45,17 @@ def main(argv: Sequence[str]) -> None:
     pretrain(config, verbose=arguments.verbose)
 
 
-def _is_finished(run: Directory, config: Config, *, resume: bool) -> bool:
+def _is_finished(run: Directory, config: Config, *, resume: bool, typed: Sequence[str]) -> bool:
     """Whether the run of this name is done. ConfigError when it was started with other settings."""
     if not run.exists(run_dir.CONFIG):
         return False
     changed = differences(load_run_config(run), config)
     if changed and not resume:
+        from dinoray.pipeline.worker.driver import check_run  # loads PyTorch
+
+        check_run(config)  # what is wrong under any name comes first
+        keys = [override.partition("=")[0] for override in typed]
+        changed.sort(key=lambda one: one.partition(":")[0] not in keys)  # the others follow from those
         is_other_data = any(one.startswith("data.path:") for one in changed)
         remedy = "" if is_other_data else ", or pass --resume to continue with the new settings"
         raise ConfigError(

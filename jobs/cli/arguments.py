@@ -62,7 +62,10 @@ class CommandLine(argparse.ArgumentParser):
     def add_overrides(self, example: str) -> None:
         """Add the settings on the command line."""
         self.add_argument(
-            "overrides", nargs="*", metavar="key=value", help=f"setting to change, e.g. {example}"
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help=f"setting to change, e.g. {example}; `{command('pretrain')} --print-config` lists them",
         )
 
     def error(self, message: str) -> NoReturn:

@@ -87,7 +87,10 @@ def load_kept(
     try:
         tree = _without_replaced(read_mapping(directory.read(name), file))
     except MissingObject as error:
-        raise ConfigError(f"{directory.uri} is not a {what} directory: it has no {name}") from error
+        why = f"it has no {name}" if directory.list() else "nothing is there"
+        raise ConfigError(
+            f"{directory.uri} is not a {what} directory: {why}; give the directory that the {what} printed"
+        ) from error
     try:
         config = validate_as(model, tree)
     except ConfigError as error:

@@ -33,7 +33,6 @@ _RULES = {
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_type": "must be a whole number",
-    "model_type": "must be a section, with its keys in it",
     # Of the text fields only a run's name, which becomes a folder's, has a pattern.
     "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', beginning with a letter or digit",
     "string_type": "must be text: quote it",
@@ -86,6 +85,11 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
             # Our own validators name the values that they are about.
             text = found["msg"].removeprefix("Value error, ")
             rules.setdefault("" if text.startswith(key) else key, []).append(text)
+        elif found["type"] == "model_type" and key not in fields:
+            value = redact_credentials(repr(found["input"]))
+            rules[f"{key}={value}"] = [
+                f"must be a section, with its keys in it{_in_section(key, value, fields)}"
+            ]
         else:
             inside = len(path) > key.count(".") + 1 and isinstance(found["loc"][-1], int)
             rule = ("each item " if inside else "") + _rule(found["type"], found["msg"])
@@ -133,6 +137,15 @@ def _instead(name: str, value: str, known: Iterable[str]) -> str:
             leaf, value
         )
     return did_you_mean(name, known) or "; --print-config shows all keys"
+
+
+def _in_section(section: str, value: str, known: Iterable[str]) -> str:
+    """What to write where a section itself was given a value."""
+    keys = [key for key in known if key.startswith(f"{section}.")]
+    main = next((key for key in keys if key.rpartition(".")[2] in ("path", "name")), None)
+    if main and value[0] in "'\"":
+        return f"; did you mean {main}={value[1:-1]}?"
+    return f": {', '.join(keys[:3])}, ..."
 
 
 def _likeness(leaf: str, key_leaf: str, *, least: float = 0.0) -> float:

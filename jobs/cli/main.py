@@ -29,7 +29,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         print(end="", flush=True)
     except KeyboardInterrupt as stop:
         remedy = (
-            f"the same command resumes from {stop}" if str(stop) else "run the same command again to resume"
+            f"the same command resumes from {stop}" if str(stop) else "to go on, run the same command again"
         )
         sys.exit(f"stopped; {remedy}")
     except Exception as error:
@@ -149,7 +149,7 @@ def _not_joined(address: str, why: str) -> ResourceError:
 def not_started(error: Exception) -> ResourceError:
     """A local Ray that does not start, and what helps."""
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    text = one_line(error)
+    text = one_line(error).rstrip(".")
     if "AF_UNIX path length" in text:
         remedy = f"the path {folder} is too long for Ray's sockets: set a shorter one, e.g. RAY_TMPDIR=/tmp"
     elif isinstance(error, OSError):

@@ -22,7 +22,7 @@ from dinoray.pipeline.augment.multicrop import kernel_name
 from dinoray.pipeline.cluster.channel import Event, RunChannel
 from dinoray.pipeline.reporting.run_report import LiveReport, write_report
 from dinoray.pipeline.storage import run_dir
-from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.files import Directory, check_writable
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.training.published_weights import fetch_published_weights
@@ -38,6 +38,7 @@ def pretrain(config: Config, *, verbose: bool) -> None:
     if config.backbone.pretrained and not committed_checkpoints(run):
         fetch_published_weights(config, init_path=config.init.path)
     warnings = check_workers(config)
+    check_writable(config.storage_path, setting="storage_path")
     draw_demo(config, console)
     inputs = Inputs.open(config, run)
     warnings += evaluation_warnings(inputs, config.eval)

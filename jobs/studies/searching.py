@@ -11,7 +11,7 @@ from dinoray.jobs.studies.resources import check_growth, check_study_size
 from dinoray.jobs.studies.study_run import StudyRun
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage import run_dir
-from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.files import Directory, check_writable
 from dinoray.pipeline.study.page.study_report import describe_study
 from dinoray.pipeline.study.search.progress import check_any_ran
 from dinoray.pipeline.training.published_weights import fetch_published_weights
@@ -26,6 +26,7 @@ def search(config: StudyConfig, directory: Directory, *, verbose: bool) -> None:
     first = first_points(config, space)
     check_run(config)
     warnings = check_workers(config)
+    check_writable(config.storage_path, setting="storage_path")
     draw_demo(config, console)
     inputs = Inputs.open(config, directory)
     if not directory.exists(run_dir.CONFIG):

@@ -208,6 +208,8 @@ def restricted_load(data: bytes, name: str) -> Any:
         raise DataError(
             f"{name} is a web page, not a file of weights; download the file itself from its direct address"
         )
+    if not data:
+        raise DataError(f"{name} is empty: it has 0 bytes; save or download it anew")
     try:
         check_size(data)
         with _LOCK, warnings.catch_warnings(), torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
@@ -229,9 +231,11 @@ def restricted_load(data: bytes, name: str) -> Any:
                 f"{name} is a TorchScript program; where you trust it, save its weights and start from weights.pth: "
                 f'python -c "{command}"'
             ) from error
-        raise DataError(
-            f"{name} is not a file of weights, or damaged: {one_line(error)}; save or download it anew"
-        ) from error
+        if not data.startswith((b"PK", b"\x80")):  # torch.load would tell of opcodes
+            what = "was not written by torch.save"
+        else:
+            what = f"is not a file of weights, or damaged: {one_line(error)}"
+        raise DataError(f"{name} {what}; save or download it anew") from error
 
 
 def values_of(arguments: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ everything here can be pickled and sent to any node. No images, no manifests and
 import contextlib
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,6 +105,21 @@ def check_bucket(uri: str) -> None:
             retrying(partial(s3_client().head_bucket, Bucket=bucket), what=f"s3://{bucket}")
 
 
+def check_writable(uri: str, *, setting: str) -> None:
+    """Make a local folder; raise DataError, which names `setting`, if no file can be made in it."""
+    if is_s3(uri):
+        return
+    try:
+        os.makedirs(uri, exist_ok=True)
+        with tempfile.TemporaryFile(dir=uri):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"{setting}={uri}: no file can be made there ({error.strerror or error}); "
+            f"set {setting} to a folder that you may write to"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Directory:
     """A folder, local or on S3, with small files that are read and written whole; picklable, no secrets.
@@ -140,7 +156,7 @@ class Directory:
             bucket, key = split_s3_uri(uri)
             retrying(partial(s3_client().put_object, Bucket=bucket, Key=key, Body=data), what=uri)
             return
-        with _local_errors(uri):
+        with _local_errors(uri, writing=True):
             os.makedirs(os.path.dirname(uri), exist_ok=True)
             temporary = f"{uri}.{uuid.uuid4().hex}{_TEMPORARY}"
             try:
@@ -201,11 +217,13 @@ class Directory:
 
 
 @contextlib.contextmanager
-def _local_errors(path: str) -> Iterator[None]:
+def _local_errors(path: str, *, writing: bool = False) -> Iterator[None]:
     """Raise the same exceptions for local disks as for S3."""
     try:
         yield
     except FileNotFoundError as error:
+        if writing:  # the file itself need not exist
+            raise DataError(f"{path} cannot be written: {error.strerror}; check the folder") from error
         raise MissingObject(f"{path}: there is no such file") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and its permissions") from error

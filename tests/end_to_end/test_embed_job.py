@@ -258,9 +258,7 @@ def test_parquet_on_s3_becomes_vectors_on_s3(
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.nightly  # beside the same of a run
-def test_a_forbidden_image_ends_the_job_at_once_with_its_name(
-    world: Path, s3: S3Server, tmp_path: Path
-) -> None:
+def test_a_forbidden_image_is_a_bad_one_that_is_named(world: Path, s3: S3Server, tmp_path: Path) -> None:
     s3.client().create_bucket(Bucket="closed")
     put_all(s3, "closed", {f"images/{i:02d}.jpg": draw_demo_image("dots", "val", i) for i in range(12)})
     with fault_proxy(s3.endpoint) as proxy:
@@ -270,6 +268,7 @@ def test_a_forbidden_image_ends_the_job_at_once_with_its_name(
     assert "Traceback" not in output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "closed/images/07.jpg" in errors[0]
-    assert (tmp_path / "out" / "part-00000.parquet").exists()
-    assert not (tmp_path / "out" / "part-00001.parquet").exists()
+    assert "1 of 12 images could not be used, more than data.max_bad_fraction=0.01" in errors[0]
+    (bad,) = map(json.loads, (tmp_path / "out" / "_about" / "quarantine.jsonl").read_text().splitlines())
+    assert (bad["key"], bad["status"]) == ("images/07.jpg", "denied")
+    assert "AccessDenied" in bad["reason"]

@@ -65,7 +65,14 @@ def test_lines_on_initial_weights_are_printed_before_ray_starts(
     ("name", "content", "code", "words"),
     [
         ("x.onnx", b"\x08\x08", CONFIG, ["init.path=", "x.onnx is not a file of weights", "pass the .pth"]),
-        ("x.ckpt", b"no weights", DATA, ["x.ckpt is not a file of weights, or damaged"]),
+        ("x.ckpt", b"no weights", DATA, ["x.ckpt was not written by torch.save", "save or download it anew"]),
+        ("x.pth", b"", DATA, ["x.pth is empty"]),
+        (
+            "y.pth",
+            b"\x80\x02}q",
+            DATA,
+            ["y.pth is not a file of weights, or damaged: ", "save or download it anew"],
+        ),
         ("folder/x.png", b"", CONFIG, ["folder is a folder but no dinoray run", "pass a file of weights"]),
     ],
 )

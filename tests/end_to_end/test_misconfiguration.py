@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
     "storage_path is in a file": (
         ["storage_path=WORLD/file/runs"],
         DATA,
-        [["WORLD/file/runs/run", "Not a directory", "check"]],
+        [["storage_path=WORLD/file/runs", "Not a directory", "set storage_path to a folder"]],
     ),
     "indivisible batch": (
         ["train.global_batch_size=9"],
@@ -279,6 +279,25 @@ def test_a_name_in_use_by_a_run_with_other_settings(run: Job, started: Directory
         run(pretrain.main, *TINY, *again, "log.every_steps=3")
     with pytest.raises(RayStarted):
         run(pretrain.main, *TINY, *again, "optim.base_lr=0.1", "--resume")
+
+
+def test_a_mistake_is_named_before_the_name_that_is_in_use(run: Job, started: Directory) -> None:
+    again = ["storage_path=WORLD/runs", "data.path=WORLD/images"]
+    run(pretrain.main, *TINY, *again, "crops.local_crop_size=9").check(CONFIG, ["crops of 9 px"])
+    run(pretrain.main, *TINY[1:], *again, "optim.name=sgd").check(
+        CONFIG, ["other settings (optim.name: adamw -> sgd; "]
+    )
+
+
+def test_a_storage_path_that_cannot_be_written(run: Job, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    again = [*TINY, "data.path=WORLD/images", "eval.val_path=null"]
+    run(pretrain.main, *again, "storage_path=WORLD/file/runs").check(
+        DATA,
+        [f"storage_path={tmp_path}/file/runs: no file can be made there", "set storage_path to a folder"],
+    )
+    with pytest.raises(RayStarted):
+        run(pretrain.main, *again, "storage_path=WORLD/runs")
 
 
 def test_a_run_that_is_to_be_resumed_on_other_images(run: Job, started: Directory) -> None:

@@ -80,7 +80,7 @@ def test_a_run_that_is_interrupted_before_its_first_step_trains_no_further(
     output = run_here(
         "jobs.pretrain",
         *arguments(images, tmp_path, "early"),
-        code="stopped; run the same command again to resume",
+        code="stopped; to go on, run the same command again",
     )
     assert "evaluation after step" not in output
     (fit,) = told

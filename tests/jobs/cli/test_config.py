@@ -260,6 +260,9 @@ def test_any_text_survives_the_file(text: str) -> None:
 
 def test_the_config_of_a_run_takes_overrides_and_names_itself(tmp_path: Path) -> None:
     run = Directory(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{tmp_path} is not a run directory: nothing is there; give the "):
+        load_run_config(run)
+    run.write("notes.txt", b"")
     with pytest.raises(ConfigError, match=f"{tmp_path} is not a run directory: it has no config.yaml"):
         load_run_config(run)
     run.write("config.yaml", config_of().to_yaml().encode())

@@ -56,7 +56,7 @@ def test_sigterm_ends_a_job_and_its_ray(tmp_path: Path) -> None:
         assert job.output.splitlines() == [
             "ready",
             "Ray is shut down",
-            "stopped; run the same command again to resume",
+            "stopped; to go on, run the same command again",
         ]
         job.process.poll()
         assert [p for p in job.ray_processes() if p.status() != "zombie"] == []
@@ -64,7 +64,7 @@ def test_sigterm_ends_a_job_and_its_ray(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "says"),
-    [((), "run the same command again to resume"), (("step 120",), "the same command resumes from step 120")],
+    [((), "to go on, run the same command again"), (("step 120",), "the same command resumes from step 120")],
 )
 def test_a_stopped_job_promises_to_continue_only_from_a_place_that_it_names(
     place: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch

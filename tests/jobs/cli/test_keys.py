@@ -158,8 +158,20 @@ def test_a_key_like_no_other_is_answered_with_the_way_to_all_keys() -> None:
             ["name=a/b"],
             ["name='a/b': must be letters, digits, '.', '_' and '-', beginning with a letter or digit"],
         ),
-        (["optim=3"], ["optim=3: must be a section, with its keys in it"]),
-        (["optim="], ["optim=None: must be a section, with its keys in it"]),
+        (
+            ["data=/photos"],
+            ["data='/photos': must be a section, with its keys in it; did you mean data.path=/photos?"],
+        ),
+        (
+            ["optim=3"],
+            ["optim=3: must be a section, with its keys in it: optim.name, optim.base_lr, optim.min_lr, ..."],
+        ),
+        (
+            ["optim="],
+            [
+                "optim=None: must be a section, with its keys in it: optim.name, optim.base_lr, optim.min_lr, ..."
+            ],
+        ),
         (["data.path.x=1"], ["data.path={'x': 1}: must be text: quote it"]),
         (["optim"], ["override 'optim' must look like section.key=value, e.g. optim.base_lr=1e-3"]),
         (["=1", "a..b=1"], ["override '=1' must look like", "override 'a..b=1' must look like"]),

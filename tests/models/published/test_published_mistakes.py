@@ -164,10 +164,16 @@ def test_the_permission_to_read_a_namespace_ends_with_the_reading() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"something else", saved(Run().state())[:-4000], saved(Run().state())[:100]]
+    ("data", "what"),
+    [
+        (b"", "is empty"),
+        (b"something else", r"was not written by torch\.save; "),
+        (saved(Run().state())[:-4000], "is not a file of weights, or damaged: "),
+        (saved(Run().state())[:100], "is not a file of weights, or damaged: "),
+    ],
 )
-def test_a_damaged_file_is_one_line(data: bytes) -> None:
-    with pytest.raises(DataError, match=r"^checkpoint\.pth is not a file of weights") as caught:
+def test_a_damaged_file_is_one_line(data: bytes, what: str) -> None:
+    with pytest.raises(DataError, match=rf"^checkpoint\.pth {what}") as caught:
         read_weights(data, "checkpoint.pth")
     assert "\n" not in str(caught.value)
 

@@ -93,6 +93,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert os.listdir(tmp_path) == ["state"]
 
 
+def test_a_file_that_cannot_be_made_is_not_called_missing() -> None:
+    with pytest.raises(DataError, match=r"^/proc/none/file cannot be written: ") as caught:
+        Directory("/proc/none").write("file", b"new")
+    assert not isinstance(caught.value, MissingObject)
+
+
 def test_a_folder_where_a_file_should_be_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     for attempt in (lambda d: d.read("x"), lambda d: d.write("x", b""), lambda d: d.delete("x")):
