@@ -29,9 +29,10 @@ def main(argv: list[str]) -> None:
     config = load_config(arguments.recipe, None, arguments.overrides)
     k = f"knn_{config.eval.k[-1]}"
     print(
-        f"| recipe {config.recipe} | {k} before | {k} after | majority | steps | seconds | images/s | data wait |"
+        f"| recipe {config.recipe} | {k} before | {k} after | majority | steps | seconds | images/s | data wait "
+        "| verdict |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     gains = []
     for seed in arguments.seeds:
         name = f"{config.recipe}-seed{seed}"
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
         gains.append(after - before)
         print(
             f"| seed {seed} | {before:.1%} | {after:.1%} | {result['after']['majority']:.1%} | {result['steps']} "
-            f"| {seconds:.0f} | {statistics.median(rates):.0f} | {statistics.median(waits):.0%} |",
+            f"| {seconds:.0f} | {statistics.median(rates):.0f} | {statistics.median(waits):.0%} "
+            f"| {result['last']['verdict']} |",
             flush=True,
         )
     print(f"\ngain: {statistics.mean(gains) * 100:.1f} points on average, {min(gains) * 100:.1f} at least")
