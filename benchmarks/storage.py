@@ -97,6 +97,7 @@ def run_candidate(
         pipe.recv()
 
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a program that was not started by `spawn`
     candidate = CANDIDATES[name]
     steps = candidate(spec)
     if candidate in IN_LUMPS:
@@ -104,7 +105,7 @@ def run_candidate(
     try:
         pipe.send(watch(steps, **limits, note=note))
     except Exception as error:
-        pipe.send(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        pipe.send(f"failed: {type(error).__name__}: {' '.join(str(error).split())[-300:]}")
     finally:
         steps.close()  # type: ignore[attr-defined]
 

@@ -222,6 +222,7 @@ def litdata(spec: Spec) -> Iterator[int]:
             return pixels(super().__getitem__(index))
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["AWS_ALLOW_HTTP"] = "true"  # its downloader refuses a store without TLS
         options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
         dataset = Decoded(spec.uri, cache_dir=folder, shuffle=True, storage_options=options)
         for batch in StreamingDataLoader(dataset, batch_size=spec.batch, num_workers=spec.workers):
@@ -248,7 +249,6 @@ def _loaded(dataset: Any, spec: Spec, *, shuffle: bool = False) -> Iterator[int]
     from torch.utils.data import DataLoader
 
     options: dict[str, Any] = {"shuffle": True} if shuffle else {}
-    options |= {"multiprocessing_context": "fork"}  # as in a program that is not started by `spawn`
     loader = DataLoader(dataset, batch_size=spec.batch, num_workers=spec.workers, **options)
     for batch in loader:
         yield len(batch[0] if isinstance(batch, list) else batch)
