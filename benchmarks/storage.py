@@ -1,6 +1,6 @@
 """From an object store to decoded pixels: ours, Ray Data, PyTorch's DataLoader and others, near and far from the store.
 
-    python benchmarks/storage.py [--images 3000] [--latency 0 0.1] [--rounds 3] [--seconds 6] [--workers 2]
+    python benchmarks/storage.py [--images 1500] [--latency 0 0.1] [--rounds 3] [--seconds 4] [--workers 2]
                                  [--only REGEX] [--kind "0.2 MP"] [--json FILE]
 
 The store is a real one (SeaweedFS) on this machine, behind the proxy of the tests, which counts requests and bytes
@@ -191,20 +191,20 @@ def signed_tars(endpoint: str) -> tuple[str, ...]:
 
 def main(argv: list[str]) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--unique", type=int, default=200, help="how many files are drawn for them")
+    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--unique", type=int, default=100, help="how many files are drawn for them")
     parser.add_argument("--kind", choices=list(augment_images.KINDS), default="0.2 MP", help="what is drawn")
     parser.add_argument("--latency", type=float, nargs="+", default=[0.0, 0.1], help="seconds")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long each is measured")
-    parser.add_argument("--warm", type=int, default=384, help="images before it is measured")
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long each is measured")
+    parser.add_argument("--warm", type=int, default=256, help="images before it is measured")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--block", type=int, default=192, help="images of a block of ours")
+    parser.add_argument("--block", type=int, default=64, help="images of a block of ours")
     parser.add_argument(
         "--cache-bytes",
         type=int,
-        default=48 << 20,
+        default=32 << 20,
         help="data.row_group_cache_bytes of ours: as with a real set, a small part of all images",
     )
     parser.add_argument("--only", default="", help="regular expression of `set, candidate`")
