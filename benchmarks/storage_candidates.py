@@ -216,13 +216,15 @@ def webdataset(spec: Spec) -> Iterator[int]:
 def litdata(spec: Spec) -> Iterator[int]:
     """LitData's StreamingDataset in its StreamingDataLoader: chunks in a cache on the disk."""
     from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming import downloader
 
     class Decoded(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, index: Any) -> int:
             return pixels(super().__getitem__(index))
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["AWS_ALLOW_HTTP"] = "true"  # its downloader refuses a store without TLS
+        # Its downloader refuses a store without TLS, and no public setting allows one.
+        getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {})["allow_http"] = True
         options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
         dataset = Decoded(spec.uri, cache_dir=folder, shuffle=True, storage_options=options)
         for batch in StreamingDataLoader(dataset, batch_size=spec.batch, num_workers=spec.workers):

@@ -25,8 +25,8 @@ Item = TypeVar("Item")
 ROWS_OF_OTHERS = 100
 """Rows of a row group in Parquet of other people: Hugging Face's `datasets` writes images so."""
 _ROWS_PER_FILE = 1000
-_SHARD_BYTES = 16 << 20
-"""Bytes of a tar, chunk or shard in the formats of other libraries: some twenty for 3,000 images of 0.1 MB."""
+_SHARD_BYTES = 8 << 20
+"""Bytes of a tar, chunk or shard in the formats of other libraries: some twenty for 1,500 images of 0.1 MB."""
 
 
 @dataclass(frozen=True)
