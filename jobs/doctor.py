@@ -90,9 +90,9 @@ def _findings(address: str | None, config: Config, arguments: Namespace) -> Iter
         if address and address.startswith(("http://", "https://")):
             yield from _ask(address, arguments)
             return
-        yield check_data(config.data)
+        yield check_data(config.data, access=config.storage.access)
         yield _check_storage(config, is_local=not address)
-        yield from check_clock(config.data.path)
+        yield from check_clock(config.data.path, config.storage.access)
         dashboard = _start_or_join(address, verbose=arguments.verbose)
         try:
             yield from _look_around(config, dashboard, is_local=not address)

@@ -26,6 +26,7 @@ from dinoray.models.errors import DataError, DinorayError, ResourceError, one_li
 from dinoray.pipeline.data.demo_images import demo_folder
 from dinoray.pipeline.data.listing import Entry, list_entries, role_of
 from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import Directory, filesystem, is_s3, normal_uri, retrying, split_s3_uri
 from dinoray.pipeline.storage.s3 import read_object, s3_client
 
@@ -120,13 +121,13 @@ def check_disk(folder: str, room: tuple[int, int], where: str) -> Finding:
     return Finding("ok", "disk", text)
 
 
-def check_data(config: DataConfig, where: str = "here") -> Finding:
+def check_data(config: DataConfig, where: str = "here", access: Access = SIGNED) -> Finding:
     """List what is first under `data.path`, and read a few of it: the rate, and the time to the first byte."""
     path = normal_uri(config.path)
     if Path(path).is_relative_to(demo_folder()) and not Path(path).exists():
         return Finding("ok", "data", f"{where}: the first run generates the demo images at {path}")
     try:
-        listing = list_entries(path, retry=_few, retry_later=_few)
+        listing = list_entries(path, retry=_few, retry_later=_few, access=access)
         began = time.perf_counter()
         entries = list(islice(listing.entries, _NUM_LISTED))
         seconds = time.perf_counter() - began
@@ -137,30 +138,30 @@ def check_data(config: DataConfig, where: str = "here") -> Finding:
         if not images:
             return Finding("warn", "data", f"{text}, but no file name is that of an image; check data.path")
         chosen = images[:: max(1, len(images) // _NUM_READ)][:_NUM_READ]
-        rate, latency = _read_speed(listing.root, chosen)
+        rate, latency = _read_speed(listing.root, chosen, access)
     except DinorayError as error:
         return failed("data", type(error)(f"{where}: {error}"))
     speed = f"{len(chosen)} read at {rate / 1e6:.1f} MB/s each, first byte after {latency * 1e3:.1f} ms"
     return Finding("ok", "data", f"{text}, {speed} (medians)")
 
 
-def _read_speed(root: str, entries: list[Entry]) -> tuple[float, float]:
+def _read_speed(root: str, entries: list[Entry], access: Access) -> tuple[float, float]:
     """Medians of (bytes per second, seconds to read one byte) of one request at a time."""
     rates, latencies = [], []
     for entry in entries:
         uri = f"{root.rstrip('/')}/{entry.key}"
         began = time.perf_counter()
-        _read(uri, 1)
+        _read(uri, 1, access)
         middle = time.perf_counter()
-        num_bytes = len(_read(uri, min(entry.size or 0, _READ_BYTES)))
+        num_bytes = len(_read(uri, min(entry.size or 0, _READ_BYTES), access))
         rates.append(num_bytes / (time.perf_counter() - middle))
         latencies.append(middle - began)
     return statistics.median(rates), statistics.median(latencies)
 
 
-def _read(uri: str, num_bytes: int) -> bytes:
+def _read(uri: str, num_bytes: int, access: Access) -> bytes:
     if is_s3(uri):
-        return read_object(*split_s3_uri(uri), byte_range=(0, num_bytes - 1), retry=_few)
+        return read_object(*split_s3_uri(uri), byte_range=(0, num_bytes - 1), retry=_few, access=access)
     try:
         with open(uri, "rb") as file:
             return file.read(num_bytes)
@@ -201,13 +202,13 @@ def check_storage(storage_path: str) -> Finding:
     return Finding("ok", "storage", f"{folder.uri}: written, read and deleted in {seconds:.2f} s")
 
 
-def check_clock(uri: str) -> list[Finding]:
+def check_clock(uri: str, access: Access = SIGNED) -> list[Finding]:
     """This clock against that of the S3 server; nothing where `uri` is local or the bucket cannot be asked."""
     if not is_s3(uri):
         return []
     bucket, _ = split_s3_uri(uri)
     try:
-        ask = partial(s3_client().head_bucket, Bucket=bucket)
+        ask = partial(s3_client(access).head_bucket, Bucket=bucket)
         began = time.time()
         answer = _few(ask, what=f"s3://{bucket}")
         middle = (began + time.time()) / 2

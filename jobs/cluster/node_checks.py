@@ -25,6 +25,7 @@ from dinoray.jobs.cluster.machine_checks import (
 from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.storage.config import Access
 from dinoray.pipeline.worker.config import Config
 
 _HEAD = "node:__internal_head__"
@@ -130,7 +131,7 @@ def check_dashboard(url: str, *, is_open: bool | None) -> Finding:
 
 def look_at_nodes(nodes: Sequence[Node], config: Config, *, is_local: bool) -> list[Finding]:
     """Run a task on each node, and one on a GPU of each that has any; a cluster's nodes read the data as well."""
-    data = None if is_local else config.data
+    data = None if is_local else (config.data, config.storage.access)
     asked = {
         name_of(node): ray.remote(num_cpus=0, label_selector=_here(node))(_look).remote(data, name_of(node))
         for node in nodes
@@ -196,13 +197,13 @@ def _answers(asked: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]
     return answers
 
 
-def _look(data: DataConfig | None, where: str) -> dict[str, Any]:
+def _look(data: tuple[DataConfig, Access] | None, where: str) -> dict[str, Any]:
     """In a task: the node's limits, disks, versions and clock, and whether it can read the data."""
     return {
         **machine_facts(_spill_folders()),
         "versions": (ray.__version__, python_version()),
         "time": time.time(),
-        "data": tuple(check_data(data, where)) if data is not None else None,
+        "data": tuple(check_data(data[0], where, data[1])) if data is not None else None,
     }
 
 

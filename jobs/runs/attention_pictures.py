@@ -24,6 +24,7 @@ from dinoray.pipeline.figures.attention_sheet import compute_attention, figure, 
 from dinoray.pipeline.figures.config import MASS
 from dinoray.pipeline.figures.drawing import png_bytes
 from dinoray.pipeline.storage import run_dir
+from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
 from dinoray.pipeline.training.checkpoint import find_checkpoint
 
@@ -58,8 +59,8 @@ def draw(arguments: argparse.Namespace) -> None:
     """A sheet of all images, and a folder of overlays for each."""
     found, frozen, step = open_network(arguments.run, arguments.step, arguments.which)
     patch_size(frozen.backbone())  # fails, where the network has no such attention, before any image is read
-    column = arguments.image_column or _image_column(found.run)
-    images = _read_images(arguments.images, column, arguments.max_images)
+    column, storage = _as_in_run(found.run)
+    images = _read_images(arguments.images, arguments.image_column or column, arguments.max_images, storage)
     out = _out(arguments, found.run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     crops = frozen.config.crops
@@ -100,18 +101,22 @@ def _out(arguments: argparse.Namespace, run: Directory | None) -> Directory:
     return Directory(arguments.out) if arguments.out else (run or Directory(".")).child(run_dir.ATTENTION)
 
 
-def _image_column(run: Directory | None) -> str:
-    """The column that the run's own images are in; a checkpoint's copy or folder has no config.yaml to say so."""
+def _as_in_run(run: Directory | None) -> tuple[str, StorageConfig]:
+    """The column that the run's own images are in, and how these are requested; the defaults without config.yaml.
+
+    A checkpoint's copy or folder has none.
+    """
     if run is None or not run.exists(run_dir.CONFIG):
-        return DataConfig.model_fields["image_column"].default
-    return load_run_config(run).data.image_column
+        return DataConfig.model_fields["image_column"].default, DEFAULTS
+    config = load_run_config(run)
+    return config.data.image_column, config.storage
 
 
-def _read_images(addresses: Sequence[str], column: str, limit: int) -> list[Named]:
+def _read_images(addresses: Sequence[str], column: str, limit: int, storage: StorageConfig) -> list[Named]:
     """The first `limit` readable images; what cannot be read is named. DataError when nothing can."""
     images: list[Named] = []
     for address in addresses:
-        for key, image, reason in _load(address, column, limit - len(images)):
+        for key, image, reason in _load(address, column, limit - len(images), storage):
             if image is None:
                 print(f"skipped {key}: {reason}", file=sys.stderr)
             else:
@@ -123,12 +128,14 @@ def _read_images(addresses: Sequence[str], column: str, limit: int) -> list[Name
     return images
 
 
-def _load(address: str, column: str, limit: int) -> Iterator[tuple[str, npt.NDArray[np.uint8] | None, str]]:
+def _load(
+    address: str, column: str, limit: int, storage: StorageConfig
+) -> Iterator[tuple[str, npt.NDArray[np.uint8] | None, str]]:
     """(key, image or None, reason): the file itself, or a fixed random choice of `limit` from what lies there."""
     config = DataConfig(path=address, image_column=column)
     path = normal_uri(address)
     if is_s3(path) or os.path.isdir(path) or path.lower().endswith(".parquet"):
-        source = Source(config, build_manifest(config, setting="argument images"))
+        source = Source(config, build_manifest(config, storage, setting="argument images"), storage)
         indices = subset(source.num_images, limit).tolist()
         for batch in load_batches(source, indices, lambda image, _: image, batch_size=16):
             for loaded in batch:

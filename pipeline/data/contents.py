@@ -17,6 +17,7 @@ from dinoray.models.settings import Auto
 from dinoray.pipeline.data.classify import CONFIG, EMBEDDINGS, OF_A_RUN, PACKED, STUDY, Classifier
 from dinoray.pipeline.data.detection import is_split
 from dinoray.pipeline.data.listing import is_pattern, list_entries
+from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import normal_uri
 from dinoray.pipeline.storage.retry import Retry
 
@@ -47,13 +48,20 @@ class Contents(NamedTuple):
     """Phrases that count and name output of this program, and archives."""
 
 
-def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, retry_later: Retry) -> Contents:
+def list_contents(
+    path: str,
+    label_from_parent: bool | Auto,
+    *,
+    setting: str,
+    retry_later: Retry,
+    access: Access = SIGNED,
+) -> Contents:
     """List `path`, which comes from `setting`, and drop output of this program.
 
     A packed set is dropped only beside image objects, because it can be the data. Raises DataError if `path` is
     missing, is a run directory, or holds nothing but output.
     """
-    listing = list_entries(path, setting=setting, retry_later=retry_later)
+    listing = list_entries(path, setting=setting, retry_later=retry_later, access=access)
     found = Classifier(listing.prefix, label_from_parent)
     found.add(listing.batches)
     images, bare, shards, others = found.tables()

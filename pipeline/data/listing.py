@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 from dinoray.models.errors import DataError
+from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import MissingObject, normal_uri
 from dinoray.pipeline.storage.key_ranges import list_ranges
 from dinoray.pipeline.storage.pages import LISTED, Objects
@@ -100,7 +101,12 @@ class EntryTable:
 
 
 def list_entries(
-    path: str, *, setting: str = "data.path", retry: Retry = retrying, retry_later: Retry = retrying
+    path: str,
+    *,
+    setting: str = "data.path",
+    retry: Retry = retrying,
+    retry_later: Retry = retrying,
+    access: Access = SIGNED,
 ) -> Listing:
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
@@ -115,7 +121,7 @@ def list_entries(
     if is_s3(path):
         bucket, key = split_s3_uri(path)
         prefix = f"{key}/" if key else ""
-        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later))
+        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later, access))
     if os.path.isfile(path):
         folder, name = os.path.split(path)
         return Listing(folder, "", _batches(entry for entry in [_entry(path, name)] if entry is not None))
@@ -157,19 +163,19 @@ def _is_unicode(key: str) -> bool:
 
 
 def _objects(
-    bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry
+    bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry, access: Access
 ) -> Iterator[pa.RecordBatch]:
     def folders(folder: str, *, retry: Retry) -> list[str]:
-        return list_page(bucket, folder, delimiter="/", retry=retry).folders
+        return list_page(bucket, folder, delimiter="/", retry=retry, access=access).folders
 
-    found, read = False, partial(list_page, bucket, prefix)
+    found, read = False, partial(list_page, bucket, prefix, access=access)
     for batch in list_ranges(read, folders, prefix, retry=retry, retry_later=retry_later):
         found = True
         yield batch
     if found or not key:
         return
     try:
-        request = partial(s3_client().head_object, Bucket=bucket, Key=key)
+        request = partial(s3_client(access).head_object, Bucket=bucket, Key=key)
         answer = retry_later(request, what=f"s3://{bucket}/{key}")
     except MissingObject:
         return

@@ -217,7 +217,7 @@ def load_or_build(
             if has_begun:
                 raise
         else:
-            check_bucket(manifest.root)
+            check_bucket(manifest.root, storage.access)
             return manifest
     manifest = build_manifest(config, storage, setting=setting)
     directory.write(name, manifest.to_bytes())
@@ -237,11 +237,13 @@ def build_manifest(
     """
     patient = Patient(storage.give_up_after_seconds)
     path = normal_uri(config.path)
-    contents = list_contents(config.path, config.label_from_parent, setting=setting, retry_later=patient)
+    contents = list_contents(
+        config.path, config.label_from_parent, setting=setting, retry_later=patient, access=storage.access
+    )
     num_ignored, num_images, num_shards = (
         table.num_rows for table in (contents.others, contents.images, contents.shards)
     )
-    if num_images and num_shards and not hold_images(contents.shards, contents.root):
+    if num_images and num_shards and not hold_images(contents.shards, contents.root, storage.access):
         num_ignored, num_shards = num_ignored + num_shards, 0  # the shards are metadata about the images
     if num_images and num_shards:
         raise ConfigError(
@@ -313,7 +315,7 @@ def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, stor
         root=root,
         asked=Asked(config.image_column, config.key_column, config.label_column, config.label_from_parent),
         concurrency=config.fetch_concurrency,
-        give_up_after_seconds=storage.give_up_after_seconds,
+        storage=storage,
     )
     columns = found.columns
     values = (columns.image, columns.key, columns.label, found.from_folders)

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.s3 import is_s3, probe_object, split_s3_uri
 
 _SPREAD = 8
@@ -14,8 +15,8 @@ _SPREAD = 8
 class OtherObjects:
     """Objects, files or shards to compare one of them with: `table` has their key and size, relative to `root`."""
 
-    def __init__(self, table: pa.Table, root: str) -> None:
-        self._table, self._root = table, root.rstrip("/")
+    def __init__(self, table: pa.Table, root: str, access: Access = SIGNED) -> None:
+        self._table, self._root, self._access = table, root.rstrip("/"), access
         self._last_read: str | None = None
 
     def was_read(self, key: str) -> None:
@@ -30,12 +31,12 @@ class OtherObjects:
         last = [] if self._last_read is None else [self._last_read]
         for other in dict.fromkeys([*last, *spread]):
             if other != key:
-                yield partial(_probe, f"{self._root}/{other}")
+                yield partial(_probe, f"{self._root}/{other}", self._access)
 
 
-def _probe(uri: str) -> None:
+def _probe(uri: str, access: Access) -> None:
     if is_s3(uri):
-        probe_object(*split_s3_uri(uri))
+        probe_object(*split_s3_uri(uri), access)
     else:
         with open(uri, "rb") as file:
             file.read(1)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.detection import is_bytes
+from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.retry import DeniedObject, MissingObject, Retry, retrying
 from dinoray.pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
 
@@ -41,9 +42,16 @@ class PartFooter(NamedTuple):
     metadata: pq.FileMetaData
 
 
-def read_footer(uri: str, num_bytes: int, *, retry: Retry = retrying, etag: str | None = None) -> PartFooter:
+def read_footer(
+    uri: str,
+    num_bytes: int,
+    *,
+    retry: Retry = retrying,
+    etag: str | None = None,
+    access: Access = SIGNED,
+) -> PartFooter:
     """Read the footer of one shard: one ranged GET on S3. Raises CorruptShard if it is not a Parquet file."""
-    with _open_shard(uri, num_bytes, retry, etag) as shard:
+    with _open_shard(uri, num_bytes, retry, access, etag) as shard:
         return PartFooter(uri, shard.schema_arrow, shard.metadata)
 
 
@@ -114,6 +122,7 @@ def read_row_group(
     retry: Retry = retrying,
     etag: str | None = None,
     metadata: pq.FileMetaData | None = None,
+    access: Access = SIGNED,
 ) -> pa.Table:
     """Read columns of one row group: `image_column` as plain (large) binary, the others as text.
 
@@ -121,7 +130,7 @@ def read_row_group(
     `etag`, if one is given. Raises the errors of `retry` from the store, and CorruptShard if the bytes cannot
     be parsed.
     """
-    with _open_shard(uri, num_bytes, retry, etag, metadata) as shard:
+    with _open_shard(uri, num_bytes, retry, access, etag, metadata) as shard:
         table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
         images = table[image_column]
         if pa.types.is_struct(images.type):
@@ -131,10 +140,10 @@ def read_row_group(
 
 
 def read_column(
-    uri: str, num_bytes: int, group: int, *, column: str, retry: Retry = retrying
+    uri: str, num_bytes: int, group: int, *, column: str, retry: Retry = retrying, access: Access = SIGNED
 ) -> list[str | None]:
     """Read one column of one row group as text; raises as `read_row_group`."""
-    with _open_shard(uri, num_bytes, retry) as shard:
+    with _open_shard(uri, num_bytes, retry, access) as shard:
         table = shard.read_row_group(group, columns=[column], use_threads=False)
         texts: list[str | None] = table[column].cast(pa.string()).to_pylist()
         return texts
@@ -177,12 +186,13 @@ def _open_shard(
     uri: str,
     num_bytes: int,
     retry: Retry,
+    access: Access,
     etag: str | None = None,
     metadata: pq.FileMetaData | None = None,
 ) -> Iterator[pq.ParquetFile]:
     try:
         if is_s3(uri):
-            source = ObjectFile(*split_s3_uri(uri), num_bytes, retry=retry, etag=etag)
+            source = ObjectFile(*split_s3_uri(uri), num_bytes, retry=retry, etag=etag, access=access)
         else:
             source = pa.OSFile(uri)
         # pre_buffer joins the column chunks of a row group into few large reads.

@@ -23,6 +23,7 @@ from dinoray.pipeline.data.parquet import (
     read_row_group,
     row_groups,
 )
+from dinoray.pipeline.storage.config import SIGNED, Access, StorageConfig
 from dinoray.pipeline.storage.retry import ArchivedObject, DeniedObject, FailingObject, Retry
 from dinoray.pipeline.storage.waiting import Patient
 
@@ -69,7 +70,7 @@ class RowGroups(NamedTuple):
 
 
 def list_row_groups(
-    shards: pa.Table, *, path: str, root: str, asked: Asked, concurrency: int, give_up_after_seconds: float
+    shards: pa.Table, *, path: str, root: str, asked: Asked, concurrency: int, storage: StorageConfig
 ) -> RowGroups:
     """Return the row groups of `shards`, a table sorted by key: key, size, etag and label (from its folders).
 
@@ -81,15 +82,15 @@ def list_row_groups(
     rows = shards.to_pylist()
     per_group: set[int | None] = set()
     damaged: dict[str, DataError] = {}
-    others = OtherObjects(shards, root)
+    others, access = OtherObjects(shards, root, storage.access), storage.access
 
     def retry_of(shard: dict[str, Any]) -> Retry:
-        return Patient(give_up_after_seconds, others=lambda: others.probes(shard["key"]))
+        return Patient(storage.give_up_after_seconds, others=lambda: others.probes(shard["key"]))
 
     def footer_of(shard: dict[str, Any]) -> PartFooter | None:
         uri = f"{root.rstrip('/')}/{shard['key']}"
         try:
-            return read_footer(uri, shard["size"], retry=retry_of(shard))
+            return read_footer(uri, shard["size"], retry=retry_of(shard), access=access)
         except (CorruptShard, DeniedObject, ArchivedObject, FailingObject) as error:
             damaged[shard["key"]] = error
             return None
@@ -106,7 +107,7 @@ def list_row_groups(
             f"data.label_column={asked.label!r}: {first.uri} has no such column, but lies in a folder of a label; "
             "set data.label_from_parent=true and leave out data.label_column"
         )
-    columns = _columns(first, rows[number]["size"], asked, retry_of(rows[number]))
+    columns = _columns(first, rows[number]["size"], asked, retry_of(rows[number]), access)
     if from_folders:
         columns.notes.append("labels from folder names; data.label_from_parent=false ignores them")
     other_columns = [column for column in (columns.key, columns.label) if column is not None]
@@ -161,11 +162,11 @@ def _too_many_damaged(damaged: Mapping[str, DataError], num_shards: int, path: s
     )
 
 
-def hold_images(shards: pa.Table, root: str) -> bool:
+def hold_images(shards: pa.Table, root: str, access: Access = SIGNED) -> bool:
     """Return True if the first Parquet shard has a column of bytes, or is damaged and may have one."""
     shard = shards.sort_by("key").slice(0, 1).to_pylist()[0]
     try:
-        footer = read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"])
+        footer = read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"], access=access)
     except (CorruptShard, DeniedObject, ArchivedObject):
         return True
     return any(is_bytes(column.type) for column in footer.schema)
@@ -190,12 +191,18 @@ def _is_labelled_by_folders(shards: pa.Table, path: str, asked: Asked) -> bool:
     return True
 
 
-def _columns(footer: PartFooter, num_bytes: int, asked: Asked, retry: Retry) -> Columns:
+def _columns(footer: PartFooter, num_bytes: int, asked: Asked, retry: Retry, access: Access) -> Columns:
     def first_rows(column: str) -> list[Any]:
         for index in range(footer.metadata.num_row_groups):
             if footer.metadata.row_group(index).num_rows:
                 table = read_row_group(
-                    footer.uri, num_bytes, index, image_column=column, other_columns=[], retry=retry
+                    footer.uri,
+                    num_bytes,
+                    index,
+                    image_column=column,
+                    other_columns=[],
+                    retry=retry,
+                    access=access,
                 )
                 return list(table[column].to_pylist())
         return []

@@ -3,7 +3,7 @@
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, expected_etag, whole
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.parquet import CorruptShard, RowGroupCache, read_footer, read_row_group
+from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.retry import Retry
 
 Result = TypeVar("Result")
@@ -36,8 +37,8 @@ class Read(Protocol):
 class Rows:
     """One image per row of Parquet shards. Whole row groups are read and the latest are cached."""
 
-    def __init__(self, config: DataConfig, manifest: Manifest, read: Read) -> None:
-        self._config, self._manifest, self._waiting = config, manifest, read
+    def __init__(self, config: DataConfig, manifest: Manifest, read: Read, access: Access = SIGNED) -> None:
+        self._config, self._manifest, self._waiting, self._access = config, manifest, read, access
         # Arrays, not Python objects: there may be a million row groups, in each of many actors.
         self._groups = manifest.table.combine_chunks()
         self._num_rows, self._num_bytes = (
@@ -108,6 +109,7 @@ class Rows:
                 retry=retry,
                 etag=expected_etag(self._config, about["etag"]),
                 metadata=self._footer(about["key"], about["size"], about["etag"]),
+                access=self._access,
             )
 
         try:
@@ -121,9 +123,8 @@ class Rows:
 
     def _read_footer(self, key: str, num_bytes: int, etag: str) -> pq.FileMetaData:
         uri, expected = self._manifest.uri(key), expected_etag(self._config, etag)
-        return self._waiting(
-            key, lambda retry: read_footer(uri, num_bytes, retry=retry, etag=expected).metadata
-        )
+        read = partial(read_footer, uri, num_bytes, etag=expected, access=self._access)
+        return self._waiting(key, lambda retry: read(retry=retry).metadata)
 
     def _row(self, index: int, group: int, table: pa.Table | DataError) -> Fetched:
         name = self._name(index, group)

@@ -24,7 +24,7 @@ from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.data.rows import Read, Rows
-from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
+from dinoray.pipeline.storage.config import DEFAULTS, Access, StorageConfig
 from dinoray.pipeline.storage.hedging import hedged
 from dinoray.pipeline.storage.retry import (
     LIST_AGAIN,
@@ -63,9 +63,12 @@ class Source:
         self._lock, self._cpu_seconds = threading.Lock(), 0.0
         hedge = storage.hedge_after_seconds if is_s3(manifest.root) else None
         self._once = {} if hedge is None else {"once": partial(hedged, after_seconds=hedge)}
-        self._others, self._call = OtherObjects(manifest.table, manifest.root), threading.local()
+        self._others, self._call = (
+            OtherObjects(manifest.table, manifest.root, storage.access),
+            threading.local(),
+        )
         reader = Rows if manifest.kind == "parquet" else _Objects
-        self._reader: Rows | _Objects = reader(config, manifest, self.read)
+        self._reader: Rows | _Objects = reader(config, manifest, self.read, storage.access)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _source, (self.config, self.manifest, self.storage, self._selected)
@@ -123,7 +126,7 @@ class Source:
     def arrivals(self, indices: Sequence[int]) -> Iterator[tuple[int, Fetched]]:
         """As `fetch`, but yield (place in `indices`, image) on arrival; requests start before it returns."""
         if is_s3(self.manifest.root):
-            s3_client()  # made here once, so that the threads do not all make one
+            s3_client(self.storage.access)  # made here once, so that the threads do not all make one
         return self._reader.arrivals(self.in_manifest(indices).tolist(), self._begin)
 
     def order(self, seed: int) -> Order:
@@ -215,8 +218,8 @@ def _source(
 class _Objects:
     """One image per object or file."""
 
-    def __init__(self, config: DataConfig, manifest: Manifest, read: Read) -> None:
-        self._config, self._manifest, self._waiting = config, manifest, read
+    def __init__(self, config: DataConfig, manifest: Manifest, read: Read, access: Access) -> None:
+        self._config, self._manifest, self._waiting, self._access = config, manifest, read, access
         columns = (manifest.table[name] for name in ("key", "size", "etag", "label"))
         self._keys, self._sizes, self._etags, self._labels = columns
         self.num_images = manifest.num_images
@@ -245,7 +248,9 @@ class _Objects:
     def _read_s3(self, index: int, limit: int, retry: Retry) -> bytes:
         bucket, _ = split_s3_uri(self._manifest.root)
         etag = expected_etag(self._config, self._etags[index].as_py())
-        return read_object(bucket, self.key(index), etag=etag, max_bytes=limit, retry=retry)
+        return read_object(
+            bucket, self.key(index), etag=etag, max_bytes=limit, retry=retry, access=self._access
+        )
 
     def _read_file(self, index: int, limit: int, retry: Retry) -> bytes:
         key, listed = self.key(index), self._sizes[index].as_py()

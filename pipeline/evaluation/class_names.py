@@ -131,7 +131,9 @@ def _names_remedy(train: Source, val: Source) -> str:
         if column is None or side.manifest.kind != "parquet":
             continue
         shard = table.slice(0, 1).to_pylist()[0]
-        read = partial(read_footer, side.manifest.uri(shard["key"]), shard["size"])
+        read = partial(
+            read_footer, side.manifest.uri(shard["key"]), shard["size"], access=side.storage.access
+        )
         try:
             schema = side.read(shard["key"], lambda retry, read=read: read(retry=retry).schema)  # type: ignore[misc]
         except BAD_OBJECT:
@@ -182,9 +184,9 @@ def _read(source: Source, group: int) -> list[str | None]:
         return [shard["label"]] * shard["num_rows"]  # label of the folder around the shard
     try:
         uri, column = source.manifest.uri(shard["key"]), config.label_column
-        return source.read(
-            shard["key"],
-            lambda retry: read_column(uri, shard["size"], shard["row_group"], column=column, retry=retry),
+        read = partial(
+            read_column, uri, shard["size"], shard["row_group"], column=column, access=source.storage.access
         )
+        return source.read(shard["key"], lambda retry: read(retry=retry))
     except BAD_OBJECT:
         return []

@@ -5,6 +5,7 @@ This module stands between sources and the evaluation. It reads at most labels, 
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,10 +104,10 @@ def _rows_with_labels(source: Source, column: str) -> Source:
         if number in (0, group["num_rows"]):
             return np.full(group["num_rows"], number == 0)
         uri = source.manifest.uri(group["key"])
-        labels = source.read(
-            group["key"],
-            lambda retry: read_column(uri, group["size"], group["row_group"], column=column, retry=retry),
+        read = partial(
+            read_column, uri, group["size"], group["row_group"], column=column, access=source.storage.access
         )
+        labels = source.read(group["key"], lambda retry: read(retry=retry))
         return np.asarray([label is not None for label in labels])
 
     with ThreadPoolExecutor(source.config.fetch_concurrency) as pool:

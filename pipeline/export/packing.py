@@ -124,7 +124,13 @@ def check_keys(source: Source) -> None:
             table = source.read(
                 group["key"],
                 lambda retry: read_row_group(
-                    uri, size, row_group, image_column=column, other_columns=[], retry=retry
+                    uri,
+                    size,
+                    row_group,
+                    image_column=column,
+                    other_columns=[],
+                    retry=retry,
+                    access=source.storage.access,
                 ),
             )
         except BAD_OBJECT:

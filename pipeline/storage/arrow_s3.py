@@ -2,7 +2,8 @@
 
 Ray's checkpoints and Parquet files need a pyarrow filesystem. pyarrow's own search for keys knows fewer kinds of
 profiles (no role of another profile), and does not renew keys that it is given. So each call asks botocore for the
-keys, and makes a new S3FileSystem once they differ. The data itself does not pass through Python. No Ray here.
+keys, and makes a new S3FileSystem once they differ. The data itself does not pass through Python. Images are not read
+by this way, so `storage.anonymous` and `storage.requester_pays` do not concern it. No Ray here.
 """
 
 import threading

@@ -19,6 +19,7 @@ import pyarrow.fs
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.arrow_s3 import RenewedS3
+from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.retry import (
     ChangedObject,
     DeniedObject,
@@ -94,7 +95,7 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return pyarrow.fs.PyFileSystem(RenewedS3(options)), f"{bucket}/{key}".rstrip("/")
 
 
-def check_bucket(uri: str) -> None:
+def check_bucket(uri: str, access: Access = SIGNED) -> None:
     """Raise DataError soon if the bucket of an `s3://` address does not answer or does not exist.
 
     Credentials that may read objects need not be allowed to ask for the bucket.
@@ -102,7 +103,7 @@ def check_bucket(uri: str) -> None:
     if is_s3(uri):
         bucket, _ = split_s3_uri(uri)
         with contextlib.suppress(DeniedObject):
-            retrying(partial(s3_client().head_bucket, Bucket=bucket), what=f"s3://{bucket}")
+            retrying(partial(s3_client(access).head_bucket, Bucket=bucket), what=f"s3://{bucket}")
 
 
 def check_writable(uri: str, *, setting: str) -> None:

@@ -5,7 +5,7 @@ itself stops retrying once a body starts to arrive, so a truncated body requires
 `retrying` makes few attempts: for the first contact with a store, and for the files of a run. Reads of images
 wait longer: see waiting.py. Handles botocore's and urllib3's exceptions; no client, no bucket and no Ray here.
 
-    transient   5xx, throttling, timeouts, broken connections, short or damaged bodies; on disks and network
+    transient   5xx but 501, throttling, timeouts, broken connections, short or damaged bodies; on disks and network
                 file systems: no free descriptors, input or output errors, stale handles
                 -> retried after a random pause; Unreachable when no attempts are left
     missing     the object does not exist                              -> MissingObject, at once
@@ -26,6 +26,14 @@ from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
 from dinoray.models.errors import DataError, one_line
+from dinoray.pipeline.storage.config import SIGNED
+from dinoray.pipeline.storage.remedies import (
+    ACCESS,
+    OR_ANONYMOUS,
+    SET_CREDENTIALS,
+    refusal_remedy,
+    store_remedy,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -108,27 +116,6 @@ _CREDENTIAL_ERRORS = (
     boto.ProfileNotFound,
 )
 LIST_AGAIN = "remove the manifest to list the data again"
-SET_CREDENTIALS = "set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the node a role"
-_CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
-_RENEW = "renew the credentials (for SSO: aws sso login)"
-_CHECK_REGION = "set AWS_REGION to the bucket's region"
-_REMEDIES = {  # of answers that concern the whole store
-    "NoSuchBucket": "check the bucket's name and AWS_ENDPOINT_URL",
-    "InvalidBucketName": "check the bucket's name",
-    "InvalidAccessKeyId": _CHECK_KEYS,
-    "SignatureDoesNotMatch": _CHECK_KEYS,
-    "InvalidToken": _CHECK_KEYS,
-    "ExpiredToken": _RENEW,
-    "ExpiredTokenException": _RENEW,
-    "TokenRefreshRequired": _RENEW,
-    "RequestExpired": "set this machine's clock",
-    "RequestTimeTooSkewed": "set this machine's clock",
-    "PermanentRedirect": _CHECK_REGION,
-    "AuthorizationHeaderMalformed": _CHECK_REGION,
-}
-_FORBIDDEN = (
-    "allow s3:ListBucket and s3:GetObject (and s3:PutObject for a run directory) to these credentials"
-)
 
 
 def retrying(
@@ -203,14 +190,16 @@ def _permanent(error: Exception, what: str) -> DataError | None:
     if isinstance(error, _TRANSIENT_ERRORS):
         return None
     if isinstance(error, _CREDENTIAL_ERRORS):
-        return DataError(f"{what}: no usable AWS credentials ({_one_line(error)}); {SET_CREDENTIALS}")
+        return DataError(
+            f"{what}: no usable AWS credentials ({_one_line(error)}); {SET_CREDENTIALS}{OR_ANONYMOUS}"
+        )
     return DataError(f"{what}: {_one_line(error)}")
 
 
 def _permanent_answer(error: Any, what: str) -> DataError | None:
     """As `_permanent`, for an error response of the store: by its HTTP status and error code."""
     code, status = _code_and_status(error)
-    if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
+    if (status >= 500 and status != 501) or status == 429 or code in _TRANSIENT_CODES:
         return None
     if code in _MISSING_CODES and error.operation_name == "HeadBucket":
         code = "NoSuchBucket"
@@ -220,15 +209,14 @@ def _permanent_answer(error: Any, what: str) -> DataError | None:
         return ChangedObject(f"{what}: its size changed after it was listed; {LIST_AGAIN}")
     message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())
     text = f"{what}: {code} (HTTP {status}){': ' + message if message else ''}"
-    if code in _REMEDIES:
-        return DataError(f"{text}; {_REMEDIES[code]}")
+    if (remedy_of_store := store_remedy(code, status, message, error.operation_name)) is not None:
+        return DataError(f"{text}; {remedy_of_store}")
     if code == "InvalidObjectState":
         return ArchivedObject(f"{text}; restore the object from its archive class first")
     if code.startswith("KMS."):
         return DeniedObject(f"{text}; allow kms:Decrypt to these credentials, and enable the key")
-    return DeniedObject(
-        f"{text}; {_FORBIDDEN if status in (401, 403) else 'check the path and AWS_ENDPOINT_URL'}"
-    )
+    access = error.response.get(ACCESS, SIGNED)
+    return DeniedObject(f"{text}; {refusal_remedy(status, message, error.operation_name, access)}")
 
 
 def _code_and_status(error: Any) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""One S3 client per process, and the basic reads: an object, a range, a listing.
+"""The S3 clients of a process, and the basic reads: an object, a range, a listing.
 
 Stands between botocore and the rest of pipeline/. Credentials, region and endpoint come only from the AWS
 default chain (environment, profile, role; AWS_ENDPOINT_URL included), so this code stores no secret. Every
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import botocore
 import botocore.exceptions
 import botocore.session
 from botocore.config import Config
@@ -22,9 +23,10 @@ from botocore.config import Config
 from dinoray.models.errors import ConfigError, DataError, one_line, redact_credentials
 from dinoray.pipeline.storage import pages
 from dinoray.pipeline.storage.bodies import read_body
+from dinoray.pipeline.storage.config import SIGNED, Access
+from dinoray.pipeline.storage.remedies import ACCESS, OR_ANONYMOUS, SET_CREDENTIALS
 from dinoray.pipeline.storage.retry import (
     LIST_AGAIN,
-    SET_CREDENTIALS,
     ChangedObject,
     ObjectTooLarge,
     Retry,
@@ -43,7 +45,8 @@ _ENOUGH_OTHERS = 8
 _md5_etags: dict[str, int] = {}
 """Bucket -> 1 if an ETag has been the MD5 of its object, else minus the number of those that were not."""
 
-_clients: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+_clients: dict[tuple[Any, ...], dict[Access, tuple[Any, Any]]] = {}
+"""The AWS_* variables -> access -> client and credentials, of the latest variables only."""
 _clients_lock = threading.Lock()
 
 
@@ -77,14 +80,16 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def s3_client() -> Any:
+def s3_client(access: Access = SIGNED) -> Any:
     """Return this process's S3 client: one for all threads, recreated after a fork or a change of AWS_*.
+
+    All of its requests are as `access` says.
 
     botocore's own retries are off (`retrying` is the only policy). botocore itself chooses path-style
     addresses for a custom endpoint. Raises DataError without credentials, ConfigError for an unusable
     endpoint.
     """
-    return _client_and_credentials()[0]
+    return _client_and_credentials(access)[0]
 
 
 def s3_keys() -> tuple[str, str, str | None]:
@@ -92,31 +97,36 @@ def s3_keys() -> tuple[str, str, str | None]:
 
     Raises DataError where that fails. They are for pyarrow alone: never log, pickle or send them.
     """
-    keys = retrying(_client_and_credentials()[1].get_frozen_credentials, what="AWS credentials")
+    keys = retrying(_client_and_credentials(SIGNED)[1].get_frozen_credentials, what="AWS credentials")
     return keys.access_key, keys.secret_key, keys.token
 
 
-def _client_and_credentials() -> tuple[Any, Any]:
+def _client_and_credentials(access: Access) -> tuple[Any, Any]:
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _clients_lock:
         if environment not in _clients:
             _clients.clear()
-            _clients[environment] = _new_client()
-        return _clients[environment]
+            _clients[environment] = {}
+        of_access = _clients[environment]
+        if access not in of_access:
+            of_access[access] = _new_client(access)
+        return of_access[access]
 
 
-def _new_client() -> tuple[Any, Any]:
-    """Return a client, and botocore's credentials that it signs with."""
+def _new_client(access: Access) -> tuple[Any, Any]:
+    """Return a client, and botocore's credentials that it signs with, None for an anonymous client."""
     session = botocore.session.Session()
     try:
         if session.get_config_variable("metadata_service_num_attempts") == 1:
             # The metadata service of a node throttles many actors that start at once. botocore makes one
             # attempt only and would then report missing credentials.
             session.set_config_variable("metadata_service_num_attempts", 3)
-        credentials = session.get_credentials()
-        if credentials is None:
-            raise DataError(f"no AWS credentials found; {SET_CREDENTIALS}")
+        # The search for credentials may take seconds: an anonymous client has none.
+        credentials = None if access.anonymous else session.get_credentials()
+        if credentials is None and not access.anonymous:
+            raise DataError(f"no AWS credentials found; {SET_CREDENTIALS}{OR_ANONYMOUS}")
         config = Config(
+            signature_version=botocore.UNSIGNED if access.anonymous else None,
             retries={"total_max_attempts": 1, "mode": "standard"},
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
@@ -128,10 +138,23 @@ def _new_client() -> tuple[Any, Any]:
         raise ConfigError(f"{one_line(error)}; AWS_ENDPOINT_URL must look like http://host:port") from error
     except botocore.exceptions.BotoCoreError as error:
         raise DataError(
-            f"no usable AWS credentials or configuration: {one_line(error)}; {SET_CREDENTIALS}"
+            f"no usable AWS credentials or configuration: {one_line(error)}; {SET_CREDENTIALS}{OR_ANONYMOUS}"
         ) from error
     client.meta.events.register(pages.EVENT, pages.take_objects)
+    client.meta.events.register("after-call.s3", partial(_note_access, access))
+    if access.requester_pays:
+        client.meta.events.register("before-call.s3", _pay)
     return client, credentials
+
+
+def _note_access(access: Access, parsed: dict[str, Any], **_: object) -> None:
+    """Add the access of a request to its answer: the remedy of an error depends on it."""
+    parsed[ACCESS] = access
+
+
+def _pay(params: dict[str, Any], **_: object) -> None:
+    """Add the header of requester pays to a request that is not signed yet."""
+    params["headers"]["x-amz-request-payer"] = "requester"
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
@@ -148,6 +171,7 @@ def read_object(
     etag: str | None = None,
     max_bytes: int | None = None,
     retry: Retry = retrying,
+    access: Access = SIGNED,
 ) -> bytes:
     """Return the bytes of one object, or its bytes [first, last], both included; `retry` the whole GET.
 
@@ -155,7 +179,7 @@ def read_object(
     length is over `max_bytes`, and ChangedObject if the object no longer has the ETag `etag`, or that of a
     range no longer `listed_bytes` in total. A whole body is compared with the ETag where that is its MD5.
     """
-    client = s3_client()
+    client = s3_client(access)
     uri = f"s3://{bucket}/{key}"
     extra = {"Range": f"bytes={byte_range[0]}-{byte_range[1]}"} if byte_range else {}
 
@@ -216,9 +240,9 @@ def _may_be_md5(bucket: str, etag: str, response: Mapping[str, Any]) -> bool:
     return re.fullmatch("[0-9a-f]{32}", etag) is not None
 
 
-def probe_object(bucket: str, key: str) -> None:
+def probe_object(bucket: str, key: str, access: Access = SIGNED) -> None:
     """Read one byte of an object in a single attempt. Raises botocore's own errors."""
-    response = s3_client().get_object(Bucket=bucket, Key=key, Range="bytes=0-0")
+    response = s3_client(access).get_object(Bucket=bucket, Key=key, Range="bytes=0-0")
     read_body(response["Body"])
 
 
@@ -230,6 +254,7 @@ def list_page(
     start_after: str | None = None,
     token: str | None = None,
     retry: Retry = retrying,
+    access: Access = SIGNED,
 ) -> pages.Page:
     """Return one page of the keys that start with `prefix`: that after the key `start_after`, or that of `token`.
 
@@ -237,7 +262,7 @@ def list_page(
     """
     parameters = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
     parameters |= {"StartAfter": start_after, "ContinuationToken": token}
-    operation = partial(pages.request_page, s3_client().list_objects_v2, **parameters)
+    operation = partial(pages.request_page, s3_client(access).list_objects_v2, **parameters)
     return retry(operation, what=f"s3://{bucket}/{prefix}")
 
 
@@ -257,11 +282,18 @@ class ObjectFile(io.RawIOBase):
     """
 
     def __init__(
-        self, bucket: str, key: str, num_bytes: int, *, retry: Retry = retrying, etag: str | None = None
+        self,
+        bucket: str,
+        key: str,
+        num_bytes: int,
+        *,
+        retry: Retry = retrying,
+        etag: str | None = None,
+        access: Access = SIGNED,
     ) -> None:
         super().__init__()
         self._bucket, self._key, self._num_bytes, self._retry = bucket, key, num_bytes, retry
-        self._etag = etag
+        self._etag, self._access = etag, access
         self._position = 0
 
     def readable(self) -> bool:
@@ -289,6 +321,7 @@ class ObjectFile(io.RawIOBase):
             listed_bytes=self._num_bytes,
             etag=self._etag,
             retry=self._retry,
+            access=self._access,
         )
         self._position = end
         return data

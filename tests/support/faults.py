@@ -17,12 +17,17 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Fault:
-    """Spoil the next `times` answers to requests whose line ("GET /bucket/key") matches `pattern`."""
+    """Spoil the next `times` answers to requests whose line ("GET /bucket/key") matches `pattern`.
+
+    Their headers contain `header`, and not `lacking`.
+    """
 
     kind: str
     pattern: str
     times: int
     share: float
+    header: str
+    lacking: str | None
 
 
 @dataclass
@@ -31,6 +36,8 @@ class FaultProxy:
 
     endpoint: str = ""
     requests: list[str] = field(default_factory=list)
+    headers: list[str] = field(default_factory=list)
+    """Of each of `requests`, in small letters."""
     connections: int = 0
     """Connections of clients so far."""
     in_flight: int = 0
@@ -50,11 +57,20 @@ class FaultProxy:
     _faults: list[Fault] = field(default_factory=list)
     _chance: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def fail(self, kind: str, *, pattern: str = "^GET ", times: int = 1, share: float = 1.0) -> None:
+    def fail(
+        self,
+        kind: str,
+        *,
+        pattern: str = "^GET ",
+        times: int = 1,
+        share: float = 1.0,
+        header: str = "",
+        lacking: str | None = None,
+    ) -> None:
         """Queue a fault of a `share` of the requests: hang, reset, truncate, corrupt, drip, or one of _ANSWERS."""
         if kind not in (*_ANSWERS, "truncate", "corrupt", "reset", "hang", "drip"):
             raise ValueError(kind)
-        self._faults.append(Fault(kind, pattern, times, share))
+        self._faults.append(Fault(kind, pattern, times, share, header, lacking))
 
     def heal(self) -> None:
         """Forget all faults that are queued."""
@@ -64,16 +80,18 @@ class FaultProxy:
         """How many requests so far match."""
         return sum(bool(re.search(pattern, line)) for line in self.requests)
 
-    def _fault_for(self, line: str) -> str | None:
+    def _fault_for(self, line: str, headers: str) -> str | None:
         for fault in self._faults:
+            if fault.header not in headers or (fault.lacking is not None and fault.lacking in headers):
+                continue
             if fault.times and re.search(fault.pattern, line) and self._chance.random() < fault.share:
                 fault.times -= 1
                 return fault.kind
         return None
 
 
-def _answer(status: str, code: str) -> bytes:
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>by the proxy</Message></Error>".encode()
+def _answer(status: str, code: str, message: str = "by the proxy") -> bytes:
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
     return f"{head}Connection: close\r\n\r\n".encode() + body
 
@@ -85,6 +103,8 @@ _ANSWERS = {
     "archived": _answer("403 Forbidden", "InvalidObjectState"),
     "disabled_key": _answer("400 Bad Request", "KMS.DisabledException"),
     "expired": _answer("400 Bad Request", "ExpiredToken"),
+    "not_implemented": _answer("501 Not Implemented", "NotImplemented"),
+    "checksum_header": _answer("400 Bad Request", "InvalidArgument", "unknown header of a checksum"),
 }
 
 
@@ -172,11 +192,13 @@ class _Connection:
         method, target = head.split(b" ", 2)[:2]
         line = f"{method.decode()} {target.decode()}"
         proxy = self.proxy
+        headers = head.partition(b"\r\n")[2].decode("latin-1").lower()
         proxy.requests.append(line)
+        proxy.headers.append(headers)
         proxy.in_flight += 1
         proxy.max_in_flight = max(proxy.max_in_flight, proxy.in_flight)
         try:
-            fault = proxy._fault_for(line)
+            fault = proxy._fault_for(line, headers)
             if method == b"GET" and proxy.gate:
                 while proxy.in_flight < proxy.gate:
                     await asyncio.sleep(0.005)

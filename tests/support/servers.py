@@ -1,16 +1,18 @@
 """A real S3 store for the tests: SeaweedFS on free local ports, for as long as a `with` block lasts."""
 
 import contextlib
+import json
 import os
 import random
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -18,6 +20,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 ACCESS_KEY, SECRET_KEY = "AKTESTKEY", "SKtestsecretvalue"
+READER = "AKREADER", "SKreadersecretvalue"
+"""Keys of a user who may read and not write, of a server with public buckets."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,14 @@ def aws_environment(endpoint: str, *, secret: str = SECRET_KEY) -> dict[str, str
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[S3Server]:
-    """SeaweedFS on free ports of 127.0.0.1, ready for requests; about two seconds to start."""
+def s3_server(*, public: Sequence[str] = ()) -> Iterator[S3Server]:
+    """SeaweedFS on free ports of 127.0.0.1, ready for requests; about two seconds to start.
+
+    With `public` buckets, whoever has no keys may read and list these, and whoever has those of `READER` all buckets.
+    """
     with tempfile.TemporaryDirectory(prefix="weed-", ignore_cleanup_errors=True) as folder:
         for _ in range(3):  # another process may take a port that was free
-            process, server = _start(folder)
+            process, server = _start(folder, public)
             try:
                 if _is_ready(server, process):
                     yield server
@@ -79,7 +86,7 @@ def s3_server() -> Iterator[S3Server]:
         raise RuntimeError(f"weed did not start: {server.log.read_text()[-2000:]}")
 
 
-def _start(folder: str) -> tuple["subprocess.Popen[bytes]", S3Server]:
+def _start(folder: str, public: Sequence[str]) -> tuple["subprocess.Popen[bytes]", S3Server]:
     log = Path(folder, "weed.log")
     s3, master, volume, filer, admin = free_ports(5)
     command = [
@@ -90,10 +97,30 @@ def _start(folder: str) -> tuple["subprocess.Popen[bytes]", S3Server]:
         *("-webdav=false", "-admin.ui=false", "-master.telemetry=false", "-master.volumeSizeLimitMB=16"),
         *("-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false"),
     ]
+    if public:
+        Path(folder, "identities.json").write_text(json.dumps(_identities(public)))
+        command.append(f"-s3.config={folder}/identities.json")
     keys = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=os.environ | keys, stdout=output, stderr=output, cwd=folder)
     return process, S3Server(f"http://127.0.0.1:{s3}", log)
+
+
+def _identities(public: Sequence[str]) -> dict[str, Any]:
+    """SeaweedFS's users: one that may do all, one that may read all, and everybody."""
+
+    def identity(name: str, actions: Sequence[str], *keys: str) -> dict[str, Any]:
+        credentials = [dict(zip(("accessKey", "secretKey"), keys, strict=True))] if keys else []
+        return {"name": name, "credentials": credentials, "actions": list(actions)}
+
+    of_everybody = [f"{action}:{bucket}" for bucket in public for action in ("Read", "List")]
+    return {
+        "identities": [
+            identity("admin", ["Admin", "Read", "Write", "List", "Tagging"], ACCESS_KEY, SECRET_KEY),
+            identity("reader", ["Read", "List"], *READER),
+            identity("anonymous", of_everybody),
+        ]
+    }
 
 
 def _weed() -> str:
