@@ -18,6 +18,7 @@ from dinoray.pipeline.data.classify import CONFIG, EMBEDDINGS, OF_A_RUN, PACKED,
 from dinoray.pipeline.data.detection import is_split
 from dinoray.pipeline.data.listing import is_pattern, list_entries
 from dinoray.pipeline.storage.files import normal_uri
+from dinoray.pipeline.storage.progress import counting
 from dinoray.pipeline.storage.retry import Retry
 
 _KINDS = {
@@ -53,9 +54,10 @@ def list_contents(path: str, label_from_parent: bool | Auto, *, setting: str, re
     A packed set is dropped only beside image objects, because it can be the data. Raises DataError if `path` is
     missing, is a run directory, or holds nothing but output.
     """
-    listing = list_entries(path, setting=setting, retry_later=retry_later)
-    found = Classifier(listing.prefix, label_from_parent)
-    found.add(listing.batches)
+    with counting(f"listing {normal_uri(path)}", "keys") as count:
+        listing = list_entries(path, setting=setting, retry_later=retry_later, count=count)
+        found = Classifier(listing.prefix, label_from_parent)
+        found.add(listing.batches)
     images, bare, shards, others = found.tables()
     setting_path = f"{setting}={normal_uri(path)}"
     folders_of = _output(found.marks)

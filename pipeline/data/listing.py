@@ -19,6 +19,7 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.files import MissingObject, normal_uri
 from dinoray.pipeline.storage.key_ranges import list_ranges
 from dinoray.pipeline.storage.pages import LISTED, Objects
+from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import Retry, retrying
 from dinoray.pipeline.storage.s3 import etag_of, is_s3, list_page, s3_client, split_s3_uri
 
@@ -100,7 +101,12 @@ class EntryTable:
 
 
 def list_entries(
-    path: str, *, setting: str = "data.path", retry: Retry = retrying, retry_later: Retry = retrying
+    path: str,
+    *,
+    setting: str = "data.path",
+    retry: Retry = retrying,
+    retry_later: Retry = retrying,
+    count: Count | None = None,
 ) -> Listing:
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
@@ -109,20 +115,23 @@ def list_entries(
     form loops. Pipes, sockets and devices are skipped. A broken link is listed with size 0, so that its image
     counts as missing. On S3, `retry` repeats the first request and `retry_later` all others, several at once.
     Raises DataError if the folder or bucket is missing or access is denied; on S3 only during iteration. The
-    message names `setting`, which gave the path.
+    message names `setting`, which gave the path. Adds the entries to `count` as they come.
     """
+    count = count or Count("listing", "keys")
     path = normal_uri(path)
     if is_s3(path):
         bucket, key = split_s3_uri(path)
         prefix = f"{key}/" if key else ""
-        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later))
+        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later, count))
     if os.path.isfile(path):
         folder, name = os.path.split(path)
-        return Listing(folder, "", _batches(entry for entry in [_entry(path, name)] if entry is not None))
+        return Listing(
+            folder, "", _batches((entry for entry in [_entry(path, name)] if entry is not None), count)
+        )
     if not os.path.isdir(path):
         remedy = f"; patterns are not supported: set {setting} to a folder" if is_pattern(path) else ""
         raise DataError(f"{setting}={path}: there is no such folder or file{remedy}")
-    return Listing(path, "", _batches(_files(path)))
+    return Listing(path, "", _batches(_files(path), count))
 
 
 def role_of(key: str) -> Role:
@@ -157,13 +166,13 @@ def _is_unicode(key: str) -> bool:
 
 
 def _objects(
-    bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry
+    bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry, count: Count
 ) -> Iterator[pa.RecordBatch]:
     def folders(folder: str, *, retry: Retry) -> list[str]:
         return list_page(bucket, folder, delimiter="/", retry=retry).folders
 
     found, read = False, partial(list_page, bucket, prefix)
-    for batch in list_ranges(read, folders, prefix, retry=retry, retry_later=retry_later):
+    for batch in list_ranges(read, folders, prefix, retry=retry, retry_later=retry_later, count=count):
         found = True
         yield batch
     if found or not key:
@@ -176,8 +185,9 @@ def _objects(
     yield Objects([key], [answer["ContentLength"]], [etag_of(answer)]).to_arrow()
 
 
-def _batches(entries: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
+def _batches(entries: Iterator[Entry], count: Count) -> Iterator[pa.RecordBatch]:
     while some := list(islice(entries, _BATCH_ROWS)):
+        count.add(len(some))
         some = [entry if _is_unicode(entry.key) else _replaced(entry) for entry in some]
         yield Objects(*map(list, zip(*some, strict=True))).to_arrow()
 

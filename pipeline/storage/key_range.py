@@ -18,6 +18,7 @@ class KeyRange:
         """Once read, the first key beyond the end; None if the listing ended."""
         self.before, self.last = start, start
         """The keys that the latest page began and ended with."""
+        self.num_keys = 0
         self.cuts = 0
         """Cuts since the latest page."""
         self.left: float | None = None
@@ -25,14 +26,17 @@ class KeyRange:
         self._rest = Objects([], [], [])
         self._batches: list[pa.RecordBatch] = []
 
-    def take(self, objects: Objects, token: str | None) -> None:
-        """Add a page, and the token of the next one; what lies beyond the end is set aside."""
+    def take(self, objects: Objects, token: str | None) -> int:
+        """Add a page, and the token of the next one; what lies beyond the end is set aside.
+
+        Return the number of keys added.
+        """
         keys = objects.keys
         if not self.is_begun and (keys or token is None):
             self.is_begun, self.first = True, keys[0] if keys else None
             if self.first is not None and self.first <= self.start:
                 self.refuse()
-                return
+                return 0
         self.token, highest = token, max(keys, default="")
         if self.end is not None and highest > self.end:
             place = next(index for index, key in enumerate(keys) if key > self.end)
@@ -44,6 +48,8 @@ class KeyRange:
             self._batches.append(objects.to_arrow())
             self.before, self.last, self.cuts = objects.keys[0], max(self.last, highest), 0
             self.left = None
+            self.num_keys += len(objects.keys)
+        return len(objects.keys)
 
     def refuse(self) -> None:
         """Begin and end without a key that could follow another."""
@@ -64,10 +70,10 @@ class KeyRange:
         """Return True if the next range begins with the first key beyond this one."""
         return self.following is not None and self.next == self.following.first
 
-    def replace_following(self) -> None:
-        """Go on to the end of the next range, whose keys no longer count."""
+    def replace_following(self) -> int:
+        """Go on to the end of the next range, whose keys no longer count; return the change of the number of keys."""
         assert self.following is not None
-        self.following.is_dropped = True
+        self.following.is_dropped, dropped = True, self.following.num_keys
         self.end, self.following = self.following.end, self.following.following
         rest, self._rest, self.is_read = self._rest, Objects([], [], []), False
-        self.take(rest, self.token)
+        return self.take(rest, self.token) - dropped

@@ -24,6 +24,7 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.key_range import KeyRange
 from dinoray.pipeline.storage.key_space import pages_left, split_point
 from dinoray.pipeline.storage.pages import Page
+from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import Retry, Unreachable
 
 logger = logging.getLogger(__name__)
@@ -68,22 +69,24 @@ def list_ranges(
     *,
     retry: Retry,
     retry_later: Retry,
+    count: Count | None = None,
     threads: int = THREADS,
 ) -> Iterator[pa.RecordBatch]:
     """Yield all objects, as LISTED, in the store's order; `read` asks for pages of the keys that start with `prefix`.
 
     The first request is repeated by `retry`, all others by `retry_later`. Raises the DataError of the first request
-    that fails for good.
+    that fails for good. Adds the keys of each page to `count`.
     """
+    count = count or Count("listing", "keys")
     keys, token = KeyRange("", None), None  # an object may have the prefix itself as its key
     for number in range(_PAGES_FIRST):
         page = read(start_after=None, token=token, retry=retry if number == 0 else retry_later)
-        keys.take(page.objects, page.token)
+        count.add(keys.take(page.objects, page.token))
         yield from keys.taken()
         token = page.token
         if token is None:
             return
-    team = _Team(read, read_folders, prefix, keys, retry_later)
+    team = _Team(read, read_folders, prefix, keys, retry_later, count)
     team.learn(page.objects.keys)
     try:
         team.start(threads)
@@ -100,10 +103,16 @@ class _Team:
     """Threads that read the ranges, from the first one on."""
 
     def __init__(
-        self, read: ReadPage, read_folders: ReadFolders, prefix: str, first: KeyRange, retry: Retry
+        self,
+        read: ReadPage,
+        read_folders: ReadFolders,
+        prefix: str,
+        first: KeyRange,
+        retry: Retry,
+        count: Count,
     ) -> None:
         self._read, self._read_folders, self._prefix = read, read_folders, prefix
-        self._first, self._retry = first, retry
+        self._first, self._retry, self._count = first, retry, count
         self._changed = threading.Condition()
         self._waiting, self._active = deque([first]), {first}
         self._letters, self._misfits = "", 0
@@ -153,7 +162,7 @@ class _Team:
         )
         self._misfits += 1
         self._active.discard(current.following)
-        current.replace_following()
+        self._count.add(current.replace_following())
         if not current.is_read:
             self._active.add(current)
             self._waiting.append(current)
@@ -247,7 +256,8 @@ class _Team:
             if page is None:
                 keys.refuse()
             else:
-                keys.take(page.objects, page.token)
+                added = keys.take(page.objects, page.token)
+                self._count.add(0 if keys.is_dropped else added)
                 self.learn(page.objects.keys)
             if keys.is_read or keys.is_dropped:
                 self._active.discard(keys)
