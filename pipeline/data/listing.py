@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.storage.files import MissingObject, normal_uri
+from dinoray.pipeline.storage.files import MissingObject, check_bucket, normal_uri
 from dinoray.pipeline.storage.key_ranges import list_ranges
+from dinoray.pipeline.storage.listing_parts import ListingParts
 from dinoray.pipeline.storage.pages import LISTED, Objects
 from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import Retry, retrying
@@ -107,22 +108,26 @@ def list_entries(
     retry: Retry = retrying,
     retry_later: Retry = retrying,
     count: Count | None = None,
+    parts: ListingParts | None = None,
 ) -> Listing:
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
     Keys are full object keys on S3 (root `s3://bucket`), in the store's order, and slash-separated paths
     relative to the folder on a disk. Links to files are followed; links to folders are not, because they may
     form loops. Pipes, sockets and devices are skipped. A broken link is listed with size 0, so that its image
-    counts as missing. On S3, `retry` repeats the first request and `retry_later` all others, several at once.
+    counts as missing. On S3, `retry` repeats the first request and `retry_later` all others, several at once;
+    what `parts` has of an earlier attempt is not listed again. Adds the entries to `count` as they come.
     Raises DataError if the folder or bucket is missing or access is denied; on S3 only during iteration. The
-    message names `setting`, which gave the path. Adds the entries to `count` as they come.
+    message names `setting`, which gave the path.
     """
     count = count or Count("listing", "keys")
     path = normal_uri(path)
     if is_s3(path):
         bucket, key = split_s3_uri(path)
         prefix = f"{key}/" if key else ""
-        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later, count))
+        return Listing(
+            f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later, count, parts)
+        )
     if os.path.isfile(path):
         folder, name = os.path.split(path)
         return Listing(
@@ -166,13 +171,27 @@ def _is_unicode(key: str) -> bool:
 
 
 def _objects(
-    bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry, count: Count
+    bucket: str,
+    key: str,
+    prefix: str,
+    retry: Retry,
+    retry_later: Retry,
+    count: Count,
+    parts: ListingParts | None,
 ) -> Iterator[pa.RecordBatch]:
     def folders(folder: str, *, retry: Retry) -> list[str]:
         return list_page(bucket, folder, delimiter="/", retry=retry).folders
 
+    if parts:
+        parts.open(f"{s3_client().meta.endpoint_url} {bucket} {prefix}")
+        if parts.stretches:
+            check_bucket(
+                f"s3://{bucket}"
+            )  # the first request of a listing that is resumed waits as all others do
     found, read = False, partial(list_page, bucket, prefix)
-    for batch in list_ranges(read, folders, prefix, retry=retry, retry_later=retry_later, count=count):
+    for batch in list_ranges(
+        read, folders, prefix, retry=retry, retry_later=retry_later, count=count, parts=parts
+    ):
         found = True
         yield batch
     if found or not key:

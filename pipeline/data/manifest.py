@@ -23,10 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
 
-from dinoray.models.errors import ConfigError, DataError
-from dinoray.models.settings import Auto, Settings
+from dinoray.models.errors import ConfigError, DataError, DinorayError
+from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import labelled_parts, list_contents, no_images
 from dinoray.pipeline.data.detection import (
     AUTO,
@@ -39,6 +38,7 @@ from dinoray.pipeline.data.sorting import sorted_by_key
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, check_bucket, normal_uri
+from dinoray.pipeline.storage.listing_parts import ListingParts
 from dinoray.pipeline.storage.waiting import Patient
 
 logger = logging.getLogger(__name__)
@@ -47,41 +47,6 @@ _VERSION = 1
 _METADATA = b"dinoray.manifest"
 _DETECTABLE = ("image_column", "key_column", "label_column", "label_from_parent")
 _LISTED_AS = ("path", *_DETECTABLE)
-
-
-class DataConfig(Settings):
-    """Images: where they are and how they are fetched. Credentials and endpoint come from AWS_* alone."""
-
-    path: str = Field(min_length=1)
-    """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
-    image_column: str = "auto"
-    """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'; auto detects it."""
-    key_column: str | None = "auto"
-    """Parquet: the column that names an image; null names it shard#row, auto detects the column."""
-    label_column: str | None = "auto"
-    """Parquet: the column of labels, read as text; null ignores labels, auto detects the column."""
-    label_from_parent: bool | Auto = "auto"
-    """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
-    fetch_concurrency: int = Field(default=32, ge=16, le=512)
-    """Images, or Parquet row groups, that each augmentation actor requests at once."""
-    fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
-    """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""
-    if_overwritten: Literal["bad", "use"] = "bad"
-    """Objects that were overwritten after they were listed: bad counts them as bad images, use trains on them."""
-    max_object_bytes: int = Field(default=64 << 20, ge=1)
-    """Larger image objects are not read; they count as bad images."""
-    max_pixels: int = Field(default=100_000_000, ge=1)
-    """Images with more pixels are not decoded; they count as bad images."""
-    row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
-    """Parquet: bytes of row groups that each actor caches; it always keeps the latest row group."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); above it a run ends."""
-
-    @field_validator("path")
-    @classmethod
-    def _path_is_an_address(cls, path: str) -> str:
-        normal_uri(path)
-        return path
 
 
 @dataclass(frozen=True)
@@ -208,6 +173,8 @@ def load_or_build(
     Before the run has begun (it then writes the file `begun`), a manifest listed with other values is
     replaced: an attempt that failed on a wrong setting must not fix that setting. Raises DataError soon if
     the store of the images does not answer: its address may be wrong.
+
+    A listing on S3 that is interrupted leaves parts in the directory, with which the next call resumes it.
     """
     with contextlib.suppress(MissingObject):
         data, has_begun = directory.read(name), directory.exists(begun)
@@ -219,17 +186,28 @@ def load_or_build(
         else:
             check_bucket(manifest.root)
             return manifest
-    manifest = build_manifest(config, storage, setting=setting)
-    directory.write(name, manifest.to_bytes())
+    parts = ListingParts(directory)
+    try:
+        manifest = build_manifest(config, storage, setting=setting, parts=parts)
+        directory.write(name, manifest.to_bytes())
+    except DinorayError:
+        if parts.is_complete:  # what is wrong with the data is to be changed, and the listing with it
+            parts.forget()
+        raise
+    parts.forget()
     return manifest
 
 
 def build_manifest(
-    config: DataConfig, storage: StorageConfig = DEFAULTS, *, setting: str = "data.path"
+    config: DataConfig,
+    storage: StorageConfig = DEFAULTS,
+    *,
+    setting: str = "data.path",
+    parts: ListingParts | None = None,
 ) -> Manifest:
     """List `config.path` (all pages, all folders), keep images by name, and sort by key.
 
-    Errors name `setting`, the setting or argument that gave the path.
+    Errors name `setting`, the setting or argument that gave the path. `parts` are those of an interrupted listing.
 
     Once the store has answered the first request, all others wait for it. Raises DataError if there are no
     images, listing fails, or most Parquet shards are damaged. Raises ConfigError if image objects and Parquet
@@ -237,7 +215,9 @@ def build_manifest(
     """
     patient = Patient(storage.give_up_after_seconds)
     path = normal_uri(config.path)
-    contents = list_contents(config.path, config.label_from_parent, setting=setting, retry_later=patient)
+    contents = list_contents(
+        config.path, config.label_from_parent, setting=setting, retry_later=patient, parts=parts
+    )
     num_ignored, num_images, num_shards = (
         table.num_rows for table in (contents.others, contents.images, contents.shards)
     )
