@@ -13,6 +13,8 @@ class DataConfig(Settings):
 
     path: str = Field(min_length=1)
     """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
+    manifest: str | None = Field(default=None, min_length=1)
+    """A file of the command manifest, local or s3://, whose list of images is used; null lists `path`."""
     image_column: str = "auto"
     """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'; auto detects it."""
     key_column: str | None = "auto"
@@ -36,8 +38,9 @@ class DataConfig(Settings):
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); above it a run ends."""
 
-    @field_validator("path")
+    @field_validator("path", "manifest")
     @classmethod
-    def _path_is_an_address(cls, path: str) -> str:
-        normal_uri(path)
+    def _path_is_an_address(cls, path: str | None) -> str | None:
+        if path is not None:
+            normal_uri(path)
         return path

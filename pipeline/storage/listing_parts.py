@@ -12,13 +12,13 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from dinoray.models.errors import DataError
+from dinoray.models.errors import DataError, DinorayError
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
 from dinoray.pipeline.storage.key_range import Stretch
 from dinoray.pipeline.storage.pages import LISTED
@@ -39,6 +39,22 @@ _DIGEST_BYTES = 16
 
 class OutdatedPartsError(Exception):
     """The store no longer gives the keys that it gave before; the listing must begin again without parts."""
+
+
+@contextlib.contextmanager
+def resumable(directory: Directory) -> Iterator["ListingParts"]:
+    """Give the parts of a listing whose manifest is written to `directory` within the context; its end drops them.
+
+    An error leaves them, unless the listing was complete: what is wrong with the data is to be changed.
+    """
+    parts = ListingParts(directory)
+    try:
+        yield parts
+    except DinorayError:
+        if parts.is_complete:
+            parts.forget()
+        raise
+    parts.forget()
 
 
 class Part(NamedTuple):
