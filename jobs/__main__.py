@@ -3,11 +3,23 @@
 import ast
 from pathlib import Path
 
-ORDER = ("pretrain", "plan", "doctor", "submit", "tune", "evaluate", "attention", "embed", "export", "pack")
+ORDER = (
+    "pretrain",
+    "plan",
+    "doctor",
+    "submit",
+    "tune",
+    "evaluate",
+    "attention",
+    "embed",
+    "export",
+    "pack",
+    "manifest",
+)
 
 
 def describe_commands() -> str:
-    """One line per command, read from its docstring: importing ten commands takes seconds."""
+    """One line per command, read from its docstring: importing all commands takes seconds."""
     lines = [
         "Commands; --help of each lists its arguments; in a checkout, `python -m jobs.NAME` is `dinoray NAME`:"
     ]

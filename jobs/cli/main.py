@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import ray
 from ray.exceptions import AuthenticationError
 
+from dinoray.jobs.cli.progress_line import show_progress_lines
 from dinoray.jobs.cli.quiet import quiet_ray
 from dinoray.jobs.cli.ray_watch import answers, end_at_once, print_error, watch_ray
 from dinoray.models.commands import command
@@ -24,6 +25,7 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     place that the same command continues from: `KeyboardInterrupt("step 120")`.
     """
     _take_sigterm_as_interrupt()
+    show_progress_lines()
     try:
         main(sys.argv[1:])
         print(end="", flush=True)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _NOT_IN_ROWS = {
     *("fetch_concurrency", "fetch_buffer_bytes"),
-    *("row_group_cache_bytes", "max_bad_fraction", "if_overwritten"),
+    *("row_group_cache_bytes", "max_bad_fraction", "if_overwritten", "manifest"),
 }
 """Settings of `data` that do not change what is written."""
 

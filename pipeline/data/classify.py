@@ -2,7 +2,7 @@
 
 Stands between the listing and its contents. Most objects are images with a plain name: those are found by one regular
 expression, and their labels are worked out once a folder. All others go one by one through the rules of listing.py.
-No storage and no Ray here.
+Reads nothing; no Ray here.
 """
 
 import re
@@ -22,6 +22,7 @@ from dinoray.pipeline.data.detection import (
     part_of,
 )
 from dinoray.pipeline.data.listing import IMAGE_SUFFIXES, Entry, EntryTable, Role, role_of
+from dinoray.pipeline.storage.listing_parts import PART
 
 CONFIG, STUDY = "config.yaml", "study.json"
 OF_A_RUN = frozenset({"environment.json", "manifest.parquet", "trial.json"})
@@ -85,6 +86,8 @@ class Classifier:
     def _add(self, entry: Entry) -> None:
         role = "other" if entry.size is None else role_of(entry.key)
         *folders, name = entry.key[len(self._prefix) :].split("/")
+        if name.startswith(PART):
+            return
         if name in (CONFIG, STUDY) or name in OF_A_RUN:
             self.marks["/".join(folders)].add(name)
         elif folders and f"{folders[-1]}/{name}" in (EMBEDDINGS, PACKED):

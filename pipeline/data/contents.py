@@ -4,6 +4,7 @@ Stands between the listing and the manifest. Recognises output by the names of i
 besides the listing. No Ray here.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -16,10 +17,14 @@ from dinoray.models.errors import DataError
 from dinoray.models.settings import Auto
 from dinoray.pipeline.data.classify import CONFIG, EMBEDDINGS, OF_A_RUN, PACKED, STUDY, Classifier
 from dinoray.pipeline.data.detection import is_split
-from dinoray.pipeline.data.listing import is_pattern, list_entries
+from dinoray.pipeline.data.listing import Listing, is_pattern, list_entries
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import normal_uri
+from dinoray.pipeline.storage.listing_parts import ListingParts, OutdatedPartsError
+from dinoray.pipeline.storage.progress import Count, counting
 from dinoray.pipeline.storage.retry import Retry
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {
     "run": ("run directory", "run directories"),
@@ -55,15 +60,37 @@ def list_contents(
     setting: str,
     retry_later: Retry,
     access: Access = SIGNED,
+    parts: ListingParts | None = None,
 ) -> Contents:
     """List `path`, which comes from `setting`, and drop output of this program.
 
     A packed set is dropped only beside image objects, because it can be the data. Raises DataError if `path` is
-    missing, is a run directory, or holds nothing but output.
+    missing, is a run directory, or holds nothing but output. What `parts` has of an earlier attempt is not listed
+    again, unless the store has changed there: then all is.
     """
-    listing = list_entries(path, setting=setting, retry_later=retry_later, access=access)
-    found = Classifier(listing.prefix, label_from_parent)
-    found.add(listing.batches)
+
+    def listed(count: Count) -> tuple[Listing, Classifier]:
+        listing = list_entries(
+            path, setting=setting, retry_later=retry_later, access=access, count=count, parts=parts
+        )
+        found = Classifier(listing.prefix, label_from_parent)
+        found.add(listing.batches)
+        return listing, found
+
+    what = f"listing {normal_uri(path)}"
+    try:
+        with counting(what, "keys") as count:
+            listing, found = listed(count)
+    except OutdatedPartsError as error:
+        assert parts
+        logger.warning(
+            "the store has changed since the listing was interrupted (%s): listing all again", error
+        )
+        parts.forget()
+        with counting(what, "keys") as count:
+            listing, found = listed(count)
+    if parts:
+        parts.is_complete = True
     images, bare, shards, others = found.tables()
     setting_path = f"{setting}={normal_uri(path)}"
     folders_of = _output(found.marks)

@@ -17,9 +17,11 @@ import pyarrow as pa
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.config import SIGNED, Access
-from dinoray.pipeline.storage.files import MissingObject, normal_uri
+from dinoray.pipeline.storage.files import MissingObject, check_bucket, normal_uri
 from dinoray.pipeline.storage.key_ranges import list_ranges
+from dinoray.pipeline.storage.listing_parts import ListingParts
 from dinoray.pipeline.storage.pages import LISTED, Objects
+from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import Retry, retrying
 from dinoray.pipeline.storage.s3 import etag_of, is_s3, list_page, s3_client, split_s3_uri
 
@@ -107,28 +109,36 @@ def list_entries(
     retry: Retry = retrying,
     retry_later: Retry = retrying,
     access: Access = SIGNED,
+    count: Count | None = None,
+    parts: ListingParts | None = None,
 ) -> Listing:
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
     Keys are full object keys on S3 (root `s3://bucket`), in the store's order, and slash-separated paths
     relative to the folder on a disk. Links to files are followed; links to folders are not, because they may
     form loops. Pipes, sockets and devices are skipped. A broken link is listed with size 0, so that its image
-    counts as missing. On S3, `retry` repeats the first request and `retry_later` all others, several at once.
+    counts as missing. On S3, `retry` repeats the first request and `retry_later` all others, several at once;
+    what `parts` has of an earlier attempt is not listed again. Adds the entries to `count` as they come.
     Raises DataError if the folder or bucket is missing or access is denied; on S3 only during iteration. The
     message names `setting`, which gave the path.
     """
+    count = count or Count("listing", "keys")
     path = normal_uri(path)
     if is_s3(path):
         bucket, key = split_s3_uri(path)
         prefix = f"{key}/" if key else ""
-        return Listing(f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later, access))
+        return Listing(
+            f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later, access, count, parts)
+        )
     if os.path.isfile(path):
         folder, name = os.path.split(path)
-        return Listing(folder, "", _batches(entry for entry in [_entry(path, name)] if entry is not None))
+        return Listing(
+            folder, "", _batches((entry for entry in [_entry(path, name)] if entry is not None), count)
+        )
     if not os.path.isdir(path):
         remedy = f"; patterns are not supported: set {setting} to a folder" if is_pattern(path) else ""
         raise DataError(f"{setting}={path}: there is no such folder or file{remedy}")
-    return Listing(path, "", _batches(_files(path)))
+    return Listing(path, "", _batches(_files(path), count))
 
 
 def role_of(key: str) -> Role:
@@ -163,13 +173,27 @@ def _is_unicode(key: str) -> bool:
 
 
 def _objects(
-    bucket: str, key: str, prefix: str, retry: Retry, retry_later: Retry, access: Access
+    bucket: str,
+    key: str,
+    prefix: str,
+    retry: Retry,
+    retry_later: Retry,
+    access: Access,
+    count: Count,
+    parts: ListingParts | None,
 ) -> Iterator[pa.RecordBatch]:
     def folders(folder: str, *, retry: Retry) -> list[str]:
         return list_page(bucket, folder, delimiter="/", retry=retry, access=access).folders
 
+    if parts:
+        parts.open(f"{s3_client(access).meta.endpoint_url} {bucket} {prefix}")
+        if parts.stretches:
+            # The first request of a listing that is resumed waits as all others do.
+            check_bucket(f"s3://{bucket}", access)
     found, read = False, partial(list_page, bucket, prefix, access=access)
-    for batch in list_ranges(read, folders, prefix, retry=retry, retry_later=retry_later):
+    for batch in list_ranges(
+        read, folders, prefix, retry=retry, retry_later=retry_later, count=count, parts=parts
+    ):
         found = True
         yield batch
     if found or not key:
@@ -182,8 +206,9 @@ def _objects(
     yield Objects([key], [answer["ContentLength"]], [etag_of(answer)]).to_arrow()
 
 
-def _batches(entries: Iterator[Entry]) -> Iterator[pa.RecordBatch]:
+def _batches(entries: Iterator[Entry], count: Count) -> Iterator[pa.RecordBatch]:
     while some := list(islice(entries, _BATCH_ROWS)):
+        count.add(len(some))
         some = [entry if _is_unicode(entry.key) else _replaced(entry) for entry in some]
         yield Objects(*map(list, zip(*some, strict=True))).to_arrow()
 

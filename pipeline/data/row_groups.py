@@ -24,6 +24,7 @@ from dinoray.pipeline.data.parquet import (
     row_groups,
 )
 from dinoray.pipeline.storage.config import SIGNED, Access, StorageConfig
+from dinoray.pipeline.storage.progress import counting
 from dinoray.pipeline.storage.retry import ArchivedObject, DeniedObject, FailingObject, Retry
 from dinoray.pipeline.storage.waiting import Patient
 
@@ -114,6 +115,7 @@ def list_row_groups(
 
     def read(shard: dict[str, Any]) -> list[tuple[dict[str, Any], ColumnFacts]]:
         footer = first if shard is rows[number] else footer_of(shard)
+        count.add(1)
         if footer is None:
             return []
         per_group.add(_rows_per_group(footer))
@@ -125,7 +127,10 @@ def list_row_groups(
             found.append((shard | group._asdict() | {"num_unlabelled": labels.num_nulls}, labels))
         return found
 
-    with ThreadPoolExecutor(concurrency) as pool:
+    with (
+        counting(f"reading footers of Parquet at {path}", "files", len(rows) - number) as count,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
         try:
             found = [group for part in pool.map(read, rows[number:]) for group in part]
         except BaseException:

@@ -146,7 +146,8 @@ def labelled_sources(
         return None
 
     def source(path: str, name: str, setting: str) -> Source:
-        at = DataConfig.model_validate(data.model_dump() | {"path": path})
+        manifest = data.manifest if path == data.path else None
+        at = DataConfig.model_validate(data.model_dump() | {"path": path, "manifest": manifest})
         return open_labelled(at, run, name, setting=setting, storage=storage)
 
     # First the set that the evaluation names: a wrong path is reported before missing labels of data.path.

@@ -21,9 +21,11 @@ from typing import Protocol, TypeVar
 import pyarrow as pa
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.storage.key_range import KeyRange
+from dinoray.pipeline.storage.key_range import KeyRange, ranges_around
 from dinoray.pipeline.storage.key_space import pages_left, split_point
+from dinoray.pipeline.storage.listing_parts import ListingParts, OutdatedPartsError
 from dinoray.pipeline.storage.pages import Page
+from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import Retry, Unreachable
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ _MOST_MISFITS = 3
 """Ranges that did not fit after which no more cuts are made."""
 _MOST_LISTS, _ENOUGH_FOLDERS = 8, 64
 """Requests for folders, and folders after which no more are asked for."""
+PAGES_PER_PART = 16
+"""Pages that a part of an unfinished listing holds, or fewer at the end of a range: about 1 MB in a file."""
 _SAMPLED = 16
 """One of so many keys counts for the letters that names are made of."""
 
@@ -68,23 +72,33 @@ def list_ranges(
     *,
     retry: Retry,
     retry_later: Retry,
+    count: Count | None = None,
+    parts: ListingParts | None = None,
     threads: int = THREADS,
 ) -> Iterator[pa.RecordBatch]:
     """Yield all objects, as LISTED, in the store's order; `read` asks for pages of the keys that start with `prefix`.
 
     The first request is repeated by `retry`, all others by `retry_later`. Raises the DataError of the first request
-    that fails for good.
+    that fails for good. Adds the keys of each page to `count`.
+
+    What `parts` has of an earlier attempt is not asked for again, and what is read is kept there. Raises
+    OutdatedPartsError if the store no longer gives what it gave then.
     """
-    keys, token = KeyRange("", None), None  # an object may have the prefix itself as its key
-    for number in range(_PAGES_FIRST):
+    count = count or Count("listing", "keys")
+    stretches = parts.stretches if parts else []
+    ranges, token = ranges_around(stretches), None  # an object may have the prefix itself as its key
+    for number in range(0 if stretches else _PAGES_FIRST):
         page = read(start_after=None, token=token, retry=retry if number == 0 else retry_later)
-        keys.take(page.objects, page.token)
-        yield from keys.taken()
+        count.add(ranges[0].take(page.objects, page.token))
+        yield from ranges[0].taken()
         token = page.token
         if token is None:
             return
-    team = _Team(read, read_folders, prefix, keys, retry_later)
-    team.learn(page.objects.keys)
+    team = _Team(read, read_folders, prefix, ranges, retry_later, count, parts)
+    team.learn([] if stretches else page.objects.keys)
+    for stretch in stretches:
+        count.add(stretch.batch.num_rows, kept=True)
+        team.learn(stretch.batch["key"][::_SAMPLED].to_pylist())
     try:
         team.start(threads)
         yield from team.batches()
@@ -100,12 +114,20 @@ class _Team:
     """Threads that read the ranges, from the first one on."""
 
     def __init__(
-        self, read: ReadPage, read_folders: ReadFolders, prefix: str, first: KeyRange, retry: Retry
+        self,
+        read: ReadPage,
+        read_folders: ReadFolders,
+        prefix: str,
+        ranges: list[KeyRange],
+        retry: Retry,
+        count: Count,
+        parts: ListingParts | None,
     ) -> None:
         self._read, self._read_folders, self._prefix = read, read_folders, prefix
-        self._first, self._retry = first, retry
+        self._first, self._retry, self._count, self._parts = ranges[0], retry, count, parts
         self._changed = threading.Condition()
-        self._waiting, self._active = deque([first]), {first}
+        unread = [keys for keys in ranges if not keys.is_read]
+        self._waiting, self._active = deque(unread), set(unread)
         self._letters, self._misfits = "", 0
         self._folders: list[str] | None = None
         """Sorted; None until the first are known."""
@@ -151,9 +173,15 @@ class _Team:
         logger.debug(
             "%r was listed after %r, expected was %r", current.following.first, current.last, current.next
         )
+        if current.is_kept:
+            raise OutdatedPartsError(
+                f"{current.following.first!r} follows {current.end!r}, not {current.next!r}"
+            )
         self._misfits += 1
+        if self._parts:
+            self._parts.forget()
         self._active.discard(current.following)
-        current.replace_following()
+        self._count.add(current.replace_following())
         if not current.is_read:
             self._active.add(current)
             self._waiting.append(current)
@@ -236,7 +264,7 @@ class _Team:
 
     def _read_page(self, keys: KeyRange) -> None:
         """Add a page to a range, unless it was dropped meanwhile."""
-        start = None if keys.token else keys.start
+        start = None if keys.token else keys.start or None
         try:
             page = self._read(start_after=start, token=keys.token, retry=self._retry_while_wanted)
         except DataError as error:
@@ -247,13 +275,17 @@ class _Team:
             if page is None:
                 keys.refuse()
             else:
-                keys.take(page.objects, page.token)
+                added = keys.take(page.objects, page.token)
+                self._count.add(0 if keys.is_dropped else added)
                 self.learn(page.objects.keys)
+            stretch = keys.take_stretch(PAGES_PER_PART) if self._parts and not keys.is_dropped else None
             if keys.is_read or keys.is_dropped:
                 self._active.discard(keys)
             else:
                 self._waiting.append(keys)
             self._changed.notify_all()
+        if self._parts and stretch:
+            self._parts.keep(stretch)
 
     def _retry_while_wanted(self, operation: Callable[[], T], *, what: str) -> T:
         def wanted() -> T:

@@ -5,6 +5,7 @@ A run directory (local or S3):
     config.yaml                 the resolved config
     environment.json            versions, hardware, git commit
     manifest.parquet            the images, listed once
+    listing-0123456789ab/       what has been listed on S3, until the manifest is written
     metrics.jsonl               one line per logged step and per evaluation
     quarantine.jsonl            one line per image that could not be used
     tensorboard/NAME/           the same metrics as event files; crops, attention, features for the projector

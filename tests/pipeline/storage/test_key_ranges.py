@@ -18,6 +18,7 @@ from dinoray.pipeline.storage import waiting
 from dinoray.pipeline.storage.key_ranges import list_ranges
 from dinoray.pipeline.storage.key_space import pages_left, split_point
 from dinoray.pipeline.storage.pages import Objects, Page
+from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import DeniedObject, Retry, Unreachable, retrying
 from dinoray.pipeline.storage.s3 import list_pages
 
@@ -58,12 +59,14 @@ class Store:
 
 def listed(store: Store, prefix: str = "", threads: int = 4) -> list[str]:
     keys: list[str] = []
+    count = Count("listing", "keys")
     for batch in list_ranges(
-        store, store.folders, prefix, retry=retrying, retry_later=retrying, threads=threads
+        store, store.folders, prefix, retry=retrying, retry_later=retrying, threads=threads, count=count
     ):
         assert batch["size"].to_pylist() == [len(key) for key in batch["key"].to_pylist()]
         assert batch["etag"].to_pylist() == [f"tag {key}" for key in batch["key"].to_pylist()]
         keys += batch["key"].to_pylist()
+    assert count.done == len(keys)
     return keys
 
 

@@ -1,0 +1,46 @@
+"""Settings of the images of a run: where they are, how they are fetched, and when one is bad."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from dinoray.models.settings import Auto, Settings
+from dinoray.pipeline.storage.files import normal_uri
+
+
+class DataConfig(Settings):
+    """Images: where they are and how they are fetched. Credentials and endpoint come from AWS_* alone."""
+
+    path: str = Field(min_length=1)
+    """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
+    manifest: str | None = Field(default=None, min_length=1)
+    """A file of the command manifest, local or s3://, whose list of images is used; null lists `path`."""
+    image_column: str = "auto"
+    """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'; auto detects it."""
+    key_column: str | None = "auto"
+    """Parquet: the column that names an image; null names it shard#row, auto detects the column."""
+    label_column: str | None = "auto"
+    """Parquet: the column of labels, read as text; null ignores labels, auto detects the column."""
+    label_from_parent: bool | Auto = "auto"
+    """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
+    fetch_concurrency: int = Field(default=32, ge=16, le=512)
+    """Images, or Parquet row groups, that each augmentation actor requests at once."""
+    fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
+    """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""
+    if_overwritten: Literal["bad", "use"] = "bad"
+    """Objects that were overwritten after they were listed: bad counts them as bad images, use trains on them."""
+    max_object_bytes: int = Field(default=64 << 20, ge=1)
+    """Larger image objects are not read; they count as bad images."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """Images with more pixels are not decoded; they count as bad images."""
+    row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
+    """Parquet: bytes of row groups that each actor caches; it always keeps the latest row group."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); above it a run ends."""
+
+    @field_validator("path", "manifest")
+    @classmethod
+    def _path_is_an_address(cls, path: str | None) -> str | None:
+        if path is not None:
+            normal_uri(path)
+        return path

@@ -1,0 +1,145 @@
+"""The manifest as a table and as a file: all images of a data set in one fixed order. Lists nothing; no Ray here."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dinoray.models.errors import ConfigError, DataError, one_line
+from dinoray.pipeline.data.config import DataConfig
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.storage.files import normal_uri
+
+_VERSION = 1
+_METADATA = b"dinoray.manifest"
+DETECTABLE = ("image_column", "key_column", "label_column", "label_from_parent")
+_LISTED_AS = ("path", *DETECTABLE)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All images of a data set in one fixed order; an image is its index in [0, num_images).
+
+    `root` is the address that keys are relative to (`s3://bucket` or a folder). `num_ignored` counts listed
+    objects that are no images. `listed_as` has the config values that determine the table, `detected` the
+    values found for its auto settings, `notes` messages about them. `damaged` are keys of Parquet shards that
+    could not be read and are left out. `rows_per_group` is set for a packed set, whose rows lie shuffled in row
+    groups of that many, or fewer at the ends of shards. `passed_over` counts and names what is left out on purpose.
+    """
+
+    table: pa.Table
+    kind: Literal["images", "parquet"]
+    root: str
+    num_ignored: int
+    listed_as: dict[str, Any]
+    detected: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+    rows_per_group: int | None = None
+    passed_over: tuple[str, ...] = ()
+
+    def settle(self, config: DataConfig) -> DataConfig:
+        """Return `config` with its auto settings replaced by the values of this manifest."""
+        values = {name: value for name, value in self._values.items() if getattr(config, name) == AUTO}
+        return config.model_copy(update=values)
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {name: self.listed_as.get(name) for name in DETECTABLE} | self.detected
+
+    @property
+    def path(self) -> str:
+        """The data set's address: `data.path`, normalised."""
+        return str(self.listed_as["path"])
+
+    @property
+    def num_images(self) -> int:
+        """Number of image objects, or of rows in all row groups."""
+        sizes = self.group_sizes
+        return self.table.num_rows if sizes is None else int(sizes.sum())
+
+    @property
+    def group_sizes(self) -> np.ndarray | None:
+        """Images per row group, int64 [num_groups], for Parquet; None for image objects."""
+        return self.table["num_rows"].to_numpy() if self.kind == "parquet" else None
+
+    @property
+    def group_bytes(self) -> np.ndarray | None:
+        """Bytes per row group in memory, int64 [num_groups], for Parquet; None for image objects."""
+        return self.table["num_bytes"].to_numpy() if self.kind == "parquet" else None
+
+    def uri(self, key: str) -> str:
+        """Return the full address of the object or file at `key`."""
+        return f"{self.root.rstrip('/')}/{key}"
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of a Parquet file, which `from_bytes` and any Parquet reader can read."""
+        about = {
+            "version": _VERSION,
+            "kind": self.kind,
+            "root": self.root,
+            "num_ignored": self.num_ignored,
+            "listed_as": self.listed_as,
+            "detected": self.detected,
+            "notes": self.notes,
+            "damaged": self.damaged,
+            "rows_per_group": self.rows_per_group,
+            "passed_over": self.passed_over,
+        }
+        sink = pa.BufferOutputStream()
+        table = self.table.replace_schema_metadata({_METADATA: json.dumps(about)})
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue().to_pybytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, config: DataConfig, *, has_begun: bool = True) -> "Manifest":
+        """Return the manifest in `data`. Raises ConfigError if it was listed with values not in `config`.
+
+        If the run `has_begun`, a setting that is auto in `config` accepts any value of the manifest.
+        """
+        manifest = cls.read(data, "the manifest", f"delete it to list {config.path} again")
+        for name, now, then in manifest.misfits(config, auto_fits=has_begun):
+            raise ConfigError(
+                f"data.{name}={now!r}, but the manifest of this run was listed with {then!r}; "
+                "give the run another name, or set the old value"
+            )
+        return manifest
+
+    def misfits(self, config: DataConfig, *, auto_fits: bool) -> Iterator[tuple[str, Any, Any]]:
+        """Yield (setting, value in `config`, value of this manifest) of the settings that decide the table and differ.
+
+        With `auto_fits`, a setting that is auto in `config` fits any value.
+        """
+        for name, now in listed_as(config).items():
+            then = self.listed_as.get(name)
+            found = self.detected.get(name, then)
+            if now not in (then, found) and not (now == AUTO and auto_fits):
+                yield name, now, found
+
+    @classmethod
+    def read(cls, data: bytes, what: str, remedy: str) -> "Manifest":
+        """Return the manifest in `data`, whatever it lists. DataError, with `what` and `remedy`, if it is none."""
+        try:
+            file = pq.ParquetFile(pa.BufferReader(data))
+            about = json.loads(file.schema_arrow.metadata[_METADATA])
+            columns = [file.read(columns=[n]).combine_chunks()[n] for n in file.schema_arrow.names]
+            table = pa.table(columns, file.schema_arrow.names)
+        except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
+            raise DataError(f"{what} is damaged ({one_line(error, limit=200)}); {remedy}") from error
+        if about["version"] != _VERSION:
+            raise DataError(f"{what} has version {about['version']}, this program reads {_VERSION}; {remedy}")
+        listed, detected = about["listed_as"], about.get("detected", {})
+        kept = (table, about["kind"], about["root"], about["num_ignored"])
+        notes, damaged, passed_over = (
+            tuple(about.get(name, ())) for name in ("notes", "damaged", "passed_over")
+        )
+        return cls(*kept, listed, detected, notes, damaged, about.get("rows_per_group"), passed_over)
+
+
+def listed_as(config: DataConfig) -> dict[str, Any]:
+    """Return the settings that decide the table of a manifest."""
+    return {name: getattr(config, name) for name in _LISTED_AS} | {"path": normal_uri(config.path)}
