@@ -23,6 +23,7 @@ from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, Status
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.others import OtherObjects
+from dinoray.pipeline.data.parquet import RowGroupCache
 from dinoray.pipeline.data.rows import Read, Rows
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.hedging import hedged
@@ -84,6 +85,18 @@ class Source:
         """Return a source of only the images at these indices."""
         chosen = indices if self._selected is None else self._selected[indices]
         return _source(self.config, self.manifest, self.storage, chosen)
+
+    def keeping(self, num_bytes: int) -> "Source":
+        """Return a source of the same images that keeps `num_bytes` of row groups, the latest that `keep` has named."""
+        source = _source(self.config, self.manifest, self.storage, self._selected)
+        if isinstance(source._reader, Rows):
+            source._reader.cache = RowGroupCache(num_bytes, get_is_use=False)
+        return source
+
+    def keep(self, groups: Sequence[int]) -> None:
+        """Keep those of these row groups that are here longer than others; says nothing of those that are not."""
+        if isinstance(self._reader, Rows):
+            self._reader.cache.use(groups)
 
     def read(self, key: str, operation: Callable[[Retry], Result]) -> Result:
         """Return `operation(retry)`, which reads the object or shard `key`; its `retry` waits for the storage.

@@ -1,0 +1,269 @@
+"""Readers of row groups that the augment actors of a run share: each row group of others' Parquet is read once.
+
+An augment actor asks the reader of a row group (data/sharing.py) for encoded images, as it would ask its own source;
+the readers ask the storage. They read the row groups of the next window ahead and keep those of the windows in use.
+The order of images knows nothing of them: it is the same without readers and with any number of them.
+
+Readers take no CPU of their own. Each is started on the node of the augment actor that needs it first, and again on
+the node of another if it is lost: the head of a cluster, where the driver runs, may be too small for them.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dinoray.models.errors import DinorayError, ResourceError, one_line
+from dinoray.pipeline.cluster.channel import RunChannel, actor_here
+from dinoray.pipeline.data.fetched import Fetched
+from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.sharing import Sharing, groups_ahead
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.storage.waiting import report_outages
+
+_CALLS = 32
+"""Concurrent calls of a reader; most of them wait for a row group that another call reads."""
+_MOST_ROWS, _MOST_BYTES = 32, 16 << 20
+"""Images of one call, and their expected bytes: the first of a block are cropped before the last are sent."""
+_AHEAD_BYTES = 64 << 20
+"""Bytes of row groups that are read ahead at once."""
+_WINDOWS_SEEN = 8
+"""Windows that a reader has read ahead lately, and does not read ahead again."""
+_TRIES = 5
+"""Readers in a row that may die under one call."""
+
+
+class _Reply(NamedTuple):
+    images: list[Fetched] | DinorayError
+    """An error is a result: if it were raised, Ray would forward only its text, in a traceback."""
+    cpu_seconds: float
+
+
+class _Lent(NamedTuple):
+    reader: ActorHandle
+    number_of_lives: int
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Picklable handle to the readers of a run. They end with its last handle, or with the driver that made it."""
+
+    host: ActorHandle
+    sharing: Sharing
+
+    @classmethod
+    def start(cls, sharing: Sharing, channel: RunChannel) -> "Readers":
+        """Start what starts the readers, on this process's node."""
+        return cls(actor_here(_Host, sharing, channel, max_restarts=-1, max_task_retries=-1), sharing)
+
+    def close(self) -> None:
+        """End the readers, also while a handle is kept somewhere."""
+        ray.kill(self.host)
+
+
+class _Host:
+    """Starts readers where they are needed and owns them: they end with it."""
+
+    def __init__(self, sharing: Sharing, channel: RunChannel) -> None:
+        self._sharing, self._channel = sharing, channel
+        self._lent: dict[int, _Lent] = {}
+
+    def reader(self, number: int, source: "list[ray.ObjectRef]", node: str, lost: int) -> _Lent:
+        """Return a reader; a new one, on `node`, if there is none or `lost` lives of it are over."""
+        held = self._lent.get(number)
+        if held is None or held.number_of_lives <= lost:
+            if held is not None:
+                ray.kill(held.reader)  # it may be alive but unreachable
+            where = NodeAffinitySchedulingStrategy(node, soft=True)
+            actor = ray.remote(_Reader).options(num_cpus=0, scheduling_strategy=where, max_concurrency=_CALLS)
+            reader = actor.remote(source, self._channel, self._sharing.cache_bytes)
+            held = self._lent[number] = _Lent(reader, lost + 1)
+        return held
+
+
+class _Reader:
+    """Reads and keeps row groups. Calls run at once; of those that need a row group, one reads it."""
+
+    def __init__(self, source: "list[ray.ObjectRef]", channel: RunChannel, cache_bytes: int) -> None:
+        report_outages(channel.note_outage)
+        images: Source = ray.get(source[0])
+        self._source = images.keeping(cache_bytes)
+        sizes, num_bytes = images.manifest.group_sizes, images.manifest.group_bytes
+        assert sizes is not None
+        assert num_bytes is not None
+        self._starts, self._bytes = np.cumsum(sizes) - sizes, num_bytes
+        self._seen: deque[int] = deque(maxlen=_WINDOWS_SEEN)
+        self._lock = threading.Lock()
+
+    def fetch(self, images: list[int]) -> _Reply:
+        """Return the images, in that order, and the CPU time of reading since the last call."""
+        try:
+            found: list[Fetched] | DinorayError = self._source.fetch(images)
+        except DinorayError as error:
+            found = error
+        return _Reply(found, self._source.take_cpu_seconds())
+
+    def read_ahead(self, window: int, groups: NDArray[np.int64]) -> None:
+        """Read what is missing of the row groups, unless it was asked for at this window already."""
+        with self._lock:
+            if window in self._seen:
+                return
+            self._seen.append(window)
+        self._source.keep(groups.tolist())
+        waiting = deque(groups.tolist())
+        while waiting:
+            some, num_bytes = [waiting.popleft()], 0
+            while waiting and (num_bytes := num_bytes + int(self._bytes[some[-1]])) < _AHEAD_BYTES:
+                some.append(waiting.popleft())
+            try:
+                self._source.fetch(self._starts[some].tolist())  # one row of each; the others come with it
+            except DinorayError:
+                return  # who needs the images meets the same error
+
+
+class SharedImages:
+    """The images of a source, as the readers give them: an augment actor's own handle to them. Thread-safe.
+
+    Has the methods of Source that an Augmenter uses, and their results.
+    """
+
+    def __init__(self, readers: Readers, source: "ray.ObjectRef[Source]", order: Order) -> None:
+        self._readers, self._source_ref, self._order = readers, source, order
+        self._source: Source = ray.get(source)
+        manifest = self._source.manifest
+        sizes, num_bytes = manifest.group_sizes, manifest.group_bytes
+        assert sizes is not None
+        assert num_bytes is not None
+        self._ends, self._bytes_per_image = np.cumsum(sizes), num_bytes / np.maximum(1, sizes)
+        self._node = ray.get_runtime_context().get_node_id()
+        self._lent: dict[int, _Lent] = {}
+        self._lock, self._cpu_seconds, self._window = threading.Lock(), 0.0, -1
+
+    @property
+    def config(self) -> DataConfig:
+        """The settings of the source."""
+        return self._source.config
+
+    def expect(self, positions: NDArray[np.int64], stop: int) -> None:
+        """Have the row groups of these positions and of the next window read ahead; the run ends at `stop`."""
+        ahead = groups_ahead(self._order, int(positions[-1]), stop)
+        with self._lock:
+            if ahead is None or ahead.first == self._window:
+                return
+            self._window = ahead.first
+        readers = self._readers.sharing.reader_of(ahead.groups)
+        for number in np.unique(readers).tolist():
+            # Without waiting: if it fails, the groups are read once their images are needed.
+            self._reader(number).reader.read_ahead.remote(ahead.first, ahead.groups[readers == number])
+
+    def fetch(self, indices: Sequence[int]) -> list[Fetched]:
+        """As `Source.fetch`."""
+        fetched = dict(self.arrivals(indices))
+        return [fetched[place] for place in range(len(indices))]
+
+    def arrivals(self, indices: Sequence[int]) -> Iterator[tuple[int, Fetched]]:
+        """As `Source.arrivals`; expected bytes under way are limited by `data.fetch_buffer_bytes`."""
+        images = self._source.in_manifest(indices)
+        calls = deque(self._calls(images))
+        pending: dict[ray.ObjectRef, _Call] = {}
+        under_way = 0.0
+
+        def begin_more() -> None:
+            nonlocal under_way
+            limit = self.config.fetch_buffer_bytes
+            while calls and (not pending or under_way + calls[0].num_bytes <= limit):
+                call = calls.popleft()
+                pending[self._begin(call)] = call
+                under_way += call.num_bytes
+
+        begin_more()
+
+        def ended() -> Iterator[tuple[int, Fetched]]:
+            nonlocal under_way
+            while pending:
+                (answer,), _ = ray.wait(list(pending), num_returns=1)
+                call = pending.pop(answer)
+                under_way -= call.num_bytes
+                try:
+                    reply: _Reply = ray.get(answer)
+                except RayTaskError:
+                    raise
+                except RayError as error:
+                    pending[self._begin_again(call, error)] = call
+                    under_way += call.num_bytes
+                    continue
+                del answer  # else it keeps the reply in the object store while its images are cropped
+                begin_more()
+                if isinstance(reply.images, DinorayError):
+                    raise reply.images
+                with self._lock:
+                    self._cpu_seconds += reply.cpu_seconds
+                yield from zip(call.places, reply.images, strict=True)
+
+        return ended()
+
+    def take_cpu_seconds(self) -> float:
+        """Return the readers' CPU time for this process since the last call, in seconds."""
+        with self._lock:
+            seconds, self._cpu_seconds = self._cpu_seconds, 0.0
+        return seconds
+
+    def _calls(self, images: NDArray[np.int64]) -> "list[_Call]":
+        """Cut a request into calls of one reader each, in the order of their first places."""
+        groups = np.searchsorted(self._ends, images, side="right")
+        readers, sizes = self._readers.sharing.reader_of(groups), self._bytes_per_image[groups]
+        calls: list[_Call] = []
+        open_calls: dict[int, _Call] = {}
+        for place, (number, size) in enumerate(zip(readers.tolist(), sizes.tolist(), strict=True)):
+            call = open_calls.get(number)
+            if call is None or len(call.places) == _MOST_ROWS or call.num_bytes + size > _MOST_BYTES:
+                call = open_calls[number] = _Call(number, [], [])
+                calls.append(call)
+            call.places.append(place)
+            call.images.append(int(images[place]))
+            call.num_bytes += size
+        return calls
+
+    def _begin(self, call: "_Call") -> ray.ObjectRef:
+        call.lent = self._reader(call.reader)
+        return call.lent.reader.fetch.remote(call.images)
+
+    def _begin_again(self, call: "_Call", error: RayError) -> ray.ObjectRef:
+        """Ask another reader after one has died."""
+        call.tries += 1
+        if call.tries >= _TRIES or call.lent is None:
+            raise ResourceError(
+                f"{call.tries} readers of {self._source.config.path} in a row died ({one_line(error)}); if memory "
+                "ran out, give each node more of it or lower resources.augment_actors"
+            )
+        self._reader(call.reader, lost=call.lent.number_of_lives)
+        return self._begin(call)
+
+    def _reader(self, number: int, lost: int = 0) -> _Lent:
+        with self._lock:
+            held = self._lent.get(number)
+            if held is None or held.number_of_lives <= lost:
+                asked = self._readers.host.reader.remote(number, [self._source_ref], self._node, lost)
+                held = self._lent[number] = ray.get(asked)
+            return held
+
+
+@dataclass
+class _Call:
+    """Images that one call asks a reader for, and their places in the request."""
+
+    reader: int
+    places: list[int]
+    images: list[int]
+    num_bytes: float = 0.0
+    tries: int = 0
+    lent: _Lent | None = None
