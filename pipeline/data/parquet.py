@@ -155,7 +155,7 @@ Held = TypeVar("Held", bound=HasBytes)
 class RowGroupCache(Generic[Held]):
     """Cache of the most recently used row groups: up to `max_bytes`, but always the latest. Thread-safe.
 
-    Unless `get_is_use`, only `put` and `use` count as use.
+    With `get_is_use=False` only `put` and `use` count as use.
     """
 
     def __init__(self, max_bytes: int, *, get_is_use: bool = True) -> None:
@@ -182,6 +182,13 @@ class RowGroupCache(Generic[Held]):
             for group in groups:
                 if group in self._tables:
                     self._tables.move_to_end(group)
+
+    def release(self, groups: Iterable[int]) -> None:
+        """Mark those of the row groups that are cached as the first to be dropped."""
+        with self._lock:
+            for group in groups:
+                if group in self._tables:
+                    self._tables.move_to_end(group, last=False)
 
     def put(self, group: int, table: Held) -> None:
         """Add a table and drop the least recently used tables."""

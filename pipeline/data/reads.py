@@ -5,7 +5,6 @@ its rows, of others' by readers that all actors share (sharing.py). Counted from
 caches; nothing is read. No Ray here.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 
 from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.parquet import RowGroupCache
 from dinoray.pipeline.data.partition import Layout, lay_out
-from dinoray.pipeline.data.sharing import Sharing, groups_ahead, share_reading
+from dinoray.pipeline.data.sharing import Sharing, WindowCache, groups_ahead, share_reading
 
 _MOST_BLOCKS = 256
+_SHARE_LATE = 0.01
+"""Share of blocks of actors that were held up."""
 
 
 class Reads(NamedTuple):
@@ -89,30 +89,32 @@ def read_by_readers(
 ) -> NDArray[np.int64]:
     """Return the row groups that shared readers read, one entry per read.
 
-    The blocks that are under way at once, two per actor, ask in any order; each first asks for the window ahead.
+    The blocks that are under way at once, two per actor, ask in any order. One in a hundred asks much later.
     """
-    caches: list[RowGroupCache[_Size]] = [
-        RowGroupCache(sharing.cache_bytes, get_is_use=False) for _ in range(sharing.num_readers)
+    caches: list[WindowCache[_Size]] = [
+        WindowCache(sharing.cache_bytes, sizes) for _ in range(sharing.num_readers)
     ]
     read: list[int] = []
-    asked_ahead: set[int] = set()
 
-    def need(groups: Iterable[int]) -> None:
-        for group in groups:
-            cache = caches[int(sharing.reader_of(np.int64(group)))]
-            if cache.get(group) is None:
+    def need(groups: NDArray[np.int64]) -> None:
+        for group, reader in zip(groups.tolist(), sharing.reader_of(groups).tolist(), strict=True):
+            if caches[reader].get(group) is None:
                 read.append(group)
-                cache.put(group, _Size(int(group_bytes[group])))
+                caches[reader].put(group, _Size(int(group_bytes[group])))
 
     for number in _jittered(layout.num_blocks, 2 * num_actors):
         positions = layout.block(number)
         ahead = groups_ahead(order, int(positions[-1]), layout.stop)
-        if ahead is not None and ahead.first not in asked_ahead:
-            asked_ahead.add(ahead.first)
-            for cache in caches:
-                cache.use(ahead.groups.tolist())
-            need(ahead.groups.tolist())
-        need(np.unique(_groups_of(sizes, order.locate(positions)[1])).tolist())
+        if ahead is not None and caches[0].begin(ahead):
+            for cache in caches[1:]:
+                cache.begin(ahead)
+            need(ahead.groups)
+        images = order.locate(positions)[1]
+        groups = _groups_of(sizes, images)
+        need(np.unique(groups))
+        readers = sharing.reader_of(groups)
+        for reader in np.unique(readers).tolist():
+            caches[reader].give(images[readers == reader])
     return np.array(read, np.int64)
 
 
@@ -131,11 +133,10 @@ class _Size(NamedTuple):
 
 
 def _jittered(num_blocks: int, at_once: int) -> NDArray[np.int64]:
-    """Return all block numbers, those of each `at_once` shuffled."""
-    numbers, chance = np.arange(num_blocks), np.random.default_rng(0)
-    for first in range(0, num_blocks, at_once):
-        chance.shuffle(numbers[first : first + at_once])
-    return numbers
+    """Return all block numbers, those of each `at_once` shuffled, and a few of them late by three times as much."""
+    chance = np.random.default_rng(0)
+    turns = np.arange(num_blocks) // at_once + 3 * (chance.random(num_blocks) < _SHARE_LATE)
+    return np.lexsort([chance.random(num_blocks), turns])
 
 
 def _groups_of(sizes: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,6 +7,8 @@ and how much each keeps. Pure functions; no files and no Ray here.
 """
 
 import math
+import threading
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.data.order import Order, Window
+from dinoray.pipeline.data.parquet import Held, RowGroupCache
 
 _CPUS_PER_READER = 8
 """CPUs that crop what one reader reads: at 300 images a second each, about 250 MB/s."""
@@ -22,6 +25,10 @@ _WINDOWS = 3
 """The window in use, the one after it, which is read ahead, and the one before, for actors that are late."""
 _DEVIATIONS = 2
 """How far above its share of the row groups in use a reader may have: shares are as even as drawn lots."""
+
+
+_WINDOWS_BEGUN = 8
+"""Windows that were begun lately, and are not begun again by who is late."""
 
 
 class Sharing(NamedTuple):
@@ -51,6 +58,43 @@ def share_reading(
     if num_readers > 1:
         each += _DEVIATIONS * math.sqrt(each * largest)
     return Sharing(num_readers, min(math.ceil(each), total))
+
+
+class WindowCache(RowGroupCache[Held]):
+    """Row groups of the windows in use: those whose rows have all been given are dropped first.
+
+    Among the others, those of the window that was begun first. Who is late thus still finds its rows, and a set that
+    fits stays whole.
+    """
+
+    def __init__(self, max_bytes: int, sizes: NDArray[np.int64]) -> None:
+        super().__init__(max_bytes, get_is_use=False)
+        self._ends, self._sizes = np.cumsum(sizes), sizes
+        self._given: dict[int, set[int]] = {}
+        self._begun: deque[int] = deque(maxlen=_WINDOWS_BEGUN)
+        self._giving = threading.Lock()
+
+    def begin(self, ahead: Window) -> bool:
+        """Keep the row groups of a window and of the next (`groups_ahead`); False if that was done lately."""
+        with self._giving:
+            if ahead.first in self._begun:
+                return False
+            self._begun.append(ahead.first)
+        self.use(ahead.groups.tolist())
+        return True
+
+    def give(self, images: NDArray[np.int64]) -> None:
+        """Note that these images have been given to who asked."""
+        groups = np.searchsorted(self._ends, images, side="right")
+        done = []
+        with self._giving:
+            for group, image in zip(groups.tolist(), images.tolist(), strict=True):
+                given = self._given.setdefault(group, set())
+                given.add(image)
+                if len(given) == self._sizes[group]:
+                    del self._given[group]
+                    done.append(group)
+        self.release(done)
 
 
 def groups_ahead(order: Order, position: int, stop: int) -> Window | None:

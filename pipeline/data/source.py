@@ -86,17 +86,12 @@ class Source:
         chosen = indices if self._selected is None else self._selected[indices]
         return _source(self.config, self.manifest, self.storage, chosen)
 
-    def keeping(self, num_bytes: int) -> "Source":
-        """Return a source of the same images that keeps `num_bytes` of row groups, the latest that `keep` has named."""
+    def with_cache(self, cache: RowGroupCache[Any]) -> "Source":
+        """Return a source of the same images that keeps its row groups in `cache`, as long as it is in this process."""
         source = _source(self.config, self.manifest, self.storage, self._selected)
         if isinstance(source._reader, Rows):
-            source._reader.cache = RowGroupCache(num_bytes, get_is_use=False)
+            source._reader.cache = cache
         return source
-
-    def keep(self, groups: Sequence[int]) -> None:
-        """Keep those of these row groups that are here longer than others; says nothing of those that are not."""
-        if isinstance(self._reader, Rows):
-            self._reader.cache.use(groups)
 
     def read(self, key: str, operation: Callable[[Retry], Result]) -> Result:
         """Return `operation(retry)`, which reads the object or shard `key`; its `retry` waits for the storage.

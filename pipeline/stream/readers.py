@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -25,8 +25,8 @@ from dinoray.models.errors import DinorayError, ResourceError, one_line
 from dinoray.pipeline.cluster.channel import RunChannel, actor_here
 from dinoray.pipeline.data.fetched import Fetched
 from dinoray.pipeline.data.manifest import DataConfig
-from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.sharing import Sharing, groups_ahead
+from dinoray.pipeline.data.order import Order, Window
+from dinoray.pipeline.data.sharing import Sharing, WindowCache, groups_ahead
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.waiting import report_outages
 
@@ -36,8 +36,6 @@ _MOST_ROWS, _MOST_BYTES = 32, 16 << 20
 """Images of one call, and their expected bytes: the first of a block are cropped before the last are sent."""
 _AHEAD_BYTES = 64 << 20
 """Bytes of row groups that are read ahead at once."""
-_WINDOWS_SEEN = 8
-"""Windows that a reader has read ahead lately, and does not read ahead again."""
 _TRIES = 5
 """Readers in a row that may die under one call."""
 
@@ -59,11 +57,12 @@ class Readers:
 
     host: ActorHandle
     sharing: Sharing
+    channel: RunChannel
 
     @classmethod
     def start(cls, sharing: Sharing, channel: RunChannel) -> "Readers":
         """Start what starts the readers, on this process's node."""
-        return cls(actor_here(_Host, sharing, channel, max_restarts=-1, max_task_retries=-1), sharing)
+        return cls(actor_here(_Host, max_restarts=-1, max_task_retries=-1), sharing, channel)
 
     def close(self) -> None:
         """End the readers, also while a handle is kept somewhere."""
@@ -73,19 +72,21 @@ class Readers:
 class _Host:
     """Starts readers where they are needed and owns them: they end with it."""
 
-    def __init__(self, sharing: Sharing, channel: RunChannel) -> None:
-        self._sharing, self._channel = sharing, channel
+    def __init__(self) -> None:
         self._lent: dict[int, _Lent] = {}
 
-    def reader(self, number: int, source: "list[ray.ObjectRef]", node: str, lost: int) -> _Lent:
-        """Return a reader; a new one, on `node`, if there is none or `lost` lives of it are over."""
+    def reader(self, number: int, node: str, lost: int, *arguments: Any) -> _Lent:
+        """Return a reader; a new one, on `node`, if there is none or `lost` lives of it are over.
+
+        A restarted host knows nothing, so each call passes the `arguments` of _Reader.
+        """
         held = self._lent.get(number)
         if held is None or held.number_of_lives <= lost:
             if held is not None:
                 ray.kill(held.reader)  # it may be alive but unreachable
             where = NodeAffinitySchedulingStrategy(node, soft=True)
             actor = ray.remote(_Reader).options(num_cpus=0, scheduling_strategy=where, max_concurrency=_CALLS)
-            reader = actor.remote(source, self._channel, self._sharing.cache_bytes)
+            reader = actor.remote(*arguments)
             held = self._lent[number] = _Lent(reader, lost + 1)
         return held
 
@@ -96,30 +97,27 @@ class _Reader:
     def __init__(self, source: "list[ray.ObjectRef]", channel: RunChannel, cache_bytes: int) -> None:
         report_outages(channel.note_outage)
         images: Source = ray.get(source[0])
-        self._source = images.keeping(cache_bytes)
         sizes, num_bytes = images.manifest.group_sizes, images.manifest.group_bytes
         assert sizes is not None
         assert num_bytes is not None
+        self._cache: WindowCache[Any] = WindowCache(cache_bytes, sizes)
+        self._source = images.with_cache(self._cache)
         self._starts, self._bytes = np.cumsum(sizes) - sizes, num_bytes
-        self._seen: deque[int] = deque(maxlen=_WINDOWS_SEEN)
-        self._lock = threading.Lock()
 
     def fetch(self, images: list[int]) -> _Reply:
         """Return the images, in that order, and the CPU time of reading since the last call."""
         try:
             found: list[Fetched] | DinorayError = self._source.fetch(images)
+            self._cache.give(self._source.in_manifest(images))
         except DinorayError as error:
             found = error
         return _Reply(found, self._source.take_cpu_seconds())
 
-    def read_ahead(self, window: int, groups: NDArray[np.int64]) -> None:
-        """Read what is missing of the row groups, unless it was asked for at this window already."""
-        with self._lock:
-            if window in self._seen:
-                return
-            self._seen.append(window)
-        self._source.keep(groups.tolist())
-        waiting = deque(groups.tolist())
+    def read_ahead(self, ahead: Window) -> None:
+        """Read what is missing of these row groups, once."""
+        if not self._cache.begin(ahead):
+            return
+        waiting = deque(ahead.groups.tolist())
         while waiting:
             some, num_bytes = [waiting.popleft()], 0
             while waiting and (num_bytes := num_bytes + int(self._bytes[some[-1]])) < _AHEAD_BYTES:
@@ -163,7 +161,9 @@ class SharedImages:
         readers = self._readers.sharing.reader_of(ahead.groups)
         for number in np.unique(readers).tolist():
             # Without waiting: if it fails, the groups are read once their images are needed.
-            self._reader(number).reader.read_ahead.remote(ahead.first, ahead.groups[readers == number])
+            self._reader(number).reader.read_ahead.remote(
+                ahead._replace(groups=ahead.groups[readers == number])
+            )
 
     def fetch(self, indices: Sequence[int]) -> list[Fetched]:
         """As `Source.fetch`."""
@@ -252,7 +252,8 @@ class SharedImages:
         with self._lock:
             held = self._lent.get(number)
             if held is None or held.number_of_lives <= lost:
-                asked = self._readers.host.reader.remote(number, [self._source_ref], self._node, lost)
+                of_reader = ([self._source_ref], self._readers.channel, self._readers.sharing.cache_bytes)
+                asked = self._readers.host.reader.remote(number, self._node, lost, *of_reader)
                 held = self._lent[number] = ray.get(asked)
             return held
 

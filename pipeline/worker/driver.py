@@ -144,7 +144,7 @@ def _reported(run: Directory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended(fit: threading.Thread, channel: RunChannel) -> Iterator[None]:
+def _ended(fit: threading.Thread, channel: RunChannel, readers: Readers | None) -> Iterator[None]:
     """Upon an error, end what still trains: a thread that waits inside Ray when Ray is shut down crashes the process.
 
     That matters to a process that lives on, such as a notebook's.
@@ -165,6 +165,8 @@ def _ended(fit: threading.Thread, channel: RunChannel) -> Iterator[None]:
     finally:
         with contextlib.suppress(Exception):
             channel.put(CONTROLLER, None)  # it holds the channel too: neither would end
+            if readers is not None:
+                readers.close()
 
 
 def _how_to_resume(run: Directory) -> str:
@@ -208,12 +210,13 @@ def run_training(
         on_event(Event("note", {"text": text}), channel)
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
+    stream = stream_plan(config, inputs, images, channel, augment_actors=augment_actors)
     spec = WorkerSpec(
         name=name or config.name,
         run=run,
         channel=channel,
         config=algorithm,
-        stream=stream_plan(config, inputs, images, channel, augment_actors=augment_actors),
+        stream=stream,
         shared=shared,
         checkpoint=config.checkpoint,
         log=config.log,
@@ -268,7 +271,7 @@ def run_training(
         if outcome and outcome[0] is not None:
             raise outcome[0]
 
-    with _reported(run), _ended(thread, channel):
+    with _reported(run), _ended(thread, channel, stream.readers):
         try:
             follow()
         except KeyboardInterrupt:

@@ -4,12 +4,9 @@ import os
 import random
 import shutil
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,17 +21,15 @@ from servers import S3Server, aws_environment, use_aws
 
 from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.cluster.channel import RunChannel, fatal_error
+from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.data.sharing import share_reading
-from dinoray.pipeline.data.source import Source, Status
+from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.config import StorageConfig
-from dinoray.pipeline.storage.retry import Unreachable
-from dinoray.pipeline.stream import ray_data, shared_stream
+from dinoray.pipeline.stream import ray_data
 from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.stream.readers import Readers, SharedImages
-from dinoray.pipeline.stream.shared_stream import SharedStream
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
@@ -50,7 +45,8 @@ SHARDS = {
         {
             "key": [f"{shard}-{row}" for row in range(NUM_IMAGES // 4)],
             "image": [
-                PICTURE + random.Random(1000 * shard + row).randbytes(20_000) for row in range(NUM_IMAGES // 4)
+                PICTURE + random.Random(1000 * shard + row).randbytes(20_000)
+                for row in range(NUM_IMAGES // 4)
             ],
         },
         row_group_size=ROWS,
@@ -95,7 +91,7 @@ def source(path: str) -> Source:
 
 def source_at(path: str, *, give_up_after_seconds: float = 60) -> Source:
     config = DataConfig(path=path, row_group_cache_bytes=WINDOW_GROUPS * ROWS * (len(PICTURE) + 20_100))
-    storage = StorageConfig(give_up_after_seconds=give_up_after_seconds)
+    storage = StorageConfig(give_up_after_seconds=give_up_after_seconds, hedge_after_seconds=None)
     source = Source(config, build_manifest(config), storage)
     window = source.order(1).window(0)
     assert window is not None
@@ -161,5 +157,6 @@ def test_a_stream_has_the_crops_of_direct_reading_and_reads_each_byte_once(
     before = store.bytes_answered
     batches = received(plan_of(source, num_actors=num_actors), LAYOUT)
     times_read = (store.bytes_answered - before) / USED
+    print(times_read, len(store.requests))
     assert times_read <= 1.1
     assert_crops_are_those_of_direct_reading(batches, source, LAYOUT)
