@@ -24,9 +24,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dinoray.models.errors import DinorayError, ResourceError, one_line
 from dinoray.pipeline.cluster.channel import RunChannel, actor_here
 from dinoray.pipeline.data.fetched import Fetched
+from dinoray.pipeline.data.group_reader import GroupReader
 from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.data.order import Order, Window
-from dinoray.pipeline.data.sharing import Sharing, WindowCache, groups_ahead
+from dinoray.pipeline.data.sharing import Sharing, groups_ahead
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.waiting import report_outages
 
@@ -34,8 +35,6 @@ _CALLS = 32
 """Concurrent calls of a reader; most of them wait for a row group that another call reads."""
 _MOST_ROWS, _MOST_BYTES = 32, 16 << 20
 """Images of one call, and their expected bytes: the first of a block are cropped before the last are sent."""
-_AHEAD_BYTES = 64 << 20
-"""Bytes of row groups that are read ahead at once."""
 _TRIES = 5
 """Readers in a row that may die under one call."""
 
@@ -92,40 +91,23 @@ class _Host:
 
 
 class _Reader:
-    """Reads and keeps row groups. Calls run at once; of those that need a row group, one reads it."""
+    """A reader in a process of its own. Its calls run at once."""
 
     def __init__(self, source: "list[ray.ObjectRef]", channel: RunChannel, cache_bytes: int) -> None:
         report_outages(channel.note_outage)
-        images: Source = ray.get(source[0])
-        sizes, num_bytes = images.manifest.group_sizes, images.manifest.group_bytes
-        assert sizes is not None
-        assert num_bytes is not None
-        self._cache: WindowCache[Any] = WindowCache(cache_bytes, sizes)
-        self._source = images.with_cache(self._cache)
-        self._starts, self._bytes = np.cumsum(sizes) - sizes, num_bytes
+        self._reader = GroupReader(ray.get(source[0]), cache_bytes)
 
     def fetch(self, images: list[int]) -> _Reply:
         """Return the images, in that order, and the CPU time of reading since the last call."""
         try:
-            found: list[Fetched] | DinorayError = self._source.fetch(images)
-            self._cache.give(self._source.in_manifest(images))
+            found: list[Fetched] | DinorayError = self._reader.fetch(images)
         except DinorayError as error:
             found = error
-        return _Reply(found, self._source.take_cpu_seconds())
+        return _Reply(found, self._reader.take_cpu_seconds())
 
     def read_ahead(self, ahead: Window) -> None:
         """Read what is missing of these row groups, once."""
-        if not self._cache.begin(ahead):
-            return
-        waiting = deque(ahead.groups.tolist())
-        while waiting:
-            some, num_bytes = [waiting.popleft()], 0
-            while waiting and (num_bytes := num_bytes + int(self._bytes[some[-1]])) < _AHEAD_BYTES:
-                some.append(waiting.popleft())
-            try:
-                self._source.fetch(self._starts[some].tolist())  # one row of each; the others come with it
-            except DinorayError:
-                return  # who needs the images meets the same error
+        self._reader.read_ahead(ahead)
 
 
 class SharedImages:
@@ -172,8 +154,9 @@ class SharedImages:
 
     def arrivals(self, indices: Sequence[int]) -> Iterator[tuple[int, Fetched]]:
         """As `Source.arrivals`; expected bytes under way are limited by `data.fetch_buffer_bytes`."""
-        images = self._source.in_manifest(indices)
-        calls = deque(self._calls(images))
+        groups = np.searchsorted(self._ends, self._source.in_manifest(indices), side="right")
+        readers = self._readers.sharing.reader_of(groups)
+        calls = deque(cut_in_calls(np.asarray(indices, np.int64), readers, self._bytes_per_image[groups]))
         pending: dict[ray.ObjectRef, _Call] = {}
         under_way = 0.0
 
@@ -217,22 +200,6 @@ class SharedImages:
             seconds, self._cpu_seconds = self._cpu_seconds, 0.0
         return seconds
 
-    def _calls(self, images: NDArray[np.int64]) -> "list[_Call]":
-        """Cut a request into calls of one reader each, in the order of their first places."""
-        groups = np.searchsorted(self._ends, images, side="right")
-        readers, sizes = self._readers.sharing.reader_of(groups), self._bytes_per_image[groups]
-        calls: list[_Call] = []
-        open_calls: dict[int, _Call] = {}
-        for place, (number, size) in enumerate(zip(readers.tolist(), sizes.tolist(), strict=True)):
-            call = open_calls.get(number)
-            if call is None or len(call.places) == _MOST_ROWS or call.num_bytes + size > _MOST_BYTES:
-                call = open_calls[number] = _Call(number, [], [])
-                calls.append(call)
-            call.places.append(place)
-            call.images.append(int(images[place]))
-            call.num_bytes += size
-        return calls
-
     def _begin(self, call: "_Call") -> ray.ObjectRef:
         call.lent = self._reader(call.reader)
         return call.lent.reader.fetch.remote(call.images)
@@ -268,3 +235,25 @@ class _Call:
     num_bytes: float = 0.0
     tries: int = 0
     lent: _Lent | None = None
+
+
+def cut_in_calls(
+    images: NDArray[np.int64], readers: NDArray[np.int64], num_bytes: NDArray[np.float64]
+) -> list[_Call]:
+    """Cut a request for `images` into calls of one reader each, in the order of their first places.
+
+    All are [n]: indices of images, the numbers of their readers, and the expected bytes of each.
+    """
+    calls: list[_Call] = []
+    latest: dict[int, _Call] = {}
+    for place, (image, reader, size) in enumerate(
+        zip(images.tolist(), readers.tolist(), num_bytes.tolist(), strict=True)
+    ):
+        call = latest.get(reader)
+        if call is None or len(call.places) == _MOST_ROWS or call.num_bytes + size > _MOST_BYTES:
+            call = latest[reader] = _Call(reader, [], [])
+            calls.append(call)
+        call.places.append(place)
+        call.images.append(image)
+        call.num_bytes += size
+    return calls

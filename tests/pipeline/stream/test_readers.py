@@ -1,75 +1,85 @@
-"""Readers that all augment actors share: the same crops as without them, and each byte of others' Parquet read once."""
+"""Readers in processes of their own: the same crops as without them, whoever dies."""
 
 import os
 import random
 import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
-from faults import FaultProxy, fault_proxy
 from image_files import jpeg, scene
 from paths import ROOT, SUPPORT
 from ray.cluster_utils import Cluster
-from samples import parquet, put_all
-from servers import S3Server, aws_environment, use_aws
+from ray.exceptions import RayError
+from samples import parquet, write_all
 
+from dinoray.models.errors import DataError, ResourceError
 from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.data.sharing import share_reading
-from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.storage.config import StorageConfig
-from dinoray.pipeline.stream import ray_data
+from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.stream import ray_data, readers, shared_stream
 from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.stream.readers import Readers, SharedImages
+from dinoray.pipeline.stream.shared_stream import SharedStream
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3]
+pytestmark = pytest.mark.ray
 
 CROPS = CropsConfig(num_local_crops=2, global_crop_size=64, local_crop_size=16, kernel="torch")
-NUM_IMAGES, ROWS, WINDOW_GROUPS, BATCH = 800, 10, 12, 32
-WINDOW = ROWS * WINDOW_GROUPS
-LAYOUT = Layout(
-    first_step=0, last_step=NUM_IMAGES // BATCH, world_size=2, batch_size_per_worker=16, steps_per_block=2
-)
+NUM_IMAGES, ROWS = 120, 5
 PICTURE = jpeg(scene(96, 64))
-SHARDS = {
-    f"{shard}.parquet": parquet(
-        {
-            "key": [f"{shard}-{row}" for row in range(NUM_IMAGES // 4)],
-            "image": [
-                PICTURE + random.Random(1000 * shard + row).randbytes(20_000)
-                for row in range(NUM_IMAGES // 4)
-            ],
-        },
-        row_group_size=ROWS,
-        compression="none",
-    )
-    for shard in range(4)
-}
-USED = NUM_IMAGES * (len(PICTURE) + 20_000)
+IMAGES = [
+    b"no image" if number == 40 else PICTURE + random.Random(number).randbytes(3000)
+    for number in range(NUM_IMAGES)
+]
+LAYOUT = Layout(first_step=1, last_step=12, world_size=2, batch_size_per_worker=8, steps_per_block=2)
+"""Begins within a window of 20 images and ends in the second epoch."""
+
+
+class FailingSource(Source):
+    """Refuses all images, in any process."""
+
+    def __reduce__(self) -> Any:
+        return FailingSource, (self.config, self.manifest)
+
+    def with_cache(self, _: Any) -> Source:
+        return self
+
+    def fetch(self, indices: Sequence[int]) -> list[Fetched]:
+        raise DataError("all is refused; ask for access")
+
+
+class DeadlySource(FailingSource):
+    """Kills whoever fetches."""
+
+    def __reduce__(self) -> Any:
+        return DeadlySource, (self.config, self.manifest)
+
+    def fetch(self, indices: Sequence[int]) -> list[Fetched]:
+        os._exit(1)
 
 
 @pytest.fixture(scope="module")
-def store(s3: S3Server) -> Iterator[FaultProxy]:
-    """A proxy before the store, which this process and all of Ray read through."""
+def _cluster() -> Iterator[None]:
+    """A head without CPUs, where this process runs, and a node for the actors."""
     folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch, fault_proxy(s3.endpoint) as running:
-        use_aws(patch, aws_environment(running.endpoint))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SUPPORT))))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))))
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
-            cluster.add_node(num_cpus=8)
+            cluster.add_node(num_cpus=4)
             ray.init(address=cluster.address, log_to_driver=False)
-            yield running
+            yield
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -77,36 +87,21 @@ def store(s3: S3Server) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="module")
-def path(store: FaultProxy, s3: S3Server) -> str:
-    bucket = f"test-{uuid.uuid4().hex[:12]}"
-    s3.client().create_bucket(Bucket=bucket)
-    put_all(s3, bucket, {f"theirs/{name}": data for name, data in SHARDS.items()})
-    return f"s3://{bucket}/theirs"
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("theirs")
+    rows = {"key": [f"{number}" for number in range(NUM_IMAGES)], "image": IMAGES}
+    write_all(folder, {"all.parquet": parquet(rows, row_group_size=ROWS, compression="none")})
+    return DataConfig(path=str(folder), row_group_cache_bytes=4 * ROWS * (len(PICTURE) + 3100))
 
 
-@pytest.fixture(scope="module")
-def source(path: str) -> Source:
-    return source_at(path)
-
-
-def source_at(path: str, *, give_up_after_seconds: float = 60) -> Source:
-    config = DataConfig(path=path, row_group_cache_bytes=WINDOW_GROUPS * ROWS * (len(PICTURE) + 20_100))
-    storage = StorageConfig(give_up_after_seconds=give_up_after_seconds, hedge_after_seconds=None)
-    source = Source(config, build_manifest(config), storage)
-    window = source.order(1).window(0)
+def plan_of(config: DataConfig, kind: type[Source] = Source, *, most_actors: int = 2) -> StreamPlan:
+    source, channel = kind(config, build_manifest(config)), RunChannel()
+    order = source.order(1)
+    window = order.window(0)
     assert window is not None
-    assert len(window.groups) == WINDOW_GROUPS
-    return source
-
-
-def plan_of(source: Source, *, num_actors: int = 1, cpus: float = 1) -> StreamPlan:
-    order, channel = source.order(1), RunChannel()
+    assert len(window.groups) == 4
     sharing = share_reading(
-        source.manifest,
-        order,
-        most_actors=num_actors,
-        cpus_per_actor=cpus,
-        rows_per_block=LAYOUT.rows_per_block,
+        source.manifest, order, most_actors=most_actors, cpus_per_actor=1, rows_per_block=16
     )
     assert sharing is not None
     return StreamPlan(
@@ -115,7 +110,7 @@ def plan_of(source: Source, *, num_actors: int = 1, cpus: float = 1) -> StreamPl
         order=order,
         crops=CROPS,
         seed=1,
-        augment_actors=(num_actors, num_actors),
+        augment_actors=(2, 2),
         cpus_per_augment_actor=1,
         cool_down_seconds=60,
         readers=Readers.start(sharing, channel),
@@ -127,36 +122,98 @@ def images_of(plan: StreamPlan) -> SharedImages:
     return SharedImages(plan.readers, plan.source, plan.order)
 
 
-def received(plan: StreamPlan, layout: Layout) -> list[list[dict[str, Any]]]:
-    """The batches of each rank."""
-    splits = ray_data.open_splits(plan, layout)
-
-    def of(rank: int) -> list[dict[str, Any]]:
-        return list(ray_data.batches(splits[rank], layout, rank=rank, prefetch_batches=1))
-
-    with ThreadPoolExecutor(layout.world_size) as threads:
-        return list(threads.map(of, range(layout.world_size)))
+def assert_as_by_direct_reading(batches: list[dict[str, Any]], plan: StreamPlan, *, rank: int) -> None:
+    augmenter = Augmenter(ray.get(plan.source), plan.order, CROPS, seed=1, num_threads=1)
+    assert len(batches) == LAYOUT.last_step - LAYOUT.first_step
+    for step, batch in enumerate(batches, start=LAYOUT.first_step):
+        expected = augmenter.block(LAYOUT.positions(step, rank))
+        for name in ("position", "status", "note", "global_crops", "local_crops"):
+            np.testing.assert_array_equal(batch[name], expected[name])
 
 
-def assert_crops_are_those_of_direct_reading(
-    batches: list[list[dict[str, Any]]], source: Source, layout: Layout
+@pytest.mark.usefixtures("_cluster")
+def test_a_stream_has_the_crops_of_direct_reading(config: DataConfig) -> None:
+    plan = plan_of(config)
+    splits = ray_data.open_splits(plan, LAYOUT)
+
+    def received(rank: int) -> list[dict[str, Any]]:
+        return list(ray_data.batches(splits[rank], LAYOUT, rank=rank, prefetch_batches=1))
+
+    with ThreadPoolExecutor(2) as threads:
+        batches = list(threads.map(received, range(2)))
+    bad = sum(int((batch["status"] != 0).sum()) for of_rank in batches for batch in of_rank)
+    assert bad >= 1
+    for rank in range(2):
+        assert_as_by_direct_reading(batches[rank], plan, rank=rank)
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_a_shared_stream_has_them_too_and_readers_that_are_closed_end(config: DataConfig) -> None:
+    plan = plan_of(config)
+    stream = SharedStream(plan, num_actors=2, window_bytes=1 << 30)
+    alone = replace(LAYOUT, world_size=1, batch_size_per_worker=16)
+
+    def received(_: int) -> list[dict[str, Any]]:
+        return list(shared_stream.batches(stream, alone, rank=0, prefetch_batches=2))
+
+    with ThreadPoolExecutor(2) as threads:
+        for batches in threads.map(received, range(2)):
+            halves = [{name: column[:8] for name, column in batch.items()} for batch in batches]
+            assert_as_by_direct_reading(halves, plan, rank=0)
+    stream.close()
+    assert plan.readers is not None
+    plan.readers.close()
+    with pytest.raises(RayError):
+        images_of(plan).fetch([0])
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_a_reader_that_dies_is_replaced_and_so_are_all_with_their_host(config: DataConfig) -> None:
+    plan = plan_of(config, most_actors=24)  # of three readers
+    assert plan.readers is not None
+    assert plan.readers.sharing.num_readers == 3
+    images, others = images_of(plan), images_of(plan)
+    expected = ray.get(plan.source).fetch(range(NUM_IMAGES))
+    assert images.fetch(range(NUM_IMAGES)) == others.fetch(range(NUM_IMAGES)) == expected
+    assert images.take_cpu_seconds() > 0
+    ray.kill(images._lent[0].reader)
+    assert images.fetch(range(NUM_IMAGES)) == others.fetch(range(NUM_IMAGES)) == expected
+    assert images._lent[0] == others._lent[0]
+    ray.kill(plan.readers.host, no_restart=False)
+    assert images.fetch(range(NUM_IMAGES)) == others.fetch(range(NUM_IMAGES)) == expected
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_an_error_of_reading_reaches_who_asks_as_it_is(config: DataConfig) -> None:
+    with pytest.raises(DataError, match="all is refused; ask for access") as caught:
+        images_of(plan_of(config, FailingSource)).fetch([0])
+    assert not isinstance(caught.value, RayError)
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_readers_that_die_again_and_again_end_with_a_remedy(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    augmenter = Augmenter(source, source.order(1), CROPS, seed=1, num_threads=1)
-    for rank, of_rank in enumerate(batches):
-        assert len(of_rank) == layout.last_step - layout.first_step
-        for step, batch in enumerate(of_rank, start=layout.first_step):
-            expected = augmenter.block(layout.positions(step, rank))
-            for name in ("position", "status", "note", "global_crops", "local_crops"):
-                np.testing.assert_array_equal(batch[name], expected[name])
+    monkeypatch.setattr(readers, "_TRIES", 2)
+    with pytest.raises(ResourceError, match=r"2 readers of .* in a row died .*; if memory ran out, give"):
+        images_of(plan_of(config, DeadlySource)).fetch([0])
 
 
-@pytest.mark.parametrize("num_actors", [1, 2, 4])
-def test_a_stream_has_the_crops_of_direct_reading_and_reads_each_byte_once(
-    store: FaultProxy, source: Source, num_actors: int
-) -> None:
-    before = store.bytes_answered
-    batches = received(plan_of(source, num_actors=num_actors), LAYOUT)
-    times_read = (store.bytes_answered - before) / USED
-    print(times_read, len(store.requests))
-    assert times_read <= 1.1
-    assert_crops_are_those_of_direct_reading(batches, source, LAYOUT)
+def test_calls_are_of_one_reader_each_and_limited_in_rows_and_bytes(config: DataConfig) -> None:
+    source = Source(config, build_manifest(config))
+    sharing = share_reading(
+        source.manifest, source.order(1), most_actors=24, cpus_per_actor=1, rows_per_block=16
+    )
+    assert sharing is not None
+    groups = np.arange(NUM_IMAGES) // ROWS
+    calls = readers.cut_in_calls(
+        np.arange(NUM_IMAGES), sharing.reader_of(groups), np.full(NUM_IMAGES, 1 << 20)
+    )
+    places = sorted(place for call in calls for place in call.places)
+    assert places == list(range(NUM_IMAGES))
+    for call in calls:
+        assert call.images == call.places
+        assert {place // ROWS % 3 for place in call.places} == {call.reader}
+        assert len(call.places) <= 16
+    assert len(calls) == 9
+    assert [len(call.places) for call in readers.cut_in_calls(*np.zeros((3, 70), np.int64))] == [32, 32, 6]
