@@ -15,7 +15,6 @@ import pytest
 import ray
 from image_files import jpeg, scene
 from paths import ROOT, SUPPORT
-from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 from samples import parquet, write_all
 
@@ -70,19 +69,16 @@ class DeadlySource(FailingSource):
 
 @pytest.fixture(scope="module")
 def _cluster() -> Iterator[None]:
-    """A head without CPUs, where this process runs, and a node for the actors."""
     folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
+        # Workers import what this file defines, and what it imports, by name.
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))))
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
-            cluster.add_node(num_cpus=4)
-            ray.init(address=cluster.address, log_to_driver=False)
+            ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
             yield
         finally:
             ray.shutdown()
-            cluster.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
 
 
