@@ -107,6 +107,8 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
         train_workers=config.resources.train_workers,
         global_batch_size=config.train.global_batch_size,
         image_bytes=crop_bytes(config.crops),
+        most_actors=config.resources.actor_range[1] or 1,
+        cpus_per_actor=config.resources.cpus_per_augment_actor,
     )
     again = f"; each row group is read {reads.times_read:.1f} times" if reads.times_read > 1.05 else ""
     note("num_images", manifest.num_images, "listed")

@@ -10,8 +10,8 @@ from dinoray.jobs.cli.main import start_ray
 from dinoray.jobs.runs.data_lines import (
     describe_data,
     describe_evaluation,
+    describe_reading,
     evaluation_warnings,
-    reading_warnings,
 )
 from dinoray.jobs.runs.result import describe_result, write_result
 from dinoray.jobs.runs.run_files import draw_demo, note_hardware, write_about
@@ -63,8 +63,8 @@ def pretrain(config: Config, *, verbose: bool) -> None:
         soft_wrap=True,
     )
     use_gpu, augment_actors = start_ray(config.resources, verbose=verbose)
-    for line in reading_warnings(inputs.images, config, most_actors=augment_actors[1]):
-        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+    for line in describe_reading(inputs.images, config, most_actors=augment_actors[1]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     report = LiveReport(run)
     try:
         with Display(console, title=run.uri) as display:

@@ -198,6 +198,8 @@ class StudyRun:
             yield replace(runner, shared=shared)
         finally:
             shared.close()
+            if plan.readers is not None:
+                plan.readers.close()
 
     def _search(
         self,

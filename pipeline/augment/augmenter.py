@@ -11,9 +11,9 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from dinoray.pipeline.augment.params import sample_image
 from dinoray.pipeline.data.decode import BadImage
 from dinoray.pipeline.data.jpeg import open_image
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.source import Fetched, Source, Status
+from dinoray.pipeline.data.source import DataConfig, Fetched, Status
 
 _MAX_SUBSTITUTES = 16
 
@@ -118,11 +118,32 @@ class BufferPool:
             return self._arrays[-1]
 
 
+class Images(Protocol):
+    """What an Augmenter fetches: a Source, or the same images from elsewhere."""
+
+    @property
+    def config(self) -> DataConfig:
+        """The settings of the images."""
+        ...
+
+    def fetch(self, indices: Sequence[int]) -> list[Fetched]:
+        """As `Source.fetch`."""
+        ...
+
+    def arrivals(self, indices: Sequence[int]) -> Iterator[tuple[int, Fetched]]:
+        """As `Source.arrivals`."""
+        ...
+
+    def take_cpu_seconds(self) -> float:
+        """As `Source.take_cpu_seconds`."""
+        ...
+
+
 class Augmenter:
     """Crops the images at given positions of the stream. Output is a function of (seed, epoch, key)."""
 
     def __init__(
-        self, source: Source, order: Order, crops: CropsConfig, *, seed: int, num_threads: int
+        self, source: Images, order: Order, crops: CropsConfig, *, seed: int, num_threads: int
     ) -> None:
         self._source, self._order, self._crops, self._seed = source, order, crops, seed
         self._croppers, self._memory, self._busy = CropThreadPool(num_threads), BufferPool(), BusyTimer()

@@ -34,7 +34,7 @@ class DataConfig(Settings):
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Images with more pixels are not decoded; they count as bad images."""
     row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
-    """Parquet: bytes of row groups that each actor caches; it always keeps the latest row group."""
+    """Parquet: bytes of row groups that are shuffled together, and that an actor which reads for itself caches."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); above it a run ends."""
 

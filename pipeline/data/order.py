@@ -7,7 +7,7 @@ in memory, nothing is stored, and position 10^9 costs as much as position 0. No 
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,12 +52,21 @@ def _round_function(half_bits: int, seed: int) -> NDArray[np.int64]:
     return np.stack([_mix(halves ^ key) & mask for key in keys]).astype(np.int64)
 
 
+class Window(NamedTuple):
+    """Row groups whose rows are permuted together: all images at the positions [first, stop) of the stream."""
+
+    first: int
+    stop: int
+    groups: NDArray[np.int64]
+
+
 class Order:
     """The order of `num_images` images over endless epochs.
 
     Without `group_sizes` each epoch permutes all images. With `group_sizes` (rows per Parquet row group),
     groups are permuted and taken in windows of `window_groups`, and rows are permuted within a window.
-    Neighbouring positions then need few groups, and a reader that caches one window reads each group once.
+    Neighbouring positions then need few groups: who keeps the groups of a window until all its positions have been
+    served reads each group once an epoch.
 
     With `rows_per_group`, rows lie shuffled in groups of that size, and each group is taken whole (WholeGroups):
     the readers of different positions then share no group.
@@ -102,6 +111,14 @@ class Order:
             images[mine] = self._within_epoch(int(epoch), ranks[mine])
         return epochs, images
 
+    def window(self, position: int) -> Window | None:
+        """Return the window that holds `position`; None if this order has no windows."""
+        if not isinstance(self._groups, Windows):
+            return None
+        epoch, rank = divmod(position, self.num_images)
+        first, stop, groups = self._groups.window(epoch_seed(self._seed, epoch), rank)
+        return Window(position - rank + first, position - rank + stop, groups)
+
     def substitute(self, position: int, attempt: int) -> int:
         """Return the substitute of an unreadable image: the `attempt`-th next in its epoch, cyclic."""
         epoch, rank = divmod(position, self.num_images)
@@ -119,12 +136,19 @@ class Windows:
     """Row groups of `sizes` rows, permuted, of which each `window_groups` have their rows permuted together."""
 
     def __init__(self, sizes: NDArray[np.int64], window_groups: int) -> None:
-        self._starts = np.cumsum(sizes) - sizes
+        self._starts, self._window_groups = np.cumsum(sizes) - sizes, window_groups
         self._of_epoch = lru_cache(_EPOCHS)(lambda seed: _windows(sizes, window_groups, seed))
 
     def groups(self, seed: int) -> NDArray[np.int64]:
         """Return the row groups in the order of an epoch with this seed."""
         return self._of_epoch(seed)[0]
+
+    def window(self, seed: int, rank: int) -> tuple[int, int, NDArray[np.int64]]:
+        """Return the first rank, the end and the row groups of the window of `rank`, in an epoch with this seed."""
+        groups, _, starts = self._of_epoch(seed)
+        window = int(np.searchsorted(starts, rank, side="right")) - 1
+        first = window * self._window_groups
+        return int(starts[window]), int(starts[window + 1]), groups[first : first + self._window_groups]
 
     def images(self, epoch: int, seed: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the images at these ranks of an epoch with this seed."""

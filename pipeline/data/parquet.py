@@ -7,9 +7,9 @@ errors as any object. Decodes no image; no Ray here.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -149,36 +149,66 @@ def read_column(
         return texts
 
 
-class RowGroupCache:
-    """Cache of the most recently used row groups: up to `max_bytes`, but always the latest. Thread-safe."""
+class HasBytes(Protocol):
+    """What a cache of row groups holds: a table, or what stands for one in a count."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        ...
+
+
+Held = TypeVar("Held", bound=HasBytes)
+
+
+class RowGroupCache(Generic[Held]):
+    """Cache of the most recently used row groups: up to `max_bytes`, but always the latest. Thread-safe.
+
+    With `get_is_use=False` only `put` and `use` count as use.
+    """
+
+    def __init__(self, max_bytes: int, *, get_is_use: bool = True) -> None:
+        self._max_bytes, self._num_bytes, self._get_is_use = max_bytes, 0, get_is_use
+        self._tables: OrderedDict[int, Held] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
         """Bytes in the cache."""
         with self._lock:
-            return sum(table.nbytes for table in self._tables.values())
+            return self._num_bytes
 
-    def get(self, group: int) -> pa.Table | None:
-        """Return the table of a row group and mark it as the latest used; None if it is not cached."""
+    def get(self, group: int) -> Held | None:
+        """Return the table of a row group; None if it is not cached."""
+        if self._get_is_use:
+            self.use([group])
         with self._lock:
-            if group in self._tables:
-                self._tables.move_to_end(group)
             return self._tables.get(group)
 
-    def put(self, group: int, table: pa.Table) -> None:
+    def use(self, groups: Iterable[int]) -> None:
+        """Mark those of the row groups that are cached as the latest used, in this order."""
+        with self._lock:
+            for group in groups:
+                if group in self._tables:
+                    self._tables.move_to_end(group)
+
+    def release(self, groups: Iterable[int]) -> None:
+        """Mark those of the row groups that are cached as the first to be dropped."""
+        with self._lock:
+            for group in groups:
+                if group in self._tables:
+                    self._tables.move_to_end(group, last=False)
+
+    def put(self, group: int, table: Held) -> None:
         """Add a table and drop the least recently used tables."""
         with self._lock:
+            if group in self._tables:
+                self._num_bytes -= self._tables.pop(group).nbytes
             self._tables[group] = table
-            self._tables.move_to_end(group)
-            num_bytes = sum(held.nbytes for held in self._tables.values())
-            while num_bytes > self._max_bytes and len(self._tables) > 1:
+            self._num_bytes += table.nbytes
+            while self._num_bytes > self._max_bytes and len(self._tables) > 1:
                 _, dropped = self._tables.popitem(last=False)
-                num_bytes -= dropped.nbytes
+                self._num_bytes -= dropped.nbytes
 
 
 @contextmanager

@@ -32,6 +32,16 @@ class Layout:
         """Blocks in the stream; a multiple of `world_size`."""
         return -(-(self.last_step - self.first_step) // self.steps_per_block) * self.world_size
 
+    @property
+    def rows_per_block(self) -> int:
+        """Images in each block but the last of a rank."""
+        return self.steps_per_block * self.batch_size_per_worker
+
+    @property
+    def stop(self) -> int:
+        """The position after the last one."""
+        return self.last_step * self.world_size * self.batch_size_per_worker
+
     def block(self, index: int) -> NDArray[np.int64]:
         """Return the positions of block `index` in order of use, [steps in block * batch_size_per_worker]."""
         turn, rank = divmod(index, self.world_size)

@@ -1,22 +1,27 @@
-"""How much of a data set is read for the images of a block: requests, and bytes beside those of the images.
+"""How much of a data set is read for the images of a run: requests, and bytes beside those of the images.
 
-An object is read for its image alone. Of Parquet whole row groups are read, by each block that needs a row of them.
-Counted from the run's own order and layout; nothing is read. No Ray here.
+An object is read for its image alone. Of Parquet whole row groups are read: of a packed set by the block that needs
+its rows, of others' by readers that all actors share (sharing.py). Counted from the run's own order, layout and
+caches; nothing is read. No Ray here.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.partition import lay_out
+from dinoray.pipeline.data.partition import Layout, lay_out
+from dinoray.pipeline.data.sharing import Sharing, WindowCache, groups_ahead, share_reading
 
-_MOST_BLOCKS = 64
+_MOST_BLOCKS = 256
+_SHARE_LATE = 0.01
+"""Share of blocks of actors that were held up."""
 
 
 class Reads(NamedTuple):
-    """Mean of some blocks of a run's first epoch, if no actor still has what it read for an earlier block."""
+    """Mean over the first blocks of a run."""
 
     images_per_request: float
     bytes_per_image: float
@@ -26,25 +31,113 @@ class Reads(NamedTuple):
 
 
 def count_reads(
-    manifest: Manifest, order: Order, *, train_workers: int, global_batch_size: int, image_bytes: int
+    manifest: Manifest,
+    order: Order,
+    *,
+    train_workers: int,
+    global_batch_size: int,
+    image_bytes: int,
+    most_actors: int,
+    cpus_per_actor: float = 1,
 ) -> Reads:
-    """Return what the blocks of an epoch read, by some of them that are spaced evenly.
-
-    The blocks are those of `lay_out` with these arguments.
-    """
+    """Return what the first epoch reads, or its first windows, if the blocks are those of `lay_out`."""
     sizes, group_bytes = manifest.group_sizes, manifest.group_bytes
     if sizes is None or group_bytes is None:
         return Reads(1.0, float(manifest.table["size"].to_numpy().mean()), 1.0)
-    steps = range(max(1, manifest.num_images // global_batch_size))
-    layout = lay_out(
-        steps, world_size=train_workers, global_batch_size=global_batch_size, image_bytes=image_bytes
+
+    def first_steps(number: int) -> Layout:
+        return lay_out(
+            range(max(1, number)),
+            world_size=train_workers,
+            global_batch_size=global_batch_size,
+            image_bytes=image_bytes,
+        )
+
+    rows_per_block = first_steps(1).rows_per_block
+    layout = first_steps(_whole_windows(order, _MOST_BLOCKS * rows_per_block) // global_batch_size)
+    sharing = share_reading(
+        manifest,
+        order,
+        most_actors=most_actors,
+        cpus_per_actor=cpus_per_actor,
+        rows_per_block=rows_per_block,
     )
-    ends = np.cumsum(sizes)
-    num_images, num_requests, read, used = 0, 0, 0, 0.0
-    for number in np.unique(np.linspace(0, layout.num_blocks - 1, _MOST_BLOCKS).astype(int)).tolist():
-        _, images = order.locate(layout.block(number))
-        groups, rows = np.unique(np.searchsorted(ends, images, side="right"), return_counts=True)
-        num_images, num_requests = num_images + len(images), num_requests + len(groups)
-        read += int(group_bytes[groups].sum())
-        used += float((group_bytes[groups] / sizes[groups] * rows).sum())
-    return Reads(num_images / num_requests, read / num_images, read / max(1.0, used))
+    if sharing is None:
+        read = read_by_blocks(order, layout, sizes)
+    else:
+        read = read_by_readers(order, layout, sizes, group_bytes, sharing, num_actors=most_actors)
+    images = np.concatenate([order.locate(layout.block(n))[1] for n in range(layout.num_blocks)])
+    used = (group_bytes / np.maximum(1, sizes))[_groups_of(sizes, images)].sum()
+    num_bytes = int(group_bytes[read].sum())
+    return Reads(len(images) / len(read), num_bytes / len(images), num_bytes / max(1.0, float(used)))
+
+
+def read_by_blocks(order: Order, layout: Layout, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the row groups that are read if each block reads those of its rows: one entry per read."""
+    blocks = (order.locate(layout.block(number))[1] for number in range(layout.num_blocks))
+    return np.concatenate([np.unique(_groups_of(sizes, images)) for images in blocks])
+
+
+def read_by_readers(
+    order: Order,
+    layout: Layout,
+    sizes: NDArray[np.int64],
+    group_bytes: NDArray[np.int64],
+    sharing: Sharing,
+    *,
+    num_actors: int,
+) -> NDArray[np.int64]:
+    """Return the row groups that shared readers read, one entry per read.
+
+    The blocks that are under way at once, two per actor, ask in any order. One in a hundred asks much later.
+    """
+    caches: list[WindowCache[_Size]] = [
+        WindowCache(sharing.cache_bytes, sizes) for _ in range(sharing.num_readers)
+    ]
+    read: list[int] = []
+
+    def need(groups: NDArray[np.int64]) -> None:
+        for group, reader in zip(groups.tolist(), sharing.reader_of(groups).tolist(), strict=True):
+            if caches[reader].get(group) is None:
+                read.append(group)
+                caches[reader].put(group, _Size(int(group_bytes[group])))
+
+    for number in _jittered(layout.num_blocks, 2 * num_actors):
+        positions = layout.block(number)
+        ahead = groups_ahead(order, int(positions[-1]), layout.stop)
+        if ahead is not None and caches[0].begin(ahead):
+            for cache in caches[1:]:
+                cache.begin(ahead)
+            need(ahead.groups)
+        images = order.locate(positions)[1]
+        groups = _groups_of(sizes, images)
+        need(np.unique(groups))
+        readers = sharing.reader_of(groups)
+        for reader in np.unique(readers).tolist():
+            caches[reader].give(images[readers == reader])
+    return np.array(read, np.int64)
+
+
+def _whole_windows(order: Order, limit: int) -> int:
+    """Return how many positions of the first epoch to look at: to the end of a window, about `limit`."""
+    if limit >= order.num_images:
+        return order.num_images
+    window = order.window(limit)
+    return limit if window is None else window.first or window.stop
+
+
+class _Size(NamedTuple):
+    """Stands for a row group in a cache."""
+
+    nbytes: int
+
+
+def _jittered(num_blocks: int, at_once: int) -> NDArray[np.int64]:
+    """Return all block numbers, those of each `at_once` shuffled, and a few of them late by three times as much."""
+    chance = np.random.default_rng(0)
+    turns = np.arange(num_blocks) // at_once + 3 * (chance.random(num_blocks) < _SHARE_LATE)
+    return np.lexsort([chance.random(num_blocks), turns])
+
+
+def _groups_of(sizes: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.searchsorted(np.cumsum(sizes), images, side="right")

@@ -50,7 +50,7 @@ class Rows:
         first_of_shard = np.r_[True, pc.not_equal(shards[1:], shards[:-1]).to_numpy(zero_copy_only=False)]
         starts = self._ends - self._num_rows
         self._shard_starts = np.maximum.accumulate(np.where(first_of_shard, starts, 0))
-        self._cache = RowGroupCache(config.row_group_cache_bytes)
+        self.cache: RowGroupCache[pa.Table] = RowGroupCache(config.row_group_cache_bytes)
         self._footer = lru_cache(_FOOTERS)(self._read_footer)
         self._reading: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._reading_lock = threading.Lock()
@@ -78,7 +78,7 @@ class Rows:
             reading = self._reading[group]
         try:
             with reading:  # who asks meanwhile waits, and does not read it too
-                table = self._cache.get(group)
+                table = self.cache.get(group)
                 return self._read_again_if_damaged(group) if table is None else table
         finally:
             with self._reading_lock:
@@ -118,7 +118,7 @@ class Rows:
             return error
         if table.num_rows != about["num_rows"]:
             return CorruptShard(f"{about['key']} changed after it was listed")
-        self._cache.put(group, table)
+        self.cache.put(group, table)
         return table
 
     def _read_footer(self, key: str, num_bytes: int, etag: str) -> pq.FileMetaData:

@@ -30,6 +30,7 @@ from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.ray_private import data as private
 from dinoray.pipeline.storage.waiting import report_outages
+from dinoray.pipeline.stream.readers import Readers, SharedImages
 
 _LEG_BLOCKS = 4096
 """Blocks per execution of the plan: Ray plans all blocks before it starts, at about 1.3 ms per block."""
@@ -58,19 +59,30 @@ class StreamPlan:
     """Least and most; cluster/pool_size.py chooses the number within this range."""
     cpus_per_augment_actor: float
     cool_down_seconds: float
+    readers: Readers | None = None
+    """Readers that fetch for all augment actors; None: each actor fetches its images itself."""
 
 
-def open_augmenter(plan: StreamPlan) -> Augmenter:
-    """Return an augmenter that is ready for its first image.
+class BlockMaker:
+    """The work of an augment actor on blocks of a plan; ready for its first image once it is made.
 
     Also limits the whole process's threads, prepares the crop kernel and posts outages of the storage.
     """
-    limit_threads()
-    report_outages(plan.channel.note_outage)
-    prepare_kernel(plan.crops)
-    threads = crop_threads(plan.cpus_per_augment_actor)
-    source: Source = ray.get(plan.source)
-    return Augmenter(source, plan.order, plan.crops, seed=plan.seed, num_threads=threads)
+
+    def __init__(self, plan: StreamPlan) -> None:
+        limit_threads()
+        report_outages(plan.channel.note_outage)
+        prepare_kernel(plan.crops)
+        threads = crop_threads(plan.cpus_per_augment_actor)
+        self._shared = None if plan.readers is None else SharedImages(plan.readers, plan.source, plan.order)
+        images: Source | SharedImages = self._shared or ray.get(plan.source)
+        self._augmenter = Augmenter(images, plan.order, plan.crops, seed=plan.seed, num_threads=threads)
+
+    def block(self, positions: NDArray[np.int64], *, stop: int) -> dict[str, NDArray[Any]]:
+        """Return Augmenter.block's columns for `positions`. The run's positions end at `stop`."""
+        if self._shared is not None:
+            self._shared.expect(positions, stop)
+        return self._augmenter.block(positions)
 
 
 class MultiCropActor:
@@ -82,12 +94,12 @@ class MultiCropActor:
 
     def __init__(self, plan: StreamPlan, layout: Layout) -> None:
         self._channel, self._layout = plan.channel, layout
-        self._augmenter = open_augmenter(plan)
+        self._blocks = BlockMaker(plan)
 
     def __call__(self, blocks: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         positions = np.concatenate([self._layout.block(int(i)) for i in blocks["id"]])
         try:
-            return self._augmenter.block(positions)
+            return self._blocks.block(positions, stop=self._layout.stop)
         except DinorayError as error:
             error.raised_by_all_ranks = True  # they stop once the stream has failed
             # Posted from here because Ray forwards only the text of an actor's error, not the error itself.

@@ -26,11 +26,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from dinoray.models.errors import DinorayError, ResourceError, one_line
-from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import actor_here
 from dinoray.pipeline.data.partition import Layout
-from dinoray.pipeline.stream.ray_data import StreamPlan, in_step, open_augmenter
+from dinoray.pipeline.stream.ray_data import BlockMaker, StreamPlan, in_step
 
 _CALLS = 2
 """Concurrent calls per actor: one call fetches images while the other crops the block before."""
@@ -69,9 +68,12 @@ class SharedStream:
         """Return the server's counts."""
         return ray.get(self._server.stats.remote())
 
-    def request(self, positions: NDArray[np.int64]) -> "PendingBlock":
-        """Request the block of `positions`, which is made if it does not exist yet. Does not wait."""
-        return PendingBlock(self._server, self._plan, positions)
+    def request(self, positions: NDArray[np.int64], *, stop: int) -> "PendingBlock":
+        """Request the block of `positions`, which is made if it does not exist yet. Does not wait.
+
+        The run's positions end at `stop`.
+        """
+        return PendingBlock(self._server, self._plan, positions, stop)
 
     def blocks_ahead(self, layout: Layout, pulled: int) -> int:
         """Return how many blocks a rank requests in advance: `pulled`, plus its share of all actors' calls.
@@ -101,7 +103,8 @@ def batches(
 
 def _received(stream: SharedStream, layout: Layout, *, rank: int, pulled: int) -> Iterator[dict[str, Any]]:
     """Yield the batches of `rank`; request blocks in advance and have the next `pulled` sent here."""
-    pending = (stream.request(layout.block(i)) for i in range(rank, layout.num_blocks, layout.world_size))
+    numbers = range(rank, layout.num_blocks, layout.world_size)
+    pending = (stream.request(layout.block(number), stop=layout.stop) for number in numbers)
     asked = deque(islice(pending, stream.blocks_ahead(layout, pulled)))
     while asked:
         first = asked.popleft()
@@ -117,8 +120,10 @@ def _received(stream: SharedStream, layout: Layout, *, rank: int, pulled: int) -
 class PendingBlock:
     """A requested block. It stays in the object store as long as this object exists."""
 
-    def __init__(self, server: ActorHandle, plan: ray.ObjectRef, positions: NDArray[np.int64]) -> None:
-        self._server, self._question = server, ([plan], positions)
+    def __init__(
+        self, server: ActorHandle, plan: ray.ObjectRef, positions: NDArray[np.int64], stop: int
+    ) -> None:
+        self._server, self._question = server, ([plan], positions, stop)
         self._answer = server.block.remote(*self._question)
         self._is_pulled = False
 
@@ -152,26 +157,26 @@ class SharedMultiCropActor:
 
     def __init__(self, plan: StreamPlan) -> None:
         self._plan, self._lock = plan, threading.Lock()
-        self._augmenter: Augmenter | None = None
+        self._blocks: BlockMaker | None = None
 
     def prepare(self) -> None:
         """Open the augmenter before the first block."""
         self._ready()
 
-    def block(self, positions: NDArray[np.int64]) -> tuple[float | DinorayError, Any]:
+    def block(self, positions: NDArray[np.int64], stop: int) -> tuple[float | DinorayError, Any]:
         """Return CPU seconds or an error, and the columns. The server reads only the first result."""
         try:
-            columns = self._ready().block(positions)
+            columns = self._ready().block(positions, stop=stop)
         except DinorayError as error:
             return error, None  # if it were raised, Ray would forward only its text, in a traceback
         return float(columns["cpu_ms"].sum()) / 1000, columns
 
-    def _ready(self) -> Augmenter:
+    def _ready(self) -> BlockMaker:
         # Not in __init__: an error there would kill the actor instead of becoming a result.
         with self._lock:
-            if self._augmenter is None:
-                self._augmenter = open_augmenter(self._plan)
-            return self._augmenter
+            if self._blocks is None:
+                self._blocks = BlockMaker(self._plan)
+            return self._blocks
 
 
 class _Server:
@@ -197,7 +202,11 @@ class _Server:
         return SharedStats(self._made, self._given, self._cpu_seconds)
 
     async def block(
-        self, plan: "list[ray.ObjectRef]", positions: NDArray[np.int64], lost: str | None = None
+        self,
+        plan: "list[ray.ObjectRef]",
+        positions: NDArray[np.int64],
+        stop: int,
+        lost: str | None = None,
     ) -> "list[ray.ObjectRef] | DinorayError":
         """Return a list with a reference to the block of `positions`, once the block is made.
 
@@ -207,7 +216,7 @@ class _Server:
         key = positions.tobytes()
         made = self._blocks.get(key)
         if made is None or (lost is not None and made.done() and made.result().hex() == lost):
-            made = self._blocks[key] = asyncio.ensure_future(self._make(key, positions))
+            made = self._blocks[key] = asyncio.ensure_future(self._make(key, positions, stop))
         self._blocks.move_to_end(key)
         while len(self._blocks) > 1 and self._num_bytes() > self._window_bytes:
             self._blocks.popitem(last=False)
@@ -221,10 +230,12 @@ class _Server:
         positions = sum(map(len, self._blocks)) // np.dtype(np.int64).itemsize
         return positions * self._image_bytes
 
-    async def _make(self, key: bytes, positions: NDArray[np.int64]) -> "ray.ObjectRef | DinorayError":
+    async def _make(
+        self, key: bytes, positions: NDArray[np.int64], stop: int
+    ) -> "ray.ObjectRef | DinorayError":
         """Have an actor make the block, and another actor if the first one dies. Failures are not kept."""
         try:
-            found = await self._made_by_an_actor(positions)
+            found = await self._made_by_an_actor(positions, stop)
         except BaseException:
             self._blocks.pop(key, None)
             raise
@@ -232,12 +243,14 @@ class _Server:
             self._blocks.pop(key, None)
         return found
 
-    async def _made_by_an_actor(self, positions: NDArray[np.int64]) -> "ray.ObjectRef | DinorayError":
+    async def _made_by_an_actor(
+        self, positions: NDArray[np.int64], stop: int
+    ) -> "ray.ObjectRef | DinorayError":
         # Each actor may have died earlier; its death is only noticed when it is called.
         tries = self._num_actors + _TRIES
         for _ in range(tries):
             async with self._least_busy() as actor:
-                told, block = actor.block.options(num_returns=2).remote(positions)
+                told, block = actor.block.options(num_returns=2).remote(positions, stop)
                 try:
                     result = await told
                 except RayTaskError:

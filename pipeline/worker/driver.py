@@ -15,9 +15,11 @@ from dinoray.models.backbone import build_backbone
 from dinoray.models.errors import one_line
 from dinoray.models.published.checkpoint import Weights
 from dinoray.models.settings import flatten
+from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import Event, RunChannel, fatal_error
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
-from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
+from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation, lay_out
+from dinoray.pipeline.data.sharing import share_reading
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.ray_private.train_controller import ControllerCallback
 from dinoray.pipeline.reporting.run_report import write_report
@@ -25,6 +27,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_checkpoints, committed_steps, mend_snapshot
 from dinoray.pipeline.stream.ray_data import StreamPlan
+from dinoray.pipeline.stream.readers import Readers
 from dinoray.pipeline.stream.shared_stream import SharedStream
 from dinoray.pipeline.tracking.services import check_trackers
 from dinoray.pipeline.training.auto import resolve
@@ -87,16 +90,31 @@ def stream_plan(
     *,
     augment_actors: tuple[int, int],
 ) -> StreamPlan:
-    """What the run's stream is; `images` are those of `inputs`."""
+    """What the run's stream is; `images` are those of `inputs`. Starts what fetches for all actors, if the order has
+    windows."""
+    order, resources = inputs.images.order(config.train.seed), config.resources
+    sharing = share_reading(
+        inputs.images.manifest,
+        order,
+        most_actors=augment_actors[1],
+        cpus_per_actor=resources.cpus_per_augment_actor,
+        rows_per_block=lay_out(
+            range(1),
+            world_size=resources.train_workers,
+            global_batch_size=config.train.global_batch_size,
+            image_bytes=crop_bytes(config.crops),
+        ).rows_per_block,
+    )
     return StreamPlan(
         source=images,
         channel=channel,
-        order=inputs.images.order(config.train.seed),
+        order=order,
         crops=config.crops,
         seed=config.train.seed,
         augment_actors=augment_actors,
         cpus_per_augment_actor=config.resources.cpus_per_augment_actor,
         cool_down_seconds=config.resources.cool_down_seconds,
+        readers=None if sharing is None else Readers.start(sharing, channel),
     )
 
 
@@ -126,7 +144,7 @@ def _reported(run: Directory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended(fit: threading.Thread, channel: RunChannel) -> Iterator[None]:
+def _ended(fit: threading.Thread, channel: RunChannel, readers: Readers | None) -> Iterator[None]:
     """Upon an error, end what still trains: a thread that waits inside Ray when Ray is shut down crashes the process.
 
     That matters to a process that lives on, such as a notebook's.
@@ -147,6 +165,8 @@ def _ended(fit: threading.Thread, channel: RunChannel) -> Iterator[None]:
     finally:
         with contextlib.suppress(Exception):
             channel.put(CONTROLLER, None)  # it holds the channel too: neither would end
+            if readers is not None:
+                readers.close()
 
 
 def _how_to_resume(run: Directory) -> str:
@@ -190,12 +210,13 @@ def run_training(
         on_event(Event("note", {"text": text}), channel)
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
+    stream = stream_plan(config, inputs, images, channel, augment_actors=augment_actors)
     spec = WorkerSpec(
         name=name or config.name,
         run=run,
         channel=channel,
         config=algorithm,
-        stream=stream_plan(config, inputs, images, channel, augment_actors=augment_actors),
+        stream=stream,
         shared=shared,
         checkpoint=config.checkpoint,
         log=config.log,
@@ -250,7 +271,7 @@ def run_training(
         if outcome and outcome[0] is not None:
             raise outcome[0]
 
-    with _reported(run), _ended(thread, channel):
+    with _reported(run), _ended(thread, channel, stream.readers):
         try:
             follow()
         except KeyboardInterrupt:

@@ -5,7 +5,7 @@ RAY_FILES = {
         f"pipeline/cluster/{name}.py"
         for name in ("channel", "lost_ray", "nodes", "pool_control", "pool_mailbox")
     ),
-    *(f"pipeline/stream/{name}.py" for name in ("ray_data", "shared_stream")),
+    *(f"pipeline/stream/{name}.py" for name in ("ray_data", "readers", "shared_stream")),
     *(f"pipeline/worker/{name}.py" for name in ("driver", "worker", "outputs", "spec")),
     *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
     "pipeline/evaluation/actors.py",

@@ -1,11 +1,12 @@
 """What a run says about its images before it starts."""
 
+import random
 from pathlib import Path
 
 from samples import parquet, write_all
 
 from dinoray.jobs.cli.config import load_config
-from dinoray.jobs.runs.data_lines import describe_data, reading_warnings
+from dinoray.jobs.runs.data_lines import describe_data, describe_reading
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Source
 
@@ -26,15 +27,32 @@ def test_damaged_shards_are_counted_and_the_first_few_named(tmp_path: Path) -> N
     assert line(tmp_path).endswith(f"; 7 damaged Parquet files left out: {names})")
 
 
-def test_row_groups_that_many_actors_read_are_warned_of_with_the_remedy(tmp_path: Path) -> None:
-    write_all(tmp_path, {"a.parquet": parquet({"image": [b"x" * 100] * 4000}, row_group_size=100)})
-    config = load_config(
-        "photos_small",
-        None,
-        [f"data.path={tmp_path}", "train.global_batch_size=64", "resources.train_workers=1"],
+def test_how_parquet_of_others_is_shuffled_and_read_is_said_with_a_remedy(tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        images = [random.Random(f"{name}{row}").randbytes(100) for row in range(1000)]
+        write_all(tmp_path / name, {"a.parquet": parquet({"image": images}, row_group_size=100)})
+    settings = [f"data.path={tmp_path}", "train.global_batch_size=64", "resources.train_workers=1"]
+
+    def line_of(*more: str) -> str:
+        config = load_config("photos_small", None, [*settings, *more])
+        (found,) = describe_reading(Source(config.data, build_manifest(config.data)), config, most_actors=16)
+        return found
+
+    assert line_of("data.label_from_parent=true") == (
+        "reading: windows of 4000 images (0.43 MB), shuffled; a batch of 64 is from 40 row groups, 4 of 4 class "
+        "folders; each byte is read 1.01 times"
     )
+    plain = line_of("data.label_from_parent=false", "data.row_group_cache_bytes=40000")
+    assert "a batch of 64 is from 3 row groups, about 21.3 neighbours of each; each byte is read 1." in plain
+    assert plain.endswith(
+        f"`dinoray pack {tmp_path} --out FOLDER` writes Parquet whose rows are shuffled further"
+    )
+    assert "pack" not in line_of("data.row_group_cache_bytes=200000")
+
+
+def test_of_images_that_need_no_windows_nothing_is_said(tmp_path: Path) -> None:
+    write_all(tmp_path, {"a.jpg": b"x"})
+    config = load_config("photos_small", None, [f"data.path={tmp_path}"])
     images = Source(config.data, build_manifest(config.data))
-    (warning,) = reading_warnings(images, config, most_actors=16)
-    assert warning.startswith("16 augment actors read each row group")
-    assert f"dinoray pack {tmp_path} --out FOLDER" in warning
-    assert reading_warnings(images, config, most_actors=1) == []
+    assert describe_reading(images, config, most_actors=16) == []

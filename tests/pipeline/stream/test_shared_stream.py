@@ -209,7 +209,7 @@ def test_actors_that_die_are_replaced_and_their_blocks_made_again(
     plan = plan_of(tmp_path, IMAGES, DeadlySource, cpus=5)
     stream = SharedStream(plan, num_actors=1, window_bytes=AMPLE)
     (tmp_path / "deadly").touch()
-    asked = [stream.request(LAYOUT.block(number)) for number in range(NUM_BLOCKS)]
+    asked = [stream.request(LAYOUT.block(number), stop=LAYOUT.stop) for number in range(NUM_BLOCKS)]
     ray.get([block._answer for block in asked])  # all are made, and lie on the node that made them
     assert not (tmp_path / "deadly").exists()
     before = stream.stats()
