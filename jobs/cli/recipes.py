@@ -49,7 +49,7 @@ def demo() -> Tree:
         },
         "head": {"out_dim": 512, "hidden_dim": 512, "bottleneck_dim": 64, "use_bn": True},
         "loss": {"teacher_temp": 0.03},
-        "teacher": {"teacher_momentum": 0.996, "final_teacher_momentum": 0.999},
+        "teacher": {"final_teacher_momentum": 0.999},
         "optim": {
             "base_lr": 4e-3,
             "min_lr": 1e-5,

@@ -81,9 +81,7 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
 
 
 def s3_client(access: Access = SIGNED) -> Any:
-    """Return this process's S3 client: one for all threads, recreated after a fork or a change of AWS_*.
-
-    All of its requests are as `access` says.
+    """Return this process's S3 client for `access`: one for all threads, anew after a fork or a change of AWS_*.
 
     botocore's own retries are off (`retrying` is the only policy). botocore itself chooses path-style
     addresses for a custom endpoint. Raises DataError without credentials, ConfigError for an unusable
