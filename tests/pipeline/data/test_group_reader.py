@@ -135,7 +135,8 @@ def test_nothing_is_read_past_the_end_of_a_run(proxy: FaultProxy, path: str) -> 
     source = source_at(path)
     before = proxy.bytes_answered
     list(read_by_actors(reader_of(source), source, layout_of(range(3)), num_actors=2))
-    assert proxy.bytes_answered - before <= 1.2 * WINDOW * IMAGE_BYTES  # and the footers of four shards
+    footers = 2 * SHARDS * (128 << 10)  # each is read with what is before it, and by two that ask at once
+    assert proxy.bytes_answered - before <= 1.05 * WINDOW * IMAGE_BYTES + footers < 1.8 * WINDOW * IMAGE_BYTES
 
 
 def test_rows_of_a_damaged_shard_are_bad_as_by_direct_reading(
