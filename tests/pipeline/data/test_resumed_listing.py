@@ -122,7 +122,7 @@ def test_an_outage_leaves_parts_and_wrong_data_none(
 ) -> None:
     put_all(s3, bucket, dict.fromkeys(KEYS[:800], b"1"))
     config, run = DataConfig(path=f"s3://{bucket}/data"), Directory(str(tmp_path))
-    storage = StorageConfig(give_up_after_seconds=1)
+    storage = StorageConfig(give_up_after_seconds=4)
     proxy.delay_seconds = 0.05
     proxy.fail("slow_down", pattern=r"data%2Fclass3.*(token|start)|(token|start).*class3", times=10**6)
     with pytest.raises(Unreachable):
