@@ -20,10 +20,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, list, and write a manifest if it differs from the newest one."""
     arguments = _parser().parse_args(argv)
     for override in arguments.overrides:
-        if override.partition(".")[0] not in _SECTIONS or override.startswith("data.manifest="):
-            raise ConfigError(
-                f"{override!r}: only data.*, without data.manifest, and storage.* can be set here"
-            )
+        if override.partition(".")[0] not in _SECTIONS:
+            raise ConfigError(f"{override!r}: only {', '.join(f'{s}.*' for s in _SECTIONS)} can be set here")
     if not re.match(RUN_NAME, arguments.name):
         raise ConfigError(
             f"--name={arguments.name!r} must be letters, digits, '.', '_' and '-', e.g. --name=photos"

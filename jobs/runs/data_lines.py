@@ -1,5 +1,7 @@
 """Lines for a person: what lies at `data.path`, and on which images a run is evaluated."""
 
+import math
+
 import pyarrow.compute as pc
 
 from dinoray.models.commands import command
@@ -64,7 +66,8 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
         most_actors=most_actors,
         cpus_per_actor=config.resources.cpus_per_augment_actor,
     )
-    batch, num_groups = config.train.global_batch_size, len(window.groups)
+    batch, num_images = config.train.global_batch_size, int(sizes[window.groups].sum())
+    num_groups = min(len(sizes), len(window.groups) * math.ceil(batch / num_images))
     mixed = f"about {batch / num_groups:.3g} neighbours of each"
     if "label" in manifest.table.column_names and images.config.label_from_parent is True:
         labels = manifest.table["label"]
@@ -75,8 +78,8 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
         pack = command("pack", manifest.path, "--out", "FOLDER")
         remedy = f"; `{pack}` writes Parquet whose rows are shuffled further"
     return [
-        f"reading: windows of {_count(int(sizes[window.groups].sum()), 'image')} "
-        f"({num_bytes[window.groups].sum() / 1e6:.3g} MB), shuffled; a batch of {batch} is from "
+        f"reading: windows of {_count(num_images, 'image')} "
+        f"({num_bytes[window.groups].sum() / 1e6:.3g} MB), shuffled; a batch of {batch} is from up to "
         f"{_count(num_groups, 'row group')}, {mixed}; each byte is read {reads.times_read:.2f} times{remedy}"
     ]
 

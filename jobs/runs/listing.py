@@ -17,7 +17,7 @@ from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.changes import changes_between
 from dinoray.pipeline.data.manifest import Manifest, build_manifest
 from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.storage.files import Directory, normal_uri
+from dinoray.pipeline.storage.files import Directory, check_writable, normal_uri
 from dinoray.pipeline.storage.listing_parts import resumable
 from dinoray.pipeline.worker.config import Config
 
@@ -34,6 +34,7 @@ def write_manifest(arguments: Namespace) -> None:
         raise ConfigError(
             f"--out={arguments.out} lies in {config.data.path}, where it would be listed; choose another --out"
         )
+    check_writable(out.uri, setting="--out")
     number = newest_number(out.list(), arguments.name)
     old = _newest(out, arguments.name, number, config) if number else None
     with resumable(out) as parts:
@@ -117,7 +118,12 @@ def _some(keys: pa.ChunkedArray) -> str:
 def _config(arguments: Namespace) -> Config:
     """Settings for `arguments.data` with the overrides; what is not in data and storage is of no account."""
     tree = {**RECIPES["demo"](), "name": "manifest", "recipe": "demo", "data": {"path": arguments.data}}
-    return validate(apply_overrides(tree, arguments.overrides))
+    config = validate(apply_overrides(tree, arguments.overrides))
+    if config.data.manifest is not None or config.data.path != arguments.data:
+        raise ConfigError(
+            f"data.path and data.manifest cannot be set here: what is listed is {arguments.data}, the first argument"
+        )
+    return config
 
 
 def _newest(out: Directory, name: str, number: int, config: Config) -> Manifest:

@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -21,7 +21,16 @@ from dinoray.pipeline.evaluation.class_names import class_mismatch, overlap_warn
 from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.inputs import evaluated_images
+
+
+def _with_own_manifest(config: Config, run: Directory, overrides: Sequence[str]) -> Config:
+    """Return the config of a run that began from a file of images, with the run's own copy in its place."""
+    if config.data.manifest is None or any(one.startswith("data.manifest=") for one in overrides):
+        return config
+    data = config.data.model_copy(update={"manifest": run.join(run_dir.MANIFEST)})
+    return config.model_copy(update={"data": data})
 
 
 def score(arguments: Namespace) -> None:
@@ -34,6 +43,8 @@ def score(arguments: Namespace) -> None:
         config = load_run_config(found.run, arguments.overrides)
     if config is None:
         config = standalone_config(network, {}, arguments.overrides)
+    elif found.run is not None and found.run.exists(run_dir.MANIFEST):
+        config = _with_own_manifest(config, found.run, arguments.overrides)
     check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
     asked = set(chosen_probes(arguments.probes, labelled=True))
     wants_images = not asked.isdisjoint(LABEL_FREE)

@@ -24,7 +24,7 @@ class DataConfig(Settings):
     label_from_parent: bool | Auto = "auto"
     """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     fetch_concurrency: int = Field(default=32, ge=16, le=512)
-    """Images, or Parquet row groups, that each augmentation actor requests at once."""
+    """Images that each augmentation actor, or Parquet row groups that each reader, requests at once."""
     fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
     """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""
     if_overwritten: Literal["bad", "use"] = "bad"

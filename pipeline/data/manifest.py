@@ -69,8 +69,10 @@ def load_or_build(
             if has_begun:
                 raise
         else:
-            check_bucket(manifest.root, storage.access)
-            return manifest
+            # A file of data.manifest may list other images of the same path; a run that has begun keeps its own.
+            if has_begun or config.manifest is None:
+                check_bucket(manifest.root, storage.access)
+                return manifest
     with resumable(directory) as parts:
         manifest = build_manifest(config, storage, setting=setting, parts=parts)
         directory.write(name, manifest.to_bytes())
@@ -95,7 +97,7 @@ def build_manifest(
     shards are mixed, or a column or option does not fit the data.
     """
     if config.manifest is not None:
-        return _written_before(config, config.manifest)
+        return _written_before(config, config.manifest, storage)
     patient = Patient(storage.give_up_after_seconds)
     path = normal_uri(config.path)
     contents = list_contents(
@@ -139,7 +141,7 @@ def build_manifest(
     return manifest
 
 
-def _written_before(config: DataConfig, file: str) -> Manifest:
+def _written_before(config: DataConfig, file: str, storage: StorageConfig) -> Manifest:
     folder, _, name = normal_uri(file).rpartition("/")
     anew = command("manifest", config.path, "--out", folder)
     try:
@@ -152,7 +154,7 @@ def _written_before(config: DataConfig, file: str) -> Manifest:
         raise ConfigError(
             f"data.{setting}={now!r}, but data.manifest={file} was listed with {then!r}; {remedy}"
         )
-    check_bucket(manifest.root)
+    check_bucket(manifest.root, storage.access)
     return manifest
 
 

@@ -19,7 +19,7 @@ from dinoray.pipeline.data.parquet import read_column
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
-from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.files import Directory, normal_uri
 
 HELD_OUT_SHARE = 0.2
 """Share of the labelled images that is classified if no evaluation set is named."""
@@ -146,7 +146,7 @@ def labelled_sources(
         return None
 
     def source(path: str, name: str, setting: str) -> Source:
-        manifest = data.manifest if path == data.path else None
+        manifest = data.manifest if normal_uri(path) == normal_uri(data.path) else None
         at = DataConfig.model_validate(data.model_dump() | {"path": path, "manifest": manifest})
         return open_labelled(at, run, name, setting=setting, storage=storage)
 

@@ -110,6 +110,7 @@ def check_writable(uri: str, *, setting: str) -> None:
     """Make a local folder; raise DataError, which names `setting`, if no file can be made in it."""
     if is_s3(uri):
         return
+    uri = normal_uri(uri)
     try:
         os.makedirs(uri, exist_ok=True)
         with tempfile.TemporaryFile(dir=uri):

@@ -22,11 +22,14 @@ from dinoray.models.errors import DataError, DinorayError
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
 from dinoray.pipeline.storage.key_range import Stretch
 from dinoray.pipeline.storage.pages import LISTED
+from dinoray.pipeline.storage.retry import DeniedObject, FailingObject, Unreachable
 
 logger = logging.getLogger(__name__)
 
 PART = ".dinoray-part-"
 """How the names of parts begin; a listing that comes upon them passes them over."""
+OVER = f"{PART}over"
+"""Name of the file that tells that the other parts are over."""
 MAX_AGE_SECONDS = 24 * 3600.0
 """Age of a listing after which it is begun again. Its first keys are that old, and what has since been added among them
 is missed; a day bridges a night in which a job has failed unseen."""
@@ -37,6 +40,9 @@ _METADATA = b"dinoray.part"
 _DIGEST_BYTES = 16
 
 
+_OF_STORAGE = (Unreachable, DeniedObject, FailingObject)
+
+
 class OutdatedPartsError(Exception):
     """The store no longer gives the keys that it gave before; the listing must begin again without parts."""
 
@@ -45,13 +51,14 @@ class OutdatedPartsError(Exception):
 def resumable(directory: Directory) -> Iterator["ListingParts"]:
     """Give the parts of a listing whose manifest is written to `directory` within the context; its end drops them.
 
-    An error leaves them, unless the listing was complete: what is wrong with the data is to be changed.
+    An error of the storage leaves them, and so does one of the listing; another, of a listing that was complete, is
+    about the data, which will be changed.
     """
     parts = ListingParts(directory)
     try:
         yield parts
-    except DinorayError:
-        if parts.is_complete:
+    except DinorayError as error:
+        if parts.is_complete and not isinstance(error, _OF_STORAGE):
             parts.forget()
         raise
     parts.forget()
@@ -95,7 +102,7 @@ class ListingParts:
         self._folder: Directory | None = None
         self._pending: list[Stretch] | None = None
         """What is not written yet; None where nothing is kept."""
-        self._has_files = False
+        self._has_files = self._is_over = False
         self._opened = self._begun = 0.0
         self.stretches: list[Stretch] = []
         """What an earlier attempt has read, sorted, without overlaps."""
@@ -110,7 +117,11 @@ class ListingParts:
         name = hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
         self._folder = self._directory.child(f"listing-{name}")
         self._pending, self._opened = [], self._clock()
-        names = [name for name in self._folder.list() if name.startswith(PART)]
+        names = [] if self._is_over else [one for one in self._folder.list() if one.startswith(PART)]
+        if OVER in names:  # who wrote it was not allowed to delete, or ended before
+            names = []
+            with contextlib.suppress(DataError):
+                self._delete_all(self._folder)
         with ThreadPoolExecutor(_THREADS) as pool:
             parts = [part for part in pool.map(self._read, names) if part is not None]
         self._has_files = bool(names)
@@ -149,18 +160,30 @@ class ListingParts:
                 logger.warning("this listing cannot be resumed if it is interrupted: %s", error)
 
     def forget(self) -> None:
-        """Keep nothing more, and delete all parts. Files that cannot be deleted stay, and are too old one day."""
+        """Keep nothing more, and delete all parts. Files that cannot be deleted stay, and are not read again."""
         with self._lock:
             self._pending = None
+        self._is_over, self.stretches = True, []
         if self._folder is None or not self._has_files:
             return
-        with contextlib.suppress(DataError):
-            names = [name for name in self._folder.list() if name.startswith(PART)]
-            with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(self._folder.delete, names))
+        try:
+            self._folder.write(OVER, b"")  # first: whoever may write need not be allowed to delete
+            self._delete_all(self._folder)
+        except DataError as error:
+            logger.warning(
+                "parts of the listing are left in %s and can be deleted: %s", self._folder.uri, error
+            )
+        else:
             if not is_s3(self._folder.uri):
                 with contextlib.suppress(OSError):
                     os.rmdir(self._folder.uri)
+
+    @staticmethod
+    def _delete_all(folder: Directory) -> None:
+        names = [name for name in folder.list() if name.startswith(PART) and name != OVER]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(folder.delete, names))
+        folder.delete(OVER)
 
     def _read(self, name: str) -> Part | None:
         assert self._folder is not None

@@ -79,7 +79,7 @@ class BlockMaker:
         self._augmenter = Augmenter(images, plan.order, plan.crops, seed=plan.seed, num_threads=threads)
 
     def block(self, positions: NDArray[np.int64], *, stop: int) -> dict[str, NDArray[Any]]:
-        """Return Augmenter.block's columns for `positions`. The run's positions end at `stop`."""
+        """Return Augmenter.block's columns for `positions`. The stream's positions end at `stop`."""
         if self._shared is not None:
             self._shared.expect(positions, stop)
         return self._augmenter.block(positions)

@@ -4,11 +4,13 @@ An augment actor asks the reader of a row group (data/sharing.py) for encoded im
 the readers ask the storage. They read the row groups of the next window ahead and keep those of the windows in use.
 The order of images knows nothing of them: it is the same without readers and with any number of them.
 
-Readers take no CPU of their own. Each is started on the node of the augment actor that needs it first, and again on
-the node of another if it is lost: the head of a cluster, where the driver runs, may be too small for them.
+Readers take no CPU of their own. The first is started on the node of the augment actor that needs it, the others on
+nodes with CPUs in turn: the head of a cluster, where the driver runs, may be too small for them. A lost one is started
+again. A node that a reader is on does not count as idle.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +49,8 @@ class _Reply(NamedTuple):
 
 class _Lent(NamedTuple):
     reader: ActorHandle
-    number_of_lives: int
+    born: int
+    """When it was started, in nanoseconds: a newer one takes the place of one that is lost."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,24 @@ class _Host:
         self._lent: dict[int, _Lent] = {}
 
     def reader(self, number: int, node: str, lost: int, *arguments: Any) -> _Lent:
-        """Return a reader; a new one, on `node`, if there is none or `lost` lives of it are over.
+        """Return a reader; a new one if there is none that is newer than the `lost` one.
 
-        A restarted host knows nothing, so each call passes the `arguments` of _Reader.
+        `node` is that of who asks; readers are spread over the nodes that have CPUs. A restarted host knows nothing,
+        so each call passes the `arguments` of _Reader.
         """
         held = self._lent.get(number)
-        if held is None or held.number_of_lives <= lost:
+        if held is None or held.born <= lost:
             if held is not None:
                 ray.kill(held.reader)  # it may be alive but unreachable
+            # The first augment actor asks for all of them.
+            nodes = sorted(
+                one["NodeID"] for one in ray.nodes() if one["Alive"] and one["Resources"].get("CPU")
+            )
+            node = nodes[number % len(nodes)] if number and nodes else node
             where = NodeAffinitySchedulingStrategy(node, soft=True)
             actor = ray.remote(_Reader).options(num_cpus=0, scheduling_strategy=where, max_concurrency=_CALLS)
             reader = actor.remote(*arguments)
-            held = self._lent[number] = _Lent(reader, lost + 1)
+            held = self._lent[number] = _Lent(reader, time.time_ns())
         return held
 
 
@@ -134,7 +143,7 @@ class SharedImages:
         return self._source.config
 
     def expect(self, positions: NDArray[np.int64], stop: int) -> None:
-        """Have the row groups of these positions and of the next window read ahead; the run ends at `stop`."""
+        """Have the row groups of these positions and of the next window read ahead; the stream ends at `stop`."""
         ahead = groups_ahead(self._order, int(positions[-1]), stop)
         with self._lock:
             if ahead is None or ahead.first == self._window:
@@ -212,13 +221,13 @@ class SharedImages:
                 f"{call.tries} readers of {self._source.config.path} in a row died ({one_line(error)}); if memory "
                 "ran out, give each node more of it or lower resources.augment_actors"
             )
-        self._reader(call.reader, lost=call.lent.number_of_lives)
+        self._reader(call.reader, lost=call.lent.born)
         return self._begin(call)
 
     def _reader(self, number: int, lost: int = 0) -> _Lent:
         with self._lock:
             held = self._lent.get(number)
-            if held is None or held.number_of_lives <= lost:
+            if held is None or held.born <= lost:
                 of_reader = ([self._source_ref], self._readers.channel, self._readers.sharing.cache_bytes)
                 asked = self._readers.host.reader.remote(number, self._node, lost, *of_reader)
                 held = self._lent[number] = ray.get(asked)

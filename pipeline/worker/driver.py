@@ -89,9 +89,10 @@ def stream_plan(
     channel: RunChannel,
     *,
     augment_actors: tuple[int, int],
+    is_read: bool = True,
 ) -> StreamPlan:
     """What the run's stream is; `images` are those of `inputs`. Starts what fetches for all actors, if the order has
-    windows."""
+    windows and the stream `is_read`, which it is not beside a shared one."""
     order, resources = inputs.images.order(config.train.seed), config.resources
     sharing = share_reading(
         inputs.images.manifest,
@@ -114,7 +115,7 @@ def stream_plan(
         augment_actors=augment_actors,
         cpus_per_augment_actor=config.resources.cpus_per_augment_actor,
         cool_down_seconds=config.resources.cool_down_seconds,
-        readers=None if sharing is None else Readers.start(sharing, channel),
+        readers=Readers.start(sharing, channel) if sharing is not None and is_read else None,
     )
 
 
@@ -165,6 +166,7 @@ def _ended(fit: threading.Thread, channel: RunChannel, readers: Readers | None) 
     finally:
         with contextlib.suppress(Exception):
             channel.put(CONTROLLER, None)  # it holds the channel too: neither would end
+        with contextlib.suppress(Exception):
             if readers is not None:
                 readers.close()
 
@@ -210,7 +212,9 @@ def run_training(
         on_event(Event("note", {"text": text}), channel)
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
-    stream = stream_plan(config, inputs, images, channel, augment_actors=augment_actors)
+    stream = stream_plan(
+        config, inputs, images, channel, augment_actors=augment_actors, is_read=shared is None
+    )
     spec = WorkerSpec(
         name=name or config.name,
         run=run,

@@ -71,9 +71,14 @@ def test_runs_take_the_images_of_a_manifest_whatever_has_come_since(tmp_path: Pa
     config = DataConfig(path=str(data), manifest=str(out / "manifest-0001.parquet"))
     expected = ["a.jpg", "b.jpg", "c.jpg"]
     assert build_manifest(config).table["key"].to_pylist() == expected
-    first = load_or_build(config, Directory(str(tmp_path / "run")))
+    directory = Directory(str(tmp_path / "run"))
+    assert (
+        load_or_build(DataConfig(path=str(data)), directory).num_images == 4
+    )  # an attempt that did not begin
+    first = load_or_build(config, directory)
+    directory.write("config.yaml", b"")
     (out / "manifest-0001.parquet").unlink()
-    again = load_or_build(config, Directory(str(tmp_path / "run")))  # the run has its own copy
+    again = load_or_build(config, directory)  # the run has its own copy
     assert first.table["key"].to_pylist() == again.table["key"].to_pylist() == expected
     assert again.table.equals(first.table)
 
@@ -127,7 +132,18 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, capsys: Printed) -> None
         ([data, "--out", f"{data}/lists"], ConfigError, "where it would be listed; choose another --out$"),
         ([data, "--out", out, "--name", "a/b"], ConfigError, "must be letters, .* e.g. --name=photos$"),
         ([data, "--out", out, "train.epochs=1"], ConfigError, "can be set here$"),
-        ([data, "--out", out, "data.manifest=x"], ConfigError, "can be set here$"),
+        (
+            [data, "--out", out, "data.manifest=x"],
+            ConfigError,
+            f"what is listed is {data}, the first argument$",
+        ),
+        (
+            [data, "--out", out, "data={manifest: x}"],
+            ConfigError,
+            "can be set here$",
+        ),
+        ([data, "--out", out, "data.path=x"], ConfigError, "what is listed is .*, the first argument$"),
+        ([data, "--out", "/proc/none"], DataError, "^--out=/proc/none: no file can be made there"),
         ([f"{tmp_path}/none", "--out", out], DataError, "^argument data=.*there is no such folder or file$"),
     ]:
         with pytest.raises(kind, match=rule):

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from faults import FaultProxy
@@ -78,6 +79,14 @@ def all_of(path: str, storage: StorageConfig) -> list[bytes | None]:
 @pytest.mark.parametrize("layout", ["images", "shards"])
 def test_a_public_bucket_is_read_without_credentials(nobody: S3Server, layout: str) -> None:
     assert all_of(f"s3://{PUBLIC}/{layout}", ANONYMOUS) == sorted(IMAGES.values())
+
+
+@pytest.mark.s3
+def test_a_public_bucket_is_read_by_a_manifest_without_credentials(nobody: S3Server, tmp_path: Path) -> None:
+    config = DataConfig(path=f"s3://{PUBLIC}/images")
+    (tmp_path / "all.parquet").write_bytes(build_manifest(config, ANONYMOUS).to_bytes())
+    by_file = config.model_copy(update={"manifest": f"{tmp_path}/all.parquet"})
+    assert build_manifest(by_file, ANONYMOUS).num_images == len(IMAGES)
 
 
 @pytest.mark.s3

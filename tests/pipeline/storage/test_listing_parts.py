@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoray.models.errors import DataError
+from dinoray.models.errors import ConfigError, DataError, DinorayError
 from dinoray.pipeline.storage import key_ranges, listing_parts
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.key_range import Stretch
@@ -25,10 +25,11 @@ from dinoray.pipeline.storage.listing_parts import (
     ListingParts,
     OutdatedPartsError,
     Part,
+    resumable,
 )
 from dinoray.pipeline.storage.pages import LISTED, Objects, Page
 from dinoray.pipeline.storage.progress import Count
-from dinoray.pipeline.storage.retry import Retry, retrying
+from dinoray.pipeline.storage.retry import DeniedObject, Retry, Unreachable, retrying
 
 PAGE = 3
 NOW = 1_800_000_000.0
@@ -249,6 +250,42 @@ def test_parts_wait_until_the_listing_has_taken_some_time(tmp_path: Path) -> Non
         parts.keep(Stretch(start, end, f"{end}x", batch))
         numbers.append(len(files(Directory(str(tmp_path)))))
     assert numbers == [0, 0, 3, 4]
+
+
+def test_parts_that_cannot_be_deleted_are_not_taken_for_those_of_an_interrupted_listing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(directory: Directory, name: str) -> None:
+        raise DeniedObject("deleting is not allowed")
+
+    with short_parts() as directory:
+        parts = opened(directory)
+        with monkeypatch.context() as patch:
+            patch.setattr(Directory, "delete", refuse)
+            listed(Store(NUMBERED), parts)
+            parts.forget()
+            assert "can be deleted" in caplog.text
+            assert len(files(directory)) > 1
+            parts.open("store bucket prefix")  # after a change of the store
+            assert parts.stretches == []
+            assert opened(directory).stretches == []
+        assert opened(directory).stretches == []
+        assert files(directory) == []  # by who may
+
+
+@pytest.mark.parametrize("error", [Unreachable("away"), ConfigError("a wrong setting")])
+def test_what_storage_does_leaves_the_parts_of_a_listing_that_was_complete(error: DinorayError) -> None:
+    def fail(directory: Directory) -> None:
+        with resumable(directory) as parts:
+            parts.open("store bucket prefix")
+            listed(Store(NUMBERED), parts)
+            parts.is_complete = True
+            raise error
+
+    with short_parts() as directory:
+        with pytest.raises(type(error)):
+            fail(directory)
+        assert bool(files(directory)) == isinstance(error, Unreachable)
 
 
 def test_a_directory_that_takes_no_parts_does_not_end_the_listing(caplog: pytest.LogCaptureFixture) -> None:
