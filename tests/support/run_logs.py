@@ -17,9 +17,9 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def log_of(folder: Path, *, first_step: int = 0, first_position: int = 0) -> MetricsLog:
+def log_of(folder: Path, *, first_step: int = 0, resume_position: int = 0) -> MetricsLog:
     return MetricsLog(
-        Directory(str(folder)), num_images=20, first_step=first_step, first_position=first_position
+        Directory(str(folder)), num_images=20, first_step=first_step, resume_position=first_position
     )
 
 
