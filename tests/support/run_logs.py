@@ -19,7 +19,7 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def log_of(folder: Path, *, first_step: int = 0, resume_position: int = 0) -> MetricsLog:
     return MetricsLog(
-        Directory(str(folder)), num_images=20, first_step=first_step, resume_position=first_position
+        Directory(str(folder)), num_images=20, first_step=first_step, resume_position=resume_position
     )
 
 

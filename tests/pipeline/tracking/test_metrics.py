@@ -62,7 +62,7 @@ def test_a_last_line_cut_off_anywhere_by_a_kill_is_no_line(tmp_path: Path) -> No
     whole, last = '{"position": 0, "key": "a"}\n', '{"position": 1, "key": "a{b}c"}\n'
     for length in range(len(last) + 1):
         (tmp_path / "quarantine.jsonl").write_text(whole + last[:length])
-        log_of(tmp_path, first_step=1, first_position=10).close()
+        log_of(tmp_path, first_step=1, resume_position=10).close()
         positions = [p for line in lines(tmp_path, "quarantine.jsonl") for p in line["positions"]]
         assert positions == ([0, 1] if length >= len(last) - 1 else [0]), last[:length]
 
