@@ -135,10 +135,8 @@ def _new_client(access: Access) -> tuple[Any, Any]:
     except ValueError as error:
         raise ConfigError(f"{one_line(error)}; AWS_ENDPOINT_URL must look like http://host:port") from error
     except botocore.exceptions.BotoCoreError as error:
-        or_anonymous = "" if access.anonymous else OR_ANONYMOUS
-        raise DataError(
-            f"no usable AWS credentials or configuration: {one_line(error)}; {SET_CREDENTIALS}{or_anonymous}"
-        ) from error
+        remedy = SET_CREDENTIALS + ("" if access.anonymous else OR_ANONYMOUS)
+        raise DataError(f"no usable AWS credentials or settings: {one_line(error)}; {remedy}") from error
     client.meta.events.register(pages.EVENT, pages.take_objects)
     client.meta.events.register("after-call.s3", partial(_note_access, access))
     if access.requester_pays:
