@@ -89,11 +89,11 @@ def test_a_killed_listing_is_resumed_without_the_pages_that_it_had(
     finally:
         process.kill()
         process.wait()
+        proxy.delay_seconds = 0.0
     stretches = kept(path, run, proxy)
     assert COUNT / 8 < num_kept(stretches) < COUNT
     assert stretches[0].start == ""
 
-    proxy.delay_seconds = 0.0
     proxy.requests.clear()
     subprocess.run(command, env=environment, check=True)
     lines = [line for line in proxy.requests if "list-type=2" in line and "delimiter" not in line]
