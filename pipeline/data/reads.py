@@ -67,15 +67,16 @@ def count_reads(
     else:
         read = read_by_readers(order, layout, sizes, group_bytes, sharing, num_actors=most_actors)
     images = np.concatenate([order.locate(layout.block(n))[1] for n in range(layout.num_blocks)])
-    used = (group_bytes / np.maximum(1, sizes))[_groups_of(sizes, images)].sum()
+    used = (group_bytes / np.maximum(1, sizes))[_groups_of(np.cumsum(sizes), images)].sum()
     num_bytes = int(group_bytes[read].sum())
     return Reads(len(images) / len(read), num_bytes / len(images), num_bytes / max(1.0, float(used)))
 
 
 def read_by_blocks(order: Order, layout: Layout, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the row groups that are read if each block reads those of its rows: one entry per read."""
+    ends = np.cumsum(sizes)
     blocks = (order.locate(layout.block(number))[1] for number in range(layout.num_blocks))
-    return np.concatenate([np.unique(_groups_of(sizes, images)) for images in blocks])
+    return np.concatenate([np.unique(_groups_of(ends, images)) for images in blocks])
 
 
 def read_by_readers(
@@ -95,6 +96,7 @@ def read_by_readers(
         WindowCache(sharing.cache_bytes, sizes) for _ in range(sharing.num_readers)
     ]
     read: list[int] = []
+    ends = np.cumsum(sizes)
 
     def need(groups: NDArray[np.int64]) -> None:
         for group, reader in zip(groups.tolist(), sharing.reader_of(groups).tolist(), strict=True):
@@ -110,7 +112,7 @@ def read_by_readers(
                 cache.begin(ahead)
             need(ahead.groups)
         images = order.locate(positions)[1]
-        groups = _groups_of(sizes, images)
+        groups = _groups_of(ends, images)
         need(np.unique(groups))
         readers = sharing.reader_of(groups)
         for reader in np.unique(readers).tolist():
@@ -139,5 +141,5 @@ def _jittered(num_blocks: int, at_once: int) -> NDArray[np.int64]:
     return np.lexsort([chance.random(num_blocks), turns])
 
 
-def _groups_of(sizes: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.searchsorted(np.cumsum(sizes), images, side="right")
+def _groups_of(ends: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.searchsorted(ends, images, side="right")
