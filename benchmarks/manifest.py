@@ -1,13 +1,18 @@
 """Seconds and peak memory of the manifest of a large data set: listed, written, read, and its order begun.
 
-    python benchmarks/manifest.py [--images 1000000 10000000] [--target 100000000]
+    python benchmarks/manifest.py [--images 1000000 10000000] [--target 100000000] [--row-groups 1000000]
 
 The listing is generated, page by page as S3 gives it, in the order of its keys; it holds a JSON file for every
-hundred images. Each size runs in a process of its own. The last line extrapolates from the two largest sizes.
+hundred images. Each size runs in a process of its own. One line extrapolates from the two largest sizes.
+
+The last line is about Parquet: row groups of 100 images, ten in a shard. It tells what an augment actor adds to the
+memory of its node: `MB_shared` lie in Ray's store once a node, `MB_heap` in each process; and how long the order takes
+for a block of 192 images, once the epoch has begun.
 """
 
 import argparse
 import json
+import pickle
 import resource
 import subprocess
 import sys
@@ -18,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,12 +31,15 @@ from dinoray.pipeline.data import contents
 from dinoray.pipeline.data.listing import Listing
 from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
 from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.pages import LISTED
 
 _PAGE = 1000
 _CHUNK = 100 * _PAGE
 _PER_FOLDER = 1300
+_GROUPS_OF_SHARD, _ROWS_OF_GROUP = 10, 100
+_BLOCK = 192
 _PATH = "s3://bucket/data"
 
 
@@ -96,6 +105,45 @@ def measure(num_images: int) -> dict[str, Any]:
     }
 
 
+def measure_row_groups(num_groups: int) -> dict[str, Any]:
+    """Pickle and unpickle the source and the order of so many row groups as Ray does, and locate blocks of images."""
+    shards = np.arange(num_groups) // _GROUPS_OF_SHARD
+    columns = {
+        "key": pa.array(
+            [f"data/{shard // 1000:06}/{shard:010}.parquet" for shard in shards], pa.large_string()
+        ),
+        "size": pa.array(shards + 1),
+        "etag": pa.array([f"{shard:032x}" for shard in shards]),
+        "row_group": pa.array(np.arange(num_groups) % _GROUPS_OF_SHARD, pa.int32()),
+    }
+    for name, value in (("num_rows", _ROWS_OF_GROUP), ("num_bytes", 10**7), ("num_unlabelled", 0)):
+        columns[name] = pa.array(np.full(num_groups, value))
+    listed: dict[str, Any] = {"path": _PATH, "image_column": "image", "label_from_parent": False}
+    listed |= dict.fromkeys(("key_column", "label_column"))
+    config = DataConfig(path=_PATH)
+    source = Source(config, Manifest(pa.table(columns), "parquet", "s3://bucket", 0, listed))
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps((source, source.order(0)), protocol=5, buffer_callback=buffers.append)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    kept, order = pickle.loads(data, buffers=[buffer.raw() for buffer in buffers])
+    begin = time.perf_counter()
+    order.locate(np.arange(_BLOCK))
+    first = time.perf_counter() - begin
+    heap, seconds = process.memory_info().rss - before, []
+    for position in np.random.default_rng(0).integers(0, kept.num_images - _BLOCK, 500):
+        begin = time.perf_counter()
+        order.locate(np.arange(position, position + _BLOCK))
+        seconds.append(time.perf_counter() - begin)
+    return {
+        "row_groups": num_groups,
+        "MB_shared": round(sum(buffer.raw().nbytes for buffer in buffers) / 1e6, 1),
+        "MB_heap": round(heap / 1e6, 1),
+        "ms_first_block": round(1000 * first, 1),
+        "ms_block": round(1000 * float(np.median(seconds)), 3),
+    }
+
+
 def main() -> None:
     """Print a line for each size, and one for the target."""
     parser = argparse.ArgumentParser(
@@ -103,15 +151,23 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--target", type=int, default=100_000_000)
-    parser.add_argument("--here", action="store_true", help="measure in this process")
+    parser.add_argument("--row-groups", type=int, default=1_000_000)
+    parser.add_argument("--here", choices=["images", "row-groups"], help="measure in this process")
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(measure(options.images[0])))
+        found = (
+            measure(options.images[0]) if options.here == "images" else measure_row_groups(options.row_groups)
+        )
+        print(json.dumps(found))
         return
+
+    def measured(what: str, number: int) -> dict[str, Any]:
+        command = [sys.executable, __file__, "--here", what, f"--{what}", str(number)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
     found = []
     for number in options.images:
-        command = [sys.executable, __file__, "--here", "--images", str(number)]
-        found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        found.append(measured("images", number))
         print(found[-1], flush=True)
     if len(found) > 1:
         low, high = sorted(found, key=lambda one: int(one["images"]))[-2:]
@@ -121,6 +177,7 @@ def main() -> None:
             for name in ("total", "cpu", "GB_peak", "GB_file")
         }
         print({"images": options.target, **{name: round(value, 1) for name, value in values.items()}})
+    print(measured("row-groups", options.row_groups))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import math
 
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from dinoray.models.commands import command
 from dinoray.pipeline.augment.config import crop_bytes
@@ -24,7 +24,7 @@ def describe_data(images: Source) -> str:
     manifest, notes = images.manifest, list(images.manifest.notes)
     where = ""
     if manifest.kind == "parquet":
-        where = f" in {_count(len(manifest.table['key'].unique()), 'Parquet file')}"
+        where = f" in {_count(manifest.objects.num_rows, 'Parquet file')}"
         columns = {"images": images.config.image_column, "keys": images.config.key_column}
         shown = ", ".join(
             f"{what} from column {name!r}" for what, name in columns.items() if name is not None
@@ -34,7 +34,7 @@ def describe_data(images: Source) -> str:
         notes = notes or [_labels(images)]
     labels = manifest.table["label"] if "label" in manifest.table.column_names else None
     if labels is not None and images.config.label_from_parent is True:
-        folders = _count(pc.count_distinct(labels).as_py(), "class folder")
+        folders = _count(_num_different(labels), "class folder")
         outside = f" ({labels.null_count} outside of them)" if labels.null_count else ""
         where += f" in {folders}{outside}"
     if manifest.damaged:
@@ -71,8 +71,8 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
     mixed = f"about {batch / num_groups:.3g} neighbours of each"
     if "label" in manifest.table.column_names and images.config.label_from_parent is True:
         labels = manifest.table["label"]
-        here = pc.count_distinct(labels.take(window.groups)).as_py()
-        mixed = f"{here} of {_count(pc.count_distinct(labels).as_py(), 'class folder')}"
+        here = _num_different(labels.take(window.groups))
+        mixed = f"{here} of {_count(_num_different(labels), 'class folder')}"
     remedy = ""
     if num_groups < min(_FEW_GROUPS, len(sizes)):
         pack = command("pack", manifest.path, "--out", "FOLDER")
@@ -136,6 +136,10 @@ def _labels(images: Source) -> str:
     if images.config.label_column is not None:
         return f"labels from column {images.config.label_column!r}"
     return "labels from folder names" if images.config.label_from_parent is True else "no labels"
+
+
+def _num_different(labels: pa.ChunkedArray) -> int:
+    return len(labels.unique().drop_null())
 
 
 def _count(number: int, noun: str) -> str:

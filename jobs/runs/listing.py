@@ -69,13 +69,8 @@ def newest_number(names: list[str], name: str) -> int:
 
 def describe_objects(manifest: Manifest, *, most_bytes: int) -> Iterator[str]:
     """Yield lines on the objects by the ends of their names and by size; those above `most_bytes` are not read."""
-    table = manifest.table.select(["key", "size", "etag"])
+    table = manifest.objects
     if manifest.kind == "parquet":
-        table = (
-            table.group_by(["key"], use_threads=False)
-            .aggregate([("size", "max")])
-            .rename_columns(["key", "size"])
-        )
         yield f"row groups: {manifest.table.num_rows:,}"
     suffixes = pc.struct_field(pc.extract_regex(table["key"], r"(?P<suffix>\.[^./]{1,12})$"), "suffix")
     counts = pc.value_counts(pc.fill_null(pc.utf8_lower(suffixes), "without suffix")).to_pylist()
@@ -83,6 +78,9 @@ def describe_objects(manifest: Manifest, *, most_bytes: int) -> Iterator[str]:
     shown = [f"{one['counts']:,} {one['values']}" for one in counts[:_MOST_SUFFIXES]]
     more = sum(one["counts"] for one in counts[_MOST_SUFFIXES:])
     yield "names: " + ", ".join(shown + ([f"{more:,} others"] if more else []))
+    if "storage_class" in table.column_names and table["storage_class"].null_count < table.num_rows:
+        classes = pc.value_counts(table["storage_class"].fill_null("STANDARD")).to_pylist()
+        yield "storage classes: " + ", ".join(f"{one['counts']:,} {one['values']}" for one in classes)
     sizes = table["size"].to_numpy()
     edges = [*_SIZES.values()]
     numbers = np.bincount(np.searchsorted(edges, sizes, side="right"), minlength=len(edges) + 1).tolist()

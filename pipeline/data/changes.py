@@ -20,7 +20,7 @@ class Changes(NamedTuple):
 
 def changes_between(old: Manifest, new: Manifest) -> Changes:
     """Compare two manifests, whose keys are relative to the same root."""
-    before, now = _objects(old), _objects(new)
+    before, now = (manifest.objects.select(["key", "size", "etag"]) for manifest in (old, new))
     places = pc.index_in(now["key"], value_set=before["key"])
     is_new = places.is_null()
     common = now.filter(pc.invert(is_new))
@@ -31,13 +31,3 @@ def changes_between(old: Manifest, new: Manifest) -> Changes:
     return Changes(
         now["key"].filter(is_new), before["key"].filter(pa.array(is_gone)), common["key"].filter(differs)
     )
-
-
-def _objects(manifest: Manifest) -> pa.Table:
-    """Return key, size and ETag of each object once: a shard has a row for each of its row groups."""
-    table = manifest.table.select(["key", "size", "etag"])
-    if manifest.kind == "images" or not table.num_rows:
-        return table
-    keys = table["key"].combine_chunks()
-    is_first = np.r_[True, pc.not_equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)]
-    return table.filter(pa.array(is_first))

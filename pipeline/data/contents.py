@@ -32,6 +32,8 @@ _KINDS = {
     "embeddings": ("table of embeddings", "tables of embeddings"),
     "packed": ("packed set", "packed sets"),
 }
+_ARCHIVED = ("GLACIER", "DEEP_ARCHIVE")
+"""Storage classes whose objects cannot be read before they are restored; GLACIER_IR is none."""
 _MOST_NAMES = 5
 _LIKE_AN_ARCHIVE = r"(?is)\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\..{1,4})\n?$"
 _ARCHIVE = re.compile(r"\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\.\w{1,4})$", re.IGNORECASE)
@@ -147,6 +149,16 @@ def no_images(contents: Contents, path: str, num_ignored: int, *, setting: str) 
     elif is_pattern(path):
         remedy = f"patterns are not supported: set {setting} to a folder"
     return DataError(f"no images under {path}, {num_ignored} other objects ignored; {remedy}")
+
+
+def note_on_archived(images: pa.Table) -> list[str]:
+    """Return a phrase that counts the images in storage classes that cannot be read; none without any."""
+    classes = images["storage_class"].drop_null()
+    archived = classes.filter(pc.is_in(classes, pa.array(_ARCHIVED)))
+    if not len(archived):
+        return []
+    counts = [f"{one['counts']} {one['values']}" for one in pc.value_counts(archived).to_pylist()]
+    return [f"{len(archived)} archived ({', '.join(counts)}): bad images unless they have been restored"]
 
 
 def labelled_parts(table: pa.Table, contents: Contents) -> frozenset[str]:

@@ -47,6 +47,7 @@ class Entry(NamedTuple):
     key: str
     size: int | None
     etag: str
+    storage_class: str | None = None
 
 
 class Listing(NamedTuple):
@@ -71,7 +72,7 @@ class EntryTable:
 
     def __init__(self) -> None:
         self._batches: list[pa.RecordBatch] = []
-        self._pending: list[tuple[str, int | None, str, str | None]] = []
+        self._pending: list[tuple[str, int | None, str, str | None, str | None]] = []
 
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self._batches) + len(self._pending)
@@ -90,7 +91,7 @@ class EntryTable:
             self._batches.append(pa.record_batch([*batch.columns, labels], self.schema))
 
     def table(self) -> pa.Table:
-        """Return all rows so far, in the order they were added: key, size, etag, label."""
+        """Return all rows so far, in the order they were added."""
         if self._pending:
             self._flush()
         return pa.Table.from_batches(self._batches, schema=self.schema)
@@ -203,7 +204,9 @@ def _objects(
         answer = retry_later(request, what=f"s3://{bucket}/{key}")
     except MissingObject:
         return
-    yield Objects([key], [answer["ContentLength"]], [etag_of(answer)]).to_arrow()
+    yield Objects(
+        [key], [answer["ContentLength"]], [etag_of(answer)], [answer.get("StorageClass")]
+    ).to_arrow()
 
 
 def _batches(entries: Iterator[Entry], count: Count) -> Iterator[pa.RecordBatch]:
@@ -214,7 +217,7 @@ def _batches(entries: Iterator[Entry], count: Count) -> Iterator[pa.RecordBatch]
 
 
 def _replaced(entry: Entry) -> Entry:
-    return Entry(entry.key.encode(errors="replace").decode(), None, entry.etag)
+    return entry._replace(key=entry.key.encode(errors="replace").decode(), size=None)
 
 
 def _files(root: str) -> Iterator[Entry]:

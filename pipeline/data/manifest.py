@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.contents import labelled_parts, list_contents, no_images
+from dinoray.pipeline.data.contents import labelled_parts, list_contents, no_images, note_on_archived
 from dinoray.pipeline.data.detection import (
     AUTO,
     is_class,
@@ -134,6 +134,8 @@ def build_manifest(
         labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
     )
     notes = [*kept.notes, *note_on_parts(contents.parts, path, labelled=labelled)]
+    if not num_shards:
+        notes += note_on_archived(kept.table)
     found = (contents.root, num_ignored, listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
     kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
     manifest = Manifest(kept.table, kind, *found, kept.rows_per_group, contents.passed_over)

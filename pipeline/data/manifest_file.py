@@ -42,6 +42,10 @@ class Manifest:
     rows_per_group: int | None = None
     passed_over: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.kind == "parquet":  # a million row groups are of far fewer shards
+            object.__setattr__(self, "table", _with_texts_once(self.table))
+
     def settle(self, config: DataConfig) -> DataConfig:
         """Return `config` with its auto settings replaced by the values of this manifest."""
         values = {name: value for name, value in self._values.items() if getattr(config, name) == AUTO}
@@ -72,6 +76,19 @@ class Manifest:
         """Bytes per row group in memory, int64 [num_groups], for Parquet; None for image objects."""
         return self.table["num_bytes"].to_numpy() if self.kind == "parquet" else None
 
+    @property
+    def objects(self) -> pa.Table:
+        """Key, size and ETag (and more) of each image object, or of each Parquet shard that has row groups."""
+        if self.kind == "images" or not self.table.num_rows:
+            return self.table
+        table = self.table.select(["key", "size", "etag"])
+        shards = table["key"].combine_chunks().indices.to_numpy()
+        return _plain(table.filter(np.r_[True, shards[1:] != shards[:-1]]))
+
+    def row_group(self, number: int) -> dict[str, Any]:
+        """Return a row of the table, of Parquet, by column. One at a time: there may be a million."""
+        return dict(self.table.slice(number, 1).to_pylist()[0])
+
     def uri(self, key: str) -> str:
         """Return the full address of the object or file at `key`."""
         return f"{self.root.rstrip('/')}/{key}"
@@ -91,7 +108,7 @@ class Manifest:
             "passed_over": self.passed_over,
         }
         sink = pa.BufferOutputStream()
-        table = self.table.replace_schema_metadata({_METADATA: json.dumps(about)})
+        table = _plain(self.table).replace_schema_metadata({_METADATA: json.dumps(about)})
         pq.write_table(table, sink, compression="zstd")
         return sink.getvalue().to_pybytes()
 
@@ -138,6 +155,23 @@ class Manifest:
             tuple(about.get(name, ())) for name in ("notes", "damaged", "passed_over")
         )
         return cls(*kept, listed, detected, notes, damaged, about.get("rows_per_group"), passed_over)
+
+
+def _with_texts_once(table: pa.Table) -> pa.Table:
+    """Return the table with dictionaries for texts, so that equal ones of neighbouring rows are kept once."""
+    for number, column in enumerate(table.schema):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            texts = table.column(number).combine_chunks().dictionary_encode()
+            table = table.set_column(number, column.name, texts)
+    return table
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Return the table without dictionaries."""
+    for number, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            table = table.set_column(number, column.name, table.column(number).cast(column.type.value_type))
+    return table
 
 
 def listed_as(config: DataConfig) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.detection import AUTO, Columns, detect_columns, is_bytes
@@ -18,6 +20,7 @@ from dinoray.pipeline.data.parquet import (
     ColumnFacts,
     CorruptShard,
     PartFooter,
+    RowGroup,
     column_facts,
     read_footer,
     read_row_group,
@@ -28,25 +31,12 @@ from dinoray.pipeline.storage.progress import counting
 from dinoray.pipeline.storage.retry import ArchivedObject, DeniedObject, FailingObject, Retry
 from dinoray.pipeline.storage.waiting import Patient
 
-_TABLE = pa.schema(
-    {
-        "key": pa.large_string(),
-        "size": pa.int64(),
-        "etag": pa.string(),
-        "row_group": pa.int32(),
-        "num_rows": pa.int64(),
-        "num_bytes": pa.int64(),
-        "num_unlabelled": pa.int64(),
-    }
-)
-
-
 PACKED = b"dinoray.packed"
 """Name of the note in the footers of shards that `jobs.pack` wrote."""
 ROWS_PER_GROUP = "rows_per_group"
 """Rows in each row group of a packed shard but the last: an entry of that note."""
 
-_NO_LABELS = ColumnFacts(None, None)
+_UNKNOWN = -1
 
 
 class Asked(NamedTuple):
@@ -56,6 +46,15 @@ class Asked(NamedTuple):
     key: str | None
     label: str | None
     from_folders: bool | Literal["auto"]
+
+
+class _Part(NamedTuple):
+    """The row groups of one shard."""
+
+    counts: NDArray[np.int64]
+    """[groups, 4]: row group, rows, bytes, rows without a label or _UNKNOWN."""
+    labels: ColumnFacts
+    """Of all of them."""
 
 
 class RowGroups(NamedTuple):
@@ -113,39 +112,60 @@ def list_row_groups(
         columns.notes.append("labels from folder names; data.label_from_parent=false ignores them")
     other_columns = [column for column in (columns.key, columns.label) if column is not None]
 
-    def read(shard: dict[str, Any]) -> list[tuple[dict[str, Any], ColumnFacts]]:
+    def read(shard: dict[str, Any]) -> _Part:
         footer = first if shard is rows[number] else footer_of(shard)
         count.add(1)
         if footer is None:
-            return []
+            return _part_of([], [])
         per_group.add(_rows_per_group(footer))
-        found = []
-        for group in row_groups(footer, image_column=columns.image, other_columns=other_columns):
-            labels = (
-                _NO_LABELS if columns.label is None else column_facts(footer, group.row_group, columns.label)
-            )
-            found.append((shard | group._asdict() | {"num_unlabelled": labels.num_nulls}, labels))
-        return found
+        groups = row_groups(footer, image_column=columns.image, other_columns=other_columns)
+        if columns.label is None:
+            return _part_of(groups, [ColumnFacts(None, None)] * len(groups))
+        return _part_of(groups, [column_facts(footer, group.row_group, columns.label) for group in groups])
 
     with (
         counting(f"reading footers of Parquet at {path}", "files", len(rows) - number) as count,
         ThreadPoolExecutor(concurrency) as pool,
     ):
         try:
-            found = [group for part in pool.map(read, rows[number:]) for group in part]
+            found = list(pool.map(read, rows[number:]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # stop reading after the first error
             raise
     if len(damaged) > len(rows) / 2:
         raise _too_many_damaged(damaged, len(rows), path)
-    if not found:
+    counts = np.concatenate([part.counts for part in found])
+    if not len(counts):
         raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows")
     if asked.label == AUTO and columns.label is not None:
-        columns = _without_useless_label(columns, [labels for _, labels in found])
-    schema = _TABLE.append(shards.schema.field("label")) if from_folders else _TABLE
-    table = pa.Table.from_pylist([group for group, _ in found], schema=schema)
+        columns = _without_useless_label(columns, [part.labels for part in found if len(part.counts)])
+    names = ["key", "size", "etag", *(["label"] if from_folders else [])]
+    which = np.repeat(np.arange(number, len(rows)), [len(part.counts) for part in found])
+    table = _table(shards.select(names).take(which), counts)
     rows_per_group = per_group.pop() if len(per_group) == 1 else None
     return RowGroups(table, columns, from_folders, sorted(damaged), rows_per_group)
+
+
+def _part_of(groups: Sequence[RowGroup], labels: Sequence[ColumnFacts]) -> _Part:
+    nulls = [_UNKNOWN if one.num_nulls is None else one.num_nulls for one in labels]
+    counts = np.array([(*group, null) for group, null in zip(groups, nulls, strict=True)], np.int64)
+    known = [one.ends for one in labels if one.ends is not None]
+    ends = frozenset[Any]().union(*known) if len(known) == len(labels) else None
+    return _Part(counts.reshape(-1, 4), ColumnFacts(ends, sum(one.num_nulls or 0 for one in labels)))
+
+
+def _table(shards: pa.Table, counts: NDArray[np.int64]) -> pa.Table:
+    """Return a table of row groups; row i of `shards` is the shard of row group i."""
+    row_group, num_rows, num_bytes, num_unlabelled = counts.T
+    columns = {
+        "row_group": pa.array(row_group, pa.int32()),
+        "num_rows": pa.array(num_rows),
+        "num_bytes": pa.array(num_bytes),
+        "num_unlabelled": pa.array(num_unlabelled, mask=num_unlabelled == _UNKNOWN),
+    }
+    of_shards = dict(zip(shards.column_names, shards.columns, strict=True))
+    folders = {name: of_shards.pop(name) for name in ("label",) if name in of_shards}
+    return pa.table({**of_shards, **columns, **folders})
 
 
 def _rows_per_group(footer: PartFooter) -> int | None:

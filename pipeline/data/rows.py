@@ -8,7 +8,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dinoray.models.errors import DataError
@@ -46,8 +45,8 @@ class Rows:
         )
         self._ends = np.cumsum(self._num_rows)
         self.num_images = int(self._ends[-1])
-        shards = self._groups["key"].chunk(0)
-        first_of_shard = np.r_[True, pc.not_equal(shards[1:], shards[:-1]).to_numpy(zero_copy_only=False)]
+        shards = self._groups["key"].chunk(0).indices.to_numpy()
+        first_of_shard = np.r_[True, shards[1:] != shards[:-1]]
         starts = self._ends - self._num_rows
         self._shard_starts = np.maximum.accumulate(np.where(first_of_shard, starts, 0))
         self.cache: RowGroupCache[pa.Table] = RowGroupCache(config.row_group_cache_bytes)
@@ -95,7 +94,7 @@ class Rows:
             self._footer.cache_clear()  # it may be what is damaged
 
     def _read(self, group: int) -> pa.Table | DataError:
-        (about,) = self._groups.slice(group, 1).to_pylist()
+        about = self._manifest.row_group(group)
         uri = self._manifest.uri(about["key"])
         columns = (self._config.key_column, self._config.label_column)
 

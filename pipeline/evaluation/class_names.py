@@ -127,10 +127,10 @@ def _held_out_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismat
 def _names_remedy(train: Source, val: Source) -> str:
     """Return `set data.label_column=NAME, or ` where Parquet has another column of labels, as text."""
     for side in (train, val):
-        column, table = side.config.label_column, side.manifest.table
+        column = side.config.label_column
         if column is None or side.manifest.kind != "parquet":
             continue
-        shard = table.slice(0, 1).to_pylist()[0]
+        shard = side.manifest.row_group(0)
         read = partial(
             read_footer, side.manifest.uri(shard["key"]), shard["size"], access=side.storage.access
         )
@@ -179,7 +179,7 @@ def _names(source: Source, limit: int) -> Iterator[list[str]]:
 
 def _read(source: Source, group: int) -> list[str | None]:
     """Return the labels of a row group; none if its images count as unreadable."""
-    shard, config = source.manifest.table.slice(group, 1).to_pylist()[0], source.config
+    shard, config = source.manifest.row_group(group), source.config
     if config.label_column is None:
         return [shard["label"]] * shard["num_rows"]  # label of the folder around the shard
     try:

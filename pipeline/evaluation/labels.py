@@ -6,7 +6,6 @@ This module stands between sources and the evaluation. It reads at most labels, 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,14 +94,14 @@ def with_labels(source: Source) -> Source:
 
 def _rows_with_labels(source: Source, column: str) -> Source:
     """Drop rows without a label; read only the labels of row groups that may lack some."""
-    groups = source.manifest.table.to_pylist()
-    unlabelled = [group.get("num_unlabelled") for group in groups]
-    if not any(number != 0 for number in unlabelled):
+    table = source.manifest.table
+    if "num_unlabelled" in table.column_names and (not table["num_unlabelled"].fill_null(1).to_numpy().any()):
         return source
 
-    def read(group: dict[str, Any], number: int | None) -> NDArray[np.bool_]:
-        if number in (0, group["num_rows"]):
-            return np.full(group["num_rows"], number == 0)
+    def read(number: int) -> NDArray[np.bool_]:
+        group = source.manifest.row_group(number)
+        if group.get("num_unlabelled") in (0, group["num_rows"]):
+            return np.full(group["num_rows"], group["num_unlabelled"] == 0)
         uri = source.manifest.uri(group["key"])
         read = partial(
             read_column, uri, group["size"], group["row_group"], column=column, access=source.storage.access
@@ -111,7 +110,7 @@ def _rows_with_labels(source: Source, column: str) -> Source:
         return np.asarray([label is not None for label in labels])
 
     with ThreadPoolExecutor(source.config.fetch_concurrency) as pool:
-        return source.select(np.flatnonzero(np.concatenate([*pool.map(read, groups, unlabelled)])))
+        return source.select(np.flatnonzero(np.concatenate([*pool.map(read, range(table.num_rows))])))
 
 
 def held_out(images: Source, *, max_train_images: int, max_val_images: int) -> tuple[Source, Source] | None:

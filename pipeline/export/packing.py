@@ -11,7 +11,7 @@ The location of the images is known only to the source; no Ray here.
 """
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil, floor, sqrt
 from typing import Any
@@ -118,7 +118,8 @@ def check_keys(source: Source) -> None:
     if manifest.kind != "parquet" or column is None:
         return
 
-    def read(group: Mapping[str, Any]) -> pa.ChunkedArray:
+    def read(number: int) -> pa.ChunkedArray:
+        group = manifest.row_group(number)
         uri, size, row_group = manifest.uri(group["key"]), group["size"], group["row_group"]
         try:
             table = source.read(
@@ -138,7 +139,7 @@ def check_keys(source: Source) -> None:
         return table[column].cast(pa.string())
 
     with ThreadPoolExecutor(config.fetch_concurrency) as pool:
-        found = list(pool.map(read, manifest.table.to_pylist()))
+        found = list(pool.map(read, range(manifest.table.num_rows)))
     keys = pa.chunked_array([chunk for keys in found for chunk in keys.chunks], pa.string()).drop_null()
     if pc.count_distinct(keys).as_py() < len(keys):
         counts = pc.value_counts(keys)

@@ -49,7 +49,7 @@ class KeyRange:
         """Cuts since the latest page."""
         self.left: float | None = None
         """About how many pages are left, if that has been worked out since the latest page or cut."""
-        self._rest = Objects([], [], [])
+        self._rest = Objects([], [], [], [])
         self._batches: list[pa.RecordBatch] = []
         self._unkept: list[pa.RecordBatch] = []
         self._kept_to = start
@@ -129,7 +129,7 @@ class KeyRange:
         assert self.following is not None
         self.following.is_dropped, dropped = True, self.following.num_keys
         self.end, self.following = self.following.end, self.following.following
-        rest, self._rest, self.is_read = self._rest, Objects([], [], []), False
+        rest, self._rest, self.is_read = self._rest, Objects([], [], [], []), False
         return self.take(rest, self.token) - dropped
 
 

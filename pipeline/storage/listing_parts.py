@@ -88,6 +88,8 @@ class Part(NamedTuple):
         if digest != _digest(rest):
             return None
         with pa.ipc.open_stream(rest) as reader:
+            if reader.schema.names != LISTED.names:
+                return None  # of an earlier version
             about = json.loads(reader.schema.metadata[_METADATA])
             batch = reader.read_next_batch().replace_schema_metadata(None)
         return cls(Stretch(about["start"], about["end"], about["next"], batch), about["begun"])

@@ -21,22 +21,23 @@ Request = Callable[..., dict[str, Any]]
 
 
 class Objects(NamedTuple):
-    """Listed objects in the store's order: keys, sizes in bytes, ETags without quotes; the lists are equally long."""
+    """Listed objects in the store's order: keys, sizes in bytes, ETags without quotes, storage classes.
+
+    The lists are equally long.
+    """
 
     keys: list[str]
     sizes: list[int]
     etags: list[str]
+    classes: list[str | None]
+    """None for the class that a store keeps objects in unless it is told otherwise."""
 
     def cut(self, place: int) -> tuple["Objects", "Objects"]:
         """Return the first `place` objects and the others."""
-        keys, sizes, etags = self
-        return (
-            Objects(keys[:place], sizes[:place], etags[:place]),
-            Objects(keys[place:], sizes[place:], etags[place:]),
-        )
+        return Objects(*(column[:place] for column in self)), Objects(*(column[place:] for column in self))
 
     def to_arrow(self) -> pa.RecordBatch:
-        """Return the columns key, size, etag of LISTED."""
+        """Return the columns of LISTED."""
         return pa.record_batch(
             [pa.array(column, field.type) for column, field in zip(self, LISTED, strict=True)], LISTED
         )
@@ -51,7 +52,9 @@ class Page(NamedTuple):
     """None on the last page."""
 
 
-LISTED = pa.schema({"key": pa.large_string(), "size": pa.int64(), "etag": pa.string()})
+LISTED = pa.schema(
+    {"key": pa.large_string(), "size": pa.int64(), "etag": pa.string(), "storage_class": pa.string()}
+)
 """Objects in Arrow."""
 
 
@@ -67,7 +70,8 @@ def request_page(request: Request, **parameters: str | None) -> Page:
     if objects is None:
         items = answer.get("Contents", [])
         etags = [etag_text(str(item.get("ETag", ""))) for item in items]
-        objects = Objects([item["Key"] for item in items], [item["Size"] for item in items], etags)
+        classes = [_class(item.get("StorageClass")) for item in items]
+        objects = Objects([item["Key"] for item in items], [item["Size"] for item in items], etags, classes)
     folders = [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
     return Page(objects, folders, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
 
@@ -98,11 +102,17 @@ def take_objects(
 
 def _objects(elements: list[ElementTree.Element], space: str, *, is_quoted: bool) -> Objects:
     """Raises ValueError if an element has no key or no size."""
-    key_tag, size_tag, etag_tag = f"{space}Key", f"{space}Size", f"{space}ETag"
+    names = ("Key", "Size", "ETag", "StorageClass")
+    key_tag, size_tag, etag_tag, class_tag = (f"{space}{name}" for name in names)
     keys = [element.findtext(key_tag, "") for element in elements]
     if "" in keys:
         raise ValueError("an object without a key")
     if is_quoted:
         keys = [unquote_plus(key) if "%" in key or "+" in key else key for key in keys]
     sizes = [int(element.findtext(size_tag, "")) for element in elements]
-    return Objects(keys, sizes, [etag_text(element.findtext(etag_tag, "")) for element in elements])
+    etags = [etag_text(element.findtext(etag_tag, "")) for element in elements]
+    return Objects(keys, sizes, etags, [_class(element.findtext(class_tag)) for element in elements])
+
+
+def _class(name: str | None) -> str | None:
+    return None if name in ("", "STANDARD") else name

@@ -31,6 +31,8 @@ STEPS = 104
 15 images x 4 classes, 32 a step: epochs of less than two steps end inside steps.
 """
 EPOCHS = STEPS * BATCH / (4 * NUM_PER_CLASS)
+ALONE = "resources.train_workers=1"
+"""Where nothing is compared with the run of two: a worker takes seconds to start."""
 
 
 @dataclass
@@ -291,7 +293,8 @@ def test_bad_images_are_replaced_counted_and_named(
     images: Bucket, spoilt: list[str], run_here: Callable[..., str]
 ) -> None:
     output = run_here(
-        "jobs.pretrain", *images.pretrain_arguments("spoilt", *spoilt), "data.max_bad_fraction=0.1"
+        "jobs.pretrain",
+        *images.pretrain_arguments("spoilt", *spoilt, "data.max_bad_fraction=0.1", ALONE),
     )
     assert "64 images seen = 60 trained on + 4 replaced (4 corrupt), listed in" in output
     lines = [json.loads(x) for x in images.get("runs/spoilt/quarantine.jsonl").splitlines()]
@@ -311,7 +314,7 @@ def test_bad_images_are_replaced_counted_and_named(
 def test_more_bad_images_than_allowed_end_the_run(
     images: Bucket, spoilt: list[str], run_here: Callable[..., str]
 ) -> None:
-    strict = images.pretrain_arguments("strict", *spoilt, "data.max_bad_fraction=0.01")
+    strict = images.pretrain_arguments("strict", *spoilt, "data.max_bad_fraction=0.01", ALONE)
     output = run_here("jobs.pretrain", *strict, code=3)
     assert "error: " in output
     assert "max_bad_fraction=0.01" in output
@@ -327,7 +330,7 @@ def test_a_forbidden_image_is_replaced_counted_and_named(images: Bucket) -> None
     with fault_proxy(images.server.endpoint) as proxy:
         proxy.fail("forbid", pattern=f"^GET /{images.name}/{forbidden}", times=1_000_000)
         settings = ["eval.val_path=null", "data.max_bad_fraction=0.1"]
-        two_epochs = ["train.epochs=2", "train.global_batch_size=20"]
+        two_epochs = ["train.epochs=2", "train.global_batch_size=20", ALONE]
         arguments = images.pretrain_arguments("forbidden", *settings, *two_epochs)
         run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint))
     lines = [json.loads(x) for x in images.get("runs/forbidden/quarantine.jsonl").splitlines()]
@@ -338,7 +341,7 @@ def test_a_forbidden_image_is_replaced_counted_and_named(images: Bucket) -> None
 def test_a_bucket_that_forbids_all_images_ends_the_run_at_once(images: Bucket) -> None:
     with fault_proxy(images.server.endpoint) as proxy:
         proxy.fail("forbid", pattern=f"^GET /{images.name}/images/train/", times=1_000_000)
-        arguments = images.pretrain_arguments("closed", "eval.val_path=null")
+        arguments = images.pretrain_arguments("closed", "eval.val_path=null", ALONE)
         output = run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint), code=3)
     last_line = output.splitlines()[-1]
     assert last_line.startswith(f"error: s3://{images.name}/images/train/")

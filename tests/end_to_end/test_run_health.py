@@ -151,6 +151,7 @@ def test_a_run_starts_from_another_and_an_auto_setting_is_explained(
     assert meta["config"]["loss"]["teacher_temp"] == 0.02
 
 
+@pytest.mark.nightly  # beside tests/pipeline/training/test_start.py
 def test_a_run_goes_on_from_where_another_ended_with_its_optimiser(
     images: Path, first: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:

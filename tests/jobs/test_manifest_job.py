@@ -19,6 +19,7 @@ from dinoray.pipeline.data.changes import changes_between
 from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest, load_or_build
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import labelled_sources
+from dinoray.pipeline.storage import pages
 from dinoray.pipeline.storage.files import Directory
 
 Printed = pytest.CaptureFixture[str]
@@ -61,6 +62,26 @@ def test_a_second_call_on_a_grown_bucket_writes_a_new_manifest_and_tells_the_dif
     third = run(capsys, path, "--out", out, "--name", "pets")
     assert f"nothing has changed since {out}/pets-0002.parquet" in third
     assert sorted(file.name for file in Path(out).iterdir()) == ["pets-0001.parquet", "pets-0002.parquet"]
+
+
+@pytest.mark.s3
+def test_storage_classes_are_listed_and_archived_images_counted(
+    s3: S3Server, bucket: str, tmp_path: Path, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = ["GLACIER", "STANDARD", "GLACIER_IR", "DEEP_ARCHIVE", "GLACIER"]
+    for name, kind in zip("abcde", classes, strict=True):
+        s3.client().put_object(Bucket=bucket, Key=f"data/{name}.jpg", Body=b"1", StorageClass=kind)
+    first, *lines = run(capsys, f"s3://{bucket}/data", "--out", str(tmp_path))
+    archived = "3 archived (2 GLACIER, 1 DEEP_ARCHIVE): bad images unless they have been restored"
+    assert first.startswith("data: 5 images at ")
+    assert archived in first
+    assert "storage classes: 2 GLACIER, 1 STANDARD, 1 GLACIER_IR, 1 DEEP_ARCHIVE" in lines
+    config = DataConfig(path=f"s3://{bucket}/data")
+    listed = build_manifest(config).table
+    expected = [None if kind == "STANDARD" else kind for kind in classes]
+    assert listed["storage_class"].to_pylist() == expected
+    monkeypatch.setattr(pages, "_ANSWER", "another")  # botocore reads the same
+    assert build_manifest(config).table.equals(listed)
 
 
 def test_runs_take_the_images_of_a_manifest_whatever_has_come_since(tmp_path: Path, capsys: Printed) -> None:

@@ -311,7 +311,13 @@ def test_a_manifest_in_a_bucket_is_reused(proxy: FaultProxy, s3: S3Server, bucke
     run = Directory(f"s3://{bucket}/runs/one")
     manifest = load_or_build(config, run)
     assert manifest.table.to_pylist() == [
-        {"key": "data/cat/a.jpg", "size": 2, "etag": "c20ad4d76fe97759aa27a0c99bff6710", "label": "cat"}
+        {
+            "key": "data/cat/a.jpg",
+            "size": 2,
+            "etag": "c20ad4d76fe97759aa27a0c99bff6710",
+            "storage_class": None,
+            "label": "cat",
+        }
     ]
     assert load_or_build(config, run) == manifest
     assert proxy.count("list-type=2.*prefix=data") == 1

@@ -147,7 +147,7 @@ def test_a_store_that_has_changed_is_listed_again_from_the_beginning(
     config, run = DataConfig(path=f"s3://{bucket}/data"), Directory(str(tmp_path))
     parts = ListingParts(run)
     parts.open(f"{proxy.endpoint} {bucket} data/")
-    first = pages.Objects(["data/class0/00000.jpg"], [1], ["gone"]).to_arrow()
+    first = pages.Objects(["data/class0/00000.jpg"], [1], ["gone"], [None]).to_arrow()
     parts.keep(Stretch("", "data/class0/00000.jpg", "data/class0/00001.jpg", first))
     assert len(part_files(run)) == 1
     manifest = load_or_build(config, run)

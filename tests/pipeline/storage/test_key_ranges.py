@@ -49,7 +49,11 @@ class Store:
             place = retry(lambda: self.begin(self.keys, start_after), what="store")
         keys = list(self.keys[place : place + PAGE])
         more = str(place + PAGE) if place + PAGE < len(self.keys) else None
-        return Page(Objects(keys, [len(key) for key in keys], [f"tag {key}" for key in keys]), [], more)
+        return Page(
+            Objects(keys, [len(key) for key in keys], [f"tag {key}" for key in keys], [None] * len(keys)),
+            [],
+            more,
+        )
 
     def folders(self, folder: str, *, retry: Retry) -> list[str]:
         """What a listing with a delimiter folds the keys below `folder` to."""

@@ -52,7 +52,11 @@ class Store:
             rest = [key for key in self.keys if key > after]
             keys = rest[:PAGE]
             self.served += keys
-        return Page(Objects(keys, [1] * len(keys), keys), [], keys[-1] if len(rest) > PAGE else None)
+        return Page(
+            Objects(keys, [1] * len(keys), keys, [None] * len(keys)),
+            [],
+            keys[-1] if len(rest) > PAGE else None,
+        )
 
     def folders(self, folder: str, *, retry: Retry) -> list[str]:
         return []
@@ -168,7 +172,7 @@ def test_other_listings_in_the_directory_are_left_alone() -> None:
 @given(st.lists(names, unique=True, min_size=1), st.randoms())
 def test_a_part_is_read_as_written_or_not_at_all(keys: list[str], rng: random.Random) -> None:
     keys.sort()
-    batch = Objects(keys, list(range(len(keys))), keys).to_arrow()
+    batch = Objects(keys, list(range(len(keys))), keys, [None] * len(keys)).to_arrow()
     part = Part(Stretch("", rng.choice([None, keys[-1]]), rng.choice([None, "z"]), batch), NOW)
     data = part.to_bytes()
     assert Part.from_bytes(data) == part
@@ -244,7 +248,7 @@ def test_parts_wait_until_the_listing_has_taken_some_time(tmp_path: Path) -> Non
     times = iter([0.0, 1.0, 4.9, 5.0, 6.0])
     parts = ListingParts(Directory(str(tmp_path)), lambda: next(times))
     parts.open("store")
-    batches = [pa.record_batch([[key], [1], [key]], LISTED) for key in "abcd"]
+    batches = [pa.record_batch([[key], [1], [key], [None]], LISTED) for key in "abcd"]
     numbers = []
     for batch, start, end in zip(batches, ["", "a", "b", "c"], "abcd", strict=True):
         parts.keep(Stretch(start, end, f"{end}x", batch))
@@ -306,10 +310,10 @@ def test_a_directory_that_takes_no_parts_does_not_end_the_listing(caplog: pytest
 def test_keys_in_another_order_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing_parts, "AFTER_SECONDS", 0.0)
     parts = opened(Directory(str(tmp_path)))
-    fine: Any = Objects(["a", "b"], [1, 1], ["", ""]).to_arrow()
-    odd: Any = Objects(["d", "c"], [1, 1], ["", ""]).to_arrow()
+    fine: Any = Objects(["a", "b"], [1, 1], ["", ""], [None, "GLACIER"]).to_arrow()
+    odd: Any = Objects(["d", "c"], [1, 1], ["", ""], [None, None]).to_arrow()
     parts.keep(Stretch("", "b", "d", fine))
     assert len(files(Directory(str(tmp_path)))) == 1
     parts.keep(Stretch("b", "c", "e", odd))
-    parts.keep(Stretch("e", "f", "g", Objects(["f"], [1], [""]).to_arrow()))
+    parts.keep(Stretch("e", "f", "g", Objects(["f"], [1], [""], [None]).to_arrow()))
     assert len(files(Directory(str(tmp_path)))) == 1
