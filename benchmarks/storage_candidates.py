@@ -220,7 +220,7 @@ def litdata(spec: Spec) -> Iterator[int]:
 
     class Decoded(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, index: Any) -> int:
-            return pixels(super().__getitem__(index))
+            return pixels(bytes(super().__getitem__(index)))  # it gives a memoryview
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # Its downloader refuses a store without TLS, and no public setting allows one.
