@@ -4,15 +4,16 @@ An augment actor asks the reader of a row group (data/sharing.py) for encoded im
 the readers ask the storage. They read the row groups of the next window ahead and keep those of the windows in use.
 The order of images knows nothing of them: it is the same without readers and with any number of them.
 
-Readers take no CPU of their own. The first is started on the node of the augment actor that needs it, the others on
-nodes with CPUs in turn: the head of a cluster, where the driver runs, may be too small for them. A lost one is started
-again. A node that a reader is on does not count as idle.
+Readers take no CPU of their own. A node that one is on does not count as idle, so they are started on the nodes with
+GPUs, in turn, which stay as long as the run. Where none has any, the first is on the node of the augment actor that
+needs it, the others on nodes with CPUs. The head of a cluster, where the driver runs, may be too small for them. A lost
+one is started again.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class _Host:
     def reader(self, number: int, node: str, lost: int, *arguments: Any) -> _Lent:
         """Return a reader; a new one if there is none that is newer than the `lost` one.
 
-        `node` is that of who asks; readers are spread over the nodes that have CPUs. A restarted host knows nothing,
+        `node` is that of who asks. A restarted host knows nothing,
         so each call passes the `arguments` of _Reader.
         """
         held = self._lent.get(number)
@@ -88,15 +89,21 @@ class _Host:
             if held is not None:
                 ray.kill(held.reader)  # it may be alive but unreachable
             # The first augment actor asks for all of them.
-            nodes = sorted(
-                one["NodeID"] for one in ray.nodes() if one["Alive"] and one["Resources"].get("CPU")
-            )
-            node = nodes[number % len(nodes)] if number and nodes else node
-            where = NodeAffinitySchedulingStrategy(node, soft=True)
+            where = NodeAffinitySchedulingStrategy(reader_node(number, node, ray.nodes()), soft=True)
             actor = ray.remote(_Reader).options(num_cpus=0, scheduling_strategy=where, max_concurrency=_CALLS)
             reader = actor.remote(*arguments)
             held = self._lent[number] = _Lent(reader, time.time_ns())
         return held
+
+
+def reader_node(number: int, asking: str, nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Return the id of the node for a reader. `nodes` are as Ray lists them; `asking` is the id of who needs it."""
+    able = [one for one in nodes if one["Alive"] and one["Resources"].get("CPU")]
+    lasting = sorted(one["NodeID"] for one in able if one["Resources"].get("GPU"))
+    if lasting:
+        return str(lasting[number % len(lasting)])
+    others = sorted(one["NodeID"] for one in able)
+    return str(others[number % len(others)]) if number and others else asking
 
 
 class _Reader:

@@ -163,6 +163,25 @@ def test_a_shared_stream_has_them_too_and_readers_that_are_closed_end(config: Da
         images_of(plan).fetch([0])
 
 
+def node(name: str, *, alive: bool = True, **resources: float) -> dict[str, Any]:
+    """As ray.nodes() gives it."""
+    return {"NodeID": name, "Alive": alive, "Resources": {"memory": 1e9, **resources}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "places"),
+    [
+        ([node("head"), node("b", CPU=4), node("a", CPU=4)], ["b", "b", "a", "b"]),
+        ([node("head", CPU=0.0), node("b", CPU=4), node("g", CPU=8, GPU=1)], ["g"] * 4),
+        ([node("h", CPU=8, GPU=1), node("g", CPU=8, GPU=1), node("b", CPU=4)], ["g", "h", "g", "h"]),
+        ([node("g", CPU=8, GPU=1, alive=False), node("b", CPU=4)], ["b"] * 4),
+        ([node("g", GPU=1)], ["b"] * 4),  # no CPU: who asks knows best
+    ],
+)
+def test_readers_are_where_nodes_stay(nodes: list[dict[str, Any]], places: list[str]) -> None:
+    assert [readers.reader_node(number, "b", nodes) for number in range(4)] == places
+
+
 @pytest.mark.usefixtures("_cluster")
 def test_a_reader_that_dies_is_replaced_and_so_are_all_with_their_host(config: DataConfig) -> None:
     plan = plan_of(config, most_actors=24)  # of three readers
