@@ -4,6 +4,7 @@ Checkpoint -> backbone -> the class token's attention on a few images -> one she
 --animate, also an animation of the figures that the run's evaluations have drawn. Runs in one process, without Ray.
 """
 
+import re
 from collections.abc import Sequence
 
 from dinoray.jobs.cli.arguments import CommandLine
@@ -16,7 +17,10 @@ def main(argv: Sequence[str]) -> None:
     parser = CommandLine("attention", description="Draw attention maps of a checkpoint.")
     parser.add_argument("run", help="run directory or checkpoint folder, local or s3://")
     parser.add_argument(
-        "images", nargs="*", help="image files, folders, s3:// objects or prefixes, Parquet shards"
+        "images",
+        nargs="*",
+        help="image files, folders, s3:// objects or prefixes, Parquet shards; among them settings as "
+        "storage.anonymous=true",
     )
     parser.add_network()
     parser.add_argument(
@@ -38,6 +42,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--out", default=None, help="output folder or s3:// prefix (default: RUN/attention)")
     arguments = parser.parse_args(argv)
+    given, arguments.images, arguments.overrides = arguments.images, [], []
+    for one in given:
+        (arguments.overrides if re.match(r"storage\.\w+=", one) else arguments.images).append(one)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
     from dinoray.jobs.runs.attention_pictures import animate, check, draw
 

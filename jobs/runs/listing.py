@@ -39,16 +39,16 @@ def write_manifest(arguments: Namespace) -> None:
     old = _newest(out, arguments.name, number, config) if number else None
     with resumable(out) as parts:
         manifest = build_manifest(config.data, config.storage, setting=_ARGUMENT, parts=parts)
-        source = Source(config.data, manifest, config.storage)
-        console.print(describe_data(source))
-        for line in describe_objects(manifest, most_bytes=config.data.max_object_bytes):
-            console.print(line)
-        if old is not None and _is_same(old, manifest):
-            console.print(f"nothing has changed since {out.join(file_name(arguments.name, number))}")
-        else:
-            number += 1
-            out.write(file_name(arguments.name, number), manifest.to_bytes())
-            console.print(f"manifest: {out.join(file_name(arguments.name, number))}")
+    console.print(describe_data(Source(config.data, manifest, config.storage)))
+    for line in describe_objects(manifest, most_bytes=config.data.max_object_bytes):
+        console.print(line)
+    if old is not None and _is_same(old, manifest):
+        console.print(f"nothing has changed since {out.join(file_name(arguments.name, number))}")
+    else:
+        number += 1
+        out.write(file_name(arguments.name, number), manifest.to_bytes())
+        console.print(f"manifest: {out.join(file_name(arguments.name, number))}")
+    parts.forget()
     if old is not None and not _is_same(old, manifest):
         for line in describe_changes(old, manifest, since=file_name(arguments.name, number - 1)):
             console.print(line)

@@ -75,7 +75,8 @@ def load_or_build(
                 return manifest
     with resumable(directory) as parts:
         manifest = build_manifest(config, storage, setting=setting, parts=parts)
-        directory.write(name, manifest.to_bytes())
+    directory.write(name, manifest.to_bytes())
+    parts.forget()
     return manifest
 
 

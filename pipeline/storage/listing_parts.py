@@ -49,10 +49,10 @@ class OutdatedPartsError(Exception):
 
 @contextlib.contextmanager
 def resumable(directory: Directory) -> Iterator["ListingParts"]:
-    """Give the parts of a listing whose manifest is written to `directory` within the context; its end drops them.
+    """Give the parts of a listing, kept in `directory`; the caller calls `forget` once the manifest is written there.
 
     An error of the storage leaves them, and so does one of the listing; another, of a listing that was complete, is
-    about the data, which will be changed.
+    about the data, which will be changed, and drops them.
     """
     parts = ListingParts(directory)
     try:
@@ -61,7 +61,6 @@ def resumable(directory: Directory) -> Iterator["ListingParts"]:
         if parts.is_complete and not isinstance(error, _OF_STORAGE):
             parts.forget()
         raise
-    parts.forget()
 
 
 class Part(NamedTuple):

@@ -38,6 +38,7 @@ _NO_CHECKSUMS_SENT = (
     "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required: this store knows no checksums of uploads"
 )
 _NO_CHECKSUMS_ASKED = "set AWS_RESPONSE_CHECKSUM_VALIDATION=when_required: this store sends no checksums"
+_NOT_IMPLEMENTED = "the store lacks what was asked for, most often checksums:"
 _MAY_WRITE = "allow s3:PutObject and s3:DeleteObject to these credentials, or choose another folder"
 _MAY_READ = "allow s3:ListBucket and s3:GetObject (and s3:PutObject for a run directory) to these credentials"
 _PAY = "set storage.requester_pays=true: the bucket's owner lets the requester pay"
@@ -51,9 +52,10 @@ def store_remedy(code: str, status: int, message: str, operation: str) -> str | 
     if code in _OF_CODES:
         return _OF_CODES[code]
     is_of_checksums = code == "XAmzContentSHA256Mismatch" or _CHECKSUM.search(message) is not None
-    if status == 501 or (status in (400, 411) and is_of_checksums):
-        return _NO_CHECKSUMS_ASKED if operation in _READS else _NO_CHECKSUMS_SENT
-    return None
+    if status != 501 and not (status in (400, 411) and is_of_checksums):
+        return None
+    remedy = _NO_CHECKSUMS_ASKED if operation in _READS else _NO_CHECKSUMS_SENT
+    return remedy if is_of_checksums else f"{_NOT_IMPLEMENTED} {remedy}"
 
 
 def refusal_remedy(status: int, message: str, operation: str, access: Access = SIGNED) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from attention_runs import Run, attention_job, evaluate_run, make_run, noise
+from faults import FaultProxy
 from jobs_processes import run_job
 from PIL import Image
 from samples import parquet
@@ -328,3 +329,19 @@ def test_runs_images_and_pictures_may_be_on_s3(bucket: str, trained: Path, tmp_p
     assert (code, keys_of(output)) == (0, ["a"])
     code, _, errors = run(trained, f"s3://{bucket}/nothing/", f"--out={tmp_path}/out")
     assert (code, len(errors)) == (3, 1)
+
+
+@pytest.mark.s3
+def test_images_are_asked_for_as_the_settings_say(
+    proxy: FaultProxy, bucket: str, trained: Path, tmp_path: Path, run: Run
+) -> None:
+    Directory(f"s3://{bucket}").write("images/a.png", noise())
+    arguments = (trained, f"s3://{bucket}/images", f"--out={tmp_path}/out")
+    for settings, paid in (([], False), (["storage.requester_pays=true"], True)):
+        proxy.headers.clear()
+        code, output, errors = run(*arguments, *settings)
+        assert (code, errors, keys_of(output)) == (0, [], ["a"])
+        assert {"x-amz-request-payer" in headers for headers in proxy.headers} == {paid}
+    code, _, errors = run(*arguments, "storage.requester_pay=true")
+    assert (code, len(errors)) == (2, 1)
+    assert "did you mean storage.requester_pays?" in errors[0]

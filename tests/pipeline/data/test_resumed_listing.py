@@ -13,7 +13,7 @@ from faults import FaultProxy
 from samples import parquet, put_all
 from servers import S3Server, aws_environment
 
-from dinoray.models.errors import ConfigError
+from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest, load_or_build
 from dinoray.pipeline.storage import key_ranges, listing_parts, pages
 from dinoray.pipeline.storage.config import StorageConfig
@@ -154,4 +154,26 @@ def test_a_store_that_has_changed_is_listed_again_from_the_beginning(
     assert "the store has changed" in caplog.text
     assert sorted(manifest.table["key"].to_pylist()) == sorted(KEYS[:400])
     assert "gone" not in manifest.table["etag"].to_pylist()
+    assert part_files(run) == []
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_manifest_that_cannot_be_written_leaves_the_parts(
+    proxy: FaultProxy, s3: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    put_all(s3, bucket, dict.fromkeys(KEYS[:400], b"1"))
+    config, run = DataConfig(path=f"s3://{bucket}/data"), Directory(str(tmp_path))
+    write = Directory.write
+
+    def full(directory: Directory, name: str, data: bytes) -> None:
+        if name == "manifest.parquet":
+            raise DataError("no space left")
+        write(directory, name, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Directory, "write", full)
+        with pytest.raises(DataError, match=r"^no space left$"):
+            load_or_build(config, run)
+    assert num_kept(kept(config.path, run, proxy)) > 0
+    assert load_or_build(config, run).num_images == 400
     assert part_files(run) == []
