@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, A
 
 
 @pytest.mark.s3
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_each_candidate_and_latency_has_its_line(run: Any) -> None:
     lines = [(line["set"], line["candidate"], line["latency"]) for line in run[1]]
     assert lines == [(name, "ours", latency) for name in ("objects", "packed") for latency in (0, 0.02)]
@@ -47,7 +47,7 @@ def test_each_candidate_and_latency_has_its_line(run: Any) -> None:
 
 
 @pytest.mark.s3
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_table_has_a_line_each_and_what_is_kept_of_the_rate(run: Any) -> None:
     printed = run[0].splitlines()
     assert len([line for line in printed if line.startswith(("| objects | ours", "| packed | ours"))]) == 4

@@ -39,7 +39,7 @@ BENCHMARKS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_images_that_were_asked_for_arrive_and_most_of_them_are_measured(run: Any) -> None:
     (line,) = run[1]["lines"]
     ((stream,), (kernel,), (block,)) = (line["rounds"][side] for side in ("stream", "kernel", "block"))
@@ -51,7 +51,7 @@ def test_all_images_that_were_asked_for_arrive_and_most_of_them_are_measured(run
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_and_stages_both_add_up_to_all_cpu_time(run: Any) -> None:
     (line,) = run[1]["lines"]
     for parts in ("cpu_ms_by_stage", "cpu_ms_by_process"):
@@ -65,7 +65,7 @@ def test_processes_and_stages_both_add_up_to_all_cpu_time(run: Any) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ratios_are_those_of_the_figures_beside_them(run: Any) -> None:
     (line,) = run[1]["lines"]
     by_clock = line["stream_images_per_second"] / line["kernel_images_per_second"]
@@ -75,7 +75,7 @@ def test_ratios_are_those_of_the_figures_beside_them(run: Any) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ray_datas_own_account_is_printed(run: Any) -> None:
     assert "MapBatches(MultiCropActor): 48 tasks executed, 48 blocks produced" in run[0]
     assert "| 1x1, 2 consumers | 8 |" in run[0]

@@ -103,6 +103,7 @@ def test_every_readable_image_has_its_vector_and_every_other_its_reason(world: P
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.nightly  # beside the same of pack, whose parts are written by the same code
 def test_a_job_that_is_killed_continues_without_redoing_a_part(
     world: Path, reference: Path, run_here: Callable[..., str]
 ) -> None:
