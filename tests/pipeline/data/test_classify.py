@@ -63,7 +63,8 @@ def one_by_one(
 
 
 def listed(keys: list[str]) -> pa.RecordBatch:
-    return Objects(keys, [len(key) for key in keys], [f"tag {key}" for key in keys]).to_arrow()
+    etags, classes = [f"tag {key}" for key in keys], [f"class {key}" for key in keys]
+    return Objects(keys, [len(key) for key in keys], etags, classes).to_arrow()
 
 
 @given(entries, st.sampled_from([True, False, "auto"]), st.sampled_from(["", "in/é/"]), st.integers(1, 5))
@@ -79,7 +80,9 @@ def test_batches_give_what_one_entry_after_the_other_gives(
         rows = {row["key"]: row for row in table.to_pylist()}
         assert {key: row["label"] for key, row in rows.items()} == expected
         assert table.num_rows == len(rows)
-        assert all((row["size"], row["etag"]) == (len(key), f"tag {key}") for key, row in rows.items())
+        for key, row in rows.items():
+            expected_row = (len(key), f"tag {key}", f"class {key}")
+            assert (row["size"], row["etag"], row["storage_class"]) == expected_row
 
 
 def test_most_images_need_no_look_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def test_a_manifest_of_many_row_groups_is_one_table(tmp_path: Path) -> None:
     pq.write_table(table, sink, row_group_size=2)
     again = Manifest.from_bytes(sink.getvalue().to_pybytes(), config)
     assert again == one
-    assert [column.num_chunks for column in again.table.columns] == [1] * 4
+    assert [column.num_chunks for column in again.table.columns] == [1] * 5
 
 
 def test_thousands_of_class_folders_cost_no_pass_over_the_keys_each(monkeypatch: pytest.MonkeyPatch) -> None:
