@@ -34,7 +34,8 @@ class Objects(NamedTuple):
 
     def cut(self, place: int) -> tuple["Objects", "Objects"]:
         """Return the first `place` objects and the others."""
-        return Objects(*(column[:place] for column in self)), Objects(*(column[place:] for column in self))
+        first, others = ((column[:place] for column in self), (column[place:] for column in self))
+        return Objects._make(first), Objects._make(others)
 
     def to_arrow(self) -> pa.RecordBatch:
         """Return the columns of LISTED."""
