@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+_KINDS = ("hang", "slow", "reset", "truncate", "corrupt", "drip")
+
 
 @dataclass
 class Fault:
@@ -48,6 +50,8 @@ class FaultProxy:
     """How long each GET answer takes at least, as if the store were far away."""
     drip_seconds: float = 0.05
     """Pause after each byte of an answer that drips."""
+    slow_seconds: float = 2.0
+    """How much longer a slow answer takes."""
     bytes_answered: int = 0
     """Bytes of answers passed on, without their heads."""
     go_down: Callable[[], None] = lambda: None
@@ -67,8 +71,8 @@ class FaultProxy:
         header: str = "",
         lacking: str | None = None,
     ) -> None:
-        """Queue a fault of a `share` of the requests: hang, reset, truncate, corrupt, drip, or one of _ANSWERS."""
-        if kind not in (*_ANSWERS, "truncate", "corrupt", "reset", "hang", "drip"):
+        """Queue a fault of a `share` of the requests: one of _KINDS, or of _ANSWERS."""
+        if kind not in (*_ANSWERS, *_KINDS):
             raise ValueError(kind)
         self._faults.append(Fault(kind, pattern, times, share, header, lacking))
 
@@ -205,6 +209,8 @@ class _Connection:
                 proxy.gate = 0
             if method == b"GET" and proxy.delay_seconds:
                 await asyncio.sleep(proxy.delay_seconds)
+            if fault == "slow":
+                await asyncio.sleep(proxy.slow_seconds)
             if fault == "hang":
                 await self.reader.read()  # until the client gives up
                 return False
