@@ -139,7 +139,7 @@ def list_row_groups(
     if len(damaged) > len(rows) / 2:
         raise _too_many_damaged(damaged, len(rows), path)
     if not found:
-        raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows")
+        raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows; check data.path")
     if asked.label == AUTO and columns.label is not None:
         columns = _without_useless_label(columns, [labels for _, labels in found])
     schema = _TABLE.append(shards.schema.field("label")) if from_folders else _TABLE
