@@ -232,5 +232,6 @@ def _explained(address: str) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         raise ResourceError(
-            f"{address}: {one_line(error, limit=300)}; check the address, and the logs of the cluster's dashboard"
+            f"{address}: {one_line(error, limit=300).rstrip('.')}; check the address, and the logs of the cluster's "
+            "dashboard"
         ) from error
