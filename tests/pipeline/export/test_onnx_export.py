@@ -139,7 +139,7 @@ def test_an_onnx_file_that_computes_something_else_is_not_given_out(monkeypatch:
     says = r"deviates from PyTorch by \d\.\de-\d\d of the largest feature, .* export it with --format timm$"
     with pytest.raises(DinorayError, match=says):
         export_onnx(frozen_of(tiny_config()))
-    assert export_timm(frozen_of(tiny_config())).files
+    assert export_timm(frozen_of(tiny_config())).weights
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_what_onnx_cannot_hold_is_exported_for_timm(
     monkeypatch.setattr(part, refuse)
     with pytest.raises(DinorayError, match=f"{says}: no such operator; export it with --format timm$"):
         export_onnx(frozen_of(tiny_config()))
-    assert export_timm(frozen_of(tiny_config())).files
+    assert export_timm(frozen_of(tiny_config())).weights
 
 
 def test_packages_that_onnx_needs_are_named_with_the_command_that_brings_them(
