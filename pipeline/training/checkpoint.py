@@ -119,7 +119,8 @@ def _changed(then: Mapping[str, Any], now: DINOConfig) -> list[str]:
     """Return settings of the checkpoint that decide which tensors it holds, where they are others now."""
     shapes = ("backbone.", "head.", "optim.layer_decay")
     old, new = dict(flatten(then)), dict(flatten(now.model_dump(mode="json")))
-    return [f"{k}={json.dumps(v)}" for k, v in old.items() if k.startswith(shapes) and new.get(k) != v]
+    changed = {k: v for k, v in old.items() if k.startswith(shapes) and new.get(k) != v}
+    return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()]
 
 
 Which = Literal["teacher", "student"]

@@ -33,6 +33,7 @@ from dinoray.pipeline.training.step import build_state
         {"optim": {"name": "sgd"}},
         {"optim": {"layer_decay": 0.5}},
         {"head": {"out_dim": 16}},
+        {"backbone": {"name": "deit_tiny_distilled_patch16_224"}},
         {"head": {"use_bn": True}},
         {"head": {"out_dim": 16}, "optim": {"layer_decay": 0.5}},
         {"backbone": {"kwargs": {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}}},
