@@ -9,6 +9,9 @@ from pathlib import Path
 
 from dinoray.jobs.__main__ import ORDER, describe_commands
 
+_INSTEAD = {"report": "; pretrain writes report.html into the run directory, tune study.html into a study's"}
+"""Commands that there are not, but might be -> what to do instead."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run a command, or list them; the exit code."""
@@ -23,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         from dinoray.jobs.cli.keys import did_you_mean  # only now: it loads all settings
 
         print(
-            f"error: {name} is not a command{did_you_mean(name, ORDER)}; dinoray --help lists them",
+            f"error: {name} is not a command{_INSTEAD.get(name) or did_you_mean(name, ORDER)}; "
+            "dinoray --help lists the commands",
             file=sys.stderr,
         )
         return 2

@@ -48,7 +48,7 @@ def read_metrics(run: str | Path) -> pd.DataFrame:
         rows.setdefault(line["step"], {}).update(line)
     if not rows:
         file = Directory(str(run)).join(run_dir.METRICS)
-        raise DataError(f"{file} holds no metrics; is it a run directory?")
+        raise DataError(f"{file} holds no metrics; give the directory that a run printed")
     return pd.DataFrame(list(rows.values())).set_index("step").sort_index()
 
 

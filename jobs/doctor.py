@@ -181,7 +181,7 @@ def _ask(address: str, arguments: Namespace) -> Iterator[Finding]:
     lines = [line for line in log.splitlines() if line.startswith('{"exit_code"')]
     if not lines:
         raise ResourceError(
-            f"the job {sent.id} ended without findings; its log ends with: {' '.join(log.split())[-300:]}"
+            f"the job {sent.id} ended without findings; mend what its log ends with: {' '.join(log.split())[-300:]}"
         )
     for found in json.loads(lines[-1])["findings"]:
         yield Finding(**{**found, "text": f"cluster: {found['text']}"})

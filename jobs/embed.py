@@ -20,7 +20,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     for override in arguments.overrides:
         if override.partition(".")[0] not in _SECTIONS:
-            raise ConfigError(f"{override!r}: only {', '.join(f'{s}.*' for s in _SECTIONS)} can be set here")
+            allowed = ", ".join(f"{section}.*" for section in _SECTIONS)
+            raise ConfigError(f"{override!r}: only {allowed} can be set here; leave it out")
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
     from dinoray.jobs.runs.embedding import embed_parts
 

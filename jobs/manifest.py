@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     for override in arguments.overrides:
         if override.partition(".")[0] not in _SECTIONS:
-            raise ConfigError(f"{override!r}: only {', '.join(f'{s}.*' for s in _SECTIONS)} can be set here")
+            allowed = ", ".join(f"{section}.*" for section in _SECTIONS)
+            raise ConfigError(f"{override!r}: only {allowed} can be set here; leave it out")
     if not re.match(RUN_NAME, arguments.name):
         raise ConfigError(
             f"--name={arguments.name!r} must be letters, digits, '.', '_' and '-', e.g. --name=photos"

@@ -103,7 +103,9 @@ def _config(arguments: Namespace) -> Config:
     for override in arguments.overrides:
         if override.partition(".")[0] not in sections:
             allowed = ", ".join(f"{section}.*" for section in sections)
-            raise ConfigError(f"{override!r}: only {allowed} can be set here (crops.* goes with --shrink)")
+            raise ConfigError(
+                f"{override!r}: only {allowed} can be set here (crops.* goes with --shrink); leave it out"
+            )
     tree = {
         **RECIPES[arguments.recipe](),
         "name": "pack",

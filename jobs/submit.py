@@ -143,7 +143,8 @@ def _read_job(options: Namespace, words: list[str]) -> _Job:
             "of the project, or pass --working-dir CHECKOUT"
         )
     if name not in jobs:
-        raise ConfigError(f"{name} is not a job in {folder}{did_you_mean(name, jobs)}")
+        near = did_you_mean(name, jobs) or f"; choose one of {', '.join(sorted(jobs))}"
+        raise ConfigError(f"{name} is not a job in {folder}{near}")
     words = [f"jobs.{name}", *arguments]
     if name in ("pretrain", "tune"):
         config = _config(name, arguments)

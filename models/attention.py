@@ -52,7 +52,7 @@ def cls_attention(backbone: nn.Module, images: Tensor) -> Tensor:
         except AssertionError as error:  # timm's way to refuse a size
             raise ConfigError(
                 f"{_name(backbone)} cannot take images of {width}x{height} px: {error}; "
-                "one with dynamic_img_size takes any"
+                "take a backbone with dynamic_img_size, which takes any size"
             ) from error
         finally:
             hook.remove()

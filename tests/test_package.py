@@ -114,8 +114,10 @@ def test_the_doctor_of_an_installation_refuses_a_ray_below_the_bound(installed: 
 def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrian"]) == 2
     assert capsys.readouterr().err.strip() == (
-        "error: pretrian is not a command; did you mean pretrain?; dinoray --help lists them"
+        "error: pretrian is not a command; did you mean pretrain?; dinoray --help lists the commands"
     )
+    assert main(["report"]) == 2
+    assert "; pretrain writes report.html into the run directory, " in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
     assert "\n  pretrain " in capsys.readouterr().out
@@ -197,7 +199,7 @@ def test_metrics_are_a_table_with_one_row_per_step(tmp_path: Path) -> None:
     assert table.index.tolist() == [0, 4]
     assert table["knn_5"].tolist() == [0.5, 0.7]
     assert table["loss"].isna().tolist() == [True, False]
-    with pytest.raises(DataError, match=r"holds no metrics; is it a run directory"):
+    with pytest.raises(DataError, match=r"holds no metrics; give the directory that a run printed"):
         dinoray.read_metrics(tmp_path / "elsewhere")
 
 

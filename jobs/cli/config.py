@@ -38,7 +38,8 @@ def load(
     name_suffix: str = "",
 ) -> AnyConfig:
     """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake."""
-    return validate_as(model, resolve(recipe, file, overrides, name_suffix=name_suffix))
+    tree = resolve(recipe, file, overrides, name_suffix=name_suffix)
+    return validate_as(model, tree, defaults=RECIPES[tree["recipe"]]())
 
 
 def resolve(
@@ -95,7 +96,7 @@ def load_kept(
         config = validate_as(model, tree)
     except ConfigError as error:
         raise ConfigError("\n".join(f"{file}: {line}" for line in str(error).splitlines())) from error
-    return validate_as(model, apply_overrides(tree, overrides)) if overrides else config
+    return validate_as(model, apply_overrides(tree, overrides), defaults=tree) if overrides else config
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -118,7 +119,10 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         try:
             _merge(merged, _nest(path, _read_value(key, text)))
         except (yaml.YAMLError, RecursionError) as error:
-            mistakes.append(f"override {override!r}: the value is not YAML: {yaml_problem(error)}; quote it")
+            mistakes.append(
+                f"override {override!r}: the value is not YAML: {yaml_problem(error)}; mend it, and quote the whole "
+                f"for the shell: '{key}=...'"
+            )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return merged
@@ -129,13 +133,18 @@ def validate(tree: Mapping[str, Any]) -> Config:
     return validate_as(Config, tree)
 
 
-def validate_as(model: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
-    """Build the config from a tree of plain values. ConfigError holds one line per mistake, all of them."""
+def validate_as(
+    model: type[AnyConfig], tree: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
+) -> AnyConfig:
+    """Build the config from a tree of plain values. ConfigError holds one line per mistake, all of them.
+
+    `defaults`: values that keys have if they are left out, where those are not the model's.
+    """
     tree = {"data": {}, **tree}  # so that its missing keys are named, not the section
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, model, tree))) from error
+        raise ConfigError("\n".join(explain(error, model, tree, defaults or {}))) from error
 
 
 def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list[str]:

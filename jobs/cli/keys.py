@@ -67,8 +67,13 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo
     return leaves
 
 
-def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, Any]) -> list[str]:
-    """One line per mistake in `tree`, which `model` refused. The members of a list or union are one mistake."""
+def explain(
+    error: ValidationError, model: type[BaseModel], tree: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> list[str]:
+    """One line per mistake in `tree`, which `model` refused. The members of a list or union are one mistake.
+
+    `defaults`: values of keys that are left out, where those are not the model's own.
+    """
     fields = leaf_fields(model)
     rules: dict[str, list[str]] = {}
     for found in error.errors():
@@ -98,7 +103,7 @@ def explain(error: ValidationError, model: type[BaseModel], tree: Mapping[str, A
             if rule not in of_key and not (of_key and found["type"] == "too_short"):
                 of_key.append(rule)
     whole = rules.pop("", [])
-    return [*whole, *(_line(head, texts, fields) for head, texts in rules.items())]
+    return [*whole, *(_line(head, texts, fields, defaults) for head, texts in rules.items())]
 
 
 def keep_detected(new: Config, kept: BaseModel) -> Config:
@@ -170,13 +175,15 @@ def _rule(kind: str, message: str) -> str:
     return _RULES.get(kind) or re.sub(r"^\w+ should ", "must ", message).replace(" after validation", "")
 
 
-def _line(head: str, rules: list[str], fields: Mapping[str, FieldInfo]) -> str:
-    field = fields.get(head.partition("=")[0])
+def _line(head: str, rules: list[str], fields: Mapping[str, FieldInfo], defaults: Mapping[str, Any]) -> str:
+    key = head.partition("=")[0]
+    field = fields.get(key)
     text = " or ".join(rules).replace(" or must be ", " or ")
     line = f"{head}: {text}" if head else text  # what is wrong with the whole names its keys itself
     if field is None or field.is_required():
         return line
-    default = field.get_default(call_default_factory=True)
+    known = dict(flatten(defaults))
+    default = known[key] if key in known else field.get_default(call_default_factory=True)
     # A table is too long to be told.
     return line if isinstance(default, Mapping) else f"{line} (default {json.dumps(default)})"
 

@@ -231,4 +231,7 @@ def _explained(address: str) -> Iterator[None]:
             "its dashboard: ray dashboard cluster.yaml"
         ) from error
     except RuntimeError as error:
-        raise ResourceError(f"{address}: {one_line(error, limit=300)}") from error
+        raise ResourceError(
+            f"{address}: {one_line(error, limit=300).rstrip('.')}; check the address, and the logs of the cluster's "
+            "dashboard"
+        ) from error

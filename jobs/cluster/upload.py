@@ -79,7 +79,7 @@ def read_runtime_env(file: Path) -> dict[str, Any]:
         try:
             RuntimeEnv(**tree)
         except (TypeError, ValueError) as error:
-            mistakes.append(f"{file}: {one_line(error)}")
+            mistakes.append(f"{file}: {one_line(error)}; mend it as Ray's runtime environments are written")
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return tree
@@ -119,7 +119,7 @@ def list_files(folder: Path, excludes: Sequence[str]) -> list[str]:
     folders of this project that no job reads. Links to folders are not followed.
     """
     if not folder.is_dir():
-        raise ConfigError(f"--working-dir {folder}: there is no such folder")
+        raise ConfigError(f"--working-dir {folder}: there is no such folder; check the path")
     specs = [("", GitIgnoreSpec.from_lines([*_NEVER, *NO_JOB_READS, *excludes]))]
     found: list[str] = []
     for path, folders, files in os.walk(folder, onerror=_refuse):

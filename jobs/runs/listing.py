@@ -119,7 +119,8 @@ def _config(arguments: Namespace) -> Config:
     config = validate(apply_overrides(tree, arguments.overrides))
     if config.data.manifest is not None or config.data.path != arguments.data:
         raise ConfigError(
-            f"data.path and data.manifest cannot be set here: what is listed is {arguments.data}, the first argument"
+            f"data.path and data.manifest cannot be set here: what is listed is {arguments.data}, the first argument; "
+            "leave them out"
         )
     return config
 

@@ -89,7 +89,9 @@ class Prober:
     def _label_free(self, found: Features, probes: Sequence[str]) -> dict[str, Any]:
         path = self._config.data.path
         if not found.labels:
-            raise DataError(f"{path} has no readable image ({found.num_bad} unreadable)")
+            raise DataError(
+                f"{path} has no readable image ({found.num_bad} unreadable); set data.path to readable images"
+            )
         result: dict[str, Any] = {"num_images": len(found.labels), "num_images_unreadable": found.num_bad}
         if "rankme" in probes:
             result["rankme"] = rankme(found.features)

@@ -18,7 +18,9 @@ def write_result(run: Directory) -> None:
     records = read_records(run).lines
     steps = [r for r in records if "loss" in r]
     if not steps:
-        raise DataError(f"{run.join('metrics.jsonl')} holds no training step")
+        raise DataError(
+            f"{run.join('metrics.jsonl')} holds no training step; train again under another name=..."
+        )
     evaluations = [r for r in records if "majority" in r]
     result: dict[str, Any] = {"steps": steps[-1]["step"], "ended": time.time(), "last": steps[-1]}
     if evaluations:

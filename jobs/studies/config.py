@@ -88,7 +88,8 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
     mistakes = []
     for key, domain in space.items():
         if key not in known:
-            why = _NOT_SEARCHED.get(key, f"it is not a setting of the algorithm{did_you_mean(key, known)}")
+            near = did_you_mean(key, known) or "; leave it out"
+            why = _NOT_SEARCHED.get(key, f"it is not a setting of the algorithm{near}")
             mistakes.append(f"tune.space: {key}: {why}")
             continue
         if domain.is_continuous or domain.kind == "int":
@@ -135,7 +136,7 @@ def first_points(config: StudyConfig, space: Space) -> list[dict[str, Any]]:
     for point in config.tune.first:
         unknown = [key for key in point if key not in space]
         if unknown:
-            near = did_you_mean(unknown[0], space)
+            near = did_you_mean(unknown[0], space) or "; leave it out of tune.first"
             raise ConfigError(
                 f"tune.first: {', '.join(unknown)} is not in tune.space ({', '.join(space)}){near}"
             )

@@ -231,7 +231,10 @@ class _Attempt:
             time.sleep(0.5)
         step = max((step for step in steps if step <= trial.from_step), default=None)
         if step is None:
-            raise DataError(f"{donor.uri} has no checkpoint for trial {trial.name} to start from")
+            raise DataError(
+                f"{donor.uri} has no checkpoint for trial {trial.name} to start from; search again under another "
+                "name=..."
+            )
         return {"path": donor.join(run_dir.CHECKPOINTS, checkpoint_name(step)), "load": "run"}
 
     def _score(self, scores: Mapping[str, float]) -> float:

@@ -137,8 +137,10 @@ def list_entries(
             folder, "", _batches((entry for entry in [_entry(path, name)] if entry is not None), count)
         )
     if not os.path.isdir(path):
-        remedy = f"; patterns are not supported: set {setting} to a folder" if is_pattern(path) else ""
-        raise DataError(f"{setting}={path}: there is no such folder or file{remedy}")
+        remedy = (
+            f"patterns are not supported: set {setting} to a folder" if is_pattern(path) else "check the path"
+        )
+        raise DataError(f"{setting}={path}: there is no such folder or file; {remedy}")
     return Listing(path, "", _batches(_files(path), count))
 
 

@@ -13,7 +13,10 @@ Settings of `data` that are auto are resolved here, by the rules of detection.py
 """
 
 import contextlib
+import itertools
+import json
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -146,19 +149,43 @@ def build_manifest(
 
 def _written_before(config: DataConfig, file: str, storage: StorageConfig) -> Manifest:
     folder, _, name = normal_uri(file).rpartition("/")
-    anew = command("manifest", config.path, "--out", folder)
+    there = Directory(folder or "/")
+    anew = _command(config, folder, name)
     try:
-        data = Directory(folder or "/").read(name)
+        data = there.read(name)
     except MissingObject as error:
         raise DataError(f"data.manifest={file}: there is no such file; write one with `{anew}`") from error
-    manifest = Manifest.read(data, f"data.manifest={file}", f"write another with `{anew}`")
+    manifest = Manifest.read(data, f"data.manifest={file}", f"delete it, and write another with `{anew}`")
     for setting, now, then in manifest.misfits(config, auto_fits=True):
-        remedy = f"set data.{setting}={then}, or write another manifest with `{anew}`"
+        if setting == "path":  # under its name the command lists the same path alone
+            anew = _command(config, folder, _free_name(there.list()))
+        remedy = f"set data.{setting}={_as_typed(then)}, or data.manifest to what `{anew}` writes"
         raise ConfigError(
             f"data.{setting}={now!r}, but data.manifest={file} was listed with {then!r}; {remedy}"
         )
     check_bucket(manifest.root, storage.access)
     return manifest
+
+
+def _command(config: DataConfig, folder: str, name: str) -> str:
+    """Return the command that lists what `config` asks for into a file like `name` in a folder."""
+    numbered = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)-\d{4,}\.parquet", name)
+    named = ("--name", numbered[1]) if numbered and numbered[1] != "manifest" else ()
+    asked = {key: value for key, value in listed_as(config).items() if key != "path" and value != AUTO}
+    settings = (f"data.{key}={_as_typed(value)}" for key, value in asked.items())
+    return command("manifest", config.path, "--out", folder, *named, *settings)
+
+
+def _as_typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _free_name(names: Sequence[str]) -> str:
+    """Return the name of a manifest that begins as none of `names` does."""
+    number = next(
+        n for n in itertools.count(2) if not any(name.startswith(f"manifest{n}-") for name in names)
+    )
+    return f"manifest{number}-0001.parquet"
 
 
 class _Found(NamedTuple):
@@ -181,7 +208,10 @@ def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) 
                 "unset it (labels of image objects: data.label_from_parent=true)"
             )
     if config.label_from_parent is True and columns["label"].null_count == len(columns["label"]):
-        raise ConfigError(f"data.label_from_parent=true, but no image of {path} lies in a folder below it")
+        raise ConfigError(
+            f"data.label_from_parent=true, but no image of {path} lies in a folder below it; "
+            "set data.label_from_parent=false"
+        )
     notes = []
     if config.label_from_parent == AUTO:
         labels = columns["label"]

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.detection import is_bytes
 from dinoray.pipeline.storage.config import SIGNED, Access
-from dinoray.pipeline.storage.retry import DeniedObject, MissingObject, Retry, retrying
+from dinoray.pipeline.storage.retry import LIST_AGAIN, DeniedObject, MissingObject, Retry, retrying
 from dinoray.pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
 
 
@@ -71,12 +71,14 @@ def row_groups(footer: PartFooter, *, image_column: str, other_columns: Sequence
     if not is_bytes(schema.field(image_column).type):
         raise ConfigError(
             f"data.image_column={image_column!r} of {uri} holds {schema.field(image_column).type}; "
-            "it must hold the encoded image as binary, or as a struct with a binary field 'bytes'"
+            "it must hold the encoded image as binary, or as a struct with a binary field 'bytes'; set "
+            "data.image_column to such a column"
         )
     for column in other_columns:
         if pa.types.is_nested(schema.field(column).type):
             raise ConfigError(
-                f"column {column!r} of {uri} holds {schema.field(column).type}; a key or label is one value"
+                f"column {column!r} of {uri} holds {schema.field(column).type}, but a key or label is one value; "
+                "set data.key_column and data.label_column to other columns, or to null"
             )
     wanted = {image_column, *other_columns}
     groups = []
@@ -230,7 +232,7 @@ def _open_shard(
         with source, pq.ParquetFile(source, metadata=metadata, **options) as shard:
             yield shard
     except FileNotFoundError as error:
-        raise MissingObject(f"{uri}: there is no such file") from error
+        raise MissingObject(f"{uri}: there is no such file; {LIST_AGAIN}") from error
     except PermissionError as error:
         raise DeniedObject(f"{uri}: {error}; check the file's permissions") from error
     except (pa.ArrowException, OSError, EOFError) as error:

@@ -136,7 +136,7 @@ def list_row_groups(
         raise _too_many_damaged(damaged, len(rows), path)
     counts = np.concatenate([part.counts for part in found])
     if not len(counts):
-        raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows")
+        raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows; check data.path")
     if asked.label == AUTO and columns.label is not None:
         columns = _without_useless_label(columns, [part.labels for part in found if len(part.counts)])
     names = ["key", "size", "etag", *(["label"] if from_folders else [])]

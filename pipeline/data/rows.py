@@ -15,7 +15,7 @@ from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, expect
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.parquet import CorruptShard, RowGroupCache, read_footer, read_row_group
 from dinoray.pipeline.storage.config import SIGNED, Access
-from dinoray.pipeline.storage.retry import Retry
+from dinoray.pipeline.storage.retry import LIST_AGAIN, Retry
 
 Result = TypeVar("Result")
 
@@ -116,7 +116,7 @@ class Rows:
         except BAD_OBJECT as error:
             return error
         if table.num_rows != about["num_rows"]:
-            return CorruptShard(f"{about['key']} changed after it was listed")
+            return CorruptShard(f"{about['key']} changed after it was listed; {LIST_AGAIN}")
         self.cache.put(group, table)
         return table
 

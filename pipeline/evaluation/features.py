@@ -51,7 +51,8 @@ def eval_batches(
         unlabelled = [image.key for image in good if not (image.label or "").strip()]
         if unlabelled and labelled:
             raise DataError(
-                f"{source.config.path}: {unlabelled[0]} has no label; every evaluated image needs one"
+                f"{source.config.path}: {unlabelled[0]} has no label, and every evaluated image needs one; give it a "
+                "label, or remove it"
             )
         images = [image.pixels for image in good if image.pixels is not None]
         pixels = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)

@@ -97,7 +97,9 @@ def class_numbers(train: Features, val: Features) -> dict[str, int]:
     """Number labels in order of appearance, voters first. Raises DataError if a set is empty."""
     for side, features in (("eval.train_path", train), ("eval.val_path", val)):
         if not features.labels:
-            raise DataError(f"{side} has no readable labelled image ({features.num_bad} unreadable)")
+            raise DataError(
+                f"{side} has no readable labelled image ({features.num_bad} unreadable); set it to labelled images"
+            )
     return {name: i for i, name in enumerate(dict.fromkeys(train.labels + val.labels))}
 
 

@@ -38,7 +38,10 @@ def lidar(views: Rows, *, delta: float = 1e-4) -> float:
     """
     n, q, d = views.shape
     if n < 2 or q < 2:
-        raise DataError(f"LiDAR needs two readable images and two views of each at least, not {n} and {q}")
+        raise DataError(
+            f"LiDAR needs two readable images and two views of each at least, not {n} and {q}; add images, or "
+            "leave lidar out of --probes"
+        )
     x = _doubles(views)
     means = x.mean(dim=1)
     within = (x - means[:, None]).flatten(0, 1)
@@ -87,7 +90,10 @@ def linear_probe(
     """
     x, y = torch.as_tensor(train).float(), train_labels
     if len(x) < 2:
-        raise DataError(f"a linear probe needs two labelled training images at least, not {len(x)}")
+        raise DataError(
+            f"a linear probe needs two labelled training images at least, not {len(x)}; add images, or leave linear "
+            "out of --probes"
+        )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(config.seed))
     cut = min(len(x) - 1, max(1, round(config.linear_holdout * len(x))))
     held, rest = order[:cut], order[cut:]
@@ -150,7 +156,9 @@ def _doubles(rows: Rows) -> Tensor:
     """Convert to float64; raise DataError if a value is not finite."""
     x = torch.as_tensor(rows).double()
     if not x.isfinite().all():
-        raise DataError("the features are not all finite; the checkpoint is damaged or its training diverged")
+        raise DataError(
+            "the features are not all finite: the checkpoint is damaged or its training diverged; choose another step"
+        )
     return x
 
 

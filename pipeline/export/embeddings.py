@@ -123,7 +123,7 @@ def choose_rows_per_file(asked: int | None, *, row_bytes: int, num_images: int) 
     if asked * row_bytes > _MOST_BYTES:
         raise ConfigError(
             f"--rows-per-file {asked} makes parts of {asked * row_bytes >> 20} MiB, which are held in memory; "
-            f"at most {_MOST_BYTES // row_bytes} rows fit 1 GiB"
+            f"set at most {_MOST_BYTES // row_bytes}, which fit 1 GiB"
         )
     return asked
 
@@ -176,7 +176,7 @@ def _vectors(
     if not finite.all():
         raise DataError(
             f"the vector of {keys[int(finite.argmin())]} is not finite as {plan.dtype}; "
-            f"{'try --dtype float32' if plan.dtype == 'float16' else 'the checkpoint is damaged'}"
+            f"{'pass --dtype float32' if plan.dtype == 'float16' else 'the checkpoint is damaged: choose another'}"
         )
     return rows
 

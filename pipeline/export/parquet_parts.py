@@ -175,8 +175,8 @@ def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory, ki
     if num_bad > limit * num_images:
         raise DataError(
             f"{num_bad} of {num_images} images could not be used, more than data.max_bad_fraction={limit}; "
-            f"they are named in {out.join(QUARANTINE)}; data.max_bad_fraction={_enough(num_bad / num_images):g} "
-            f"would do without them, and what is {kind.written} already stays"
+            f"they are named in {out.join(QUARANTINE)}; set data.max_bad_fraction={_enough(num_bad / num_images):g} "
+            f"to do without them: what is {kind.written} already stays"
         )
 
 

@@ -76,7 +76,10 @@ def build_report(run: Directory, *, ending: str = "") -> str:
     config = read_mapping(run, run_dir.CONFIG)
     records = read_records(run)
     if not config and not len(records):
-        raise ConfigError(f"{run.uri} is not a run directory: it has neither config.yaml nor metrics.jsonl")
+        raise ConfigError(
+            f"{run.uri} is not a run directory: it has neither config.yaml nor metrics.jsonl; give the directory that "
+            "the run printed"
+        )
     values = dict(flatten(config))
     name = str(config.get("name") or run.uri.rpartition("/")[2])
     result, bad = read_mapping(run, run_dir.RESULT), share(records, values)

@@ -226,6 +226,6 @@ def _local_errors(path: str, *, writing: bool = False) -> Iterator[None]:
     except FileNotFoundError as error:
         if writing:  # the file itself need not exist
             raise DataError(f"{path} cannot be written: {error.strerror}; check the folder") from error
-        raise MissingObject(f"{path}: there is no such file") from error
+        raise MissingObject(f"{path}: there is no such file; check the path") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and its permissions") from error

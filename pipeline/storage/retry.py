@@ -193,7 +193,7 @@ def _permanent(error: Exception, what: str) -> DataError | None:
         return DataError(
             f"{what}: no usable AWS credentials ({_one_line(error)}); {SET_CREDENTIALS}{OR_ANONYMOUS}"
         )
-    return DataError(f"{what}: {_one_line(error)}")
+    return DataError(f"{what}: {_one_line(error)}; check the address and the AWS_* settings")
 
 
 def _permanent_answer(error: Any, what: str) -> DataError | None:
@@ -204,7 +204,7 @@ def _permanent_answer(error: Any, what: str) -> DataError | None:
     if code in _MISSING_CODES and error.operation_name == "HeadBucket":
         code = "NoSuchBucket"
     if code in _MISSING_CODES:
-        return MissingObject(f"{what}: there is no such object ({code})")
+        return MissingObject(f"{what}: there is no such object ({code}); check the path")
     if status == 416:  # the requested range fits the listed size, so the size has changed
         return ChangedObject(f"{what}: its size changed after it was listed; {LIST_AGAIN}")
     message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())

@@ -57,11 +57,14 @@ def read_mapping(data: bytes, what: str) -> dict[str, Any]:
     try:
         tree = yaml.load(data.decode(), Loader)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} is not YAML: it is not UTF-8 text") from error
+        raise ConfigError(f"{what} is not YAML: it is not UTF-8 text; save it as UTF-8") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{what} is not YAML: {yaml_problem(error)}; fix this line") from error
     if not isinstance(tree or {}, dict):
-        raise ConfigError(f"{what} must hold a mapping of sections, not a {type(tree).__name__}")
+        raise ConfigError(
+            f"{what} must hold a mapping of sections, not a {type(tree).__name__}; write `section:` and below it, "
+            "indented, `key: value`"
+        )
     return tree or {}
 
 

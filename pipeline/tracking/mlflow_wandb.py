@@ -64,7 +64,9 @@ class MLflow:
         for name, value in quiet.items():
             os.environ.setdefault(name, value)
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            raise ConfigError("MLFLOW_TRACKING_URI is not set where the train workers run")
+            raise ConfigError(
+                "MLFLOW_TRACKING_URI is not set where the train workers run; set it in the environment of the nodes"
+            )
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 

@@ -46,7 +46,7 @@ def check_trackers(config: TrackConfig) -> None:
     ]
     if config.mlflow and not os.environ.get("MLFLOW_TRACKING_URI"):
         mistakes.append(
-            "track.mlflow=true needs MLFLOW_TRACKING_URI in the environment here and of the nodes, "
+            "track.mlflow=true needs MLFLOW_TRACKING_URI; set it in the environment here and of the nodes, "
             "e.g. http://HOST:5000 or sqlite:////FOLDER/mlflow.db"
         )
     if mistakes:

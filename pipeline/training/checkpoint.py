@@ -8,7 +8,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from dinoray.models.backbone import build_backbone
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.models.optim import restore_optimizer
+from dinoray.models.settings import flatten
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
@@ -27,6 +28,10 @@ from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.step import TrainState
 
 FORMAT = 2
+_ANOTHER = (
+    "take another checkpoint: of its run by --step, for training by init.path=CHECKPOINT init.load=run under another "
+    "name=..."
+)
 FILES = (run_dir.STUDENT, run_dir.TEACHER, run_dir.TRAIN_STATE, run_dir.META)
 
 
@@ -100,10 +105,22 @@ def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
         state.dino.center.copy_(train_state["center"])
         state.health.load_state_dict(train_state["health"], device=state.device)
     except Exception as error:  # a damaged file may raise anything
-        raise DataError(f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}") from error
+        changed = _changed(meta["config"], state.config)
+        remedy = f"set {' '.join(changed)}" if changed else _ANOTHER
+        raise DataError(
+            f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}; {remedy}"
+        ) from error
     state.step, state.skipped = meta["step"], meta["skipped"]
     state.skipped_in_a_row = meta["skipped_in_a_row"]
     return meta
+
+
+def _changed(then: Mapping[str, Any], now: DINOConfig) -> list[str]:
+    """Return settings of the checkpoint that decide which tensors it holds, where they are others now."""
+    shapes = ("backbone.", "head.", "optim.layer_decay")
+    old, new = dict(flatten(then)), dict(flatten(now.model_dump(mode="json")))
+    changed = {k: v for k, v in old.items() if k.startswith(shapes) and new.get(k) != v}
+    return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()]
 
 
 Which = Literal["teacher", "student"]
@@ -134,7 +151,9 @@ def read_frozen(folder: Path, which: Which = "teacher") -> FrozenBackbone:
     try:
         weights = load_file(folder / f"{which}.safetensors")
     except Exception as error:  # a damaged file may raise anything
-        raise DataError(f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}") from error
+        raise DataError(
+            f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}; {_ANOTHER}"
+        ) from error
     return FrozenBackbone(
         DINOConfig.model_validate(read_meta(folder)["config"]),
         {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
@@ -146,9 +165,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / run_dir.META).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is not a checkpoint: meta.json: {error}") from error
+        raise DataError(f"{folder} is not a checkpoint: meta.json: {error}; {_ANOTHER}") from error
     if meta.get("format") != FORMAT:
-        raise DataError(f"checkpoint {folder} has format {meta.get('format')}, this version reads {FORMAT}")
+        raise DataError(
+            f"checkpoint {folder} has format {meta.get('format')}, this version reads {FORMAT}; read it with the "
+            "version of dinoray that wrote it"
+        )
     return meta
 
 
@@ -181,7 +203,7 @@ def download_checkpoint(folder: Directory, into: Path, files: Sequence[str] = FI
         try:
             (into / file).write_bytes(folder.read(file))
         except MissingObject as error:
-            raise DataError(f"checkpoint {folder.uri} lacks {file}") from error
+            raise DataError(f"checkpoint {folder.uri} lacks {file}; {_ANOTHER}") from error
     return into
 
 
@@ -189,11 +211,15 @@ def pick_checkpoint(run: Directory, step: int | None = None) -> str:
     """Return the name of the committed checkpoint at `step`, or the newest. A ConfigError lists all names."""
     names = committed_checkpoints(run)
     if not names:
-        raise DataError(f"{run.uri} has no committed checkpoint; is it a run directory?")
+        raise DataError(
+            f"{run.uri} has no committed checkpoint; give the directory of a run that has written one"
+        )
     if step is None:
         return names[-1]
     if checkpoint_name(step) not in names:
-        raise ConfigError(f"checkpoint step={step} is not among {', '.join(names)} of {run.uri}")
+        raise ConfigError(
+            f"checkpoint step={step} is not among {', '.join(names)} of {run.uri}; choose one of these"
+        )
     return checkpoint_name(step)
 
 

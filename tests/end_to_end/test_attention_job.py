@@ -240,28 +240,34 @@ def test_no_more_images_are_read_than_asked_for(tmp_path: Path, trained: Path, r
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("option", "message", "followed"),
     [
-        ("--mass=0", "--mass=0.0 must be above 0 and at most 1, e.g. 0.6"),
-        ("--mass=1.1", "--mass=1.1 must be above 0"),
-        ("--mass=nan", "--mass=nan must be above 0"),
-        ("--image-size=7", "--image-size=7 must be at least 8"),
-        ("--max-images=0", "--max-images=0 must be at least 1"),
-        ("--step=7", "checkpoint step=7 is not among step_00000000, step_00000001, step_00000002"),
-        ("--which=both", "invalid choice: 'both'"),
+        ("--mass=0", "--mass=0.0 must be above 0 and at most 1, e.g. 0.6", "--mass=0.6"),
+        ("--mass=1.1", "--mass=1.1 must be above 0", "--mass=1"),
+        ("--mass=nan", "--mass=nan must be above 0", "--mass=0.6"),
+        ("--image-size=7", "--image-size=7 must be at least 8", "--image-size=8"),
+        ("--max-images=0", "--max-images=0 must be at least 1", "--max-images=1"),
+        ("--step=7", "step=7 is not among step_00000000, step_00000001, step_00000002", "--step=1"),
+        ("--which=both", "invalid choice: 'both'", "--which=student"),
     ],
 )
-def test_a_wrong_option_is_a_config_error(trained: Path, run: Run, option: str, message: str) -> None:
+def test_a_wrong_option_is_a_config_error(
+    trained: Path, run: Run, tmp_path: Path, option: str, message: str, followed: str
+) -> None:
     code, output, errors = run(trained, "a.png", option)
     assert (code, output, len(errors)) == (2, [], 1)
     assert errors[0].startswith("error: ")
     assert message in errors[0]
+    (tmp_path / "a.png").write_bytes(noise())
+    assert run(trained, tmp_path / "a.png", followed, f"--out={tmp_path}/out")[0] == 0
 
 
 def test_a_folder_that_is_no_run_is_a_data_error(tmp_path: Path, run: Run) -> None:
     code, _, errors = run(tmp_path, "a.png")
     assert code == 3
-    assert errors == [f"error: {tmp_path} has no committed checkpoint; is it a run directory?"]
+    assert errors == [
+        f"error: {tmp_path} has no committed checkpoint; give the directory of a run that has written one"
+    ]
 
 
 def test_a_network_without_class_attention_is_told_before_images_are_read(tmp_path: Path, run: Run) -> None:

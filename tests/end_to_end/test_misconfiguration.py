@@ -4,13 +4,13 @@ Most cases run the job's main within this process, as `python -m` does but witho
 take; one test runs a real process. In the others Ray must not start: the guard fails the test if it does.
 """
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from jobs_processes import run_job
 from no_ray import RayStarted
+from remedies import settings_to_set
 from samples import write_all
 from wrong_inputs import CONFIG, DATA, RESOURCES, TINY, Job, runner_in
 
@@ -196,13 +196,6 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
         [["WORLD/none", "no such folder"]],
     ),
 }
-
-
-def settings_to_set(line: str) -> list[str]:
-    """The settings that a line says to set."""
-    found = re.search(r"; set ((?:[a-z_.]+=[^\s,]+ ?)+)", line)
-    assert found, line
-    return found[1].split()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from no_ray import RayStarted
 from paths import ROOT
+from samples import put_all
 from servers import S3Server, aws_environment, use_aws
 from wrong_inputs import CONFIG, DATA, TINY, Ending, Job, runner_in
 
 from dinoray.jobs import pretrain
+from dinoray.pipeline.data.demo_images import draw_demo_image
 
 
 @pytest.fixture
@@ -98,6 +101,12 @@ def test_an_object_store_that_refuses_is_named_with_the_remedy(
     arguments = ["storage_path=WORLD/runs", "data.path=WORLD/images"]
     ending = run(pretrain.main, *TINY, *arguments, argument.replace("BUCKET", bucket))
     ending.check(code, [word.replace("BUCKET", bucket) for word in words])
+    # What the line says to set or check, as it should be: the same command goes on.
+    use_aws(monkeypatch, aws_environment(s3.endpoint))
+    put_all(s3, bucket, {f"x/{i}.jpg": draw_demo_image("dots", "train", i) for i in range(8)})
+    mended = argument.replace("no-such-bucket", bucket).replace("BUCKET", bucket).replace("/none", "/x")
+    with pytest.raises(RayStarted):
+        run(pretrain.main, *TINY, *arguments, "eval.val_path=null", mended)
 
 
 @pytest.mark.s3

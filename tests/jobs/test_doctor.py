@@ -101,6 +101,8 @@ def test_a_folder_without_images_fails(files: list[str], tmp_path: Path) -> None
     finding = check_data(DataConfig(path=str(tmp_path)))
     assert (finding.verdict, finding.exit_code) == ("FAIL", 3)
     assert "no images under" in finding.text
+    assert finding.text.endswith("; check data.path")
+    assert check_data(DataConfig(path=str(images(tmp_path / "images")))).verdict == "ok"
 
 
 def test_looking_at_storage_leaves_nothing_behind(tmp_path: Path) -> None:

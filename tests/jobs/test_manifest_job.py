@@ -132,10 +132,10 @@ def test_a_manifest_that_does_not_fit_is_refused_with_the_remedy(tmp_path: Path,
     text = error(ConfigError, path=str(other))
     assert text == (
         f"data.path='{other}', but data.manifest={file} was listed with '{data}'; set data.path={data}, "
-        f"or write another manifest with `dinoray manifest {other} --out {tmp_path}/out`"
+        f"or data.manifest to what `dinoray manifest {other} --out {tmp_path}/out --name manifest2` writes"
     )
     build_manifest(DataConfig(path=str(data), manifest=file))  # with the first remedy
-    assert "was listed with True; set data.label_from_parent=True" in error(
+    assert "was listed with True; set data.label_from_parent=true" in error(
         ConfigError, label_from_parent=False
     )
     missing = error(DataError, manifest=f"{tmp_path}/none.parquet")
@@ -152,20 +152,28 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, capsys: Printed) -> None
     for arguments, kind, rule in [
         ([data, "--out", f"{data}/lists"], ConfigError, "where it would be listed; choose another --out$"),
         ([data, "--out", out, "--name", "a/b"], ConfigError, "must be letters, .* e.g. --name=photos$"),
-        ([data, "--out", out, "train.epochs=1"], ConfigError, "can be set here$"),
+        ([data, "--out", out, "train.epochs=1"], ConfigError, "can be set here; leave it out$"),
         (
             [data, "--out", out, "data.manifest=x"],
             ConfigError,
-            f"what is listed is {data}, the first argument$",
+            f"what is listed is {data}, the first argument; leave them out$",
         ),
         (
             [data, "--out", out, "data={manifest: x}"],
             ConfigError,
-            "can be set here$",
+            "can be set here; leave it out$",
         ),
-        ([data, "--out", out, "data.path=x"], ConfigError, "what is listed is .*, the first argument$"),
+        (
+            [data, "--out", out, "data.path=x"],
+            ConfigError,
+            "what is listed is .*, the first argument; leave them out$",
+        ),
         ([data, "--out", "/proc/none"], DataError, "^--out=/proc/none: no file can be made there"),
-        ([f"{tmp_path}/none", "--out", out], DataError, "^argument data=.*there is no such folder or file$"),
+        (
+            [f"{tmp_path}/none", "--out", out],
+            DataError,
+            "^argument data=.*no such folder or file; check the path$",
+        ),
     ]:
         with pytest.raises(kind, match=rule):
             job.main(arguments)

@@ -84,7 +84,8 @@ def plan_study(
             remedy += "tune.scheduler=asha, whose trials may wait"
         else:
             remedy = f"set tune.max_concurrent={fit}"
-        remedy = remedy if fit > 0 else "lower resources.train_workers or their CPUs"
+        if fit < 1:
+            remedy = _less_of_one(gpus_each, gpus)
         raise ResourceError(
             f"{need}, and {_FOR_RAY} CPU must stay free for Ray Data; the cluster has {cpus} CPUs"
             f"{f' and {gpus} GPUs' if gpus_each else ''}: {remedy}"
@@ -116,6 +117,16 @@ def local_cpus(resources: ResourcesConfig, *, cores: int, limit: int | None, sha
     at_once = limit or max(1, floor(cores / alone))
     cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
     return max(cores, ceil(at_once * cpus_each + cpus_shared) + _FOR_RAY)
+
+
+def _less_of_one(gpus_each: int, gpus: int) -> str:
+    """Return the remedy where not even one trial fits."""
+    if gpus_each > gpus:
+        return f"set resources.train_workers={gpus}" if gpus else "set resources.use_gpu=false"
+    return (
+        "lower resources.train_workers, resources.augment_actors, resources.cpus_per_train_worker or "
+        "resources.cpus_per_augment_actor"
+    )
 
 
 def _cpus(resources: ResourcesConfig, *, shares_stream: bool) -> tuple[float, float]:

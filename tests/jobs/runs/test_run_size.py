@@ -1,11 +1,10 @@
 """Too few images, steps or CPU cores: what is refused, what is warned of, and that each remedy ends it."""
 
-import re
-
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from remedies import settings_to_set
 
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.recipes import RECIPES
@@ -31,13 +30,6 @@ on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 
 def config_of(*overrides: str, recipe: str = "demo") -> Config:
     return load_config(recipe, None, ["data.path=/data", *overrides])
-
-
-def remedy(line: str) -> list[str]:
-    """The settings that a line says to set."""
-    found = re.search(r"; set ((?:[a-z_.]+=[^\s,]+ ?)+)", line)
-    assert found, line
-    return found[1].split()
 
 
 def warnings(config: Config, num_images: int) -> list[str]:
@@ -76,7 +68,7 @@ def test_the_batch_that_is_proposed_passes(num_images: int, recipe: str, workers
     ]
     with pytest.raises(ConfigError) as error:
         check_images(config_of(*asked, recipe=recipe), num_images)
-    config = config_of(*asked, *remedy(str(error.value)), recipe=recipe)
+    config = config_of(*asked, *settings_to_set(str(error.value)), recipe=recipe)
     check_images(config, num_images)
     check_accumulation(
         batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers),
@@ -108,7 +100,7 @@ def test_the_epochs_that_are_proposed_make_enough_steps(num_images: int, batch: 
     asked = [f"train.global_batch_size={batch}", f"train.epochs={epochs}"]
     lines = [line for line in length_warnings(config_of(*asked), num_images) if "steps of" in line]
     if lines:
-        config = config_of(*asked, *remedy(lines[0]))
+        config = config_of(*asked, *settings_to_set(lines[0]))
         assert not [line for line in length_warnings(config, num_images) if "steps of" in line]
         assert Schedule(config, num_images=num_images).total_steps >= FEW_STEPS
 
@@ -122,7 +114,7 @@ def test_following_all_warnings_ends_them(
     asked += [f"loss.warmup_teacher_temp_epochs={temp_epochs}", "loss.warmup_teacher_temp=0.02"]
     for _ in range(2):  # the length first, then warm-ups in it
         for line in warnings(config_of(*asked), num_images):
-            asked += remedy(line)
+            asked += settings_to_set(line)
     assert warnings(config_of(*asked), num_images) == []
 
 
@@ -133,14 +125,14 @@ def test_a_warm_up_that_would_outlast_the_run_is_named() -> None:
         "optim.warmup_epochs=10 would not end within train.epochs=8 and is cut to 375 steps; "
         "set optim.warmup_epochs=0.8"
     )
-    assert warnings(config_of(*asked, *remedy(line)), 10_000) == []
+    assert warnings(config_of(*asked, *settings_to_set(line)), 10_000) == []
 
 
 def test_a_warm_up_of_few_steps_is_named() -> None:
     asked = ["optim.warmup_epochs=1", "train.epochs=100"]
     (line,) = warmup_warnings(config_of(*asked), 512)
     assert line.startswith(f"optim.warmup_epochs=1 is 8 steps, fewer than {FEW_WARMUP_STEPS}")
-    assert warnings(config_of(*asked, *remedy(line)), 512) == []
+    assert warnings(config_of(*asked, *settings_to_set(line)), 512) == []
     assert warmup_warnings(config_of("optim.warmup_epochs=0", "train.epochs=100"), 512) == []  # asked for
 
 
@@ -150,7 +142,7 @@ def test_a_warm_up_of_the_temperature_that_would_outlast_the_run_is_named() -> N
     assert line.startswith(
         "loss.warmup_teacher_temp_epochs=30 would not end within train.epochs=20 and is cut"
     )
-    again = config_of("train.epochs=20", *remedy(line), recipe="vit_small_imagenet_boost")
+    again = config_of("train.epochs=20", *settings_to_set(line), recipe="vit_small_imagenet_boost")
     assert warmup_warnings(again, 1_000_000) == []
     assert Schedule(again, num_images=10**6).at(9000) == Schedule(config, num_images=10**6).at(9000)
 
@@ -177,7 +169,7 @@ def test_workers_that_the_cores_cannot_carry_are_refused(monkeypatch: pytest.Mon
     with pytest.raises(ResourceError) as error:
         check_workers(config_of(f"resources.train_workers={workers}", *batch))
     assert str(error.value).startswith(f"resources.train_workers={workers} on {available_cores()} CPU core")
-    config = config_of(*batch, *remedy(str(error.value)))
+    config = config_of(*batch, *settings_to_set(str(error.value)))
     assert check_workers(config) == []
     check_accumulation(
         batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers), parts
@@ -190,7 +182,7 @@ def test_a_worker_more_than_there_are_cores_is_warned_of(monkeypatch: pytest.Mon
     workers = available_cores() + 1
     batch = f"train.global_batch_size={12 * workers}"
     (line,) = check_workers(config_of(f"resources.train_workers={workers}", batch))
-    assert check_workers(config_of(batch, *remedy(line))) == []
+    assert check_workers(config_of(batch, *settings_to_set(line))) == []
 
 
 def test_a_cluster_may_still_grow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +195,7 @@ def test_gpus_that_are_not_here_are_refused_before_ray_starts(monkeypatch: pytes
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ResourceError, match=r"this machine has 0; set resources\.use_gpu=false") as error:
         check_workers(config_of("resources.use_gpu=true", "resources.train_workers=1"))
-    assert check_workers(config_of("resources.train_workers=1", *remedy(str(error.value)))) == []
+    assert check_workers(config_of("resources.train_workers=1", *settings_to_set(str(error.value)))) == []
 
 
 # Studies
@@ -220,10 +212,10 @@ def study_warnings(config: StudyConfig, num_images: int) -> list[str]:
 def test_trials_of_few_steps_are_warned_of_and_too_large_batches_refused() -> None:
     (line,) = study_warnings(study("tune.epochs=5"), 2160)
     assert line.startswith("tune.epochs=5 makes 168 steps of 64 images")
-    assert study_warnings(study(*remedy(line)), 2160) == []
+    assert study_warnings(study(*settings_to_set(line)), 2160) == []
     with pytest.raises(ConfigError, match=r"train\.global_batch_size=64 is more than the 40 images") as error:
         study_warnings(study(), 40)
-    study_warnings(study(*remedy(str(error.value))), 40)
+    study_warnings(study(*settings_to_set(str(error.value))), 40)
 
 
 def test_a_batch_that_is_searched_is_held_against_the_images_too() -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from published import Run, ViT, saved
-from published_twins import RESNET, dino, read, torchvision_resnet
+from published_twins import HEAD, RESNET, dino, read, torchvision_resnet
+from remedies import settings_to_set
 from tiny import tiny_config
 
+from dinoray.jobs.cli.config import apply_overrides
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.models.published.checkpoint import load, parse, read_weights
 
@@ -50,8 +52,11 @@ def own_vit(**kwargs: Any) -> dict[str, Any]:
 def test_a_head_of_another_shape_names_the_setting_and_the_value_that_fits(
     theirs: dict[str, Any], ours: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^{message}$"):
+    with pytest.raises(ConfigError, match=f"^{message}$") as error:
         load(dino(**ours), read(Run(**theirs).state()))
+    followed = {"head": {**HEAD, **ours}}
+    head = apply_overrides(followed, settings_to_set(str(error.value)))["head"]
+    load(dino(**head), read(Run(**theirs).state()))
 
 
 def test_all_settings_of_the_head_that_differ_are_named_at_once() -> None:

@@ -187,6 +187,12 @@ def test_a_run_with_disjoint_classes_counts_as_unlabelled(disjoint: list[str], t
     assert inputs.mismatch is None
 
 
-def test_a_study_that_would_rank_by_disjoint_classes_is_refused(disjoint: list[str]) -> None:
+def test_a_study_that_would_rank_by_disjoint_classes_is_refused(
+    disjoint: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_ray(monkeypatch)
+    study = ["--recipe", "demo", *disjoint]
     with pytest.raises(ConfigError, match=r"disjoint.*or set tune\.objective=rankme"):
-        tune.main(["--recipe", "demo", *disjoint])
+        tune.main(study)
+    with pytest.raises(RayStarted):
+        tune.main([*study, "tune.objective=rankme"])

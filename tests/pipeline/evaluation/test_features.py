@@ -111,8 +111,11 @@ def test_a_blank_label_is_no_label(tmp_path: Path) -> None:
     (tmp_path / "images" / " " / "0.jpg").write_bytes(draw_demo_image("dots", "val", 0))
     config = DataConfig(path=str(tmp_path / "images"), label_from_parent=True)
     blank = Source(config, load_or_build(config, Directory(str(tmp_path))))
-    with pytest.raises(DataError, match=r"0\.jpg has no label"):
+    with pytest.raises(DataError, match=r"0\.jpg has no label, .*; give it a label, or remove it$"):
         next(eval_batches(blank, [0], size=32, batch_size=1))
+    (tmp_path / "images" / " ").rename(tmp_path / "images" / "dots")
+    named = Source(config, load_or_build(config, Directory(str(tmp_path / "again"))))
+    assert next(eval_batches(named, [0], size=32, batch_size=1))[1] == ["dots"]
 
 
 def test_without_a_process_group_a_share_is_the_whole_subset(source: Source) -> None:
@@ -162,6 +165,8 @@ def test_evaluation_without_labels_says_what_to_set(source: Source, tmp_path: Pa
         ConfigError, match=r"eval\.val_path needs labels, but eval\.val_path=.*/loose has none"
     ):
         labelled_sources(data, EvalConfig(val_path=loose))
+    assert labelled_sources(data, EvalConfig(val_path=source.config.path)) is not None  # labelled images
+    assert labelled_sources(data, EvalConfig(val_path=None)) is None  # unset
     with pytest.raises(ConfigError, match=r"eval\.train_path=.*/loose has none: set data\.label_column"):
         labelled_sources(data, EvalConfig(val_path=source.config.path, train_path=loose))
     with pytest.raises(ConfigError, match=r"data\.path=.*/loose has none"):

@@ -160,9 +160,10 @@ def test_a_side_without_readable_images_is_named(side: str) -> None:
     some, none = features([[1.0]], "a"), Features(np.empty((0, 0), np.float32), [], 3)
     sides = (none, some) if side == "train" else (some, none)
     with pytest.raises(
-        DataError, match=rf"eval\.{side}_path has no readable labelled image \(3 unreadable\)"
+        DataError, match=rf"eval\.{side}_path has no readable .* \(3 unreadable\); set it to labelled images$"
     ):
         knn_accuracy(*sides, EvalConfig())
+    knn_accuracy(some, some, EvalConfig(k=(1,)))
 
 
 @pytest.mark.parametrize("k", [(), (0,), (10, -1)])

@@ -127,8 +127,11 @@ def test_what_differs_more_between_views_than_between_images_does_not_count() ->
 
 @pytest.mark.parametrize("shape", [(1, 5, 3), (5, 1, 3), (0, 10, 0)])
 def test_too_few_images_or_views_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(DataError, match="two readable images and two views"):
+    with pytest.raises(
+        DataError, match=r"two readable images and two views .*; add images, or leave lidar out"
+    ):
         lidar(np.zeros(shape))
+    lidar(np.zeros((2, 2, shape[2])))
 
 
 # Feature std
@@ -266,8 +269,10 @@ def test_a_classifier_that_overflowed_has_no_right_answers() -> None:
 
 def test_one_training_image_is_too_few() -> None:
     x, y = clusters(1, seed=0)
-    with pytest.raises(DataError, match="two labelled training images"):
+    with pytest.raises(DataError, match=r"two labelled training images .*; add images, or leave linear out"):
         linear_probe(x, y, x, y, num_classes=3, config=ProbeConfig())
+    x, y = clusters(2, seed=0)
+    linear_probe(x, y, x, y, num_classes=3, config=ProbeConfig(linear_epochs=1))
 
 
 @pytest.mark.parametrize("lrs", [(), (0,), (0.1, -1)])

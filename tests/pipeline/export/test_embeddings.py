@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import labelled_source
+from remedies import settings_to_set
 from tiny import TINY_RESNET, tiny_config
 
 from dinoray.models.backbone import build_backbone
@@ -160,9 +161,10 @@ def test_vectors_beyond_half_precision_are_refused(source: Source, tmp_path: Pat
     loud = frozen()
     loud.weights["norm.weight"] = loud.weights["norm.weight"] * 1e6
     out = Directory(str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"dots/0\.jpg is not finite as float16; try --dtype float32"):
+    with pytest.raises(DataError, match=r"dots/0\.jpg is not finite as float16; pass --dtype float32"):
         write_all(loud, source, out, plan(dtype="float16"))
     assert out.list() == []
+    write_all(loud, source, out, plan(dtype="float32"))  # as it says
 
 
 def test_every_row_is_accounted_for_from_what_lies_there(
@@ -206,6 +208,9 @@ def test_a_part_that_does_not_account_for_its_rows_is_named(
     spoil(tmp_path / "out" / part_name(1))
     with pytest.raises(DataError, match=rf"part-00001\.parquet.*{words}.*delete it and run again"):
         account(out, plan(), range(3))
+    (tmp_path / "out" / part_name(1)).unlink(missing_ok=True)  # as it says
+    write_all(network, source, out, plan(), range(1, 2))
+    account(out, plan(), range(3))
 
 
 def test_parts_of_other_weights_are_not_taken_for_ours(
@@ -255,7 +260,7 @@ def test_a_network_without_tokens_has_no_patch_tokens_to_keep() -> None:
         tiny_config(backbone=TINY_RESNET | {"drop_path_rate": 0.0}, crops={"global_crop_size": 32})
     )
     assert measure(network, 32, patch_tokens=False)[1] == 0
-    with pytest.raises(ConfigError, match="not a vision transformer"):
+    with pytest.raises(ConfigError, match=r"not a vision transformer; leave the option out$"):
         measure(network, 32, patch_tokens=True)
 
 
@@ -277,8 +282,9 @@ def test_parts_are_many_enough_to_share_and_small_enough_to_hold(
 
 def test_parts_that_memory_cannot_hold_are_refused() -> None:
     assert choose_rows_per_file(1000, row_bytes=1 << 20, num_images=10) == 1000
-    with pytest.raises(ConfigError, match=r"--rows-per-file 2000 .* at most 1024 rows"):
+    with pytest.raises(ConfigError, match=r"--rows-per-file 2000 .*; set at most 1024, which fit 1 GiB$"):
         choose_rows_per_file(2000, row_bytes=1 << 20, num_images=10)
+    assert choose_rows_per_file(1024, row_bytes=1 << 20, num_images=10) == 1024
 
 
 def test_a_directory_takes_the_settings_that_it_was_begun_with_alone(tmp_path: Path) -> None:
@@ -286,19 +292,39 @@ def test_a_directory_takes_the_settings_that_it_was_begun_with_alone(tmp_path: P
     assert check_settings(out, {"dtype": "float16"}, KIND) is False
     out.write("_about/embed.json", json.dumps({"dtype": "float16", "step": 7}).encode())
     assert check_settings(out, {"dtype": "float16"}, KIND) is True
-    with pytest.raises(ConfigError, match=r"made with dtype='float16', not 'float32'; set it back"):
+    with pytest.raises(
+        ConfigError, match=r"made with dtype='float16', not 'float32'; set it back, or choose an"
+    ):
         check_settings(out, {"dtype": "float32", "step": 7}, KIND)
+    assert check_settings(out, {"dtype": "float16", "step": 7}, KIND) is True
+    another = out.child("another")
+    assert check_settings(another, {"dtype": "float32", "step": 7}, KIND) is False
+
+
+def test_damaged_settings_are_those_of_no_directory(tmp_path: Path) -> None:
+    out = Directory(str(tmp_path))
+    out.write("_about/embed.json", b"{")
+    with pytest.raises(DataError, match=r"_about/embed\.json is damaged .*; choose another --out$"):
+        check_settings(out, {}, KIND)
+    assert check_settings(out.child("another"), {}, KIND) is False
 
 
 def test_parts_of_unknown_origin_are_not_continued(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
     out.write(part_name(3), b"")
-    with pytest.raises(ConfigError, match=r"holds parts but no _about/embed\.json"):
+    with pytest.raises(ConfigError, match=r"no _about/embed\.json; choose another --out, or remove them$"):
         check_settings(out, {}, KIND)
+    assert check_settings(out.child("another"), {}, KIND) is False
+    out.delete(part_name(3))
+    assert check_settings(out, {}, KIND) is False
 
 
 def test_too_many_bad_images_are_an_error_that_says_where_they_are_named(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
     check_bad(1, 100, limit=0.01, out=out, kind=KIND)
-    with pytest.raises(DataError, match=r"2 of 100 .* data\.max_bad_fraction=0\.01.*quarantine\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"2 of 100 .* data\.max_bad_fraction=0\.01.*quarantine\.jsonl"
+    ) as error:
         check_bad(2, 100, limit=0.01, out=out, kind=KIND)
+    (setting,) = settings_to_set(str(error.value))
+    check_bad(2, 100, limit=float(setting.removeprefix("data.max_bad_fraction=")), out=out, kind=KIND)

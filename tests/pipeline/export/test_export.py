@@ -119,7 +119,8 @@ def test_a_network_that_the_published_code_lacks_is_refused(tmp_path: Path) -> N
     with pytest.raises(
         ConfigError, match=r"no network with stem\S+, which convnext_atto has; take --format timm$"
     ):
-        export_official(checkpoint(state, tmp_path))
+        export_official(checkpoint(state, tmp_path / "lone"))
+    main([str(tmp_path / "lone"), f"--out={tmp_path}/out", "--format=timm"])
 
 
 def test_settings_have_the_published_parser_s_names() -> None:

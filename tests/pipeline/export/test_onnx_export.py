@@ -14,6 +14,7 @@ from torch import Tensor
 from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.export import onnx_export
 from dinoray.pipeline.export.onnx_export import export_onnx, resize_matrix
+from dinoray.pipeline.export.timm_export import export_timm
 from dinoray.pipeline.training.config import DINOConfig
 
 
@@ -135,8 +136,26 @@ def test_an_onnx_file_that_computes_something_else_is_not_given_out(monkeypatch:
         return resize_matrix(*args, **kwargs) * 1.01
 
     monkeypatch.setattr(onnx_export, "resize_matrix", wrong)
-    with pytest.raises(DinorayError, match=r"deviates from PyTorch by \d\.\de-\d\d of the largest feature"):
+    says = r"deviates from PyTorch by \d\.\de-\d\d of the largest feature, .* export it with --format timm$"
+    with pytest.raises(DinorayError, match=says):
         export_onnx(frozen_of(tiny_config()))
+    assert export_timm(frozen_of(tiny_config())).weights
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [("torch.onnx.export", "cannot be exported to ONNX"), ("onnxruntime.InferenceSession", "does not run")],
+)
+def test_what_onnx_cannot_hold_is_exported_for_timm(
+    part: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(part, refuse)
+    with pytest.raises(DinorayError, match=f"{says}: no such operator; export it with --format timm$"):
+        export_onnx(frozen_of(tiny_config()))
+    assert export_timm(frozen_of(tiny_config())).weights
 
 
 def test_packages_that_onnx_needs_are_named_with_the_command_that_brings_them(

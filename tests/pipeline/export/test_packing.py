@@ -154,7 +154,10 @@ def test_parts_of_other_settings_are_not_taken_for_ours(source: Source, tmp_path
 
 def rows_of(tmp_path: Path, keys: list[list[Any]], **config: Any) -> Source:
     shards = {
-        f"{s}.parquet": parquet({"image": [b"x"] * len(some), "name": some}) for s, some in enumerate(keys)
+        f"{s}.parquet": parquet(
+            {"image": [b"x"] * len(some), "name": some, "other": [f"{s} {i}" for i in range(len(some))]}
+        )
+        for s, some in enumerate(keys)
     }
     write_all(tmp_path, shards)
     data = DataConfig(path=str(tmp_path), **config)
@@ -163,8 +166,10 @@ def rows_of(tmp_path: Path, keys: list[list[Any]], **config: Any) -> Source:
 
 def test_a_key_that_names_two_images_is_refused_by_name(tmp_path: Path) -> None:
     twice = rows_of(tmp_path, [["a", "b", "c"], ["d", "e", "b"]], key_column="name")
-    with pytest.raises(ConfigError, match=r"data\.key_column='name' has 'b' in 2 rows"):
+    with pytest.raises(ConfigError, match=r"'name' has 'b' in 2 rows, .*; choose another column, or none$"):
         check_keys(twice)
+    check_keys(rows_of(tmp_path, [], key_column=None))
+    check_keys(rows_of(tmp_path, [], key_column="other"))
 
 
 def test_keys_of_any_type_and_none_at_all_are_compared_as_what_they_become(tmp_path: Path) -> None:

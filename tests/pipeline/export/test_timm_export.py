@@ -24,7 +24,9 @@ from dinoray.pipeline.data.demo_images import draw_demo_image
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features, embed
 from dinoray.pipeline.evaluation.knn import knn_accuracy
+from dinoray.pipeline.export.onnx_export import export_onnx
 from dinoray.pipeline.export.timm_export import TimmExport, crop_share, export_timm, timm_arguments
+from dinoray.pipeline.export.weights import export_state_dict
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.step import pixels
@@ -233,8 +235,9 @@ def test_weights_that_timm_would_use_otherwise_are_not_given_out(monkeypatch: py
     built = timm.create_model(other.config.backbone.name, num_classes=0, **timm_arguments(other))
     built.load_state_dict(other.weights)
     monkeypatch.setattr(FrozenBackbone, "backbone", lambda self: built.eval())
-    with pytest.raises(DinorayError, match="computes other features from these weights"):
+    with pytest.raises(DinorayError, match=r"computes other features .*; export it with --format onnx$"):
         export_timm(frozen)
+    assert export_onnx(frozen).data
 
 
 def test_weights_that_timm_cannot_load_are_refused_with_a_remedy() -> None:
@@ -242,6 +245,7 @@ def test_weights_that_timm_cannot_load_are_refused_with_a_remedy() -> None:
     broken = frozen._replace(weights={**frozen.weights, "more": torch.zeros(1)})
     with pytest.raises(DinorayError, match=r"cannot load the exported .* export it with --format state_dict"):
         export_timm(broken)
+    assert export_state_dict(broken)
 
 
 def test_a_folder_loads_elsewhere_by_absolute_and_relative_path(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import time
 from pathlib import Path
@@ -196,10 +197,25 @@ def test_trackers_that_are_not_there_are_named_before_anything_starts(
     assert "pip install 'dinoray[mlflow]'" in missing_mlflow
     assert "pip install 'dinoray[wandb]'" in missing_wandb
     assert "MLFLOW_TRACKING_URI" in address
+    monkeypatch.setattr(services, "_is_installed", lambda name: True)
+    for example in re.findall(r"(?<=e\.g\. )\S+|(?<= or )\S+$", address):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", example)
+        check_run(config)
+
+
+def test_a_node_without_the_address_of_a_service_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = TrackedRun("first", "0123456789ab", "plants", {}, Directory(str(tmp_path)))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=r"; set it in the environment of the nodes$"):
+        OPEN["mlflow"](run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    OPEN["mlflow"](run)
 
 
 def test_offline_files_that_would_be_lost_with_a_node_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_DIR", raising=False)
-    with pytest.raises(ConfigError, match="set WANDB_DIR"):
+    with pytest.raises(ConfigError, match=r": set WANDB_DIR to a folder that outlives it$"):
         OPEN["wandb"](TrackedRun("first", "0123456789ab", "plants", {}, Directory("s3://bucket/runs/first")))
