@@ -136,15 +136,15 @@ def stream(plan: ray_data.StreamPlan, layout: Layout) -> dict[str, Any]:
     edge = edge_turns(plan.augment_actors[0], layout)
     me = os.getpid()
     parts = ray.get([consume.remote(split, layout, rank, edge, me) for rank, split in enumerate(splits)])
-    # Ranks alternate block by block, so each rank had as many rows in rank 0's time as rank 0 itself.
-    images = parts[0]["rows"] * layout.world_size
+    images_per_second = sum(part["rows"] / part["seconds"] for part in parts)
+    images = images_per_second * parts[0]["seconds"]  # of all ranks, in the time of rank 0
     by_process = {role: 1000 * seconds / images for role, seconds in parts[0]["cpu"].items()}
     in_actor = sum(part["stages"] for part in parts) / sum(part["rows"] for part in parts)
     stages = dict(zip(STAGES, in_actor.tolist(), strict=True))
     return {
         "images": sum(part["rows_in_all"] for part in parts),
         "images_measured": sum(part["rows"] for part in parts),
-        "images_per_second": sum(part["rows"] / part["seconds"] for part in parts),
+        "images_per_second": images_per_second,
         "waited": min(part["waited"] for part in parts),
         "actor_cores": parts[0]["cpu"]["actor"] / parts[0]["seconds"],
         "cpu_ms": sum(by_process.values()),

@@ -19,7 +19,7 @@ from dinoray.models.settings import flatten
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.yaml_text import Loader, read_mapping, yaml_problem
-from dinoray.pipeline.worker.config import MUTABLE_ON_RESUME, Config
+from dinoray.pipeline.worker.config import MUTABLE_KEYS, MUTABLE_ON_RESUME, Config
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -156,7 +156,7 @@ def differences(old: Config, new: Config, *, free: Collection[str] = ()) -> list
         {
             k: v
             for k, v in flatten(config.model_dump(mode="json", exclude=set(MUTABLE_ON_RESUME)))
-            if k not in free
+            if k not in free and k not in MUTABLE_KEYS
         }
         for config in (old, keep_detected(new, old))
     )

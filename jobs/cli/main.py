@@ -56,13 +56,17 @@ def _is_cut_off() -> bool:
     return True
 
 
-def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple[int, int]]:
+def start_ray(
+    resources: ResourcesConfig, *, verbose: bool, num_streams: int = 1
+) -> tuple[bool, tuple[int, int]]:
     """Join the cluster of a submitted job, else start a local Ray; return (use_gpu, augment actors [least, most]).
+
+    There are at least `num_streams` augment actors, one for each stream of a run.
 
     A local Ray is given as many logical CPUs as the run asks for, at least the machine's: the operating system
     shares the real ones. ResourceError when GPUs are asked for that a local machine does not have.
     """
-    needed = resources.least_cpus
+    needed = resources.least_cpus(num_streams)
     local = join_ray(needed, verbose=verbose)
     have = ray.cluster_resources()
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
@@ -81,8 +85,8 @@ def start_ray(resources: ResourcesConfig, *, verbose: bool) -> tuple[bool, tuple
             flush=True,
         )
     spare = int((cpus - resources.train_cpus - 1) // resources.cpus_per_augment_actor)
-    least, most = resources.actor_range
-    return use_gpu, (least, max(1, spare) if most is None else most)
+    least, most = resources.least_actors(num_streams), resources.actor_range[1]
+    return use_gpu, (least, max(num_streams, spare) if most is None else most)
 
 
 def check_gpus(resources: ResourcesConfig, gpus: int) -> None:

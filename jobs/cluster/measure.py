@@ -109,6 +109,7 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
         image_bytes=crop_bytes(config.crops),
         most_actors=config.resources.actor_range[1] or 1,
         cpus_per_actor=config.resources.cpus_per_augment_actor,
+        num_streams=config.data.streams,
     )
     again = f"; each row group is read {reads.times_read:.1f} times" if reads.times_read > 1.05 else ""
     note("num_images", manifest.num_images, "listed")

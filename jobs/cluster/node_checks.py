@@ -70,10 +70,11 @@ def check_fit(nodes: Sequence[Node], config: Config, *, is_local: bool) -> list[
     free = ray.available_resources()
     asked = config.resources
     grows = any(_HEAD in node["Resources"] and not node["Resources"].get("CPU") for node in nodes)
-    train, needed = asked.train_cpus, asked.least_cpus
+    streams = config.data.streams
+    train, needed = asked.train_cpus, asked.least_cpus(streams)
     text = (
         f"{have['CPU']:.0f} CPUs, the run needs {needed}: {train:g} for resources.train_workers="
-        f"{asked.train_workers}, {asked.actor_range[0] * asked.cpus_per_augment_actor:g} for data, 1 for Ray"
+        f"{asked.train_workers}, {asked.least_actors(streams) * asked.cpus_per_augment_actor:g} for data, 1 for Ray"
     )
     found = []
     if is_local and have["CPU"] < needed:

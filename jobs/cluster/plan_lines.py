@@ -16,7 +16,14 @@ from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.planning.forecast import HEADROOM, Forecast, forecast, with_workers
-from dinoray.pipeline.planning.node_rates import LINK_SHARE, STORE_SHARE, STREAM_SHARE, Run, carried
+from dinoray.pipeline.planning.node_rates import (
+    LINK_SHARE,
+    STORE_SHARE,
+    STREAM_IMAGES_PER_SECOND,
+    STREAM_SHARE,
+    Run,
+    carried,
+)
 from dinoray.pipeline.planning.prices import PRICED
 from dinoray.pipeline.storage.files import is_shared_path
 
@@ -87,7 +94,7 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
     rows += [
         (
             "rate",
-            f"{found.images_per_second:,.0f} images/s; the GPUs can train on {found.demand:,.0f}",
+            f"{found.images_per_second:,.0f} images/s; the GPUs can train on {found.demand:,.0f}{_streams(found)}",
         ),
         (
             "network",
@@ -112,6 +119,12 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
         ("bottleneck", f"{found.bottleneck}: {found.remedy}"),
     ]
     return rows
+
+
+def _streams(found: Forecast) -> str:
+    if found.num_streams == 1:
+        return ""
+    return f"; one execution of Ray Data brings {STREAM_IMAGES_PER_SECOND:,}: set data.streams={found.num_streams}"
 
 
 def machine_rows(run: Run, found: Forecast, cores: int) -> list[Row]:
@@ -228,7 +241,9 @@ def settings_of(config: PlanConfig, found: Forecast) -> dict[str, Any]:
         cpu_hourly=round(plan.cpu.hourly * plan.spot_share, 4),
         gpu_hourly=plan.gpu.hourly,
     )
+    streams = max(config.data.streams, found.num_streams)
     return {
+        **({"data.streams": streams} if streams > 1 else {}),
         "resources.use_gpu": "true",
         "resources.train_workers": found.train_workers,
         "resources.augment_actors": f"[{least},{most}]",

@@ -65,6 +65,7 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
         image_bytes=crop_bytes(config.crops),
         most_actors=most_actors,
         cpus_per_actor=config.resources.cpus_per_augment_actor,
+        num_streams=config.data.streams,
     )
     batch, num_images = config.train.global_batch_size, int(sizes[window.groups].sum())
     num_groups = min(len(sizes), len(window.groups) * math.ceil(batch / num_images))

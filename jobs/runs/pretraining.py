@@ -62,7 +62,7 @@ def pretrain(config: Config, *, verbose: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
-    use_gpu, augment_actors = start_ray(config.resources, verbose=verbose)
+    use_gpu, augment_actors = start_ray(config.resources, verbose=verbose, num_streams=config.data.streams)
     for line in describe_reading(inputs.images, config, most_actors=augment_actors[1]):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     report = LiveReport(run)

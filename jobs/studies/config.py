@@ -101,7 +101,8 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
                 candidate(config, {**own, key: value})
             except ConfigError as error:
                 mistakes += [f"tune.space: {key}={value!r}: {line}" for line in str(error).splitlines()]
-    mistakes += [*warmup_mistakes(space, config.loss), *scheduler_mistakes(space, config.tune)]
+    mistakes += warmup_mistakes(space, config.loss)
+    mistakes += scheduler_mistakes(space, config.tune, num_streams=config.data.streams)
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return {key: domain for key, domain in space.items() if not _is_one_in_short(config, key, domain)}

@@ -62,6 +62,7 @@ def plan_of(config: StudyConfig, num_trials: int, have: Mapping[str, float]) -> 
         use_gpu=use_gpu,
         limit=limit_of(config),
         shares_stream=config.tune.share_stream,
+        num_streams=config.data.streams,
         all_at_once=config.tune.scheduler == "pb2",
         grows=not is_local(),
     )
@@ -74,6 +75,7 @@ def local_cores(config: StudyConfig) -> int:
         cores=os.cpu_count() or 1,
         limit=limit_of(config),
         shares_stream=config.tune.share_stream,
+        num_streams=config.data.streams,
     )
 
 

@@ -25,7 +25,7 @@ def warmup_mistakes(space: Space, loss: LossConfig) -> Iterator[str]:
                 )
 
 
-def scheduler_mistakes(space: Space, tune: StudySettings) -> Iterator[str]:
+def scheduler_mistakes(space: Space, tune: StudySettings, *, num_streams: int = 1) -> Iterator[str]:
     """What the scheduler cannot compare, or move, and what a shared stream cannot serve."""
     if tune.scheduler == "pb2":
         fixed = [key for key, domain in space.items() if not domain.is_continuous or not _moves(key)]
@@ -60,6 +60,11 @@ def scheduler_mistakes(space: Space, tune: StudySettings) -> Iterator[str]:
             yield (
                 f"tune.share_stream=true needs the same crops in all trials, but {', '.join(moved)} varies; "
                 "leave it out of tune.space, or set tune.share_stream=false"
+            )
+        if num_streams > 1:
+            yield (
+                f"data.streams={num_streams}: tune.share_stream=true makes the crops of all trials in one stream, "
+                "without Ray Data; set data.streams=1, or set tune.share_stream=false"
             )
 
 

@@ -63,6 +63,9 @@ class _RunChannelActor:
     async def put(self, name: str, value: Any) -> None:
         self._values[name] = value
 
+    async def merge(self, name: str, values: dict[Any, Any]) -> None:
+        self._values[name] = self._values.get(name, {}) | values
+
     async def get(self, name: str) -> Any:
         return self._values.get(name)
 
@@ -145,9 +148,17 @@ class RunChannel:
         """Keep a value under `name` for all processes, without waiting."""
         self._actor.put.remote(name, value)
 
+    def merge(self, name: str, values: dict[Any, Any]) -> None:
+        """Put `values` into the dict under `name`, which begins empty, without waiting."""
+        self._actor.merge.remote(name, values)
+
     def get(self, name: str) -> Any:
         """Return the value last put under `name`; None if there is none."""
-        return ray.get(self._actor.get.remote(name))
+        return ray.get(self.look_up(name))
+
+    def look_up(self, name: str) -> "ray.ObjectRef[Any]":
+        """As `get`, without waiting: a future result."""
+        return self._actor.get.remote(name)
 
     def add(self, name: str, value: Any) -> None:
         """Add a value to the sum under `name`, without waiting."""

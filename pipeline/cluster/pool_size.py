@@ -7,6 +7,7 @@ cost of a missing actor.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dinoray.models.commands import command
@@ -30,6 +31,8 @@ _HEADROOM = 1.25
 """Actors kept per busy actor."""
 _MOST_GROWTH = 4
 """Largest factor of one scale-up: an extrapolation further than this from one reading is a guess."""
+_UNEVEN = 1.15
+"""How much faster an image must be on the actors of one stream than on those of another before actors are moved."""
 _LEAST_GAIN = 0.25
 """Share of the expected gain of a scale-up. A smaller gain means another bottleneck: the network or the
 disk."""
@@ -79,9 +82,35 @@ class TrainerReading:
         return self.busy_seconds / self.seconds
 
 
+def share_actors(total: int, work: Sequence[float]) -> list[int]:
+    """Divide `total` actors among pools in proportion to their `work`, at least one for each; any unit of work.
+
+    Each next actor goes to the pool with the most work per actor, since the slowest pool limits all. So no pool
+    loses an actor when the total grows.
+    """
+    shares = [1] * len(work)
+    for _ in range(total - len(work)):
+        shares[max(range(len(work)), key=lambda pool: work[pool] / shares[pool])] += 1
+    return shares
+
+
+def divide_work(
+    known: Sequence[float], ranks: Sequence[int], cpu_ms: Mapping[int, float]
+) -> tuple[float, ...]:
+    """Return the work of each stream's pool, in proportion: that of its `ranks` by the `cpu_ms` of its images.
+
+    That is `known`, unless all streams have a time and theirs differ clearly from those behind it.
+    """
+    if len(cpu_ms) < len(ranks):
+        return tuple(known)
+    found = tuple(number * cpu_ms[stream] for stream, number in enumerate(ranks))
+    changes = [new / old for new, old in zip(found, known, strict=True)]
+    return found if max(changes) > _UNEVEN * min(changes) else tuple(known)
+
+
 @dataclass
 class PoolSize:
-    """Target number of actors, within [low, high]. All times are in seconds of one clock.
+    """Target number of actors of all streams, within [low, high]. All times are in seconds of one clock.
 
     Scale up: with R actors and data wait w the trainer works 1 - w of the time, so R / (1 - w) actors would
     keep it working all the time. Only readings that began when all requested actors were up count. Scale

@@ -49,7 +49,10 @@ class ResourcesConfig(Settings):
         """CPUs of all train workers."""
         return self.train_workers * self.cpus_per_train_worker
 
-    @property
-    def least_cpus(self) -> int:
+    def least_actors(self, num_streams: int = 1) -> int:
+        """Augment actors that a run of `num_streams` streams starts with: at least one for each stream."""
+        return max(num_streams, self.actor_range[0])
+
+    def least_cpus(self, num_streams: int = 1) -> int:
         """CPUs that a run needs: one more than its processes, for Ray's own small tasks, which else wait for ever."""
-        return ceil(self.train_cpus + self.actor_range[0] * self.cpus_per_augment_actor) + 1
+        return ceil(self.train_cpus + self.least_actors(num_streams) * self.cpus_per_augment_actor) + 1

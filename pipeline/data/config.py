@@ -27,6 +27,8 @@ class DataConfig(Settings):
     """Images that each augmentation actor, or Parquet row groups that each reader, requests at once."""
     fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
     """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""
+    streams: int = Field(default=1, ge=1)
+    """Ray Data executions among which the train workers of a run are divided; one brings about 7,000 images/s."""
     if_overwritten: Literal["bad", "use"] = "bad"
     """Objects that were overwritten after they were listed: bad counts them as bad images, use trains on them."""
     max_object_bytes: int = Field(default=64 << 20, ge=1)

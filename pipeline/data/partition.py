@@ -3,10 +3,13 @@
 Step s consumes positions [s * global_batch_size, (s + 1) * global_batch_size). After any step the images seen
 are a prefix of the position stream, for any number of ranks, so the step is the whole data state. Rank r
 takes the r-th slice of each step. A block holds several steps of one rank; blocks alternate over ranks in the
-order in which the stream is split. No images and no Ray here.
+order in which the stream is split.
+
+A stream may be divided into several: stream j of k serves the ranks r with r % k == j. Blocks are the same for any k,
+so batches are too, and each row group of a packed set stays within the block that it is in. No images and no Ray here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +22,25 @@ _MAX_BLOCK_ROWS = 256
 
 @dataclass(frozen=True)
 class Layout:
-    """The stream of steps [first_step, last_step) over `world_size` ranks."""
+    """The stream of steps [first_step, last_step) over `world_size` ranks; one of `num_streams`, for some of them."""
 
     first_step: int
     last_step: int
     world_size: int
     batch_size_per_worker: int
     steps_per_block: int
+    stream: int = 0
+    num_streams: int = 1
+
+    @property
+    def ranks(self) -> range:
+        """The ranks that this stream serves."""
+        return range(self.stream, self.world_size, self.num_streams)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in the stream; a multiple of `world_size`."""
-        return -(-(self.last_step - self.first_step) // self.steps_per_block) * self.world_size
+        """Blocks in the stream; a multiple of the number of its ranks."""
+        return -(-(self.last_step - self.first_step) // self.steps_per_block) * len(self.ranks)
 
     @property
     def rows_per_block(self) -> int:
@@ -39,12 +49,13 @@ class Layout:
 
     @property
     def stop(self) -> int:
-        """The position after the last one."""
+        """The position after the last one of all streams."""
         return self.last_step * self.world_size * self.batch_size_per_worker
 
     def block(self, index: int) -> NDArray[np.int64]:
         """Return the positions of block `index` in order of use, [steps in block * batch_size_per_worker]."""
-        turn, rank = divmod(index, self.world_size)
+        turn, place = divmod(index, len(self.ranks))
+        rank = self.ranks[place]
         start = self.first_step + turn * self.steps_per_block
         stop = min(start + self.steps_per_block, self.last_step)
         return np.concatenate([self.positions(step, rank) for step in range(start, stop)])
@@ -53,6 +64,10 @@ class Layout:
         """Return the positions that `rank` consumes at `step`, [batch_size_per_worker]."""
         first = (step * self.world_size + rank) * self.batch_size_per_worker
         return np.arange(first, first + self.batch_size_per_worker)
+
+    def divided(self, num_streams: int) -> "list[Layout]":
+        """Return the streams into which this undivided one is divided, at most one per rank."""
+        return [replace(self, stream=stream, num_streams=num_streams) for stream in range(num_streams)]
 
 
 def lay_out(steps: range, *, world_size: int, global_batch_size: int, image_bytes: int) -> Layout:
@@ -80,6 +95,19 @@ def batch_size_per_worker(global_batch_size: int, train_workers: int) -> int:
             f"resources.train_workers={train_workers}; try {near}"
         )
     return global_batch_size // train_workers
+
+
+def check_streams(num_streams: int, *, train_workers: int, most_actors: int | None) -> None:
+    """Raise ConfigError where a stream would have no train worker to serve, or no augment actor; None: no limit."""
+    most = train_workers if most_actors is None else min(train_workers, most_actors)
+    if num_streams > most:
+        limit = f"resources.train_workers={train_workers}"
+        if most < train_workers:
+            limit = f"the {most} actors of resources.augment_actors"
+        raise ConfigError(
+            f"data.streams={num_streams} must be at most {limit}, because each stream has train workers and augment "
+            f"actors of its own; set data.streams={most}"
+        )
 
 
 def check_accumulation(batch_size: int, num_parts: int) -> None:

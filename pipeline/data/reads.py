@@ -5,6 +5,7 @@ its rows, of others' by readers that all actors share (sharing.py). Counted from
 caches; nothing is read. No Ray here.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +40,12 @@ def count_reads(
     image_bytes: int,
     most_actors: int,
     cpus_per_actor: float = 1,
+    num_streams: int = 1,
 ) -> Reads:
-    """Return what the first epoch reads, or its first windows, if the blocks are those of `lay_out`."""
+    """Return what the first epoch reads, or its first windows, if the blocks are those of `lay_out`.
+
+    They are the same in any number of streams.
+    """
     sizes, group_bytes = manifest.group_sizes, manifest.group_bytes
     if sizes is None or group_bytes is None:
         return Reads(1.0, float(manifest.table["size"].to_numpy().mean()), 1.0)
@@ -61,11 +66,13 @@ def count_reads(
         most_actors=most_actors,
         cpus_per_actor=cpus_per_actor,
         rows_per_block=rows_per_block,
+        num_streams=num_streams,
     )
     if sharing is None:
         read = read_by_blocks(order, layout, sizes)
     else:
-        read = read_by_readers(order, layout, sizes, group_bytes, sharing, num_actors=most_actors)
+        blocks = map(layout.block, _jittered(layout.num_blocks, 2 * most_actors).tolist())
+        read = read_by_readers(order, blocks, layout.stop, sizes, group_bytes, sharing)
     images = np.concatenate([order.locate(layout.block(n))[1] for n in range(layout.num_blocks)])
     used = (group_bytes / np.maximum(1, sizes))[_groups_of(np.cumsum(sizes), images)].sum()
     num_bytes = int(group_bytes[read].sum())
@@ -81,16 +88,15 @@ def read_by_blocks(order: Order, layout: Layout, sizes: NDArray[np.int64]) -> ND
 
 def read_by_readers(
     order: Order,
-    layout: Layout,
+    blocks: Iterable[NDArray[np.int64]],
+    stop: int,
     sizes: NDArray[np.int64],
     group_bytes: NDArray[np.int64],
     sharing: Sharing,
-    *,
-    num_actors: int,
 ) -> NDArray[np.int64]:
     """Return the row groups that shared readers read, one entry per read.
 
-    The blocks that are under way at once, two per actor, ask in any order. One in a hundred asks much later.
+    `blocks` are the positions of each block, in the order in which they ask; all end at `stop`.
     """
     caches: list[WindowCache[_Size]] = [
         WindowCache(sharing.cache_bytes, sizes) for _ in range(sharing.num_readers)
@@ -104,9 +110,8 @@ def read_by_readers(
                 read.append(group)
                 caches[reader].put(group, _Size(int(group_bytes[group])))
 
-    for number in _jittered(layout.num_blocks, 2 * num_actors):
-        positions = layout.block(number)
-        ahead = groups_ahead(order, int(positions[-1]), layout.stop)
+    for positions in blocks:
+        ahead = groups_ahead(order, int(positions[-1]), stop)
         if ahead is not None and caches[0].begin(ahead):
             for cache in caches[1:]:
                 cache.begin(ahead)
@@ -135,7 +140,10 @@ class _Size(NamedTuple):
 
 
 def _jittered(num_blocks: int, at_once: int) -> NDArray[np.int64]:
-    """Return all block numbers, those of each `at_once` shuffled, and a few of them late by three times as much."""
+    """Return all block numbers in the order in which they ask, one in a hundred much later than its neighbours.
+
+    The blocks that are under way at once, two per actor, ask in any order.
+    """
     chance = np.random.default_rng(0)
     turns = np.arange(num_blocks) // at_once + 3 * (chance.random(num_blocks) < _SHARE_LATE)
     return np.lexsort([chance.random(num_blocks), turns])

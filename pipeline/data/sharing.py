@@ -23,6 +23,8 @@ _CPUS_PER_READER = 8
 _BLOCKS_PER_ACTOR = 2
 _WINDOWS = 3
 """The window in use, the one after it, which is read ahead, and the one before, for actors that are late."""
+_WINDOWS_APART = 2
+"""Windows by which one of several streams may be ahead of another one."""
 _DEVIATIONS = 2
 """How far above its share of the row groups in use a reader may have: shares are as even as drawn lots."""
 
@@ -44,7 +46,13 @@ class Sharing(NamedTuple):
 
 
 def share_reading(
-    manifest: Manifest, order: Order, *, most_actors: int, cpus_per_actor: float, rows_per_block: int
+    manifest: Manifest,
+    order: Order,
+    *,
+    most_actors: int,
+    cpus_per_actor: float,
+    rows_per_block: int,
+    num_streams: int = 1,
 ) -> Sharing | None:
     """Return the readers of a run with up to `most_actors` actors; None if its order has no windows."""
     window, group_bytes = order.window(0), manifest.group_bytes
@@ -52,7 +60,8 @@ def share_reading(
         return None
     total, largest = int(group_bytes.sum()), int(group_bytes.max())
     num_readers = min(math.ceil(most_actors * cpus_per_actor / _CPUS_PER_READER), len(group_bytes))
-    in_use = _WINDOWS * len(window.groups) * largest
+    num_windows = _WINDOWS + (_WINDOWS_APART if num_streams > 1 else 0)
+    in_use = num_windows * len(window.groups) * largest
     of_actors = _BLOCKS_PER_ACTOR * most_actors * rows_per_block * total / order.num_images
     each = (in_use + of_actors) / num_readers
     if num_readers > 1:
@@ -95,6 +104,29 @@ class WindowCache(RowGroupCache[Held]):
                     del self._given[group]
                     done.append(group)
         self.release(done)
+
+
+class StreamsApart:
+    """How far the streams of a run have come, in windows; all of them need each window.
+
+    A stream whose train workers wait for those of a slower one runs ahead as far as the object store has room, which
+    may be further than readers keep row groups. So it must not begin a window that the others are far from.
+    """
+
+    def __init__(self, num_streams: int) -> None:
+        self._latest = [-1] * num_streams
+        self._begun: set[int] = set()
+
+    def may_begin(self, stream: int, window: int) -> bool:
+        """Return whether a stream may begin the window at this position, or one that it has begun before."""
+        last = min(latest for other, latest in enumerate(self._latest) if other != stream)
+        ahead = sum(last < begun <= window for begun in self._begun | {window})
+        return window <= self._latest[stream] or ahead <= _WINDOWS_APART
+
+    def begin(self, stream: int, window: int) -> None:
+        """Note that a stream begins the window at this position."""
+        self._latest[stream] = max(self._latest[stream], window)
+        self._begun = {begun for begun in self._begun | {window} if begun >= min(self._latest)}
 
 
 def groups_ahead(order: Order, position: int, stop: int) -> Window | None:

@@ -20,6 +20,7 @@ from dinoray.pipeline.planning.node_rates import (
     augmenting,
     bytes_into_a_gpu_node,
     fetched_per_actor,
+    streams_for,
 )
 from dinoray.pipeline.planning.prices import PlanSettings
 
@@ -44,6 +45,7 @@ class Forecast:
     images_per_second: float
     bottleneck: Limit
     remedy: str
+    num_streams: int
     augment_actors: tuple[int, int]
     augment_cpus: float
     spare_cpus: float
@@ -140,6 +142,7 @@ def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
         images_per_second=rate,
         bottleneck=bottleneck,
         remedy=_remedy(bottleneck, plan),
+        num_streams=min(most, streams_for(rate, workers)),
         augment_actors=(least, most),
         augment_cpus=HEADROOM * rate / (STREAM_SHARE * figures.images_per_second_per_cpu),
         spare_cpus=spare,
@@ -199,6 +202,7 @@ def forecast_here(run: Run, figures: Figures, plan: PlanSettings, *, cores: int)
         images_per_second=rate,
         bottleneck=bottleneck,
         remedy=_remedy(bottleneck, plan),
+        num_streams=1,
         augment_actors=(actors, actors),
         augment_cpus=rate * crop,
         spare_cpus=0.0,

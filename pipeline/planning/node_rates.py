@@ -16,6 +16,9 @@ Limit = Literal["training step", "augmentation", "network", "S3 latency", "objec
 
 STREAM_SHARE = 0.92
 """Ray throughput over bare-CPU throughput, by the clock (benchmarks/RESULTS.md, "The stream's cost")."""
+STREAM_IMAGES_PER_SECOND = 7000
+"""Images/s of one execution of Ray Data, whose coordinator is one busy Python process: measured 7,000 to 8,000 where
+neither crops nor training were the limit."""
 LINK_SHARE = 0.8
 """Share of a link's rate available to crops: an assumption, for headers and because blocks come in bursts."""
 STORE_SHARE = 0.3
@@ -96,6 +99,16 @@ def augmenting(node: NodeType, cpus: float, run: Run, figures: Figures, *, sends
     limit = min(limits, key=lambda name: limits[name])
     busy = limits[limit] / limits["augmentation"] * actors * run.cpus_per_augment_actor
     return Augmenting(limits[limit], limit, actors, busy)
+
+
+def streams_for(images_per_second: float, train_workers: int) -> int:
+    """Return the least number of streams that brings `images_per_second`, of those that divide the train workers.
+
+    Streams with equally many train workers have equal work. At most one for each train worker.
+    """
+    dividing = [number for number in range(1, train_workers + 1) if train_workers % number == 0]
+    enough = (number for number in dividing if number * STREAM_IMAGES_PER_SECOND >= images_per_second)
+    return next(enough, train_workers)
 
 
 def fetched_per_actor(run: Run, figures: Figures) -> float:

@@ -3,6 +3,11 @@
 One fused actor fetches, decodes and crops. Only blocks of uint8 crops are transferred, never full-size
 images. data/partition.py cuts the blocks so that splits alternate over ranks and each rank receives the batch
 of its step. `batches` checks this.
+
+The coordinator of an execution is one Python process, which limits the images per second of an execution. A run may
+therefore have several streams: executions with coordinators and pools of their own, each for some of the ranks. Ray
+Data's own coordinator of resources divides the object store of each node equally among executions, and CPUs are
+requested for each pool by itself (cluster/pool_control.py), so no stream takes what another one needs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,9 +27,9 @@ from dinoray.pipeline.augment.augmenter import Augmenter, crop_threads
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.augment.multicrop import limit_threads, prepare_kernel
 from dinoray.pipeline.cluster.channel import RunChannel
-from dinoray.pipeline.cluster.pool_control import DrainPolicy, PoolControl, not_resized
-from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
-from dinoray.pipeline.cluster.pool_size import PoolSize
+from dinoray.pipeline.cluster.pool_control import DrainPolicy, PoolControl, PoolFollower, not_resized
+from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox, PoolPlan
+from dinoray.pipeline.cluster.pool_size import PoolSize, share_actors
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.data.source import Source
@@ -56,9 +61,11 @@ class StreamPlan:
     crops: CropsConfig
     seed: int
     augment_actors: tuple[int, int]
-    """Least and most; cluster/pool_size.py chooses the number within this range."""
+    """Least and most of all streams; cluster/pool_size.py chooses the number within this range."""
     cpus_per_augment_actor: float
     cool_down_seconds: float
+    num_streams: int = 1
+    """Executions of Ray Data; they share the augment actors, the readers and the ranks among them."""
     readers: Readers | None = None
     """Readers that fetch for all augment actors; None: each actor fetches its images itself."""
 
@@ -66,15 +73,18 @@ class StreamPlan:
 class BlockMaker:
     """The work of an augment actor on blocks of a plan; ready for its first image once it is made.
 
-    Also limits the whole process's threads, prepares the crop kernel and posts outages of the storage.
+    Also limits the whole process's threads, prepares the crop kernel and posts outages of the storage. `layout`: that
+    of the stream, if the blocks are those of one of several.
     """
 
-    def __init__(self, plan: StreamPlan) -> None:
+    def __init__(self, plan: StreamPlan, layout: Layout | None = None) -> None:
         limit_threads()
         report_outages(plan.channel.note_outage)
         prepare_kernel(plan.crops)
         threads = crop_threads(plan.cpus_per_augment_actor)
-        self._shared = None if plan.readers is None else SharedImages(plan.readers, plan.source, plan.order)
+        self._shared = (
+            None if plan.readers is None else SharedImages(plan.readers, plan.source, plan.order, layout)
+        )
         images: Source | SharedImages = self._shared or ray.get(plan.source)
         self._augmenter = Augmenter(images, plan.order, plan.crops, seed=plan.seed, num_threads=threads)
 
@@ -94,7 +104,7 @@ class MultiCropActor:
 
     def __init__(self, plan: StreamPlan, layout: Layout) -> None:
         self._channel, self._layout = plan.channel, layout
-        self._blocks = BlockMaker(plan)
+        self._blocks = BlockMaker(plan, layout)
 
     def __call__(self, blocks: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
         positions = np.concatenate([self._layout.block(int(i)) for i in blocks["id"]])
@@ -110,24 +120,36 @@ class MultiCropActor:
 def open_splits(
     plan: StreamPlan, layout: Layout, *, locality_hints: list[str] | None = None
 ) -> list[DataIterator]:
-    """Start the plan for `layout` and return one picklable iterator per rank. Call on one rank only."""
-    # If an earlier pool has posted its state, the new pool starts from it.
-    low, high = plan.augment_actors
-    size = PoolMailbox(plan.channel).size() or PoolSize(
-        low, high, target=low, cool_down_seconds=plan.cool_down_seconds
+    """Start the streams of `layout` and return one picklable iterator per rank. Call on one rank only."""
+    streams, (low, high) = layout.divided(plan.num_streams), plan.augment_actors
+    # If earlier pools have sent their plan, the new ones start from it.
+    pools = PoolMailbox(plan.channel).begin() or PoolPlan(
+        PoolSize(low, high, target=low, cool_down_seconds=plan.cool_down_seconds),
+        tuple(float(len(stream.ranks)) for stream in streams),
     )
+    if private.MISSING is not None:
+        plan.channel.post("note", text=not_resized(private.MISSING))
+    splits: dict[int, DataIterator] = {}
+    for stream in streams:
+        splits |= zip(stream.ranks, _open(plan, stream, pools, locality_hints), strict=True)
+    return [splits[rank] for rank in range(layout.world_size)]
+
+
+def _open(
+    plan: StreamPlan, layout: Layout, pools: PoolPlan, locality_hints: list[str] | None
+) -> list[DataIterator]:
+    """Start one stream and return an iterator for each of its ranks; `pools` is the plan for those of all streams."""
+    ranks = [len(stream.ranks) for stream in layout.divided(plan.num_streams)]
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # splits alternate over ranks only in this order
     context.enable_progress_bars = False
     # Ray must not cut a block of the plan: a limit of twice the block's bytes is never reached.
-    rows = layout.steps_per_block * layout.batch_size_per_worker
-    context.target_max_block_size = max(128 << 20, 2 * rows * crop_bytes(plan.crops))
+    context.target_max_block_size = max(128 << 20, 2 * layout.rows_per_block * crop_bytes(plan.crops))
+    least, most = (share_actors(number, pools.work)[layout.stream] for number in plan.augment_actors)
     if private.MISSING is None:
-        private.add_control(context, partial(PoolControl, plan.channel, size), DrainPolicy)
-        actors = (size.target, size.target)
-    else:
-        plan.channel.post("note", text=not_resized(private.MISSING))
-        actors = plan.augment_actors
+        control = PoolControl if layout.stream == 0 else PoolFollower
+        private.add_control(context, partial(control, plan.channel, pools, ranks, layout.stream), DrainPolicy)
+        least = most = share_actors(pools.size.target, pools.work)[layout.stream]
     # Not ray.data.range(): it runs one task per block to make a number, a fifth of Ray's overhead for a
     # block.
     numbers = [{"id": i} for i in range(layout.num_blocks)]
@@ -138,8 +160,8 @@ def open_splits(
             batch_size=1,
             fn_constructor_args=(plan, layout),
             compute=ActorPoolStrategy(
-                min_size=actors[0],
-                max_size=actors[1],
+                min_size=least,
+                max_size=most,
                 enable_true_multi_threading=True,
                 **_of_strategy,
             ),
@@ -149,12 +171,13 @@ def open_splits(
             # memory.
             memory=0,
         )
-        return crops.streaming_split(layout.world_size, equal=True, locality_hints=locality_hints)
+        return crops.streaming_split(len(layout.ranks), equal=True, locality_hints=locality_hints)
 
 
-def legs(layout: Layout) -> Iterator[Layout]:
-    """Yield `layout` cut into consecutive executions with a bounded number of blocks each."""
-    steps = max(1, _LEG_BLOCKS // layout.world_size) * layout.steps_per_block
+def legs(layout: Layout, num_streams: int = 1) -> Iterator[Layout]:
+    """Yield `layout` cut into consecutive executions with a bounded number of blocks in each stream."""
+    ranks = len(layout.divided(num_streams)[0].ranks)
+    steps = max(1, _LEG_BLOCKS // ranks) * layout.steps_per_block
     for first in range(layout.first_step, layout.last_step, steps):
         yield replace(layout, first_step=first, last_step=min(first + steps, layout.last_step))
 

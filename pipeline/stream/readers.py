@@ -10,6 +10,8 @@ needs it, the others on nodes with CPUs. The head of a cluster, where the driver
 one is started again.
 """
 
+import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -30,7 +32,8 @@ from dinoray.pipeline.data.fetched import Fetched
 from dinoray.pipeline.data.group_reader import GroupReader
 from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.data.order import Order, Window
-from dinoray.pipeline.data.sharing import Sharing, groups_ahead
+from dinoray.pipeline.data.partition import Layout
+from dinoray.pipeline.data.sharing import Sharing, StreamsApart, groups_ahead
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.waiting import report_outages
 
@@ -40,6 +43,8 @@ _MOST_ROWS, _MOST_BYTES = 32, 16 << 20
 """Images of one call, and their expected bytes: the first of a block are cropped before the last are sent."""
 _TRIES = 5
 """Readers in a row that may die under one call."""
+_APART_SECONDS = 30.0
+"""Longest wait for slower streams, one of which may have no actor for a while."""
 
 
 class _Reply(NamedTuple):
@@ -73,12 +78,26 @@ class Readers:
 
 
 class _Host:
-    """Starts readers where they are needed and owns them: they end with it."""
+    """Starts readers where they are needed and owns them: they end with it. Keeps streams near one another."""
 
     def __init__(self) -> None:
         self._lent: dict[int, _Lent] = {}
+        self._leg, self._apart = -1, StreamsApart(1)
+        self._has_changed = asyncio.Condition()
 
-    def reader(self, number: int, node: str, lost: int, *arguments: Any) -> _Lent:
+    async def begin(self, layout: Layout, window: int) -> None:
+        """Return once the stream of `layout` may begin the window at this position."""
+        async with self._has_changed:
+            if layout.first_step != self._leg:  # else those of a run that has gone back seem to be far ahead
+                self._leg, self._apart = layout.first_step, StreamsApart(layout.num_streams)
+            apart = self._apart
+            may_begin = self._has_changed.wait_for(lambda: apart.may_begin(layout.stream, window))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(may_begin, _APART_SECONDS)
+            apart.begin(layout.stream, window)
+            self._has_changed.notify_all()
+
+    async def reader(self, number: int, node: str, lost: int, *arguments: Any) -> _Lent:
         """Return a reader; a new one if there is none that is newer than the `lost` one.
 
         `node` is that of who asks. A restarted host knows nothing,
@@ -129,11 +148,19 @@ class _Reader:
 class SharedImages:
     """The images of a source, as the readers give them: an augment actor's own handle to them. Thread-safe.
 
-    Has the methods of Source that an Augmenter uses, and their results.
+    Has the methods of Source that an Augmenter uses, and their results. `layout`: that of the stream which the images
+    are for, if it may be one of several.
     """
 
-    def __init__(self, readers: Readers, source: "ray.ObjectRef[Source]", order: Order) -> None:
+    def __init__(
+        self,
+        readers: Readers,
+        source: "ray.ObjectRef[Source]",
+        order: Order,
+        layout: Layout | None = None,
+    ) -> None:
         self._readers, self._source_ref, self._order = readers, source, order
+        self._layout = layout if layout is not None and layout.num_streams > 1 else None
         self._source: Source = ray.get(source)
         manifest = self._source.manifest
         sizes, num_bytes = manifest.group_sizes, manifest.group_bytes
@@ -142,7 +169,7 @@ class SharedImages:
         self._ends, self._bytes_per_image = np.cumsum(sizes), num_bytes / np.maximum(1, sizes)
         self._node = ray.get_runtime_context().get_node_id()
         self._lent: dict[int, _Lent] = {}
-        self._lock, self._cpu_seconds, self._window = threading.Lock(), 0.0, -1
+        self._lock, self._cpu_seconds, self._window, self._begun = threading.Lock(), 0.0, -1, -1
 
     @property
     def config(self) -> DataConfig:
@@ -150,10 +177,18 @@ class SharedImages:
         return self._source.config
 
     def expect(self, positions: NDArray[np.int64], stop: int) -> None:
-        """Have the row groups of these positions and of the next window read ahead; the stream ends at `stop`."""
+        """Have the row groups of these positions and of the next window read ahead; the stream ends at `stop`.
+
+        Waits for streams that are too far behind.
+        """
         ahead = groups_ahead(self._order, int(positions[-1]), stop)
+        if ahead is None:
+            return
+        if self._layout is not None and ahead.first > self._begun:
+            ray.get(self._readers.host.begin.remote(self._layout, ahead.first))
         with self._lock:
-            if ahead is None or ahead.first == self._window:
+            self._begun = max(self._begun, ahead.first)
+            if ahead.first == self._window:
                 return
             self._window = ahead.first
         readers = self._readers.sharing.reader_of(ahead.groups)

@@ -21,6 +21,9 @@ MUTABLE_ON_RESUME = frozenset(
 )
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
+MUTABLE_KEYS = frozenset({"data.streams"})
+"""Such settings in other sections."""
+
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """It names a folder, and a job in an address."""

@@ -18,7 +18,12 @@ from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import Event, RunChannel, fatal_error
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
-from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation, lay_out
+from dinoray.pipeline.data.partition import (
+    batch_size_per_worker,
+    check_accumulation,
+    check_streams,
+    lay_out,
+)
 from dinoray.pipeline.data.sharing import share_reading
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.ray_private.train_controller import ControllerCallback
@@ -47,10 +52,14 @@ _KILL_SECONDS = 20.0
 
 
 def check_run(config: Config) -> None:
-    """ConfigError when the batch cannot be divided, the network cannot be built or take the crops, or a tracker is not
-    there."""
+    """ConfigError when the batch or the stream cannot be divided, the network cannot be built or take the crops, or a
+    tracker is not there."""
     check_trackers(config.track)
-    per_worker = batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
+    resources = config.resources
+    check_streams(
+        config.data.streams, train_workers=resources.train_workers, most_actors=resources.actor_range[1]
+    )
+    per_worker = batch_size_per_worker(config.train.global_batch_size, resources.train_workers)
     check_accumulation(per_worker, config.train.accumulate_steps)
     eval_sizes = [config.eval.image_size] if config.eval.image_size else []
     build_backbone(
@@ -105,6 +114,7 @@ def stream_plan(
             global_batch_size=config.train.global_batch_size,
             image_bytes=crop_bytes(config.crops),
         ).rows_per_block,
+        num_streams=config.data.streams,
     )
     return StreamPlan(
         source=images,
@@ -115,6 +125,7 @@ def stream_plan(
         augment_actors=augment_actors,
         cpus_per_augment_actor=config.resources.cpus_per_augment_actor,
         cool_down_seconds=config.resources.cool_down_seconds,
+        num_streams=config.data.streams,
         readers=Readers.start(sharing, channel) if sharing is not None and is_read else None,
     )
 

@@ -11,6 +11,7 @@ from dinoray.pipeline.augment.augmenter import STAGES
 from dinoray.pipeline.cluster.pool_size import TrainerReading
 
 _PACE_SECONDS = 2.0
+_WORK_SECONDS = 30.0
 
 
 class ThroughputMeter:
@@ -86,3 +87,22 @@ class PoolThroughput(ThroughputMeter):
         if self.seconds >= _PACE_SECONDS:
             self.read()
             self._tell(self.reading)
+
+
+class WorkMeter:
+    """Passes the CPU time per image of this rank's stream, in milliseconds, to `tell` every half a minute."""
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell = tell
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since, self._cpu_ms, self._images = time.perf_counter(), 0.0, 0
+
+    def add(self, cpu_ms: NDArray[np.float32]) -> None:
+        """Add the images of a batch. `cpu_ms` [n, 3] is as in ThroughputMeter."""
+        self._cpu_ms += float(cpu_ms.sum())
+        self._images += len(cpu_ms)
+        if time.perf_counter() - self._since >= _WORK_SECONDS:
+            self._tell(self._cpu_ms / self._images)
+            self._restart()

@@ -19,6 +19,7 @@ from ray.train import CheckpointConfig as RayCheckpointConfig
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import known_error
+from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.partition import Layout, lay_out
 from dinoray.pipeline.evaluation.in_training import evaluate
@@ -39,6 +40,7 @@ from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.outputs import Outputs
 from dinoray.pipeline.worker.spec import WorkerSpec
+from dinoray.pipeline.worker.throughput import WorkMeter
 
 CONTROLLER = "train controller"
 """Name under which the run's channel keeps the handle of Ray Train's controller."""
@@ -123,6 +125,8 @@ class _Worker:
             checkpoint_every=spec.checkpoint.every_steps,
         )
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
+        # The first rank of each stream speaks for its ranks: rank j for stream j.
+        self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
         self.verdict = Verdict.HEALTHY
         self.stopped = False
 
@@ -180,7 +184,7 @@ class _Worker:
             stream = shared_stream.batches(shared, layout, rank=self.rank, prefetch_batches=ahead)
             yield from self.agreement.batches(stream)
             return
-        for leg in ray_data.legs(layout):
+        for leg in ray_data.legs(layout, self.spec.stream.num_streams):
             yield from self.agreement.batches(self._batches_of(leg))
 
     def _batches_of(self, leg: Layout) -> Iterator[dict[str, Any]]:
@@ -201,6 +205,8 @@ class _Worker:
         state, step = self.state, self.state.step
         if self.outputs:
             self.outputs.count_step(batch, wait_seconds)
+        if self.rank < self.spec.stream.num_streams > 1:
+            self.work.add(batch["cpu_ms"])
         self.quarantine.note(batch)
         fails = state.skipped_in_a_row >= self.spec.health.max_skipped
         due = self.cadence.due(step, fails=fails)

@@ -61,16 +61,17 @@ def plan_study(
     use_gpu: bool,
     limit: int | None,
     shares_stream: bool,
+    num_streams: int = 1,
     all_at_once: bool = False,
     grows: bool = True,
 ) -> StudyPlan:
     """Return the plan for `cpus` and `gpus`; raise ResourceError, with the numbers, if the trials do not fit.
 
     `limit`: requested number of concurrent trials; None takes as many as fit. `all_at_once`: all trials must
-    run at once, because they form a population. `grows`: the cluster may grow later.
+    run at once, because they form a population. `num_streams`: of each trial. `grows`: the cluster may grow later.
     """
-    least, most = resources.actor_range
-    cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
+    least, most = resources.least_actors(num_streams), resources.actor_range[1]
+    cpus_each, cpus_shared = _cpus(resources, num_streams, shares_stream=shares_stream)
     gpus_each = resources.train_workers if use_gpu else 0
     fit = floor((cpus - _FOR_RAY - cpus_shared) / cpus_each) if cpus_each else num_trials
     if gpus_each:
@@ -108,14 +109,16 @@ def plan_study(
     )
 
 
-def local_cpus(resources: ResourcesConfig, *, cores: int, limit: int | None, shares_stream: bool) -> int:
+def local_cpus(
+    resources: ResourcesConfig, *, cores: int, limit: int | None, shares_stream: bool, num_streams: int = 1
+) -> int:
     """Return the logical CPUs of a local Ray on a machine of `cores`; the operating system shares the cores.
 
     The number allows as many concurrent trials as have all their cores, at least one; or the `limit`.
     """
-    alone, _ = _cpus(resources, shares_stream=False)
+    alone, _ = _cpus(resources, num_streams, shares_stream=False)
     at_once = limit or max(1, floor(cores / alone))
-    cpus_each, cpus_shared = _cpus(resources, shares_stream=shares_stream)
+    cpus_each, cpus_shared = _cpus(resources, num_streams, shares_stream=shares_stream)
     return max(cores, ceil(at_once * cpus_each + cpus_shared) + _FOR_RAY)
 
 
@@ -129,8 +132,8 @@ def _less_of_one(gpus_each: int, gpus: int) -> str:
     )
 
 
-def _cpus(resources: ResourcesConfig, *, shares_stream: bool) -> tuple[float, float]:
+def _cpus(resources: ResourcesConfig, num_streams: int, *, shares_stream: bool) -> tuple[float, float]:
     """Return the CPUs of a trial, and the CPUs that all trials share."""
     train = resources.train_cpus
-    augment = resources.actor_range[0] * resources.cpus_per_augment_actor
+    augment = resources.least_actors(num_streams) * resources.cpus_per_augment_actor
     return (train, augment) if shares_stream else (train + augment, 0.0)

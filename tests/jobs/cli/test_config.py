@@ -296,7 +296,7 @@ def test_only_what_decides_what_is_learnt_is_a_difference() -> None:
             "log.every_steps=3",
             "checkpoint.every_steps=7",
         ),
-        *("storage_path=/elsewhere", "name=other"),
+        *("storage_path=/elsewhere", "name=other", "data.streams=4"),
     ]
     assert differences(old, config_of(*free)) == []
     assert differences(old, config_of("optim.base_lr=0.1", "train.seed=5", *free)) == [

@@ -60,6 +60,14 @@ RUNS: dict[str, list[str]] = {
     "evaluation size that patches do not divide": [*RUN, "eval.image_size=100"],
     "published positions elsewhere": [*CNN, "backbone.name=resnet10t", "backbone.pos_embed=official"],
     "indivisible batch": [*RUN, "train.global_batch_size=9", "resources.train_workers=2"],
+    "more streams than train workers": [
+        *(*RUN, "resources.train_workers=2", "train.global_batch_size=16"),
+        "data.streams=3",
+    ],
+    "more streams than augment actors": [
+        *(*RUN, "resources.train_workers=4", "train.global_batch_size=16"),
+        *("resources.augment_actors=[1, 2]", "data.streams=4"),
+    ],
     "indivisible share": [*RUN, "train.global_batch_size=16", "train.accumulate_steps=3"],
     "falling warm-up": [*RUN, "loss.teacher_temp=0.03", "loss.warmup_teacher_temp_epochs=5"],
     "momentum without a centre": [*RUN, "loss.center_momentum=0.5", "loss.centering=none"],
@@ -88,6 +96,7 @@ STUDIES: dict[str, list[str]] = {
     "loss that what varies is part of": [*STUDY, TEMP, "tune.objective=loss"],
     "batch under ASHA": [*STUDY, "tune.space={train.global_batch_size: [32, 64]}"],
     "shared stream of other crops": [*STUDY, "tune.space={crops.hue: [0.1, 0.2]}", "tune.share_stream=true"],
+    "shared stream of several": [*STUDY, TEMP, "tune.share_stream=true", "data.streams=2"],
     "population that moves no setting": [
         *STUDY,
         "tune.space={head.out_dim: [64, 128]}",

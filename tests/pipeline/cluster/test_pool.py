@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from dinoray.pipeline.cluster.pool_control import DrainPolicy, PoolControl, reservation
-from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
+from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox, PoolPlan
 from dinoray.pipeline.cluster.pool_size import Actors, PoolSize
 
 
@@ -46,20 +46,31 @@ def test_actors_that_run_are_reserved_where_they_are_and_those_to_come_anywhere(
 
 
 class Values:
-    """A channel's values and sums, without an actor."""
+    """A channel's values, without an actor."""
 
     def __init__(self) -> None:
-        self.put, self.get = (values := {}).__setitem__, values.get
+        self._values: dict[str, Any] = {}
+        self.put, self.get = self._values.__setitem__, self._values.get
+
+    def merge(self, name: str, values: dict[Any, Any]) -> None:
+        self._values[name] = self._values.get(name, {}) | values
 
 
-def test_nothing_is_logged_of_a_pool_before_its_first_state() -> None:
+def test_nothing_is_logged_of_pools_before_their_first_state_and_then_their_sum() -> None:
     mailbox = PoolMailbox(Values())  # type: ignore[arg-type]
+    assert mailbox.begin() is None
     assert mailbox.metrics() == {}
-    assert mailbox.size() is None
-    size = PoolSize(1, 4, target=3, cool_down_seconds=60)
-    mailbox.send_state(Actors(2, 1), size)
-    assert mailbox.metrics() == {"augment_actors": 2, "augment_target": 3}
-    assert mailbox.size() is size
+    size = PoolSize(1, 8, target=5, cool_down_seconds=60)
+    mailbox.send_actors(0, Actors(2, 1))
+    mailbox.send_plan(PoolPlan(size, (1.0, 1.0)))
+    assert mailbox.metrics() == {"augment_actors": 2, "augment_target": 5}
+    mailbox.send_actors(1, Actors(1, 1))
+    mailbox.send_actors(0, Actors(3, 0))
+    assert mailbox.metrics() == {"augment_actors": 4, "augment_target": 5}
+    kept = mailbox.begin()
+    assert kept is not None
+    assert kept.size is size
+    assert mailbox.metrics() == {}
 
 
 class Notes:
@@ -85,7 +96,7 @@ def test_a_ray_without_the_private_names_leaves_the_pool_as_it_is_and_warns_once
 ) -> None:
     notes = Notes()
     size = PoolSize(1, 4, target=1, cool_down_seconds=60)
-    control = PoolControl(notes, size)  # type: ignore[arg-type]
+    control = PoolControl(notes, PoolPlan(size, (1.0,)))  # type: ignore[arg-type]
     control.before_execution_starts(executor)
     for _ in range(3):
         control._next = 0.0

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoray.pipeline.cluster.pool_size import FED, STARVED, Actors, PoolSize, TrainerReading
+from dinoray.pipeline.cluster.pool_size import (
+    FED,
+    STARVED,
+    Actors,
+    PoolSize,
+    TrainerReading,
+    divide_work,
+    share_actors,
+)
 
 
 @dataclass
@@ -151,3 +159,50 @@ def test_any_steady_load_is_met_in_a_few_changes_that_never_come_back(
     assert len(cluster.changes) <= 8
     settled = len(cluster.changes)
     assert len(cluster.run(1000).changes) == settled
+
+
+works = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+@given(works, st.integers(0, 60))
+def test_all_actors_are_divided_and_each_pool_has_one(work: list[int], total: int) -> None:
+    shares = share_actors(total, work)
+    assert sum(shares) == max(total, len(work))
+    assert min(shares) >= 1
+
+
+@given(works, st.integers(6, 60))
+def test_one_more_actor_is_taken_from_no_pool(work: list[int], total: int) -> None:
+    gains = [
+        more - less
+        for less, more in zip(share_actors(total, work), share_actors(total + 1, work), strict=True)
+    ]
+    assert sorted(gains) == [*[0] * (len(work) - 1), 1]
+
+
+@given(works, st.integers(6, 60))
+def test_no_other_division_makes_the_slowest_pool_faster(work: list[int], total: int) -> None:
+    shares = share_actors(total, work)
+    slowest = max(w / share for w, share in zip(work, shares, strict=True))
+    # For a faster one each pool would need more than its work over that rate.
+    needed = [math.floor(w / slowest + 1e-9) + 1 for w in work]
+    assert sum(needed) > total
+
+
+def test_shares_by_hand() -> None:
+    assert share_actors(8, [1, 1, 1, 1]) == [2, 2, 2, 2]
+    assert share_actors(9, [2, 1]) == [6, 3]  # two train workers beside one
+    assert share_actors(6, [1, 1, 1, 1]) == [2, 2, 1, 1]
+    assert share_actors(3, [1, 1, 1, 1]) == [1, 1, 1, 1]
+    assert share_actors(5, [1]) == [5]
+
+
+def test_work_is_divided_by_ranks_until_images_cost_clearly_more_in_one_stream() -> None:
+    ranks, by_ranks = [2, 1], (2.0, 1.0)
+    assert divide_work(by_ranks, ranks, {}) == by_ranks
+    assert divide_work(by_ranks, ranks, {0: 4.0}) == by_ranks  # the other's is not known
+    assert divide_work(by_ranks, ranks, {0: 4.0, 1: 4.5}) == by_ranks
+    uneven = divide_work(by_ranks, ranks, {0: 4.0, 1: 6.0})
+    assert uneven == (8, 6)
+    assert divide_work(uneven, ranks, {0: 4.1, 1: 5.9}) == uneven
+    assert divide_work(uneven, ranks, {0: 4.0, 1: 4.0}) == (8, 4)

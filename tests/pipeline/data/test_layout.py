@@ -1,5 +1,6 @@
 """Which positions go where: every one once, in the right rank's blocks, in the order of the steps."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.partition import Layout, batch_size_per_worker, steps_per_block
+from dinoray.pipeline.data.partition import (
+    Layout,
+    batch_size_per_worker,
+    check_streams,
+    steps_per_block,
+)
 
 layouts = st.builds(
     lambda first_step, num_steps, world_size, batch_size_per_worker, steps_per_block: Layout(
@@ -26,9 +32,11 @@ layouts = st.builds(
 )
 
 
-def stream_of(layout: Layout, rank: int) -> list[int]:
-    """What a rank receives: blocks alternate over ranks."""
-    blocks = [layout.block(i).tolist() for i in range(layout.num_blocks) if i % layout.world_size == rank]
+def stream_of(layout: Layout, rank: int, num_streams: int = 1) -> list[int]:
+    """What a rank receives: blocks alternate over the ranks of its stream, of which there is one."""
+    (stream,) = [stream for stream in layout.divided(num_streams) if rank in stream.ranks]
+    place, in_turn = stream.ranks.index(rank), len(stream.ranks)
+    blocks = [stream.block(i).tolist() for i in range(stream.num_blocks) if i % in_turn == place]
     return [position for block in blocks for position in block]
 
 
@@ -108,6 +116,54 @@ def test_blocks_by_hand() -> None:
     assert layout.num_blocks == 4
     blocks = [layout.block(i).tolist() for i in range(4)]
     assert blocks == [[4, 5, 8, 9], [6, 7, 10, 11], [12, 13], [14, 15]]
+
+
+@given(layouts, st.integers(1, 5))
+def test_streams_have_the_blocks_of_one_stream_each_once(layout: Layout, num_streams: int) -> None:
+    num_streams = min(num_streams, layout.world_size)
+    blocks = [
+        stream.block(i).tolist() for stream in layout.divided(num_streams) for i in range(stream.num_blocks)
+    ]
+    assert sorted(blocks) == sorted(layout.block(i).tolist() for i in range(layout.num_blocks))
+
+
+@given(layouts, st.integers(1, 5), st.integers(1, 5), st.integers(0, 30))
+def test_a_rank_receives_the_same_from_any_number_of_streams_also_after_a_resume_with_another(
+    layout: Layout, num_before: int, num_after: int, num_steps: int
+) -> None:
+    num_before, num_after = min(num_before, layout.world_size), min(num_after, layout.world_size)
+    resumed = replace(layout, first_step=min(layout.first_step + num_steps, layout.last_step))
+    rows = (resumed.first_step - layout.first_step) * layout.batch_size_per_worker
+    for rank in range(layout.world_size):
+        received = stream_of(layout, rank, num_before)[:rows] + stream_of(resumed, rank, num_after)
+        assert received == stream_of(layout, rank)
+
+
+@given(layouts, st.integers(1, 5))
+def test_each_rank_has_one_stream_and_all_streams_have_about_equally_many(
+    layout: Layout, num_streams: int
+) -> None:
+    num_streams = min(num_streams, layout.world_size)
+    streams = layout.divided(num_streams)
+    assert sorted(rank for stream in streams for rank in stream.ranks) == list(range(layout.world_size))
+    sizes = [len(stream.ranks) for stream in streams]
+    assert min(sizes) >= 1
+    assert max(sizes) <= min(sizes) + 1
+    assert {stream.stop for stream in streams} == {layout.stop}
+
+
+def test_blocks_of_two_streams_by_hand() -> None:
+    # Ranks 0 and 2, and rank 1, of three with one image each: step 4 has positions 12, 13 and 14.
+    layout = Layout(first_step=4, last_step=6, world_size=3, batch_size_per_worker=1, steps_per_block=1)
+    blocks = [[stream.block(i).tolist() for i in range(stream.num_blocks)] for stream in layout.divided(2)]
+    assert blocks == [[[12], [14], [15], [17]], [[13], [16]]]
+
+
+@pytest.mark.parametrize(("train_workers", "most_actors"), [(4, None), (8, 4), (4, 4)])
+def test_four_streams_are_allowed_for_as_many_workers_and_actors(
+    train_workers: int, most_actors: int | None
+) -> None:
+    check_streams(4, train_workers=train_workers, most_actors=most_actors)
 
 
 @given(layouts)

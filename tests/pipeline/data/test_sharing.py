@@ -1,5 +1,7 @@
 """Readers that all actors share: which row groups a window has, who keeps them, and how often they are read."""
 
+from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -7,11 +9,19 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.data.order import Order, Window
-from dinoray.pipeline.data.reads import count_reads
-from dinoray.pipeline.data.sharing import Sharing, WindowCache, groups_ahead, share_reading
+from dinoray.pipeline.data.partition import lay_out
+from dinoray.pipeline.data.reads import count_reads, read_by_readers
+from dinoray.pipeline.data.sharing import (
+    Sharing,
+    StreamsApart,
+    WindowCache,
+    groups_ahead,
+    share_reading,
+)
 
 group_lists = st.lists(st.integers(0, 9), min_size=1, max_size=25).filter(any)
 seeds = st.integers(0, 2**63)
@@ -146,3 +156,62 @@ def test_readers_keep_three_windows_and_what_actors_ask_for_at_once() -> None:
         manifest_of([10] * 3), order_of([10] * 3), most_actors=64, cpus_per_actor=1, rows_per_block=200
     )
     assert small == (3, 3 * 10 * 110_000)  # no more readers than row groups, which each may keep
+
+
+def test_a_stream_is_at_most_two_windows_ahead_of_the_slowest() -> None:
+    apart = StreamsApart(3)
+
+    def begin(stream: int, window: int) -> bool:
+        may = apart.may_begin(stream, window)
+        if may:
+            apart.begin(stream, window)
+        return may
+
+    assert [begin(0, window) for window in (0, 100, 200)] == [True, True, False]
+    assert begin(1, 0)
+    assert not begin(0, 200)  # the third has begun none
+    assert begin(2, 0)
+    assert [begin(0, window) for window in (200, 300, 100)] == [True, False, True]
+    assert begin(1, 100)
+    assert begin(2, 200)  # as the slowest is at 100
+    assert begin(0, 300)
+    assert not begin(0, 400)
+
+
+@pytest.mark.parametrize("num_streams", [2, 4])
+@pytest.mark.parametrize("num_actors", [4, 16, 64])
+@pytest.mark.parametrize(("rows", "row_bytes"), [(150, 110_000), (20, 110_000), (1000, 6_000)])
+def test_each_byte_is_read_once_by_streams_that_are_as_far_apart_as_they_may_be(
+    rows: int, row_bytes: int, num_actors: int, num_streams: int
+) -> None:
+    """The slowest stream asks only when no other may go on."""
+    sizes = np.full(60_000 // rows, rows)
+    order = order_of(sizes.tolist(), window_groups=(256 << 20) // (rows * row_bytes))
+    layout = lay_out(range(110), world_size=4, global_batch_size=512, image_bytes=522_240)
+    manifest = manifest_of(sizes.tolist(), row_bytes=row_bytes)
+    sharing = share_reading(
+        manifest,
+        order,
+        most_actors=num_actors,
+        cpus_per_actor=1,
+        rows_per_block=layout.rows_per_block,
+        num_streams=num_streams,
+    )
+    assert sharing is not None
+    assert manifest.group_bytes is not None
+
+    def blocks() -> Iterator[NDArray[np.int64]]:
+        streams, apart = layout.divided(num_streams), StreamsApart(num_streams)
+        waiting = [deque(map(stream.block, range(stream.num_blocks))) for stream in streams]
+        while any(waiting):
+            for stream, queue in reversed([*enumerate(waiting)]):
+                ahead = groups_ahead(order, int(queue[0][-1]), layout.stop) if queue else None
+                if queue and (ahead is None or apart.may_begin(stream, ahead.first)):
+                    if ahead is not None:
+                        apart.begin(stream, ahead.first)
+                    yield queue.popleft()
+                    break
+
+    read = read_by_readers(order, blocks(), layout.stop, sizes, manifest.group_bytes, sharing)
+    images = layout.stop
+    assert manifest.group_bytes[read].sum() / (images * row_bytes) <= 1.1

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.planning.forecast import Forecast, forecast, forecast_here, with_workers
-from dinoray.pipeline.planning.node_rates import STREAM_SHARE, Figures, Run, augmenting, carried
+from dinoray.pipeline.planning.node_rates import (
+    STREAM_SHARE,
+    Figures,
+    Run,
+    augmenting,
+    carried,
+    streams_for,
+)
 from dinoray.pipeline.planning.prices import NODE_TYPES, PlanSettings
 
 
@@ -48,6 +55,31 @@ def test_gpu_nodes_augment_on_the_cpus_they_have_left_and_cpu_nodes_do_the_rest_
     # More than one node's actors at once, so that both nodes start: 19 + 16 + 1, and at most all.
     assert made.augment_actors == (36, 51)
     assert made.augment_cpus == pytest.approx(48)
+
+
+@pytest.mark.parametrize(
+    ("images_per_second", "train_workers", "num_streams"),
+    [
+        (7000, 8, 1),
+        (7001, 8, 2),
+        (20_000, 8, 4),  # three would do, but would not divide the train workers
+        (20_000, 6, 3),
+        (20_000, 5, 5),
+        (20_000, 2, 2),  # no more than there are train workers
+        (7001, 1, 1),
+    ],
+)
+def test_there_are_as_many_streams_as_bring_the_images(
+    images_per_second: float, train_workers: int, num_streams: int
+) -> None:
+    assert streams_for(images_per_second, train_workers) == num_streams
+
+
+def test_a_forecast_has_the_streams_for_what_is_trained_not_for_what_the_gpus_could_train() -> None:
+    fast = FIGURES._replace(images_per_second_per_gpu=2500)
+    assert found({}, fast).num_streams == 2  # 10,000 images/s
+    assert found({"most_actors": 40}, fast).num_streams == 1  # 4,000
+    assert found({"most_actors": 1}, fast._replace(images_per_second_per_cpu=20_000)).num_streams == 1
 
 
 def test_what_the_gpu_nodes_make_themselves_needs_no_cpu_nodes() -> None:

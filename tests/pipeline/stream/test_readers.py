@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,10 @@ def assert_as_by_direct_reading(batches: list[dict[str, Any]], plan: StreamPlan,
             np.testing.assert_array_equal(batch[name], expected[name])
 
 
+@pytest.mark.parametrize("num_streams", [1, 2])
 @pytest.mark.usefixtures("_cluster")
-def test_a_stream_has_the_crops_of_direct_reading(config: DataConfig) -> None:
-    plan = plan_of(config)
+def test_a_stream_has_the_crops_of_direct_reading(config: DataConfig, num_streams: int) -> None:
+    plan = replace(plan_of(config), num_streams=num_streams)
     splits = ray_data.open_splits(plan, LAYOUT)
 
     def received(rank: int) -> list[dict[str, Any]]:
@@ -141,6 +143,26 @@ def test_a_stream_has_the_crops_of_direct_reading(config: DataConfig) -> None:
     assert bad >= 1
     for rank in range(2):
         assert_as_by_direct_reading(batches[rank], plan, rank=rank)
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_actors_of_a_stream_wait_for_one_that_is_two_windows_behind(config: DataConfig) -> None:
+    plan = plan_of(config)
+    assert plan.readers is not None
+    first, second = (
+        SharedImages(plan.readers, plan.source, plan.order, stream) for stream in LAYOUT.divided(2)
+    )
+    windows = [np.array([20 * window]) for window in range(4)]
+    first.expect(windows[0], 1000)
+    first.expect(windows[1], 1000)
+    with ThreadPoolExecutor(1) as threads:
+        third = threads.submit(first.expect, windows[2], 1000)
+        with pytest.raises(FutureTimeoutError):
+            third.result(timeout=1)
+        second.expect(windows[0], 1000)
+        third.result(timeout=20)  # well before the longest wait
+    alone = SharedImages(plan.readers, plan.source, plan.order, LAYOUT)
+    alone.expect(windows[3], 1000)  # the only one of its run
 
 
 @pytest.mark.usefixtures("_cluster")

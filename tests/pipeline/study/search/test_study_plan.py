@@ -54,6 +54,16 @@ def test_what_is_spare_goes_to_augmenting_up_to_the_most_that_was_set() -> None:
     assert plan(SMALL, cpus=21, limit=2).augment_actors == (1, 1)
 
 
+def test_each_stream_of_a_trial_has_an_augment_actor() -> None:
+    auto = ResourcesConfig(train_workers=4, augment_actors="auto")
+    found = plan(auto, cpus=15, num_streams=3)
+    assert (found.trials_at_once, found.cpus_each, found.augment_actors) == (2, 7, (3, 3))
+    assert plan(auto, cpus=9, num_streams=3).augment_actors == (3, 4)
+    assert (auto.least_actors(3), auto.least_cpus(3)) == (3, 8)
+    ranged = ResourcesConfig(train_workers=4, augment_actors=(4, 6))
+    assert (ranged.least_actors(3), ranged.least_cpus(3)) == (4, 9)
+
+
 def test_a_shared_stream_counts_once() -> None:
     wide = ResourcesConfig(train_workers=1, augment_actors=4)
     assert plan(wide, cpus=9).trials_at_once == 1

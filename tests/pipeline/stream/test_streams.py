@@ -1,0 +1,201 @@
+"""Several streams of a run: the batches of one, whoever dies, and pools that together have as many actors as one."""
+
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from threading import Barrier, Event
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from image_files import encode, picture
+from paths import ROOT, SUPPORT
+from samples import write_all
+
+from dinoray.pipeline.augment.augmenter import Augmenter
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
+from dinoray.pipeline.cluster.pool_size import TrainerReading
+from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.order import Order
+from dinoray.pipeline.data.partition import Layout
+from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.stream import ray_data
+from dinoray.pipeline.stream.ray_data import StreamPlan
+
+pytestmark = pytest.mark.ray
+
+CROPS = CropsConfig(num_local_crops=2, global_crop_size=64, local_crop_size=16, kernel="torch")
+LAYOUT = Layout(first_step=0, last_step=12, world_size=4, batch_size_per_worker=4, steps_per_block=2)
+IMAGES = {f"{n}.jpg": encode(np.roll(picture(), 3 * n, axis=1), "JPEG") for n in range(12)}
+IMAGES["bad.jpg"] = b"no image"
+
+
+class DeadlySource(Source):
+    """Kills the process that fetches while a file named `deadly` lies beside the images, which goes with it."""
+
+    def __reduce__(self) -> Any:
+        return DeadlySource, (self.config, self.manifest)
+
+    def arrivals(self, indices: Any) -> Iterator[tuple[int, Fetched]]:
+        try:
+            (Path(self.config.path) / "deadly").unlink()
+        except FileNotFoundError:
+            return super().arrivals(indices)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+
+@pytest.fixture(scope="module")
+def _cluster() -> Iterator[None]:
+    folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        # Workers import what this file defines, and what it imports, by name.
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))))
+        try:
+            ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False)
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def plan(_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StreamPlan:
+    folder = tmp_path_factory.mktemp("images")
+    write_all(folder, IMAGES)
+    config = DataConfig(path=str(folder))
+    source = DeadlySource(config, build_manifest(config))
+    return StreamPlan(
+        source=ray.put(source),
+        channel=RunChannel(),
+        order=Order(source.num_images, seed=1),
+        crops=CROPS,
+        seed=1,
+        augment_actors=(4, 4),
+        cpus_per_augment_actor=1,
+        cool_down_seconds=60,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(plan: StreamPlan) -> Callable[[int, int], bytes]:
+    """Digest of a rank's batch of a step, made here."""
+    augmenter = Augmenter(ray.get(plan.source), plan.order, CROPS, seed=plan.seed, num_threads=1)
+    made = {
+        (step, rank): digest(augmenter.block(LAYOUT.positions(step, rank)))
+        for step in range(LAYOUT.last_step)
+        for rank in range(LAYOUT.world_size)
+    }
+    return lambda step, rank: made[step, rank]
+
+
+def with_streams(plan: StreamPlan, num_streams: int, **changes: Any) -> StreamPlan:
+    """The plan with a channel of its own, so that it starts with a pool of its own size."""
+    return replace(plan, num_streams=num_streams, channel=RunChannel(), **changes)
+
+
+def digest(batch: dict[str, Any]) -> bytes:
+    """Of all that is the same whenever it is made."""
+    parts = [batch[name].tobytes() for name in ("position", "status", "global_crops", "local_crops")]
+    return hashlib.sha256(b"".join([*parts, "".join(batch["note"]).encode()])).digest()
+
+
+def received(plan: StreamPlan, layout: Layout = LAYOUT, *, num_steps: int | None = None) -> list[list[bytes]]:
+    """Digests of what each rank receives in its first steps, all ranks at once."""
+    splits = ray_data.open_splits(plan, layout)
+
+    def of_rank(rank: int) -> list[bytes]:
+        batches = ray_data.batches(splits[rank], layout, rank=rank, prefetch_batches=1)
+        found = [digest(batch) for batch in islice(batches, num_steps)]
+        if num_steps is None:
+            return found
+        batches.close()  # type: ignore[attr-defined]
+        return found
+
+    assert len(splits) == layout.world_size
+    with ThreadPoolExecutor(layout.world_size) as threads:
+        return list(threads.map(of_rank, range(layout.world_size)))
+
+
+@pytest.mark.parametrize("num_streams", [1, 2, 3, 4])
+def test_any_number_of_streams_gives_each_rank_the_same_batches(
+    plan: StreamPlan, expected: Callable[[int, int], bytes], num_streams: int
+) -> None:
+    everything = [[expected(step, rank) for step in range(12)] for rank in range(4)]
+    assert received(with_streams(plan, num_streams)) == everything
+
+
+@pytest.mark.parametrize(("num_before", "num_after"), [(1, 4), (4, 2), (2, 1)])
+def test_a_run_resumes_within_a_block_with_another_number_of_streams(
+    plan: StreamPlan, expected: Callable[[int, int], bytes], num_before: int, num_after: int
+) -> None:
+    before = received(with_streams(plan, num_before), num_steps=5)
+    after = received(with_streams(plan, num_after), replace(LAYOUT, first_step=5))
+    joined = [first + rest for first, rest in zip(before, after, strict=True)]
+    assert joined == [[expected(step, rank) for step in range(12)] for rank in range(4)]
+
+
+def test_legs_of_several_streams_follow_one_another(
+    plan: StreamPlan, expected: Callable[[int, int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_data, "_LEG_BLOCKS", 4)
+    legs = list(ray_data.legs(LAYOUT, 2))
+    assert [(leg.first_step, leg.last_step) for leg in legs] == [(0, 4), (4, 8), (8, 12)]
+    assert len(list(ray_data.legs(LAYOUT, 1))) == 6
+    plan = with_streams(plan, 2)
+    parts = [received(plan, leg) for leg in legs[:2]]
+    joined = [first + rest for first, rest in zip(*parts, strict=True)]
+    assert joined == [[expected(step, rank) for step in range(8)] for rank in range(4)]
+
+
+def test_a_stream_that_loses_an_actor_gives_the_same_and_so_do_the_others(
+    plan: StreamPlan, expected: Callable[[int, int], bytes]
+) -> None:
+    mark = Path(ray.get(plan.source).config.path) / "deadly"
+    mark.touch()
+    found = received(with_streams(plan, 2))
+    assert not mark.exists()
+    assert found == [[expected(step, rank) for step in range(12)] for rank in range(4)]
+
+
+def test_pools_grow_together_up_to_the_actors_of_the_run_and_the_next_leg_begins_with_them(
+    plan: StreamPlan,
+) -> None:
+    plan = with_streams(plan, 2, augment_actors=(2, 4))
+    layout, mailbox = replace(LAYOUT, last_step=100_000), PoolMailbox(plan.channel)
+    starved = TrainerReading(seconds=40, wait_seconds=20, images=1000, busy_seconds=80)
+    splits = ray_data.open_splits(plan, layout)
+    seen: list[dict[str, float]] = []
+    step, is_done = Barrier(layout.world_size), Event()
+
+    def train(rank: int) -> None:
+        for _ in ray_data.batches(splits[rank], layout, rank=rank, prefetch_batches=1):
+            if rank == 0:
+                mailbox.send_reading(starved)
+                seen.append(mailbox.metrics())
+                if seen[-1].get("augment_actors") == 4:
+                    is_done.set()
+            step.wait()
+            if is_done.is_set():
+                return
+
+    with ThreadPoolExecutor(layout.world_size) as threads:
+        list(threads.map(train, range(layout.world_size)))
+    known = [metrics for metrics in seen if metrics]
+    assert known[0]["augment_target"] == 2
+    assert known[-1]["augment_target"] == 4
+    assert max(metrics["augment_actors"] for metrics in known) == 4
+    kept = mailbox.begin()
+    assert kept is not None
+    assert (kept.size.target, kept.work) == (4, (2, 2))
