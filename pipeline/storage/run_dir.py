@@ -20,8 +20,8 @@ A run directory (local or S3):
       step_00001000/
         student.safetensors     backbone.* and head.*
         teacher.safetensors
-        train_state.pt          optimizer, center, health: tensors and numbers, loads with weights_only=True
-        meta.json               step, config and all else that is needed to rebuild the model
+        train_state.pt          step, optimizer, center, health: tensors and numbers, loads with weights_only=True
+        meta.json               written last: step, config and all else that is needed to rebuild the model; checksums
 
 No Ray here.
 """
