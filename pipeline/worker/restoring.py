@@ -7,7 +7,6 @@ takes it out of Ray's list and starts them again: so Ray's list is right wheneve
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import ray.train
 from ray.train import Checkpoint
 
 from dinoray.models.errors import DataError
@@ -37,15 +36,18 @@ class Refusal(NamedTuple):
 
 
 class RefusedCheckpointError(Exception):
-    """The newest checkpoint is not the one to resume from. All workers raise it; the run's channel has the Refusal."""
+    """The newest checkpoint is not the one to resume from. All workers raise it."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
 
 
-def restore(state: TrainState, run: Directory, channel: RunChannel) -> dict[str, Any]:
-    """Load Ray Train's newest checkpoint into `state` and return its meta data.
+def restore(state: TrainState, run: Directory, newest: Checkpoint) -> dict[str, Any]:
+    """Load `newest`, Ray Train's newest checkpoint of `run`, into `state` and return its meta data.
 
-    Raises RefusedCheckpointError if that is refused and an earlier one is not, and DataError if all are.
+    Raises RefusedCheckpointError if it is refused and an earlier one is not, and DataError if all are.
     """
-    newest = ray.train.get_checkpoint()
     folder, _, name = newest.path.rpartition("/")
     names = gather(committed_checkpoints(run) if rank() == 0 else None)[0]
     refused: dict[str, str] = {}
@@ -56,13 +58,16 @@ def restore(state: TrainState, run: Directory, channel: RunChannel) -> dict[str,
         if why is not None:
             refused[candidate] = why
         elif refused:
-            if rank() == 0:
-                channel.put(_REFUSAL, Refusal(refused, candidate))
-                channel.get(_REFUSAL)  # it has arrived
-            raise RefusedCheckpointError
+            raise RefusedCheckpointError(Refusal(refused, candidate))
         elif parts is not None:
             return load_parts(state, parts, address)
     raise _none_is_left(run, refused)
+
+
+def post_refusal(channel: RunChannel, refusal: Refusal) -> None:
+    """Leave the refusal for the driver; return once it has arrived."""
+    channel.put(_REFUSAL, refusal)
+    channel.get(_REFUSAL)
 
 
 def take_refusal(run: Directory, channel: RunChannel) -> Refusal | None:

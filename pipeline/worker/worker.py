@@ -36,7 +36,7 @@ from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.outputs import Outputs
-from dinoray.pipeline.worker.restoring import RefusedCheckpointError, restore, take_refusal
+from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore, take_refusal
 from dinoray.pipeline.worker.saving import Saver
 from dinoray.pipeline.worker.spec import WorkerSpec
 
@@ -89,8 +89,9 @@ def work(loop_config: dict[str, Any]) -> None:
         worker = _Worker(spec)
         outputs = worker.outputs
         worker.run()
-    except RefusedCheckpointError:
-        return  # the driver starts the workers again
+    except RefusedCheckpointError as refused:  # the driver starts the workers again
+        if ray.train.get_context().get_world_rank() == 0:
+            post_refusal(spec.channel, refused.refusal)
     except Exception as error:
         # Before the post, which ends the run: the files named in the error message must be complete.
         with contextlib.suppress(Exception):
@@ -170,7 +171,7 @@ class _Worker:
 
     def _restore(self) -> Quarantine:
         """Load the newest committed checkpoint; return its counts of images. Raises as `restore`."""
-        meta = restore(self.state, self.spec.run, self.spec.channel)
+        meta = restore(self.state, self.spec.run, ray.train.get_checkpoint())
         if self.rank == 0:
             self.spec.channel.post("note", text=f"resuming from step {self.state.step}")
         return Quarantine.restored(meta)

@@ -1,24 +1,18 @@
 """A run whose newest checkpoints are damaged resumes from the newest that is whole and finite, and says so."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from jobs_processes import TINY, losses, start_job
-from safetensors.torch import load_file
 from tiny_run import write_images
 
 from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.storage.checkpoint_files import verify
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_steps
-from dinoray.pipeline.training.bad_images import Quarantine
-from dinoray.pipeline.training.checkpoint import load_checkpoint, read_frozen, read_meta, save_checkpoint
-from dinoray.pipeline.training.step import build_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -42,7 +36,7 @@ def arguments(images: Path, run: Path, steps: int, *more: str) -> list[str]:
         f"storage_path={run.parent}",
         f"train.epochs={steps * 8 / 24}",
         "train.schedule=constant",
-        "resources.train_workers=2",
+        "resources.train_workers=1",
         "optim.warmup_epochs=0",
         "head.use_bn=false",
         "checkpoint.every_steps=4",
@@ -68,16 +62,6 @@ def run(first: Path, tmp_path: Path) -> Path:
     return shutil.copytree(first, tmp_path / "run")
 
 
-@pytest.fixture(scope="module")
-def undamaged(images: Path, first: Path, run_here: Callable[..., str]) -> Path:
-    """A copy of it that is resumed as it is."""
-    run = shutil.copytree(first, first.with_name("undamaged"))
-    output = run_here("jobs.pretrain", *arguments(images, run, LONGER, "--resume"))
-    assert f"resuming from step {STEPS}" in output
-    assert "refused" not in output
-    return run
-
-
 def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / checkpoint_name(step)
 
@@ -89,23 +73,15 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def spoil(checkpoint: Path) -> None:
-    """Save the checkpoint again with a weight that is not a number."""
-    meta = read_meta(checkpoint)
-    state = build_state(read_frozen(checkpoint).config, num_images=meta["num_images"], resumed=True)
-    load_checkpoint(state, checkpoint)
-    with torch.no_grad():
-        next(state.dino.student.parameters()).view(-1)[0] = float("nan")
-    save_checkpoint(state, checkpoint, num_images=meta["num_images"], quarantine=Quarantine.restored(meta))
-
-
 def test_a_changed_bit_costs_the_steps_since_the_checkpoint_before(
-    images: Path, run: Path, undamaged: Path, run_here: Callable[..., str]
+    images: Path, run: Path, run_here: Callable[..., str]
 ) -> None:
     flip(folder(run, 12) / "student.safetensors")
     snapshot = run / "checkpoints" / SNAPSHOT
     snapshot.write_text(snapshot.read_text().replace(checkpoint_name(4), "../first"))
-    output = run_here("jobs.pretrain", *arguments(images, run, LONGER, "--resume"))
+    # The second worker reads a copy of its own.
+    more = ["--resume", "resources.train_workers=2"]
+    output = run_here("jobs.pretrain", *arguments(images, run, LONGER, *more))
     assert "Ray's list of checkpoints names '../first', which is not a checkpoint of this run" in output
     assert re.search(
         r"warning: checkpoint step_00000012 is refused: student.safetensors has checksum crc32:\w{8}, not crc32:\w{8} "
@@ -115,23 +91,6 @@ def test_a_changed_bit_costs_the_steps_since_the_checkpoint_before(
     assert "resuming from step 8" in output
     assert committed_steps(Directory(str(run))) == [8, 12, 16]
     verify(Directory(str(folder(run, 12))))  # it is written again, whole
-    assert losses((run / "metrics.jsonl").read_bytes()) == losses((undamaged / "metrics.jsonl").read_bytes())
-    for file in ("student.safetensors", "teacher.safetensors"):
-        a, b = (load_file(folder(one, LONGER) / file) for one in (run, undamaged))
-        assert all(torch.equal(a[name], b[name]) for name in b)
-
-
-def test_all_that_are_refused_are_named_with_why(
-    images: Path, run: Path, run_here: Callable[..., str]
-) -> None:
-    spoil(folder(run, 12))
-    (folder(run, 8) / "teacher.safetensors").unlink()
-    output = run_here("jobs.pretrain", *arguments(images, run, LONGER, "--resume"))
-    assert (
-        "warning: checkpoint step_00000012 is refused: the student has NaN or infinite values; checkpoint "
-        "step_00000008 is refused: it lacks teacher.safetensors; going back to step_00000004 repeats 8 steps"
-    ) in " ".join(output.split())
-    assert committed_steps(Directory(str(run))) == [8, 12, 16]
     assert [step for step, _ in losses((run / "metrics.jsonl").read_bytes())] == [*range(1, LONGER + 1)]
 
 
@@ -142,16 +101,15 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(
     (folder(run, 8) / "meta.json").write_text("{")
     (folder(run, 4) / "student.safetensors").unlink()
     before = {file: file.stat().st_mtime_ns for file in run.glob("checkpoints/**/*")}
-    for _ in range(2):  # the second time as the first
-        output = run_here("jobs.pretrain", *arguments(images, run, LONGER, "--resume"), code=3)
-        (error,) = [line for line in output.splitlines() if line.startswith("error:")]
-        for name, why in (
-            ("step_00000012", "train_state.pt has checksum"),
-            ("step_00000008", "meta.json is not that of a checkpoint"),
-            ("step_00000004", "it lacks student.safetensors"),
-        ):
-            assert f"{name}: {why}" in error
-        assert "restore one from a copy, or move" in error
+    output = run_here("jobs.pretrain", *arguments(images, run, LONGER, "--resume"), code=3)
+    (error,) = [line for line in output.splitlines() if line.startswith("error:")]
+    for name, why in (
+        ("step_00000012", "train_state.pt has checksum"),
+        ("step_00000008", "meta.json is not that of a checkpoint"),
+        ("step_00000004", "it lacks student.safetensors"),
+    ):
+        assert f"{name}: {why}" in error
+    assert "restore one from a copy, or move" in error
     after = {file: file.stat().st_mtime_ns for file in run.glob("checkpoints/**/*")}
     assert {file: after[file] for file in before if file.name[0] != "."} == {
         file: time for file, time in before.items() if file.name[0] != "."
@@ -182,14 +140,3 @@ def test_weights_that_are_not_finite_are_not_saved(
     output = run_here("jobs.pretrain", *arguments(images, run, STEPS, *more), code=1)
     assert "warning: no checkpoint of step 1: weights, centre or optimizer have NaN or infinite" in output
     assert committed_steps(Directory(str(run))) == []
-
-
-def test_a_run_says_where_it_has_its_checksums(first: Path) -> None:
-    meta = json.loads((folder(first, 12) / "meta.json").read_text())
-    assert sorted(meta["checksums"]) == [
-        "meta.json",
-        "student.safetensors",
-        "teacher.safetensors",
-        "train_state.pt",
-    ]
-    assert meta["finite"]
