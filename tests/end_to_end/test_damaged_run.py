@@ -79,9 +79,7 @@ def test_a_changed_bit_costs_the_steps_since_the_checkpoint_before(
     flip(folder(run, 12) / "student.safetensors")
     snapshot = run / "checkpoints" / SNAPSHOT
     snapshot.write_text(snapshot.read_text().replace(checkpoint_name(4), "../first"))
-    # The second worker reads a copy of its own.
-    more = ["--resume", "resources.train_workers=2"]
-    output = run_here("jobs.pretrain", *arguments(images, run, LONGER, *more))
+    output = run_here("jobs.pretrain", *arguments(images, run, LONGER, "--resume"))
     assert "Ray's list of checkpoints names '../first', which is not a checkpoint of this run" in output
     assert re.search(
         r"warning: checkpoint step_00000012 is refused: student.safetensors has checksum crc32:\w{8}, not crc32:\w{8} "
