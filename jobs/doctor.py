@@ -2,10 +2,12 @@
 
 One line for each thing that was looked at: ok, warn or FAIL, and what to do. Without an address it looks at this
 machine; with that of a dashboard (http://...) it sends itself to the cluster as a job and looks around there.
+`dinoray doctor RUN` checks the files of a run or study instead: checkpoints, and what a resume would use.
 """
 
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -44,17 +46,30 @@ from dinoray.jobs.cluster.node_checks import (
     living_nodes,
     look_at_nodes,
 )
+from dinoray.jobs.cluster.run_checks import check_files
 from dinoray.jobs.cluster.upload import pack, read_runtime_env
 from dinoray.models.errors import ConfigError, DinorayError, ResourceError, one_line, redact_credentials
 from dinoray.pipeline.storage.files import is_shared_path
 from dinoray.pipeline.worker.config import Config
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
+_SETTING = re.compile(r"[\w.]+=")
+"""How a setting begins; the address of a run does not."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Look at everything, and end with the exit code of the first thing that fails."""
-    parser = CommandLine("doctor", description="Check the cluster, data and storage of a run.")
+    parser = CommandLine(
+        "doctor",
+        description="Check the cluster, data and storage of a run, or the checkpoints of a run or study.",
+    )
+    parser.add_argument(
+        "run",
+        nargs="?",
+        default=None,
+        metavar="RUN",
+        help="run directory or study whose files are checked, local or S3",
+    )
     parser.add_argument(
         "--address",
         default=None,
@@ -66,10 +81,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_recipe()
     parser.add_overrides("data.path=s3://BUCKET/images")
     arguments = parser.parse_args(argv)
-    config = load_config(arguments.recipe, arguments.config, arguments.overrides)
-    address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    if arguments.run and _SETTING.match(arguments.run):
+        arguments.overrides, arguments.run = [arguments.run, *arguments.overrides], None
+    if arguments.run and arguments.overrides:
+        raise ConfigError(
+            f"doctor {arguments.run} checks files and takes no settings; leave out {arguments.overrides[0]}"
+        )
     findings = []
-    for finding in _findings(address, config, arguments):
+    for finding in check_files(arguments.run) if arguments.run else _findings(arguments):
         findings.append(finding)
         if not arguments.json:
             print(f"{finding.verdict:4}  {finding.name:12}  {finding.text}", flush=True)
@@ -80,7 +99,9 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(code)
 
 
-def _findings(address: str | None, config: Config, arguments: Namespace) -> Iterator[Finding]:
+def _findings(arguments: Namespace) -> Iterator[Finding]:
+    config = load_config(arguments.recipe, arguments.config, arguments.overrides)
+    address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     yield from check_packages()
     try:
         facts: Any = machine_facts()

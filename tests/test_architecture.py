@@ -44,7 +44,8 @@ ROOMS = {
     "jobs/cli": "models storage cluster data worker study ray_private",
     "jobs/runs": "models storage cluster data augment tracking training figures evaluation reporting worker export cli",
     "jobs/studies": f"{_RUN} reporting worker study findings page search cli runs",
-    "jobs/cluster": "models storage cluster data augment planning evaluation worker study cli runs studies ray_private",
+    "jobs/cluster": "models storage cluster data augment tracking planning evaluation worker study cli runs studies "
+    "ray_private",
 }
 """Room -> the rooms that it imports, each of them above it in this list. The commands in jobs/, and dinoray/ for
 notebooks, import any."""
@@ -174,7 +175,13 @@ def test_ray_is_known_in_few_places_alone() -> None:
             "data",
             {"pipeline/stream/ray_data.py", "pipeline/evaluation/actors.py", "pipeline/ray_private/data.py"},
         ),
-        ("train", {"pipeline/worker/worker.py", "pipeline/ray_private/train_controller.py"}),
+        (
+            "train",
+            {
+                *(f"pipeline/worker/{name}.py" for name in ("worker", "restoring", "saving")),
+                "pipeline/ray_private/train_controller.py",
+            },
+        ),
         (
             "tune",
             {

@@ -55,8 +55,8 @@ def export(arguments: Namespace) -> None:
         raise ConfigError(f"{found.folder.uri} is a checkpoint outside a run directory; pass --out FOLDER")
     out = Directory(arguments.out) if arguments.out or found.run is None else found.run.child("export")
     with tempfile.TemporaryDirectory(prefix="dinoray-export-") as scratch:
-        folder = download_checkpoint(found.folder, Path(scratch))
-        frozen, meta = read_frozen(folder, arguments.which), read_meta(folder)
+        folder, at = download_checkpoint(found.folder, Path(scratch)), found.folder.uri
+        frozen, meta = read_frozen(folder, arguments.which, address=at), read_meta(folder, address=at)
         if arguments.step not in (None, meta["step"]):
             raise ConfigError(
                 f"--step {arguments.step}, but {found.folder.uri} is of step {meta['step']}; leave --step out"
@@ -64,7 +64,9 @@ def export(arguments: Namespace) -> None:
         name = f"{arguments.which}_{checkpoint_name(meta['step'])}"
         run = _run_facts(found.run)
         exports = {
-            form: _export(form, frozen, folder, name=name, image_size=run.image_size, license_id=license_id)
+            form: _export(
+                form, frozen, folder, at, name=name, image_size=run.image_size, license_id=license_id
+            )
             for form in dict.fromkeys(arguments.format or ["timm"])
         }
     card = model_card(
@@ -94,7 +96,14 @@ def export(arguments: Namespace) -> None:
 
 
 def _export(
-    form: str, frozen: FrozenBackbone, folder: Path, *, name: str, image_size: int | None, license_id: str
+    form: str,
+    frozen: FrozenBackbone,
+    folder: Path,
+    address: str,
+    *,
+    name: str,
+    image_size: int | None,
+    license_id: str,
 ) -> Exported:
     file = FILES[form]
     facts: dict[str, Any]
@@ -108,7 +117,7 @@ def _export(
     if form == "official":
         step = name.partition("_")[2]
         facts = {"deviations": _deviations_in_timm(frozen, image_size)}
-        return Exported(f"official_{step}", {file: export_official(folder)}, facts)
+        return Exported(f"official_{step}", {file: export_official(folder, address=address)}, facts)
     onnx = export_onnx(frozen)
     facts = {"max_deviation": onnx.deviation, "checked_sizes": onnx.sizes, "multiple_of": onnx.multiple_of}
     return Exported(f"{name}_onnx", {file: onnx.data}, facts)

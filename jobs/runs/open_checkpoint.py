@@ -35,7 +35,9 @@ def open_network(address: str, step: int | None, which: Which) -> Opened:
     with tempfile.TemporaryDirectory(prefix="dinoray-network-") as scratch:
         files = (f"{which}.safetensors", run_dir.META)
         folder = download_checkpoint(found.folder, Path(scratch), files)
-        opened = Opened(found, read_frozen(folder, which), read_meta(folder)["step"])
+        address = found.folder.uri
+        network = read_frozen(folder, which, address=address)
+        opened = Opened(found, network, read_meta(folder, address=address)["step"])
     if step is not None and step != opened.step:
         raise ConfigError(
             f"--step {step}, but {found.folder.uri} is {checkpoint_name(opened.step)}; "

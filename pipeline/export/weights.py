@@ -34,17 +34,19 @@ def export_state_dict(frozen: FrozenBackbone) -> bytes:
     return _saved(state)
 
 
-def export_official(folder: Path) -> bytes:
+def export_official(folder: Path, *, address: str | None = None) -> bytes:
     """Return the whole checkpoint in the local `folder` in the format of the published code, which resumes
     it.
+
+    `address`: of the checkpoint, if `folder` is a copy of it.
 
     Raises ConfigError for a backbone that the published code lacks: it supports plain ViTs and torchvision's
     ResNets.
     """
-    meta = read_meta(folder)
+    meta = read_meta(folder, address=address)
     config = DINOConfig.model_validate(meta["config"])
     state = build_state(config, num_images=meta["num_images"], resumed=True)
-    load_checkpoint(state, folder)
+    load_checkpoint(state, folder, address=address)
     strange = [k for k in state.dino.student.backbone.state_dict() if not _OFFICIAL_NAMES.fullmatch(k)]
     if strange:  # the published code would silently leave them out
         raise ConfigError(

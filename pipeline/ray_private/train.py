@@ -7,53 +7,63 @@ Train writes over it in place, so a process that is killed meanwhile leaves a to
 
 import importlib.metadata
 import json
-import re
 from collections.abc import Sequence
+from typing import Any
 
 from dinoray.models.errors import DataError
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-_LIST, _NAME = "checkpoint_results", "checkpoint_dir_name"
-_PLAIN = re.compile(r"[\w-]+")
+_LIST, _NAME, _INDICES, _LATEST = (
+    "checkpoint_results",
+    "checkpoint_dir_name",
+    "checkpoint_report_indices",
+    "latest_checkpoint_result",
+)
 
 
-class TornSnapshotError(DataError):
-    """The snapshot breaks off: its writer was killed, or is still writing."""
+class BadSnapshotError(DataError):
+    """The snapshot cannot be used; the message says what it `is`, for a sentence."""
 
 
-def committed(snapshot: bytes, *, file: str) -> list[str]:
-    """Return the names of the committed checkpoints in a snapshot, ascending.
+def listed(snapshot: bytes) -> list[str]:
+    """Return the names in a snapshot, as they stand there.
 
-    Raises TornSnapshotError for one that breaks off, and DataError for one of another form: taken for one without
-    checkpoints, the run would start anew.
+    Raises BadSnapshotError for one that breaks off, because its writer was killed or is still writing, and for one of
+    another form: taken for one without checkpoints, the run would start anew.
     """
     try:
         state = json.loads(snapshot)
-    except ValueError as error:
-        raise TornSnapshotError(f"{file} is torn ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadSnapshotError("torn") from error
     try:
-        names = sorted({result[_NAME] for result in state[_LIST]})
-        strange = [name for name in names if not _PLAIN.fullmatch(name)]
+        return [str(result[_NAME]) for result in state[_LIST]]
     except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{file} is not a list of checkpoints as Ray Train 2.58 to 2.60 writes it ({error!r}): resume the run "
-            "with the version of Ray that began it"
-        ) from error
-    if strange:
-        raise DataError(
-            f"{file} names {strange[0]!r}, which is not a checkpoint of this run: take it out of the file"
-        )
-    return names
+        raise BadSnapshotError("not of the form of Ray Train 2.58 to 2.60") from error
+
+
+def is_complete(snapshot: bytes) -> bool:
+    """Return True if Ray Train can load a snapshot that `listed` can read."""
+    state, names = json.loads(snapshot), listed(snapshot)
+    required = _state_of(["any"]).keys() - {_LATEST, "ray_version"}
+    if not required <= state.keys() or not isinstance(state[_INDICES], list):
+        return False
+    latest = state.get(_LATEST)
+    is_known = latest is None or (isinstance(latest, dict) and latest.get(_NAME) in names)
+    return is_known and len(set(names)) == len(names) == len(state[_INDICES])
 
 
 def snapshot_of(names: Sequence[str]) -> bytes:
     """Return the snapshot of a run whose committed checkpoints are `names`, oldest first."""
+    return json.dumps(_state_of(names)).encode()
+
+
+def _state_of(names: Sequence[str]) -> dict[str, Any]:
     results = [{"version": 0, _NAME: name, "metrics": {}} for name in names]
-    state = {
+    return {
         "ray_version": importlib.metadata.version("ray"),
         _LIST: results,
-        "checkpoint_report_indices": list(range(len(names))),
-        "latest_checkpoint_result": results[-1],
+        _INDICES: list(range(len(names))),
+        _LATEST: results[-1],
         "pending_training_results": [],
         "pending_validation_specs": [],
         "current_report_index": len(names),
@@ -61,4 +71,3 @@ def snapshot_of(names: Sequence[str]) -> bytes:
         "timed_out_validation_checkpoint_dir_names": [],
         "failed_validation_checkpoint_dir_names": [],
     }
-    return json.dumps(state).encode()

@@ -20,17 +20,19 @@ A run directory (local or S3):
       step_00001000/
         student.safetensors     backbone.* and head.*
         teacher.safetensors
-        train_state.pt          optimizer, center, health: tensors and numbers, loads with weights_only=True
-        meta.json               step, config and all else that is needed to rebuild the model
+        train_state.pt          step, optimizer, center, health: tensors and numbers, loads with weights_only=True
+        meta.json               written last: step, config and all else that is needed to rebuild the model; checksums
 
 No Ray here.
 """
 
-import contextlib
 import json
+import re
+from collections.abc import Collection
+from typing import NamedTuple
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.ray_private.train import SNAPSHOT, TornSnapshotError, committed, snapshot_of
+from dinoray.pipeline.ray_private.train import SNAPSHOT, BadSnapshotError, is_complete, listed, snapshot_of
 from dinoray.pipeline.storage.files import Directory, MissingObject
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
@@ -42,6 +44,7 @@ STUDENT, TEACHER = "student.safetensors", "teacher.safetensors"
 TRAIN_STATE, META = "train_state.pt", "meta.json"
 _CHECKPOINT, _EVALUATION = "step_", "evaluation_"
 _LIST = f"{CHECKPOINTS}/{SNAPSHOT}"
+_NAME = re.compile(rf"{_CHECKPOINT}\d{{8,}}")
 
 
 def checkpoint_name(step: int) -> str:
@@ -60,62 +63,113 @@ def evaluation_names(run: Directory) -> list[str]:
     return [name for name in run.list() if name.startswith(_EVALUATION) and name.endswith(".json")]
 
 
-def committed_checkpoints(run: Directory) -> list[str]:
-    """Return the names of the run's committed checkpoints, oldest first. DataError as in `committed`.
+class Committed(NamedTuple):
+    """The committed checkpoints of a run, oldest first, and what is `wrong` with Ray Train's list of them."""
 
-    Where Ray Train's list of them is torn, all whole checkpoints count.
-    """
-    try:
-        return _listed_checkpoints(run)
-    except TornSnapshotError:
-        return _whole_checkpoints(run.child(CHECKPOINTS))
+    names: list[str]
+    wrong: list[str]
+
+
+def committed_checkpoints(run: Directory) -> list[str]:
+    """Return the names of the run's committed checkpoints, oldest first. DataError as in `read_committed`."""
+    return read_committed(run).names
 
 
 def committed_steps(run: Directory) -> list[int]:
     """Return the steps of the run's committed checkpoints, ascending."""
-    return sorted(int(name.removeprefix(_CHECKPOINT)) for name in committed_checkpoints(run))
+    return sorted(step_of(name) for name in committed_checkpoints(run))
 
 
-def mend_snapshot(run: Directory) -> list[str] | None:
-    """Write Ray Train's torn list of checkpoints again and return it; None where it is sound or does not exist.
+def step_of(name: str) -> int:
+    """Return the step of the checkpoint `name`."""
+    return int(name.removeprefix(_CHECKPOINT))
+
+
+def checkpoint_names(run: Directory) -> list[str]:
+    """Return the names of all folders of checkpoints, committed or not, oldest first."""
+    return [name for name in run.child(CHECKPOINTS).list() if _NAME.fullmatch(name)]
+
+
+def read_committed(run: Directory) -> Committed:
+    """Return the checkpoints in Ray Train's list whose folders exist; without a usable list, all whole checkpoints.
+
+    Raises DataError where there are checkpoints but none that can be used: the run would start anew without a word.
+    """
+    try:
+        snapshot = run.read(_LIST)
+    except MissingObject:
+        there = checkpoint_names(run)
+        # Without meta.json, which comes last, a first checkpoint was, or is, being written.
+        marked = [name for name in there if run.exists(f"{CHECKPOINTS}/{name}/{META}")]
+        return Committed(_whole(run, marked, "is missing"), ["is missing"]) if marked else Committed([], [])
+    there = checkpoint_names(run)
+    try:
+        names = listed(snapshot)
+    except BadSnapshotError as error:
+        return Committed(_whole(run, there, f"is {error}"), [f"is {error}"])
+    strange = [name for name in names if not _NAME.fullmatch(name)]
+    gone = [name for name in names if name not in strange and name not in there]
+    wrong = [f"names {name!r}, which is not a checkpoint of this run" for name in strange]
+    wrong += [f"names {name}, whose folder does not exist" for name in gone]
+    kept = sorted(set(names) & set(there))
+    if names and not kept:
+        if not there:
+            raise DataError(
+                f"{run.join(_LIST)} {', '.join(wrong)}, and there is no other: restore {run.join(CHECKPOINTS)} from a "
+                f"copy, or delete {SNAPSHOT} to start the run anew"
+            )
+        kept = _whole(run, there, ", ".join(wrong))
+    if not wrong and not is_complete(snapshot):
+        wrong = ["is not one that Ray Train can load"]
+    return Committed(kept, wrong)
+
+
+def mend_snapshot(run: Directory) -> str | None:
+    """Write Ray Train's list of checkpoints again if anything is wrong with it; return a line on that, or None.
 
     Only for a run that nobody trains: while Ray writes the list, it looks torn too.
     """
-    try:
-        _listed_checkpoints(run)
-    except TornSnapshotError:
-        names = _whole_checkpoints(run.child(CHECKPOINTS))
-        if names:
-            run.write(_LIST, snapshot_of(names))
-        else:
-            run.delete(_LIST)  # torn at the first checkpoint ever
-        return names
-    return None
+    names, wrong = read_committed(run)
+    if not wrong:
+        return None
+    if names:
+        run.write(_LIST, snapshot_of(names))
+    else:
+        run.delete(_LIST)  # torn at the first checkpoint ever
+    text = f"Ray's list of checkpoints {', '.join(wrong)}"
+    return f"{text}; it is written again; whole checkpoints: {', '.join(names) or 'none'}"
 
 
-def _listed_checkpoints(run: Directory) -> list[str]:
-    """Return what Ray Train's list holds; empty before the first checkpoint. Raises as `committed`."""
-    try:
-        return committed(run.read(_LIST), file=run.join(_LIST))
-    except MissingObject:
-        return []
+def leave_out(run: Directory, refused: Collection[str]) -> None:
+    """Take checkpoints out of Ray Train's list, some but not all. Only for a run that nobody trains."""
+    run.write(_LIST, snapshot_of([name for name in committed_checkpoints(run) if name not in refused]))
 
 
-def _whole_checkpoints(checkpoints: Directory) -> list[str]:
-    """Raises DataError where there are checkpoints, but none is whole: the run would start anew without a word."""
-    names = [name for name in checkpoints.list() if name.startswith(_CHECKPOINT)]
-    whole = [name for name in names if _is_whole(checkpoints.child(name))]
+def _whole(run: Directory, names: Collection[str], why: str) -> list[str]:
+    """Return those of `names` that are whole. DataError if there are some and none is: why the list is not used."""
+    wrong = {name: _lack(run.child(CHECKPOINTS).child(name)) for name in names}
+    whole = [name for name in names if not wrong[name]]
     if names and not whole:
         raise DataError(
-            f"{checkpoints.join(SNAPSHOT)} is torn, and none of {len(names)} checkpoints beside it can be shown to be "
-            f"whole: move {checkpoints.uri} away to start the run anew"
+            f"{run.join(_LIST)} {why}, and none of {len(wrong)} checkpoints beside it can be shown to be whole "
+            f"({', '.join(f'{name} {what}' for name, what in wrong.items())}): restore one from a copy, or move "
+            f"{run.join(CHECKPOINTS)} away to start the run anew"
         )
     return whole
 
 
-def _is_whole(checkpoint: Directory) -> bool:
-    """True if all files have the sizes that meta.json gives; older versions did not write them."""
-    with contextlib.suppress(DataError, ValueError, KeyError, TypeError, AttributeError):
-        sizes = json.loads(checkpoint.read(META))["file_bytes"]
-        return all(checkpoint.size(file) == size for file, size in sizes.items())
-    return False
+def _lack(checkpoint: Directory) -> str:
+    """Return what a checkpoint lacks, by the sizes in meta.json; empty if it is whole. Its bytes are not read."""
+    try:
+        # Early versions wrote no sizes.
+        sizes = json.loads(checkpoint.read(META)).get("file_bytes") or {}
+        for file in (STUDENT, TEACHER, TRAIN_STATE):
+            if not checkpoint.exists(file):
+                return f"lacks {file}"
+            if file in sizes and sizes[file] != checkpoint.size(file):
+                return f"has another size of {file}"
+    except MissingObject:
+        return f"lacks {META}"
+    except (ValueError, TypeError, AttributeError):
+        return f"has no whole {META}"
+    return ""

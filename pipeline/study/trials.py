@@ -31,6 +31,8 @@ STUDY = "study.json"
 TRIAL = "trial.json"
 OUTCOME = "outcome.json"
 BEST = "best.yaml"
+TRIALS = "trials"
+"""The folder of a study that holds the run directories of its trials."""
 
 Record = TypeVar("Record", "Trial", "Outcome")
 
@@ -101,7 +103,7 @@ class TrialRecord:
 
 def trial_directory(study: Directory, trial: Trial) -> Directory:
     """Return the run directory of the trial."""
-    return study.child("trials").child(trial.name)
+    return study.child(TRIALS).child(trial.name)
 
 
 def write_trial(study: Directory, trial: Trial) -> None:
@@ -117,11 +119,11 @@ def write_outcome(study: Directory, trial: Trial, outcome: Outcome) -> None:
 def read_trials(study: Directory, *, ended: Mapping[int, TrialRecord] | None = None) -> list[TrialRecord]:
     """Return all trials of the study, by number; trials in `ended` are not read again."""
     found = []
-    for name in study.child("trials").list():
+    for name in study.child(TRIALS).list():
         if ended and name.isdecimal() and int(name) in ended:
             found.append(ended[int(name)])
             continue
-        run = study.child("trials").child(name)
+        run = study.child(TRIALS).child(name)
         trial = _read(Trial, run, TRIAL)
         if trial is not None:  # None: the folder exists, but its trial was never stored or started
             found.append(TrialRecord(trial, _read(Outcome, run, OUTCOME), read_records(run)))

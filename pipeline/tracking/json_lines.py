@@ -34,20 +34,20 @@ class JsonLines:
 
 
 def whole_lines(run: Directory, name: str) -> list[str]:
-    """Return the lines of a file; none if it does not exist. A last line that a kill has cut off is left out."""
+    """Return the lines of a file; none if it does not exist. A last line that a kill has cut off is left out, and so
+    are damaged lines, which would end each resume."""
     try:
-        whole, _, last = run.read(name).decode().rpartition("\n")
+        lines = run.read(name).decode(errors="replace").split("\n")
     except MissingObject:
         return []
-    return [line for line in [*whole.split("\n"), *_if_whole(last)] if line]
+    return [line for line in lines if line and _is_whole(line)]
 
 
-def _if_whole(line: str) -> list[str]:
-    """Only the line end may be missing."""
+def _is_whole(line: str) -> bool:
     try:
-        return [line] if isinstance(json.loads(line), dict) else []
+        return isinstance(json.loads(line), dict)
     except ValueError:
-        return []
+        return False
 
 
 def _json_number(value: Any) -> Any:

@@ -6,6 +6,7 @@ steps after its checkpoint, because it repeats those steps.
 """
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ class RunFiles(MetricSink):
     def __init__(self, run: Directory, *, first_step: int, staging: Path) -> None:
         self._run = run
         self._metrics = JsonLines(
-            run, run_dir.METRICS, keep=lambda r: 0 < first_step >= r["step"], staging=staging
+            run, run_dir.METRICS, keep=lambda r: 0 < first_step >= r.get("step", math.inf), staging=staging
         )
         for step, name in attention_figures(run):
             if not 0 < first_step >= step:

@@ -6,61 +6,74 @@ no pickled objects.
 
 import contextlib
 import json
+import pickle
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow.fs
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dinoray.models.backbone import build_backbone
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.settings import flatten
-from dinoray.pipeline.storage import run_dir
+from dinoray.pipeline.storage import checkpoint_files, run_dir
+from dinoray.pipeline.storage.checkpoint_files import (
+    FILES,
+    DamagedCheckpointError,
+    WrittenFile,
+    verify,
+    write_meta,
+)
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.step import TrainState
 
-FORMAT = 2
 _ANOTHER = (
     "take another checkpoint: of its run by --step, for training by init.path=CHECKPOINT init.load=run under another "
     "name=..."
 )
-FILES = (run_dir.STUDENT, run_dir.TEACHER, run_dir.TRAIN_STATE, run_dir.META)
+_GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
 
 
 def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, quarantine: Quarantine) -> None:
-    """Write the checkpoint files into `folder`. Call on one rank; all ranks hold the same values."""
-    save_file(_contiguous(state.dino.student), folder / run_dir.STUDENT)
-    save_file(_contiguous(state.dino.teacher), folder / run_dir.TEACHER)
-    torch.save(
-        {
-            "optimizer": state.optimizer.state_dict(),
-            "center": state.dino.center.cpu(),
-            "health": state.health.state_dict(),
-        },
-        folder / run_dir.TRAIN_STATE,
-    )
+    """Write the checkpoint files into `folder`, meta.json last. Call on one rank; all ranks hold the same values."""
+    train_state = {
+        "step": state.step,
+        "optimizer": state.optimizer.state_dict(),
+        "center": state.dino.center.cpu(),
+        "health": state.health.state_dict(),
+    }
     meta = {
-        "format": FORMAT,
         "step": state.step,
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
         "positions": state.step * state.config.train.global_batch_size,
         "total_steps": state.schedule.total_steps,
         "num_images": num_images,
+        "finite": is_finite(state.dino.state_dict()),
         **quarantine.meta(),
-        "file_bytes": {file: (folder / file).stat().st_size for file in FILES[:-1]},
         "torch": torch.__version__,
         "config": state.config.model_dump(mode="json"),
     }
-    (folder / run_dir.META).write_text(json.dumps(meta, indent=1))
+    (folder / run_dir.META).unlink(missing_ok=True)
+    written = {}
+    for name, network in ((run_dir.STUDENT, state.dino.student), (run_dir.TEACHER, state.dino.teacher)):
+        with WrittenFile(folder / name) as file:
+            file.write(save(_contiguous(network)))
+        written[name] = file
+    with WrittenFile(folder / run_dir.TRAIN_STATE) as file:
+        torch.save(train_state, file)  # type: ignore[arg-type]
+    written[run_dir.TRAIN_STATE] = file
+    write_meta(folder, meta, written)
 
 
 def temporary_checkpoint(state: TrainState, *, num_images: int, quarantine: Quarantine) -> Path:
@@ -88,30 +101,117 @@ def own_copy(checkpoint: Any) -> Iterator[Path]:
             yield Path(checkpoint.to_directory(folder))
 
 
-def load_checkpoint(state: TrainState, folder: Path) -> dict[str, Any]:
-    """Restore `state` strictly from `folder` and return the meta data.
+class CheckpointParts(NamedTuple):
+    """The contents of a checkpoint, each as it was written: meta data, weights by name, and train_state.pt."""
 
-    Raises DataError if a part is missing.
+    meta: dict[str, Any]
+    student: dict[str, torch.Tensor]
+    teacher: dict[str, torch.Tensor]
+    train_state: dict[str, Any]
+
+    def non_finite(self) -> str | None:
+        """Return which part has NaN or infinite values, for a sentence; None if all are finite."""
+        moments = self.train_state["optimizer"]["state"]
+        parts = {
+            "the student": self.student,
+            "the teacher": self.teacher,
+            "the centre": {"center": self.train_state["center"]},
+            "the optimizer's state": {
+                f"{n}.{name}": value for n, saved in moments.items() for name, value in saved.items()
+            },
+        }
+        return next(
+            (f"{part} has NaN or infinite values" for part, x in parts.items() if not is_finite(x)), None
+        )
+
+
+def is_finite(values: Mapping[str, Any]) -> bool:
+    """Return True if no tensor in `values`, of any dtype and device, has NaN or infinity."""
+    return all(bool(torch.isfinite(v).all()) for v in values.values() if isinstance(v, torch.Tensor))
+
+
+def read_parts(
+    folder: Path, *, device: torch.device | str = "cpu", address: str | None = None
+) -> CheckpointParts:
+    """Read all files of the checkpoint in the local `folder`, a copy of that at `address`. Nothing in them is run.
+
+    `device`: where the train state goes. Raises DamagedCheckpointError unless all files are as they were written and
+    of the same step.
     """
-    meta = read_meta(folder)
-    then, now = meta["config"]["optim"]["name"], state.config.optim.name
-    if then != now:
-        raise ConfigError(f"optim.name={now} cannot continue a run of {then}; set optim.name={then}")
+    address = address or str(folder)
+    meta = verify(Directory(str(folder)), address=address)
+    train_state = _read_train_state(folder, device, address)
+    then = train_state.get("step", meta["step"])  # earlier versions wrote none
+    if then != meta["step"]:
+        what = f"{run_dir.TRAIN_STATE} is of step {then}, {run_dir.META} of step {meta['step']}"
+        raise DamagedCheckpointError(address, what)
+    student, teacher = (_read_weights(folder, name, address) for name in (run_dir.STUDENT, run_dir.TEACHER))
+    return CheckpointParts(meta, student, teacher, train_state)
+
+
+def _read_weights(folder: Path, file: str, address: str) -> dict[str, torch.Tensor]:
     try:
-        state.dino.student.load_state_dict(load_file(folder / run_dir.STUDENT))
-        state.dino.teacher.load_state_dict(load_file(folder / run_dir.TEACHER))
-        train_state = torch.load(folder / run_dir.TRAIN_STATE, weights_only=True, map_location=state.device)
+        return load_file(folder / file)
+    except Exception as error:  # a damaged file may raise anything
+        what = f"{file} cannot be read ({one_line(error)})"
+        raise DamagedCheckpointError(address, what) from error
+
+
+def _read_train_state(folder: Path, device: torch.device | str, address: str) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # problems of a file are reported below
+            train_state = torch.load(folder / run_dir.TRAIN_STATE, weights_only=True, map_location=device)
+        if not {"center", "health"} <= train_state.keys() or not isinstance(
+            train_state["optimizer"]["state"], dict
+        ):
+            raise ValueError("it lacks a part")
+        return dict(train_state)
+    except pickle.UnpicklingError as error:  # its own text advises to run what is in the file
+        wanted = _GLOBAL.search(str(error))
+        what = (
+            f"wants {wanted[1].rstrip('.')} to be called" if wanted else "has more than tensors and numbers"
+        )
+        what = f"{run_dir.TRAIN_STATE} {what}, which no checkpoint needs; nothing in it was run"
+        raise DamagedCheckpointError(address, what) from error
+    except Exception as error:  # a damaged file may raise anything
+        what = f"{run_dir.TRAIN_STATE} cannot be read ({one_line(error)})"
+        raise DamagedCheckpointError(address, what) from error
+
+
+def load_checkpoint(state: TrainState, folder: Path, *, address: str | None = None) -> dict[str, Any]:
+    """Restore `state` strictly from the checkpoint in the local `folder` and return the meta data.
+
+    Raises as `read_parts` and `load_parts`.
+    """
+    return load_parts(state, read_parts(folder, device=state.device, address=address), address or str(folder))
+
+
+def load_parts(state: TrainState, parts: CheckpointParts, address: str) -> dict[str, Any]:
+    """Restore `state` strictly from `parts`, of the checkpoint at `address`, and return the meta data.
+
+    Raises ConfigError for another optimizer, and DataError for another network.
+    """
+    meta, train_state = parts.meta, parts.train_state
+    try:
+        then, now = meta["config"]["optim"]["name"], state.config.optim.name
+        if then != now:
+            raise ConfigError(f"optim.name={now} cannot continue a run of {then}; set optim.name={then}")
+        state.dino.student.load_state_dict(parts.student)
+        state.dino.teacher.load_state_dict(parts.teacher)
         restore_optimizer(state.optimizer, train_state["optimizer"])
         state.dino.center.copy_(train_state["center"])
         state.health.load_state_dict(train_state["health"], device=state.device)
-    except Exception as error:  # a damaged file may raise anything
+        state.step, state.skipped = meta["step"], meta["skipped"]
+        state.skipped_in_a_row = meta["skipped_in_a_row"]
+    except ConfigError:
+        raise
+    except Exception as error:  # contents of another network may raise anything
         changed = _changed(meta["config"], state.config)
         remedy = f"set {' '.join(changed)}" if changed else _ANOTHER
         raise DataError(
-            f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}; {remedy}"
+            f"checkpoint {address} cannot be loaded: {one_line(error, limit=300)}; {remedy}"
         ) from error
-    state.step, state.skipped = meta["step"], meta["skipped"]
-    state.skipped_in_a_row = meta["skipped_in_a_row"]
     return meta
 
 
@@ -145,33 +245,23 @@ class FrozenBackbone(NamedTuple):
         return backbone.to(device).eval()
 
 
-def read_frozen(folder: Path, which: Which = "teacher") -> FrozenBackbone:
-    """Read the backbone of the checkpoint in the local `folder`."""
-    prefix = "backbone."
-    try:
-        weights = load_file(folder / f"{which}.safetensors")
-    except Exception as error:  # a damaged file may raise anything
-        raise DataError(
-            f"checkpoint {folder} cannot be loaded: {one_line(error, limit=300)}; {_ANOTHER}"
-        ) from error
+def read_frozen(folder: Path, which: Which = "teacher", *, address: str | None = None) -> FrozenBackbone:
+    """Read the backbone of the checkpoint in the local `folder`, a copy of that at `address`.
+
+    Raises DamagedCheckpointError if its weights or meta.json are not as they were written.
+    """
+    prefix, file = "backbone.", f"{which}.safetensors"
+    meta = verify(Directory(str(folder)), (file,), address=address)
+    weights = _read_weights(folder, file, address or str(folder))
     return FrozenBackbone(
-        DINOConfig.model_validate(read_meta(folder)["config"]),
+        DINOConfig.model_validate(meta["config"]),
         {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
     )
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Read the checkpoint's meta.json and check its format."""
-    try:
-        meta = json.loads((folder / run_dir.META).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is not a checkpoint: meta.json: {error}; {_ANOTHER}") from error
-    if meta.get("format") != FORMAT:
-        raise DataError(
-            f"checkpoint {folder} has format {meta.get('format')}, this version reads {FORMAT}; read it with the "
-            "version of dinoray that wrote it"
-        )
-    return meta
+def read_meta(folder: Path, *, address: str | None = None) -> dict[str, Any]:
+    """Read meta.json of the checkpoint in the local `folder`, a copy of that at `address`. Raises as `verify`."""
+    return checkpoint_files.read_meta(Directory(str(folder)), address=address)
 
 
 class Found(NamedTuple):
@@ -203,7 +293,7 @@ def download_checkpoint(folder: Directory, into: Path, files: Sequence[str] = FI
         try:
             (into / file).write_bytes(folder.read(file))
         except MissingObject as error:
-            raise DataError(f"checkpoint {folder.uri} lacks {file}; {_ANOTHER}") from error
+            raise DamagedCheckpointError(folder.uri, f"it lacks {file}") from error
     return into
 
 

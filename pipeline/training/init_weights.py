@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import load_file
 
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.models.optim import restore_optimizer
@@ -24,7 +23,7 @@ from dinoray.models.published.optimizer import why_fresh
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, normal_uri
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
-from dinoray.pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_meta
+from dinoray.pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_parts
 from dinoray.pipeline.training.step import TrainState
 
 _NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
@@ -199,16 +198,7 @@ def _read_run(address: str) -> Weights:
     with tempfile.TemporaryDirectory(prefix="dinoray-init-") as scratch:
         found = find_checkpoint(address)
         folder = download_checkpoint(found.folder, Path(scratch))
-        meta = read_meta(folder)
-        try:
-            state = torch.load(folder / run_dir.TRAIN_STATE, weights_only=True, map_location="cpu")
-            student, teacher = (
-                load_file(folder / f"{which}.safetensors") for which in ("student", "teacher")
-            )
-        except Exception as error:  # a damaged file may raise anything
-            raise DataError(
-                f"checkpoint {found.folder.uri} is damaged: {one_line(error)}; pass another checkpoint of the run"
-            ) from error
+        meta, student, teacher, state = read_parts(folder, address=found.folder.uri)
         config = meta["config"]
         backbone = {"name": config["backbone"]["name"].split(".")[0], "kwargs": config["backbone"]["kwargs"]}
         return Weights(

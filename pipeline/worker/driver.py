@@ -4,7 +4,6 @@ Shared by the job that pretrains and by the trials of a study, which read the sa
 """
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +27,9 @@ from dinoray.pipeline.data.sharing import share_reading
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.ray_private.train_controller import ControllerCallback
 from dinoray.pipeline.reporting.run_report import write_report
-from dinoray.pipeline.storage import run_dir
+from dinoray.pipeline.storage.checkpoint_files import newest_meta
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.storage.run_dir import committed_checkpoints, committed_steps, mend_snapshot
+from dinoray.pipeline.storage.run_dir import committed_steps, mend_snapshot
 from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.stream.readers import Readers
 from dinoray.pipeline.stream.shared_stream import SharedStream
@@ -79,9 +78,8 @@ def what_is_learnt(
     resolved = resolve(config.algorithm(), num_images=num_images)
     if config.init.path is None:
         return resolved.config, None, resolved.reasons
-    names = committed_checkpoints(run)
-    if names:
-        meta = json.loads(run.read(f"{run_dir.CHECKPOINTS}/{names[-1]}/{run_dir.META}"))
+    meta = newest_meta(run)
+    if meta is not None:
         began = DINOConfig.model_validate(meta["config"]).backbone
         return resolved.config.model_copy(update={"backbone": began}), None, resolved.reasons
     weights = read_weights(config.init.path)
@@ -214,13 +212,9 @@ def run_training(
     `shared`: a stream of just these crops, which other runs take part in.
     """
     channel = RunChannel()
-    whole = mend_snapshot(run)
-    if whole is not None:
-        names = ", ".join(whole) or "none"
-        text = (
-            f"Ray's list of checkpoints was torn by a kill and is written again; whole checkpoints: {names}"
-        )
-        on_event(Event("note", {"text": text}), channel)
+    mended = mend_snapshot(run)
+    if mended is not None:
+        on_event(Event("note", {"text": mended}), channel)
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
     stream = stream_plan(

@@ -13,8 +13,8 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train import CheckpointConfig as RayCheckpointConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import crop_bytes
@@ -26,11 +26,9 @@ from dinoray.pipeline.evaluation.in_training import evaluate
 from dinoray.pipeline.ray_private.train_controller import controller_callbacks
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import filesystem
-from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.storage.waiting import report_outages
 from dinoray.pipeline.stream import ray_data, shared_stream
 from dinoray.pipeline.training.bad_images import Quarantine
-from dinoray.pipeline.training.checkpoint import load_checkpoint, own_copy
 from dinoray.pipeline.training.ddp import distribute
 from dinoray.pipeline.training.distributed import all_reduce_max, set_up_device
 from dinoray.pipeline.training.init_weights import load_initial_weights
@@ -39,6 +37,8 @@ from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.outputs import Outputs
+from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore, take_refusal
+from dinoray.pipeline.worker.saving import Saver
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import WorkMeter
 
@@ -47,7 +47,14 @@ CONTROLLER = "train controller"
 
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
-    """Run the training to its end; resume from the newest committed checkpoint, if the run has one."""
+    """Run the training to its end; resume from the newest whole checkpoint that is committed, if the run has one."""
+    _fit_once(spec, resources, use_gpu=use_gpu)
+    while (refusal := take_refusal(spec.run, spec.channel)) is not None:
+        spec.channel.post("note", text=f"warning: {refusal}")
+        _fit_once(spec, resources, use_gpu=use_gpu)
+
+
+def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
     storage, path = filesystem(spec.run.uri)
     ray.train.torch.TorchTrainer(
         work,
@@ -84,6 +91,9 @@ def work(loop_config: dict[str, Any]) -> None:
         worker = _Worker(spec)
         outputs = worker.outputs
         worker.run()
+    except RefusedCheckpointError as refused:  # the driver starts the workers again
+        if ray.train.get_context().get_world_rank() == 0:
+            post_refusal(spec.channel, refused.refusal)
     except Exception as error:
         # Before the post, which ends the run: the files named in the error message must be complete.
         with contextlib.suppress(Exception):
@@ -115,7 +125,6 @@ class _Worker:
             resumed=not self.is_new,
         )
         self.quarantine = self._initialise() if self.is_new else self._restore()
-        self.saved_step = self.state.step
         self.state.student = distribute(self.state.dino, device)
         self.agreement = Agreement(patience_seconds=spec.give_up_after_seconds, known=known_error)
         self.cadence = Cadence(
@@ -127,6 +136,7 @@ class _Worker:
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
         # The first rank of each stream speaks for its ranks: rank j for stream j.
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
+        self.saver = Saver(self.state, self.quarantine, spec.run, self.outputs)
         self.verdict = Verdict.HEALTHY
         self.stopped = False
 
@@ -143,10 +153,10 @@ class _Worker:
             # After another error Ray restarts the workers, and does not wait for an upload.
             if (
                 isinstance(error, DinorayError)
-                and state.step > self.saved_step
+                and state.step > self.saver.saved_step
                 and not state.skipped_in_a_row
             ):
-                self._save_last_step()
+                self.saver.save_last_step(self.agreement, self._count_images)
             raise error from failed
         if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
@@ -164,9 +174,8 @@ class _Worker:
         return Quarantine(first=self._num_seen)
 
     def _restore(self) -> Quarantine:
-        """Load the newest committed checkpoint; return its counts of images."""
-        with own_copy(ray.train.get_checkpoint()) as folder:
-            meta = load_checkpoint(self.state, folder)
+        """Load the newest committed checkpoint; return its counts of images. Raises as `restore`."""
+        meta = restore(self.state, self.spec.run, ray.train.get_checkpoint())
         if self.rank == 0:
             self.spec.channel.post("note", text=f"resuming from step {self.state.step}")
         return Quarantine.restored(meta)
@@ -221,7 +230,7 @@ class _Worker:
         # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
         # saved.
         if (due.saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
-            self._save()
+            self.saver.save(is_last=due.ends)
         return self.stopped
 
     def _should_stop(self, step: int | None) -> bool:
@@ -289,40 +298,6 @@ class _Worker:
         if self.outputs:
             if evaluation:
                 self.outputs.log_evaluation(step, evaluation)
-            self.outputs.restart_meters()
-
-    def _save(self) -> None:
-        self._report(self._written())
-
-    def _save_last_step(self) -> None:
-        """Save after the stream has failed, unless that fails too: the storage may be the same."""
-        checkpoint, failure = None, None
-        try:
-            self._count_images()
-            checkpoint = self._written()
-        except DinorayError as error:
-            failure = error
-        if self.agreement.is_everywhere(failure is None):
-            self._report(checkpoint)
-        elif self.outputs:
-            self.outputs.note(f"warning: no checkpoint of step {self.state.step}: {failure}")
-
-    def _written(self) -> Checkpoint | None:
-        """Return the checkpoint in a local folder, on rank 0."""
-        if not self.outputs:
-            return None
-        return Checkpoint.from_directory(str(self.outputs.write_checkpoint(self.state, self.quarantine)))
-
-    def _report(self, checkpoint: Checkpoint | None) -> None:
-        # Uploads in the background and removes the folder afterwards.
-        ray.train.report(
-            {"step": self.state.step},
-            checkpoint=checkpoint,
-            checkpoint_dir_name=checkpoint_name(self.state.step),
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        )
-        self.saved_step = self.state.step
-        if self.outputs:
             self.outputs.restart_meters()
 
 

@@ -172,5 +172,5 @@ def test_a_run_that_loses_its_controller_or_its_head_resumes_by_the_same_command
     snapshot.write_bytes(snapshot.read_bytes()[:40])  # as after a kill while Ray writes over it
     whole = last_step(run)
     output = lose("gcs_server", "its head at")
-    assert "was torn by a kill and is written again; whole checkpoints: step_" in output
+    assert "is torn; it is written again; whole checkpoints: step_" in output
     assert f"resuming from step {whole}" in output

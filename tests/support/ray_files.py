@@ -6,7 +6,10 @@ RAY_FILES = {
         for name in ("channel", "lost_ray", "nodes", "pool_control", "pool_mailbox")
     ),
     *(f"pipeline/stream/{name}.py" for name in ("ray_data", "readers", "shared_stream")),
-    *(f"pipeline/worker/{name}.py" for name in ("driver", "worker", "outputs", "spec")),
+    *(
+        f"pipeline/worker/{name}.py"
+        for name in ("driver", "worker", "outputs", "spec", "restoring", "saving")
+    ),
     *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
     "pipeline/evaluation/actors.py",
     "pipeline/tracking/prometheus.py",

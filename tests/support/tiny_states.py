@@ -1,11 +1,17 @@
-"""Networks of the smallest run, fresh or after some steps, what they have learnt, and what a step tells."""
+"""Networks of the smallest run, fresh or after some steps, what they have learnt, and checkpoints of them."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
 from torch import Tensor
 
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import SNAPSHOT
+from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.checkpoint import save_checkpoint
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
@@ -41,3 +47,18 @@ def after(steps: int, **changes: dict[str, Any]) -> TrainState:
     for seed in range(steps):
         train_step(state, tiny_batch(config, seed=seed))
     return state
+
+
+def save(state: TrainState, folder: Path, **bad_images: int) -> Path:
+    """A checkpoint of `state` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    quarantine = Quarantine()
+    quarantine.counts.update(bad_images)
+    save_checkpoint(state, folder, num_images=NUM_IMAGES, quarantine=quarantine)
+    return folder
+
+
+def commit(run: Directory, *names: str) -> None:
+    """What Ray Train has committed, in its own form but for what is not read."""
+    results = [{"checkpoint_dir_name": name, "metrics": {"step": 1}} for name in names]
+    run.write(f"checkpoints/{SNAPSHOT}", json.dumps({"checkpoint_results": results}).encode())

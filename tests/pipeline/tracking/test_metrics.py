@@ -58,6 +58,19 @@ def test_the_evaluation_before_the_first_step_is_kept_by_a_resumed_run(tmp_path:
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
 
+def test_damaged_lines_do_not_end_each_resume(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log_steps(log, 1, 4, loss=1.0)
+    log.close()
+    file = tmp_path / "metrics.jsonl"
+    first, second, third, *rest = file.read_bytes().splitlines()
+    file.write_bytes(
+        b"\n".join([first, second[:5] + b"\xff" + second[7:], b"\x00" * 9, b"5", third, *rest, b""])
+    )
+    log_of(tmp_path, first_step=3).close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 3]
+
+
 def test_a_last_line_cut_off_anywhere_by_a_kill_is_no_line(tmp_path: Path) -> None:
     whole, last = '{"position": 0, "key": "a"}\n', '{"position": 1, "key": "a{b}c"}\n'
     for length in range(len(last) + 1):

@@ -12,12 +12,12 @@ import torch
 from ray.train import Checkpoint
 from safetensors.torch import load_file
 from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
+from tiny_states import commit, save
 
 from dinoray.models.errors import ConfigError, DataError, DinorayError
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_checkpoints, mend_snapshot
-from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.training.checkpoint import (
     Found,
     download_checkpoint,
@@ -27,7 +27,6 @@ from dinoray.pipeline.training.checkpoint import (
     pick_checkpoint,
     read_frozen,
     read_meta,
-    save_checkpoint,
 )
 from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
@@ -57,14 +56,6 @@ def state_at(step: int, config: DINOConfig) -> TrainState:
 def run_to(state: TrainState, step: int) -> None:
     while state.step < step:
         train_step(state, tiny_batch(state.config, seed=state.step))
-
-
-def save(state: TrainState, folder: Path, **bad_images: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    quarantine = Quarantine()
-    quarantine.counts.update(bad_images)
-    save_checkpoint(state, folder, num_images=NUM_IMAGES, quarantine=quarantine)
-    return folder
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:
@@ -130,6 +121,7 @@ def test_a_checkpoint_is_four_files_that_load_without_pickle(tmp_path: Path) -> 
     folder = save(state_at(2, eventful_config()), tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == list(FILES)
     assert torch.load(folder / "train_state.pt", weights_only=True).keys() == {
+        "step",
         "optimizer",
         "center",
         "health",
@@ -207,8 +199,9 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_refused(
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(state_at(1, tiny_config()), tmp_path)
     meta = json.loads((folder / "meta.json").read_text())
+    del meta["checksums"]
     (folder / "meta.json").write_text(json.dumps(meta | {"format": 1}))
-    with pytest.raises(DataError, match="has format 1, this version reads 2"):
+    with pytest.raises(DataError, match="has format 1, this version reads 2 and 3"):
         read_meta(folder)
 
 
@@ -235,77 +228,13 @@ def test_a_folder_that_is_no_checkpoint_has_no_teacher(tmp_path: Path) -> None:
         read_frozen(tmp_path)
 
 
-# Which checkpoints there are
-
-
-def commit(run: Directory, *names: str) -> None:
-    """The record that Ray Train keeps of what it has committed."""
-    results = [{"checkpoint_dir_name": name, "metrics": {"step": 1}} for name in names]
-    run.write(f"checkpoints/{SNAPSHOT}", json.dumps({"checkpoint_results": results}).encode())
-
-
-def test_names_sort_by_step() -> None:
-    assert checkpoint_name(1000) == "step_00001000"
-    names = [checkpoint_name(step) for step in (9, 10, 99_999, 10_000_000)]
-    assert names == sorted(names)
-
-
-def test_only_what_is_committed_counts(tmp_path: Path) -> None:
-    run = Directory(str(tmp_path))
-    assert committed_checkpoints(run) == []
-    run.write("checkpoints/step_00000300/meta.json", b"{}")
-    assert committed_checkpoints(run) == []
-    commit(run, "step_00000200", "step_00000100")
-    assert committed_checkpoints(run) == ["step_00000100", "step_00000200"]
-
-
-@pytest.mark.parametrize("length", [0, 1, 60])
-def test_a_torn_list_is_made_again_from_the_checkpoints_that_are_whole(tmp_path: Path, length: int) -> None:
-    run, checkpoints = Directory(str(tmp_path)), tmp_path / "checkpoints"
-    state = build_state(tiny_config(), num_images=NUM_IMAGES)
-    for step in (100, 200, 300, 400):
-        save(state, checkpoints / checkpoint_name(step))
-    (checkpoints / "step_00000300" / "meta.json").unlink()
-    cut = checkpoints / "step_00000400" / "train_state.pt"
-    cut.write_bytes(cut.read_bytes()[:-1])
-    commit(run, "step_00000100", "step_00000200")
-    assert mend_snapshot(run) is None  # sound
-    snapshot = checkpoints / SNAPSHOT
-    snapshot.write_bytes(snapshot.read_bytes()[:length])
-    assert committed_checkpoints(run) == ["step_00000100", "step_00000200"]
-    assert len(snapshot.read_bytes()) == length, "whoever only reads must not write: Ray may be about to"
-    assert mend_snapshot(run) == ["step_00000100", "step_00000200"]
-    assert (
-        json.loads(snapshot.read_bytes())["latest_checkpoint_result"]["checkpoint_dir_name"]
-        == "step_00000200"
-    )
-    assert mend_snapshot(run) is None
-    assert committed_checkpoints(run) == ["step_00000100", "step_00000200"]
-
-
-def test_a_list_torn_before_the_first_checkpoint_goes(tmp_path: Path) -> None:
-    run = Directory(str(tmp_path))
-    run.write(f"checkpoints/{SNAPSHOT}", b"")
-    assert mend_snapshot(run) == []
-    assert not run.exists(f"checkpoints/{SNAPSHOT}")
-    assert mend_snapshot(run) is None
-
-
-def test_a_torn_list_over_checkpoints_of_which_none_is_whole_does_not_start_the_run_anew(
-    tmp_path: Path,
-) -> None:
-    run = Directory(str(tmp_path))
-    run.write("checkpoints/step_00000100/meta.json", b'{"format": 2}')
-    run.write(f"checkpoints/{SNAPSHOT}", b"{")
-    with pytest.raises(DataError, match=r"is torn, and none of 1 checkpoints .* move .*/checkpoints away"):
-        mend_snapshot(run)
-    shutil.move(tmp_path / "checkpoints", tmp_path / "away")
-    assert mend_snapshot(run) is None
-    assert committed_checkpoints(run) == []
+# Where a checkpoint is
 
 
 def test_the_newest_is_taken_unless_a_step_is_asked_for(tmp_path: Path) -> None:
     run = Directory(str(tmp_path))
+    for name in ("step_00000200", "step_00000100"):
+        run.write(f"checkpoints/{name}/meta.json", b"{}")
     commit(run, "step_00000200", "step_00000100")
     assert pick_checkpoint(run) == "step_00000200"
     assert pick_checkpoint(run, 100) == "step_00000100"
@@ -347,7 +276,7 @@ def test_a_checkpoint_is_found_by_its_run_or_by_its_own_folder(tmp_path: Path) -
 def test_a_checkpoint_that_lacks_a_file_is_not_downloaded(tmp_path: Path, file: str) -> None:
     folder = save(state_at(0, tiny_config()), tmp_path / "run" / "checkpoints" / checkpoint_name(0))
     (folder / file).unlink()
-    with pytest.raises(DataError, match=rf"checkpoints/step_00000000 lacks {file}"):
+    with pytest.raises(DataError, match=rf"checkpoints/step_00000000 is damaged: it lacks {file}"):
         download_checkpoint(Directory(str(folder)), tmp_path / "copy")
 
 
