@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -82,27 +82,26 @@ def plan(_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> StreamPlan
         order=Order(source.num_images, seed=1),
         crops=CROPS,
         seed=1,
-        augment_actors=(4, 4),
+        augment_actors=(1, 1),
         cpus_per_augment_actor=1,
         cool_down_seconds=60,
     )
 
 
 @pytest.fixture(scope="module")
-def expected(plan: StreamPlan) -> Callable[[int, int], bytes]:
-    """Digest of a rank's batch of a step, made here."""
+def everything(plan: StreamPlan) -> list[list[bytes]]:
+    """Digests of the batches of each rank, made here."""
     augmenter = Augmenter(ray.get(plan.source), plan.order, CROPS, seed=plan.seed, num_threads=1)
-    made = {
-        (step, rank): digest(augmenter.block(LAYOUT.positions(step, rank)))
-        for step in range(LAYOUT.last_step)
+    return [
+        [digest(augmenter.block(LAYOUT.positions(step, rank))) for step in range(LAYOUT.last_step)]
         for rank in range(LAYOUT.world_size)
-    }
-    return lambda step, rank: made[step, rank]
+    ]
 
 
-def with_streams(plan: StreamPlan, num_streams: int, **changes: Any) -> StreamPlan:
-    """The plan with a channel of its own, so that it starts with a pool of its own size."""
-    return replace(plan, num_streams=num_streams, channel=RunChannel(), **changes)
+def with_streams(plan: StreamPlan, num_streams: int, *, most_actors: int | None = None) -> StreamPlan:
+    """The plan of a run of its own, with an augment actor for each stream, and more if they may be more."""
+    actors = num_streams, most_actors or num_streams
+    return replace(plan, num_streams=num_streams, augment_actors=actors, channel=RunChannel())
 
 
 def digest(batch: dict[str, Any]) -> bytes:
@@ -117,63 +116,50 @@ def received(plan: StreamPlan, layout: Layout = LAYOUT, *, num_steps: int | None
 
     def of_rank(rank: int) -> list[bytes]:
         batches = ray_data.batches(splits[rank], layout, rank=rank, prefetch_batches=1)
-        found = [digest(batch) for batch in islice(batches, num_steps)]
-        if num_steps is None:
-            return found
-        batches.close()  # type: ignore[attr-defined]
-        return found
+        return [digest(batch) for batch in islice(batches, num_steps)]
 
     assert len(splits) == layout.world_size
     with ThreadPoolExecutor(layout.world_size) as threads:
         return list(threads.map(of_rank, range(layout.world_size)))
 
 
-@pytest.mark.parametrize("num_streams", [1, 2, 3, 4])
-def test_any_number_of_streams_gives_each_rank_the_same_batches(
-    plan: StreamPlan, expected: Callable[[int, int], bytes], num_streams: int
+def test_one_stream_gives_each_rank_the_crops_of_its_steps(
+    plan: StreamPlan, everything: list[list[bytes]]
 ) -> None:
-    everything = [[expected(step, rank) for step in range(12)] for rank in range(4)]
-    assert received(with_streams(plan, num_streams)) == everything
+    assert received(with_streams(plan, 1)) == everything
 
 
-@pytest.mark.parametrize(("num_before", "num_after"), [(1, 4), (4, 2), (2, 1)])
-def test_a_run_resumes_within_a_block_with_another_number_of_streams(
-    plan: StreamPlan, expected: Callable[[int, int], bytes], num_before: int, num_after: int
+def test_two_and_four_streams_give_the_same_also_to_a_run_that_resumes_within_a_block(
+    plan: StreamPlan, everything: list[list[bytes]]
 ) -> None:
-    before = received(with_streams(plan, num_before), num_steps=5)
-    after = received(with_streams(plan, num_after), replace(LAYOUT, first_step=5))
-    joined = [first + rest for first, rest in zip(before, after, strict=True)]
-    assert joined == [[expected(step, rank) for step in range(12)] for rank in range(4)]
+    before = received(with_streams(plan, 2), num_steps=5)
+    after = received(with_streams(plan, 4), replace(LAYOUT, first_step=5))
+    assert [first + rest for first, rest in zip(before, after, strict=True)] == everything
 
 
-def test_legs_of_several_streams_follow_one_another(
-    plan: StreamPlan, expected: Callable[[int, int], bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_data, "_LEG_BLOCKS", 4)
-    legs = list(ray_data.legs(LAYOUT, 2))
-    assert [(leg.first_step, leg.last_step) for leg in legs] == [(0, 4), (4, 8), (8, 12)]
-    assert len(list(ray_data.legs(LAYOUT, 1))) == 6
-    plan = with_streams(plan, 2)
-    parts = [received(plan, leg) for leg in legs[:2]]
-    joined = [first + rest for first, rest in zip(*parts, strict=True)]
-    assert joined == [[expected(step, rank) for step in range(8)] for rank in range(4)]
-
-
-def test_a_stream_that_loses_an_actor_gives_the_same_and_so_do_the_others(
-    plan: StreamPlan, expected: Callable[[int, int], bytes]
+def test_a_stream_that_loses_an_actor_gives_the_same_and_so_does_the_other(
+    plan: StreamPlan, everything: list[list[bytes]]
 ) -> None:
     mark = Path(ray.get(plan.source).config.path) / "deadly"
     mark.touch()
     found = received(with_streams(plan, 2))
     assert not mark.exists()
-    assert found == [[expected(step, rank) for step in range(12)] for rank in range(4)]
+    assert found == everything
+
+
+def test_a_leg_has_a_limited_number_of_blocks_in_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_data, "_LEG_BLOCKS", 4)
+    for num_streams, steps in ((1, 2), (2, 4), (3, 4), (4, 8)):  # of three streams one has two ranks
+        legs = list(ray_data.legs(LAYOUT, num_streams))
+        assert [leg.first_step for leg in legs] == list(range(0, 12, steps))
+        assert {leg.num_blocks for stream in legs for leg in stream.divided(num_streams)} <= {2, 4}
 
 
 def test_pools_grow_together_up_to_the_actors_of_the_run_and_the_next_leg_begins_with_them(
     plan: StreamPlan,
 ) -> None:
-    plan = with_streams(plan, 2, augment_actors=(2, 4))
-    layout, mailbox = replace(LAYOUT, last_step=100_000), PoolMailbox(plan.channel)
+    plan = with_streams(plan, 2, most_actors=4)
+    layout, mailbox = replace(LAYOUT, last_step=3000), PoolMailbox(plan.channel)
     starved = TrainerReading(seconds=40, wait_seconds=20, images=1000, busy_seconds=80)
     splits = ray_data.open_splits(plan, layout)
     seen: list[dict[str, float]] = []
