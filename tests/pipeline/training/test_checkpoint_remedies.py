@@ -16,7 +16,7 @@ from tiny import NUM_IMAGES, tiny_config
 from dinoray.jobs.cli.config import apply_overrides, load_config
 from dinoray.jobs.runs.open_checkpoint import open_network
 from dinoray.models.errors import ConfigError, DataError, DinorayError
-from dinoray.pipeline.ray_private.train import SNAPSHOT, committed
+from dinoray.pipeline.ray_private.train import SNAPSHOT
 from dinoray.pipeline.reporting.run_report import build_report
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
@@ -75,7 +75,7 @@ def test_another_checkpoint_of_the_run_is_taken_by_its_step(
     file: str, damage: Callable[[Path], object], run: Path
 ) -> None:
     damage(run / "checkpoints" / checkpoint_name(3) / file)
-    with pytest.raises(DataError, match=r"; take another checkpoint: of its run by --step, ") as error:
+    with pytest.raises(DataError, match=r" is damaged: .*; pass another checkpoint") as error:
         open_network(str(run), None, "teacher")
     assert "\n" not in str(error.value)
     assert open_network(str(run), 2, "teacher").step == 2
@@ -85,23 +85,13 @@ def test_training_goes_on_from_another_checkpoint_of_the_run(run: Path) -> None:
     last = run / "checkpoints" / checkpoint_name(3)
     torn(last / "train_state.pt")
     state = build_state(tiny_config(), num_images=NUM_IMAGES)
-    with pytest.raises(
-        DataError, match=r"for training by init\.path=CHECKPOINT init\.load=run under another name"
-    ):
+    with pytest.raises(DataError, match=r"; pass another checkpoint"):
         load_checkpoint(state, last)
-    with pytest.raises(DataError, match=r"; pass another checkpoint of the run$"):
+    with pytest.raises(DataError, match=r"; pass another checkpoint"):
         read_weights(str(last))
     other = build_state(tiny_config(), num_images=NUM_IMAGES)
     load_initial_weights(other, read_weights(str(run / "checkpoints" / checkpoint_name(2))), "run")
     assert other.step == 2
-
-
-def test_a_strange_name_is_taken_out_of_the_list() -> None:
-    results = [{"checkpoint_dir_name": name} for name in ("../other", checkpoint_name(2))]
-    with pytest.raises(DataError, match=r": take it out of the file$"):
-        committed(json.dumps({"checkpoint_results": results}).encode(), file="x")
-    found = committed(json.dumps({"checkpoint_results": results[1:]}).encode(), file="x")
-    assert found == [checkpoint_name(2)]
 
 
 def test_a_report_is_of_a_run(run: Path, tmp_path: Path) -> None:
