@@ -43,12 +43,11 @@ class DamagedCheckpointError(DataError):
 
     def __str__(self) -> str:
         run, inside, _ = self.address.rpartition(f"/{CHECKPOINTS}/")
-        others = (
-            f"pass another checkpoint of the run (`{command('doctor', run)}` checks all), or "
-            if inside
-            else ""
+        others = f" of the run (`{command('doctor', run)}` checks all)" if inside else ""
+        return (
+            f"checkpoint {self.address} is damaged: {self.what}; "
+            f"pass another checkpoint{others}, or restore it from a copy"
         )
-        return f"checkpoint {self.address} is damaged: {self.what}; {others}restore it from a copy"
 
 
 class WrittenFile:
