@@ -129,7 +129,7 @@ def test_run_without_a_checkpoint_is_named_as_such(tmp_path: Path) -> None:
 def test_damaged_checkpoint_of_a_run_is_named(tmp_path: Path, file: str) -> None:
     folder = checkpoint(trained(1), tmp_path / "first")
     (Path(folder) / file).write_bytes(b"damaged")
-    with pytest.raises(DataError, match=rf"^checkpoint {folder} is damaged: .*; restore it from a copy$"):
+    with pytest.raises(DataError, match=rf"^checkpoint {folder} is damaged: .*; pass another checkpoint"):
         read_weights(folder)
 
 
