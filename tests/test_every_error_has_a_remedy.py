@@ -25,10 +25,9 @@ NONE = {
     "{_misfit(": "made where its remedy is",
     "{len(damaged)} of {num_shards} Parquet shards": "ends with the message about the first of them",
     "{str(refusal)}": "a message that was raised before",
-    "{''.join([_describe(error)": "LostRayError adds what helps",
-    "{self._whose} is lost": "LostRayError adds what helps",
     "{line} (at most": "the line before has it",
-    "{file} is torn": "read again from the checkpoints themselves",
+    "torn": "the list is made again from the checkpoints themselves",
+    "not of the form": "the list is made again from the checkpoints themselves",
     "{key} leads out of": "the reason of a bad image, in a manifest that somebody else has made",
     "{path} holds {size} bytes": "the reason of a bad image",
     "{uri} holds {length} bytes": "the reason of a bad image",
@@ -53,13 +52,18 @@ def text(node: ast.AST) -> str:
     return str(node.value) if isinstance(node, ast.Constant) else f"{{{ast.unparse(node)}}}"
 
 
+def adds_remedy(kind: ast.ClassDef) -> bool:
+    """Whether errors of this kind put their remedy after what they are made of: LostRayError, for one."""
+    return "__str__" in {node.name for node in kind.body if isinstance(node, ast.FunctionDef)}
+
+
 def messages() -> dict[str, str]:
     """Place -> message, of the errors that a user can fix, of those derived from them, and of lists of mistakes."""
     files = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
     nodes = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text()))]
     kinds = set(KINDS)
     for _ in range(3):
-        classes = (node for _, node in nodes if isinstance(node, ast.ClassDef))
+        classes = (node for _, node in nodes if isinstance(node, ast.ClassDef) and not adds_remedy(node))
         kinds |= {node.name for node in classes if {ast.unparse(base) for base in node.bases} & kinds}
     calls = [(file, node) for file, node in nodes if isinstance(node, ast.Call) and node.args]
     return {

@@ -98,6 +98,8 @@ def explain(
         else:
             inside = len(path) > key.count(".") + 1 and isinstance(found["loc"][-1], int)
             rule = ("each item " if inside else "") + _rule(found["type"], found["msg"])
+            if found["type"] == "string_type" and isinstance(found["input"], (Mapping, list)):
+                rule = f"must be one text: write {key}=TEXT"  # quotes make no text of several values
             of_key = rules.setdefault(f"{key}={redact_credentials(repr(_at(tree, key)))}", [])
             # A list whose items were refused counts as too short as well.
             if rule not in of_key and not (of_key and found["type"] == "too_short"):

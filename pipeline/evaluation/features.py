@@ -85,7 +85,8 @@ def embed(
             output: Tensor = forward(backbone, x) if forward else backbone(x)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
-            f"{len(images)} images of {images.shape[1]} px at once do not fit the GPU; lower the batch size"
+            f"{len(images)} images of {images.shape[1]} px at once do not fit the GPU; "
+            "lower eval.batch_size, or --batch-size of `dinoray embed`"
         ) from error
     return output.float().cpu().numpy()
 

@@ -172,7 +172,7 @@ def test_a_key_like_no_other_is_answered_with_the_way_to_all_keys() -> None:
                 "optim=None: must be a section, with its keys in it: optim.name, optim.base_lr, optim.min_lr, ..."
             ],
         ),
-        (["data.path.x=1"], ["data.path={'x': 1}: must be text: quote it"]),
+        (["data.path.x=1"], ["data.path={'x': 1}: must be one text: write data.path=TEXT"]),
         (["optim"], ["override 'optim' must look like section.key=value, e.g. optim.base_lr=1e-3"]),
         (["=1", "a..b=1"], ["override '=1' must look like", "override 'a..b=1' must look like"]),
         (
