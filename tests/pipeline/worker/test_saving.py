@@ -10,7 +10,8 @@ from tiny_states import after, save, tiny_state
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.checkpoint_files import verify
 from dinoray.pipeline.storage.files import Directory, filesystem
-from dinoray.pipeline.worker.saving import upload
+from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.worker.saving import Saver, upload
 
 NAME = "step_00000002"
 
@@ -64,3 +65,38 @@ def test_an_upload_to_s3_that_fails_leaves_no_meta_data(saved: Path, proxy: Faul
     with pytest.raises((OSError, DataError), match=r"train_state"):
         upload_to(saved, to)
     assert not to.exists("meta.json")
+
+
+class Noted:
+    """Stands for the outputs of rank 0, which get nothing but lines here."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.mark.parametrize("part", ["student", "teacher", "centre", "optimizer"])
+def test_a_step_with_values_that_are_not_finite_is_not_saved(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, noted = after(2), Noted()
+    reported: list[str] = []
+    monkeypatch.setattr(Saver, "_written", lambda _: None)
+    monkeypatch.setattr(Saver, "_report", lambda *_: reported.append(part))
+    saver = Saver(state, Quarantine(), Directory(str(tmp_path)), noted)  # type: ignore[arg-type]
+    saver.save(is_last=False)
+    assert (noted.lines, reported) == ([], [part])
+    values = {
+        "student": next(state.dino.student.parameters()),
+        "teacher": next(state.dino.teacher.parameters()),
+        "centre": state.dino.center,
+        "optimizer": next(iter(state.optimizer.state.values()))["exp_avg"],
+    }
+    values[part].data.view(-1)[-1] = float("nan")
+    saver.save(is_last=False)
+    assert noted.lines == [
+        "warning: no checkpoint of step 2: weights, centre or optimizer have NaN or infinite values"
+    ]
+    assert reported == [part]
