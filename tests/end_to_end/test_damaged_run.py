@@ -128,13 +128,3 @@ def test_a_run_whose_steps_are_not_finite_never_goes_back_to_a_damaged_checkpoin
     assert "going back to step_00000008 repeats 4 steps" in told
     assert "resuming from step 8" in told
     assert "error: 50 steps in a row" in told  # the second time
-
-
-def test_weights_that_are_not_finite_are_not_saved(
-    images: Path, tmp_path: Path, run_here: Callable[..., str]
-) -> None:
-    run = tmp_path / "run"
-    more = ["optim.base_lr=1e41", "health.max_skipped=2", "checkpoint.every_steps=1"]
-    output = run_here("jobs.pretrain", *arguments(images, run, STEPS, *more), code=1)
-    assert "warning: no checkpoint of step 1: weights, centre or optimizer have NaN or infinite" in output
-    assert committed_steps(Directory(str(run))) == []

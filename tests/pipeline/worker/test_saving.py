@@ -4,13 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from faults import FaultProxy
 from tiny_states import after, save, tiny_state
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.checkpoint_files import verify
 from dinoray.pipeline.storage.files import Directory, filesystem
-from dinoray.pipeline.worker.saving import upload
+from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.worker.saving import Saver, upload
 
 NAME = "step_00000002"
 
@@ -64,3 +66,24 @@ def test_an_upload_to_s3_that_fails_leaves_no_meta_data(saved: Path, proxy: Faul
     with pytest.raises((OSError, DataError), match=r"train_state"):
         upload_to(saved, to)
     assert not to.exists("meta.json")
+
+
+@pytest.mark.parametrize("part", ["student", "center", "optimizer"])
+def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(part: str, tmp_path: Path) -> None:
+    """In Ray's list it would take the place of one that can be resumed from. Outside of Ray Train a report raises."""
+    state = after(1)
+    state.step = 5
+    saver = Saver(state, Quarantine(), Directory(str(tmp_path)), None)
+    with pytest.raises(RuntimeError):
+        saver.save(is_last=False)
+    moments = next(iter(state.optimizer.state.values()))
+    place = {
+        "student": next(state.dino.student.parameters()),
+        "center": state.dino.center,
+        "optimizer": moments["exp_avg"],
+    }[part]
+    with torch.no_grad():
+        place.view(-1)[0] = float("inf")
+    saver.save(is_last=False)
+    with pytest.raises(RuntimeError):
+        saver.save(is_last=True)
