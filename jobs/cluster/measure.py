@@ -16,6 +16,7 @@ from dinoray.models.commands import command, command_words
 from dinoray.models.errors import DataError, ResourceError
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.cluster.channel import known_error
+from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.partition import batch_size_per_worker
@@ -84,7 +85,7 @@ def measure(config: PlanConfig, say: Say, *, verbose: bool) -> Measured:
             )
     finally:
         if joined:
-            ray.shutdown()
+            leave_ray()
     num_images = known.pop("num_images")
     return Measured(Figures(**known), num_images, on_gpus, sources, has_labels)
 

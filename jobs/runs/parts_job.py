@@ -13,6 +13,7 @@ import ray
 from rich.console import Console
 
 from dinoray.jobs.cli.main import start_ray
+from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import DataConfig, load_or_build
 from dinoray.pipeline.data.source import Source
@@ -190,7 +191,7 @@ class PartsJob:
                         f"{num_images / (now - started):.0f} images/s"
                     )
         finally:
-            ray.shutdown()
+            leave_ray()
 
     def _print(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)

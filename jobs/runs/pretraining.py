@@ -20,6 +20,7 @@ from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import describe_crops
 from dinoray.pipeline.augment.multicrop import kernel_name
 from dinoray.pipeline.cluster.channel import Event, RunChannel
+from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.reporting.run_report import LiveReport, write_report
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, check_writable
@@ -91,7 +92,7 @@ def pretrain(config: Config, *, verbose: bool) -> None:
                 on_event=show,
             )
     finally:
-        ray.shutdown()
+        leave_ray()
     write_result(run)
     write_report(run)
     console.print(describe_result(run), highlight=False, soft_wrap=True)

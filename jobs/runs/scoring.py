@@ -5,14 +5,13 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import ray
-
 from dinoray.jobs.cli.config import load_run_config
 from dinoray.jobs.cli.main import start_ray
 from dinoray.jobs.runs.data_lines import unlabelled_warnings
 from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.jobs.runs.prober import Prober
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.source import Source
@@ -71,7 +70,7 @@ def score(arguments: Namespace) -> None:
         prober = Prober(config, network, actors=actors, use_gpu=use_gpu)
         scores = prober.scores(probes, labelled=sides, images=images if wants_images else None)
     finally:
-        ray.shutdown()
+        leave_ray()
     result = {"checkpoint": found.name, "which": arguments.which, **paths, **scores}
     file, folder = run_dir.evaluation_name(found.name, arguments.which), found.run or found.folder
     # Scores of other probes stay, unless they are of other images.

@@ -28,6 +28,7 @@ from dinoray.jobs.studies.resources import local_cores, lost_outcome, plan_of
 from dinoray.jobs.studies.trial import TrialRunner
 from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.cluster.channel import RunChannel
+from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.stream.shared_stream import SharedStream
 from dinoray.pipeline.study.findings.ranking import searched
@@ -138,7 +139,7 @@ class StudyRun:
                 self._console.print(f"confirming the best {top} trials with {seeds} seeds each")
                 self._confirm(runner, sorted({trial.seed for trial in confirming}))
         finally:
-            ray.shutdown()
+            leave_ray()
 
     def write_findings(self) -> None:
         """study.json, best.yaml where there is a best, else none of an earlier one, and the report."""

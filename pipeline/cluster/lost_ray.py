@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 
+import ray
 from ray import exceptions
 
 from dinoray.models.errors import DinorayError, ResourceError, one_line
@@ -95,6 +96,15 @@ def notice(loss: LostRayError | None) -> None:
     """Take errors from now on for consequences of this loss; None: of none."""
     global _noticed
     _noticed = loss
+
+
+def leave_ray() -> None:
+    """Leave Ray, unless a watch has noticed that it is lost.
+
+    Threads that wait inside a lost Ray crash the process when it is shut down, before its error is printed.
+    """
+    if _noticed is None:
+        ray.shutdown()
 
 
 def say_last_words(loss: LostRayError) -> None:

@@ -12,6 +12,7 @@ from ray.train import ControllerError, WorkerGroupError
 from tiny_run import write_images
 
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.cluster import lost_ray
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print
 from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.ray_private.train import SNAPSHOT
@@ -70,6 +71,19 @@ def test_an_error_of_ours_comes_before_the_loss_that_it_led_to() -> None:
     error.__cause__ = ConfigError("train.seed: is wrong")
     found = error_to_print(error)
     assert str(found) == "train.seed: is wrong"
+
+
+def test_a_lost_ray_is_not_shut_down_under_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("ray.shutdown", lambda: calls.append("shutdown"))
+    try:
+        lost_ray.notice(LostRayError("it is gone"))
+        lost_ray.leave_ray()
+        assert calls == []
+    finally:
+        lost_ray.notice(None)
+    lost_ray.leave_ray()
+    assert calls == ["shutdown"]
 
 
 WAITING = """
