@@ -13,7 +13,7 @@ SMALL = ["--consumers", "2", "--actors", "2", "--block-images", "4", "--rounds",
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_each_number_of_streams_is_measured_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = [*SMALL, "--streams", "1", "2", "--images", "240", "--json", str(out)]

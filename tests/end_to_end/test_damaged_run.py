@@ -114,6 +114,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(
     }
 
 
+@pytest.mark.nightly  # beside tests/pipeline/worker/test_restoring.py
 def test_a_run_whose_steps_are_not_finite_never_goes_back_to_a_damaged_checkpoint(
     images: Path, run: Path
 ) -> None:
