@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinoray.models.commands import command
+from dinoray.models.errors import DataError
 from dinoray.pipeline.reporting.page import Html, commands, escape, section
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
@@ -184,7 +185,10 @@ def _commands(run: Directory, found: Course, values: Mapping[str, Any]) -> Itera
     where = [images] if isinstance(images, str) and images else []
     if not found.is_done:
         yield "resume", _resume(run, values)
-    if not committed_checkpoints(run):
+    try:
+        if not committed_checkpoints(run):
+            return
+    except DataError:  # none of them can be used; the page is of the run's course all the same
         return
     yield "evaluate", command("evaluate", place)
     if attention_figures(run):

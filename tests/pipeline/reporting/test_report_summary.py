@@ -220,6 +220,8 @@ def test_commands_have_the_runs_own_addresses(tmp_path: Path) -> None:
     snapshot = {"checkpoint_results": [{"checkpoint_dir_name": "step_00000030"}]}
     whole_run(folder)
     run = make_run(folder, checkpoints__checkpoint_manager_snapshot_dot_json=snapshot)
+    assert "evaluate" not in build_report(run).partition("Next commands")[2]  # the checkpoint is gone
+    (folder / "checkpoints" / "step_00000030").mkdir()
     (commands,) = re.findall(r'<section id="next-commands">.*?</section>', build_report(run), re.DOTALL)
     assert "resume" not in commands
     lines = [shlex.split(html.unescape(line)) for line in re.findall(r"<code>(.*?)</code>", commands)]
