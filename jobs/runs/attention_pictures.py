@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dinoray.jobs.cli.config import apply_overrides, load_run_config, validate
-from dinoray.jobs.cli.recipes import RECIPES
-from dinoray.jobs.runs.open_checkpoint import open_network
+from dinoray.jobs.cli.config import load_run_config
+from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.models.attention import patch_size
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.decode import BadImage, decode
@@ -27,7 +26,7 @@ from dinoray.pipeline.figures.drawing import png_bytes
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
-from dinoray.pipeline.training.checkpoint import find_checkpoint
+from dinoray.pipeline.training.checkpoint import FrozenBackbone, find_checkpoint
 
 _EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}(?=#|$)")
 """Of a file's name, also where the number of a Parquet row follows it."""
@@ -60,7 +59,7 @@ def draw(arguments: argparse.Namespace) -> None:
     """A sheet of all images, and a folder of overlays for each."""
     found, frozen, step = open_network(arguments.run, arguments.step, arguments.which)
     patch_size(frozen.backbone())  # fails, where the network has no such attention, before any image is read
-    column, storage = _as_in_run(found.run, arguments.overrides)
+    column, storage = _as_in_run(found.run, frozen, arguments.overrides)
     images = _read_images(arguments.images, arguments.image_column or column, arguments.max_images, storage)
     out = _out(arguments, found.run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,7 +101,9 @@ def _out(arguments: argparse.Namespace, run: Directory | None) -> Directory:
     return Directory(arguments.out) if arguments.out else (run or Directory(".")).child(run_dir.ATTENTION)
 
 
-def _as_in_run(run: Directory | None, overrides: Sequence[str]) -> tuple[str, StorageConfig]:
+def _as_in_run(
+    run: Directory | None, network: FrozenBackbone, overrides: Sequence[str]
+) -> tuple[str, StorageConfig]:
     """The column that the run's own images are in, and how these are requested, with overrides of `storage`.
 
     Without config.yaml, which a checkpoint's copy or folder lacks, these are the defaults.
@@ -110,8 +111,7 @@ def _as_in_run(run: Directory | None, overrides: Sequence[str]) -> tuple[str, St
     if run is not None and run.exists(run_dir.CONFIG):
         config = load_run_config(run, overrides)
     else:
-        anywhere = {**RECIPES["demo"](), "name": "attention", "recipe": "demo", "data": {"path": "."}}
-        config = validate(apply_overrides(anywhere, overrides))
+        config = standalone_config(network, {"data": {"path": "."}}, overrides)
     return config.data.image_column, config.storage
 
 

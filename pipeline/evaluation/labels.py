@@ -95,7 +95,7 @@ def with_labels(source: Source) -> Source:
 def _rows_with_labels(source: Source, column: str) -> Source:
     """Drop rows without a label; read only the labels of row groups that may lack some."""
     table = source.manifest.table
-    if "num_unlabelled" in table.column_names and (not table["num_unlabelled"].fill_null(1).to_numpy().any()):
+    if "num_unlabelled" in table.column_names and not table["num_unlabelled"].fill_null(1).to_numpy().any():
         return source
 
     def read(number: int) -> NDArray[np.bool_]:

@@ -100,8 +100,7 @@ class _Host:
     async def reader(self, number: int, node: str, lost: int, *arguments: Any) -> _Lent:
         """Return a reader; a new one if there is none that is newer than the `lost` one.
 
-        `node` is that of who asks. A restarted host knows nothing,
-        so each call passes the `arguments` of _Reader.
+        `node` is that of who asks. A restarted host knows nothing, so each call passes the `arguments` of _Reader.
         """
         held = self._lent.get(number)
         if held is None or held.born <= lost:

@@ -6,10 +6,10 @@ import re
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from paths import ROOT
+from servers import answering_server
 from submission import submit
 
 from dinoray.jobs.cluster.job_server import connect
@@ -114,22 +114,8 @@ def test_it_knows_every_option_of_pretrain(
 
 @pytest.fixture
 def answers() -> Iterator[tuple[str, dict[str, object]]]:
-    """A server that answers every GET with `status` and `body`, and its address."""
-    answer: dict[str, object] = {"status": 200, "body": "{}"}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(answer["status"])  # type: ignore[arg-type]
-            self.end_headers()
-            self.wfile.write(str(answer["body"]).encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", answer
-    server.shutdown()
+    with answering_server() as (address, answer):
+        yield address, answer
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import ray
 from jobs_processes import RAY_SETTINGS, end_processes, foreign_lines, processes_with
+from paths import ROOT, SUPPORT
 from servers import free_ports, use_aws
 
 from dinoray.jobs.cli.main import run_main
@@ -135,3 +136,21 @@ def run_job_on(head: RayHead, module: str, *arguments: str, code: int | str = 0)
     assert ended == code, output
     assert foreign_lines(output) == [], output
     return output
+
+
+@contextlib.contextmanager
+def ray_here(folder: Path, *, num_cpus: int) -> Iterator[None]:
+    """A Ray of this process, which it has joined, without a dashboard.
+
+    Its workers import by name what the files of `folder` define, and what these import.
+    """
+    temp_dir = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", temp_dir)
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SUPPORT, folder))))
+        try:
+            ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(temp_dir, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A real S3 store for the tests: SeaweedFS on free local ports, for as long as a `with` block lasts."""
+"""Servers for the tests, each for as long as a `with` block lasts: a real S3 store, and one that gives one answer."""
 
 import contextlib
 import json
@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,25 @@ def use_aws(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+
+
+@contextlib.contextmanager
+def answering_server() -> Iterator[tuple[str, dict[str, object]]]:
+    """The address of a server that answers every GET with the `status` and `body` of a dict, and that dict."""
+    answer: dict[str, object] = {"status": 200, "body": "{}"}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer["status"])  # type: ignore[arg-type]
+            self.end_headers()
+            self.wfile.write(str(answer["body"]).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}", answer
+        finally:
+            running.shutdown()

@@ -14,7 +14,7 @@ import ray
 import torch
 from fresh_python import run_python
 from paths import ROOT
-from servers import free_ports
+from servers import answering_server, free_ports
 from submission import submit
 
 from dinoray.jobs.cluster import cluster_file
@@ -249,22 +249,8 @@ def test_the_address_that_is_named_is_one(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, dict[str, object]]]:
-    """A server that gives one answer to each GET, and its address."""
-    answer: dict[str, object] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(answer["status"])  # type: ignore[arg-type]
-            self.end_headers()
-            self.wfile.write(str(answer["body"]).encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}", answer
-        running.shutdown()
+    with answering_server() as (address, answer):
+        yield address, answer
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -15,8 +13,8 @@ import numpy as np
 import pytest
 import ray
 from image_files import jpeg, scene
-from paths import ROOT, SUPPORT
 from ray.exceptions import RayError
+from ray_head import ray_here
 from samples import parquet, write_all
 
 from dinoray.models.errors import DataError, ResourceError
@@ -70,17 +68,8 @@ class DeadlySource(FailingSource):
 
 @pytest.fixture(scope="module")
 def _cluster() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        # Workers import what this file defines, and what it imports, by name.
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))))
-        try:
-            ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-            yield
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+    with ray_here(Path(__file__).parent, num_cpus=4):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import ray
 from image_files import encode, picture
-from paths import ROOT, SUPPORT
+from ray_head import ray_here
 from samples import write_all
 
 from dinoray.pipeline.augment.augmenter import Augmenter
@@ -57,17 +55,8 @@ class DeadlySource(Source):
 
 @pytest.fixture(scope="module")
 def _cluster() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)
-        # Workers import what this file defines, and what it imports, by name.
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent))))
-        try:
-            ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False)
-            yield
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+    with ray_here(Path(__file__).parent, num_cpus=5):
+        yield
 
 
 @pytest.fixture(scope="module")
