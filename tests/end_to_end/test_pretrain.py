@@ -1,6 +1,7 @@
 """The main job, end to end, in real processes: S3 in, S3 out, killed and continued."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from faults import fault_proxy
 from jobs_processes import TINY, losses, run_job, start_job
 from safetensors.torch import load
 from servers import S3Server, aws_environment
+from tiny_states import flip
 
 from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.storage.run_dir import committed_steps
+from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow]
 
@@ -164,81 +166,72 @@ def test_mlflow_and_wandb_have_followed_the_run(images: Bucket, reference: str, 
     assert [*services.glob(f"wandb/offline-run-*-{number}/run-{number}.wandb")]
 
 
-def test_a_run_whose_driver_is_killed_ends_with_the_same_weights(
-    images: Bucket, reference: str, run_here: Callable[..., str]
-) -> None:
-    arguments = images.pretrain_arguments("killed")
-    with start_job("jobs.pretrain", *arguments, env=images.server.env) as job:
-        job.wait_until(lambda: "step_00000008" in images.committed("killed"))
-        job.kill_driver()
-    committed = images.committed("killed")
-    assert committed[-1] < f"step_{STEPS:08d}", "killed too late to prove anything"
-
-    # What makes the crops may differ: two streams with an actor each.
-    output = run_here("jobs.pretrain", *arguments, "data.streams=2", "resources.augment_actors=2")
-
-    assert f"resuming from step {int(committed[-1].removeprefix('step_'))}" in output
-    # Each step once over both lives, each with the loss of the uninterrupted run: the same images, the same
-    # crops, the same weights, centre and schedules.
-    assert images.losses("killed") == images.losses(reference)
-    assert_same_weights(images.final("killed"), images.final(reference))
-    assert_same_weights(
-        images.final("killed", "student.safetensors"), images.final(reference, "student.safetensors")
-    )
-
-
-def test_a_run_that_loses_a_worker_recovers_by_itself(images: Bucket, reference: str) -> None:
-    with start_job("jobs.pretrain", *images.pretrain_arguments("lost"), env=images.server.env) as job:
-        job.wait_until(lambda: "step_00000008" in images.committed("lost"))
-        workers = [p for p in job.ray_processes() if "RayTrainWorker" in _title(p)]
-        assert len(workers) == 2, [_title(p) for p in job.ray_processes()]
-        workers[1].send_signal(signal.SIGKILL)
-        assert job.wait() == 0, job.output
-        assert "resuming from step" in job.output
-    assert images.losses("lost") == images.losses(reference)
-    assert_same_weights(images.final("lost"), images.final(reference))
-
-
 @pytest.mark.parametrize("outage_seconds", [0, pytest.param(180, marks=pytest.mark.nightly)])
-def test_a_run_whose_store_stays_away_ends_with_a_checkpoint_and_one_whose_store_comes_back_ends_as_if_it_had_not_gone(
-    images: Bucket, reference: str, tmp_path: Path, outage_seconds: float
+def test_a_run_that_loses_a_worker_its_store_its_driver_and_a_checkpoint_ends_with_the_same_weights(
+    images: Bucket, reference: str, tmp_path: Path, run_here: Callable[..., str], outage_seconds: float
 ) -> None:
-    arguments = images.pretrain_arguments("away", f"storage_path={tmp_path}", "checkpoint.every_steps=1000")
-    metrics = tmp_path / "away" / "metrics.jsonl"
+    run = Directory(str(tmp_path / "lost"))
+    arguments = images.pretrain_arguments("lost", f"storage_path={tmp_path}")
 
-    def num_steps() -> int:
-        return len(losses(metrics.read_bytes())) if metrics.exists() else 0
+    def logged() -> list[tuple[int, float]]:
+        return losses(run.read("metrics.jsonl")) if run.exists("metrics.jsonl") else []
 
     with fault_proxy(images.server.endpoint) as proxy:
         proxy.delay_seconds = 0.3  # else all images are read before the first step
         environment = aws_environment(proxy.endpoint)
-        with start_job(
-            "jobs.pretrain", *arguments, "storage.give_up_after_seconds=3", env=environment
-        ) as job:
-            job.wait_until(lambda: num_steps() >= 3)
-            proxy.go_down()
-            assert job.wait() == 3, job.output
-        error = job.output.splitlines()[-1]
-        assert f"error: s3://{images.name}/images/train/" in error
-        assert "storage.give_up_after_seconds=3" in error
-        assert "Traceback" not in job.output
-        (step,) = committed_steps(Directory(str(tmp_path / "away")))
-        assert step == losses(metrics.read_bytes())[-1][0] < STEPS  # none is lost
-
-        proxy.come_up()
         with start_job("jobs.pretrain", *arguments, env=environment) as job:
-            job.wait_until(lambda: num_steps() > step)
+            job.wait_until(lambda: run.exists(f"checkpoints/{SNAPSHOT}"))  # Ray Train knows of a checkpoint
+            workers = [p for p in job.ray_processes() if "RayTrainWorker" in _title(p)]
+            assert len(workers) == 2, [_title(p) for p in job.ray_processes()]
+            workers[1].send_signal(signal.SIGKILL)
+            job.wait_until(lambda: "resuming from step" in job.output)
+
             proxy.go_down()
             since = time.monotonic()
             job.wait_until(lambda: "storage has not answered for" in job.output)
             job.wait_until(lambda: time.monotonic() - since >= outage_seconds)
             proxy.come_up()
-            assert job.wait() == 0, job.output
-        assert f"resuming from step {step}" in job.output
-        assert "storage answers again after" in job.output
-    assert losses(metrics.read_bytes()) == images.losses(reference)
-    weights = tmp_path / "away" / "checkpoints" / f"step_{STEPS:08d}" / "teacher.safetensors"
-    assert_same_weights(load(weights.read_bytes()), images.final(reference))
+            job.wait_until(lambda: "storage answers again after" in job.output)
+
+            job.wait_until(lambda: len(committed_steps(run)) == 3)
+            job.kill_driver()
+        oldest, before, newest = committed_steps(run)
+        assert newest < STEPS, "killed too late to prove anything"
+
+        flip(tmp_path / "lost/checkpoints" / checkpoint_name(newest) / "student.safetensors")
+        snapshot = tmp_path / "lost/checkpoints" / SNAPSHOT
+        snapshot.write_text(snapshot.read_text().replace(checkpoint_name(oldest), "../elsewhere"))
+        with start_job(
+            "jobs.pretrain", *arguments, "storage.give_up_after_seconds=3", env=environment
+        ) as job:
+            job.wait_until(lambda: f"/{STEPS}  loss" in job.output)
+            proxy.go_down()
+            assert job.wait() == 3, job.output
+        assert "names '../elsewhere', which is not a checkpoint of this run" in job.output
+        assert re.search(
+            rf"warning: checkpoint {checkpoint_name(newest)} is refused: student.safetensors has checksum "
+            rf"crc32:\w{{8}}, not crc32:\w{{8}} as written; going back to {checkpoint_name(before)} repeats "
+            rf"{newest - before} steps",
+            job.output,
+        )
+        assert f"resuming from step {before}" in job.output
+        error = job.output.splitlines()[-1]
+        assert f"error: s3://{images.name}/images/train/" in error
+        assert "storage.give_up_after_seconds=3" in error
+        assert "Traceback" not in job.output
+        step = committed_steps(run)[-1]
+        assert step == logged()[-1][0] < STEPS  # none is lost
+
+    # What makes the crops may differ: two streams with an actor each.
+    output = run_here("jobs.pretrain", *arguments, "data.streams=2", "resources.augment_actors=2")
+
+    assert f"resuming from step {step}" in output
+    # Each step once over all lives, each with the loss of the uninterrupted run: the same images, the same
+    # crops, the same weights, centre and schedules.
+    assert logged() == images.losses(reference)
+    for file in ("teacher.safetensors", "student.safetensors"):
+        weights = load(run.read(f"checkpoints/{checkpoint_name(STEPS)}/{file}"))
+        assert_same_weights(weights, images.final(reference, file))
 
 
 @pytest.mark.nightly  # beside the steps of several processes in tests/pipeline/training
@@ -290,25 +283,27 @@ def spoilt(images: Bucket) -> list[str]:
     return [path, "data.label_from_parent=false", "eval.val_path=null", "train.epochs=2"]
 
 
-def test_bad_images_are_replaced_counted_and_named(
-    images: Bucket, spoilt: list[str], run_here: Callable[..., str]
+def test_images_that_are_bad_or_forbidden_are_replaced_counted_and_named(
+    images: Bucket, spoilt: list[str]
 ) -> None:
-    output = run_here(
-        "jobs.pretrain",
-        *images.pretrain_arguments("spoilt", *spoilt, "data.max_bad_fraction=0.1", ALONE),
-    )
-    assert "64 images seen = 60 trained on + 4 replaced (4 corrupt), listed in" in output
+    arguments = images.pretrain_arguments("spoilt", *spoilt, "data.max_bad_fraction=0.1", ALONE)
+    with fault_proxy(images.server.endpoint) as proxy:
+        proxy.fail("forbid", pattern=f"^GET /{images.name}/spoilt/07.jpg", times=1_000_000)
+        output = run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint))
+    assert "64 images seen = 58 trained on + 6 replaced (4 corrupt, 2 denied), listed in" in output
     lines = [json.loads(x) for x in images.get("runs/spoilt/quarantine.jsonl").splitlines()]
-    names = sorted((x["key"], x["epochs"], x["bytes"]) for x in lines)
-    assert [(key, epochs) for key, epochs, _ in names] == [
-        ("spoilt/cut.jpg", [0, 1]),
-        ("spoilt/text.jpg", [0, 1]),
-    ]
-    assert names[1][2] == len(b"<html>not an image</html>")
-    assert {x["status"] for x in lines} == {"corrupt"}
-    assert all(x["reason"] for x in lines)
+    bad = {line["key"]: line for line in lines}
+    assert len(bad) == len(lines)
+    assert {key: (line["status"], line["epochs"]) for key, line in bad.items()} == {
+        "spoilt/cut.jpg": ("corrupt", [0, 1]),
+        "spoilt/text.jpg": ("corrupt", [0, 1]),
+        "spoilt/07.jpg": ("denied", [0, 1]),
+    }
+    assert bad["spoilt/text.jpg"]["bytes"] == len(b"<html>not an image</html>")
+    assert f"s3://{images.name}/spoilt/07.jpg: AccessDenied" in bad["spoilt/07.jpg"]["reason"]
+    assert all(line["reason"] for line in lines)
     result = json.loads(images.get("runs/spoilt/result.json"))
-    assert result["last"]["bad_images"] == 4
+    assert result["last"]["bad_images"] == 6
 
 
 @pytest.mark.nightly  # beside the same of the jobs that write tables, and of Quarantine
@@ -324,19 +319,6 @@ def test_more_bad_images_than_allowed_end_the_run(
     assert b"spoilt/cut.jpg" in named or b"spoilt/text.jpg" in named
     page = images.get("runs/strict/report.html")  # which sums it up
     assert b"spoilt/cut.jpg" in page or b"spoilt/text.jpg" in page
-
-
-def test_a_forbidden_image_is_replaced_counted_and_named(images: Bucket) -> None:
-    forbidden = f"images/train/{next(iter(PATTERNS))}/3.jpg"
-    with fault_proxy(images.server.endpoint) as proxy:
-        proxy.fail("forbid", pattern=f"^GET /{images.name}/{forbidden}", times=1_000_000)
-        settings = ["eval.val_path=null", "data.max_bad_fraction=0.1"]
-        two_epochs = ["train.epochs=2", "train.global_batch_size=20", ALONE]
-        arguments = images.pretrain_arguments("forbidden", *settings, *two_epochs)
-        run_job("jobs.pretrain", *arguments, env=aws_environment(proxy.endpoint))
-    lines = [json.loads(x) for x in images.get("runs/forbidden/quarantine.jsonl").splitlines()]
-    assert [(x["key"], x["status"], x["epochs"]) for x in lines] == [(forbidden, "denied", [0, 1])]
-    assert all(f"s3://{images.name}/{forbidden}: AccessDenied" in x["reason"] for x in lines)
 
 
 def test_a_bucket_that_forbids_all_images_ends_the_run_at_once(images: Bucket) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fresh_python import run_python
 from tiny_run import write_run
-from tiny_states import save, tiny_state
+from tiny_states import flip, save, tiny_state
 
 from dinoray.jobs.cluster.run_checks import check_files
 from dinoray.models.errors import ConfigError
@@ -48,12 +48,6 @@ def exit_code(run: Path | str, *more: str) -> int:
     except SystemExit as end:
         return int(str(end.code))
     return 0
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 def test_a_whole_run_is_said_to_be_whole(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

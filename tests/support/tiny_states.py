@@ -62,3 +62,10 @@ def commit(run: Directory, *names: str) -> None:
     """What Ray Train has committed, in its own form but for what is not read."""
     results = [{"checkpoint_dir_name": name, "metrics": {"step": 1}} for name in names]
     run.write(f"checkpoints/{SNAPSHOT}", json.dumps({"checkpoint_results": results}).encode())
+
+
+def flip(file: Path, *, place: float = 0.5) -> None:
+    """Change one bit of a file at `place`, from 0 to 1."""
+    data = bytearray(file.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    file.write_bytes(data)

@@ -117,7 +117,7 @@ def assert_as_by_direct_reading(batches: list[dict[str, Any]], plan: StreamPlan,
             np.testing.assert_array_equal(batch[name], expected[name])
 
 
-@pytest.mark.parametrize("num_streams", [1, 2])
+@pytest.mark.parametrize("num_streams", [2, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.usefixtures("_cluster")
 def test_a_stream_has_the_crops_of_direct_reading(config: DataConfig, num_streams: int) -> None:
     plan = replace(plan_of(config), num_streams=num_streams)

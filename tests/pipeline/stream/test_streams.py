@@ -131,6 +131,7 @@ def received(plan: StreamPlan, layout: Layout = LAYOUT, num_steps: int | None = 
         return list(threads.map(of_rank, range(layout.world_size)))
 
 
+@pytest.mark.nightly  # beside the runs of tests/end_to_end, which have one
 def test_one_stream_gives_each_rank_the_crops_of_its_steps(
     plan: StreamPlan, everything: list[list[bytes]], in_ranks: Callable[..., Any]
 ) -> None:

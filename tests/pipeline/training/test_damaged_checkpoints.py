@@ -12,7 +12,7 @@ import pytest
 import torch
 from paths import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_states import after, commit, save, tiny_state
+from tiny_states import after, commit, flip, save, tiny_state
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.checkpoint_files import DamagedCheckpointError, newest_meta, read_meta, verify
@@ -41,13 +41,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""
     return shutil.copytree(saved, tmp_path / "run" / "checkpoints" / saved.name)
-
-
-def flip(file: Path, *, place: float) -> None:
-    """Change one bit at `place`, from 0 to 1, of a file."""
-    data = bytearray(file.read_bytes())
-    data[int(place * (len(data) - 1))] ^= 1
-    file.write_bytes(data)
 
 
 def change_meta(folder: Path, **values: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ray.train import Checkpoint
 from tiny import NUM_IMAGES, tiny_config
-from tiny_states import save, tiny_state
+from tiny_states import flip, save, tiny_state
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.ray_private.train import snapshot_of
@@ -46,12 +46,6 @@ def refusal(run: Path) -> str:
     with pytest.raises(RefusedCheckpointError) as caught:
         restore(tiny_state(), Directory(str(run)), newest(run))
     return str(caught.value.refusal)
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 def spoil(checkpoint: Path, step: int) -> None:
