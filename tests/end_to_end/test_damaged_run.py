@@ -10,9 +10,8 @@ from tiny_run import write_images, write_run
 from tiny_states import flip
 
 from dinoray.pipeline.data.demo_images import PATTERNS
-from dinoray.pipeline.ray_private.train import snapshot_of
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name, committed_steps
+from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -69,12 +68,7 @@ def folder(run: Path, step: int) -> Path:
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew(
     images: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
-    run = write_run(tmp_path / "run")
-    (written,) = (run / "checkpoints").glob("step_*")
-    for step in (4, 8, 12):
-        shutil.copytree(written, folder(run, step))
-    shutil.rmtree(written)
-    (run / "checkpoints" / SNAPSHOT).write_bytes(snapshot_of([checkpoint_name(step) for step in (4, 8, 12)]))
+    run = write_run(tmp_path / "run", steps=(4, 8, 12))
     flip(folder(run, 12) / "train_state.pt")
     (folder(run, 8) / "meta.json").write_text("{")
     (folder(run, 4) / "student.safetensors").unlink()

@@ -125,7 +125,7 @@ def test_steps_that_are_not_finite_send_the_run_back_once_and_then_end_it(
 def test_a_run_starts_from_another_and_an_auto_setting_is_explained(
     images: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
-    first = write_run(tmp_path / "first")
+    first = write_run(tmp_path / "first", "head.use_bn=false")
     still = ["optim.base_lr=1e-30", "optim.weight_decay=0", "optim.min_lr=0", "teacher.teacher_momentum=1"]
     still.append("teacher.final_teacher_momentum=1")
     output = run_here(

@@ -1,6 +1,6 @@
-"""A run directory with one checkpoint of a small untrained network: all that a job which reads runs asks for."""
+"""A run directory with checkpoints of a small untrained network: all that a job which reads runs asks for."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ from jobs_processes import TINY
 
 from dinoray.jobs.cli.config import load_config
 from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.ray_private.train import snapshot_of
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
@@ -26,20 +27,23 @@ def write_images(folder: Path, split: str, *, labels: tuple[str, ...], per_label
     return folder
 
 
-def write_run(folder: Path, *settings: str) -> Path:
-    """`folder` as a run directory of the demo recipe, tiny, with `settings`; student and teacher differ."""
+def write_run(folder: Path, *settings: str, steps: Sequence[int] = (STEP,)) -> Path:
+    """`folder` as a run directory of the demo recipe, tiny, with `settings` and checkpoints of these steps.
+
+    Student and teacher differ.
+    """
     config = load_config("demo", None, [*TINY, "name=tiny", *settings])
     state = build_state(config.algorithm(), num_images=40)
-    state.step = STEP
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for network, scale in ((state.dino.student, 0.1), (state.dino.teacher, 0.05)):
             for parameter in network.backbone.parameters():
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
-    checkpoint = folder / "checkpoints" / NAME
-    checkpoint.mkdir(parents=True)
-    save_checkpoint(state, checkpoint, num_images=40, quarantine=Quarantine())
+    names = [checkpoint_name(step) for step in steps]
+    for state.step, name in zip(steps, names, strict=True):
+        checkpoint = folder / "checkpoints" / name
+        checkpoint.mkdir(parents=True)
+        save_checkpoint(state, checkpoint, num_images=40, quarantine=Quarantine())
     (folder / "config.yaml").write_text(config.to_yaml())
-    snapshot = {"checkpoint_results": [{"checkpoint_dir_name": NAME}]}
-    (folder / "checkpoints" / SNAPSHOT).write_text(json.dumps(snapshot))
+    (folder / "checkpoints" / SNAPSHOT).write_bytes(snapshot_of(names))
     return folder
