@@ -168,7 +168,8 @@ def test_a_run_that_loses_its_controller_or_its_head_resumes_by_the_same_command
         """Kill a part of Ray after another checkpoint; return what the job printed."""
         before = last_step(run)
         with start_job("jobs.pretrain", *arguments) as job:
-            job.wait_until(lambda: last_step(run) > before)
+            # The first checkpoint is whole a moment before Ray Train lists it.
+            job.wait_until(lambda: last_step(run) > before and run.exists(f"checkpoints/{SNAPSHOT}"))
             part_of_ray(job, part).kill()
             assert job.wait(500) == 4, job.output
         error = job.output.splitlines()[-1]

@@ -64,7 +64,7 @@ def job(tmp_path: Path, name: str, *more: str) -> list[str]:
         (tmp_path / f"images/{i}.jpg").write_bytes(draw_demo_image(list(PATTERNS)[i % 2], "train", i))
     arguments = [*TINY, f"name={name}", f"data.path={tmp_path}/images", f"storage_path={tmp_path}/runs"]
     arguments += ["data.label_from_parent=false", "eval.val_path=null", f"train.epochs={STEPS // 3}"]
-    arguments += ["crops.kernel=torch", "checkpoint.every_steps=4", "resources.train_workers=1", *more]
+    arguments += ["crops.kernel=torch", "checkpoint.every_steps=16", "resources.train_workers=1", *more]
     return ["--", "python", "-m", "jobs.pretrain", *arguments]
 
 
