@@ -21,7 +21,7 @@ from dinoray.models.errors import DinorayError
 _OUTAGE_SECONDS = 60.0
 """Least time between the beginnings of two outages that are posted."""
 
-Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped"]
+Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped", "lost", "resumed"]
 
 
 @dataclass(frozen=True)

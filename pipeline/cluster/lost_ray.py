@@ -8,7 +8,7 @@ import ray
 from ray import exceptions
 
 from dinoray.models.errors import DinorayError, ResourceError, one_line
-from dinoray.pipeline.cluster.channel import known_error
+from dinoray.pipeline.cluster.channel import RunChannel, known_error
 
 _AGAIN = "run the same command again"
 
@@ -78,6 +78,32 @@ def _cause(error: BaseException) -> BaseException | None:
             return failure
     cause = getattr(error, "controller_failure", None) or getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error.__cause__
+
+
+def post_loss(channel: RunChannel, error: Exception) -> None:
+    """Tell a run's driver for which error of Ray Train all train workers are started again."""
+    channel.post("lost", text=describe_loss(error))
+
+
+def describe_loss(error: Exception) -> str:
+    """Return what has ended train workers, e.g. `node 10.0.0.7 lost`: the cause, not the failures in its wake."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    if not failures:
+        return f"train workers lost ({one_line(_cause(error) or error, limit=100)})"
+    rank, failure = min(failures.items(), key=lambda item: not isinstance(item[1], _LOSSES))
+    text = str(failure)
+    address = re.search(r"\bip: (\S+)", text)
+    where = f"node {address[1]}" if address else "its node"
+    if (
+        isinstance(failure, exceptions.NodeDiedError)
+        or "node has died" in text
+        or "node was terminated" in text
+    ):
+        return f"{where} lost"
+    if isinstance(failure, exceptions.RayActorError):
+        return f"train worker {rank} on {where} died"
+    cause = getattr(failure, "cause", None) or failure
+    return f"train worker {rank} failed ({one_line(cause, limit=100)})"
 
 
 def _describe(error: Exception) -> str:

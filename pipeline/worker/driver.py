@@ -15,6 +15,7 @@ from dinoray.models.errors import one_line
 from dinoray.models.published.checkpoint import Weights
 from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.config import crop_bytes
+from dinoray.pipeline.cluster.capacity import CapacityWatch, Demand
 from dinoray.pipeline.cluster.channel import Event, RunChannel, fatal_error
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
 from dinoray.pipeline.data.partition import (
@@ -212,9 +213,12 @@ def run_training(
     `shared`: a stream of just these crops, which other runs take part in.
     """
     channel = RunChannel()
-    mended = mend_snapshot(run)
-    if mended is not None:
-        on_event(Event("note", {"text": mended}), channel)
+
+    def note(text: str | None) -> None:
+        if text is not None:
+            on_event(Event("note", {"text": text}), channel)
+
+    note(mend_snapshot(run))
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
     stream = stream_plan(
@@ -259,11 +263,15 @@ def run_training(
     thread = threading.Thread(target=run_fit, name="fit", daemon=True)
     thread.start()
     trains, stopped_at = False, None
+    capacity = CapacityWatch(
+        Demand(config.resources, use_gpu, config.data.streams), ray.nodes, ray.available_resources
+    )
 
     def follow() -> None:
         nonlocal trains, stopped_at
         while thread.is_alive() or outcome:
             event = channel.take(timeout_seconds=0.5)
+            note(capacity.look())
             if event is None:
                 if outcome:
                     break
@@ -272,8 +280,16 @@ def run_training(
                 if error.raised_by_all_ranks:
                     thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
                 raise error
+            elif event.kind == "lost":
+                capacity.lost(event.facts["text"])
+            elif event.kind == "resumed":
+                note(capacity.resumed(event.facts["step"]))
             else:
-                trains |= event.kind == "step"
+                if event.kind == "step":
+                    trains = True
+                    capacity.trains(event.facts["step"])
+                if event.kind == "placed":
+                    capacity.placed()
                 if event.kind == "stopped":
                     stopped_at = event.facts["step"]
                 on_event(event, channel)
@@ -287,10 +303,7 @@ def run_training(
             if not trains:
                 raise
             channel.stop()
-            on_event(
-                Event("note", {"text": "stopping after a checkpoint; press Ctrl-C again to stop at once"}),
-                channel,
-            )
+            note("stopping after a checkpoint; press Ctrl-C again to stop at once")
             follow()
             raise KeyboardInterrupt(
                 "the last checkpoint" if stopped_at is None else f"step {stopped_at}"

@@ -6,6 +6,7 @@ The only user of ray.train. `fit` starts the workers from the driver; each worke
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from math import ceil
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import known_error
+from dinoray.pipeline.cluster.lost_ray import post_loss
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.partition import Layout, lay_out
@@ -71,8 +73,14 @@ def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) ->
             storage_path=path,
             storage_filesystem=storage,
             checkpoint_config=RayCheckpointConfig(num_to_keep=spec.checkpoint.num_to_keep),
-            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=10),
-            callbacks=controller_callbacks(partial(spec.channel.put, CONTROLLER)),
+            failure_config=FailureConfig(
+                max_failures=resources.max_failures,
+                # Each start of the workers that finds no room within a minute counts, too.
+                controller_failure_limit=10 + ceil(resources.wait_for_nodes_minutes),
+            ),
+            callbacks=controller_callbacks(
+                started=partial(spec.channel.put, CONTROLLER), lost=partial(post_loss, spec.channel)
+            ),
         ),
     ).fit()
 
@@ -177,7 +185,7 @@ class _Worker:
         """Load the newest committed checkpoint; return its counts of images. Raises as `restore`."""
         meta = restore(self.state, self.spec.run, ray.train.get_checkpoint())
         if self.rank == 0:
-            self.spec.channel.post("note", text=f"resuming from step {self.state.step}")
+            self.spec.channel.post("resumed", step=self.state.step)
         return Quarantine.restored(meta)
 
     def _batches(self) -> Iterator[dict[str, Any]]:

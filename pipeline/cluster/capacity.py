@@ -1,0 +1,141 @@
+"""What a run waits for before its first step and after a loss: which nodes are missing, for how long, and what a loss
+has cost. No Ray here: nodes are what `ray.nodes()` returns."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dinoray.models.errors import ResourceError
+from dinoray.pipeline.cluster.resources import ResourcesConfig
+
+Nodes = Iterable[Mapping[str, Any]]
+
+_LOOK_SECONDS = 1.0
+_LINE_SECONDS = 30.0
+"""Time between two lines about the same nodes."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Resources without which a run cannot train."""
+
+    resources: ResourcesConfig
+    use_gpu: bool
+    num_streams: int = 1
+
+    def missing(self, nodes: Nodes) -> str:
+        """Return what living `nodes` lack, e.g. `have 1 of 2 GPUs`; empty if they lack nothing."""
+        alive = [node["Resources"] for node in nodes if node["Alive"]]
+        workers, cpus = self.resources.train_workers, self.resources.least_cpus(self.num_streams)
+        gpus, there = (int(sum(node.get(name, 0) for node in alive)) for name in ("GPU", "CPU"))
+        fit = sum(self._fit(node) for node in alive)
+        lacks = []
+        if self.use_gpu and gpus < workers:
+            lacks.append(f"{gpus} of {workers} GPUs")
+        if there < cpus:
+            lacks.append(f"{there} of {cpus} CPUs")
+        if not lacks and fit < workers:
+            each = f"{self.resources.cpus_per_train_worker:g} CPUs{' and a GPU' if self.use_gpu else ''} each"
+            lacks.append(f"nodes for {fit} of {workers} train workers with {each}")
+        return f"have {' and '.join(lacks)}" if lacks else ""
+
+    def in_use(self, free: Mapping[str, float]) -> str:
+        """Return what others use of what the run needs, e.g. `1 of 2 GPUs are free`; `free` is by name of resource."""
+        workers, cpus = self.resources.train_workers, self.resources.least_cpus(self.num_streams)
+        needs = {"GPU": workers if self.use_gpu else 0, "CPU": cpus}
+        short = [
+            f"{free.get(name, 0):g} of {need} {name}s"
+            for name, need in needs.items()
+            if free.get(name, 0) < need
+        ]
+        return f"{' and '.join(short)} are free" if short else ""
+
+    def _fit(self, node: Mapping[str, Any]) -> int:
+        """Return the number of train workers that an empty node has room for."""
+        each = {"CPU": self.resources.cpus_per_train_worker, "GPU": float(self.use_gpu)}
+        rooms = [node.get(name, 0) // amount for name, amount in each.items() if amount]
+        return int(min(rooms, default=self.resources.train_workers))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of train workers: what happened, after which logged step, and when, in seconds of `now`."""
+
+    what: str
+    step: int
+    at: float
+
+    def resumed(self, step: int, now: float) -> str:
+        """Return what a person reads when the run goes on from `step`."""
+        return (
+            f"{self.what} after step {self.step}: resuming from step {step} after {now - self.at:.0f} s, "
+            f"{max(0, self.step - step)} steps repeated"
+        )
+
+
+class CapacityWatch:
+    """Follows a run from its driver: tells what nodes it waits for, what became of a loss, and when to give up."""
+
+    def __init__(
+        self,
+        demand: Demand,
+        nodes: Callable[[], Nodes],
+        free: Callable[[], Mapping[str, float]],
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`nodes` and `free` are `ray.nodes` and `ray.available_resources`."""
+        self._demand, self._nodes, self._free, self._now = demand, nodes, free, now
+        self._limit = 60 * demand.resources.wait_for_nodes_minutes
+        self._step, self._loss = 0, None  # type: int, Loss | None
+        self._waits, self._is_placed = True, False
+        self._began = self._looked = self._told = now()
+        self._lacks_since: float | None = None
+
+    def placed(self) -> None:
+        """The train workers have started."""
+        self._is_placed = True
+
+    def trains(self, step: int) -> None:
+        """A step was logged: nothing is waited for."""
+        self._step, self._waits, self._lacks_since = step, False, None
+
+    def lost(self, what: str) -> None:
+        """Train workers are lost. Of several losses before the run goes on, the first is the cause of the others."""
+        now = self._now()
+        self._loss, self._is_placed = self._loss or Loss(what, self._step, now), False
+        if not self._waits:
+            self._waits, self._began = True, now
+            self._told = now - _LINE_SECONDS  # what is missing is told at once
+
+    def resumed(self, step: int) -> str:
+        """Return the line on a run that resumes from a checkpoint: why, if that is known, and what it cost."""
+        loss, self._loss, self._step = self._loss, None, step
+        return f"resuming from step {step}" if loss is None else loss.resumed(step, self._now())
+
+    def look(self) -> str | None:
+        """Return a line if one is due. ResourceError once nodes have been missing for too long. Call often."""
+        now = self._now()
+        if not self._waits or now - self._looked < _LOOK_SECONDS:
+            return None
+        self._looked = now
+        lacks = self._demand.missing(self._nodes())
+        # Right after a loss, what Ray has not yet cleared away counts as in use.
+        if not lacks and not self._is_placed and now - self._began >= _LINE_SECONDS:
+            lacks = self._demand.in_use(self._free())
+        if not lacks:
+            self._lacks_since = None
+            return None
+        since = self._lacks_since = now if self._lacks_since is None else self._lacks_since
+        minutes = self._demand.resources.wait_for_nodes_minutes
+        if now - since >= self._limit:
+            raise ResourceError(
+                f"resources.wait_for_nodes_minutes={minutes:g}: the run has waited for so long ({lacks}); add nodes, "
+                "ask for less by resources.train_workers and resources.augment_actors, or set "
+                "resources.wait_for_nodes_minutes higher; the same command then goes on"
+            )
+        if now - self._told < _LINE_SECONDS:
+            return None
+        self._told = now
+        return f"waiting for nodes: {lacks}, for {now - since:.0f} s of at most {minutes:g} min"

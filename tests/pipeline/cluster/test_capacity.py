@@ -1,0 +1,180 @@
+"""What a run says while nodes are missing, how long it waits, and what it says when it goes on."""
+
+import re
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, NodeDiedError
+from ray.train import ControllerError, WorkerGroupError
+
+from dinoray.models.errors import ResourceError
+from dinoray.pipeline.cluster.capacity import CapacityWatch, Demand
+from dinoray.pipeline.cluster.lost_ray import describe_loss
+from dinoray.pipeline.cluster.resources import ResourcesConfig
+
+MINUTES = 10
+
+
+def node(*, alive: bool = True, **resources: float) -> dict[str, Any]:
+    """As one of `ray.nodes()`."""
+    return {"Alive": alive, "Resources": resources}
+
+
+def demand(*, use_gpu: bool = True, **resources: Any) -> Demand:
+    """Of 2 train workers, an augment actor and a CPU for Ray."""
+    settings = {"train_workers": 2, "augment_actors": 1, "wait_for_nodes_minutes": MINUTES, **resources}
+    return Demand(ResourcesConfig(**settings), use_gpu)
+
+
+class Cluster:
+    """Nodes that a test changes, with a clock of its own."""
+
+    def __init__(self, *nodes: dict[str, Any], resources: Demand | None = None) -> None:
+        self.nodes, self.free, self.seconds = list(nodes), {"CPU": 100.0, "GPU": 100.0}, 0.0
+        self.watch = CapacityWatch(
+            resources or demand(), lambda: self.nodes, lambda: self.free, now=lambda: self.seconds
+        )
+
+    def told_in(self, seconds: float) -> list[tuple[float, str]]:
+        """(time, line) of what is said while so many seconds pass, with a look twice a second."""
+        lines, end = [], self.seconds + seconds
+        while self.seconds < end:
+            self.seconds += 0.5
+            line = self.watch.look()
+            if line is not None:
+                lines.append((self.seconds, line))
+        return lines
+
+
+BOTH = (node(CPU=8, GPU=1), node(CPU=8, GPU=1))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "more", "missing"),
+    [
+        (BOTH, {}, ""),
+        ([node(CPU=8, GPU=1)], {}, "have 1 of 2 GPUs"),
+        ([BOTH[0], node(CPU=8, GPU=1, alive=False)], {}, "have 1 of 2 GPUs"),
+        ([], {}, "have 0 of 2 GPUs and 0 of 4 CPUs"),
+        ([node(CPU=1, GPU=2)], {}, "have 1 of 4 CPUs"),
+        ([node(CPU=3)], {"use_gpu": False}, "have 3 of 4 CPUs"),
+        # All there, but no node has room for one.
+        (
+            [node(CPU=3, GPU=1), node(CPU=5, GPU=1)],
+            {"cpus_per_train_worker": 3},
+            "",
+        ),
+        (
+            [node(CPU=2, GPU=2), node(CPU=8)],
+            {"cpus_per_train_worker": 3},
+            "have nodes for 0 of 2 train workers with 3 CPUs and a GPU each",
+        ),
+        ([node(CPU=2, GPU=2)], {"cpus_per_train_worker": 0}, ""),
+    ],
+)
+def test_what_is_missing_is_counted_by_resource(
+    nodes: list[dict[str, Any]], more: dict[str, Any], missing: str
+) -> None:
+    assert demand(**more).missing(nodes) == missing
+
+
+def test_a_start_that_lacks_nodes_is_told_every_30_seconds() -> None:
+    cluster = Cluster(BOTH[0])
+    assert cluster.told_in(95) == [
+        (30, "waiting for nodes: have 1 of 2 GPUs, for 29 s of at most 10 min"),
+        (60, "waiting for nodes: have 1 of 2 GPUs, for 59 s of at most 10 min"),
+        (90, "waiting for nodes: have 1 of 2 GPUs, for 89 s of at most 10 min"),
+    ]
+    cluster.nodes.append(BOTH[1])
+    assert cluster.told_in(100) == []
+
+
+def test_a_lost_node_that_does_not_come_back_is_told_at_once_and_ends_the_run_in_the_end() -> None:
+    cluster = Cluster(*BOTH)
+    cluster.watch.placed()
+    cluster.watch.trains(40)
+    cluster.nodes.pop()
+    assert cluster.told_in(1000) == []  # a run that trains waits for nothing
+    cluster.watch.lost("node 10.0.0.7 lost")
+    lines = cluster.told_in(599)
+    assert lines[0][0] <= 1002
+    assert len(lines) == 20
+    with pytest.raises(ResourceError, match=r"resources\.wait_for_nodes_minutes=10: .*have 1 of 2 GPUs"):
+        cluster.told_in(3)
+
+
+@pytest.mark.parametrize(
+    "remedy", ["add nodes", "resources.train_workers", "resources.wait_for_nodes_minutes"]
+)
+def test_each_remedy_ends_the_error(remedy: str) -> None:
+    def ends(nodes: tuple[dict[str, Any], ...], resources: Demand) -> str:
+        cluster = Cluster(*nodes, resources=resources)
+        with pytest.raises(ResourceError) as ended:
+            cluster.told_in(60 * MINUTES + 2)
+        return str(ended.value)
+
+    assert remedy in ends(BOTH[:1], demand())
+    nodes = BOTH if remedy == "add nodes" else BOTH[:1]
+    less = {"resources.train_workers": {"train_workers": 1}}
+    higher = {"resources.wait_for_nodes_minutes": {"wait_for_nodes_minutes": 2 * MINUTES}}
+    Cluster(*nodes, resources=demand(**(less | higher).get(remedy, {}))).told_in(60 * MINUTES + 2)
+
+
+def test_time_in_which_nothing_is_missing_ends_the_wait() -> None:
+    cluster = Cluster(BOTH[0])
+    for _ in range(5):
+        cluster.told_in(60 * MINUTES - 5)
+        cluster.nodes.append(BOTH[1])
+        cluster.told_in(2)
+        cluster.nodes.pop()
+
+
+def test_nodes_that_others_use_are_told_only_while_no_worker_has_started() -> None:
+    cluster = Cluster(*BOTH)
+    cluster.free = {"CPU": 9, "GPU": 1}
+    assert [line for _, line in cluster.told_in(40)] == [
+        "waiting for nodes: 1 of 2 GPUs are free, for 0 s of at most 10 min"
+    ]
+    cluster.watch.placed()
+    cluster.free = {}
+    assert cluster.told_in(100) == []
+
+
+def test_a_run_that_resumes_says_why_and_what_it_cost() -> None:
+    cluster = Cluster(*BOTH)
+    assert cluster.watch.resumed(32) == "resuming from step 32"
+    cluster.watch.trains(40)
+    cluster.watch.lost("node 10.0.0.7 lost")
+    cluster.seconds += 31
+    cluster.watch.lost("train worker 0 on node 10.0.0.8 died")  # in the wake of the first
+    assert cluster.watch.resumed(32) == (
+        "node 10.0.0.7 lost after step 40: resuming from step 32 after 31 s, 8 steps repeated"
+    )
+    assert cluster.watch.resumed(32) == "resuming from step 32"
+
+
+DIED = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tpid: 12\n"
+    "\tnamespace: a\n\tip: 10.0.0.7\nThe actor is dead because its {} has died."
+)
+
+
+def died(what: str) -> ActorDiedError:
+    error = ActorDiedError()
+    error.error_msg = DIED.format(what)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (WorkerGroupError("", {0: RuntimeError("reset"), 1: died("node")}), "node 10.0.0.7 lost"),
+        (WorkerGroupError("", {1: died("worker process")}), "train worker 1 on node 10.0.0.7 died"),
+        (WorkerGroupError("", {1: NodeDiedError("gone")}), "its node lost"),
+        (WorkerGroupError("", {3: KeyError("x")}), "train worker 3 failed ('x')"),
+        (ControllerError(RuntimeError("no room")), "train workers lost (no room)"),
+    ],
+)
+def test_a_loss_is_named_by_its_cause(error: Exception, told: str) -> None:
+    assert describe_loss(error) == told
+    assert re.fullmatch(r"[^\n]+", told)
