@@ -3,7 +3,7 @@ has cost. No Ray here: nodes are what `ray.nodes()` returns."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dinoray.models.errors import ResourceError
@@ -11,9 +11,14 @@ from dinoray.pipeline.cluster.resources import ResourcesConfig
 
 Nodes = Iterable[Mapping[str, Any]]
 
+BROKEN = "train workers lost their connection"
+"""A loss of which only the consequence is known: workers that outlive another meet a broken connection."""
+
 _LOOK_SECONDS = 1.0
+_COUNT_SECONDS = 5.0
+"""Time between two looks at the nodes of a run that trains."""
 _LINE_SECONDS = 30.0
-"""Time between two lines about the same nodes."""
+"""Time between two lines about the same nodes; and without a step before a run counts as waiting."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,18 @@ class CapacityWatch:
         self._waits, self._is_placed = True, False
         self._began = self._looked = self._told = now()
         self._lacks_since: float | None = None
+        self._addresses: dict[str, str] = {}
 
     def placed(self) -> None:
         """The train workers have started."""
         self._is_placed = True
 
     def trains(self, step: int) -> None:
-        """A step was logged: nothing is waited for."""
-        self._step, self._waits, self._lacks_since = step, False, None
+        """A step was logged: nothing is waited for, until a while has passed without another."""
+        if self._waits:
+            self._looked -= _COUNT_SECONDS  # the nodes that it trains on are counted at the next look
+        self._step, self._waits, self._lacks_since, self._loss = step, False, None, None
+        self._began = self._now()
 
     def lost(self, what: str) -> None:
         """Train workers are lost. Of several losses before the run goes on, the first is the cause of the others."""
@@ -112,15 +121,26 @@ class CapacityWatch:
     def resumed(self, step: int) -> str:
         """Return the line on a run that resumes from a checkpoint: why, if that is known, and what it cost."""
         loss, self._loss, self._step = self._loss, None, step
-        return f"resuming from step {step}" if loss is None else loss.resumed(step, self._now())
+        if loss is None:
+            return f"resuming from step {step}"
+        if loss.what == BROKEN:
+            there = _addresses(self._nodes())
+            gone = sorted({self._addresses[node] for node in self._addresses.keys() - there.keys()})
+            loss = replace(loss, what=f"node {', '.join(gone)} lost") if gone else loss
+        return loss.resumed(step, self._now())
 
     def look(self) -> str | None:
         """Return a line if one is due. ResourceError once nodes have been missing for too long. Call often."""
         now = self._now()
-        if not self._waits or now - self._looked < _LOOK_SECONDS:
+        waits = self._waits or now - self._began >= _LINE_SECONDS
+        if now - self._looked < (_LOOK_SECONDS if waits else _COUNT_SECONDS):
             return None
         self._looked = now
-        lacks = self._demand.missing(self._nodes())
+        nodes = list(self._nodes())
+        if not waits:
+            self._addresses = _addresses(nodes)
+            return None
+        lacks = self._demand.missing(nodes)
         # Right after a loss, what Ray has not yet cleared away counts as in use.
         if not lacks and not self._is_placed and now - self._began >= _LINE_SECONDS:
             lacks = self._demand.in_use(self._free())
@@ -139,3 +159,8 @@ class CapacityWatch:
             return None
         self._told = now
         return f"waiting for nodes: {lacks}, for {now - since:.0f} s of at most {minutes:g} min"
+
+
+def _addresses(nodes: Nodes) -> dict[str, str]:
+    """Return the address of each living node."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes if node["Alive"]}

@@ -8,6 +8,7 @@ import ray
 from ray import exceptions
 
 from dinoray.models.errors import DinorayError, ResourceError, one_line
+from dinoray.pipeline.cluster.capacity import BROKEN
 from dinoray.pipeline.cluster.channel import RunChannel, known_error
 
 _AGAIN = "run the same command again"
@@ -30,6 +31,11 @@ _LOSSES = (
     exceptions.RpcError,
     exceptions.RaySystemError,
 )
+
+_CONNECTION = re.compile(
+    r"\b(?:gloo|NCCL|ncclRemoteError)\b|connection (?:closed|reset) by peer", re.IGNORECASE
+)
+"""In an error of a collective, whose other side is gone."""
 
 
 class LostRayError(ResourceError):
@@ -102,6 +108,8 @@ def describe_loss(error: Exception) -> str:
         return f"{where} lost"
     if isinstance(failure, exceptions.RayActorError):
         return f"train worker {rank} on {where} died"
+    if _CONNECTION.search(text):
+        return BROKEN
     cause = getattr(failure, "cause", None) or failure
     return f"train worker {rank} failed ({one_line(cause, limit=100)})"
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from jobs_processes import RAY_SETTINGS, end_processes, foreign_lines, processes_with
@@ -105,6 +106,32 @@ def _wait_for_dashboard(address: str, process: "subprocess.Popen[bytes]") -> Non
             assert process.poll() is None, "ray start ended"
             assert time.monotonic() < deadline, "the dashboard did not come up"
             time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[Callable[[], None]]:
+    """A node that has joined `head`'s cluster; gives what ends it as a lost machine ends."""
+    process = subprocess.Popen(
+        [
+            *(RAY, "start", "--block", f"--address={head.gcs}", f"--num-cpus={num_cpus}", "--num-gpus=0"),
+            *("--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"),
+        ],
+        env=head.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def end() -> None:
+        with contextlib.suppress(psutil.Error):
+            end_processes(psutil.Process(process.pid).children(recursive=True))
+        process.kill()
+        process.wait()
+
+    try:
+        yield end
+    finally:
+        end()
 
 
 def run_job_on(head: RayHead, module: str, *arguments: str, code: int | str = 0) -> str:

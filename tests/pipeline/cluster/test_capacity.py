@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError, NodeDiedError
 from ray.train import ControllerError, WorkerGroupError
 
 from dinoray.models.errors import ResourceError
-from dinoray.pipeline.cluster.capacity import CapacityWatch, Demand
+from dinoray.pipeline.cluster.capacity import BROKEN, CapacityWatch, Demand
 from dinoray.pipeline.cluster.lost_ray import describe_loss
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 
@@ -17,7 +17,7 @@ MINUTES = 10
 
 def node(*, alive: bool = True, **resources: float) -> dict[str, Any]:
     """As one of `ray.nodes()`."""
-    return {"Alive": alive, "Resources": resources}
+    return {"Alive": alive, "Resources": resources, "NodeID": "a", "NodeManagerAddress": "10.0.0.1"}
 
 
 def demand(*, use_gpu: bool = True, **resources: Any) -> Demand:
@@ -94,13 +94,23 @@ def test_a_lost_node_that_does_not_come_back_is_told_at_once_and_ends_the_run_in
     cluster.watch.placed()
     cluster.watch.trains(40)
     cluster.nodes.pop()
-    assert cluster.told_in(1000) == []  # a run that trains waits for nothing
     cluster.watch.lost("node 10.0.0.7 lost")
     lines = cluster.told_in(599)
-    assert lines[0][0] <= 1002
+    assert lines[0][0] <= 2
     assert len(lines) == 20
     with pytest.raises(ResourceError, match=r"resources\.wait_for_nodes_minutes=10: .*have 1 of 2 GPUs"):
         cluster.told_in(3)
+
+
+def test_a_run_without_steps_tells_what_its_augment_actors_lack() -> None:
+    cluster = Cluster(node(CPU=3, GPU=2))
+    for step in range(100):
+        cluster.watch.trains(step)
+        assert cluster.told_in(20) == []  # it trains, however slowly
+    assert [line for _, line in cluster.told_in(50)] == [
+        "waiting for nodes: have 3 of 4 CPUs, for 0 s of at most 10 min",
+        "waiting for nodes: have 3 of 4 CPUs, for 30 s of at most 10 min",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +163,20 @@ def test_a_run_that_resumes_says_why_and_what_it_cost() -> None:
     assert cluster.watch.resumed(32) == "resuming from step 32"
 
 
+def test_a_broken_connection_is_named_by_the_node_that_has_gone() -> None:
+    other = BOTH[1] | {"NodeID": "b", "NodeManagerAddress": "10.0.0.2"}
+    cluster = Cluster(BOTH[0], other)
+    cluster.watch.trains(40)
+    cluster.told_in(0.5)
+    cluster.watch.lost(BROKEN)
+    cluster.nodes = [BOTH[0], other | {"Alive": False}, other | {"NodeID": "c"}]
+    assert cluster.watch.resumed(40).startswith("node 10.0.0.2 lost after step 40: ")
+    cluster.watch.trains(41)
+    cluster.told_in(10)
+    cluster.watch.lost(BROKEN)  # all nodes are there: a worker was killed
+    assert cluster.watch.resumed(41).startswith(f"{BROKEN} after step 41: ")
+
+
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tpid: 12\n"
     "\tnamespace: a\n\tip: 10.0.0.7\nThe actor is dead because its {} has died."
@@ -171,6 +195,12 @@ def died(what: str) -> ActorDiedError:
         (WorkerGroupError("", {0: RuntimeError("reset"), 1: died("node")}), "node 10.0.0.7 lost"),
         (WorkerGroupError("", {1: died("worker process")}), "train worker 1 on node 10.0.0.7 died"),
         (WorkerGroupError("", {1: NodeDiedError("gone")}), "its node lost"),
+        (
+            WorkerGroupError(
+                "", {1: RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [12")}
+            ),
+            BROKEN,
+        ),
         (WorkerGroupError("", {3: KeyError("x")}), "train worker 3 failed ('x')"),
         (ControllerError(RuntimeError("no room")), "train workers lost (no room)"),
     ],

@@ -1,0 +1,56 @@
+"""Nodes that train are lost in mid-run: the run says what is missing, goes on when it comes back, and ends in time."""
+
+import re
+from pathlib import Path
+
+import pytest
+from jobs_processes import TINY, start_job
+from ray_head import ray_head, ray_node
+from tiny_run import write_images
+
+from dinoray.pipeline.data.demo_images import PATTERNS
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import SNAPSHOT, committed_steps
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STEPS = 3000
+"""So many that the run does not end before it has lost its node."""
+
+
+def test_a_run_waits_for_a_node_in_place_of_the_lost_one_and_not_for_ever(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", "train", labels=tuple(PATTERNS)[:3], per_label=8)
+    run = Directory(str(tmp_path / "lost"))
+    arguments = [
+        *TINY,
+        *("name=lost", f"data.path={images}", f"storage_path={tmp_path}", "eval.val_path=null"),
+        *(f"train.epochs={STEPS}", "train.global_batch_size=24", "log.every_steps=5"),
+        *("optim.warmup_epochs=0", "head.use_bn=false", "checkpoint.every_steps=20"),
+        *("resources.train_workers=2", "resources.cpus_per_train_worker=2"),
+    ]
+    with ray_head(num_cpus=3) as head:
+        env = head.env | {"RAY_ADDRESS": head.gcs}
+        with start_job("jobs.pretrain", *arguments, env=env) as job:
+            with ray_node(head, num_cpus=3) as lose:
+                job.wait_until(lambda: run.exists(f"checkpoints/{SNAPSHOT}"))
+                lose()
+            job.wait_until(lambda: "waiting for nodes: have 3 of 6 CPUs, for " in job.output)
+            with ray_node(head, num_cpus=3):
+                line = job.wait_until(lambda: re.search(r".*resuming from step.*", job.output))[0]
+                resumed = re.fullmatch(
+                    r"node [\d.]+ lost after step (\d+): "
+                    r"resuming from step (\d+) after \d+ s, (\d+) steps repeated",
+                    line,
+                )
+                assert resumed, line
+                lost_at, resumed_from, repeated = map(int, resumed.groups())
+                assert repeated == lost_at - resumed_from
+                job.wait_until(lambda: committed_steps(run)[-1] > resumed_from)
+                job.kill_driver()
+
+        with start_job("jobs.pretrain", *arguments, "resources.wait_for_nodes_minutes=0.1", env=env) as job:
+            assert job.wait() == 4, job.output
+        error = job.output.splitlines()[-1]
+        assert error.startswith("error: resources.wait_for_nodes_minutes=0.1: ")
+        assert "(have 3 of 6 CPUs)" in error
+        assert "Traceback" not in job.output
