@@ -1,0 +1,79 @@
+"""Two drivers on one run: one trains, the other is refused; who was taken over ends and writes no more."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs_processes import TINY, losses, start_job
+from leases import record, stored, write
+from ray_head import RayHead
+from tiny_run import write_images
+
+from dinoray.pipeline.data.demo_images import PATTERNS
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.run_dir import committed_steps
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STEPS = 60
+"""So many that another driver comes before the last. Each takes all 24 images."""
+
+
+def files_of(run: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of all files but the lease."""
+    files = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith("lease-")]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_run_has_one_driver_at_a_time(
+    cluster: RayHead, run_here: Callable[..., str], tmp_path: Path
+) -> None:
+    images = write_images(tmp_path / "images", "train", labels=tuple(PATTERNS)[:3], per_label=8)
+    arguments = [
+        *TINY,
+        "name=two",
+        f"data.path={images}",
+        f"eval.val_path={images}",
+        f"storage_path={tmp_path}",
+        f"train.epochs={STEPS}",
+        "train.global_batch_size=24",
+        "resources.train_workers=1",
+        "optim.warmup_epochs=0",
+        "head.use_bn=false",
+        "checkpoint.every_steps=4",
+        "eval.every_steps=1000",
+    ]
+    run = Directory(str(tmp_path / "two"))
+    environment = {**cluster.env, "RAY_ADDRESS": cluster.gcs}
+
+    with start_job("jobs.pretrain", *arguments, env=environment) as first:
+        first.wait_until(lambda: committed_steps(run))
+        write(run, record("b"))  # as one that took over after a pause of this one
+        assert first.wait() == 4, first.output
+        left = files_of(tmp_path / "two")
+        error = first.output.splitlines()[-1]
+        assert error.startswith(
+            f"error: {run.uri} was taken over by host-b pid 7 at 2023-11-14 22:13:20 UTC, "
+        )
+        assert "Traceback" not in first.output
+        assert stored(run) == record("b")
+        assert not run.exists("report.html")
+    step = max(committed_steps(run))
+    assert 0 < step < STEPS
+    write(run, record("b", is_given_back=True))
+
+    with start_job("jobs.pretrain", *arguments, env=environment) as driver:
+        driver.wait_until(lambda: "resuming from step" in driver.output)
+        assert f"resuming from step {step}" in driver.output
+        assert {name: left[name] for name in left if "/checkpoints/step_" in name} == {
+            name: found
+            for name, found in files_of(tmp_path / "two").items()
+            if name in left and "/step_" in name
+        } or max(committed_steps(run)) > step
+        refused = run_here("jobs.pretrain", *arguments, code=4)
+        (line,) = refused.splitlines()
+        assert line.startswith(f"error: {run.uri} is in use by ")
+        assert f" pid {driver.process.pid} since " in line
+        assert driver.wait() == 0, driver.output
+    assert [n for n, _ in losses(run.read("metrics.jsonl"))] == list(range(1, STEPS + 1))
+    assert run_here("jobs.pretrain", *arguments).splitlines()[0].startswith(f"{run.uri} is finished")
