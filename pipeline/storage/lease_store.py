@@ -6,7 +6,6 @@ the file with the next number, which one process alone can do, also on a network
 
 import contextlib
 import os
-import re
 from typing import Any, Protocol
 
 import botocore.exceptions
@@ -14,14 +13,13 @@ import botocore.exceptions
 from dinoray.pipeline.storage.files import Directory, is_s3, local_errors, split_s3_uri
 from dinoray.pipeline.storage.lease import Failed, Found, Read, Record, Reply, Request, Write, Written
 from dinoray.pipeline.storage.retry import MissingObject, code_and_status, retrying
-from dinoray.pipeline.storage.run_dir import LEASE
+from dinoray.pipeline.storage.run_dir import LEASE, LEASE_FILE
 from dinoray.pipeline.storage.s3 import etag_of, s3_client
 
 READ_SECONDS = 5.0
 """Longest pause within a response. A renewal that hangs must leave time for others within the term."""
 _NO_ETAG = "0" * 32
 """An ETag that no object has."""
-_FILE = re.compile(r"lease-(\d{8,})\.json")
 
 
 class LeaseStore(Protocol):
@@ -131,7 +129,7 @@ class FolderStore:
             names = os.listdir(self._folder)
         except (FileNotFoundError, NotADirectoryError):  # for the latter, a writer has a better message
             return []
-        return sorted(int(match[1]) for name in names if (match := _FILE.fullmatch(name)))
+        return sorted(int(match[1]) for name in names if (match := LEASE_FILE.fullmatch(name)) and match[1])
 
     def _path(self, number: int) -> str:
         return f"{self._folder}/{LEASE.replace('.', f'-{number:08d}.')}"

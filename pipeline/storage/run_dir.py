@@ -40,6 +40,8 @@ CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
 MANIFEST, METRICS, QUARANTINE = "manifest.parquet", "metrics.jsonl", "quarantine.jsonl"
 CROPS, ATTENTION, TENSORBOARD = "crops.png", "attention", "tensorboard"
 REPORT, TRACKING, LEASE = "report.html", "tracking.json", "lease.json"
+LEASE_FILE = re.compile(r"lease(?:-(\d{8,}))?\.json")
+"""Names of the lease: as an object, and as the files of a folder, which have numbers."""
 CHECKPOINTS = "checkpoints"
 STUDENT, TEACHER = "student.safetensors", "teacher.safetensors"
 TRAIN_STATE, META = "train_state.pt", "meta.json"

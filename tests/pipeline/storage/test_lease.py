@@ -133,6 +133,7 @@ def test_a_driver_that_has_ended_here_or_has_given_back_makes_nobody_wait(gives_
     simulation = Simulation(lives, always(), same_machine=not gives_back)
     simulation.run(11.5)
     assert simulation.drivers[1].lease.state is State.HELD
+    assert simulation.holders(11.5) == [simulation.drivers[1].name]
 
 
 def test_a_driver_that_lives_on_this_machine_is_known_to_at_once() -> None:
