@@ -255,8 +255,8 @@ class Lease:
         elif token is None or (token == self._token and self.state is State.TAKING):
             # It is as it was, or a person has deleted it.
             self._token, self._is_unsure = token, False
-        elif record is None:
-            self.due = now + self._timing.poll
+        elif record is None and self.state is not State.TAKING:
+            self.due = now + self._timing.poll  # another is writing it, and may be killed before it is whole
         else:
             self.other = record
             ends = {State.TAKING: State.REFUSED, State.HELD: State.LOST, State.GIVING: State.GIVEN_BACK}

@@ -181,6 +181,7 @@ class LeaseKeeper:
                     "started at once are not kept apart there"
                 )
         except BaseException:
+            _held.discard(self._me.id)
             self._give_back()
             raise
         self._thread.start()
@@ -192,31 +193,32 @@ class LeaseKeeper:
         """Give the lease back."""
         self._ends.set()
         self._thread.join(_GIVE_BACK_SECONDS)
+        _held.discard(self._me.id)
         if not self._thread.is_alive():  # else a renewal hangs, and the lease ends by itself
             self._give_back()
         return False
 
     def _renew(self) -> None:
         while self._lease.state is State.HELD and not self._ends.is_set():
-            try:
-                self._step(attempts=1)
-            except DataError as failure:
-                # The run goes on: its own reads and writes wait or fail as they are configured to.
-                logger.debug("%s: the lease is not renewed: %s", self.directory.uri, failure)
-                self._lease.answer(Failed.NO_ANSWER, now=clock())
+            # Without an answer the run goes on: its own reads and writes wait or fail as they are configured to.
+            self._try()
             self._ends.wait(max(0.0, self._lease.due - clock()))
 
     def _give_back(self) -> None:
         deadline = clock() + _GIVE_BACK_SECONDS
         self._lease.give_back()
         while self._lease.state is State.GIVING and clock() < deadline:
-            try:
-                self._step(attempts=1)
-            except DataError:
-                self._lease.answer(Failed.NO_ANSWER, now=clock())
+            self._try()
             if self._lease.state is State.GIVING:
                 self._pause()
-        _held.discard(self._me.id)
+
+    def _try(self) -> None:
+        """Do one step in a single attempt; any failure is no answer."""
+        try:
+            self._step(attempts=1)
+        except Exception as failure:
+            logger.debug("%s: no answer about its lease: %s", self.directory.uri, failure)
+            self._lease.answer(Failed.NO_ANSWER, now=clock())
 
     def _step(self, *, attempts: int = 5) -> None:
         """Send the request that is due, if any, and take its reply."""
