@@ -18,14 +18,8 @@ from dinoray.pipeline.storage.run_dir import committed_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-STEPS = 60
-"""So many that another driver comes before the last. Each takes all 24 images."""
-
-
-def files_of(run: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of all files but the lease."""
-    files = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith("lease-")]
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+STEPS, EVERY = 60, 4
+"""So many that another driver comes before the last, and between two checkpoints. Each step takes all 24 images."""
 
 
 def train_workers(cluster: RayHead) -> list[str]:
@@ -59,7 +53,7 @@ def test_a_run_has_one_driver_at_a_time(
         "resources.train_workers=1",
         "optim.warmup_epochs=0",
         "head.use_bn=false",
-        "checkpoint.every_steps=4",
+        f"checkpoint.every_steps={EVERY}",
         "eval.every_steps=1000",
     ]
     run = Directory(str(tmp_path / "two"))
@@ -69,10 +63,10 @@ def test_a_run_has_one_driver_at_a_time(
         first.wait_until(lambda: committed_steps(run))
         assert train_workers(cluster)
         write(run, record("b"))  # as one that took over after a pause of this one
+        before = max(committed_steps(run))
         assert first.wait() == 4, first.output
-        left = files_of(tmp_path / "two")
         wait_until(lambda: not train_workers(cluster))
-        assert files_of(tmp_path / "two") == left
+        assert max(committed_steps(run)) <= before + EVERY, "more was committed than what was under way"
         error = first.output.splitlines()[-1]
         assert error.startswith(
             f"error: {run.uri} was taken over by host-b pid 7 at 2023-11-14 22:13:20 UTC, "
