@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fresh_python import run_python
 from leases import record, stored, write
 from no_ray import RayStarted
 from tiny_run import write_run
@@ -86,16 +87,33 @@ def test_other_settings_come_before_the_driver_that_holds_the_name(run: Job, tmp
         run(pretrain.main, *TINY, *IMAGES, "crops.local_crop_size=9").check(CONFIG, ["crops of 9 px"])
 
 
+@pytest.mark.parametrize("name", MAINS)
 def test_a_submitted_job_is_named_to_others(
-    run: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, run: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described = json.dumps({"metadata": {"job_submission_id": "boost-a3"}})
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", described)
+    main, more = MAINS[name]
     with pytest.raises(RayStarted):
-        run(pretrain.main, *TINY, *IMAGES)
-    found = stored(Directory(str(tmp_path / "runs" / "run")))
+        run(main, *TINY, *IMAGES, *more)
+    found = stored(Directory(str(tmp_path / "runs" / name)))
     assert found is not None
     assert str(found.holder) == f"{os.uname().nodename} pid {os.getpid()} (job boost-a3)"
+
+
+def test_a_driver_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from dinoray.jobs import pretrain, tune
+from dinoray.pipeline.storage.lease import InUseError
+for main in (pretrain.main, tune.main):
+    try:
+        main({[*TINY, f"storage_path={tmp_path}", f"data.path={tmp_path}"]!r})
+    except InUseError as error:
+        print("refused", "torch" in sys.modules)
+"""
+    with LeaseKeeper(Directory(str(tmp_path / "run")), tell=print):
+        assert run_python(code).split() == ["refused", "False", "refused", "False"]
 
 
 def test_a_call_from_a_notebook_is_refused_too(run: Job, tmp_path: Path) -> None:
