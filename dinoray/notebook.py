@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinoray.jobs.cli.config import load_config, load_run_config
+from dinoray.jobs.runs.holding import lease_of
 from dinoray.jobs.runs.open_checkpoint import open_network
 from dinoray.jobs.runs.pretraining import pretrain as run_pretraining
 from dinoray.models.errors import DataError
@@ -34,8 +35,9 @@ def pretrain(*overrides: str, recipe: str | None = None, config: str | Path | No
     Raises ConfigError (a ValueError), DataError or ResourceError with a one-line remedy.
     """
     settings = load_config(recipe, None if config is None else Path(config), list(overrides))
-    run_pretraining(settings, verbose=False)
-    return Directory(settings.storage_path).child(settings.name).uri
+    run = Directory(settings.storage_path).child(settings.name)
+    run_pretraining(settings, lease_of(run), verbose=False)
+    return run.uri
 
 
 def read_metrics(run: str | Path) -> pd.DataFrame:

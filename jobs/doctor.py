@@ -2,7 +2,7 @@
 
 One line for each thing that was looked at: ok, warn or FAIL, and what to do. Without an address it looks at this
 machine; with that of a dashboard (http://...) it sends itself to the cluster as a job and looks around there.
-`dinoray doctor RUN` checks the files of a run or study instead: checkpoints, and what a resume would use.
+`dinoray doctor RUN` checks the files of a run or study instead: who trains it, checkpoints, what a resume would use.
 """
 
 import json

@@ -1,9 +1,11 @@
 """Pretrain a backbone with DINO: `dinoray pretrain [--recipe NAME] [--config FILE] [key=value ...]`.
 
 Images -> manifest -> Ray Data multi-crop -> Ray Train DINO -> checkpoints -> k-NN. The same command continues a
-run that was killed, and does nothing for a run that is finished.
+run that was killed, and does nothing for a run that is finished. While one command trains a run, another one of the
+same name is refused.
 """
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -13,10 +15,12 @@ from dinoray.jobs.cli.config import differences, json_schema, load_run_config
 from dinoray.jobs.cli.keys import keep_detected
 from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cli.print_config import describe_config
+from dinoray.jobs.runs.holding import lease_of
 from dinoray.jobs.runs.result import describe_result
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease import InUseError
 from dinoray.pipeline.worker.config import Config
 
 
@@ -33,16 +37,28 @@ def main(argv: Sequence[str]) -> None:
     config = pretrain_config(arguments)
     console = Console()
     run = Directory(config.storage_path).child(config.name)
-    if run.exists(run_dir.CONFIG):
-        config = keep_detected(config, load_run_config(run))
-    if _is_finished(run, config, resume=arguments.resume, typed=arguments.overrides):
+    lease = lease_of(run)
+    try:
+        lease.await_free()
+    except InUseError:
+        _settle(run, config, arguments)  # that another run has this name comes first
+        raise
+    config, is_finished = _settle(run, config, arguments)
+    if is_finished:
         console.print(f"{run.uri} is finished; choose another name=... to train again", soft_wrap=True)
         console.print(describe_result(run), highlight=False, soft_wrap=True)
         return
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
     from dinoray.jobs.runs.pretraining import pretrain
 
-    pretrain(config, verbose=arguments.verbose)
+    pretrain(config, lease, verbose=arguments.verbose)
+
+
+def _settle(run: Directory, config: Config, arguments: Namespace) -> tuple[Config, bool]:
+    """Return the config with what its run has detected, and whether that run is done. ConfigError as `_is_finished`."""
+    if run.exists(run_dir.CONFIG):
+        config = keep_detected(config, load_run_config(run))
+    return config, _is_finished(run, config, resume=arguments.resume, typed=arguments.overrides)
 
 
 def _is_finished(run: Directory, config: Config, *, resume: bool, typed: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ from dinoray.jobs.cli.config import differences, json_schema, load_kept
 from dinoray.jobs.cli.keys import keep_detected
 from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cli.print_config import describe_config
+from dinoray.jobs.runs.holding import lease_of
 from dinoray.jobs.studies.config import (
     MUTABLE_ON_RESUME,
     NAME_SUFFIX,
@@ -22,6 +23,7 @@ from dinoray.jobs.studies.config import (
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease import InUseError
 from dinoray.pipeline.study.trials import STUDY
 
 
@@ -36,13 +38,25 @@ def main(argv: Sequence[str]) -> None:
         return
     config = study_config(arguments)
     directory = Directory(config.storage_path).child(config.name)
-    if directory.exists(run_dir.CONFIG):
-        config = keep_detected(config, load_kept(StudyConfig, directory))
-    _check_name(directory, config, resume=arguments.resume)
+    lease = lease_of(directory)
+    try:
+        lease.await_free()
+    except InUseError:
+        _settle(directory, config, resume=arguments.resume)  # that another study has this name comes first
+        raise
+    config = _settle(directory, config, resume=arguments.resume)
     # Only now: what follows loads PyTorch, for which --help and a wrong option need not wait.
     from dinoray.jobs.studies.searching import search
 
-    search(config, directory, verbose=arguments.verbose)
+    search(config, directory, lease, verbose=arguments.verbose)
+
+
+def _settle(directory: Directory, config: StudyConfig, *, resume: bool) -> StudyConfig:
+    """Return the config with what its study has detected. ConfigError as `_check_name`."""
+    if directory.exists(run_dir.CONFIG):
+        config = keep_detected(config, load_kept(StudyConfig, directory))
+    _check_name(directory, config, resume=resume)
+    return config
 
 
 def _check_name(directory: Directory, config: StudyConfig, *, resume: bool) -> None:

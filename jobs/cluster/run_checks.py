@@ -1,4 +1,4 @@
-"""Check the files of a run or study: metrics, Ray Train's list, each checkpoint, and what a resume would use.
+"""Check the files of a run or study: who trains it, metrics, Ray Train's list, each checkpoint, and what a resume uses.
 
 Nothing is changed, and no network is read. No Ray here.
 """
@@ -17,6 +17,7 @@ from dinoray.pipeline.storage.checkpoint_files import (
     wrong_files,
 )
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease_keeper import look
 from dinoray.pipeline.storage.run_dir import checkpoint_names, read_committed, step_of
 from dinoray.pipeline.study.trials import STUDY, TRIALS
 from dinoray.pipeline.tracking.records import read_records
@@ -25,6 +26,7 @@ from dinoray.pipeline.tracking.records import read_records
 def check_files(address: str) -> Iterator[Finding]:
     """Check the files of the run, or of all trials of the study, at `address`, local or S3."""
     here = Directory(address)
+    yield from _check_lease(here)
     if here.exists(STUDY):
         trials = here.child(TRIALS)
         for name in trials.list():
@@ -34,6 +36,21 @@ def check_files(address: str) -> Iterator[Finding]:
     else:
         text = f"{here.uri} has no {run_dir.CONFIG}: pass a run directory or a study"
         yield Finding("FAIL", "run", text, ConfigError.exit_code)
+
+
+def _check_lease(here: Directory) -> Iterator[Finding]:
+    """Report who holds the lease of a run or study; nothing if nobody does."""
+    found = look(here)
+    if found is None:
+        return
+    holder, lives = found
+    text = f"held by {holder} since {holder.taken}"
+    if lives:
+        yield Finding("ok", "lease", f"{text}, which is at work: what it is writing may look damaged")
+    else:
+        yield Finding(
+            "warn", "lease", f"{text}, which does not renew it: the next driver takes it over within a minute"
+        )
 
 
 def _check_run(run: Directory, where: str) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.reporting.run_report import LiveReport, write_report
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, check_writable
+from dinoray.pipeline.storage.lease_keeper import LeaseKeeper
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.training.published_weights import fetch_published_weights
@@ -32,14 +33,30 @@ from dinoray.pipeline.worker.driver import check_run, run_training, what_is_lear
 from dinoray.pipeline.worker.inputs import Inputs
 
 
-def pretrain(config: Config, *, verbose: bool) -> None:
-    """Check, run to the end or from where the run was left, and say where the results are."""
+def pretrain(config: Config, lease: LeaseKeeper, *, verbose: bool) -> None:
+    """Check, run to the end or from where the run was left, and say where the results are.
+
+    `lease`: of the run's directory; held from the first file that is written to the last.
+    """
     console, run = Console(), Directory(config.storage_path).child(config.name)
     check_run(config)
     if config.backbone.pretrained and not committed_checkpoints(run):
         fetch_published_weights(config, init_path=config.init.path)
     warnings = check_workers(config)
     check_writable(config.storage_path, setting="storage_path")
+    with lease:
+        _pretrain(config, lease, console, run, warnings, verbose=verbose)
+
+
+def _pretrain(
+    config: Config,
+    lease: LeaseKeeper,
+    console: Console,
+    run: Directory,
+    warnings: list[str],
+    *,
+    verbose: bool,
+) -> None:
     draw_demo(config, console)
     inputs = Inputs.open(config, run)
     warnings += evaluation_warnings(inputs, config.eval)
@@ -90,9 +107,12 @@ def pretrain(config: Config, *, verbose: bool) -> None:
                 use_gpu=use_gpu,
                 augment_actors=augment_actors,
                 on_event=show,
+                fence=lease.fence,
+                check=lease.check,
             )
     finally:
         leave_ray()
+    lease.fence.check()
     write_result(run)
     write_report(run)
     console.print(describe_result(run), highlight=False, soft_wrap=True)

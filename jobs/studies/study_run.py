@@ -30,6 +30,7 @@ from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease_keeper import LeaseKeeper
 from dinoray.pipeline.stream.shared_stream import SharedStream
 from dinoray.pipeline.study.findings.ranking import searched
 from dinoray.pipeline.study.findings.summary import findings
@@ -73,7 +74,9 @@ class StudyRun:
         first: Sequence[Mapping[str, Any]],
         inputs: Inputs,
         console: Console,
+        lease: LeaseKeeper,
     ) -> None:
+        self._lease = lease
         self._config, self._directory, self._space = config, directory, space
         self._objective, self._inputs, self._console = objective, inputs, console
         num_images = inputs.images.num_images
@@ -124,7 +127,12 @@ class StudyRun:
             self._write_study()
             note_hardware(self._directory, ray.nodes())
             runner = TrialRunner(
-                self._directory, self._config, [ray.put(self._inputs)], self._objective, self._plan
+                self._directory,
+                self._config,
+                [ray.put(self._inputs)],
+                self._objective,
+                self._plan,
+                self._lease.fence,
             )
             seed = self._config.train.seed
             with self._sharing(runner, seed) as sharing:
@@ -219,6 +227,7 @@ class StudyRun:
                 propose=lambda: queue.pop(0) if queue else new(),
                 on_end=self._on_end,
                 tell=self._console.print,
+                check=self._lease.check,
                 ended={
                     t.trial.number: progress.course(t, self._objective) for t in searched(tried) if t.outcome
                 },
@@ -267,6 +276,7 @@ class StudyRun:
             seed=self._config.tune.seed,
             on_end=ended,
             tell=self._console.print,
+            check=self._lease.check,
         )
 
     def _next_trial(self) -> Trial | None:
@@ -278,6 +288,7 @@ class StudyRun:
                 return None
             params, origin = self._propose(nth, progress.known(tried, self._objective, worst=self._worst))
             trial = Trial(progress.next_number(tried), params, self._config.train.seed, origin)
+            self._lease.fence.check()
             write_trial(self._directory, trial)
             try:
                 candidate(self._config, params)
@@ -301,6 +312,7 @@ class StudyRun:
             self._reported = time.monotonic()
 
     def _write_study(self) -> None:
-        """study.json, with what an earlier life knew."""
+        """study.json, with what an earlier life knew. LostLeaseError where the study is another driver's by now."""
+        self._lease.fence.check()
         about = {**self._about, "seconds": self._before + time.monotonic() - self._began}
         write_study(self._directory, read_study(self._directory) | about)

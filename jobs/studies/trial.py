@@ -22,6 +22,8 @@ from dinoray.pipeline.cluster.channel import Event, RunChannel
 from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease import LostLeaseError
+from dinoray.pipeline.storage.lease_keeper import Fence
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 from dinoray.pipeline.stream.shared_stream import SharedStream
 from dinoray.pipeline.study.objective import Objective
@@ -62,6 +64,8 @@ class TrialRunner:
     """In a list: Ray would put a bare reference's object in its place."""
     objective: Objective
     plan: StudyPlan
+    fence: Fence
+    """Of the study's directory."""
     shared: SharedStream | None = None
 
     def __call__(self, trial: Trial, report: Report) -> None:
@@ -113,6 +117,8 @@ class TrialRunner:
             attempt = begin()
             attempt.train()
             outcome = attempt.outcome("stopped" if attempt.stopped else "finished")
+        except LostLeaseError:
+            raise  # the study is another driver's, and so is this outcome
         except UnhealthyError as error:
             assert attempt is not None  # it trained
             outcome = attempt.outcome("collapsed", verdict=error.verdict, message=str(error))
@@ -185,6 +191,7 @@ class _Attempt:
             use_gpu=plan.gpus_each > 0,
             augment_actors=plan.augment_actors,
             on_event=self._on_event,
+            fence=self._runner.fence,
             waits_for_decision=self._runner.config.tune.scheduler != "pb2",
             shows_images=False,
             name=f"{self._runner.config.name}/{config.name}",

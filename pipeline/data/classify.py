@@ -23,6 +23,7 @@ from dinoray.pipeline.data.detection import (
 )
 from dinoray.pipeline.data.listing import IMAGE_SUFFIXES, Entry, EntryTable, Role, role_of
 from dinoray.pipeline.storage.listing_parts import PART
+from dinoray.pipeline.storage.run_dir import LEASE_FILE
 
 CONFIG, STUDY = "config.yaml", "study.json"
 OF_A_RUN = frozenset({"environment.json", "manifest.parquet", "trial.json"})
@@ -86,7 +87,7 @@ class Classifier:
     def _add(self, entry: Entry) -> None:
         role = "other" if entry.size is None else role_of(entry.key)
         *folders, name = entry.key[len(self._prefix) :].split("/")
-        if name.startswith(PART):
+        if name.startswith(PART) or LEASE_FILE.fullmatch(name):
             return
         if name in (CONFIG, STUDY) or name in OF_A_RUN:
             self.marks["/".join(folders)].add(name)

@@ -148,7 +148,7 @@ class Directory:
         uri = self.join(name)
         if is_s3(uri):
             return read_object(*split_s3_uri(uri))
-        with _local_errors(uri), open(uri, "rb") as file:
+        with local_errors(uri), open(uri, "rb") as file:
             return file.read()
 
     def write(self, name: str, data: bytes) -> None:
@@ -158,7 +158,7 @@ class Directory:
             bucket, key = split_s3_uri(uri)
             retrying(partial(s3_client().put_object, Bucket=bucket, Key=key, Body=data), what=uri)
             return
-        with _local_errors(uri, writing=True):
+        with local_errors(uri, writing=True):
             os.makedirs(os.path.dirname(uri), exist_ok=True)
             temporary = f"{uri}.{uuid.uuid4().hex}{_TEMPORARY}"
             try:
@@ -190,7 +190,7 @@ class Directory:
             bucket, key = split_s3_uri(uri)
             head = retrying(partial(s3_client().head_object, Bucket=bucket, Key=key), what=uri)
             return int(head["ContentLength"])
-        with _local_errors(uri):
+        with local_errors(uri):
             return os.path.getsize(uri)
 
     def list(self) -> list[str]:
@@ -204,7 +204,7 @@ class Directory:
             return sorted(names - {""})
         if not os.path.lexists(self.uri):
             return []
-        with _local_errors(self.uri):
+        with local_errors(self.uri):
             return sorted(name for name in os.listdir(self.uri) if not name.endswith(_TEMPORARY))
 
     def delete(self, name: str) -> None:
@@ -214,12 +214,12 @@ class Directory:
             bucket, key = split_s3_uri(uri)
             retrying(partial(s3_client().delete_object, Bucket=bucket, Key=key), what=uri)
             return
-        with _local_errors(uri), contextlib.suppress(FileNotFoundError):
+        with local_errors(uri), contextlib.suppress(FileNotFoundError):
             os.unlink(uri)
 
 
 @contextlib.contextmanager
-def _local_errors(path: str, *, writing: bool = False) -> Iterator[None]:
+def local_errors(path: str, *, writing: bool = False) -> Iterator[None]:
     """Raise the same exceptions for local disks as for S3."""
     try:
         yield

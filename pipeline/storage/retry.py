@@ -165,7 +165,7 @@ def judge(error: Exception, what: str) -> str:
 def is_throttling(error: Exception) -> bool:
     """Return True for a failure that only says how busy the store or this process is."""
     if isinstance(error, boto.ClientError):
-        code, status = _code_and_status(error)
+        code, status = code_and_status(error)
         return status in (429, 503) or code in _THROTTLING_CODES
     return _is_of_a_disk(error) and error.errno in _EXHAUSTED_NUMBERS
 
@@ -198,7 +198,7 @@ def _permanent(error: Exception, what: str) -> DataError | None:
 
 def _permanent_answer(error: Any, what: str) -> DataError | None:
     """As `_permanent`, for an error response of the store: by its HTTP status and error code."""
-    code, status = _code_and_status(error)
+    code, status = code_and_status(error)
     if (status >= 500 and status != 501) or status == 429 or code in _TRANSIENT_CODES:
         return None
     if code in _MISSING_CODES and error.operation_name == "HeadBucket":
@@ -219,7 +219,8 @@ def _permanent_answer(error: Any, what: str) -> DataError | None:
     return DeniedObject(f"{text}; {refusal_remedy(status, message, error.operation_name, access)}")
 
 
-def _code_and_status(error: Any) -> tuple[str, int]:
+def code_and_status(error: Any) -> tuple[str, int]:
+    """Return the error code and the HTTP status in a ClientError of botocore."""
     code = str(error.response.get("Error", {}).get("Code", "unknown"))
     return code, int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 

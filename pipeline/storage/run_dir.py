@@ -14,6 +14,7 @@ A run directory (local or S3):
     report.html                 all of this on one page
     tracking.json               the run's id in MLflow and W&B, if they are enabled
     result.json                 written last: the run is finished
+    lease.json                  the driver that trains, or was last to (storage/lease.py); locally lease-00000001.json
     evaluation_step_00001000.json    what the command evaluate found
     checkpoints/
       checkpoint_manager_snapshot.json    the committed checkpoints (Ray Train's file)
@@ -38,7 +39,9 @@ from dinoray.pipeline.storage.files import Directory, MissingObject
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
 MANIFEST, METRICS, QUARANTINE = "manifest.parquet", "metrics.jsonl", "quarantine.jsonl"
 CROPS, ATTENTION, TENSORBOARD = "crops.png", "attention", "tensorboard"
-REPORT, TRACKING = "report.html", "tracking.json"
+REPORT, TRACKING, LEASE = "report.html", "tracking.json", "lease.json"
+LEASE_FILE = re.compile(r"lease(?:-(\d{8,}))?\.json")
+"""Names of the lease: as an object, and as the files of a folder, which have numbers."""
 CHECKPOINTS = "checkpoints"
 STUDENT, TEACHER = "student.safetensors", "teacher.safetensors"
 TRAIN_STATE, META = "train_state.pt", "meta.json"

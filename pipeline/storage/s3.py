@@ -45,8 +45,8 @@ _ENOUGH_OTHERS = 8
 _md5_etags: dict[str, int] = {}
 """Bucket -> 1 if an ETag has been the MD5 of its object, else minus the number of those that were not."""
 
-_clients: dict[tuple[Any, ...], dict[Access, tuple[Any, Any]]] = {}
-"""The AWS_* variables -> access -> client and credentials, of the latest variables only."""
+_clients: dict[tuple[Any, ...], dict[tuple[Access, float], tuple[Any, Any]]] = {}
+"""The AWS_* variables, the latest only -> access and time limit -> client and credentials."""
 _clients_lock = threading.Lock()
 
 
@@ -80,14 +80,14 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def s3_client(access: Access = SIGNED) -> Any:
+def s3_client(access: Access = SIGNED, *, read_seconds: float = READ_SECONDS) -> Any:
     """Return this process's S3 client for `access`: one for all threads, anew after a fork or a change of AWS_*.
 
-    botocore's own retries are off (`retrying` is the only policy). botocore itself chooses path-style
-    addresses for a custom endpoint. Raises DataError without credentials, ConfigError for an unusable
-    endpoint.
+    `read_seconds`: the longest pause within a response. botocore's own retries are off (`retrying` is the only policy).
+    botocore itself chooses path-style addresses for a custom endpoint. Raises DataError without credentials,
+    ConfigError for an unusable endpoint.
     """
-    return _client_and_credentials(access)[0]
+    return _client_and_credentials(access, read_seconds)[0]
 
 
 def s3_keys() -> tuple[str, str, str | None]:
@@ -95,23 +95,23 @@ def s3_keys() -> tuple[str, str, str | None]:
 
     Raises DataError where that fails. They are for pyarrow alone: never log, pickle or send them.
     """
-    keys = retrying(_client_and_credentials(SIGNED)[1].get_frozen_credentials, what="AWS credentials")
+    keys = retrying(_client_and_credentials()[1].get_frozen_credentials, what="AWS credentials")
     return keys.access_key, keys.secret_key, keys.token
 
 
-def _client_and_credentials(access: Access) -> tuple[Any, Any]:
+def _client_and_credentials(access: Access = SIGNED, read_seconds: float = READ_SECONDS) -> tuple[Any, Any]:
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _clients_lock:
         if environment not in _clients:
             _clients.clear()
             _clients[environment] = {}
-        of_access = _clients[environment]
-        if access not in of_access:
-            of_access[access] = _new_client(access)
-        return of_access[access]
+        made = _clients[environment]
+        if (access, read_seconds) not in made:
+            made[access, read_seconds] = _new_client(access, read_seconds)
+        return made[access, read_seconds]
 
 
-def _new_client(access: Access) -> tuple[Any, Any]:
+def _new_client(access: Access, read_seconds: float) -> tuple[Any, Any]:
     """Return a client, and botocore's credentials that it signs with, None for an anonymous client."""
     session = botocore.session.Session()
     try:
@@ -127,7 +127,7 @@ def _new_client(access: Access) -> tuple[Any, Any]:
             signature_version=botocore.UNSIGNED if access.anonymous else None,
             retries={"total_max_attempts": 1, "mode": "standard"},
             connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
+            read_timeout=read_seconds,
             max_pool_connections=MAX_CONNECTIONS,
             tcp_keepalive=True,
         )

@@ -30,6 +30,8 @@ from dinoray.pipeline.ray_private.train_controller import ControllerCallback
 from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.storage.checkpoint_files import newest_meta
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease import LostLeaseError
+from dinoray.pipeline.storage.lease_keeper import Fence
 from dinoray.pipeline.storage.run_dir import committed_steps, mend_snapshot
 from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.stream.readers import Readers
@@ -144,7 +146,7 @@ def _reported(run: Directory) -> Iterator[None]:
     try:
         with last_words(end_lost):
             yield
-    except LostRayError:
+    except (LostRayError, LostLeaseError):  # for the latter, the page is another driver's
         raise
     except KeyboardInterrupt:
         end("Ctrl-C or SIGTERM")
@@ -199,6 +201,8 @@ def run_training(
     use_gpu: bool,
     augment_actors: tuple[int, int],
     on_event: Callable[[Event, RunChannel], None],
+    fence: Fence,
+    check: Callable[[], None] = lambda: None,
     waits_for_decision: bool = False,
     shows_images: bool = True,
     name: str | None = None,
@@ -207,6 +211,7 @@ def run_training(
     """Train to the end, None, or to the step where it was told to stop. Ctrl-C stops it there, with a checkpoint.
 
     `on_event` gets each event but fatal ones, which are raised.
+    `fence`: of the directory that the driver holds. `check` is called twice a second; what it raises ends the run.
     `waits_for_decision`: after each evaluation the workers wait for `channel.answer`. `shows_images`: attention
     and embeddings are shown there too.
     `name`: what gauges and trackers call the run, if it is not the config's.
@@ -248,6 +253,7 @@ def run_training(
         max_bad_fraction=config.data.max_bad_fraction,
         prefetch_batches=config.resources.prefetch_batches,
         can_restart=config.resources.max_failures != 0,
+        fence=fence,
         waits_for_decision=waits_for_decision,
     )
     outcome: list[BaseException | None] = []
@@ -270,6 +276,7 @@ def run_training(
     def follow() -> None:
         nonlocal trains, stopped_at
         while thread.is_alive() or outcome:
+            check()
             event = channel.take(timeout_seconds=0.5)
             note(capacity.look())
             if event is None:

@@ -12,6 +12,7 @@ from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.evaluation.in_training import Evaluation
 from dinoray.pipeline.reporting.run_report import build_report
 from dinoray.pipeline.storage import run_dir
+from dinoray.pipeline.storage.files import is_s3
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.prometheus import Gauges
 from dinoray.pipeline.tracking.records import spent
@@ -24,12 +25,16 @@ from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import PoolThroughput, ThroughputMeter
 
+_CHECK_SECONDS = 1.0
+"""Least time between two checks before a line is appended."""
+
 
 class Outputs:
     """The run's outputs; only rank 0 has them."""
 
     def __init__(self, spec: WorkerSpec, state: TrainState) -> None:
-        self._spec, self._channel = spec, spec.channel
+        spec.check_fence()  # before the log drops the lines of steps that are to be repeated
+        self._spec, self._channel, self._checked_at = spec, spec.channel, time.monotonic()
         self._images_per_step = spec.config.train.global_batch_size
         trackers = open_trackers(
             spec.track, spec.run, name=spec.name, params=spec.params, page=build_report, tell=self.note
@@ -67,6 +72,7 @@ class Outputs:
 
     def log_step(self, state: TrainState, metrics: Mapping[str, Any], quarantine: Quarantine) -> None:
         """Log and post a step's metrics, with those of data, cluster and cost."""
+        self._check_appends()
         epoch = state.step * self._images_per_step / self._spec.num_images
         logged = {**metrics, "epoch": epoch, "time": time.time(), **self._meter.read()}
         logged |= {"trained_images": quarantine.trained, "bad_images": quarantine.counts.total()}
@@ -78,6 +84,7 @@ class Outputs:
 
     def log_evaluation(self, step: int, evaluated: Evaluation) -> None:
         """Log and post scores; add pictures and embeddings."""
+        self._spec.check_fence()
         if evaluated.attention is not None:
             self._log.picture(run_dir.ATTENTION, step, evaluated.attention)
         if evaluated.embedding is not None:
@@ -89,6 +96,7 @@ class Outputs:
 
     def write_checkpoint(self, state: TrainState, quarantine: Quarantine) -> Path:
         """Write the checkpoint into a new local folder, which the uploader must remove."""
+        self._spec.check_fence()
         self._log.sync()  # before the commit: a checkpoint's metrics must be written before it
         folder = temporary_checkpoint(state, num_images=self._spec.num_images, quarantine=quarantine)
         self._channel.post("checkpoint", step=state.step, name=checkpoint_name(state.step))
@@ -96,4 +104,12 @@ class Outputs:
 
     def close(self, *, failed: bool = False) -> None:
         """Write all that is still in memory."""
+        self._spec.check_fence()
         self._log.close(failed=failed)
+
+    def _check_appends(self) -> None:
+        """Check the fence, once in a while, where a line is appended at once; to S3 nothing is sent before a sync."""
+        now = time.monotonic()
+        if not is_s3(self._spec.run.uri) and now - self._checked_at > _CHECK_SECONDS:
+            self._spec.check_fence()
+            self._checked_at = now

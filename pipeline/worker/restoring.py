@@ -18,6 +18,7 @@ from dinoray.pipeline.storage.run_dir import committed_checkpoints, leave_out, s
 from dinoray.pipeline.training.checkpoint import CheckpointParts, load_parts, own_copy, read_parts
 from dinoray.pipeline.training.distributed import gather, rank
 from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.worker.spec import WorkerSpec
 
 _REFUSAL = "refused checkpoints"
 """Name under which the run's channel keeps the Refusal."""
@@ -70,15 +71,16 @@ def post_refusal(channel: RunChannel, refusal: Refusal) -> None:
     channel.get(_REFUSAL)
 
 
-def take_refusal(run: Directory, channel: RunChannel) -> Refusal | None:
+def take_refusal(spec: WorkerSpec) -> Refusal | None:
     """Return what the workers have refused, once it is out of Ray's list; None if they have refused nothing.
 
     For the driver, when the workers have ended.
     """
-    refusal: Refusal | None = channel.get(_REFUSAL)
+    refusal: Refusal | None = spec.channel.get(_REFUSAL)
     if refusal is not None:
-        channel.put(_REFUSAL, None)
-        leave_out(run, refusal.why)
+        spec.check_fence()
+        spec.channel.put(_REFUSAL, None)
+        leave_out(spec.run, refusal.why)
     return refusal
 
 

@@ -28,9 +28,16 @@ class Saver:
     """Saves the checkpoints of a run. All ranks call it alike; rank 0, which has `outputs`, writes."""
 
     def __init__(
-        self, state: TrainState, quarantine: Quarantine, run: Directory, outputs: Outputs | None
+        self,
+        state: TrainState,
+        quarantine: Quarantine,
+        run: Directory,
+        outputs: Outputs | None,
+        *,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._state, self._quarantine, self._outputs = state, quarantine, outputs
+        """`check` raises where this run may not write into `run` any more."""
+        self._state, self._quarantine, self._outputs, self._check = state, quarantine, outputs, check
         self._checkpoints = run.child(run_dir.CHECKPOINTS)
         self.saved_step = state.step
 
@@ -77,26 +84,37 @@ class Saver:
             checkpoint=checkpoint,
             checkpoint_dir_name=checkpoint_name(self._state.step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=partial(_upload, self._checkpoints),
+            checkpoint_upload_fn=partial(_upload, self._checkpoints, self._check),
         )
         self.saved_step = self._state.step
         if self._outputs:
             self._outputs.restart_meters()
 
 
-def _upload(checkpoints: Directory, checkpoint: Checkpoint, name: str) -> Checkpoint:
+def _upload(
+    checkpoints: Directory, check: Callable[[], None], checkpoint: Checkpoint, name: str
+) -> Checkpoint:
     """Copy a local checkpoint to Ray's storage, of which `checkpoints` is the address, and return it there."""
     storage = ray.train.get_context().get_storage()
     path = storage.build_checkpoint_path_from_name(name)
-    upload(checkpoint.path, checkpoints.child(name), storage.storage_filesystem, path)
+    upload(checkpoint.path, checkpoints.child(name), storage.storage_filesystem, path, check=check)
     return Checkpoint(path, storage.storage_filesystem)
 
 
-def upload(folder: str, to: Directory, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
+def upload(
+    folder: str,
+    to: Directory,
+    filesystem: pyarrow.fs.FileSystem,
+    path: str,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Copy the checkpoint in the local `folder` to `to`, which is `path` of `filesystem`.
 
-    meta.json, which shows that a checkpoint is complete, comes last; that of an earlier attempt goes first.
+    meta.json, which shows that a checkpoint is complete, comes last; that of an earlier attempt goes first. `check` is
+    called before each of the two. After an upload Ray Train commits the checkpoint and deletes old ones.
     """
+    check()
     to.delete(run_dir.META)
     filesystem.create_dir(path)
     here = pyarrow.fs.LocalFileSystem()
@@ -114,4 +132,5 @@ def upload(folder: str, to: Directory, filesystem: pyarrow.fs.FileSystem, path: 
     files = [file for file in FILES if file != run_dir.META]
     with ThreadPoolExecutor(len(files)) as pool:
         list(pool.map(copy, files))
+    check()
     to.write(run_dir.META, Directory(folder).read(run_dir.META))

@@ -13,6 +13,8 @@ from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease import LostLeaseError
+from dinoray.pipeline.storage.lease_keeper import Fence
 from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.stream.shared_stream import SharedStream
 from dinoray.pipeline.tracking.config import LogConfig, TrackConfig
@@ -50,5 +52,17 @@ class WorkerSpec:
     can_restart: bool
     shared: SharedStream | None = None
     """The shared stream that the run uses; None: a stream of its own."""
+    fence: Fence | None = None
+    """Checked before the workers write into the run directory; None: nothing keeps two drivers apart."""
     waits_for_decision: bool = False
     """If True, the workers wait after each evaluation for the decision, on the channel, to continue or end."""
+
+    def check_fence(self) -> None:
+        """Raise LostLeaseError, and end the run with it, if the run directory is another driver's by now."""
+        if self.fence is None:
+            return
+        try:
+            self.fence.check()
+        except LostLeaseError as error:
+            self.channel.post_fatal(error)
+            raise

@@ -51,7 +51,7 @@ CONTROLLER = "train controller"
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
     """Run the training to its end; resume from the newest whole checkpoint that is committed, if the run has one."""
     _fit_once(spec, resources, use_gpu=use_gpu)
-    while (refusal := take_refusal(spec.run, spec.channel)) is not None:
+    while (refusal := take_refusal(spec)) is not None:
         spec.channel.post("note", text=f"warning: {refusal}")
         _fit_once(spec, resources, use_gpu=use_gpu)
 
@@ -144,7 +144,7 @@ class _Worker:
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
         # The first rank of each stream speaks for its ranks: rank j for stream j.
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
-        self.saver = Saver(self.state, self.quarantine, spec.run, self.outputs)
+        self.saver = Saver(self.state, self.quarantine, spec.run, self.outputs, check=spec.check_fence)
         self.verdict = Verdict.HEALTHY
         self.stopped = False
 

@@ -18,6 +18,7 @@ from dinoray.jobs.studies.config import StudyConfig
 from dinoray.jobs.studies.trial import TrialRunner
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease_keeper import Fence
 from dinoray.pipeline.study.objective import Objective
 from dinoray.pipeline.study.search.plan import StudyPlan
 from dinoray.pipeline.study.search.population import ExploitRounds, _Population
@@ -183,9 +184,8 @@ def test_settings_that_do_not_go_together_fail_their_trial_and_not_the_study(tmp
         raise ConfigError("loss.center_momentum has no effect")
 
     plan = StudyPlan(1, cpus_each=1, gpus_each=0, augment_actors=(1, 1), cpus_shared=0, cpus=4, gpus=0)
-    TrialRunner(directory, load(StudyConfig, "demo", None, []), [], Objective("knn_20", ""), plan)._run(
-        trial, begin
-    )
+    config, objective = load(StudyConfig, "demo", None, []), Objective("knn_20", "")
+    TrialRunner(directory, config, [], objective, plan, Fence(directory, ""))._run(trial, begin)
     (found,) = read_trials(directory)
     assert found.outcome is not None
     assert (found.outcome.status, found.outcome.message) == ("failed", "loss.center_momentum has no effect")

@@ -2,19 +2,23 @@
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from fresh_python import run_python
+from leases import record, write
 from tiny_run import write_run
 from tiny_states import flip, save, tiny_state
 
 from dinoray.jobs.cluster.run_checks import check_files
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.ray_private.train import snapshot_of
+from dinoray.pipeline.storage import lease_keeper
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease_keeper import LeaseKeeper
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
 
 NAMES = [checkpoint_name(step) for step in (7, 8, 9)]
@@ -150,6 +154,21 @@ def test_each_trial_of_a_study_is_checked(run: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_fails(tmp_path: Path) -> None:
     assert lines(tmp_path) == [f"FAIL run {tmp_path} has no config.yaml: pass a run directory or a study"]
     assert exit_code(tmp_path / "none") == 2
+
+
+def test_who_holds_a_run_or_study_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_keeper, "_LOOK_SECONDS", 1.5)
+    with LeaseKeeper(Directory(str(run)), tell=print):
+        assert lines(run)[0].startswith(f"ok lease held by {os.uname().nodename} pid {os.getpid()} since 20")
+        assert exit_code(run) == 0
+    assert not any("lease" in line for line in lines(run))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text("{}")
+    write(Directory(str(tmp_path / "study")), record("b"))
+    (warning,) = lines(tmp_path / "study")
+    assert warning.startswith(
+        "warn lease held by host-b pid 7 since 2023-11-14 22:13:20 UTC, which does not renew"
+    )
 
 
 def test_a_run_takes_no_settings(run: Path) -> None:

@@ -79,6 +79,7 @@ def run_population(
     seed: int,
     on_end: Callable[[int, str | None], None],
     tell: Callable[[str], None],
+    check: Callable[[], None],
 ) -> None:
     """Train one member from each point of `starts`; weak members copy strong members as decided by ExploitRounds.
 
@@ -100,6 +101,7 @@ def run_population(
             ),
             study=study,
             max_failures=max_failures,
+            check=check,
             space={
                 "member": tune.grid_search([{"slot": slot, **start} for slot, start in enumerate(starts)])
             },

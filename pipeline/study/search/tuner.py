@@ -131,15 +131,19 @@ def _cause(trial: TuneTrial) -> str:
 
 
 class _Stopper(NotPickled, tune.Stopper):
-    """Stops all trials once the listener has recorded a fatal error."""
+    """Stops all trials once the listener has recorded a fatal error, or `check`, called many times, raises one."""
 
-    def __init__(self, listener: TrialListener) -> None:
-        self._listener = listener
+    def __init__(self, listener: TrialListener, check: Callable[[], None]) -> None:
+        self._listener, self._check = listener, check
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
+        try:
+            self._check()
+        except DinorayError as error:
+            self._listener.fatal = self._listener.fatal or error
         return self._listener.fatal is not None
 
 
@@ -155,9 +159,10 @@ def run_tune(
     *,
     study: Directory,
     max_failures: int,
+    check: Callable[[], None],
     space: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run Tune to its end, its records in the study's folder `ray`; raise the listener's fatal error."""
+    """Run Tune to its end, its records in the study's folder `ray`; raise the listener's fatal error, or `check`'s."""
     # Ctrl-C ends the study like any job; trials write their own records, and the console output is ours.
     os.environ |= {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -181,7 +186,7 @@ def run_tune(
             storage_path=path,
             storage_filesystem=storage,
             verbose=0,
-            stop=_Stopper(listener),
+            stop=_Stopper(listener, check),
             callbacks=[listener],
             failure_config=tune.FailureConfig(max_failures=max_failures),
         ),

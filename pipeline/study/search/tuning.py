@@ -76,6 +76,8 @@ class Search:
     """Print a message for the user."""
     ended: Mapping[int, Course] = field(default_factory=dict)
     """Evaluations of trials that ended before the study was resumed."""
+    check: Callable[[], None] = lambda: None
+    """Raise DinorayError where the study must end."""
     begun: Mapping[int, Course] = field(default_factory=dict)
     """Evaluations of trials that are proposed again, up to the step from which they resume."""
 
@@ -121,6 +123,7 @@ def run_trials(
         ),
         study=study,
         max_failures=max_failures,
+        check=search.check,
     )
 
 

@@ -23,6 +23,7 @@ from dinoray.jobs.studies.study_run import StudyRun
 from dinoray.models.errors import ConfigError, DinorayError, ResourceError
 from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease_keeper import LeaseKeeper
 from dinoray.pipeline.study.trials import Outcome, TrialRecord, read_trials
 
 
@@ -249,7 +250,10 @@ def test_a_trial_that_is_lost_keeps_what_it_took_and_one_that_has_ended_its_outc
     directory, config = Directory(str(tmp_path)), study()
     inputs: Any = SimpleNamespace(images=SimpleNamespace(num_images=NUM_IMAGES))
     space = space_of(config)
-    life = StudyRun(config, directory, space, objective_of(config, space), [], inputs, Console(quiet=True))
+    lease = LeaseKeeper(directory, tell=print)
+    life = StudyRun(
+        config, directory, space, objective_of(config, space), [], inputs, Console(quiet=True), lease
+    )
     life._plan = plan_of(config, 16, {"CPU": 8})
     lost = tried(0, status="unfinished")
     write_tried(directory, lost, b'{"step": 3, "loss": 1.0}\n{"step": 7, "loss": 1.0}\n')

@@ -38,6 +38,12 @@ def test_run_directories_and_studies_are_passed_over(tmp_path: Path) -> None:
     )
 
 
+def test_the_lease_of_a_run_that_is_being_begun_is_not_counted(tmp_path: Path) -> None:
+    files = PHOTOS | {"runs/new/lease-00000003.json": b"{}", "runs/s/lease.json": b"{}"}
+    assert "ignored" not in describe_data(opened(tmp_path / "leases", files))
+    assert "1 other file ignored" in describe_data(opened(tmp_path / "others", PHOTOS | {"lease.txt": b"x"}))
+
+
 def test_a_folder_of_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"output of this program .1 run directory passed over: a"):
         opened(tmp_path, below("a", RUN))

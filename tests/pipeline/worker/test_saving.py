@@ -11,6 +11,7 @@ from tiny_states import after, save, tiny_state
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.checkpoint_files import verify
 from dinoray.pipeline.storage.files import Directory, filesystem
+from dinoray.pipeline.storage.lease import LostLeaseError
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.worker.saving import Saver, upload
 
@@ -56,6 +57,25 @@ def test_the_meta_data_are_the_last_that_s3_is_sent(saved: Path, proxy: FaultPro
         assert files[0] == files[-1] == "meta.json"
         assert set(files[1:-1]) == {"student.safetensors", "teacher.safetensors", "train_state.pt"}
         assert verify(to)["step"] == 2
+
+
+def test_an_upload_of_a_run_that_was_taken_over_changes_nothing(saved: Path, tmp_path: Path) -> None:
+    to = Directory(str(save(tiny_state(), tmp_path / "runs" / NAME)))
+    before = {name: to.read(name) for name in to.list()}
+    left = [0]  # how many checks the lease is still there for
+
+    def check() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise LostLeaseError("it was taken over")
+
+    with pytest.raises(LostLeaseError):
+        upload(str(saved), to, *filesystem(to.uri), check=check)
+    assert {name: to.read(name) for name in to.list()} == before
+    left[0] = 1  # it is taken over during the upload, which is then not complete
+    with pytest.raises(LostLeaseError):
+        upload(str(saved), to, *filesystem(to.uri), check=check)
+    assert not to.exists("meta.json")
 
 
 @pytest.mark.s3

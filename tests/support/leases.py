@@ -1,0 +1,36 @@
+"""Leases of run directories for tests: records of drivers elsewhere, and times that are short."""
+
+from dataclasses import replace
+from typing import Any
+
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.lease import Found, Holder, Read, Record, Timing, Write, Written
+from dinoray.pipeline.storage.lease_store import lease_store
+
+SHORT = Timing(term=3.0, margin=0.3, renew=0.3, poll=0.1)
+"""A tenth of a lease's usual times."""
+
+
+def record(name: str = "a", **changes: Any) -> Record:
+    """Of a driver on another machine, of which nothing can be known but its renewals."""
+    elsewhere = Holder(name, f"host-{name}", pid=7, machine="", started="", job="", since=1.7e9)
+    return replace(Record(elsewhere), **changes)
+
+
+def stored(directory: Directory) -> Record | None:
+    """The record that is there."""
+    found = lease_store(directory).perform(Read())
+    assert isinstance(found, Found)
+    return found.record
+
+
+def write(directory: Directory, new: Record) -> str:
+    """Write a record over whatever is there; return its token."""
+    store = lease_store(directory)
+    for _ in range(100):  # its holder may renew it in between
+        found = store.perform(Read())
+        assert isinstance(found, Found)
+        reply = store.perform(Write(new, found.token))
+        if isinstance(reply, Written):
+            return reply.token
+    raise AssertionError("the record changed each time")
