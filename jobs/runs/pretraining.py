@@ -93,6 +93,7 @@ def pretrain(config: Config, *, verbose: bool) -> None:
             )
     finally:
         leave_ray()
-    write_result(run)
-    write_report(run)
+    patient = run.patient(config.storage.give_up_after_seconds)
+    write_result(patient)
+    write_report(patient)
     console.print(describe_result(run), highlight=False, soft_wrap=True)
