@@ -12,7 +12,7 @@ ROOMS = ("models", "pipeline", "jobs", "dinoray")
 KINDS = {"ConfigError", "DataError", "ResourceError", "DinorayError"}
 ORDERS = """set pass give take choose try leave check write add delete remove install pip run save download upload start
     restore allow name point mend fix make move lower search train export use copy rename list see connect resume read
-    plan stop"""
+    plan stop free"""
 REMEDY = re.compile(
     rf"[;:,] (?:or |and |then )*(?:also )?(?:{'|'.join(ORDERS.split())})\b|\bmust (?:be|hold|look)\b|did you mean"
     r"|--help lists|; \{|\{(?:near|name_hint|[\w.]*remedy)\b|\{_[A-Z]+\}$"

@@ -93,6 +93,9 @@ def describe_step(facts: dict[str, Any], *, knn: str, eta_seconds: float | None)
         )
     if (target := facts.get("augment_target", 1)) > 1:
         shown["augment actors"] = f"{facts['augment_actors']:.0f} of {target:.0f}"
+    if facts.get("unsaved"):
+        files = facts["unsaved"]
+        shown["not written"] = f"{len(files)} files for {max(files.values()):.0f} s"
     if facts.get("bad_images"):
         shown["bad images"] = f"{facts['bad_images']}"
     if knn:

@@ -113,6 +113,7 @@ def _pretrain(
     finally:
         leave_ray()
     lease.fence.check()
-    write_result(run)
-    write_report(run)
+    patient = run.patient(config.storage.give_up_after_seconds)
+    write_result(patient)
+    write_report(patient)
     console.print(describe_result(run), highlight=False, soft_wrap=True)

@@ -149,7 +149,8 @@ class _Attempt:
         *,
         placed: Callable[[Any], None] = lambda group: None,
     ) -> None:
-        run = trial_directory(runner.study, trial)
+        patience = runner.config.storage.give_up_after_seconds
+        run = trial_directory(runner.study, trial).patient(patience)
         self._runner, self._run, self._tell, self._placed = runner, run, tell, placed
         self._began = time.monotonic()
         self._clock = {"seconds": 0.0, "start_seconds": 0.0} | json.loads(read(run, CLOCK) or b"{}")

@@ -63,7 +63,7 @@ class Source:
         self._pool = ThreadPoolExecutor(config.fetch_concurrency, "fetch")  # no thread before its first task
         self._lock, self._cpu_seconds = threading.Lock(), 0.0
         hedge = storage.hedge_after_seconds if is_s3(manifest.root) else None
-        self._once = {} if hedge is None else {"once": partial(hedged, after_seconds=hedge)}
+        self._once: dict[str, Any] = {} if hedge is None else {"once": partial(hedged, after_seconds=hedge)}
         self._others, self._call = (
             OtherObjects(manifest.table, manifest.root, storage.access),
             threading.local(),

@@ -4,29 +4,38 @@ Ray's checkpoints and Parquet files need a pyarrow filesystem. pyarrow's own sea
 profiles (no role of another profile), and does not renew keys that it is given. So each call asks botocore for the
 keys, and makes a new S3FileSystem once they differ. The data itself does not pass through Python. Images are not read
 by this way, so `storage.anonymous` and `storage.requester_pays` do not concern it. No Ray here.
+
+Ray Train restarts all workers if it cannot write its list of checkpoints, so that file waits for the storage.
 """
 
+import io
 import threading
+from functools import partial
 from typing import Any
 
+import pyarrow
 import pyarrow.fs
 
-from dinoray.pipeline.storage.s3 import CONNECT_SECONDS, READ_SECONDS, s3_keys
+from dinoray.pipeline.ray_private.train import SNAPSHOT
+from dinoray.pipeline.storage.s3 import CONNECT_SECONDS, READ_SECONDS, s3_client, s3_keys
+from dinoray.pipeline.storage.unsaved import patient_write
 
 
 class RenewedS3(pyarrow.fs.FileSystemHandler):
     """The S3 of `options`, arguments of pyarrow's S3FileSystem without keys. A pickle has only these.
 
     botocore renews keys minutes before they expire; a single file must be written within that time.
+    `give_up_after_seconds`: how long Ray Train's list of checkpoints waits for the storage; None: a few attempts.
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], give_up_after_seconds: float | None = None) -> None:
         self._options, self._lock = options, threading.Lock()
+        self._give_up_after_seconds = give_up_after_seconds
         self._keys: tuple[str, str, str | None] | None = None
         self._made: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RenewedS3, (self._options,)
+        return RenewedS3, (self._options, self._give_up_after_seconds)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RenewedS3) and self._options == other._options
@@ -93,7 +102,26 @@ class RenewedS3(pyarrow.fs.FileSystemHandler):
         return self._s3().open_input_file(path)
 
     def open_output_stream(self, path: str, metadata: dict[str, str]) -> Any:
+        if path.endswith(f"/{SNAPSHOT}") and self._give_up_after_seconds is not None:
+            return pyarrow.PythonFile(_WaitingObject(path, self._give_up_after_seconds), mode="w")
         return self._s3().open_output_stream(path, compression=None, metadata=metadata)
 
     def open_append_stream(self, path: str, metadata: dict[str, str]) -> Any:
         raise NotImplementedError(f"{path}: nothing is appended to objects of S3")
+
+
+class _WaitingObject(io.BytesIO):
+    """A small object that is put when it is closed, as soon as the storage takes it."""
+
+    def __init__(self, path: str, give_up_after_seconds: float) -> None:
+        super().__init__()
+        self._path, self._give_up_after_seconds = path, give_up_after_seconds
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        data = self.getvalue()
+        super().close()
+        bucket, _, key = self._path.partition("/")
+        put = partial(s3_client().put_object, Bucket=bucket, Key=key, Body=data)
+        patient_write(self._give_up_after_seconds)(put, what=f"s3://{self._path}")

@@ -8,8 +8,6 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from dinoray.models.commands import command
@@ -51,20 +49,11 @@ class DamagedCheckpointError(DataError):
 
 
 class WrittenFile:
-    """A file in a local folder that is written once; counts its bytes and computes their checksum."""
+    """Passes on what is written to `file`; counts its bytes and computes their checksum."""
 
-    def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("wb")
-        self._crc = 0
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._crc = file, 0
         self.num_bytes = 0
-
-    def __enter__(self) -> "WrittenFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._file.close()
 
     def write(self, data: bytes) -> int:
         """Append `data`."""
@@ -81,13 +70,13 @@ class WrittenFile:
         return _shown(self._crc)
 
 
-def write_meta(folder: Path, meta: Mapping[str, Any], written: Mapping[str, WrittenFile]) -> None:
-    """Write meta.json, once the other files are `written`: `meta`, their sizes and checksums, and its own checksum."""
+def meta_json(meta: Mapping[str, Any], written: Mapping[str, WrittenFile]) -> bytes:
+    """Return meta.json, once the other files are `written`: `meta`, their sizes and checksums, and its own checksum."""
     whole = {"format": FORMAT, **meta, _BYTES: {name: file.num_bytes for name, file in written.items()}}
     whole[_CHECKSUMS] = {name: file.checksum for name, file in written.items()}
     whole = json.loads(json.dumps(whole))  # as it will be read: JSON has only text for keys
     whole[_CHECKSUMS][META] = _own_checksum(whole)
-    (folder / META).write_text(json.dumps(whole, indent=1))
+    return json.dumps(whole, indent=1).encode()
 
 
 def read_meta(checkpoint: Directory, *, address: str | None = None) -> dict[str, Any]:

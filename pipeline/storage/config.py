@@ -21,7 +21,7 @@ SIGNED = Access()
 
 
 class StorageConfig(Settings):
-    """Storage of the images: how it is accessed, and how long a run waits for it."""
+    """Storage of images and runs: how the images are accessed, and how long a run waits for storage."""
 
     anonymous: bool = False
     """Read images on S3 without credentials, from public buckets; run directories and outputs still need them."""
@@ -30,7 +30,8 @@ class StorageConfig(Settings):
     """Read images from S3 buckets whose owner lets the requester pay; the account of the credentials is charged."""
 
     give_up_after_seconds: float = Field(default=900, ge=0)
-    """Seconds for which each read of images waits for storage that does not answer, before the run ends."""
+    """Seconds for which each read of images, and each write of a run, waits for storage that does not answer or is
+    full, before the run ends."""
 
     hedge_after_seconds: float | None = Field(default=None, gt=0)
     """Seconds after which an image or shard on S3 that has not arrived is requested again; null: never."""

@@ -8,11 +8,10 @@ import contextlib
 import os
 import re
 import tempfile
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 import pyarrow.fs
@@ -20,11 +19,14 @@ import pyarrow.fs
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.arrow_s3 import RenewedS3
 from dinoray.pipeline.storage.config import SIGNED, Access
+from dinoray.pipeline.storage.local_files import TEMPORARY, local_errors, replace_file, write_file
+from dinoray.pipeline.storage.object_writer import ObjectWriter
 from dinoray.pipeline.storage.retry import (
     ChangedObject,
     DeniedObject,
     MissingObject,
     ObjectTooLarge,
+    Retry,
     Unreachable,
     retrying,
 )
@@ -35,6 +37,8 @@ from dinoray.pipeline.storage.s3 import (
     s3_client,
     split_s3_uri,
 )
+from dinoray.pipeline.storage.unsaved import patient_write
+from dinoray.pipeline.storage.waiting import Patient
 
 __all__ = [
     "ChangedObject",
@@ -52,7 +56,8 @@ __all__ = [
     "split_s3_uri",
 ]
 
-_TEMPORARY = ".dinoray-tmp"
+T = TypeVar("T")
+
 _AWS_HOST = re.compile(r"s3([.-][a-z0-9-]+)*\.amazonaws\.com(\.cn)?")
 
 
@@ -69,12 +74,12 @@ def is_shared_path(uri: str) -> bool:
     return is_s3(uri) or os.path.isabs(os.path.expanduser(uri))
 
 
-def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def filesystem(uri: str, *, give_up_after_seconds: float | None = None) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return a pyarrow filesystem and the path of `uri` in it; a relative local path becomes absolute.
 
     For S3, endpoint, scheme, region and keys come from botocore. Each call asks for the keys anew, because they may
     expire. So a pickled filesystem contains no secret. Raises DataError with the bucket's name if it is missing or
-    forbidden, so that the first checkpoint does not fail later.
+    forbidden, so that the first checkpoint does not fail later. `give_up_after_seconds` as in RenewedS3.
     """
     if not is_s3(uri):
         return pyarrow.fs.LocalFileSystem(), normal_uri(uri)
@@ -92,7 +97,7 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         "region": answer.get("BucketRegion") or client.meta.region_name,
         "scheme": endpoint.scheme,
     }
-    return pyarrow.fs.PyFileSystem(RenewedS3(options)), f"{bucket}/{key}".rstrip("/")
+    return pyarrow.fs.PyFileSystem(RenewedS3(options, give_up_after_seconds)), f"{bucket}/{key}".rstrip("/")
 
 
 def check_bucket(uri: str, access: Access = SIGNED) -> None:
@@ -131,9 +136,15 @@ class Directory:
     """
 
     uri: str
+    give_up_after_seconds: float | None = None
+    """How long reads and writes of files wait for storage that does not answer or is full; None: a few attempts."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uri", normal_uri(self.uri))
+
+    def patient(self, give_up_after_seconds: float | None) -> "Directory":
+        """Return the same folder, whose reads and writes wait for so long."""
+        return replace(self, give_up_after_seconds=give_up_after_seconds)
 
     def join(self, *parts: str) -> str:
         """Return the full address of a path in this folder; `parts` are relative, with forward slashes."""
@@ -141,13 +152,14 @@ class Directory:
 
     def child(self, name: str) -> "Directory":
         """Return the folder `name` in this folder."""
-        return Directory(self.join(name))
+        return replace(self, uri=self.join(name))
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file. Raises MissingObject if it does not exist."""
         uri = self.join(name)
         if is_s3(uri):
-            return read_object(*split_s3_uri(uri))
+            seconds = self.give_up_after_seconds
+            return read_object(*split_s3_uri(uri), retry=retrying if seconds is None else Patient(seconds))
         with local_errors(uri), open(uri, "rb") as file:
             return file.read()
 
@@ -156,21 +168,36 @@ class Directory:
         uri = self.join(name)
         if is_s3(uri):
             bucket, key = split_s3_uri(uri)
-            retrying(partial(s3_client().put_object, Bucket=bucket, Key=key, Body=data), what=uri)
-            return
-        with local_errors(uri, writing=True):
-            os.makedirs(os.path.dirname(uri), exist_ok=True)
-            temporary = f"{uri}.{uuid.uuid4().hex}{_TEMPORARY}"
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, uri)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+            self._retry_write(partial(s3_client().put_object, Bucket=bucket, Key=key, Body=data), what=uri)
+        else:
+            self.on_disk(partial(replace_file, uri, data), path=uri)
+
+    def write_pieces(self, name: str, produce: Callable[[BinaryIO], T], *, num_bytes: int) -> T:
+        """Write a large file with `produce`, which writes some `num_bytes`, and return its result.
+
+        The file is not replaced atomically on a disk. `produce` is called again if a disk was full.
+        """
+        uri = self.join(name)
+        if not is_s3(uri):
+            return self.on_disk(lambda: write_file(uri, produce, num_bytes=num_bytes), path=uri)
+        writer = ObjectWriter(uri, self._retry_write)
+        try:
+            result = produce(cast(BinaryIO, writer))
+            writer.close()
+        except BaseException:
+            writer.abort()
+            raise
+        return result
+
+    def on_disk(self, write: Callable[[], T], *, path: str) -> T:
+        """Return the result of a write to the local `path`, which raises OSError; repeat it as other writes."""
+        with local_errors(path, writing=True):
+            return write() if self.give_up_after_seconds is None else self._retry_write(write, what=path)
+
+    @property
+    def _retry_write(self) -> Retry:
+        seconds = self.give_up_after_seconds
+        return retrying if seconds is None else patient_write(seconds)
 
     def exists(self, name: str) -> bool:
         """Return True if a file (not a folder) of this name exists."""
@@ -205,27 +232,14 @@ class Directory:
         if not os.path.lexists(self.uri):
             return []
         with local_errors(self.uri):
-            return sorted(name for name in os.listdir(self.uri) if not name.endswith(_TEMPORARY))
+            return sorted(name for name in os.listdir(self.uri) if not name.endswith(TEMPORARY))
 
     def delete(self, name: str) -> None:
         """Remove a file; a missing file is no error."""
         uri = self.join(name)
         if is_s3(uri):
             bucket, key = split_s3_uri(uri)
-            retrying(partial(s3_client().delete_object, Bucket=bucket, Key=key), what=uri)
+            self._retry_write(partial(s3_client().delete_object, Bucket=bucket, Key=key), what=uri)
             return
         with local_errors(uri), contextlib.suppress(FileNotFoundError):
             os.unlink(uri)
-
-
-@contextlib.contextmanager
-def local_errors(path: str, *, writing: bool = False) -> Iterator[None]:
-    """Raise the same exceptions for local disks as for S3."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if writing:  # the file itself need not exist
-            raise DataError(f"{path} cannot be written: {error.strerror}; check the folder") from error
-        raise MissingObject(f"{path}: there is no such file; check the path") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the path and its permissions") from error

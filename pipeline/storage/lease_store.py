@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import botocore.exceptions
 
-from dinoray.pipeline.storage.files import Directory, is_s3, local_errors, split_s3_uri
+from dinoray.pipeline.storage.files import Directory, is_s3, split_s3_uri
 from dinoray.pipeline.storage.lease import Failed, Found, Read, Record, Reply, Request, Write, Written
+from dinoray.pipeline.storage.local_files import local_errors
 from dinoray.pipeline.storage.retry import MissingObject, code_and_status, retrying
 from dinoray.pipeline.storage.run_dir import LEASE, LEASE_FILE
 from dinoray.pipeline.storage.s3 import etag_of, s3_client

@@ -6,7 +6,7 @@ itself stops retrying once a body starts to arrive, so a truncated body requires
 wait longer: see waiting.py. Handles botocore's and urllib3's exceptions; no client, no bucket and no Ray here.
 
     transient   5xx but 501, throttling, timeouts, broken connections, short or damaged bodies; on disks and network
-                file systems: no free descriptors, input or output errors, stale handles
+                file systems: no free descriptors, no space, input or output errors, stale handles
                 -> retried after a random pause; Unreachable when no attempts are left
     missing     the object does not exist                              -> MissingObject, at once
     refused     403, an archived object, a disabled key, ...           -> DeniedObject, ArchivedObject, at once
@@ -103,7 +103,9 @@ _TRANSIENT_ERRORS = (
     TimeoutError,
 )
 _EXHAUSTED_NUMBERS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOBUFS})
-_TRANSIENT_NUMBERS = _EXHAUSTED_NUMBERS | {errno.EIO, errno.ESTALE, errno.EBUSY}
+FULL_NUMBERS = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Of a disk without space, or a quota that is used up: writes succeed again once somebody has freed some."""
+_TRANSIENT_NUMBERS = _EXHAUSTED_NUMBERS | FULL_NUMBERS | {errno.EIO, errno.ESTALE, errno.EBUSY}
 RETRIED = (boto.ClientError, boto.BotoCoreError, *_TRANSIENT_ERRORS, OSError)
 """Exceptions of an operation that `judge` takes."""
 _CREDENTIAL_ERRORS = (
@@ -154,7 +156,7 @@ def retrying(
 
 def judge(error: Exception, what: str) -> str:
     """Return the reason of a failure that may pass. Raises the error that stands for any other failure."""
-    if _is_of_a_disk(error):
+    if is_of_a_disk(error):
         if error.errno not in _TRANSIENT_NUMBERS:
             raise error
     elif (permanent := _permanent(error, what)) is not None:
@@ -167,19 +169,22 @@ def is_throttling(error: Exception) -> bool:
     if isinstance(error, boto.ClientError):
         code, status = code_and_status(error)
         return status in (429, 503) or code in _THROTTLING_CODES
-    return _is_of_a_disk(error) and error.errno in _EXHAUSTED_NUMBERS
+    return is_of_a_disk(error) and error.errno in _EXHAUSTED_NUMBERS
 
 
-def _is_of_a_disk(error: Exception) -> TypeGuard[OSError]:
+def is_of_a_disk(error: Exception) -> TypeGuard[OSError]:
+    """Return True for an error of the operating system on a file, not on a connection."""
     return isinstance(error, OSError) and not isinstance(error, _TRANSIENT_ERRORS)
 
 
 def remedy(error: Exception) -> str:
     """Return what to check after a failure that did not pass."""
-    if not _is_of_a_disk(error):
+    if not is_of_a_disk(error):
         return "check the network, AWS_ENDPOINT_URL and the store's load"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (ulimit -n)"
+    if error.errno in FULL_NUMBERS:
+        return "free space on its disk"
     return "check the disk, or the server of this network file system"
 
 

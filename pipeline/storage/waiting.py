@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.retry import (
@@ -23,6 +23,7 @@ from dinoray.pipeline.storage.retry import (
     FailingObject,
     MissingObject,
     Unreachable,
+    is_of_a_disk,
     is_throttling,
     jitter,
     judge,
@@ -57,6 +58,18 @@ def _call(operation: Callable[[], T]) -> T:
     return operation()
 
 
+class Watch(Protocol):
+    """Is told of the attempts of reads or writes. `what`: the object's name."""
+
+    def failed(self, what: str, reason: str, give_up_after_seconds: float) -> None:
+        """Record a failed attempt."""
+        ...
+
+    def answered(self, what: str) -> None:
+        """Record an attempt that was answered, or the last that will be made."""
+        ...
+
+
 class OutageWatch:
     """The time since the storage last answered this process. Thread-safe."""
 
@@ -66,7 +79,7 @@ class OutageWatch:
         self._since: float | None = None
         self._is_reported = False
 
-    def failed(self, reason: str, give_up_after_seconds: float) -> None:
+    def failed(self, what: str, reason: str, give_up_after_seconds: float) -> None:
         """Record a failed request; report once that the storage has not answered for some seconds."""
         with self._lock:
             now = self._clock()
@@ -75,14 +88,13 @@ class OutageWatch:
             if self._is_reported or waited < NOTED_SECONDS:
                 return
             self._is_reported = True
-        limit = _duration(give_up_after_seconds)
+        limit, reason = duration(give_up_after_seconds), shortened(f"{what}: {reason}")
         self.report(
-            f"storage has not answered for {waited:.0f} s ({reason[:_REASON_LENGTH]}): waiting, at most {limit}",
-            False,
+            f"storage has not answered for {waited:.0f} s ({reason}): waiting, at most {limit}", False
         )
 
-    def answered(self) -> None:
-        """Record an answer; report it after a reported failure."""
+    def answered(self, what: str) -> None:
+        """Record an answer, for any object; report it after a reported failure."""
         if self._since is None:
             return
         with self._lock:
@@ -122,6 +134,8 @@ class Patient:
     sleep: Callable[[float], object] = time.sleep
     clock: Callable[[], float] = time.monotonic
     rng: Callable[[], float] = jitter
+    watch: Watch | None = None
+    """Is told of each attempt; None: WATCH."""
 
     def __call__(self, operation: Callable[[], T], *, what: str) -> T:
         """Return the operation's result.
@@ -131,20 +145,25 @@ class Patient:
         a plain DataError.
         """
         first_failure: float | None = None
-        doubts = _Doubts(self.others)
+        doubts, watch = _Doubts(self.others), self.watch or WATCH
         for attempt in itertools.count():
             try:
                 result = self.once(operation)
             except RETRIED as error:
                 failure: Exception = error
             except DataError:
-                WATCH.answered()
+                watch.answered(what)
                 raise
             else:
-                WATCH.answered()
+                watch.answered(what)
                 return result
-            reason = doubts.reason(failure, what)
-            WATCH.failed(f"{what}: {reason}", self.give_up_after_seconds)
+            try:
+                reason = doubts.reason(failure, what)
+            except Exception:
+                if self.watch is not None:
+                    self.watch.answered(what)
+                raise
+            watch.failed(what, reason, self.give_up_after_seconds)
             now = self.clock()
             first_failure = now if first_failure is None else first_failure
             left = first_failure + self.give_up_after_seconds - now
@@ -152,9 +171,10 @@ class Patient:
                 pause = self.rng() * min(MAX_SECONDS, BASE_SECONDS * 2.0 ** min(attempt, 30))
                 self.sleep(max(0.0, min(pause, left)))
                 continue
+            lack = "no success" if is_of_a_disk(failure) else "no answer"
             raise Unreachable(
-                f"{what}: no answer for {_duration(now - first_failure)}, the last of {attempt + 1} attempts failed "
-                f"with {reason}; {remedy(failure)}, or raise "
+                f"{what}: {lack} for {duration(now - first_failure)}, the last of {attempt + 1} attempts failed with "
+                f"{reason}; {remedy(failure)}, or raise "
                 f"storage.give_up_after_seconds={self.give_up_after_seconds:g}"
             ) from failure
         raise AssertionError("unreachable")
@@ -204,7 +224,7 @@ class _Doubts:
         for probe in self._others():
             answers.add(_answer_of(probe))
             if _Answer.READ in answers:
-                WATCH.answered()
+                WATCH.answered("another object")
                 raise refusal
         if _Answer.FAILED not in answers:
             raise DataError(str(refusal)) from refusal
@@ -217,7 +237,7 @@ class _Doubts:
             probe = self._probes[self._next % len(self._probes)]
             self._next += 1
             if _answer_of(probe) is _Answer.READ:
-                WATCH.answered()
+                WATCH.answered("another object")
                 return True
         return False
 
@@ -237,5 +257,11 @@ def _answer_of(probe: Probe) -> _Answer:
     return _Answer.READ
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time for a sentence: `42 s`, from two minutes on `15 minutes`."""
     return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def shortened(reason: str) -> str:
+    """Return a reason in a length that fits into a line with other words."""
+    return reason[:_REASON_LENGTH]

@@ -5,11 +5,13 @@ Its positions are written too, so that a resumed run can drop those that it will
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
+from dinoray.pipeline.storage.local_files import append_to_file, replace_file
 from dinoray.pipeline.tracking.json_lines import whole_lines
 
 _MAX_NAMES = 100_000
@@ -32,7 +34,7 @@ class BadImageFile:
         tell: Callable[[str], None],
     ) -> None:
         self._run, self._num_images, self._tell = run, num_images, tell
-        self._path = staging / run_dir.QUARANTINE
+        self._path = str(staging / run_dir.QUARANTINE)
         self._images: dict[str, dict[str, Any]] = {}
         self._is_full = self._is_stale = False
         old = whole_lines(run, run_dir.QUARANTINE)
@@ -47,8 +49,8 @@ class BadImageFile:
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add records of `key`, `position` and what is known of the image; new images are in the file at once."""
         new = [self._count(record) for record in records]
-        with self._path.open("a") as file:
-            file.writelines(_line(image) for image in new if image)
+        lines = "".join(_line(image) for image in new if image).encode()
+        self._run.on_disk(partial(append_to_file, self._path, lines), path=self._path)
         self._is_uploaded = self._is_uploaded and not records
 
     def sync(self) -> None:
@@ -56,13 +58,13 @@ class BadImageFile:
         if self._is_stale:
             self._write()
         if not self._is_uploaded and is_s3(self._run.uri):
-            self._run.write(run_dir.QUARANTINE, self._path.read_bytes())
+            self._run.write(run_dir.QUARANTINE, Path(self._path).read_bytes())
         self._is_uploaded = True
 
     def _write(self) -> None:
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(map(_line, self._images.values())))
-        part.replace(self._path)  # as a whole: others read it while the run goes on
+        lines = "".join(map(_line, self._images.values())).encode()
+        # As a whole: others read it while the run goes on.
+        self._run.on_disk(partial(replace_file, self._path, lines), path=self._path)
         self._is_stale = False
 
     def _count(self, record: Mapping[str, Any]) -> dict[str, Any] | None:

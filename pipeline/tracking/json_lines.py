@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
+from dinoray.pipeline.storage.local_files import append_to_file, replace_file
 
 
 class JsonLines:
@@ -17,13 +19,14 @@ class JsonLines:
     ) -> None:
         self._run, self._name, self._path = run, name, staging / name
         old = whole_lines(run, name)
-        self._path.write_text("".join(f"{line}\n" for line in old if keep(json.loads(line))))
+        kept = "".join(f"{line}\n" for line in old if keep(json.loads(line)))
+        run.on_disk(partial(replace_file, str(self._path), kept.encode()), path=str(self._path))
         self._dirty = bool(old)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append one object as a line. Non-finite numbers become strings, since JSON has none."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n")
+        line = json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n"
+        self._run.on_disk(partial(append_to_file, str(self._path), line.encode()), path=str(self._path))
         self._dirty = True
 
     def sync(self) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import json
 import pickle
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,24 +16,19 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow.fs
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from dinoray.models.backbone import build_backbone
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.settings import flatten
 from dinoray.pipeline.storage import checkpoint_files, run_dir
-from dinoray.pipeline.storage.checkpoint_files import (
-    FILES,
-    DamagedCheckpointError,
-    WrittenFile,
-    verify,
-    write_meta,
-)
+from dinoray.pipeline.storage.checkpoint_files import FILES, DamagedCheckpointError, verify
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.state_copy import StateCopy, is_finite
 from dinoray.pipeline.training.step import TrainState
 
 _ANOTHER = (
@@ -46,45 +40,9 @@ _GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
 
 def save_checkpoint(state: TrainState, folder: Path, *, num_images: int, quarantine: Quarantine) -> None:
     """Write the checkpoint files into `folder`, meta.json last. Call on one rank; all ranks hold the same values."""
-    train_state = {
-        "step": state.step,
-        "optimizer": state.optimizer.state_dict(),
-        "center": state.dino.center.cpu(),
-        "health": state.health.state_dict(),
-    }
-    meta = {
-        "step": state.step,
-        "skipped": state.skipped,
-        "skipped_in_a_row": state.skipped_in_a_row,
-        "positions": state.step * state.config.train.global_batch_size,
-        "total_steps": state.schedule.total_steps,
-        "num_images": num_images,
-        "finite": is_finite(state.dino.state_dict()),
-        **quarantine.meta(),
-        "torch": torch.__version__,
-        "config": state.config.model_dump(mode="json"),
-    }
-    (folder / run_dir.META).unlink(missing_ok=True)
-    written = {}
-    for name, network in ((run_dir.STUDENT, state.dino.student), (run_dir.TEACHER, state.dino.teacher)):
-        with WrittenFile(folder / name) as file:
-            file.write(save(_contiguous(network)))
-        written[name] = file
-    with WrittenFile(folder / run_dir.TRAIN_STATE) as file:
-        torch.save(train_state, file)  # type: ignore[arg-type]
-    written[run_dir.TRAIN_STATE] = file
-    write_meta(folder, meta, written)
-
-
-def temporary_checkpoint(state: TrainState, *, num_images: int, quarantine: Quarantine) -> Path:
-    """Run `save_checkpoint` into a new local folder and return it; the uploader must remove it."""
-    folder = Path(tempfile.mkdtemp(prefix="dinoray-checkpoint-"))
-    try:
-        save_checkpoint(state, folder, num_images=num_images, quarantine=quarantine)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return folder
+    copy = StateCopy()
+    copy.take(state, num_images=num_images, quarantine=quarantine)
+    copy.write(Directory(str(folder)))
 
 
 @contextlib.contextmanager
@@ -123,11 +81,6 @@ class CheckpointParts(NamedTuple):
         return next(
             (f"{part} has NaN or infinite values" for part, x in parts.items() if not is_finite(x)), None
         )
-
-
-def is_finite(values: Mapping[str, Any]) -> bool:
-    """Return True if no tensor in `values`, of any dtype and device, has NaN or infinity."""
-    return all(bool(torch.isfinite(v).all()) for v in values.values() if isinstance(v, torch.Tensor))
 
 
 def read_parts(
@@ -311,7 +264,3 @@ def pick_checkpoint(run: Directory, step: int | None = None) -> str:
             f"checkpoint step={step} is not among {', '.join(names)} of {run.uri}; choose one of these"
         )
     return checkpoint_name(step)
-
-
-def _contiguous(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}

@@ -231,7 +231,7 @@ def run_training(
     )
     spec = WorkerSpec(
         name=name or config.name,
-        run=run,
+        run=run.patient(config.storage.give_up_after_seconds),
         channel=channel,
         config=algorithm,
         stream=stream,

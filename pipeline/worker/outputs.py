@@ -1,8 +1,10 @@
-"""What rank 0 alone writes and posts: metrics, bad images, evaluations, notes, checkpoint files."""
+"""What rank 0 alone writes and posts: metrics, bad images, evaluations, notes.
+
+Files are written on a thread, so that training continues while the storage does not take them.
+"""
 
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -13,14 +15,14 @@ from dinoray.pipeline.evaluation.in_training import Evaluation
 from dinoray.pipeline.reporting.run_report import build_report
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import is_s3
-from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.storage.unsaved import UNSAVED, report_unsaved
 from dinoray.pipeline.tracking.prometheus import Gauges
 from dinoray.pipeline.tracking.records import spent
 from dinoray.pipeline.tracking.run_log import MetricsLog
 from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
 from dinoray.pipeline.tracking.services import open_trackers
+from dinoray.pipeline.tracking.write_thread import WriteThread
 from dinoray.pipeline.training.bad_images import Quarantine
-from dinoray.pipeline.training.checkpoint import temporary_checkpoint
 from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import PoolThroughput, ThroughputMeter
@@ -36,6 +38,8 @@ class Outputs:
         spec.check_fence()  # before the log drops the lines of steps that are to be repeated
         self._spec, self._channel, self._checked_at = spec, spec.channel, time.monotonic()
         self._images_per_step = spec.config.train.global_batch_size
+        report_unsaved(lambda text, _: self._channel.post("note", text=text))
+        self._writes = WriteThread()
         trackers = open_trackers(
             spec.track, spec.run, name=spec.name, params=spec.params, page=build_report, tell=self.note
         )
@@ -47,6 +51,7 @@ class Outputs:
             resume_position=state.step * self._images_per_step,
             others=[Gauges(spec.name, total_steps=state.schedule.total_steps), *trackers],
             tell=self.note,
+            writes=self._writes,
         )
         self._channel.post("placed", group=ray.util.get_current_placement_group())
         self._pool = PoolMailbox(spec.channel)
@@ -80,7 +85,8 @@ class Outputs:
         logged |= {"skipped_steps": state.skipped}
         logged |= {**self._nodes.read(), **self._pool.metrics()}
         self._log.log(state.step, logged)
-        self._channel.post("step", step=state.step, total_steps=state.schedule.total_steps, **logged)
+        facts = {**logged, "unsaved": UNSAVED.unsaved()}
+        self._channel.post("step", step=state.step, total_steps=state.schedule.total_steps, **facts)
 
     def log_evaluation(self, step: int, evaluated: Evaluation) -> None:
         """Log and post scores; add pictures and embeddings."""
@@ -91,16 +97,23 @@ class Outputs:
             self._log.embedding(step, evaluated.embedding)
         if evaluated.scores:
             self._log.log(step, evaluated.scores)
-        self._log.sync()  # the report is made from the files in the run directory
-        self._channel.post("eval", step=step, **evaluated.scores)
+        # The report is made from the files in the run directory.
+        self._log.sync(then=lambda: self._channel.post("eval", step=step, **evaluated.scores))
 
-    def write_checkpoint(self, state: TrainState, quarantine: Quarantine) -> Path:
-        """Write the checkpoint into a new local folder, which the uploader must remove."""
+    def sync_log(self) -> Callable[..., None]:
+        """Begin to write the log to the run directory; return what waits until it is written, or raises its error.
+
+        That takes the longest time to wait, in seconds; None: no limit.
+        """
         self._spec.check_fence()
-        self._log.sync()  # before the commit: a checkpoint's metrics must be written before it
-        folder = temporary_checkpoint(state, num_images=self._spec.num_images, quarantine=quarantine)
-        self._channel.post("checkpoint", step=state.step, name=checkpoint_name(state.step))
-        return folder
+        self._log.sync()
+        written = self._writes.mark()
+
+        def wait(timeout_seconds: float | None = None) -> None:
+            written.wait(timeout_seconds)
+            self._writes.check()
+
+        return wait
 
     def close(self, *, failed: bool = False) -> None:
         """Write all that is still in memory."""

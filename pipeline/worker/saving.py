@@ -1,27 +1,29 @@
-"""Save a run: checkpoint files in a local folder, uploaded in the background, meta.json last."""
+"""Save a run through Ray Train: all ranks report a checkpoint, rank 0 writes its files on a thread of Ray's.
+
+Ray Train adds the checkpoint to its list once they are written, and deletes older ones after that.
+"""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import pyarrow.fs
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.storage import run_dir
-from dinoray.pipeline.storage.checkpoint_files import FILES
-from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.training.bad_images import Quarantine
-from dinoray.pipeline.training.checkpoint import is_finite
 from dinoray.pipeline.training.distributed import all_reduce_max
+from dinoray.pipeline.training.state_copy import is_finite
 from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.agreement import Agreement
+from dinoray.pipeline.worker.background_save import BackgroundSave
 from dinoray.pipeline.worker.outputs import Outputs
+from dinoray.pipeline.worker.spec import WorkerSpec
 
-_CHUNK_BYTES = 64 << 20
+_LAST_SECONDS = 10.0
+"""Longest wait for the log after the stream has failed."""
 
 
 class Saver:
@@ -31,39 +33,67 @@ class Saver:
         self,
         state: TrainState,
         quarantine: Quarantine,
-        run: Directory,
+        spec: WorkerSpec,
         outputs: Outputs | None,
-        *,
-        check: Callable[[], None] = lambda: None,
+        agreement: Agreement,
     ) -> None:
-        """`check` raises where this run may not write into `run` any more."""
-        self._state, self._quarantine, self._outputs, self._check = state, quarantine, outputs, check
-        self._checkpoints = run.child(run_dir.CHECKPOINTS)
+        self._state, self._quarantine, self._spec = state, quarantine, spec
+        self._outputs, self._agreement = outputs, agreement
+        self._under_way = BackgroundSave(spec.run.child(run_dir.CHECKPOINTS), check=spec.check_fence)
+        self._logged: Callable[[], None] = lambda: None
         self.saved_step = state.step
 
-    def save(self, *, is_last: bool) -> None:
-        """Save this step; skip one with NaN or infinite values, which would take the place of a good one in the run's
-        list, unless it `is_last`."""
-        if is_last or self._is_finite():
-            self._report(self._written())
-        elif self._outputs:
-            self._outputs.note(
-                f"warning: no checkpoint of step {self._state.step}: "
-                "weights, centre or optimizer have NaN or infinite values"
-            )
+    def save(self, *, is_last: bool, waits_for_storage: bool) -> None:
+        """Begin to save this step; it is written while training continues.
 
-    def save_last_step(self, agreement: Agreement, count_images: Callable[[], None]) -> None:
-        """Save after the stream has failed, unless that fails too: the storage may be the same."""
-        checkpoint, failure = None, None
+        Skip a step with NaN or infinite values, which would take the place of a good one in the run's list, unless it
+        `is_last`. Skip a step while the storage does not take an earlier one, unless `waits_for_storage`. Raises the
+        error of an earlier save that failed for good, on rank 0.
+        """
+        is_free = self._under_way.is_free(waits_for_storage=waits_for_storage)
+        if not self._agreement.is_everywhere(is_free):
+            self._note(self._not_written_yet)
+        elif is_last or self._is_finite():
+            self._copy()
+            if self._outputs:
+                self._logged = self._outputs.sync_log()
+            self._report(self._upload)
+        else:
+            self._note("weights, centre or optimizer have NaN or infinite values")
+
+    def save_last_step(self, count_images: Callable[[], None]) -> None:
+        """Save after the stream has failed, and wait for it, unless that fails too: the storage may be the same."""
+        failure: DinorayError | str | None = None
         try:
             count_images()
-            checkpoint = self._written()
+            if not self._under_way.is_free():
+                failure = self._not_written_yet
+            elif self._outputs:
+                self._copy()
+                logged = partial(self._outputs.sync_log(), _LAST_SECONDS)
+                self._under_way.write(after=logged, patiently=False)
         except DinorayError as error:
             failure = error
-        if agreement.is_everywhere(failure is None):
-            self._report(checkpoint)
-        elif self._outputs:
-            self._outputs.note(f"warning: no checkpoint of step {self._state.step}: {failure}")
+        if self._agreement.is_everywhere(failure is None):
+            self._report(lambda checkpoint, _: checkpoint)
+        else:
+            self._note(str(failure))
+
+    def wait(self) -> None:
+        """Return when the save under way is written. Raises its error if it fails for good."""
+        self._under_way.is_free(waits_for_storage=True)
+
+    def check(self) -> None:
+        """Raise the error of a save that failed for good."""
+        self._under_way.check()
+
+    @property
+    def _not_written_yet(self) -> str:
+        return f"the checkpoint of step {self._under_way.step} is not written yet"
+
+    def _note(self, why: str) -> None:
+        if self._outputs:
+            self._outputs.note(f"warning: no checkpoint of step {self._state.step}: {why}")
 
     def _is_finite(self) -> bool:
         """Return True on all ranks if all that a checkpoint holds is finite."""
@@ -71,66 +101,37 @@ class Saver:
         mine = all(map(is_finite, (self._state.dino.state_dict(), *moments)))
         return not all_reduce_max(torch.tensor(float(not mine), device=self._state.device))
 
-    def _written(self) -> Checkpoint | None:
-        """Return the checkpoint in a local folder, on rank 0."""
-        if not self._outputs:
-            return None
-        return Checkpoint.from_directory(str(self._outputs.write_checkpoint(self._state, self._quarantine)))
+    def _copy(self) -> None:
+        """Copy the state, on rank 0."""
+        if self._outputs:
+            num_images = self._spec.num_images
+            self._under_way.begin(self._state, num_images=num_images, quarantine=self._quarantine)
 
-    def _report(self, checkpoint: Checkpoint | None) -> None:
-        # Uploads in the background and removes the folder afterwards.
+    def _report(self, upload: Callable[[Checkpoint, str], Checkpoint]) -> None:
+        """Report the copy as a checkpoint; Ray Train calls `upload` on rank 0, on a thread."""
+        checkpoint, name = None, checkpoint_name(self._state.step)
+        if self._outputs:
+            storage = ray.train.get_context().get_storage()
+            path = storage.build_checkpoint_path_from_name(name)
+            checkpoint = Checkpoint(path, storage.storage_filesystem)
         ray.train.report(
             {"step": self._state.step},
             checkpoint=checkpoint,
-            checkpoint_dir_name=checkpoint_name(self._state.step),
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=partial(_upload, self._checkpoints, self._check),
+            delete_local_checkpoint_after_upload=False,  # it is not local: the files are written where they stay
+            checkpoint_upload_fn=upload,
         )
         self.saved_step = self._state.step
         if self._outputs:
             self._outputs.restart_meters()
 
-
-def _upload(
-    checkpoints: Directory, check: Callable[[], None], checkpoint: Checkpoint, name: str
-) -> Checkpoint:
-    """Copy a local checkpoint to Ray's storage, of which `checkpoints` is the address, and return it there."""
-    storage = ray.train.get_context().get_storage()
-    path = storage.build_checkpoint_path_from_name(name)
-    upload(checkpoint.path, checkpoints.child(name), storage.storage_filesystem, path, check=check)
-    return Checkpoint(path, storage.storage_filesystem)
-
-
-def upload(
-    folder: str,
-    to: Directory,
-    filesystem: pyarrow.fs.FileSystem,
-    path: str,
-    *,
-    check: Callable[[], None] = lambda: None,
-) -> None:
-    """Copy the checkpoint in the local `folder` to `to`, which is `path` of `filesystem`.
-
-    meta.json, which shows that a checkpoint is complete, comes last; that of an earlier attempt goes first. `check` is
-    called before each of the two. After an upload Ray Train commits the checkpoint and deletes old ones.
-    """
-    check()
-    to.delete(run_dir.META)
-    filesystem.create_dir(path)
-    here = pyarrow.fs.LocalFileSystem()
-
-    def copy(file: str) -> None:
-        pyarrow.fs.copy_files(
-            f"{folder}/{file}",
-            f"{path}/{file}",
-            source_filesystem=here,
-            destination_filesystem=filesystem,
-            chunk_size=_CHUNK_BYTES,
-            use_threads=False,
-        )
-
-    files = [file for file in FILES if file != run_dir.META]
-    with ThreadPoolExecutor(len(files)) as pool:
-        list(pool.map(copy, files))
-    check()
-    to.write(run_dir.META, Directory(folder).read(run_dir.META))
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        """Write the files of `checkpoint`. An error ends the run: Ray Train would restart the workers."""
+        try:
+            self._under_way.write(after=self._logged)  # a checkpoint's metrics must be written before it
+        except DinorayError as error:
+            self._spec.channel.post_fatal(error)
+            raise
+        self._spec.channel.post("checkpoint", step=self._under_way.step, name=name)
+        return checkpoint

@@ -28,6 +28,7 @@ class WorkerSpec:
     name: str
     """The run's name in gauges and trackers."""
     run: Directory
+    """Its reads and writes wait for the storage."""
     channel: RunChannel
     config: DINOConfig
     stream: StreamPlan
@@ -46,7 +47,7 @@ class WorkerSpec:
     eval_sources: "tuple[ObjectRef[Source], ObjectRef[Source]] | None"
     num_images: int
     give_up_after_seconds: float
-    """How long a read waits for the storage."""
+    """How long a read or a write waits for the storage."""
     max_bad_fraction: float
     prefetch_batches: int
     can_restart: bool

@@ -57,7 +57,7 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
 
 
 def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
-    storage, path = filesystem(spec.run.uri)
+    storage, path = filesystem(spec.run.uri, give_up_after_seconds=spec.give_up_after_seconds)
     ray.train.torch.TorchTrainer(
         work,
         # By reference: Ray's controller unpickles this dictionary, and would import all modules of the spec.
@@ -144,7 +144,7 @@ class _Worker:
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
         # The first rank of each stream speaks for its ranks: rank j for stream j.
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
-        self.saver = Saver(self.state, self.quarantine, spec.run, self.outputs, check=spec.check_fence)
+        self.saver = Saver(self.state, self.quarantine, spec, self.outputs, self.agreement)
         self.verdict = Verdict.HEALTHY
         self.stopped = False
 
@@ -158,17 +158,18 @@ class _Worker:
         except StreamFailedError as failed:
             # Of an augment actor's error Ray forwards only the text; the actor has posted the error itself.
             error = self.spec.channel.posted_error() or failed.error
-            # After another error Ray restarts the workers, and does not wait for an upload.
+            # After another error Ray restarts the workers, and does not wait for a checkpoint.
             if (
                 isinstance(error, DinorayError)
                 and state.step > self.saver.saved_step
                 and not state.skipped_in_a_row
             ):
-                self.saver.save_last_step(self.agreement, self._count_images)
+                self.saver.save_last_step(self._count_images)
             raise error from failed
         if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
         if self.outputs:
+            self.saver.wait()
             self.outputs.close()
             if self.stopped:
                 self.spec.channel.post_and_wait("stopped", step=state.step)
@@ -238,7 +239,8 @@ class _Worker:
         # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
         # saved.
         if (due.saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
-            self.saver.save(is_last=due.ends)
+            self.saver.save(is_last=due.ends, waits_for_storage=due.ends or self.stopped)
+        self.saver.check()
         return self.stopped
 
     def _should_stop(self, step: int | None) -> bool:

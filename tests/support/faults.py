@@ -107,6 +107,7 @@ _ANSWERS = {
     "archived": _answer("403 Forbidden", "InvalidObjectState"),
     "disabled_key": _answer("400 Bad Request", "KMS.DisabledException"),
     "expired": _answer("400 Bad Request", "ExpiredToken"),
+    "no_upload": _answer("404 Not Found", "NoSuchUpload"),
     "not_implemented": _answer("501 Not Implemented", "NotImplemented"),
     "checksum_header": _answer("400 Bad Request", "InvalidArgument", "unknown header of a checksum"),
 }

@@ -61,6 +61,11 @@ def test_the_line_names_what_grows_nodes_actors_and_dollars() -> None:
     )
 
 
+def test_what_could_not_be_written_is_shown() -> None:
+    text = line(unsaved={"s3://b/run/metrics.jsonl": 5.2, "s3://b/run/meta.json": 41.7})
+    assert text.endswith("data wait 2%  not written 2 files for 42 s")
+
+
 def test_a_machine_of_its_own_is_no_news() -> None:
     assert line(nodes_head=1, nodes_cpu=0, nodes_gpu=0, augment_actors=1, augment_target=1) == line()
 

@@ -49,7 +49,7 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "start": lambda outputs: outputs.__init__(outputs._spec, None),
     "log_step": lambda outputs: outputs.log_step(None, {}, None),
     "log_evaluation": lambda outputs: outputs.log_evaluation(1, None),
-    "write_checkpoint": lambda outputs: outputs.write_checkpoint(None, None),
+    "sync_log": lambda outputs: outputs.sync_log(),
     "close": lambda outputs: outputs.close(failed=True),
 }
 

@@ -1,0 +1,131 @@
+"""A copy of a run's state in host memory, from which a checkpoint is written while training continues.
+
+Taken between two steps, on the training thread; checksums, files and uploads follow on another thread. No Ray here.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import save
+
+from dinoray.pipeline.storage import run_dir
+from dinoray.pipeline.storage.checkpoint_files import FILES, WrittenFile, meta_json
+from dinoray.pipeline.storage.files import Directory, is_s3
+from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.step import TrainState
+
+
+class StateCopy:
+    """The copy, whose memory the next copy takes again: some 0.7 GB for a ViT-S. Not for two threads at once."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._contents: dict[str, Any] = {}
+        self._meta: dict[str, Any] = {}
+        self.num_bytes = 0
+
+    @property
+    def step(self) -> int:
+        """The step of the state."""
+        return int(self._meta["step"])
+
+    def take(self, state: TrainState, *, num_images: int, quarantine: Quarantine) -> None:
+        """Copy all that a checkpoint holds. Call on one rank; all ranks hold the same values."""
+        used = self._buffers
+        self._buffers = {}
+        contents: dict[str, Any] = {
+            run_dir.STUDENT: state.dino.student.state_dict(),
+            run_dir.TEACHER: state.dino.teacher.state_dict(),
+            run_dir.TRAIN_STATE: {
+                "step": state.step,
+                "optimizer": state.optimizer.state_dict(),
+                "center": state.dino.center,
+                "health": state.health.state_dict(),
+            },
+        }
+        self._contents = {name: self._copied(part, name, used) for name, part in contents.items()}
+        if state.device.type == "cuda":
+            torch.cuda.synchronize(state.device)
+        self.num_bytes = sum(buffer.nbytes for buffer in self._buffers.values())
+        self._meta = {
+            "step": state.step,
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+            "positions": state.step * state.config.train.global_batch_size,
+            "total_steps": state.schedule.total_steps,
+            "num_images": num_images,
+            **_plain(quarantine.meta()),
+            "torch": torch.__version__,
+            "config": state.config.model_dump(mode="json"),
+        }
+
+    def write(self, to: Directory, *, check: Callable[[], None] = lambda: None) -> None:
+        """Write the checkpoint files into `to`, meta.json last; that of an earlier attempt is removed first.
+
+        `check` is called before each of the two; what it raises ends the save. Raises DataError.
+        """
+        check()
+        to.delete(run_dir.META)
+        names = [name for name in FILES if name != run_dir.META]
+        # Files on S3 at once, because each request waits for the store; a disk takes one after the other.
+        with ThreadPoolExecutor(len(names) if is_s3(to.uri) else 1) as pool:
+            written = list(pool.map(lambda name: self._write_file(to, name), names))
+        meta = {**self._meta, "finite": self._is_finite()}
+        check()
+        to.write(run_dir.META, meta_json(meta, dict(zip(names, written, strict=True))))
+
+    def _write_file(self, to: Directory, name: str) -> WrittenFile:
+        part = self._contents[name]
+        num_bytes = sum(buffer.nbytes for key, buffer in self._buffers.items() if key.startswith(name))
+
+        def produce(sink: BinaryIO) -> WrittenFile:
+            file = WrittenFile(sink)
+            if name == run_dir.TRAIN_STATE:
+                torch.save(part, file)  # type: ignore[arg-type]
+            else:
+                file.write(save(part))
+            return file
+
+        return to.write_pieces(name, produce, num_bytes=num_bytes)
+
+    def _is_finite(self) -> bool:
+        center = self._contents[run_dir.TRAIN_STATE]["center"]
+        return is_finite({"center": center, **self._contents[run_dir.STUDENT]}) and is_finite(
+            self._contents[run_dir.TEACHER]
+        )
+
+    def _copied(self, value: Any, place: str, used: dict[str, torch.Tensor]) -> Any:
+        """Return a copy of nested tensors and plain values; `place` names the buffer of a tensor."""
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            # Weights as safetensors takes them; the rest with the strides that it has.
+            is_weight = not place.startswith(run_dir.TRAIN_STATE)
+            value = value.contiguous() if is_weight else value
+            buffer = used.get(place)
+            if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (
+                *(value.shape, value.dtype, value.stride()),
+            ):
+                buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self._buffers[place] = buffer.copy_(value, non_blocking=True)
+            return buffer
+        if isinstance(value, Mapping):
+            return {key: self._copied(one, f"{place}/{key}", used) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copied(one, f"{place}/{i}", used) for i, one in enumerate(value))
+        return value
+
+
+def is_finite(values: Mapping[str, Any]) -> bool:
+    """Return True if no tensor in `values`, of any dtype and device, has NaN or infinity."""
+    tensors = [v for v in values.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    # A sum reads each value once. It is finite only if all values are; large values may exceed it.
+    return all(bool(torch.isfinite(v.sum())) or bool(torch.isfinite(v).all()) for v in tensors)
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy of nested plain values, which the next steps may change."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
