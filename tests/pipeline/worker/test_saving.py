@@ -20,7 +20,7 @@ def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(part: str, tmp_pa
     """In Ray's list it would take the place of one that can be resumed from. Outside of Ray Train a report raises."""
     state = after(1)
     state.step = 5
-    spec: Any = SimpleNamespace(run=Directory(str(tmp_path)), num_images=NUM_IMAGES, channel=None)
+    spec: Any = SimpleNamespace(run=Directory(str(tmp_path)), num_images=NUM_IMAGES, check_fence=lambda: None)
     agreement = Agreement(patience_seconds=0, known=lambda _: None)
     saver = Saver(state, Quarantine(), cast(Any, spec), None, agreement)
     with pytest.raises(RuntimeError):
