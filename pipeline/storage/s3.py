@@ -45,7 +45,7 @@ _ENOUGH_OTHERS = 8
 _md5_etags: dict[str, int] = {}
 """Bucket -> 1 if an ETag has been the MD5 of its object, else minus the number of those that were not."""
 
-_clients: dict[tuple[Any, ...], dict[tuple[Access, float], tuple[Any, Any]]] = {}
+_clients: dict[tuple[Any, ...], dict[tuple[Access, float | None], tuple[Any, Any]]] = {}
 """The AWS_* variables, the latest only -> access and time limit -> client and credentials."""
 _clients_lock = threading.Lock()
 
@@ -80,10 +80,10 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def s3_client(access: Access = SIGNED, *, read_seconds: float = READ_SECONDS) -> Any:
+def s3_client(access: Access = SIGNED, *, read_seconds: float | None = None) -> Any:
     """Return this process's S3 client for `access`: one for all threads, anew after a fork or a change of AWS_*.
 
-    `read_seconds`: the longest pause within a response. botocore's own retries are off (`retrying` is the only policy).
+    `read_seconds`, if it is not READ_SECONDS. botocore's own retries are off (`retrying` is the only policy).
     botocore itself chooses path-style addresses for a custom endpoint. Raises DataError without credentials,
     ConfigError for an unusable endpoint.
     """
@@ -99,7 +99,7 @@ def s3_keys() -> tuple[str, str, str | None]:
     return keys.access_key, keys.secret_key, keys.token
 
 
-def _client_and_credentials(access: Access = SIGNED, read_seconds: float = READ_SECONDS) -> tuple[Any, Any]:
+def _client_and_credentials(access: Access = SIGNED, read_seconds: float | None = None) -> tuple[Any, Any]:
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _clients_lock:
         if environment not in _clients:
@@ -111,7 +111,7 @@ def _client_and_credentials(access: Access = SIGNED, read_seconds: float = READ_
         return made[access, read_seconds]
 
 
-def _new_client(access: Access, read_seconds: float) -> tuple[Any, Any]:
+def _new_client(access: Access, read_seconds: float | None) -> tuple[Any, Any]:
     """Return a client, and botocore's credentials that it signs with, None for an anonymous client."""
     session = botocore.session.Session()
     try:
@@ -127,7 +127,7 @@ def _new_client(access: Access, read_seconds: float) -> tuple[Any, Any]:
             signature_version=botocore.UNSIGNED if access.anonymous else None,
             retries={"total_max_attempts": 1, "mode": "standard"},
             connect_timeout=CONNECT_SECONDS,
-            read_timeout=read_seconds,
+            read_timeout=read_seconds or READ_SECONDS,
             max_pool_connections=MAX_CONNECTIONS,
             tcp_keepalive=True,
         )

@@ -71,7 +71,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             "storage_path=s3://BUCKET/runs",
             {"AWS_SECRET_ACCESS_KEY": "wrong"},
             DATA,
-            ["s3://BUCKET/runs/run", "403", "to these credentials"],
+            ["s3://BUCKET/runs/run", "SignatureDoesNotMatch (HTTP 403)", "check AWS_ACCESS_KEY_ID"],
         ),
     ],
     ids=[
