@@ -1,11 +1,14 @@
 """Leases of run directories for tests: records of drivers elsewhere, and times that are short."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.lease import Found, Holder, Read, Record, Timing, Write, Written
-from dinoray.pipeline.storage.lease_store import lease_store
+from dinoray.pipeline.storage.lease_store import READ_SECONDS, lease_store
+from dinoray.pipeline.storage.s3 import s3_client
 
 SHORT = Timing(term=3.0, margin=0.3, renew=0.3, poll=0.1)
 """A tenth of a lease's usual times."""
@@ -34,3 +37,19 @@ def write(directory: Directory, new: Record) -> str:
         if isinstance(reply, Written):
             return reply.token
     raise AssertionError("the record changed each time")
+
+
+@contextlib.contextmanager
+def ignored_conditions() -> Iterator[None]:
+    """Requests are sent as if the store had ignored their conditions. The client is one for all tests."""
+
+    def drop(params: dict[str, Any], **_: object) -> None:
+        for name in ("If-Match", "If-None-Match"):
+            params["headers"].pop(name, None)
+
+    events = s3_client(read_seconds=READ_SECONDS).meta.events
+    events.register("before-call.s3.PutObject", drop)
+    try:
+        yield
+    finally:
+        events.unregister("before-call.s3.PutObject", drop)

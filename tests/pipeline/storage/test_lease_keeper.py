@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 from faults import FaultProxy
-from leases import SHORT, record, stored, write
+from leases import SHORT, ignored_conditions, record, stored, write
 from paths import ROOT
 from servers import S3Server
 
-from dinoray.pipeline.storage import lease_store
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.lease import InUseError, LostLeaseError
 from dinoray.pipeline.storage.lease_keeper import LeaseKeeper, is_gone, look, this_process
-from dinoray.pipeline.storage.s3 import s3_client
 
 
 def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> None:
@@ -146,14 +144,8 @@ def test_an_outage_costs_the_lease_only_if_another_driver_took_it(
 
 @pytest.mark.s3
 def test_a_store_that_ignores_conditions_is_told_of_once_and_used(bucket: str) -> None:
-    def drop_conditions(params: dict[str, dict[str, str]], **_: object) -> None:
-        for name in ("If-Match", "If-None-Match"):
-            params["headers"].pop(name, None)
-
-    client = s3_client(read_seconds=lease_store.READ_SECONDS)
-    client.meta.events.register("before-call.s3.PutObject", drop_conditions)
     directory, lines = Directory(f"s3://{bucket}/runs/run"), []
-    with LeaseKeeper(directory, tell=lines.append, timing=SHORT) as first:
+    with ignored_conditions(), LeaseKeeper(directory, tell=lines.append, timing=SHORT) as first:
         (line,) = lines
         assert line.startswith(f"warning: the storage of {directory.uri} has no conditional writes")
         wait_until(lambda: renewals(directory) > 1)

@@ -1,20 +1,19 @@
 """Where the record of a lease is kept: a real S3 server, also one that lacks or ignores conditions, and a folder."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from faults import FaultProxy
-from leases import record, write
+from leases import ignored_conditions, record, write
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage import lease_store as module
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.lease import Failed, Found, Read, Write, Written
 from dinoray.pipeline.storage.lease_store import lease_store
-from dinoray.pipeline.storage.s3 import s3_client
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
@@ -79,33 +78,23 @@ def test_a_folders_record_that_cannot_be_written_leaves_no_file(
     assert lease_store(directory).perform(Read()) == Found(record(), token)
 
 
-def drop_conditions(params: dict[str, Any], **_: object) -> None:
-    """Send a request as if the store had ignored its conditions."""
-    for name in ("If-Match", "If-None-Match"):
-        params["headers"].pop(name, None)
-
-
 @pytest.mark.s3
 @pytest.mark.parametrize("kind", ["refuses", "ignores"])
 def test_a_store_without_conditions_is_found_out_and_still_used(
     kind: str, proxy: FaultProxy, bucket: str
 ) -> None:
-    directory = Directory(f"s3://{bucket}/runs/run")
-    store = lease_store(directory)
-    if kind == "refuses":
-        for header in ("if-none-match", "if-match"):
-            proxy.fail("not_implemented", pattern="^PUT ", header=header, times=1000)
-    else:
-        client = s3_client(read_seconds=module.READ_SECONDS)
-        client.meta.events.register("before-call.s3.PutObject", drop_conditions)
-    reply = store.perform(Write(record(), None))
-    assert isinstance(reply, Written)
-    assert not store.is_conditional(record())
-    assert store.perform(Read()) == Found(record(), reply.token)
-    # Not atomic, but who comes later does not write over it.
-    assert store.perform(Write(record("b"), None)) is Failed.CONFLICT
-    assert isinstance(store.perform(Write(record(renewals=1), reply.token)), Written)
-    assert store.perform(Write(record("b"), reply.token)) is Failed.CONFLICT
+    store = lease_store(Directory(f"s3://{bucket}/runs/run"))
+    for header in ("if-none-match", "if-match") if kind == "refuses" else ():
+        proxy.fail("not_implemented", pattern="^PUT ", header=header, times=1000)
+    with ignored_conditions() if kind == "ignores" else contextlib.nullcontext():
+        reply = store.perform(Write(record(), None))
+        assert isinstance(reply, Written)
+        assert not store.is_conditional(record())
+        assert store.perform(Read()) == Found(record(), reply.token)
+        # Not atomic, but who comes later does not write over it.
+        assert store.perform(Write(record("b"), None)) is Failed.CONFLICT
+        assert isinstance(store.perform(Write(record(renewals=1), reply.token)), Written)
+        assert store.perform(Write(record("b"), reply.token)) is Failed.CONFLICT
 
 
 @pytest.mark.s3
