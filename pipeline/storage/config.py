@@ -30,8 +30,7 @@ class StorageConfig(Settings):
     """Read images from S3 buckets whose owner lets the requester pay; the account of the credentials is charged."""
 
     give_up_after_seconds: float = Field(default=900, ge=0)
-    """Seconds for which each read of images, and each write of a run, waits for storage that does not answer or is
-    full, before the run ends."""
+    """Seconds that each read of images and write of a run waits for failing or full storage, before the run ends."""
 
     hedge_after_seconds: float | None = Field(default=None, gt=0)
     """Seconds after which an image or shard on S3 that has not arrived is requested again; null: never."""

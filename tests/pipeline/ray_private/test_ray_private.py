@@ -136,6 +136,6 @@ def test_the_version_of_a_cluster_may_be_unknown() -> None:
 
 
 def test_without_its_callback_ray_train_is_not_ended_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(train_controller.controller_callbacks(print)) == 1
+    assert len(train_controller.controller_callbacks(started=print, lost=print)) == 1
     monkeypatch.setattr(train_controller, "ControllerCallback", None)
-    assert train_controller.controller_callbacks(print) == []
+    assert train_controller.controller_callbacks(started=print, lost=print) == []
