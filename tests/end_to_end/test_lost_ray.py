@@ -6,15 +6,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jobs_processes import TINY, Job, start_job
+from jobs_processes import Job, start_job
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RaySystemError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
-from tiny_run import write_images
+from tiny_run import local_run
 
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.cluster import lost_ray
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print
-from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.ray_private.train import SNAPSHOT
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_steps
@@ -147,21 +146,7 @@ def last_step(run: Directory) -> int:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_that_loses_its_controller_or_its_head_resumes_by_the_same_command(tmp_path: Path) -> None:
-    images = write_images(tmp_path / "images", "train", labels=tuple(PATTERNS)[:3], per_label=8)
-    arguments = [
-        *TINY,
-        "name=lost",
-        f"data.path={images}",
-        f"eval.val_path={images}",
-        f"storage_path={tmp_path}",
-        f"train.epochs={STEPS}",
-        "train.global_batch_size=24",
-        "resources.train_workers=1",
-        "optim.warmup_epochs=0",
-        "head.use_bn=false",
-        "checkpoint.every_steps=4",
-        "eval.every_steps=1000",
-    ]
+    arguments = local_run(tmp_path, "lost", steps=STEPS, checkpoint_every=4)
     run = Directory(str(tmp_path / "lost"))
 
     def lose(part: str, why: str) -> str:

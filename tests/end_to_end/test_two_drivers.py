@@ -1,18 +1,16 @@
 """Two drivers on one run: one trains, the other is refused; who was taken over ends and writes no more."""
 
 import contextlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from jobs_processes import PATIENCE_SECONDS, TINY, losses, processes_with, start_job
+from jobs_processes import PATIENCE_SECONDS, losses, processes_with, start_job, wait_until
 from leases import record, stored, write
 from ray_head import RayHead
-from tiny_run import write_images
+from tiny_run import local_run
 
-from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_steps
 
@@ -31,31 +29,10 @@ def train_workers(cluster: RayHead) -> list[str]:
     return [title for title in found if "RayTrainWorker" in title]
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
-
-
 def test_a_run_has_one_driver_at_a_time(
     cluster: RayHead, run_here: Callable[..., str], tmp_path: Path
 ) -> None:
-    images = write_images(tmp_path / "images", "train", labels=tuple(PATTERNS)[:3], per_label=8)
-    arguments = [
-        *TINY,
-        "name=two",
-        f"data.path={images}",
-        f"eval.val_path={images}",
-        f"storage_path={tmp_path}",
-        f"train.epochs={STEPS}",
-        "train.global_batch_size=24",
-        "resources.train_workers=1",
-        "optim.warmup_epochs=0",
-        "head.use_bn=false",
-        f"checkpoint.every_steps={EVERY}",
-        "eval.every_steps=1000",
-    ]
+    arguments = local_run(tmp_path, "two", steps=STEPS, checkpoint_every=EVERY)
     run = Directory(str(tmp_path / "two"))
     environment = {**cluster.env, "RAY_ADDRESS": cluster.gcs}
 
@@ -65,7 +42,7 @@ def test_a_run_has_one_driver_at_a_time(
         write(run, record("b"))  # as one that took over after a pause of this one
         before = max(committed_steps(run))
         assert first.wait() == 4, first.output
-        wait_until(lambda: not train_workers(cluster))
+        wait_until(lambda: not train_workers(cluster), PATIENCE_SECONDS)
         assert max(committed_steps(run)) <= before + EVERY, "more was committed than what was under way"
         error = first.output.splitlines()[-1]
         assert error.startswith(

@@ -162,6 +162,14 @@ def run_job(
         return job.output
 
 
+def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> None:
+    """Return once `condition` is true; fails when the time is over before that."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
 def losses(metrics: bytes) -> list[tuple[int, float]]:
     """(step, loss) of every training line of a metrics.jsonl, in file order."""
     records = [json.loads(line) for line in metrics.splitlines()]

@@ -7,7 +7,7 @@ import torch
 from jobs_processes import TINY
 
 from dinoray.jobs.cli.config import load_config
-from dinoray.pipeline.data.demo_images import draw_demo_image
+from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
 from dinoray.pipeline.ray_private.train import snapshot_of
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
 from dinoray.pipeline.training.bad_images import Quarantine
@@ -25,6 +25,25 @@ def write_images(folder: Path, split: str, *, labels: tuple[str, ...], per_label
         for i in range(per_label):
             (folder / label / f"{i:02d}.jpg").write_bytes(draw_demo_image(label, split, i))
     return folder
+
+
+def local_run(folder: Path, name: str, *, steps: int, checkpoint_every: int) -> list[str]:
+    """Arguments of a run in `folder` with one train worker, on 24 images there, all of which each step takes."""
+    images = write_images(folder / "images", "train", labels=tuple(PATTERNS)[:3], per_label=8)
+    return [
+        *TINY,
+        f"name={name}",
+        f"data.path={images}",
+        f"eval.val_path={images}",
+        f"storage_path={folder}",
+        f"train.epochs={steps}",
+        "train.global_batch_size=24",
+        "resources.train_workers=1",
+        "optim.warmup_epochs=0",
+        "head.use_bn=false",
+        f"checkpoint.every_steps={checkpoint_every}",
+        "eval.every_steps=1000",
+    ]
 
 
 def write_run(folder: Path, *settings: str, steps: Sequence[int] = (STEP,)) -> Path:

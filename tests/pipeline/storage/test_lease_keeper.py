@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from faults import FaultProxy
+from jobs_processes import wait_until
 from leases import SHORT, ignored_conditions, record, stored, write
 from paths import ROOT
 from servers import S3Server
@@ -21,23 +22,8 @@ from dinoray.pipeline.storage.lease import InUseError, LostLeaseError
 from dinoray.pipeline.storage.lease_keeper import LeaseKeeper, is_gone, look, this_process
 
 
-def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
-
-
 def keeper_of(directory: Directory) -> LeaseKeeper:
     return LeaseKeeper(directory, tell=lambda line: None, timing=SHORT)
-
-
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Directory:
-    """The same empty run directory twice: on the disk and in a bucket."""
-    if request.param == "local":
-        return Directory(str(tmp_path / "runs" / "run"))
-    return Directory(f"s3://{request.getfixturevalue('bucket')}/runs/run")
 
 
 def renewals(directory: Directory) -> int:

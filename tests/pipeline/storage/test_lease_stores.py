@@ -16,14 +16,6 @@ from dinoray.pipeline.storage.lease import Failed, Found, Read, Write, Written
 from dinoray.pipeline.storage.lease_store import lease_store
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Directory:
-    """The same empty run directory twice: on the disk and in a bucket."""
-    if request.param == "local":
-        return Directory(str(tmp_path / "runs" / "run"))
-    return Directory(f"s3://{request.getfixturevalue('bucket')}/runs/run")
-
-
 def test_a_record_is_written_only_over_the_one_that_was_read(directory: Directory) -> None:
     store = lease_store(directory)
     assert store.perform(Read()) == Found(None, None)

@@ -37,14 +37,6 @@ def test_an_s3_address_splits_into_bucket_and_key_as_they_stand() -> None:
             split_s3_uri(wrong)
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
-def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Directory:
-    """The same empty folder twice: on the disk and in a bucket."""
-    if request.param == "local":
-        return Directory(str(tmp_path / "run"))
-    return Directory(f"s3://{request.getfixturevalue('bucket')}/runs/run")
-
-
 def test_a_directory_is_the_same_on_a_disk_and_in_a_bucket(directory: Directory) -> None:
     assert directory.list() == []
     assert not directory.exists("a.txt")
