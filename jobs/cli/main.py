@@ -73,10 +73,10 @@ def start_ray(
     use_gpu = gpus > 0 if resources.use_gpu == "auto" else resources.use_gpu
     if local and use_gpu:
         check_gpus(resources, gpus)
-    if cpus < needed or (use_gpu and gpus < resources.train_workers):
+    if cpus < needed or (use_gpu and gpus < resources.least_workers):
         print(
             f"the cluster has {cpus} CPUs and {gpus} GPUs, the run needs {needed} CPUs"
-            f"{f' and {resources.train_workers} GPUs' if use_gpu else ''}: waiting for nodes to join",
+            f"{f' and {resources.least_workers} GPUs' if use_gpu else ''}: waiting for nodes to join",
             flush=True,
         )
     if not local and not use_gpu and resources.use_gpu == "auto":
@@ -84,16 +84,16 @@ def start_ray(
             "no GPU node is up: training on CPUs; set resources.use_gpu=true to wait for GPU nodes",
             flush=True,
         )
-    spare = int((cpus - resources.train_cpus - 1) // resources.cpus_per_augment_actor)
+    spare = resources.spare_actors(cpus, num_streams)
     least, most = resources.least_actors(num_streams), resources.actor_range[1]
     return use_gpu, (least, max(num_streams, spare) if most is None else most)
 
 
 def check_gpus(resources: ResourcesConfig, gpus: int) -> None:
     """ResourceError where this machine has fewer GPUs than train workers."""
-    if gpus < resources.train_workers:
+    if gpus < resources.least_workers:
         asked = (
-            f"resources.train_workers={resources.train_workers} with resources.use_gpu={resources.use_gpu}"
+            f"resources.train_workers={resources.least_workers} with resources.use_gpu={resources.use_gpu}"
         )
         fewer = f"set resources.train_workers={gpus}, or " if gpus else ""
         raise ResourceError(

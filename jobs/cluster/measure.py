@@ -105,7 +105,7 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
     reads = count_reads(
         manifest,
         order,
-        train_workers=config.resources.train_workers,
+        train_workers=config.resources.most_workers,
         global_batch_size=config.train.global_batch_size,
         image_bytes=crop_bytes(config.crops),
         most_actors=config.resources.actor_range[1] or 1,
@@ -136,7 +136,7 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
 
 
 def _train(config: PlanConfig, num_images: int, *, on_gpus: bool, say: Say) -> tuple[float, str]:
-    batch = batch_size_per_worker(config.train.global_batch_size, config.resources.train_workers)
+    batch = batch_size_per_worker(config.train.global_batch_size, config.resources.most_workers)
     options: dict[str, Any] = {"num_images": num_images, "batch_size": batch, "seconds": config.plan.seconds}
     if is_local():
         trained = measure_step(config.algorithm(), **options, on_gpu=on_gpus)
@@ -157,7 +157,7 @@ def run_of(config: PlanConfig, measured: Measured) -> Run:
     return Run(
         total_steps=steps,
         global_batch_size=config.train.global_batch_size,
-        train_workers=resources.train_workers,
+        train_workers=resources.most_workers,
         crop_bytes=crop_bytes(config.crops),
         gradient_bytes=gradient_bytes(config.algorithm(), num_images=num_images),
         forwards_per_image=forwards_per_image(config.crops),

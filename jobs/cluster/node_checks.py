@@ -74,7 +74,7 @@ def check_fit(nodes: Sequence[Node], config: Config, *, is_local: bool) -> list[
     train, needed = asked.train_cpus, asked.least_cpus(streams)
     text = (
         f"{have['CPU']:.0f} CPUs, the run needs {needed}: {train:g} for resources.train_workers="
-        f"{asked.train_workers}, {asked.least_actors(streams) * asked.cpus_per_augment_actor:g} for data, 1 for Ray"
+        f"{asked.least_workers}, {asked.least_actors(streams) * asked.cpus_per_augment_actor:g} for data, 1 for Ray"
     )
     found = []
     if is_local and have["CPU"] < needed:
@@ -87,8 +87,8 @@ def check_fit(nodes: Sequence[Node], config: Config, *, is_local: bool) -> list[
     else:
         text += f"; {have['CPU'] - train - 1:.0f} CPUs are left to fetch and crop"
         found.append(Finding("ok", "CPUs", text))
-    if asked.use_gpu is True and have["GPU"] < asked.train_workers:
-        text = f"{have['GPU']:.0f} GPUs, resources.train_workers={asked.train_workers} need one each"
+    if asked.use_gpu is True and have["GPU"] < asked.least_workers:
+        text = f"{have['GPU']:.0f} GPUs, resources.train_workers={asked.least_workers} need one each"
         found.append(
             _lacks("GPUs", text, grows, "lower resources.train_workers or set resources.use_gpu=false")
         )

@@ -60,7 +60,7 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
     reads = count_reads(
         manifest,
         order,
-        train_workers=config.resources.train_workers,
+        train_workers=config.resources.most_workers,
         global_batch_size=config.train.global_batch_size,
         image_bytes=crop_bytes(config.crops),
         most_actors=most_actors,

@@ -35,7 +35,7 @@ def check_workers(config: Config) -> list[str]:
     workers than GPUs.
     """
     resources, cores = config.resources, available_cores()
-    workers = resources.train_workers
+    workers = resources.most_workers
     if not is_local():
         return []
     if _trains_on_gpus(resources):
@@ -58,7 +58,7 @@ def check_images(config: Config, num_images: int) -> None:
     """ConfigError where a batch holds an image more than once."""
     batch, workers, parts = (
         config.train.global_batch_size,
-        config.resources.train_workers,
+        config.resources.most_workers,
         config.train.accumulate_steps,
     )
     if num_images < 2:

@@ -103,6 +103,12 @@ def space_of(config: StudyConfig) -> dict[str, Any]:
                 mistakes += [f"tune.space: {key}={value!r}: {line}" for line in str(error).splitlines()]
     mistakes += warmup_mistakes(space, config.loss)
     mistakes += scheduler_mistakes(space, config.tune, num_streams=config.data.streams)
+    least, most = config.resources.worker_range
+    if least < most:
+        mistakes.append(
+            f"resources.train_workers=[{least}, {most}] must be one number in a study, whose trials share the cluster; "
+            f"set resources.train_workers={least}"
+        )
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return {key: domain for key, domain in space.items() if not _is_one_in_short(config, key, domain)}

@@ -32,7 +32,7 @@ class Demand:
     def missing(self, nodes: Nodes) -> str:
         """Return what living `nodes` lack, e.g. `have 1 of 2 GPUs`; empty if they lack nothing."""
         alive = [node["Resources"] for node in nodes if node["Alive"]]
-        workers, cpus = self.resources.train_workers, self.resources.least_cpus(self.num_streams)
+        workers, cpus = self.resources.least_workers, self.resources.least_cpus(self.num_streams)
         gpus, there = (int(sum(node.get(name, 0) for node in alive)) for name in ("GPU", "CPU"))
         fit = sum(self._fit(node) for node in alive)
         lacks = []
@@ -47,7 +47,7 @@ class Demand:
 
     def in_use(self, free: Mapping[str, float]) -> str:
         """Return what others use of what the run needs, e.g. `1 of 2 GPUs are free`; `free` is by name of resource."""
-        workers, cpus = self.resources.train_workers, self.resources.least_cpus(self.num_streams)
+        workers, cpus = self.resources.least_workers, self.resources.least_cpus(self.num_streams)
         needs = {"GPU": workers if self.use_gpu else 0, "CPU": cpus}
         short = [
             f"{free.get(name, 0):g} of {need} {name}s"
@@ -60,7 +60,7 @@ class Demand:
         """Return the number of train workers that an empty node has room for."""
         each = {"CPU": self.resources.cpus_per_train_worker, "GPU": float(self.use_gpu)}
         rooms = [node.get(name, 0) // amount for name, amount in each.items() if amount]
-        return int(min(rooms, default=self.resources.train_workers))
+        return int(min(rooms, default=self.resources.least_workers))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class CapacityWatch:
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`nodes` and `free` are `ray.nodes` and `ray.available_resources`."""
+        """`nodes` and `free`: what Ray knows of those that stay, and `ray.available_resources`."""
         self._demand, self._nodes, self._free, self._now = demand, nodes, free, now
         self._limit = 60 * demand.resources.wait_for_nodes_minutes
         self._step, self._loss = 0, None  # type: int, Loss | None
@@ -110,9 +110,13 @@ class CapacityWatch:
         self._step, self._waits, self._lacks_since, self._loss = step, False, None, None
         self._began = self._now()
 
-    def lost(self, what: str) -> None:
-        """Train workers are lost. Of several losses before the run goes on, the first is the cause of the others."""
+    def lost(self, what: str, step: int | None = None) -> None:
+        """Train workers are lost after `step`, or the step that was logged last.
+
+        Of several losses before the run goes on, the first is the cause of the others.
+        """
         now = self._now()
+        self._step = self._step if step is None else step
         self._loss, self._is_placed = self._loss or Loss(what, self._step, now), False
         if not self._waits:
             self._waits, self._began = True, now

@@ -1,4 +1,4 @@
-"""The message channel of a run: events to display, fatal errors, stop requests, decisions, shared values.
+"""The message channel of a run: events to display, fatal errors, requests to end, decisions, shared values.
 
 It is an actor without CPUs that lives as long as its driver. Training does not wait for posts, except for a
 fatal error and a worker's last post, which arrive before the worker ends. In a study, workers also wait after
@@ -32,13 +32,22 @@ class Event:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class EndRequest:
+    """The train workers are to end after the step that they are at, with a checkpoint."""
+
+    restart: str | None = None
+    """Why they start again after it; None: the run stops."""
+
+
 class _RunChannelActor:
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._fatal: Event | None = None
         self._claims: Counter[str] = Counter()
         self._answers: defaultdict[int, asyncio.Future[bool]] = defaultdict(asyncio.Future)
-        self._stop = False
+        self._end: EndRequest | None = None
+        self._is_requested = asyncio.Event()
         self._in_outage, self._outage_posted = False, -_OUTAGE_SECONDS
         self._values: dict[str, Any] = {}
         self._sums: dict[str, Any] = {}
@@ -46,6 +55,9 @@ class _RunChannelActor:
     async def post(self, event: Event) -> None:
         if event.kind == "fatal":
             self._fatal = self._fatal or event
+        if event.kind == "lost" and self._end is not None and self._end.restart is not None:
+            self._end = None  # they start again, for this or another reason
+            self._is_requested.clear()
         self._queue.put_nowait(event)
 
     async def fatal(self) -> Event | None:
@@ -79,15 +91,22 @@ class _RunChannelActor:
         self._claims[what] += 1
         return self._claims[what]
 
-    async def stop(self) -> None:
-        self._stop = True
+    async def request_end(self, request: EndRequest) -> None:
+        if self._end is None or request.restart is None:
+            self._end = request
+        self._is_requested.set()
+
+    async def end_request(self) -> EndRequest:
+        while self._end is None:
+            await self._is_requested.wait()
+        return self._end
 
     async def answer(self, step: int, go_on: bool) -> None:
         if not self._answers[step].done():  # after lost workers restart, a step is decided a second time
             self._answers[step].set_result(go_on)
 
-    async def should_continue(self, step: int | None) -> bool:
-        return not self._stop and (step is None or await self._answers[step])
+    async def decision(self, step: int) -> bool:
+        return await self._answers[step]
 
     async def take(self, timeout_seconds: float) -> Event | None:
         try:
@@ -125,20 +144,21 @@ class RunChannel:
         """Send a line about the storage, without waiting; one line stands for those of all processes."""
         self._actor.note_outage.remote(text, is_over)
 
-    def stop(self) -> None:
-        """Request the workers to end the run, with a checkpoint, at the next step that they log."""
-        ray.get(self._actor.stop.remote())
+    def request_end(self, request: EndRequest) -> None:
+        """Request the workers to end, without waiting. A stop takes the place of a restart, not the reverse."""
+        self._actor.request_end.remote(request)
+
+    def end_request(self) -> "ray.ObjectRef[EndRequest]":
+        """A future result: the request to end, once there is one."""
+        return self._actor.end_request.remote()
 
     def answer(self, step: int, *, go_on: bool) -> None:
         """Send the waiting workers the decision after the evaluation at `step`: continue or end."""
         self._actor.answer.remote(step, go_on)
 
-    def should_continue(self, step: int | None) -> bool:
-        """Return True unless a stop was requested or the decision for `step` is to end the run.
-
-        If `step` is given, waits for its decision.
-        """
-        return ray.get(self._actor.should_continue.remote(step))
+    def decision(self, step: int) -> bool:
+        """Wait for the decision after the evaluation at `step`: True to continue."""
+        return ray.get(self._actor.decision.remote(step))
 
     def claim(self, what: str) -> int:
         """Count the claims of `what` since the driver started and return the count: 1 for the first claim."""

@@ -2,14 +2,15 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import ray
 from ray import exceptions
 
 from dinoray.models.errors import DinorayError, ResourceError, one_line
 from dinoray.pipeline.cluster.capacity import BROKEN
-from dinoray.pipeline.cluster.channel import RunChannel, known_error
+from dinoray.pipeline.cluster.channel import EndRequest, RunChannel, known_error
 
 _AGAIN = "run the same command again"
 
@@ -89,6 +90,15 @@ def _cause(error: BaseException) -> BaseException | None:
 def post_loss(channel: RunChannel, error: Exception) -> None:
     """Tell a run's driver for which error of Ray Train all train workers are started again."""
     channel.post("lost", text=describe_loss(error))
+
+
+def save_elsewhere(channel: RunChannel, node_ids: Sequence[str], deadline_ms: int | None) -> None:
+    """Have the train workers save a checkpoint and start again without these nodes, which are taken back."""
+    there = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    nodes = f"node {', '.join(sorted(there.get(node, node) for node in node_ids))} taken back"
+    within = "" if deadline_ms is None else f" in {max(0, deadline_ms / 1000 - time.time()):.0f} s"
+    channel.request_end(EndRequest(restart=nodes))
+    channel.post("note", text=f"{nodes}{within}: the run saves a checkpoint and goes on without it")
 
 
 def describe_loss(error: Exception) -> str:

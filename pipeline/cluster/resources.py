@@ -11,8 +11,8 @@ from dinoray.models.settings import Settings
 class ResourcesConfig(Settings):
     """Processes of the run, with their CPUs and GPUs. They do not change what is learnt and may differ at a resume."""
 
-    train_workers: int = Field(default=1, ge=1)
-    """DDP processes; the global batch is divided among them."""
+    train_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """DDP processes, which divide the global batch; a range [least, most] follows the nodes that there are."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU per train worker; auto takes GPUs when the cluster has any."""
     cpus_per_train_worker: float = Field(default=1, ge=0)
@@ -30,14 +30,29 @@ class ResourcesConfig(Settings):
     wait_for_nodes_minutes: float = Field(default=60, gt=0)
     """Longest wait for missing nodes, at the start and after a loss; then the run ends with exit code 4."""
 
-    @field_validator("augment_actors")
+    @field_validator("train_workers", "augment_actors")
     @classmethod
-    def _range_is_ordered(cls, actors: int | tuple[int, int] | str) -> int | tuple[int, int] | str:
-        if isinstance(actors, tuple) and actors[0] > actors[1]:
+    def _range_is_ordered(cls, number: int | tuple[int, int] | str) -> int | tuple[int, int] | str:
+        if isinstance(number, tuple) and number[0] > number[1]:
             raise ValueError(
-                f"{list(actors)} must be [least, most] with least <= most, e.g. {sorted(actors)}"
+                f"{list(number)} must be [least, most] with least <= most, e.g. {sorted(number)}"
             )
-        return actors
+        return number
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Least and most train workers."""
+        return (self.train_workers,) * 2 if isinstance(self.train_workers, int) else self.train_workers
+
+    @property
+    def least_workers(self) -> int:
+        """Train workers without which a run waits."""
+        return self.worker_range[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Train workers of a run that has all its nodes."""
+        return self.worker_range[1]
 
     @property
     def actor_range(self) -> tuple[int, int | None]:
@@ -48,8 +63,8 @@ class ResourcesConfig(Settings):
 
     @property
     def train_cpus(self) -> float:
-        """CPUs of all train workers."""
-        return self.train_workers * self.cpus_per_train_worker
+        """CPUs of the least train workers."""
+        return self.least_workers * self.cpus_per_train_worker
 
     def least_actors(self, num_streams: int = 1) -> int:
         """Augment actors that a run of `num_streams` streams starts with: at least one for each stream."""
@@ -58,3 +73,12 @@ class ResourcesConfig(Settings):
     def least_cpus(self, num_streams: int = 1) -> int:
         """CPUs that a run needs: one more than its processes, for Ray's own small tasks, which else wait for ever."""
         return ceil(self.train_cpus + self.least_actors(num_streams) * self.cpus_per_augment_actor) + 1
+
+    def spare_actors(self, cpus: int, num_streams: int = 1) -> int:
+        """Augment actors for which `cpus` have room beside as many train workers as fit with the least actors."""
+        more = 0
+        if self.cpus_per_train_worker:
+            left = max(0, cpus - self.least_cpus(num_streams))
+            more = min(self.most_workers - self.least_workers, int(left // self.cpus_per_train_worker))
+        train = self.train_cpus + more * self.cpus_per_train_worker
+        return int((cpus - train - 1) // self.cpus_per_augment_actor)

@@ -120,6 +120,23 @@ def check_accumulation(batch_size: int, num_parts: int) -> None:
         )
 
 
+def dividing_workers(global_batch_size: int, accumulate_steps: int, least: int, most: int) -> list[int]:
+    """Return the numbers of train workers from `least` to `most` among which a batch and its microbatches divide."""
+    numbers = range(least, most + 1)
+    return [n for n in numbers if global_batch_size % (n * accumulate_steps) == 0]
+
+
+def num_microbatches(batch_size: int, accumulate_steps: int, most_images: int | None) -> int:
+    """Return into how many equal microbatches a worker divides its `batch_size` images of a step.
+
+    The least multiple of `accumulate_steps` that leaves at most `most_images` in each; None: no limit.
+    """
+    check_accumulation(batch_size, accumulate_steps)
+    parts = range(accumulate_steps, batch_size + 1, accumulate_steps)
+    limit = most_images or batch_size
+    return next(n for n in parts if batch_size % n == 0 and batch_size // n <= limit)
+
+
 def steps_per_block(batch_size_per_worker: int, image_bytes: int) -> int:
     """Return the number of steps per block: as many as fit in 100 MiB and 256 images, at least one.
 

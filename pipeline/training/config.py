@@ -27,6 +27,8 @@ class TrainConfig(Settings):
     """Images per optimiser step, over all train workers."""
     accumulate_steps: int = Field(default=1, ge=1)
     """Microbatches per step, to fit memory; Sinkhorn, KoLeo and batch norm see one microbatch at a time."""
+    max_batch_size_per_worker: int | None = Field(default=None, ge=1)
+    """Most images of a microbatch: fewer workers, each with a larger share, divide it further; None: no limit."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Schedule of learning rate, weight decay and teacher momentum: cosine to the end, or constant after warm-up."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

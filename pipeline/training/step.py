@@ -8,7 +8,7 @@ process. Axes: B images per process, G global crops, L local crops, V = G + L, K
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from dinoray.models.loss import (
 )
 from dinoray.models.published import checkpoint as interop
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.partition import check_accumulation
+from dinoray.pipeline.data.partition import num_microbatches
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
 from dinoray.pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
@@ -146,9 +146,15 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     ]
 
     seen: list[_MicrobatchResult] = []
-    for part, is_last in _parts(batch, config.train.accumulate_steps):
-        with contextlib.nullcontext() if is_last else _without_sync(state.student):
-            seen.append(_backward(state, part, now))
+    parts = num_microbatches(
+        len(batch["global_crops"]), config.train.accumulate_steps, config.train.max_batch_size_per_worker
+    )
+    for first in range(parts):
+        # Each `parts`-th image: over all processes, a microbatch and its batch-norm statistics are then the same for
+        # any number of processes.
+        part = {crops: batch[crops][first::parts] for crops in ("global_crops", "local_crops")}
+        with contextlib.nullcontext() if first == parts - 1 else _without_sync(state.student):
+            seen.append(_backward(state, part, now, parts=parts))
     grad_norm = optim.clip_per_parameter(dino.student, config.optim.clip_grad)
     if now.freeze_last_layer:
         optim.drop_last_layer_grads(dino.student.head)
@@ -191,8 +197,10 @@ class _MicrobatchResult(NamedTuple):
     health: Sums
 
 
-def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> _MicrobatchResult:
-    """Run forward and backward of one microbatch.
+def _backward(
+    state: TrainState, part: Mapping[str, Any], now: StepSettings, *, parts: int
+) -> _MicrobatchResult:
+    """Run forward and backward of one microbatch of `parts`.
 
     The gradients of all microbatches add up to the gradients of the batch's mean loss.
     """
@@ -216,7 +224,7 @@ def _backward(state: TrainState, part: Mapping[str, Any], now: StepSettings) -> 
     if config.loss.koleo_weight:
         of_crops = student.features[: len(global_crops)].chunk(num_global_crops)
         loss = loss + config.loss.koleo_weight * torch.stack([koleo(crop) for crop in of_crops]).sum()
-    (loss / config.train.accumulate_steps).backward()
+    (loss / parts).backward()
     losses = torch.stack([loss.detach(), pairs_loss.detach(), entropy]) * len(teacher.logits)
     return _MicrobatchResult(
         torch.cat([losses, batch_center(teacher.logits)]),
@@ -242,18 +250,6 @@ def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
         raise ConfigError(
             f"batch has {rows[0]} rows of global crops and {rows[1]} of local ones, not as many"
         )
-
-
-def _parts(batch: Mapping[str, Any], num_parts: int) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yield `num_parts` microbatches of equal size, each with a flag that marks the last one.
-
-    Microbatch m takes each `num_parts`-th image from m on. Over all processes, its images and its batch-norm
-    statistics are then the same for any number of processes.
-    """
-    check_accumulation(len(batch["global_crops"]), num_parts)
-    for first in range(num_parts):
-        rows = slice(first, None, num_parts)
-        yield {k: batch[k][rows] for k in ("global_crops", "local_crops")}, first == num_parts - 1
 
 
 def _without_sync(student: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from dinoray.models.published.checkpoint import Weights
 from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.capacity import CapacityWatch, Demand
-from dinoray.pipeline.cluster.channel import Event, RunChannel, fatal_error
+from dinoray.pipeline.cluster.channel import EndRequest, Event, RunChannel, fatal_error
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
 from dinoray.pipeline.data.partition import (
     batch_size_per_worker,
@@ -26,6 +26,7 @@ from dinoray.pipeline.data.partition import (
 )
 from dinoray.pipeline.data.sharing import share_reading
 from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.ray_private.nodes import staying_nodes
 from dinoray.pipeline.ray_private.train_controller import ControllerCallback
 from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.storage.checkpoint_files import newest_meta
@@ -59,10 +60,11 @@ def check_run(config: Config) -> None:
     check_trackers(config.track)
     resources = config.resources
     check_streams(
-        config.data.streams, train_workers=resources.train_workers, most_actors=resources.actor_range[1]
+        config.data.streams, train_workers=resources.least_workers, most_actors=resources.actor_range[1]
     )
-    per_worker = batch_size_per_worker(config.train.global_batch_size, resources.train_workers)
-    check_accumulation(per_worker, config.train.accumulate_steps)
+    for workers in sorted(set(resources.worker_range)):
+        per_worker = batch_size_per_worker(config.train.global_batch_size, workers)
+        check_accumulation(per_worker, config.train.accumulate_steps)
     eval_sizes = [config.eval.image_size] if config.eval.image_size else []
     build_backbone(
         config.backbone,
@@ -111,7 +113,7 @@ def stream_plan(
         cpus_per_actor=resources.cpus_per_augment_actor,
         rows_per_block=lay_out(
             range(1),
-            world_size=resources.train_workers,
+            world_size=resources.most_workers,
             global_batch_size=config.train.global_batch_size,
             image_bytes=crop_bytes(config.crops),
         ).rows_per_block,
@@ -270,7 +272,7 @@ def run_training(
     thread.start()
     trains, stopped_at = False, None
     capacity = CapacityWatch(
-        Demand(config.resources, use_gpu, config.data.streams), ray.nodes, ray.available_resources
+        Demand(config.resources, use_gpu, config.data.streams), staying_nodes, ray.available_resources
     )
 
     def follow() -> None:
@@ -288,7 +290,7 @@ def run_training(
                     thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
                 raise error
             elif event.kind == "lost":
-                capacity.lost(event.facts["text"])
+                capacity.lost(event.facts["text"], event.facts.get("step"))
             elif event.kind == "resumed":
                 note(capacity.resumed(event.facts["step"]))
             else:
@@ -309,7 +311,7 @@ def run_training(
         except KeyboardInterrupt:
             if not trains:
                 raise
-            channel.stop()
+            channel.request_end(EndRequest())
             note("stopping after a checkpoint; press Ctrl-C again to stop at once")
             follow()
             raise KeyboardInterrupt(

@@ -20,12 +20,13 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import known_error
-from dinoray.pipeline.cluster.lost_ray import post_loss
+from dinoray.pipeline.cluster.lost_ray import post_loss, save_elsewhere
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.cluster.resources import ResourcesConfig
-from dinoray.pipeline.data.partition import Layout, lay_out
+from dinoray.pipeline.data.partition import Layout, dividing_workers, lay_out
 from dinoray.pipeline.evaluation.in_training import evaluate
 from dinoray.pipeline.ray_private.train_controller import controller_callbacks
+from dinoray.pipeline.ray_private.train_scaling import ElasticTrainer
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import filesystem
 from dinoray.pipeline.storage.waiting import report_outages
@@ -38,11 +39,15 @@ from dinoray.pipeline.training.step import build_state, train
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence
+from dinoray.pipeline.worker.ending import Ending, grow, take_restart
 from dinoray.pipeline.worker.outputs import Outputs
 from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore, take_refusal
 from dinoray.pipeline.worker.saving import Saver
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import WorkMeter
+
+_GROW_SECONDS = 30.0
+"""Time between two looks for room for more train workers; to start them anew takes about as long."""
 
 CONTROLLER = "train controller"
 """Name under which the run's channel keeps the handle of Ray Train's controller."""
@@ -50,20 +55,28 @@ CONTROLLER = "train controller"
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
     """Run the training to its end; resume from the newest whole checkpoint that is committed, if the run has one."""
-    _fit_once(spec, resources, use_gpu=use_gpu)
-    while (refusal := take_refusal(spec)) is not None:
-        spec.channel.post("note", text=f"warning: {refusal}")
+    goes_on = True
+    while goes_on:
         _fit_once(spec, resources, use_gpu=use_gpu)
+        refusal = take_refusal(spec)
+        if refusal is not None:
+            spec.channel.post("note", text=f"warning: {refusal}")
+        goes_on = refusal is not None or take_restart(spec.channel)
 
 
 def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
     storage, path = filesystem(spec.run.uri, give_up_after_seconds=spec.give_up_after_seconds)
-    ray.train.torch.TorchTrainer(
+    least, most = resources.worker_range
+    train = spec.config.train
+    ElasticTrainer(
         work,
+        sizes=dividing_workers(train.global_batch_size, train.accumulate_steps, least, most),
+        grows=partial(grow, spec.channel),
         # By reference: Ray's controller unpickles this dictionary, and would import all modules of the spec.
         train_loop_config={"spec": ray.put(spec)},
         scaling_config=ScalingConfig(
-            num_workers=resources.train_workers,
+            num_workers=least if least == most else (least, most),
+            elastic_resize_monitor_interval_s=_GROW_SECONDS,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": resources.cpus_per_train_worker, **({"GPU": 1} if use_gpu else {})},
         ),
@@ -79,7 +92,9 @@ def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) ->
                 controller_failure_limit=10 + ceil(resources.wait_for_nodes_minutes),
             ),
             callbacks=controller_callbacks(
-                started=partial(spec.channel.put, CONTROLLER), lost=partial(post_loss, spec.channel)
+                started=partial(spec.channel.put, CONTROLLER),
+                lost=partial(post_loss, spec.channel),
+                taken_back=partial(save_elsewhere, spec.channel),
             ),
         ),
     ).fit()
@@ -144,6 +159,7 @@ class _Worker:
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
         # The first rank of each stream speaks for its ranks: rank j for stream j.
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
+        self.ending = Ending(spec.channel) if self.rank == 0 else None
         self.saver = Saver(self.state, self.quarantine, spec, self.outputs, self.agreement)
         self.verdict = Verdict.HEALTHY
         self.stopped = False
@@ -171,8 +187,8 @@ class _Worker:
         if self.outputs:
             self.saver.wait()
             self.outputs.close()
-            if self.stopped:
-                self.spec.channel.post_and_wait("stopped", step=state.step)
+        if self.ending and self.stopped:
+            self.ending.post(state.step)
 
     def _initialise(self) -> Quarantine:
         """Load the configured initial weights, if any; return empty counts of images."""
@@ -200,10 +216,13 @@ class _Worker:
         shared, ahead = self.spec.shared, self.spec.prefetch_batches
         if shared:
             stream = shared_stream.batches(shared, layout, rank=self.rank, prefetch_batches=ahead)
-            yield from self.agreement.batches(stream)
+            yield from self._agreed(stream)
             return
         for leg in ray_data.legs(layout, self.spec.stream.num_streams):
-            yield from self.agreement.batches(self._batches_of(leg))
+            yield from self._agreed(self._batches_of(leg))
+
+    def _agreed(self, stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return self.agreement.batches(stream, self.ending.is_asked if self.ending else lambda: False)
 
     def _batches_of(self, leg: Layout) -> Iterator[dict[str, Any]]:
         splits, failure = None, None
@@ -227,15 +246,16 @@ class _Worker:
             self.work.add(batch["cpu_ms"])
         self.quarantine.note(batch)
         fails = state.skipped_in_a_row >= self.spec.health.max_skipped
-        due = self.cadence.due(step, fails=fails)
+        due = self.cadence.due(step, fails=fails or self.agreement.ends)
         if due.logs:
             self._log_step({k: float(v) for k, v in metrics.items()})
         if fails:
             self._go_back()
         if due.evaluates:
             self._evaluate()
-        if due.logs and not due.ends:
-            self.stopped = self._should_stop(step if due.evaluates and self.spec.waits_for_decision else None)
+        if not due.ends:
+            is_decided = due.evaluates and self.spec.waits_for_decision
+            self.stopped = self.agreement.ends or (is_decided and not self._goes_on(step))
         # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
         # saved.
         if (due.saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
@@ -243,10 +263,10 @@ class _Worker:
         self.saver.check()
         return self.stopped
 
-    def _should_stop(self, step: int | None) -> bool:
-        """Return True on all ranks if the run must end now; await the decision on `step` unless None."""
-        told = self.rank == 0 and not self.spec.channel.should_continue(step)
-        return bool(all_reduce_max(torch.tensor(float(told), device=self.state.device)))
+    def _goes_on(self, step: int) -> bool:
+        """Await the decision on `step`; return it on all ranks."""
+        ends = self.rank == 0 and not self.spec.channel.decision(step)
+        return not all_reduce_max(torch.tensor(float(ends), device=self.state.device))
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
         state = self.state

@@ -31,9 +31,9 @@ def test_a_run_waits_for_a_node_in_place_of_the_lost_one_and_not_for_ever(tmp_pa
     with ray_head(num_cpus=3) as head:
         env = head.env | {"RAY_ADDRESS": head.gcs}
         with start_job("jobs.pretrain", *arguments, env=env) as job:
-            with ray_node(head, num_cpus=3) as lose:
+            with ray_node(head, num_cpus=3) as node:
                 job.wait_until(lambda: run.exists(f"checkpoints/{SNAPSHOT}"))
-                lose()
+                node.lose()
             job.wait_until(lambda: "waiting for nodes: have 3 of 6 CPUs, for " in job.output)
             with ray_node(head, num_cpus=3):
                 line = job.wait_until(lambda: re.search(r".*resuming from step.*", job.output))[0]

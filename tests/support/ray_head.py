@@ -108,9 +108,32 @@ def _wait_for_dashboard(address: str, process: "subprocess.Popen[bytes]") -> Non
             time.sleep(0.2)
 
 
+@dataclass(frozen=True)
+class RayNode:
+    """A node that has joined a cluster: its `ray start`."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def lose(self) -> None:
+        """End it as a lost machine ends."""
+        with contextlib.suppress(psutil.Error):
+            end_processes(self._children())
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def node_id(self) -> str | None:
+        """The id of its raylet; None before that has started."""
+        arguments = [word for child in self._children() for word in child.cmdline()]
+        return next((word.partition("=")[2] for word in arguments if word.startswith("--node_id=")), None)
+
+    def _children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
 @contextlib.contextmanager
-def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[Callable[[], None]]:
-    """A node that has joined `head`'s cluster; gives what ends it as a lost machine ends."""
+def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[RayNode]:
+    """A node that joins `head`'s cluster."""
     process = subprocess.Popen(
         [
             *(RAY, "start", "--block", f"--address={head.gcs}", f"--num-cpus={num_cpus}", "--num-gpus=0"),
@@ -121,17 +144,11 @@ def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[Callable[[], None]]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-    def end() -> None:
-        with contextlib.suppress(psutil.Error):
-            end_processes(psutil.Process(process.pid).children(recursive=True))
-        process.kill()
-        process.wait()
-
+    node = RayNode(process)
     try:
-        yield end
+        yield node
     finally:
-        end()
+        node.lose()
 
 
 def run_job_on(head: RayHead, module: str, *arguments: str, code: int | str = 0) -> str:

@@ -72,7 +72,7 @@ def plan_study(
     """
     least, most = resources.least_actors(num_streams), resources.actor_range[1]
     cpus_each, cpus_shared = _cpus(resources, num_streams, shares_stream=shares_stream)
-    gpus_each = resources.train_workers if use_gpu else 0
+    gpus_each = resources.most_workers if use_gpu else 0
     fit = floor((cpus - _FOR_RAY - cpus_shared) / cpus_each) if cpus_each else num_trials
     if gpus_each:
         fit = min(fit, gpus // gpus_each)

@@ -1,0 +1,61 @@
+"""How many train workers Ray Train starts, where their number may change.
+
+Ray Train's own policy takes any number between the limits, also one that does not divide the batch; right after a loss
+it counts the lost node for minutes, and so waits for workers that cannot start; and where there is room for more
+workers it ends those that train at once, with what they did since the last checkpoint. The policy here is Ray's with
+these three changes. Where its class is missing, Ray's own is used as it is, and a number that does not divide the batch
+ends the run. The same in Ray 2.58.1, 2.59.0 and 2.60.0.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from ray.train.torch import TorchTrainer
+
+from dinoray.pipeline.ray_private.nodes import staying_nodes
+
+try:
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+    from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+except ImportError:
+    ElasticScalingPolicy = None
+
+
+class ElasticTrainer(TorchTrainer):
+    """A TorchTrainer of as many workers as there is room for, of the numbers in `sizes`.
+
+    `grows` is called, in the controller's process, with the number of workers that train and a larger one for which
+    there is room: to change it is the caller's business.
+    """
+
+    def __init__(self, *args: Any, sizes: Collection[int], grows: Callable[[int, int], None], **options: Any):
+        super().__init__(*args, **options)
+        self._sizes, self._grows = sorted(sizes), grows
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if ElasticScalingPolicy is not None and isinstance(
+            arguments.get("scaling_policy"), ElasticScalingPolicy
+        ):
+            arguments["scaling_policy"] = _policy(self.scaling_config, self._sizes, self._grows)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+def _policy(scaling_config: Any, sizes: list[int], grows: Callable[[int, int], None]) -> Any:
+    class Policy(ElasticScalingPolicy):
+        def _count_possible_workers(self, reserved: Any) -> int:
+            if isinstance(reserved, Mapping):  # in Ray 2.58 a list, which does not name nodes
+                staying = {node["NodeID"] for node in staying_nodes()}
+                reserved = {node: has for node, has in reserved.items() if node in staying}
+            room = super()._count_possible_workers(reserved)
+            return max((size for size in sizes if size <= room), default=0)
+
+        def make_decision_for_running_worker_group(
+            self, worker_group_state: Any, worker_group_status: Any
+        ) -> Any:
+            decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+            now, then = worker_group_state.num_workers, getattr(decision, "num_workers", 0)
+            if then > now:
+                grows(now, then)
+            return NoopDecision()
+
+    return Policy(scaling_config)
