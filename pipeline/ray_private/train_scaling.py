@@ -2,11 +2,13 @@
 
 Ray Train's own policy takes any number between the limits, also one that does not divide the batch; right after a loss
 it counts the lost node for minutes, and so waits for workers that cannot start; and where there is room for more
-workers it ends those that train at once, with what they did since the last checkpoint. The policy here is Ray's with
-these three changes. Where its class is missing, Ray's own is used as it is, and a number that does not divide the batch
-ends the run. The same in Ray 2.58.1, 2.59.0 and 2.60.0.
+workers it ends those that train at once, with what they did since the last checkpoint. It also tries the same number
+again and again where something that Ray Train does not know of takes the room. The policy here is Ray's with these four
+changes. Where its class is missing, Ray's own is used as it is, and a number that does not divide the batch ends the
+run. The same in Ray 2.58.1, 2.59.0 and 2.60.0.
 """
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -19,6 +21,9 @@ try:
     from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 except ImportError:
     ElasticScalingPolicy = None
+
+_AGAIN_SECONDS = 1800.0
+"""Before a number of workers is tried again that did not start: each try takes a minute or two of training."""
 
 
 class ElasticTrainer(TorchTrainer):
@@ -42,20 +47,39 @@ class ElasticTrainer(TorchTrainer):
 
 def _policy(scaling_config: Any, sizes: list[int], grows: Callable[[int, int], None]) -> Any:
     class Policy(ElasticScalingPolicy):
+        _starting: int | None = None
+        """The number of workers that were to start and have not been seen to train."""
+
+        def __init__(self) -> None:
+            super().__init__(scaling_config)
+            self._failed: dict[int, float] = {}
+
         def _count_possible_workers(self, reserved: Any) -> int:
             if isinstance(reserved, Mapping):  # in Ray 2.58 a list, which does not name nodes
                 staying = {node["NodeID"] for node in staying_nodes()}
                 reserved = {node: has for node, has in reserved.items() if node in staying}
-            room = super()._count_possible_workers(reserved)
-            return max((size for size in sizes if size <= room), default=0)
+            room, since = super()._count_possible_workers(reserved), time.monotonic() - _AGAIN_SECONDS
+            # The least number is not given up: there is no other.
+            return max(
+                (n for n in sizes if n <= room and (n == sizes[0] or self._failed.get(n, since) <= since)),
+                default=0,
+            )
+
+        def make_decision_for_non_running_worker_group(self) -> Any:
+            if self._starting is not None:
+                self._failed[self._starting] = time.monotonic()
+            decision = super().make_decision_for_non_running_worker_group()
+            self._starting = getattr(decision, "num_workers", None)
+            return decision
 
         def make_decision_for_running_worker_group(
             self, worker_group_state: Any, worker_group_status: Any
         ) -> Any:
+            self._starting = None
             decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
             now, then = worker_group_state.num_workers, getattr(decision, "num_workers", 0)
             if then > now:
                 grows(now, then)
             return NoopDecision()
 
-    return Policy(scaling_config)
+    return Policy()

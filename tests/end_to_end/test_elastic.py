@@ -1,4 +1,4 @@
-"""A run whose number of train workers follows the nodes: it grows, gives a node back in time, and outlives a lost one."""
+"""A run whose number of train workers follows the nodes: it grows, leaves a node in time, and outlives a lost one."""
 
 import os
 import re

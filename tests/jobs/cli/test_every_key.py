@@ -87,6 +87,7 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "init.path": st.none() | st.from_regex(r"/[a-z]{1,9}", fullmatch=True),
     "probe.linear_lrs": st.lists(st.floats(0.01, 1), min_size=1).map(tuple),
     "resources.use_gpu": st.booleans() | st.just("auto"),
+    "resources.train_workers": st.integers(1, 9) | st.tuples(st.integers(1, 3), st.integers(3, 9)),
     "resources.augment_actors": st.integers(1, 9) | st.tuples(st.integers(1, 3), st.integers(3, 9)),
     "resources.max_failures": st.integers(-1, 9),
 }

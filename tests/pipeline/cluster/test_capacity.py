@@ -70,6 +70,9 @@ BOTH = (node(CPU=8, GPU=1), node(CPU=8, GPU=1))
             "have nodes for 0 of 2 train workers with 3 CPUs and a GPU each",
         ),
         ([node(CPU=2, GPU=2)], {"cpus_per_train_worker": 0}, ""),
+        # The least of a range is enough.
+        ([node(CPU=8, GPU=1)], {"train_workers": (1, 4)}, ""),
+        ([node(CPU=8)], {"train_workers": (1, 4)}, "have 0 of 1 GPUs"),
     ],
 )
 def test_what_is_missing_is_counted_by_resource(
@@ -148,6 +151,26 @@ def test_nodes_that_others_use_are_told_only_while_no_worker_has_started() -> No
     cluster.watch.placed()
     cluster.free = {}
     assert cluster.told_in(100) == []
+
+
+def test_workers_that_ended_by_themselves_repeat_nothing() -> None:
+    cluster = Cluster(*BOTH)
+    cluster.watch.trains(40)
+    cluster.watch.lost("from 1 to 2 train workers", 43)
+    cluster.seconds += 20
+    assert cluster.watch.resumed(43) == (
+        "from 1 to 2 train workers after step 43: resuming from step 43 after 20 s, 0 steps repeated"
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "range_", "actors"),
+    [(4, (1, 1), 2), (4, (1, 2), 1), (3, (1, 2), 1), (9, (1, 4), 4), (9, (4, 4), 4), (2, (2, 4), -1)],
+)
+def test_cpus_that_are_spare_are_those_beside_the_workers_that_fit(
+    cpus: int, range_: tuple[int, int], actors: int
+) -> None:
+    assert ResourcesConfig(train_workers=range_).spare_actors(cpus) == actors
 
 
 def test_a_run_that_resumes_says_why_and_what_it_cost() -> None:

@@ -70,3 +70,50 @@ def test_the_first_fatal_error_is_kept_for_workers_that_learn_only_its_text() ->
     none, *kept = asyncio.run(send())
     assert none is None
     assert [str(channel.fatal_error(event)) for event in kept if event] == ["the cause", "the cause"]
+
+
+def ask(*requests: "channel.EndRequest | channel.Event") -> list["channel.EndRequest | None"]:
+    """What workers that ask after each of these are told; None: nothing, they wait."""
+
+    async def send() -> list["channel.EndRequest | None"]:
+        actor, told = channel._RunChannelActor(), []
+        for request in requests:
+            if isinstance(request, channel.Event):
+                await actor.post(request)
+            else:
+                await actor.request_end(request)
+            try:
+                told.append(await asyncio.wait_for(actor.end_request(), 0.01))
+            except asyncio.TimeoutError:
+                told.append(None)
+        return told
+
+    return asyncio.run(send())
+
+
+STOP, GROW, LEAVE = (channel.EndRequest(restart=why) for why in (None, "grow", "leave"))
+LOST = channel.Event("lost", {"text": "node 10.0.0.7 lost"})
+
+
+def test_a_request_to_start_again_ends_with_the_workers_and_a_stop_does_not() -> None:
+    assert ask(GROW, LOST) == [GROW, None]
+    assert ask(GROW, LOST, LEAVE) == [GROW, None, LEAVE]
+    assert ask(STOP, LOST) == [STOP, STOP]
+
+
+def test_a_stop_takes_the_place_of_a_request_to_start_again() -> None:
+    assert ask(GROW, STOP, LEAVE) == [GROW, STOP, STOP]
+    assert ask(LOST, STOP) == [None, STOP]
+
+
+def test_workers_that_wait_for_a_request_get_it() -> None:
+    async def wait() -> channel.EndRequest:
+        actor = channel._RunChannelActor()
+        waiting = asyncio.ensure_future(actor.end_request())
+        await actor.request_end(GROW)
+        await actor.post(LOST)
+        await asyncio.sleep(0)
+        await actor.request_end(STOP)
+        return await waiting
+
+    assert asyncio.run(wait()) == STOP

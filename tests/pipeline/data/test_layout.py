@@ -12,7 +12,10 @@ from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.partition import (
     Layout,
     batch_size_per_worker,
+    check_accumulation,
     check_streams,
+    dividing_workers,
+    num_microbatches,
     steps_per_block,
 )
 
@@ -219,3 +222,31 @@ def test_a_batch_that_does_not_divide_is_answered_with_the_nearest_that_do(
         f"train.global_batch_size={global_batch_size} must be divisible by "
         f"resources.train_workers={train_workers}; {remedy}"
     )
+
+
+@given(st.integers(1, 200), st.integers(1, 8), st.none() | st.integers(1, 300))
+def test_microbatches_are_equal_and_no_larger_than_they_may_be(
+    parts: int, accumulate_steps: int, most_images: int | None
+) -> None:
+    batch_size = parts * accumulate_steps
+    number = num_microbatches(batch_size, accumulate_steps, most_images)
+    assert batch_size % number == 0
+    assert number % accumulate_steps == 0
+    assert most_images is None or batch_size // number <= most_images
+    fewer = [n for n in range(accumulate_steps, number, accumulate_steps) if batch_size % n == 0]
+    assert all(batch_size // n > (most_images or batch_size) for n in fewer)
+
+
+@given(st.integers(1, 96), st.integers(1, 4), st.integers(1, 12), st.integers(0, 12))
+def test_numbers_of_workers_are_those_that_a_run_of_just_so_many_could_have(
+    batch: int, accumulate_steps: int, least: int, more: int
+) -> None:
+    def fits(workers: int) -> bool:
+        try:
+            check_accumulation(batch_size_per_worker(batch, workers), accumulate_steps)
+        except ConfigError:
+            return False
+        return True
+
+    numbers = range(least, least + more + 1)
+    assert dividing_workers(batch, accumulate_steps, least, least + more) == [n for n in numbers if fits(n)]

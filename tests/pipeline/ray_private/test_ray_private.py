@@ -1,5 +1,6 @@
 """What happens where a version of Ray lacks a private name: an error or a warning with a remedy, never a crash."""
 
+import itertools
 import json
 import runpy
 import sys
@@ -7,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import ray.data
+from ray.train import WorkerGroupError
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState, RunningState
+from ray.train.v2.api.preemption import PreemptionInfo
 from ray_releases import TRIED, minor
 
 from dinoray.models.errors import ResourceError
-from dinoray.pipeline.ray_private import core, data, jobs, train_controller, tune
+from dinoray.pipeline.ray_private import core, data, jobs, nodes, train_controller, train_scaling, tune
 from dinoray.pipeline.ray_private.train import BadSnapshotError, is_complete, listed, snapshot_of
 
 
@@ -136,6 +140,34 @@ def test_the_version_of_a_cluster_may_be_unknown() -> None:
 
 
 def test_without_its_callback_ray_train_is_not_ended_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(train_controller.controller_callbacks(started=print, lost=print)) == 1
+    assert len(train_controller.controller_callbacks(print, print, print)) == 1
     monkeypatch.setattr(train_controller, "ControllerCallback", None)
-    assert train_controller.controller_callbacks(started=print, lost=print) == []
+    assert train_controller.controller_callbacks(print, print, print) == []
+
+
+def test_nodes_that_are_taken_back_are_told_once_and_losses_each_time() -> None:
+    told: list[object] = []
+    (callback,) = train_controller.controller_callbacks(
+        print, told.append, lambda nodes, deadline_ms: told.append((nodes, deadline_ms))
+    )
+    info = PreemptionInfo(deadline_ms=5, preempted_node_to_ranks={"b": [1], "a": [0]})
+    running, preempting = RunningState(), PreemptingState(preemption_info=info, detected_at_s=1.0)
+    lost = WorkerGroupError("gone", {0: RuntimeError()})
+    states = [running, preempting, preempting, RestartingState(lost), running, preempting]
+    for before, after in itertools.pairwise(states):
+        callback.after_controller_state_update(before, after)
+    assert told == [(["a", "b"], 5), lost, (["a", "b"], 5)]
+
+
+def test_nodes_that_are_taken_back_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_of = [{"NodeID": name, "Alive": name != "c"} for name in "abc"]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: all_of)
+    monkeypatch.setattr(nodes, "state", SimpleNamespace(get_draining_nodes=lambda: {"b": 0}))
+    assert nodes.staying_nodes() == all_of[:1]
+    monkeypatch.setattr(nodes, "state", None)
+    assert nodes.staying_nodes() == all_of[:2]
+
+
+def test_the_installed_ray_names_nodes_that_are_taken_back_and_has_the_policy_of_ranges() -> None:
+    assert hasattr(nodes.state, "get_draining_nodes")
+    assert train_scaling.ElasticScalingPolicy is not None

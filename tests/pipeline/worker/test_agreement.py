@@ -75,3 +75,23 @@ def test_one_worker_alone_ends_with_its_own_error(error: Exception) -> None:
     assert str(ended.value.error) == str(error)
     if isinstance(ended.value.error, DinorayError):
         assert ended.value.error.raised_by_all_ranks
+
+
+def consume_until_asked(rank: int, asked_at: tuple[int | None, int | None]) -> tuple[list[int], bool]:
+    """The batches up to the one that is the last, where the ranks are asked to end before these batches."""
+    agreement, taken = Agreement(patience_seconds=60, known=known_error), []  # type: Agreement, list[int]
+    for batch in agreement.batches(range(5), lambda: len(taken) == asked_at[rank]):
+        taken.append(batch)
+        if agreement.ends:
+            break
+    return taken, agreement.ends
+
+
+@pytest.mark.parametrize(
+    ("asked_at", "last"), [((None, None), None), ((2, None), 2), ((None, 0), 0), ((3, 1), 1)]
+)
+def test_who_is_asked_to_end_ends_all_with_the_same_batch(
+    asked_at: tuple[int | None, int | None], last: int | None
+) -> None:
+    expected = (list(range(5)) if last is None else list(range(last + 1)), last is not None)
+    assert on_two_ranks(consume_until_asked, asked_at) == [expected, expected]
