@@ -82,7 +82,10 @@ def train_courses(rank: int, root: Path) -> None:
 
 def test_loss_curves_of_any_numbers_of_workers_agree() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(train_courses, args=(Path(folder),), nprocs=MOST_WORKERS)
+        # Forked: four processes that import torch anew take half a minute.
+        torch.multiprocessing.start_processes(
+            train_courses, args=(Path(folder),), nprocs=MOST_WORKERS, start_method="fork"
+        )
         losses = {name: np.array(found) for name, found in torch.load(Path(folder, "losses.pt")).items()}
     alone = losses["1 worker"]
     assert len(alone) == STEPS
