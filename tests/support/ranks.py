@@ -1,9 +1,10 @@
 """Two real gloo processes, without Ray: started once a session, and each test looks at what they found."""
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,11 @@ from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.ddp import distribute
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
+
+multiprocessing.set_forkserver_preload(["ranks"])
+start_processes = partial(torch.multiprocessing.start_processes, start_method="forkserver")
+"""Start processes as `torch.multiprocessing.spawn` does, but import torch once for all of them, in a process that forks
+them: to import it takes longer than their work, and a process that runs tests has threads, so it cannot be forked."""
 
 WORLD_SIZE = 2
 NUM_STEPS = 5
@@ -119,7 +125,7 @@ def on_two_ranks(work: Callable[..., Any], *args: Any) -> list[Any]:
     `work` is a module's function; its result is what `torch.save` takes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        other = torch.multiprocessing.spawn(_be_rank_one, args=(folder, work, args), join=False)
+        other = start_processes(_be_rank_one, args=(folder, work, args), join=False)
         first = _be_rank(0, folder, work, args)
         other.join()
         return [first, torch.load(Path(folder) / "rank_one.pt", weights_only=False)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from ranks import start_processes
 from tiny import tiny_batch, tiny_config
 
 from dinoray.pipeline.data.partition import lay_out
@@ -82,10 +83,7 @@ def train_courses(rank: int, root: Path) -> None:
 
 def test_loss_curves_of_any_numbers_of_workers_agree() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        # Forked: four processes that import torch anew take half a minute.
-        torch.multiprocessing.start_processes(
-            train_courses, args=(Path(folder),), nprocs=MOST_WORKERS, start_method="fork"
-        )
+        start_processes(train_courses, args=(Path(folder),), nprocs=MOST_WORKERS)
         losses = {name: np.array(found) for name, found in torch.load(Path(folder, "losses.pt")).items()}
     alone = losses["1 worker"]
     assert len(alone) == STEPS
