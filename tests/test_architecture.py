@@ -180,7 +180,7 @@ def test_ray_is_known_in_few_places_alone() -> None:
             {
                 *(f"pipeline/worker/{name}.py" for name in ("worker", "restoring", "saving")),
                 "pipeline/ray_private/train_controller.py",
-                "pipeline/ray_private/train_scaling.py",
+                "pipeline/ray_private/train_policies.py",
             },
         ),
         (

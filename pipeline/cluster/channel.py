@@ -21,6 +21,9 @@ from dinoray.models.errors import DinorayError
 _OUTAGE_SECONDS = 60.0
 """Least time between the beginnings of two outages that are posted."""
 
+NEWEST_CHECKPOINT = "newest checkpoint"
+"""Name under which the channel keeps the step of the checkpoint that was written last; None before the first."""
+
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped", "lost", "resumed"]
 
 
@@ -58,6 +61,8 @@ class _RunChannelActor:
         if event.kind == "lost" and self._end is not None and self._end.restart is not None:
             self._end = None  # they start again, for this or another reason
             self._is_requested.clear()
+        if event.kind == "checkpoint":
+            self._values[NEWEST_CHECKPOINT] = event.facts["step"]
         self._queue.put_nowait(event)
 
     async def fatal(self) -> Event | None:

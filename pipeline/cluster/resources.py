@@ -26,7 +26,7 @@ class ResourcesConfig(Settings):
     prefetch_batches: int = Field(default=2, ge=0)
     """Batches that each train worker prefetches."""
     max_failures: int = Field(default=3, ge=-1)
-    """Restarts from the last checkpoint after lost or failed train workers; -1: no limit."""
+    """Restarts after lost or failed train workers that bring no new checkpoint; -1: no limit."""
     wait_for_nodes_minutes: float = Field(default=60, gt=0)
     """Longest wait for missing nodes, at the start and after a loss; then the run ends with exit code 4."""
 

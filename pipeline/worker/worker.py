@@ -19,14 +19,14 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import crop_bytes
-from dinoray.pipeline.cluster.channel import known_error
+from dinoray.pipeline.cluster.channel import NEWEST_CHECKPOINT, known_error
 from dinoray.pipeline.cluster.lost_ray import post_loss, save_elsewhere
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.partition import Layout, dividing_workers, lay_out
 from dinoray.pipeline.evaluation.in_training import evaluate
 from dinoray.pipeline.ray_private.train_controller import controller_callbacks
-from dinoray.pipeline.ray_private.train_scaling import ElasticTrainer
+from dinoray.pipeline.ray_private.train_policies import Trainer
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import filesystem
 from dinoray.pipeline.storage.waiting import report_outages
@@ -68,10 +68,11 @@ def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) ->
     storage, path = filesystem(spec.run.uri, give_up_after_seconds=spec.give_up_after_seconds)
     least, most = resources.worker_range
     train = spec.config.train
-    ElasticTrainer(
+    Trainer(
         work,
         sizes=dividing_workers(train.global_batch_size, train.accumulate_steps, least, most),
         grows=partial(grow, spec.channel),
+        progress=partial(spec.channel.get, NEWEST_CHECKPOINT),
         # By reference: Ray's controller unpickles this dictionary, and would import all modules of the spec.
         train_loop_config={"spec": ray.put(spec)},
         scaling_config=ScalingConfig(

@@ -15,6 +15,6 @@ RAY_FILES = {
     "pipeline/tracking/prometheus.py",
     *(
         f"pipeline/ray_private/{name}.py"
-        for name in ("core", "data", "jobs", "nodes", "train_controller", "train_scaling", "tune")
+        for name in ("core", "data", "jobs", "nodes", "train_controller", "train_policies", "tune")
     ),
 }

@@ -15,7 +15,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from ray_releases import TRIED, minor
 
 from dinoray.models.errors import ResourceError
-from dinoray.pipeline.ray_private import core, data, jobs, nodes, train_controller, train_scaling, tune
+from dinoray.pipeline.ray_private import core, data, jobs, nodes, train_controller, train_policies, tune
 from dinoray.pipeline.ray_private.train import BadSnapshotError, is_complete, listed, snapshot_of
 
 
@@ -170,4 +170,4 @@ def test_nodes_that_are_taken_back_do_not_stay(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_installed_ray_names_nodes_that_are_taken_back_and_has_the_policy_of_ranges() -> None:
     assert hasattr(nodes.state, "get_draining_nodes")
-    assert train_scaling.ElasticScalingPolicy is not None
+    assert train_policies.ElasticScalingPolicy is not None

@@ -1,13 +1,13 @@
-"""How many train workers are started, by Ray Train's own policy with our changes; only what Ray knows is given."""
+"""How many train workers are started, and how often, by Ray Train's own policies with our changes."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.train import ScalingConfig
+from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
 
 from dinoray.pipeline.data.partition import dividing_workers
-from dinoray.pipeline.ray_private import train_scaling
+from dinoray.pipeline.ray_private import train_policies
 
 GPU_NODE = {"GPU": 1.0, "CPU": 8.0}
 
@@ -20,11 +20,11 @@ class Cluster:
         self.gone: set[str] = set()
         self.seconds, self.grown = 1000.0, []  # type: float, list[tuple[int, int]]
         monkeypatch.setattr(
-            train_scaling,
+            train_policies,
             "staying_nodes",
             lambda: [{"NodeID": node} for node in self.reserved if node not in self.gone],
         )
-        monkeypatch.setattr(train_scaling, "time", SimpleNamespace(monotonic=lambda: self.seconds))
+        monkeypatch.setattr(train_policies, "time", SimpleNamespace(monotonic=lambda: self.seconds))
         config = ScalingConfig(
             num_workers=(1, 4),
             use_gpu=True,
@@ -32,7 +32,7 @@ class Cluster:
             elastic_resize_monitor_interval_s=0,
         )
         sizes = dividing_workers(64, 1, 1, 4)
-        self.policy = train_scaling._policy(config, sizes, lambda *sizes: self.grown.append(sizes))
+        self.policy = train_policies._scaling_policy(config, sizes, lambda *sizes: self.grown.append(sizes))
         monkeypatch.setattr(self.policy, "_get_reserved_resources", lambda: self.reserved)
         monkeypatch.setattr(self.policy, "_maybe_send_resource_request", lambda: None)
 
@@ -89,7 +89,7 @@ def test_a_number_that_does_not_start_is_left_for_a_while_and_a_smaller_one_trai
     assert [cluster.start() for _ in range(4)] == [4, 2, 1, 1]
     cluster.train(1)
     assert cluster.grown == []
-    cluster.seconds += train_scaling._AGAIN_SECONDS
+    cluster.seconds += train_policies._AGAIN_SECONDS
     cluster.train(1)
     assert cluster.grown == [(1, 4)]
 
@@ -99,3 +99,11 @@ def test_workers_that_trained_and_are_lost_start_again_in_the_same_number(cluste
     for _ in range(3):
         assert cluster.start() == 2
         cluster.train(2)
+
+
+def test_failures_add_up_only_until_there_is_a_new_checkpoint() -> None:
+    newest = [None, None, None, 8, 8, 8, 16, 16]
+    policy = train_policies._failure_policy(FailureConfig(max_failures=2), iter(newest).__next__)
+    lost = WorkerGroupError("gone", {0: RuntimeError()})
+    decisions = [policy.make_decision(lost).name for _ in newest]
+    assert decisions == ["RETRY", "RETRY", "RAISE", "RETRY", "RETRY", "RAISE", "RETRY", "RETRY"]
