@@ -27,6 +27,8 @@ class ResourcesConfig(Settings):
     """Batches that each train worker prefetches."""
     max_failures: int = Field(default=3, ge=-1)
     """Restarts after lost or failed train workers that bring no new checkpoint; -1: no limit."""
+    hang_seconds: float = Field(default=300, gt=0)
+    """Longest time that a train worker may give no sign of life, or be at one step; then it is replaced."""
     wait_for_nodes_minutes: float = Field(default=60, gt=0)
     """Longest wait for missing nodes, at the start and after a loss; then the run ends with exit code 4."""
 

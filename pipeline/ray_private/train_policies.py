@@ -1,12 +1,12 @@
 """How many train workers Ray Train starts, where their number may change, and how often it starts them again.
 
 Ray Train's own policy of numbers takes any number between the limits, also one that does not divide the batch; right
-after a loss it counts the lost node for minutes, and so waits for workers that cannot start; and where there is room for
-more workers it ends those that train at once, with what they did since the last checkpoint. It also tries the same
+after a loss it counts the lost node for minutes, and so waits for workers that cannot start; and where there is room
+for more workers it ends those that train at once, with what they did since the last checkpoint. It also tries the same
 number again and again where something that Ray Train does not know of takes the room. Its policy of failures counts
 those of days as if they had followed one another. The policies here are Ray's with these changes. Where their classes
-are missing, Ray's own are used as they are, and a number of workers that does not divide the batch ends the run. The same
-in Ray 2.58.1, 2.59.0 and 2.60.0.
+are missing, Ray's own are used as they are, and a number of workers that does not divide the batch ends the run. The
+same in Ray 2.58.1, 2.59.0 and 2.60.0.
 """
 
 import time

@@ -17,6 +17,7 @@ from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.capacity import CapacityWatch, Demand
 from dinoray.pipeline.cluster.channel import EndRequest, Event, RunChannel, fatal_error
+from dinoray.pipeline.cluster.hangs import SIGN_SECONDS, HangWatch
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
 from dinoray.pipeline.data.partition import (
     batch_size_per_worker,
@@ -44,9 +45,10 @@ from dinoray.pipeline.training.init_weights import INIT_LINE, load_initial_weigh
 from dinoray.pipeline.training.match_weights import adapt
 from dinoray.pipeline.training.step import build_state
 from dinoray.pipeline.worker.config import Config
+from dinoray.pipeline.worker.fit import CONTROLLER, fit
 from dinoray.pipeline.worker.inputs import Inputs
+from dinoray.pipeline.worker.signs import SIGNS, end_worker
 from dinoray.pipeline.worker.spec import WorkerSpec
-from dinoray.pipeline.worker.worker import CONTROLLER, fit
 
 _END_SECONDS = 120.0
 """Longest wait for workers that all met the same error; they may upload a checkpoint."""
@@ -275,12 +277,26 @@ def run_training(
         Demand(config.resources, use_gpu, config.data.streams), staying_nodes, ray.available_resources
     )
 
+    hangs, looked = HangWatch(config.resources.hang_seconds), time.monotonic()
+
+    def look_for_hangs() -> None:
+        nonlocal looked
+        if time.monotonic() - looked < SIGN_SECONDS:
+            return
+        looked = time.monotonic()
+        found = hangs.look(channel.get(SIGNS) or {})
+        for line in found.lines:
+            note(line)
+        if found.to_end is not None:
+            end_worker(found.to_end)
+
     def follow() -> None:
         nonlocal trains, stopped_at
         while thread.is_alive() or outcome:
             check()
             event = channel.take(timeout_seconds=0.5)
             note(capacity.look())
+            look_for_hangs()
             if event is None:
                 if outcome:
                     break
@@ -290,6 +306,7 @@ def run_training(
                     thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
                 raise error
             elif event.kind == "lost":
+                hangs.forget()
                 capacity.lost(event.facts["text"], event.facts.get("step"))
             elif event.kind == "resumed":
                 note(capacity.resumed(event.facts["step"]))
@@ -298,6 +315,7 @@ def run_training(
                     trains = True
                     capacity.trains(event.facts["step"])
                 if event.kind == "placed":
+                    hangs.forget()
                     capacity.placed()
                 if event.kind == "stopped":
                     stopped_at = event.facts["step"]

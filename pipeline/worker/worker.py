@@ -1,12 +1,11 @@
 """One Ray Train worker: device, DDP, restore, stream, train, evaluate, report.
 
-The only user of ray.train. `fit` starts the workers from the driver; each worker runs `work`.
+`fit` in fit.py starts the workers from the driver; each worker runs `work`.
 """
 
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from math import ceil
 from typing import Any
 
 import ray
@@ -14,21 +13,14 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig as RayCheckpointConfig
-from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.config import crop_bytes
-from dinoray.pipeline.cluster.channel import NEWEST_CHECKPOINT, known_error
-from dinoray.pipeline.cluster.lost_ray import post_loss, save_elsewhere
+from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
-from dinoray.pipeline.cluster.resources import ResourcesConfig
-from dinoray.pipeline.data.partition import Layout, dividing_workers, lay_out
+from dinoray.pipeline.data.partition import Layout, lay_out
 from dinoray.pipeline.evaluation.in_training import evaluate
-from dinoray.pipeline.ray_private.train_controller import controller_callbacks
-from dinoray.pipeline.ray_private.train_policies import Trainer
 from dinoray.pipeline.storage import run_dir
-from dinoray.pipeline.storage.files import filesystem
 from dinoray.pipeline.storage.waiting import report_outages
 from dinoray.pipeline.stream import ray_data, shared_stream
 from dinoray.pipeline.training.bad_images import Quarantine
@@ -39,66 +31,13 @@ from dinoray.pipeline.training.step import build_state, train
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence
-from dinoray.pipeline.worker.ending import Ending, grow, take_restart
+from dinoray.pipeline.worker.ending import Ending
 from dinoray.pipeline.worker.outputs import Outputs
-from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore, take_refusal
+from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore
 from dinoray.pipeline.worker.saving import Saver
+from dinoray.pipeline.worker.signs import Signs
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import WorkMeter
-
-_GROW_SECONDS = 30.0
-"""Time between two looks for room for more train workers; to start them anew takes about as long."""
-
-CONTROLLER = "train controller"
-"""Name under which the run's channel keeps the handle of Ray Train's controller."""
-
-
-def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
-    """Run the training to its end; resume from the newest whole checkpoint that is committed, if the run has one."""
-    goes_on = True
-    while goes_on:
-        _fit_once(spec, resources, use_gpu=use_gpu)
-        refusal = take_refusal(spec)
-        if refusal is not None:
-            spec.channel.post("note", text=f"warning: {refusal}")
-        goes_on = refusal is not None or take_restart(spec.channel)
-
-
-def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
-    storage, path = filesystem(spec.run.uri, give_up_after_seconds=spec.give_up_after_seconds)
-    least, most = resources.worker_range
-    train = spec.config.train
-    Trainer(
-        work,
-        sizes=dividing_workers(train.global_batch_size, train.accumulate_steps, least, most),
-        grows=partial(grow, spec.channel),
-        progress=partial(spec.channel.get, NEWEST_CHECKPOINT),
-        # By reference: Ray's controller unpickles this dictionary, and would import all modules of the spec.
-        train_loop_config={"spec": ray.put(spec)},
-        scaling_config=ScalingConfig(
-            num_workers=least if least == most else (least, most),
-            elastic_resize_monitor_interval_s=_GROW_SECONDS,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": resources.cpus_per_train_worker, **({"GPU": 1} if use_gpu else {})},
-        ),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RunConfig(
-            name=run_dir.CHECKPOINTS,
-            storage_path=path,
-            storage_filesystem=storage,
-            checkpoint_config=RayCheckpointConfig(num_to_keep=spec.checkpoint.num_to_keep),
-            failure_config=FailureConfig(
-                max_failures=resources.max_failures,
-                # Each start of the workers that finds no room within a minute counts, too.
-                controller_failure_limit=10 + ceil(resources.wait_for_nodes_minutes),
-            ),
-            callbacks=controller_callbacks(
-                started=partial(spec.channel.put, CONTROLLER),
-                lost=partial(post_loss, spec.channel),
-                taken_back=partial(save_elsewhere, spec.channel),
-            ),
-        ),
-    ).fit()
 
 
 def work(loop_config: dict[str, Any]) -> None:
@@ -138,6 +77,7 @@ class _Worker:
         context = ray.train.get_context()
         self.spec = spec
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.signs = Signs(spec.channel, self.rank)
         device = ray.train.torch.get_device()
         set_up_device(device)
         self.is_new = ray.train.get_checkpoint() is None
@@ -170,6 +110,7 @@ class _Worker:
         state, total = self.state, self.state.schedule.total_steps
         if self.is_new:
             self._evaluate()
+        self.signs.does(state.step, "waits for images")
         try:
             train(state, self._batches(), on_step=self._on_step)
         except StreamFailedError as failed:
@@ -185,6 +126,7 @@ class _Worker:
             raise error from failed
         if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
+        self.signs.does(state.step, "saves")
         if self.outputs:
             self.saver.wait()
             self.outputs.close()
@@ -223,7 +165,9 @@ class _Worker:
             yield from self._agreed(self._batches_of(leg))
 
     def _agreed(self, stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        return self.agreement.batches(stream, self.ending.is_asked if self.ending else lambda: False)
+        for batch in self.agreement.batches(stream, self.ending.is_asked if self.ending else lambda: False):
+            self.signs.does(self.state.step, "trains")
+            yield batch
 
     def _batches_of(self, leg: Layout) -> Iterator[dict[str, Any]]:
         splits, failure = None, None
@@ -260,8 +204,10 @@ class _Worker:
         # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
         # saved.
         if (due.saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
+            self.signs.does(step, "saves")
             self.saver.save(is_last=due.ends, waits_for_storage=due.ends or self.stopped)
         self.saver.check()
+        self.signs.does(step, "waits for images")
         return self.stopped
 
     def _goes_on(self, step: int) -> bool:
@@ -316,6 +262,7 @@ class _Worker:
 
     def _evaluate(self) -> None:
         spec, step = self.spec, self.state.step
+        self.signs.does(step, "evaluates")
         evaluation = evaluate(
             self.state.dino.teacher.backbone,
             (ray.get(spec.eval_sources[0]), ray.get(spec.eval_sources[1])) if spec.eval_sources else None,
