@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
-    items.sort(key=lambda item: _scope(item.config.rootpath, item.nodeid) == _LAST)
+    items.sort(key=lambda item: _scope(item.path) == _LAST)
 
 
 class FilesAndRay(LoadScopeScheduling):
@@ -41,18 +41,17 @@ class FilesAndRay(LoadScopeScheduling):
     other files are done, a second process takes those of them that start the fewest processes."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return _scope(self.config.rootpath, nodeid)
+        return _scope(self.config.rootpath / nodeid.partition("::")[0])
 
 
 _LAST = "ray, last"
 
 
 @cache
-def _scope(root: Path, nodeid: str) -> str:
-    file = nodeid.partition("::")[0]
-    if "mark.ray" not in (root / file).read_text():
-        return file
-    return "ray" if "end_to_end" in file else _LAST
+def _scope(file: Path) -> str:
+    if "mark.ray" not in file.read_text():
+        return str(file)
+    return "ray" if file.parent.name == "end_to_end" else _LAST
 
 
 @pytest.hookimpl(optionalhook=True)
