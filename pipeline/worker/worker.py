@@ -25,6 +25,7 @@ from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.partition import Layout, lay_out
 from dinoray.pipeline.evaluation.in_training import evaluate
+from dinoray.pipeline.ray_private.train_checkpoints import CAN_DROP, NEWEST_ALONE, drop_callbacks
 from dinoray.pipeline.ray_private.train_controller import controller_callbacks
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import filesystem
@@ -50,6 +51,8 @@ CONTROLLER = "train controller"
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
     """Run the training to its end; resume from the newest whole checkpoint that is committed, if the run has one."""
+    if not CAN_DROP:
+        spec.channel.post("note", text=NEWEST_ALONE)
     _fit_once(spec, resources, use_gpu=use_gpu)
     while (refusal := take_refusal(spec)) is not None:
         spec.channel.post("note", text=f"warning: {refusal}")
@@ -72,15 +75,20 @@ def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) ->
             name=run_dir.CHECKPOINTS,
             storage_path=path,
             storage_filesystem=storage,
-            checkpoint_config=RayCheckpointConfig(num_to_keep=spec.checkpoint.num_to_keep),
+            checkpoint_config=RayCheckpointConfig(
+                num_to_keep=None if CAN_DROP else spec.checkpoint.num_to_keep
+            ),
             failure_config=FailureConfig(
                 max_failures=resources.max_failures,
                 # Each start of the workers that finds no room within a minute counts, too.
                 controller_failure_limit=10 + ceil(resources.wait_for_nodes_minutes),
             ),
-            callbacks=controller_callbacks(
-                started=partial(spec.channel.put, CONTROLLER), lost=partial(post_loss, spec.channel)
-            ),
+            callbacks=[
+                *controller_callbacks(
+                    started=partial(spec.channel.put, CONTROLLER), lost=partial(post_loss, spec.channel)
+                ),
+                *drop_callbacks(first=run_dir.META),
+            ],
         ),
     ).fit()
 
@@ -135,11 +143,12 @@ class _Worker:
         self.quarantine = self._initialise() if self.is_new else self._restore()
         self.state.student = distribute(self.state.dino, device)
         self.agreement = Agreement(patience_seconds=spec.give_up_after_seconds, known=known_error)
-        self.cadence = Cadence(
+        self.cadence = Cadence.of(
             self.state.schedule.total_steps,
-            log_every=spec.log.every_steps,
-            eval_every=spec.eval.every_steps,
-            checkpoint_every=spec.checkpoint.every_steps,
+            log=spec.log,
+            evaluation=spec.eval,
+            checkpoint=spec.checkpoint,
+            is_scored=spec.eval_sources is not None or spec.eval.label_free,
         )
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
         # The first rank of each stream speaks for its ranks: rank j for stream j.
@@ -234,19 +243,30 @@ class _Worker:
             self._go_back()
         if due.evaluates:
             self._evaluate()
+        saves = due.saves
         if due.logs and not due.ends:
-            self.stopped = self._should_stop(step if due.evaluates and self.spec.waits_for_decision else None)
+            asked = step if due.evaluates and self.spec.waits_for_decision else None
+            self.stopped, by_clock = self._decisions(asked)
+            saves |= by_clock
         # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
         # saved.
-        if (due.saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
+        if (saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
             self.saver.save(is_last=due.ends, waits_for_storage=due.ends or self.stopped)
         self.saver.check()
         return self.stopped
 
-    def _should_stop(self, step: int | None) -> bool:
-        """Return True on all ranks if the run must end now; await the decision on `step` unless None."""
-        told = self.rank == 0 and not self.spec.channel.should_continue(step)
-        return bool(all_reduce_max(torch.tensor(float(told), device=self.state.device)))
+    def _decisions(self, step: int | None) -> tuple[bool, bool]:
+        """Return on all ranks whether the run must end now, and whether a save is due by time, as rank 0 decides.
+
+        `step`: await the decision on it unless None.
+        """
+        mine = (False, False)
+        if self.rank == 0:
+            mine = (not self.spec.channel.should_continue(step), self.saver.is_due())
+        stops, saves = all_reduce_max(
+            torch.tensor(mine, dtype=torch.float32, device=self.state.device)
+        ).tolist()
+        return bool(stops), bool(saves)
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
         state = self.state

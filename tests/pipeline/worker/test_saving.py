@@ -11,6 +11,7 @@ from tiny_states import after
 
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.config import CheckpointConfig
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.saving import Saver
 
@@ -20,7 +21,12 @@ def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(part: str, tmp_pa
     """In Ray's list it would take the place of one that can be resumed from. Outside of Ray Train a report raises."""
     state = after(1)
     state.step = 5
-    spec: Any = SimpleNamespace(run=Directory(str(tmp_path)), num_images=NUM_IMAGES, check_fence=lambda: None)
+    spec: Any = SimpleNamespace(
+        run=Directory(str(tmp_path)),
+        num_images=NUM_IMAGES,
+        check_fence=lambda: None,
+        checkpoint=CheckpointConfig(),
+    )
     agreement = Agreement(patience_seconds=0, known=lambda _: None)
     saver = Saver(state, Quarantine(), cast(Any, spec), None, agreement)
     with pytest.raises(RuntimeError):
