@@ -248,7 +248,10 @@ class Directory:
     def remove(self) -> None:
         """Remove the folder with the files in it; a missing folder is no error."""
         if is_s3(self.uri):
-            for name in self.list():
+            for name in (
+                *self.list(),
+                "",
+            ):  # the last is the folder's own marker, which some stores and clients make
                 self.delete(name)
         elif os.path.lexists(self.uri):
             with local_errors(self.uri):

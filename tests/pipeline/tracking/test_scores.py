@@ -11,7 +11,7 @@ from tiny_states import commit
 
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
-from dinoray.pipeline.tracking.records import read_records
+from dinoray.pipeline.tracking.records import Records, read_records
 from dinoray.pipeline.tracking.scores import Best, best_checkpoint, scores_of
 
 
@@ -72,6 +72,8 @@ def test_a_run_without_an_evaluated_checkpoint_has_none(tmp_path: Path) -> None:
 
 @given(st.dictionaries(st.integers(0, 30), st.floats(0, 1)))
 def test_the_scores_are_those_of_the_report(scores: dict[int, float]) -> None:
-    """The report's series of the same metric has the same values."""
     lines = [{"step": step, "knn_20": score} for step, score in scores.items()]
-    assert scores_of(lines).by_step == scores
+    records = Records("".join(f"{json.dumps(line)}\n" for line in lines).encode())
+    series = records.series("knn_20")
+    found = scores_of(records.lines).by_step
+    assert found == dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
