@@ -179,7 +179,7 @@ def test_ray_is_known_in_few_places_alone() -> None:
             "train",
             {
                 *(f"pipeline/worker/{name}.py" for name in ("worker", "restoring", "saving")),
-                "pipeline/ray_private/train_controller.py",
+                *(f"pipeline/ray_private/{name}.py" for name in ("train_controller", "train_checkpoints")),
             },
         ),
         (

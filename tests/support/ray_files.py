@@ -13,5 +13,6 @@ RAY_FILES = {
     *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
     "pipeline/evaluation/actors.py",
     "pipeline/tracking/prometheus.py",
-    *(f"pipeline/ray_private/{name}.py" for name in ("core", "data", "jobs", "train_controller", "tune")),
+    *(f"pipeline/ray_private/{name}.py" for name in ("core", "data", "jobs", "tune")),
+    *(f"pipeline/ray_private/{name}.py" for name in ("train_controller", "train_checkpoints")),
 }
