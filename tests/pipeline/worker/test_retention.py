@@ -1,6 +1,6 @@
 """Which checkpoints are kept, against the rule spelt out, and over resumes."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dinoray.pipeline.training.config import CheckpointConfig
@@ -30,6 +30,7 @@ def is_kept(step: int, steps: list[int], scores: dict[int, float], config: Check
 
 
 @given(all_steps, scores, configs)
+@example([1, 2, 3], {1: 0.5, 2: 0.5, 3: 0.1}, CheckpointConfig(num_to_keep=1))
 def test_the_newest_the_best_and_the_multiples_are_kept(
     steps: list[int], scores: dict[int, float], config: CheckpointConfig
 ) -> None:

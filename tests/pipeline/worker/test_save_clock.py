@@ -58,6 +58,14 @@ def test_auto_follows_the_median_of_the_newest_saves(
         assert clock.interval_seconds == pytest.approx(expected)
 
 
+def test_auto_forgets_slow_saves_once_five_others_have_followed() -> None:
+    config = CheckpointConfig(every_minutes="auto")
+    clock = SaveClock(config, now=0.0)
+    for took in (90.0, 90.0, 90.0, 1.0, 2.0, 3.0, 4.0, 5.0):
+        clock.saved(0.0, took)
+    assert clock.interval_seconds == config.interval_seconds(3.0)
+
+
 @given(steps=logged)
 def test_nothing_is_due_by_time_if_steps_decide(steps: list[tuple[float, float, str]]) -> None:
     clock = SaveClock(CheckpointConfig(), now=0.0)

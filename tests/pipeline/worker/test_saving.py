@@ -17,7 +17,9 @@ from dinoray.pipeline.worker.saving import Saver
 
 
 @pytest.mark.parametrize("part", ["student", "center", "optimizer"])
-def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(part: str, tmp_path: Path) -> None:
+def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In Ray's list it would take the place of one that can be resumed from. Outside of Ray Train a report raises."""
     state = after(1)
     state.step = 5
@@ -42,3 +44,7 @@ def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(part: str, tmp_pa
     saver.save(is_last=False, waits_for_storage=False)
     with pytest.raises(RuntimeError):
         saver.save(is_last=True, waits_for_storage=False)
+    replaced: list[bool] = []
+    monkeypatch.setattr(saver, "_report", lambda _, *, replaces: replaced.append(replaces))
+    saver.save(is_last=True, waits_for_storage=False)
+    assert replaced == [False], "those before it, which are finite, must stay"
