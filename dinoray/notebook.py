@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinoray.jobs.cli.config import load_config, load_run_config
 from dinoray.jobs.runs.holding import lease_of
-from dinoray.jobs.runs.open_checkpoint import open_network
+from dinoray.jobs.runs.open_checkpoint import Step, open_network
 from dinoray.jobs.runs.pretraining import pretrain as run_pretraining
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.decode import BadImage, decode
@@ -55,9 +55,9 @@ def read_metrics(run: str | Path) -> pd.DataFrame:
 
 
 def load_teacher(
-    run: str | Path, *, step: int | None = None, which: Literal["teacher", "student"] = "teacher"
+    run: str | Path, *, step: Step | None = None, which: Literal["teacher", "student"] = "teacher"
 ) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
-    """Load the backbone of a run (its newest checkpoint, or that at `step`) or of a checkpoint's own folder.
+    """Load the backbone of a run (its newest checkpoint, that at `step`, or "best") or of a checkpoint's own folder.
 
     Returns a timm model in eval mode, float32 [n, 3, H, W] -> [n, D], and its transform, RGB image -> float32
     [3, H, W], which does what the run's evaluations do. Raises DataError or ConfigError if there is none.
@@ -77,7 +77,7 @@ def load_teacher(
 
 
 def embed(
-    run: str | Path, files: Sequence[str | Path], *, step: int | None = None, batch_size: int = 32
+    run: str | Path, files: Sequence[str | Path], *, step: Step | None = None, batch_size: int = 32
 ) -> NDArray[np.float32]:
     """Return the teacher's features of image files, local or s3://, as float32 [len(files), D].
 

@@ -1,4 +1,4 @@
-"""Export a checkpoint for other programs: `dinoray export RUN [--step N] [--format FORMAT ...]`.
+"""Export a checkpoint for other programs: `dinoray export RUN [--step N|best] [--format FORMAT ...]`.
 
 Each format is a folder with a README.md, its model card. One JSON file beside the folders holds the same facts. Each
 file has been loaded back and compared before it is written. Runs in one process, without Ray.

@@ -179,8 +179,10 @@ def test_ray_is_known_in_few_places_alone() -> None:
             "train",
             {
                 *(f"pipeline/worker/{name}.py" for name in ("worker", "fit", "restoring", "saving")),
-                "pipeline/ray_private/train_controller.py",
-                "pipeline/ray_private/train_policies.py",
+                *(
+                    f"pipeline/ray_private/train_{name}.py"
+                    for name in ("checkpoints", "controller", "policies")
+                ),
             },
         ),
         (

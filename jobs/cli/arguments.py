@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from dinoray.jobs.cli.config import load_config, load_kept
 from dinoray.jobs.cli.recipes import RECIPES
@@ -26,6 +26,11 @@ def positive(text: str) -> int:
 positive.__name__ = "positive number"  # as argparse names it in its error
 
 
+def step(text: str) -> int | Literal["best"]:
+    """Type of the option that chooses a checkpoint."""
+    return "best" if text == "best" else int(text)
+
+
 class CommandLine(argparse.ArgumentParser):
     """Options and `section.key=value` overrides in any order; a wrong option ends like a wrong value."""
 
@@ -41,7 +46,10 @@ class CommandLine(argparse.ArgumentParser):
     def add_network(self) -> None:
         """Add the options that choose one network of a run."""
         self.add_argument(
-            "--step", type=int, default=None, help="step of the checkpoint (default: the newest)"
+            "--step",
+            type=step,
+            default=None,
+            help="step of the checkpoint, or `best`, by the run's evaluations (default: the newest)",
         )
         self.add_argument(
             "--which",

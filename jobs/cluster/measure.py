@@ -31,6 +31,7 @@ from dinoray.pipeline.planning.calibrate import (
 )
 from dinoray.pipeline.planning.node_rates import Figures, Run
 from dinoray.pipeline.planning.prices import PlanSettings
+from dinoray.pipeline.worker.cadence import Cadence
 
 Say = Callable[[str], None]
 
@@ -154,6 +155,13 @@ def run_of(config: PlanConfig, measured: Measured) -> Run:
     num_images, resources = measured.num_images, config.resources
     steps = schedule_of(config, num_images=num_images).total_steps
     every = config.eval.every_steps
+    cadence = Cadence.of(
+        steps,
+        log=config.log,
+        evaluation=config.eval,
+        checkpoint=config.checkpoint,
+        is_scored=measured.has_labels or config.eval.label_free,
+    )
     return Run(
         total_steps=steps,
         global_batch_size=config.train.global_batch_size,
@@ -163,7 +171,8 @@ def run_of(config: PlanConfig, measured: Measured) -> Run:
         forwards_per_image=forwards_per_image(config.crops),
         evaluations=1 + -(-steps // every),  # one of them before the first step
         images_per_evaluation=_images_per_evaluation(config, num_images, has_labels=measured.has_labels),
-        checkpoints=-(-steps // config.checkpoint.every_steps),
+        checkpoints=cadence.num_saves,
+        checkpoint=config.checkpoint,
         prefetch_batches=resources.prefetch_batches,
         cpus_per_train_worker=resources.cpus_per_train_worker,
         cpus_per_augment_actor=resources.cpus_per_augment_actor,

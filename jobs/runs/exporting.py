@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import timm
 
 from dinoray.jobs.cli.config import load_run_config
+from dinoray.jobs.runs.open_checkpoint import number_of
 from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.export.loading_code import FILES, create_model, quoted
 from dinoray.pipeline.export.model_card import RunFacts, model_card, read_scores
@@ -50,16 +51,17 @@ def export(arguments: Namespace) -> None:
     """Read one checkpoint, make the files, write them and their cards, print how they are loaded."""
     license_id = _license_id(arguments.license)
 
-    found = find_checkpoint(arguments.run, arguments.step)
+    step = number_of(arguments.step, arguments.run)
+    found = find_checkpoint(arguments.run, step)
     if found.run is None and arguments.out is None:
         raise ConfigError(f"{found.folder.uri} is a checkpoint outside a run directory; pass --out FOLDER")
     out = Directory(arguments.out) if arguments.out or found.run is None else found.run.child("export")
     with tempfile.TemporaryDirectory(prefix="dinoray-export-") as scratch:
         folder, at = download_checkpoint(found.folder, Path(scratch)), found.folder.uri
         frozen, meta = read_frozen(folder, arguments.which, address=at), read_meta(folder, address=at)
-        if arguments.step not in (None, meta["step"]):
+        if step not in (None, meta["step"]):
             raise ConfigError(
-                f"--step {arguments.step}, but {found.folder.uri} is of step {meta['step']}; leave --step out"
+                f"--step {step}, but {found.folder.uri} is of step {meta['step']}; leave --step out"
             )
         name = f"{arguments.which}_{checkpoint_name(meta['step'])}"
         run = _run_facts(found.run)

@@ -3,12 +3,15 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dinoray.jobs.cli.config import apply_overrides, validate
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage import run_dir
+from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.tracking.records import read_records
+from dinoray.pipeline.tracking.scores import best_checkpoint
 from dinoray.pipeline.training.checkpoint import (
     Found,
     FrozenBackbone,
@@ -20,6 +23,8 @@ from dinoray.pipeline.training.checkpoint import (
 )
 from dinoray.pipeline.worker.config import Config
 
+Step: TypeAlias = int | Literal["best"]
+
 
 class Opened(NamedTuple):
     """A checkpoint's network in memory: where it was found, its backbone, and the step that it was taken at."""
@@ -29,8 +34,23 @@ class Opened(NamedTuple):
     step: int
 
 
-def open_network(address: str, step: int | None, which: Which) -> Opened:
+def number_of(step: Step | None, address: str) -> int | None:
+    """Return `step` as a number, for `best` that of the best checkpoint of the run at `address`."""
+    if step != "best":
+        return step
+    run = Directory(address)
+    best = best_checkpoint(run, read_records(run))
+    if best is None:
+        raise ConfigError(
+            f"--step best: no checkpoint of {run.uri} has a score, because none of their steps was evaluated; "
+            "leave --step out for the newest"
+        )
+    return best.step
+
+
+def open_network(address: str, step: Step | None, which: Which) -> Opened:
     """Read one network of a run's checkpoint (at `step`, else the newest) or of a checkpoint's own folder."""
+    step = number_of(step, address)
     found = find_checkpoint(address, step)
     with tempfile.TemporaryDirectory(prefix="dinoray-network-") as scratch:
         files = (f"{which}.safetensors", run_dir.META)

@@ -10,6 +10,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
+from dinoray.pipeline.tracking.scores import best_checkpoint
 from dinoray.pipeline.training.verdict import Verdict
 
 
@@ -40,6 +41,8 @@ def describe_result(run: Directory) -> str:
             f"  {after:17} {_percent(result['after'])}",
             f"  {'majority guess':17} {result['after']['majority']:.1%}",
         ]
+    if best := best_checkpoint(run, read_records(run)):
+        lines.append(f"best checkpoint: {best}")
     lines += [
         f"checkpoints   {run.join('checkpoints')}",
         f"report        {run.join('report.html')}",

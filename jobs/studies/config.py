@@ -220,7 +220,7 @@ def trial_config(
     total = schedule_of(validate_as(Config, tree), num_images=num_images).total_steps
     every = max(1, math.ceil(total / config.tune.evaluations))
     tree["eval"] |= {"every_steps": every, "label_free": True, "lidar": True}
-    tree["checkpoint"]["every_steps"] = every
+    tree["checkpoint"] |= {"every_steps": every, "every_minutes": None}
     tree["log"]["every_steps"] = max(1, min(tree["log"]["every_steps"], every // _LOGGED_PER_EVALUATION))
     tree["health"]["on_collapse"] = "stop"
     tree.pop("cost")  # the cluster's, not one trial's

@@ -129,7 +129,9 @@ def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
     else:
         most = int(max(1, min(home_actors, home_most)))
         least = int(max(1, min(most, home_least)))
-    pause = _pause_seconds(run, figures, decoding_cpus=gpu_nodes * gpu.cpus)
+    pause = _pause_seconds(
+        run, figures, decoding_cpus=gpu_nodes * gpu.cpus, training_seconds=run.images / rate
+    )
     startup = 60 * plan.startup_minutes
     hours = (run.images / rate + pause + startup) / 3600
     reads = (run.images + run.evaluations * run.images_per_evaluation) / figures.images_per_request
@@ -168,13 +170,15 @@ def forecast(run: Run, figures: Figures, plan: PlanSettings) -> Forecast:
     )
 
 
-def _pause_seconds(run: Run, figures: Figures, *, decoding_cpus: float) -> float:
+def _pause_seconds(run: Run, figures: Figures, *, decoding_cpus: float, training_seconds: float) -> float:
     """Return the seconds of evaluations, each worker embedding its share, and of writing checkpoints."""
     embedded = run.train_workers * figures.images_per_second_per_gpu * run.forwards_per_image
     rate = min(embedded, decoding_cpus * figures.images_per_second_per_cpu)
     # Student, teacher and the optimizer's two moments, each as large as the gradients.
     saved = 4 * run.gradient_bytes / _DISK_BYTES_PER_SECOND
-    return run.evaluations * run.images_per_evaluation / rate + run.checkpoints * saved
+    interval = run.checkpoint.interval_seconds(saved)
+    by_time = 0 if interval is None else training_seconds / interval
+    return run.evaluations * run.images_per_evaluation / rate + (run.checkpoints + by_time) * saved
 
 
 def forecast_here(run: Run, figures: Figures, plan: PlanSettings, *, cores: int) -> Forecast:

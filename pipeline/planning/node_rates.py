@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from dinoray.pipeline.data.partition import batch_size_per_worker, steps_per_block
 from dinoray.pipeline.planning.prices import NodeType
+from dinoray.pipeline.training.config import CheckpointConfig
 
 Limit = Literal["training step", "augmentation", "network", "S3 latency", "object store"]
 
@@ -50,6 +51,8 @@ class Run:
     evaluations: int
     images_per_evaluation: int
     checkpoints: int
+    """Number at given steps, without those by time."""
+    checkpoint: CheckpointConfig
     prefetch_batches: int
     cpus_per_train_worker: float
     cpus_per_augment_actor: float

@@ -13,6 +13,8 @@ from typing import Any
 from dinoray.models.errors import DataError
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+DROPPED = "dropped"
+"""In the metrics of a report: names of the checkpoints that are deleted once its own is in the list."""
 _LIST, _NAME, _INDICES, _LATEST = (
     "checkpoint_results",
     "checkpoint_dir_name",
@@ -39,6 +41,12 @@ def listed(snapshot: bytes) -> list[str]:
         return [str(result[_NAME]) for result in state[_LIST]]
     except (KeyError, TypeError) as error:
         raise BadSnapshotError("not of the form of Ray Train 2.58 to 2.60") from error
+
+
+def dropped(snapshot: bytes) -> list[str]:
+    """Return the names in a snapshot of the checkpoints that were to be deleted after it was written."""
+    newest = json.loads(snapshot).get(_LATEST) or {}
+    return [str(name) for name in newest.get("metrics", {}).get(DROPPED, ())]
 
 
 def is_complete(snapshot: bytes) -> bool:

@@ -3,6 +3,7 @@
 Of the run's files alone, so that the same files give the same words.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.tracking.records import Records, attention_figures, read_mapping
+from dinoray.pipeline.tracking.scores import best_checkpoint
 from dinoray.pipeline.training.verdict import Verdict
 
 _NEWEST = 20
@@ -79,13 +81,18 @@ def course(run: Directory, records: Records, values: Mapping[str, Any], *, endin
 
 
 def header(name: str, run: Directory, found: Course, records: Records) -> Html:
-    """Name, address, the finding, the state, and when."""
+    """Name, address, the finding, the state, the best checkpoint, and when."""
     lines = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="address">{escape(run.uri)}</p>',
         f'<p class="finding">{escape(finding(found, records))}</p>',
         f'<p class="state">{escape(_state(found))}</p>',
     ]
+    with contextlib.suppress(
+        DataError
+    ):  # none of them can be used; the page is of the run's course all the same
+        if best := best_checkpoint(run, records):
+            lines.append(f'<p class="state">Best checkpoint: {escape(str(best))}.</p>')
     if when := _when(found):
         lines.append(f'<p class="state">{escape(when)}</p>')
     return Html("\n".join(lines))

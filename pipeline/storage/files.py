@@ -7,6 +7,7 @@ everything here can be pickled and sent to any node. No images, no manifests and
 import contextlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -243,3 +244,15 @@ class Directory:
             return
         with local_errors(uri), contextlib.suppress(FileNotFoundError):
             os.unlink(uri)
+
+    def remove(self) -> None:
+        """Remove the folder with the files in it; a missing folder is no error."""
+        if is_s3(self.uri):
+            for name in (
+                *self.list(),
+                "",
+            ):  # the last is the folder's own marker, which some stores and clients make
+                self.delete(name)
+        elif os.path.lexists(self.uri):
+            with local_errors(self.uri):
+                shutil.rmtree(self.uri)

@@ -27,13 +27,21 @@ A run directory (local or S3):
 No Ray here.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.ray_private.train import SNAPSHOT, BadSnapshotError, is_complete, listed, snapshot_of
+from dinoray.pipeline.ray_private.train import (
+    SNAPSHOT,
+    BadSnapshotError,
+    dropped,
+    is_complete,
+    listed,
+    snapshot_of,
+)
 from dinoray.pipeline.storage.files import Directory, MissingObject
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
@@ -146,6 +154,24 @@ def mend_snapshot(run: Directory) -> str | None:
 def leave_out(run: Directory, refused: Collection[str]) -> None:
     """Take checkpoints out of Ray Train's list, some but not all. Only for a run that nobody trains."""
     run.write(_LIST, snapshot_of([name for name in committed_checkpoints(run) if name not in refused]))
+
+
+def remove_leftovers(run: Directory) -> None:
+    """Remove what a kill has left of checkpoints that were being deleted or written. Only for a run that nobody trains.
+
+    They are not in Ray Train's list, which must be right: the newest report in it names those that were to be deleted,
+    and the others lack meta.json.
+    """
+    try:
+        to_delete = dropped(run.read(_LIST))
+    except MissingObject:
+        to_delete = []
+    committed = committed_checkpoints(run)
+    for name in checkpoint_names(run):
+        folder = run.child(CHECKPOINTS).child(name)
+        if name not in committed and (name in to_delete or not folder.exists(META)):
+            with contextlib.suppress(DataError):  # it costs space, and nothing else
+                folder.remove()
 
 
 def _whole(run: Directory, names: Collection[str], why: str) -> list[str]:

@@ -168,7 +168,7 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def spent(run: Directory) -> float:
+def spent(records: Records) -> float:
     """Return the dollars that earlier starts of the run cost, including steps that are repeated."""
-    values = read_records(run).series("dollars").values
+    values = records.series("dollars").values
     return float(values.max()) if len(values) else 0.0

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 
 from dinoray.models import schedules
 from dinoray.models.config import BackboneConfig, HeadConfig, LossConfig, OptimConfig, TeacherConfig
@@ -16,6 +16,8 @@ from dinoray.models.schedules import scaled_lr
 from dinoray.models.settings import Settings, number
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.storage.files import normal_uri
+
+_DAY_SECONDS = 86_400
 
 
 class TrainConfig(Settings):
@@ -119,12 +121,33 @@ class Schedule:
 
 
 class CheckpointConfig(Settings):
-    """Checkpoints: how often they are written and how many are kept."""
+    """Checkpoints: how often they are written and which are kept."""
 
     every_steps: int = Field(default=500, ge=1)
-    """Steps between checkpoints; a killed run repeats at most this many steps, plus a few seconds."""
+    """Steps between checkpoints, unless every_minutes is set; a killed run repeats at most these and a few seconds."""
+    every_minutes: PositiveFloat | Literal["auto"] | None = None
+    """Minutes of training between checkpoints; auto: what repeats least, from the measured time of a save."""
+    failures_per_day: PositiveFloat = 1
+    """Expected failures of the whole run per day, of any node; for every_minutes=auto."""
     num_to_keep: int = Field(default=3, ge=1)
     """Number of newest checkpoints to keep."""
+    num_best_to_keep: int = Field(default=1, ge=0)
+    """Number of best checkpoints to keep too, by k-NN, else RankMe; unless it is 0, each evaluated step is saved."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Save each multiple of this step and keep it for good; None: none."""
+
+    def interval_seconds(self, save_seconds: float) -> float | None:
+        """Return the training time between two saves, each of which holds training up for `save_seconds`.
+
+        None if steps decide. `auto`: sqrt(2 C M) by Young and Daly, for C seconds per save and M seconds between
+        failures. A run loses a share C / T to saves every T seconds and T / (2 M) to repeated steps; T makes the sum
+        smallest. C does not include the time of writing in the background, w: it adds w / M for any T.
+        """
+        if self.every_minutes is None:
+            return None
+        if self.every_minutes == "auto":
+            return math.sqrt(2 * save_seconds * _DAY_SECONDS / self.failures_per_day)
+        return 60 * self.every_minutes
 
 
 class HealthConfig(Settings):

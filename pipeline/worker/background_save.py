@@ -41,6 +41,11 @@ class BackgroundSave:
         return True
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no save is under way."""
+        return self._is_over.is_set()
+
+    @property
     def step(self) -> int:
         """The step of the save that is, or was last, under way."""
         return self._copy.step

@@ -34,7 +34,7 @@ from dinoray.pipeline.storage.checkpoint_files import newest_meta
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.lease import LostLeaseError
 from dinoray.pipeline.storage.lease_keeper import Fence
-from dinoray.pipeline.storage.run_dir import committed_steps, mend_snapshot
+from dinoray.pipeline.storage.run_dir import committed_steps, mend_snapshot, remove_leftovers
 from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.stream.readers import Readers
 from dinoray.pipeline.stream.shared_stream import SharedStream
@@ -227,7 +227,9 @@ def run_training(
         if text is not None:
             on_event(Event("note", {"text": text}), channel)
 
-    note(mend_snapshot(run))
+    if (mended := mend_snapshot(run)) is None:
+        remove_leftovers(run)
+    note(mended)
     images = ray.put(inputs.images)
     settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
     stream = stream_plan(

@@ -12,6 +12,7 @@ from dinoray.pipeline.cluster.channel import NEWEST_CHECKPOINT
 from dinoray.pipeline.cluster.lost_ray import post_loss, save_elsewhere
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.partition import dividing_workers
+from dinoray.pipeline.ray_private.train_checkpoints import CAN_DROP, NEWEST_ALONE, drop_callbacks
 from dinoray.pipeline.ray_private.train_controller import controller_callbacks
 from dinoray.pipeline.ray_private.train_policies import Trainer
 from dinoray.pipeline.storage import run_dir
@@ -33,6 +34,8 @@ CONTROLLER = "train controller"
 
 def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
     """Run the training to its end; resume from the newest whole checkpoint that is committed, if the run has one."""
+    if not CAN_DROP:
+        spec.channel.post("note", text=NEWEST_ALONE)
     goes_on = True
     while goes_on:
         _fit_once(spec, resources, use_gpu=use_gpu)
@@ -66,16 +69,21 @@ def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) ->
             name=run_dir.CHECKPOINTS,
             storage_path=path,
             storage_filesystem=storage,
-            checkpoint_config=RayCheckpointConfig(num_to_keep=spec.checkpoint.num_to_keep),
+            checkpoint_config=RayCheckpointConfig(
+                num_to_keep=None if CAN_DROP else spec.checkpoint.num_to_keep
+            ),
             failure_config=FailureConfig(
                 max_failures=resources.max_failures,
                 # Each start of the workers that finds no room within a minute counts, too.
                 controller_failure_limit=10 + ceil(resources.wait_for_nodes_minutes),
             ),
-            callbacks=controller_callbacks(
-                started=partial(spec.channel.put, CONTROLLER),
-                lost=partial(post_loss, spec.channel),
-                taken_back=partial(save_elsewhere, spec.channel),
-            ),
+            callbacks=[
+                *controller_callbacks(
+                    started=partial(spec.channel.put, CONTROLLER),
+                    lost=partial(post_loss, spec.channel),
+                    taken_back=partial(save_elsewhere, spec.channel),
+                ),
+                *drop_callbacks(first=run_dir.META),
+            ],
         ),
     ).fit()

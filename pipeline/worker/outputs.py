@@ -17,9 +17,10 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import is_s3
 from dinoray.pipeline.storage.unsaved import UNSAVED, report_unsaved
 from dinoray.pipeline.tracking.prometheus import Gauges
-from dinoray.pipeline.tracking.records import spent
+from dinoray.pipeline.tracking.records import read_records, spent
 from dinoray.pipeline.tracking.run_log import MetricsLog
 from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
+from dinoray.pipeline.tracking.scores import Scores, evaluations, scores_of
 from dinoray.pipeline.tracking.services import open_trackers
 from dinoray.pipeline.tracking.write_thread import WriteThread
 from dinoray.pipeline.training.bad_images import Quarantine
@@ -43,7 +44,10 @@ class Outputs:
         trackers = open_trackers(
             spec.track, spec.run, name=spec.name, params=spec.params, page=build_report, tell=self.note
         )
-        self._nodes = NodeWatch(spec.cost, dollars=spent(spec.run))
+        records = read_records(spec.run)
+        self._nodes = NodeWatch(spec.cost, dollars=spent(records))
+        # Later steps are repeated.
+        self._evaluations = [line for line in evaluations(records.lines) if line["step"] <= state.step]
         self._log = MetricsLog(
             spec.run,
             num_images=spec.num_images,
@@ -96,9 +100,15 @@ class Outputs:
         if evaluated.embedding is not None:
             self._log.embedding(step, evaluated.embedding)
         if evaluated.scores:
+            self._evaluations.append({"step": step, **evaluated.scores})
             self._log.log(step, evaluated.scores)
         # The report is made from the files in the run directory.
         self._log.sync(then=lambda: self._channel.post("eval", step=step, **evaluated.scores))
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of the steps evaluated so far."""
+        return scores_of(self._evaluations)
 
     def sync_log(self) -> Callable[..., None]:
         """Begin to write the log to the run directory; return what waits until it is written, or raises its error.

@@ -1,8 +1,9 @@
 """Save a run through Ray Train: all ranks report a checkpoint, rank 0 writes its files on a thread of Ray's.
 
-Ray Train adds the checkpoint to its list once they are written, and deletes older ones after that.
+Ray Train adds the checkpoint to its list once they are written, and deletes others, which rank 0 names, after that.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -11,8 +12,9 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from dinoray.models.errors import DinorayError
+from dinoray.pipeline.ray_private.train import DROPPED
 from dinoray.pipeline.storage import run_dir
-from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.distributed import all_reduce_max
 from dinoray.pipeline.training.state_copy import is_finite
@@ -20,6 +22,8 @@ from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.background_save import BackgroundSave
 from dinoray.pipeline.worker.outputs import Outputs
+from dinoray.pipeline.worker.retention import Retention
+from dinoray.pipeline.worker.save_clock import SaveClock
 from dinoray.pipeline.worker.spec import WorkerSpec
 
 _LAST_SECONDS = 10.0
@@ -41,6 +45,8 @@ class Saver:
         self._outputs, self._agreement = outputs, agreement
         self._under_way = BackgroundSave(spec.run.child(run_dir.CHECKPOINTS), check=spec.check_fence)
         self._logged: Callable[[], None] = lambda: None
+        self._clock = SaveClock(spec.checkpoint, now=time.monotonic())
+        self._retention = Retention(spec.checkpoint, committed_steps(spec.run) if outputs else [])
         self.saved_step = state.step
 
     def save(self, *, is_last: bool, waits_for_storage: bool) -> None:
@@ -50,14 +56,18 @@ class Saver:
         `is_last`. Skip a step while the storage does not take an earlier one, unless `waits_for_storage`. Raises the
         error of an earlier save that failed for good, on rank 0.
         """
+        began = time.monotonic()
         is_free = self._under_way.is_free(waits_for_storage=waits_for_storage)
         if not self._agreement.is_everywhere(is_free):
             self._note(self._not_written_yet)
-        elif is_last or self._is_finite():
+        elif (is_finite := self._is_finite()) or is_last:
             self._copy()
             if self._outputs:
                 self._logged = self._outputs.sync_log()
-            self._report(self._upload)
+            self._report(self._upload, replaces=is_finite)
+            chosen = self._clock.saved(began, time.monotonic())
+            if self._outputs and chosen:
+                self._outputs.note(chosen)
         else:
             self._note("weights, centre or optimizer have NaN or infinite values")
 
@@ -75,7 +85,8 @@ class Saver:
         except DinorayError as error:
             failure = error
         if self._agreement.is_everywhere(failure is None):
-            self._report(lambda checkpoint, _: checkpoint)
+            # That it is finite is not known. Others go at the next save, when the run resumes.
+            self._report(lambda checkpoint, _: checkpoint, replaces=False)
         else:
             self._note(str(failure))
 
@@ -87,6 +98,10 @@ class Saver:
         """Raise the error of a save that failed for good."""
         self._under_way.check()
 
+    def is_due(self) -> bool:
+        """Return True on rank 0 if a save is due by time. One under way is not waited for: it would cost time."""
+        return self._under_way.is_idle and self._clock.is_due(time.monotonic())
+
     @property
     def _not_written_yet(self) -> str:
         return f"the checkpoint of step {self._under_way.step} is not written yet"
@@ -94,6 +109,7 @@ class Saver:
     def _note(self, why: str) -> None:
         if self._outputs:
             self._outputs.note(f"warning: no checkpoint of step {self._state.step}: {why}")
+            self._clock.left_out(time.monotonic())
 
     def _is_finite(self) -> bool:
         """Return True on all ranks if all that a checkpoint holds is finite."""
@@ -107,15 +123,21 @@ class Saver:
             num_images = self._spec.num_images
             self._under_way.begin(self._state, num_images=num_images, quarantine=self._quarantine)
 
-    def _report(self, upload: Callable[[Checkpoint, str], Checkpoint]) -> None:
-        """Report the copy as a checkpoint; Ray Train calls `upload` on rank 0, on a thread."""
+    def _report(self, upload: Callable[[Checkpoint, str], Checkpoint], *, replaces: bool) -> None:
+        """Report the copy as a checkpoint; Ray Train calls `upload` on rank 0, on a thread.
+
+        `replaces`: whether earlier ones may be deleted once it is in Ray's list.
+        """
         checkpoint, name = None, checkpoint_name(self._state.step)
+        dropped: list[int] = []
         if self._outputs:
+            scores = self._outputs.scores.by_step
+            dropped = self._retention.add(self._state.step, scores, replaces=replaces)
             storage = ray.train.get_context().get_storage()
             path = storage.build_checkpoint_path_from_name(name)
             checkpoint = Checkpoint(path, storage.storage_filesystem)
         ray.train.report(
-            {"step": self._state.step},
+            {"step": self._state.step, DROPPED: list(map(checkpoint_name, dropped))},
             checkpoint=checkpoint,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,

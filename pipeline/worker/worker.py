@@ -91,11 +91,12 @@ class _Worker:
         self.quarantine = self._initialise() if self.is_new else self._restore()
         self.state.student = distribute(self.state.dino, device)
         self.agreement = Agreement(patience_seconds=spec.give_up_after_seconds, known=known_error)
-        self.cadence = Cadence(
+        self.cadence = Cadence.of(
             self.state.schedule.total_steps,
-            log_every=spec.log.every_steps,
-            eval_every=spec.eval.every_steps,
-            checkpoint_every=spec.checkpoint.every_steps,
+            log=spec.log,
+            evaluation=spec.eval,
+            checkpoint=spec.checkpoint,
+            is_scored=spec.eval_sources is not None or spec.eval.label_free,
         )
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
         # The first rank of each stream speaks for its ranks: rank j for stream j.
@@ -198,22 +199,35 @@ class _Worker:
             self._go_back()
         if due.evaluates:
             self._evaluate()
-        if not due.ends:
+        saves = due.saves
+        if due.logs and not due.ends:
             is_decided = due.evaluates and self.spec.waits_for_decision
-            self.stopped = self.agreement.ends or (is_decided and not self._goes_on(step))
+            goes_on, by_clock = self._decisions(step if is_decided else None)
+            saves |= by_clock
+            self.stopped = self.agreement.ends or not goes_on
         # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
         # saved.
-        if (due.saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
+        if (saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
             self.signs.does(step, "saves")
             self.saver.save(is_last=due.ends, waits_for_storage=due.ends or self.stopped)
         self.saver.check()
         self.signs.does(step, "waits for images")
         return self.stopped
 
-    def _goes_on(self, step: int) -> bool:
-        """Await the decision on `step`; return it on all ranks."""
-        ends = self.rank == 0 and not self.spec.channel.decision(step)
-        return not all_reduce_max(torch.tensor(float(ends), device=self.state.device))
+    def _decisions(self, step: int | None) -> tuple[bool, bool]:
+        """Return on all ranks whether the run goes on, and whether a save is due by time, as rank 0 decides.
+
+        `step`: await the decision on it unless None.
+        """
+        if step is None and self.spec.checkpoint.every_minutes is None:
+            return True, False
+        mine = (False, False)
+        if self.rank == 0:
+            mine = (step is not None and not self.spec.channel.decision(step), self.saver.is_due())
+        ends, saves = all_reduce_max(
+            torch.tensor(mine, dtype=torch.float32, device=self.state.device)
+        ).tolist()
+        return not ends, bool(saves)
 
     def _log_step(self, metrics: dict[str, Any]) -> None:
         state = self.state

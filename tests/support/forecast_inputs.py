@@ -1,6 +1,7 @@
 """A run and measured figures in round numbers."""
 
 from dinoray.pipeline.planning.node_rates import STREAM_SHARE, Figures, Run
+from dinoray.pipeline.training.config import CheckpointConfig
 
 RUN = Run(
     total_steps=4000,
@@ -12,6 +13,7 @@ RUN = Run(
     evaluations=2,
     images_per_evaluation=0,
     checkpoints=0,
+    checkpoint=CheckpointConfig(),
     prefetch_batches=2,
     cpus_per_train_worker=1,
     cpus_per_augment_actor=1,

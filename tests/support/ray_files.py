@@ -13,8 +13,6 @@ RAY_FILES = {
     *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
     "pipeline/evaluation/actors.py",
     "pipeline/tracking/prometheus.py",
-    *(
-        f"pipeline/ray_private/{name}.py"
-        for name in ("core", "data", "jobs", "nodes", "train_controller", "train_policies", "tune")
-    ),
+    *(f"pipeline/ray_private/{name}.py" for name in ("core", "data", "jobs", "nodes", "tune")),
+    *(f"pipeline/ray_private/train_{name}.py" for name in ("checkpoints", "controller", "policies")),
 }

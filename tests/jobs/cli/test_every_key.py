@@ -78,6 +78,7 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "crops.global_solarize_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
     "crops.pixel_mean": st.tuples(*[st.floats(0, 1)] * 3),
     "crops.pixel_std": st.tuples(*[st.floats(0.1, 1)] * 3),
+    "checkpoint.every_minutes": st.none() | st.just("auto") | st.floats(0.1, 100),
     "eval.k": st.lists(st.integers(1, 99), min_size=1).map(tuple),
     "data.label_from_parent": st.booleans() | st.just("auto"),
     "eval.val_path": st.none() | st.from_regex(r"/[a-z]{1,9}", fullmatch=True),

@@ -92,6 +92,15 @@ def test_a_trial_is_the_run_made_short_with_warm_ups_of_a_third_at_most() -> Non
     assert made.eval.lidar  # type: ignore[attr-defined]
 
 
+def test_a_trial_is_saved_where_it_is_evaluated_whatever_the_clock_says() -> None:
+    made = trial(study("checkpoint.every_minutes=auto", "checkpoint.num_best_to_keep=2"))
+    checkpoint = made.checkpoint  # type: ignore[attr-defined]
+    assert (checkpoint.every_minutes, checkpoint.num_best_to_keep, checkpoint.num_to_keep) == (None, 2, 3)
+    assert checkpoint.every_steps == made.eval.every_steps  # type: ignore[attr-defined]
+    others_copy_any = trial(study("tune.scheduler=pb2", "tune.evaluations=5")).checkpoint  # type: ignore[attr-defined]
+    assert others_copy_any.num_to_keep == 6
+
+
 def test_a_warm_up_that_is_searched_keeps_its_share_of_the_run() -> None:
     config = study("data.path=x", "train.epochs=300", "tune.epochs=20", recipe="vit_small_imagenet_boost")
     shares = [

@@ -6,7 +6,7 @@ from typing import Any
 from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.cluster.nodes import count_nodes, dollars_per_hour
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.tracking.records import spent
+from dinoray.pipeline.tracking.records import read_records, spent
 
 PRICES = CostConfig(head_hourly=0.5, cpu_hourly=2, gpu_hourly=10)
 
@@ -33,8 +33,8 @@ def test_an_hour_costs_what_its_nodes_cost() -> None:
 
 
 def test_a_resumed_run_goes_on_from_what_it_had_cost_repeated_steps_included(tmp_path: Path) -> None:
-    assert spent(Directory(str(tmp_path))) == 0
+    assert spent(read_records(Directory(str(tmp_path)))) == 0
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "dollars": 0.25}\n{"step": 9, "dollars": 1.5}\n{"step": 9, "knn_10": 0.5}\n'
     )
-    assert spent(Directory(str(tmp_path))) == 1.5
+    assert spent(read_records(Directory(str(tmp_path)))) == 1.5

@@ -248,4 +248,5 @@ def test_result_and_report_say_that_the_scores_before_training_are_calibrated(tm
         "  before training   40.0%  (batch norm calibrated on 512 training images, without learning)\n"
         "  after 1 steps     50.0%\n"
     ) in describe_result(run)
+    assert "best checkpoint" not in describe_result(run)  # there is none
     assert "initially 40.0%, with calibrated batch norm, majority guess 10.0%" in build_report(run)

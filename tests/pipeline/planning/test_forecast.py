@@ -22,6 +22,7 @@ from dinoray.pipeline.planning.node_rates import (
     streams_for,
 )
 from dinoray.pipeline.planning.prices import NODE_TYPES, PlanSettings
+from dinoray.pipeline.training.config import CheckpointConfig
 
 
 def plan(**changes: Any) -> PlanSettings:
@@ -164,6 +165,10 @@ def test_time_is_training_and_pauses_and_the_start() -> None:
     assert found({"images_per_evaluation": 24_000}).pause_seconds == pytest.approx(2 * 10 * STREAM_SHARE)
     # A checkpoint is four times the gradients, at 500 MB a second.
     assert found({"checkpoints": 5}).pause_seconds == pytest.approx(5 * 0.8)
+    by_time = {"checkpoints": 5, "checkpoint": CheckpointConfig(every_minutes=1)}
+    assert found(by_time).pause_seconds == pytest.approx((5 + 1000 / 60) * 0.8)
+    by_cost = {"checkpoint": CheckpointConfig(every_minutes="auto", failures_per_day=86_400 / 1000)}
+    assert found(by_cost).pause_seconds == pytest.approx(1000 / (2 * 0.8 * 1000) ** 0.5 * 0.8)
 
 
 def test_dollars_are_hours_by_price_and_requests() -> None:
@@ -215,6 +220,7 @@ runs = st.builds(
     evaluations=st.integers(1, 1000),
     images_per_evaluation=st.integers(0, 60_000),
     checkpoints=st.integers(0, 1000),
+    checkpoint=st.builds(CheckpointConfig, every_minutes=st.sampled_from([None, "auto", 0.5])),
     prefetch_batches=st.integers(0, 8),
     cpus_per_train_worker=st.sampled_from([0, 1, 2]),
     cpus_per_augment_actor=st.sampled_from([0.5, 1, 2, 4]),

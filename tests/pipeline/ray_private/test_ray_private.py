@@ -9,13 +9,25 @@ from types import SimpleNamespace
 import pytest
 import ray.data
 from ray.train import WorkerGroupError
-from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+    CheckpointManager,
+    _CheckpointManagerState,
+)
 from ray.train.v2._internal.execution.controller.state import PreemptingState, RestartingState, RunningState
 from ray.train.v2.api.preemption import PreemptionInfo
 from ray_releases import TRIED, minor
 
 from dinoray.models.errors import ResourceError
-from dinoray.pipeline.ray_private import core, data, jobs, nodes, train_controller, train_policies, tune
+from dinoray.pipeline.ray_private import (
+    core,
+    data,
+    jobs,
+    nodes,
+    train_checkpoints,
+    train_controller,
+    train_policies,
+    tune,
+)
 from dinoray.pipeline.ray_private.train import BadSnapshotError, is_complete, listed, snapshot_of
 
 
@@ -137,6 +149,18 @@ def test_a_share_of_what_is_left_over_is_requested_as_ray_takes_it(
 def test_the_version_of_a_cluster_may_be_unknown() -> None:
     assert jobs.server_version(SimpleNamespace(_server_ray_version="2.60.0")) == "2.60.0"  # type: ignore[arg-type]
     assert jobs.server_version(SimpleNamespace()) is None  # type: ignore[arg-type]
+
+
+def test_a_ray_train_that_lacks_its_method_keeps_the_newest_checkpoints_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert train_checkpoints.CAN_DROP
+    assert len(train_checkpoints.drop_callbacks(first="meta.json")) == 1
+    monkeypatch.delattr(CheckpointManager, "_save_state_and_delete_old_checkpoints")
+    names = runpy.run_path(train_checkpoints.__file__)
+    assert names["CAN_DROP"] is False
+    assert names["drop_callbacks"](first="meta.json") == []
+    assert f"ray=={minor(TRIED[-1])}.*" in train_checkpoints.NEWEST_ALONE
 
 
 def test_without_its_callback_ray_train_is_not_ended_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:

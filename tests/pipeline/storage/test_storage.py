@@ -66,6 +66,15 @@ def test_a_directory_is_the_same_on_a_disk_and_in_a_bucket(directory: Directory)
     assert directory.join("x", "y.txt") == f"{directory.uri}/x/y.txt"
 
 
+def test_a_folder_goes_with_its_files_and_no_others(directory: Directory) -> None:
+    for name in ("step_1/meta.json", "step_1/weights", "step_10/meta.json", "step_1.json"):
+        directory.write(name, b"1")
+    directory.child("step_1").remove()
+    directory.child("step_1").remove()
+    assert directory.list() == ["step_1.json", "step_10"]
+    assert directory.child("step_10").list() == ["meta.json"]
+
+
 def test_a_directory_given_by_a_relative_path_means_the_same_after_chdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

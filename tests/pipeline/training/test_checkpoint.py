@@ -280,8 +280,19 @@ def test_a_checkpoint_that_lacks_a_file_is_not_downloaded(tmp_path: Path, file: 
         download_checkpoint(Directory(str(folder)), tmp_path / "copy")
 
 
-@pytest.mark.parametrize("wrong", [{"every_steps": 0}, {"num_to_keep": 0}])
-def test_a_run_cannot_do_without_checkpoints(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"every_steps": 0},
+        {"every_minutes": 0},
+        {"every_minutes": "never"},
+        {"failures_per_day": 0},
+        {"num_to_keep": 0},
+        {"num_best_to_keep": -1},
+        {"keep_every_steps": 0},
+    ],
+)
+def test_a_run_cannot_do_without_checkpoints(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CheckpointConfig.model_validate(wrong)
 

@@ -18,6 +18,7 @@ from dinoray.pipeline.storage.run_dir import (
     leave_out,
     mend_snapshot,
     read_committed,
+    remove_leftovers,
 )
 
 FIRST, SECOND, THIRD = (checkpoint_name(step) for step in (100, 200, 300))
@@ -195,3 +196,31 @@ def test_the_list_is_mended_on_s3_too(saved: Path, bucket: str) -> None:
     run.write(f"checkpoints/{SNAPSHOT}", b"")
     run.delete(f"checkpoints/{THIRD}/meta.json")
     assert_mended(run, FIRST, SECOND)
+
+
+def test_what_a_killed_upload_has_left_is_removed_and_a_whole_checkpoint_never(run: Directory) -> None:
+    """A save that was due by time is not repeated at the same step, which would write over it."""
+    torn = checkpoint_name(250)
+    shutil.copytree(on_disk(run, SECOND), on_disk(run, torn))
+    on_disk(run, torn, "meta.json").unlink()
+    on_disk(run, SECOND, "meta.json").unlink()  # damaged, but in the list: a person may restore it
+    shutil.copytree(on_disk(run, FIRST), on_disk(run, "first of all"))
+    remove_leftovers(run)
+    assert run.child("checkpoints").list() == [SNAPSHOT, "first of all", FIRST, SECOND, THIRD]
+
+
+def test_a_first_upload_that_was_killed_is_removed(tmp_path: Path) -> None:
+    run = Directory(str(tmp_path))
+    run.write(f"checkpoints/{FIRST}/student.safetensors", b"1")
+    remove_leftovers(run)
+    remove_leftovers(run)
+    assert run.child("checkpoints").list() == []
+
+
+def test_what_was_to_be_deleted_goes_unless_it_has_been_committed_again(run: Directory) -> None:
+    state = json.loads(snapshot_of([FIRST, SECOND]))
+    for names, left in (([FIRST], [FIRST, SECOND, THIRD]), ([THIRD, FIRST], [FIRST, SECOND])):
+        state["latest_checkpoint_result"] = {**state["checkpoint_results"][-1], "metrics": {"dropped": names}}
+        run.write(f"checkpoints/{SNAPSHOT}", json.dumps(state).encode())
+        remove_leftovers(run)
+        assert run.child("checkpoints").list() == [SNAPSHOT, *left]

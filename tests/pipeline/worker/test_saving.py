@@ -11,16 +11,24 @@ from tiny_states import after
 
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.config import CheckpointConfig
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.saving import Saver
 
 
 @pytest.mark.parametrize("part", ["student", "center", "optimizer"])
-def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(part: str, tmp_path: Path) -> None:
+def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In Ray's list it would take the place of one that can be resumed from. Outside of Ray Train a report raises."""
     state = after(1)
     state.step = 5
-    spec: Any = SimpleNamespace(run=Directory(str(tmp_path)), num_images=NUM_IMAGES, check_fence=lambda: None)
+    spec: Any = SimpleNamespace(
+        run=Directory(str(tmp_path)),
+        num_images=NUM_IMAGES,
+        check_fence=lambda: None,
+        checkpoint=CheckpointConfig(),
+    )
     agreement = Agreement(patience_seconds=0, known=lambda _: None)
     saver = Saver(state, Quarantine(), cast(Any, spec), None, agreement)
     with pytest.raises(RuntimeError):
@@ -36,3 +44,7 @@ def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(part: str, tmp_pa
     saver.save(is_last=False, waits_for_storage=False)
     with pytest.raises(RuntimeError):
         saver.save(is_last=True, waits_for_storage=False)
+    replaced: list[bool] = []
+    monkeypatch.setattr(saver, "_report", lambda _, *, replaces: replaced.append(replaces))
+    saver.save(is_last=True, waits_for_storage=False)
+    assert replaced == [False], "those before it, which are finite, must stay"

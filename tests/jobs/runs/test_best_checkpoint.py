@@ -1,0 +1,60 @@
+"""The best checkpoint of a run: named at its end and in its report, and addressed by --step best."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import write_run
+
+from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.export import main as export
+from dinoray.jobs.runs.open_checkpoint import open_network
+from dinoray.jobs.runs.result import describe_result, write_result
+from dinoray.models.errors import ConfigError
+from dinoray.pipeline.reporting.run_report import build_report
+from dinoray.pipeline.storage.files import Directory
+
+STEPS = (2, 4, 6)
+BEST = "best checkpoint: step 4, k-NN 60.0% (k=20)"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, which scored best at its second checkpoint, and better before the first."""
+    folder = write_run(tmp_path_factory.mktemp("runs") / "tiny", steps=STEPS)
+    scores = dict(zip((1, *STEPS), (0.9, 0.5, 0.6, 0.4), strict=True))
+    step = {"loss": 1.0, "verdict": "healthy", "skipped_steps": 0, "bad_images": 0}
+    lines = [{"step": at, "knn_20": score, "majority": 0.1} for at, score in scores.items()]
+    lines += [{"step": at, **step} for at in STEPS]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def test_a_run_names_it_at_its_end_and_in_its_report(run: Path) -> None:
+    write_result(Directory(str(run)))
+    assert BEST in describe_result(Directory(str(run))).splitlines()
+    assert f"B{BEST[1:]}." in build_report(Directory(str(run)))
+
+
+def test_it_is_addressed_as_a_step(run: Path, tmp_path: Path) -> None:
+    assert open_network(str(run), "best", "teacher").step == 4
+    export([str(run), "--step", "best", "--format", "state_dict", "--out", str(tmp_path)])
+    assert (tmp_path / "teacher_step_00000004.json").exists()
+
+
+def test_a_run_that_was_not_evaluated_has_none_and_the_newest_is_there(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "tiny", steps=STEPS)
+    with pytest.raises(
+        ConfigError, match=r"--step best: no checkpoint of .*leave --step out for the newest$"
+    ):
+        open_network(str(run), "best", "teacher")
+    assert open_network(str(run), None, "teacher").step == STEPS[-1]
+
+
+@pytest.mark.parametrize("wrong", ["worst", "4.5", ""])
+def test_a_step_is_a_number_or_best(wrong: str) -> None:
+    parser = CommandLine("export")
+    parser.add_network()
+    assert [parser.parse_args(["--step", right]).step for right in ("4", "best")] == [4, "best"]
+    with pytest.raises(ConfigError, match=rf"--step: invalid step value: '{wrong}'"):
+        parser.parse_args(["--step", wrong])
