@@ -47,8 +47,8 @@ class SaveClock:
         if self._config.every_minutes != "auto" or not is_first:
             return None
         return (
-            f"checkpoint.every_minutes=auto: a save holds training up for {ended - began:.2g} s: with "
-            f"checkpoint.failures_per_day={self._config.failures_per_day:g}, {self.interval_seconds / 60:.2g} minutes"
+            f"checkpoint.every_minutes=auto: one save every {self.interval_seconds / 60:.2g} minutes, because it holds "
+            f"training up for {ended - began:.2g} s (checkpoint.failures_per_day={self._config.failures_per_day:g})"
         )
 
     def left_out(self, now: float) -> None:

@@ -83,8 +83,8 @@ def test_a_save_for_another_reason_counts() -> None:
 def test_the_interval_that_follows_from_the_first_save_is_told_once() -> None:
     clock = SaveClock(CheckpointConfig(every_minutes="auto", failures_per_day=2), now=0.0)
     assert clock.saved(60.0, 60.25) == (
-        "checkpoint.every_minutes=auto: a save holds training up for 0.25 s: with checkpoint.failures_per_day=2, "
-        "2.4 minutes"
+        "checkpoint.every_minutes=auto: one save every 2.4 minutes, because it holds training up for 0.25 s "
+        "(checkpoint.failures_per_day=2)"
     )
     assert clock.saved(200.0, 200.25) is None
     assert SaveClock(CheckpointConfig(every_minutes=3), now=0.0).saved(60.0, 60.25) is None
