@@ -14,6 +14,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.checkpoint_files import DamagedCheckpointError
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
 from dinoray.pipeline.storage.run_dir import committed_checkpoints, step_of
+from dinoray.pipeline.study.trials import TRIALS
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.checkpoint import CheckpointParts, download_checkpoint, load_parts, read_parts
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
@@ -45,14 +46,16 @@ class StartOptions(NamedTuple):
 
 
 def read_manifest(run: Directory, config: Config) -> Manifest:
-    """Return the images of the run. Raises DataError if the run directory has no list of them."""
+    """Return the images of the run, or of the study that it is a trial of. Raises DataError if there is no list."""
+    study = run.uri.rpartition(f"/{TRIALS}/")[0]
+    here = run if run.exists(run_dir.MANIFEST) or not study else Directory(study)
     try:
-        return Manifest.from_bytes(run.read(run_dir.MANIFEST), config.data)
+        return Manifest.from_bytes(here.read(run_dir.MANIFEST), config.data)
     except MissingObject as error:
         if config.data.manifest is not None:
             return build_manifest(config.data, config.storage)
         raise DataError(
-            f"{run.uri} has no {run_dir.MANIFEST}, so which images a step had is not known; restore it from a copy"
+            f"{here.uri} has no {run_dir.MANIFEST}, so which images a step had is not known; restore it from a copy"
         ) from error
 
 

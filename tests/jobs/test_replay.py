@@ -14,9 +14,13 @@ from tiny_run import write_images
 from trained_run import EVERY, STEPS, trained_runs
 
 from dinoray.jobs import replay
+from dinoray.jobs.cli.config import load_run_config
 from dinoray.models.errors import ConfigError, DataError, ResourceError
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from dinoray.pipeline.training.step import build_state
 
 EQUAL = "equal to the run's log, bit for bit (8 values)"
 LAST = str(STEPS)
@@ -227,16 +231,25 @@ def test_images_that_are_not_those_of_the_log_or_of_the_capture_are_named(
     replaced = {"key": "blobs/09.jpg", "status": "unreachable", "reason": "told so", "positions": [50]}
     (copy / "quarantine.jsonl").write_text(json.dumps(replaced))
     (copy / "capture").mkdir()
-    capture = {"step": 7, "rank": 0, "world_size": 1, "reason": "uniform collapse", "positions": [48, 56]}
+    capture = {"step": 7, "rank": 0, "world_size": 2, "reason": "uniform collapse", "positions": [48, 56]}
     (copy / "capture" / "step_00000007.json").write_text(json.dumps({**capture, "keys": ["other.jpg"] * 8}))
     with pytest.raises(
         ConfigError, match=r"choose a step, e\.g\. `dinoray replay .* --step 7`; captured steps: 7 \("
     ):
         replayed(copy)
     output = replayed(copy, "--step", "7")
-    assert "captured by the run: uniform collapse, rank 0 of 1" in output
+    assert "captured by the run: uniform collapse, rank 0 of 2" in output
+    assert "fp32, 2 ranks at once" in output
     assert "note: replaced by other images in the run, and used here: " in output
     assert "note: the manifest names other images for this step than its capture does" in output
+
+
+def test_the_images_of_a_trial_are_those_of_its_study(
+    run: Path, tmp_path: Path, replayed: Callable[..., str]
+) -> None:
+    trial = shutil.copytree(run, tmp_path / "trials" / "0000")
+    (trial / "manifest.parquet").rename(tmp_path / "manifest.parquet")
+    assert result(replayed(trial, "--step", "7")) == EQUAL
 
 
 # Errors, and their remedies
@@ -281,6 +294,23 @@ def test_a_checkpoint_that_is_damaged_is_refused_and_the_one_before_it_is_used(
     assert result(output) == EQUAL
     with pytest.raises(DataError, match=r"step_00000006 is damaged"):
         replayed(copy, "--step", "7", "--checkpoint", "step_00000006")
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_unless_it_is_asked_for(
+    run: Path, tmp_path: Path, replayed: Callable[..., str]
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    last = copy / "checkpoints" / "step_00000006"
+    state = build_state(load_run_config(Directory(str(copy))).algorithm(), num_images=24)
+    load_checkpoint(state, last)
+    state.dino.center[0] = float("nan")
+    save_checkpoint(state, last, num_images=24, quarantine=Quarantine())
+    output = replayed(copy, "--step", "7")
+    assert "warning: checkpoint step_00000006 is refused: the centre has NaN" in output
+    assert "4 steps from step_00000003" in output
+    output = replayed(copy, "--step", "7", "--checkpoint", "step_00000006")
+    assert "weights before    not finite: center" in output
+    assert result(output).endswith(": loss is nan, not " + result(output).rpartition(" ")[2])
 
 
 def test_a_run_without_its_manifest_or_without_a_gpu_says_so(

@@ -62,6 +62,16 @@ def test_the_first_output_is_found_with_the_row_of_its_crop(
     assert bad.rows == [found_row]
 
 
+def test_the_first_output_of_each_microbatch_is_found() -> None:
+    state = after(1, train={"accumulate_steps": 2})
+    for call in (1, 2):
+        spoiling(state.dino.student.head, call, 5)
+    assert [(bad.part, bad.module, bad.rows) for bad in look(state).outputs] == [
+        (0, "head", [5]),
+        (1, "head", [5]),
+    ]
+
+
 def test_what_is_computed_between_modules_is_told_by_the_inputs_of_the_next() -> None:
     state = after(1)
     state.dino.student.head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * float("nan"),))

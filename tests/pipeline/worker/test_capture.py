@@ -155,11 +155,13 @@ def test_what_other_ranks_or_other_code_raise_is_not_captured(tmp_path: Path, so
         watched.train(2, lose_peer)
     other = Watched(tmp_path, source, is_first=False)
 
-    def lack_a_batch(_: TrainState) -> None:
-        raise OSError("no batch")
+    def lack_a_batch(state: TrainState) -> None:
+        if state.step == 1:
+            raise OSError("no batch")
 
     with pytest.raises(OSError, match="no batch"):
         other.train(2, lack_a_batch)
+    assert other.steps_done == [1]
     assert watched.run.list() == other.run.list() == []
 
 
