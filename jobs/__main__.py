@@ -13,6 +13,7 @@ ORDER = (
     "attention",
     "embed",
     "export",
+    "replay",
     "pack",
     "manifest",
 )

@@ -8,6 +8,8 @@ A run directory (local or S3):
     listing-0123456789ab/       what has been listed on S3, until the manifest is written
     metrics.jsonl               one line per logged step and per evaluation
     quarantine.jsonl            one line per image that could not be used
+    capture/                    step_00000012.json: what `dinoray replay` needs of a step that went wrong;
+                                counts.json: how many more there were
     tensorboard/NAME/           the same metrics as event files; crops, attention, features for the projector
     crops.png                   contact sheet of the crops
     attention/                  step_00001000.png: the class token's attention at each evaluation
@@ -50,12 +52,14 @@ CROPS, ATTENTION, TENSORBOARD = "crops.png", "attention", "tensorboard"
 REPORT, TRACKING, LEASE = "report.html", "tracking.json", "lease.json"
 LEASE_FILE = re.compile(r"lease(?:-(\d{8,}))?\.json")
 """Names of the lease: as an object, and as the files of a folder, which have numbers."""
+CAPTURE, CAPTURE_COUNTS = "capture", "counts.json"
 CHECKPOINTS = "checkpoints"
 STUDENT, TEACHER = "student.safetensors", "teacher.safetensors"
 TRAIN_STATE, META = "train_state.pt", "meta.json"
 _CHECKPOINT, _EVALUATION = "step_", "evaluation_"
 _LIST = f"{CHECKPOINTS}/{SNAPSHOT}"
 _NAME = re.compile(rf"{_CHECKPOINT}\d{{8,}}")
+_CAPTURE = re.compile(rf"{_CHECKPOINT}(\d{{8,}})(?:_rank_\d+)?\.json")
 
 
 def checkpoint_name(step: int) -> str:
@@ -72,6 +76,17 @@ def evaluation_name(checkpoint: str, which: str) -> str:
 def evaluation_names(run: Directory) -> list[str]:
     """Return the names of all such files of a run."""
     return [name for name in run.list() if name.startswith(_EVALUATION) and name.endswith(".json")]
+
+
+def capture_name(step: int, rank: int = 0) -> str:
+    """Return the name, in the folder of captures, of what a rank captured of `step`, counted from 1 as in the log."""
+    return f"{checkpoint_name(step)}{f'_rank_{rank}' if rank else ''}.json"
+
+
+def capture_names(run: Directory) -> dict[str, int]:
+    """Return the captures of a run, by step: name -> step."""
+    matches = [match for name in run.child(CAPTURE).list() if (match := _CAPTURE.fullmatch(name))]
+    return {match[0]: int(match[1]) for match in matches}
 
 
 class Committed(NamedTuple):

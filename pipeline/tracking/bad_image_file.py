@@ -39,8 +39,7 @@ class BadImageFile:
         self._is_full = self._is_stale = False
         old = whole_lines(run, run_dir.QUARANTINE)
         for line in map(json.loads, old):
-            # Earlier versions wrote a line for each position.
-            for position in line.pop("positions", None) or [line["position"]]:
+            for position in _take_positions(line):
                 if position < resume_position:
                     self._count({**line, "position": position})
         self._write()
@@ -85,6 +84,17 @@ class BadImageFile:
         self._images[key] = image
         self._is_stale |= known is not None
         return None if known else image
+
+
+def replaced_positions(run: Directory) -> dict[int, dict[str, Any]]:
+    """Return what a run noted of the images that it replaced, by position."""
+    images = [json.loads(line) for line in whole_lines(run, run_dir.QUARANTINE)]
+    return {position: image for image in images for position in _take_positions(image)}
+
+
+def _take_positions(image: dict[str, Any]) -> list[int]:
+    """Take the positions out of a line's object. Earlier versions wrote a line for each position."""
+    return image.pop("positions", None) or [image["position"]]
 
 
 def _line(image: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append one object as a line. Non-finite numbers become strings, since JSON has none."""
-        line = json.dumps({k: _json_number(v) for k, v in record.items()}) + "\n"
+        line = json.dumps({k: json_number(v) for k, v in record.items()}) + "\n"
         self._run.on_disk(partial(append_to_file, str(self._path), line.encode()), path=str(self._path))
         self._dirty = True
 
@@ -53,5 +53,6 @@ def _is_whole(line: str) -> bool:
         return False
 
 
-def _json_number(value: Any) -> Any:
+def json_number(value: Any) -> Any:
+    """Return a value as it is written: a non-finite number as a string."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -49,9 +49,12 @@ def all_reduce_max(values: Tensor) -> Tensor:
     return values
 
 
-def set_up_device(device: torch.device) -> None:
-    """Enable TF32 on a GPU; on a CPU, limit torch's threads to this process's share of the cores."""
+def set_up_device(device: torch.device, *, num_processes: int | None = None) -> None:
+    """Enable TF32 on a GPU; on a CPU, limit torch's threads to this process's share of the cores.
+
+    `num_processes`: processes that share the cores; None: those of the process group.
+    """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size()))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (num_processes or world_size())))

@@ -139,8 +139,7 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     config, dino, now = state.config, state.dino, state.schedule.at(state.step - state.skipped)
     optim.set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
-    # Stochastic depth is a function of (seed, step, rank): a resumed run makes the same draws.
-    torch.manual_seed(((config.train.seed * 1_000_003 + state.step) * 65_537 + rank()) % (1 << 63))
+    torch.manual_seed(drop_path_seed(config.train.seed, state.step, rank()))
     statistics = [
         (buffer, buffer.clone()) for net in (dino.student, dino.teacher) for buffer in net.buffers()
     ]
@@ -187,6 +186,11 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
         "teacher_momentum": now.teacher_momentum,
         "teacher_temp": now.teacher_temp,
     }
+
+
+def drop_path_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of a rank's stochastic depth at `step`, so that a resumed run makes the same draws."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % (1 << 63)
 
 
 class _MicrobatchResult(NamedTuple):

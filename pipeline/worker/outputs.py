@@ -79,6 +79,10 @@ class Outputs:
         """Add to quarantine.jsonl."""
         self._log.add_bad_images(bad)
 
+    def write_later(self, write: Callable[[], None]) -> None:
+        """Call `write`, which must raise nothing, on the thread that writes files."""
+        self._writes.put(write)
+
     def log_step(self, state: TrainState, metrics: Mapping[str, Any], quarantine: Quarantine) -> None:
         """Log and post a step's metrics, with those of data, cluster and cost."""
         self._check_appends()

@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from dinoray.pipeline.training.step import build_state, train
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence
+from dinoray.pipeline.worker.capture import Capture
 from dinoray.pipeline.worker.ending import Ending
 from dinoray.pipeline.worker.outputs import Outputs
 from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore
@@ -103,6 +104,13 @@ class _Worker:
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
         self.ending = Ending(spec.channel) if self.rank == 0 else None
         self.saver = Saver(self.state, self.quarantine, spec, self.outputs, self.agreement)
+        self.capture = Capture.of(
+            spec,
+            self.state,
+            self.outputs,
+            source=lambda: ray.get(spec.stream.source),
+            last_checkpoint=lambda: self.saver.saved_step,
+        )
         self.verdict = Verdict.HEALTHY
         self.stopped = False
 
@@ -113,7 +121,8 @@ class _Worker:
             self._evaluate()
         self.signs.does(state.step, "waits for images")
         try:
-            train(state, self._batches(), on_step=self._on_step)
+            with self.capture.of_errors():
+                train(state, self.capture.watch(self._batches()), on_step=self._on_step)
         except StreamFailedError as failed:
             # Of an augment actor's error Ray forwards only the text; the actor has posted the error itself.
             error = self.spec.channel.posted_error() or failed.error
@@ -186,6 +195,7 @@ class _Worker:
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> bool:
         """Do what is due after a step; return True if the run must end here. All ranks call it alike."""
         state, step = self.state, self.state.step
+        self.capture.after_step(metrics)
         if self.outputs:
             self.outputs.count_step(batch, wait_seconds)
         if self.rank < self.spec.stream.num_streams > 1:
@@ -241,7 +251,7 @@ class _Worker:
         metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=state.skipped_in_a_row)
         if self.outputs:
             self.outputs.log_step(state, metrics, self.quarantine)
-        self._act_on(Verdict(metrics["verdict"]))
+        self._act_on(Verdict(metrics["verdict"]), metrics)
 
     @property
     def _num_seen(self) -> int:
@@ -252,11 +262,13 @@ class _Worker:
         if self.outputs:
             self.outputs.write_bad_images(bad)
 
-    def _act_on(self, verdict: Verdict) -> None:
+    def _act_on(self, verdict: Verdict, metrics: Mapping[str, Any]) -> None:
         """Post a changed verdict; raise it on a collapse if configured. All ranks do the same."""
         changed, self.verdict = verdict is not self.verdict, verdict
         if verdict is Verdict.HEALTHY or not changed:
             return
+        if verdict is not Verdict.NON_FINITE:
+            self.capture.collapse(verdict.value, metrics)
         message = f"{verdict.value} at step {self.state.step}: {verdict.remedy}"
         if verdict is not Verdict.NON_FINITE and self.spec.health.on_collapse == "stop":
             raise UnhealthyError(f"{message}; to continue anyway, set health.on_collapse=warn", verdict)

@@ -120,6 +120,13 @@ def test_steps_that_are_not_finite_send_the_run_back_once_and_then_end_it(
     last = readings(tmp_path / "thrown")[-1]
     assert last["verdict"] == "non-finite"
     assert last["skipped_steps"] == 2
+    assert sorted(file.name for file in (tmp_path / "thrown" / "capture").iterdir()) == [
+        f"step_{step:08d}.json" for step in (2, 3)
+    ]
+    assert output.count("`dinoray replay ") == 2  # in both starts
+    repeated = run_here("jobs.replay", str(tmp_path / "thrown"), "--step", "3")
+    assert "captured by the run: non-finite step, rank 0 of 2" in repeated
+    assert repeated.count("equal to the run's log, bit for bit") == 3, repeated  # of steps 1 to 3
 
 
 def test_a_run_starts_from_another_and_an_auto_setting_is_explained(
