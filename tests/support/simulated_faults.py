@@ -78,6 +78,7 @@ class Storm:
         """File of a checkpoint -> the process that wrote it; None for one that is torn or damaged."""
         self._committed: dict[str, int] = {}
         """Name -> path of the state that was committed last under it."""
+        self._damaged: set[str] = set()
         self._renewing: set[Process] = set()
         self._deleting: set[Process] = set()
         self._taken: list[tuple[float, str]] = []
@@ -202,6 +203,7 @@ class Storm:
             data[-self._chance.randint(1, 16 if file in (STUDENT, TEACHER) else len(data))] ^= 1
             objects[key] = bytes(data)
         self._origin[key] = None
+        self._damaged.add(names[-1])
         self.counts[f"the newest checkpoint was damaged: {kind}"] += 1
         self._chance.choice([self._kill_machine, self._kill_worker])(job)
 
@@ -269,6 +271,7 @@ class Storm:
                     f"{META} is not that of {key}"
                 )
             if file == META:
+                self._damaged.discard(name)
                 assert self._is_whole(name), f"{META} of {name} is there before the other files"
             if file == SNAPSHOT:
                 self._note_commit(process)
@@ -300,7 +303,9 @@ class Storm:
     def _note_commit(self, process: Process) -> None:
         names = self._listed()
         if process.name == "controller":
-            assert self._is_whole(names[-1]), f"{names[-1]} is committed, and is not whole"
+            # A list is also written again, once its checkpoint is committed and a fault has damaged it.
+            is_whole = self._is_whole(names[-1]) or names[-1] in self._damaged
+            assert is_whole, f"{names[-1]} is committed, and is not whole"
         for name in filter(self._is_whole, names):
             writer = self._origin[f"{RUN}/{CHECKPOINTS}/{name}/{META}"]
             self._committed[name] = self.world.written[f"{name} {writer}"]
