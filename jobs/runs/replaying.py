@@ -151,7 +151,7 @@ def _world_size(config: Config, capture: Mapping[str, Any], overrides: Sequence[
     """Return the number of ranks that the step is divided among: as given, as captured, or as configured."""
     is_given = any(one.startswith("resources.train_workers=") for one in overrides)
     found = None if is_given else capture.get("world_size")
-    return found if isinstance(found, int) else config.resources.train_workers
+    return found if isinstance(found, int) else config.resources.most_workers
 
 
 def _device(name: str | None, config: Config) -> torch.device:

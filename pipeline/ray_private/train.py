@@ -8,6 +8,7 @@ Train writes over it in place, so a process that is killed meanwhile leaves a to
 import importlib.metadata
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from dinoray.models.errors import DataError
@@ -68,7 +69,7 @@ def snapshot_of(names: Sequence[str]) -> bytes:
 def _state_of(names: Sequence[str]) -> dict[str, Any]:
     results = [{"version": 0, _NAME: name, "metrics": {}} for name in names]
     return {
-        "ray_version": importlib.metadata.version("ray"),
+        "ray_version": _ray_version(),
         _LIST: results,
         _INDICES: list(range(len(names))),
         _LATEST: results[-1],
@@ -79,3 +80,8 @@ def _state_of(names: Sequence[str]) -> dict[str, Any]:
         "timed_out_validation_checkpoint_dir_names": [],
         "failed_validation_checkpoint_dir_names": [],
     }
+
+
+@cache
+def _ray_version() -> str:
+    return importlib.metadata.version("ray")  # parses a file

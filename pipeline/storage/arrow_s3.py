@@ -10,6 +10,7 @@ Ray Train restarts all workers if it cannot write its list of checkpoints, so th
 
 import io
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow
 import pyarrow.fs
 
 from dinoray.pipeline.ray_private.train import SNAPSHOT
+from dinoray.pipeline.storage.retry import Retry, guarded
 from dinoray.pipeline.storage.s3 import CONNECT_SECONDS, READ_SECONDS, s3_client, s3_keys
 from dinoray.pipeline.storage.unsaved import patient_write
 
@@ -26,16 +28,23 @@ class RenewedS3(pyarrow.fs.FileSystemHandler):
 
     botocore renews keys minutes before they expire; a single file must be written within that time.
     `give_up_after_seconds`: how long Ray Train's list of checkpoints waits for the storage; None: a few attempts.
+    `guard`: called before each attempt to write that list, and before a folder is deleted; picklable. What it raises
+    ends the write, as in `retry.guarded`: Ray Train knows nothing of the lease of a run.
     """
 
-    def __init__(self, options: dict[str, Any], give_up_after_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        options: dict[str, Any],
+        give_up_after_seconds: float | None = None,
+        guard: Callable[[], object] | None = None,
+    ) -> None:
         self._options, self._lock = options, threading.Lock()
-        self._give_up_after_seconds = give_up_after_seconds
+        self._give_up_after_seconds, self._guard = give_up_after_seconds, guard
         self._keys: tuple[str, str, str | None] | None = None
         self._made: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RenewedS3, (self._options, self._give_up_after_seconds)
+        return RenewedS3, (self._options, self._give_up_after_seconds, self._guard)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RenewedS3) and self._options == other._options
@@ -78,6 +87,8 @@ class RenewedS3(pyarrow.fs.FileSystemHandler):
         self._s3().create_dir(path, recursive=recursive)
 
     def delete_dir(self, path: str) -> None:
+        if self._guard is not None:
+            self._guard()
         self._s3().delete_dir(path)
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
@@ -103,7 +114,9 @@ class RenewedS3(pyarrow.fs.FileSystemHandler):
 
     def open_output_stream(self, path: str, metadata: dict[str, str]) -> Any:
         if path.endswith(f"/{SNAPSHOT}") and self._give_up_after_seconds is not None:
-            return pyarrow.PythonFile(_WaitingObject(path, self._give_up_after_seconds), mode="w")
+            retry: Retry = patient_write(self._give_up_after_seconds)
+            retry = retry if self._guard is None else guarded(retry, self._guard)
+            return pyarrow.PythonFile(_WaitingObject(path, retry), mode="w")
         return self._s3().open_output_stream(path, compression=None, metadata=metadata)
 
     def open_append_stream(self, path: str, metadata: dict[str, str]) -> Any:
@@ -113,9 +126,9 @@ class RenewedS3(pyarrow.fs.FileSystemHandler):
 class _WaitingObject(io.BytesIO):
     """A small object that is put when it is closed, as soon as the storage takes it."""
 
-    def __init__(self, path: str, give_up_after_seconds: float) -> None:
+    def __init__(self, path: str, retry: Retry) -> None:
         super().__init__()
-        self._path, self._give_up_after_seconds = path, give_up_after_seconds
+        self._path, self._retry = path, retry
 
     def close(self) -> None:
         if self.closed:
@@ -124,4 +137,4 @@ class _WaitingObject(io.BytesIO):
         super().close()
         bucket, _, key = self._path.partition("/")
         put = partial(s3_client().put_object, Bucket=bucket, Key=key, Body=data)
-        patient_write(self._give_up_after_seconds)(put, what=f"s3://{self._path}")
+        self._retry(put, what=f"s3://{self._path}")

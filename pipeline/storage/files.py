@@ -29,6 +29,7 @@ from dinoray.pipeline.storage.retry import (
     ObjectTooLarge,
     Retry,
     Unreachable,
+    guarded,
     retrying,
 )
 from dinoray.pipeline.storage.s3 import (
@@ -75,12 +76,17 @@ def is_shared_path(uri: str) -> bool:
     return is_s3(uri) or os.path.isabs(os.path.expanduser(uri))
 
 
-def filesystem(uri: str, *, give_up_after_seconds: float | None = None) -> tuple[pyarrow.fs.FileSystem, str]:
+def filesystem(
+    uri: str,
+    *,
+    give_up_after_seconds: float | None = None,
+    guard: Callable[[], object] | None = None,
+) -> tuple[pyarrow.fs.FileSystem, str]:
     """Return a pyarrow filesystem and the path of `uri` in it; a relative local path becomes absolute.
 
     For S3, endpoint, scheme, region and keys come from botocore. Each call asks for the keys anew, because they may
     expire. So a pickled filesystem contains no secret. Raises DataError with the bucket's name if it is missing or
-    forbidden, so that the first checkpoint does not fail later. `give_up_after_seconds` as in RenewedS3.
+    forbidden, so that the first checkpoint does not fail later. `give_up_after_seconds` and `guard` as in RenewedS3.
     """
     if not is_s3(uri):
         return pyarrow.fs.LocalFileSystem(), normal_uri(uri)
@@ -98,7 +104,9 @@ def filesystem(uri: str, *, give_up_after_seconds: float | None = None) -> tuple
         "region": answer.get("BucketRegion") or client.meta.region_name,
         "scheme": endpoint.scheme,
     }
-    return pyarrow.fs.PyFileSystem(RenewedS3(options, give_up_after_seconds)), f"{bucket}/{key}".rstrip("/")
+    return pyarrow.fs.PyFileSystem(
+        RenewedS3(options, give_up_after_seconds, guard)
+    ), f"{bucket}/{key}".rstrip("/")
 
 
 def check_bucket(uri: str, access: Access = SIGNED) -> None:
@@ -139,6 +147,8 @@ class Directory:
     uri: str
     give_up_after_seconds: float | None = None
     """How long reads and writes of files wait for storage that does not answer or is full; None: a few attempts."""
+    guard: Callable[[], object] | None = None
+    """Called before each attempt to change a file; what it raises ends the write, unless it is Unreachable."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uri", normal_uri(self.uri))
@@ -146,6 +156,13 @@ class Directory:
     def patient(self, give_up_after_seconds: float | None) -> "Directory":
         """Return the same folder, whose reads and writes wait for so long."""
         return replace(self, give_up_after_seconds=give_up_after_seconds)
+
+    def guarded(self, guard: Callable[[], object]) -> "Directory":
+        """Return the same folder, in which files are changed only as long as `guard` does not raise.
+
+        A write may be repeated for minutes: what held before its first attempt may not hold before its last.
+        """
+        return replace(self, guard=guard)
 
     def join(self, *parts: str) -> str:
         """Return the full address of a path in this folder; `parts` are relative, with forward slashes."""
@@ -193,12 +210,17 @@ class Directory:
     def on_disk(self, write: Callable[[], T], *, path: str) -> T:
         """Return the result of a write to the local `path`, which raises OSError; repeat it as other writes."""
         with local_errors(path, writing=True):
-            return write() if self.give_up_after_seconds is None else self._retry_write(write, what=path)
+            if self.give_up_after_seconds is not None:
+                return self._retry_write(write, what=path)
+            if self.guard is not None:
+                self.guard()
+            return write()
 
     @property
     def _retry_write(self) -> Retry:
         seconds = self.give_up_after_seconds
-        return retrying if seconds is None else patient_write(seconds)
+        retry = retrying if seconds is None else patient_write(seconds)
+        return retry if self.guard is None else guarded(retry, self.guard)
 
     def exists(self, name: str) -> bool:
         """Return True if a file (not a folder) of this name exists."""
@@ -242,6 +264,8 @@ class Directory:
             bucket, key = split_s3_uri(uri)
             self._retry_write(partial(s3_client().delete_object, Bucket=bucket, Key=key), what=uri)
             return
+        if self.guard is not None:
+            self.guard()
         with local_errors(uri), contextlib.suppress(FileNotFoundError):
             os.unlink(uri)
 

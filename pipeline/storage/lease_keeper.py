@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Literal
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.files import Directory, Unreachable
 from dinoray.pipeline.storage.lease import (
     TIMING,
     Failed,
@@ -103,13 +103,18 @@ class Fence:
     directory: Directory
     id: str
 
-    def check(self) -> None:
+    def check(self, *, is_strict: bool = False) -> None:
         """Raise LostLeaseError if another driver has taken the lease, or this one has given it back.
 
-        A storage that does not answer is no reason: what is to be written would fail too.
+        A storage that does not answer is no reason: what is to be written would fail too. Unless `is_strict`: then it
+        raises Unreachable after one attempt, because the storage may answer again at that moment.
         """
         try:
-            reply = lease_store(self.directory).perform(Read(), attempts=2)
+            reply = lease_store(self.directory).perform(Read(), attempts=1 if is_strict else 2)
+        except Unreachable:
+            if is_strict:
+                raise
+            return
         except DataError:
             return
         record = reply.record if isinstance(reply, Found) else None

@@ -154,6 +154,26 @@ def retrying(
     raise ValueError(f"attempts={attempts} must be at least 1")
 
 
+def guarded(retry: Retry, guard: Callable[[], object]) -> Retry:
+    """Return `retry` that calls `guard` before each attempt of a write.
+
+    What held before the first attempt may not hold before one that is made minutes later. What `guard` raises ends the
+    write, unless it is Unreachable: then the attempt counts as failed, because the storage may answer the next moment.
+    """
+
+    def guarded_retry(operation: Callable[[], T], *, what: str) -> T:
+        def attempt() -> T:
+            try:
+                guard()
+            except Unreachable as error:
+                raise error.__cause__ or error from None
+            return operation()
+
+        return retry(attempt, what=what)
+
+    return guarded_retry
+
+
 def judge(error: Exception, what: str) -> str:
     """Return the reason of a failure that may pass. Raises the error that stands for any other failure."""
     if is_of_a_disk(error):

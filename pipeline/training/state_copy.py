@@ -64,16 +64,16 @@ class StateCopy:
     def write(self, to: Directory, *, check: Callable[[], None] = lambda: None) -> None:
         """Write the checkpoint files into `to`, meta.json last; that of an earlier attempt is removed first.
 
-        `check` is called before each of the two; what it raises ends the save. Raises DataError.
+        `check` is called before each attempt to change a file, as in Directory.guarded; what it raises ends the save.
+        Raises DataError.
         """
-        check()
+        to = to.guarded(check)
         to.delete(run_dir.META)
         names = [name for name in FILES if name != run_dir.META]
         # Files on S3 at once, because each request waits for the store; a disk takes one after the other.
         with ThreadPoolExecutor(len(names) if is_s3(to.uri) else 1) as pool:
             written = list(pool.map(lambda name: self._write_file(to, name), names))
         meta = {**self._meta, "finite": self._is_finite()}
-        check()
         to.write(run_dir.META, meta_json(meta, dict(zip(names, written, strict=True))))
 
     def _write_file(self, to: Directory, name: str) -> WrittenFile:

@@ -46,7 +46,8 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
 
 
 def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
-    storage, path = filesystem(spec.run.uri, give_up_after_seconds=spec.give_up_after_seconds)
+    guard = None if spec.fence is None else partial(spec.fence.check, is_strict=True)
+    storage, path = filesystem(spec.run.uri, give_up_after_seconds=spec.give_up_after_seconds, guard=guard)
     least, most = resources.worker_range
     train = spec.config.train
     Trainer(

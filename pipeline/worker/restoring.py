@@ -5,6 +5,7 @@ takes it out of Ray's list and starts them again: so Ray's list is right wheneve
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from ray.train import Checkpoint
@@ -80,7 +81,7 @@ def take_refusal(spec: WorkerSpec) -> Refusal | None:
     if refusal is not None:
         spec.check_fence()
         spec.channel.put(_REFUSAL, None)
-        leave_out(spec.run, refusal.why)
+        leave_out(spec.run.guarded(partial(spec.check_fence, is_strict=True)), refusal.why)
     return refusal
 
 

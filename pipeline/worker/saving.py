@@ -43,7 +43,9 @@ class Saver:
     ) -> None:
         self._state, self._quarantine, self._spec = state, quarantine, spec
         self._outputs, self._agreement = outputs, agreement
-        self._under_way = BackgroundSave(spec.run.child(run_dir.CHECKPOINTS), check=spec.check_fence)
+        self._under_way = BackgroundSave(
+            spec.run.child(run_dir.CHECKPOINTS), check=partial(spec.check_fence, is_strict=True)
+        )
         self._logged: Callable[[], None] = lambda: None
         self._clock = SaveClock(spec.checkpoint, now=time.monotonic())
         self._retention = Retention(spec.checkpoint, committed_steps(spec.run) if outputs else [])

@@ -58,12 +58,15 @@ class WorkerSpec:
     waits_for_decision: bool = False
     """If True, the workers wait after each evaluation for the decision, on the channel, to continue or end."""
 
-    def check_fence(self) -> None:
-        """Raise LostLeaseError, and end the run with it, if the run directory is another driver's by now."""
+    def check_fence(self, *, is_strict: bool = False) -> None:
+        """Raise LostLeaseError, and end the run with it, if the run directory is another driver's by now.
+
+        `is_strict` as in Fence.check.
+        """
         if self.fence is None:
             return
         try:
-            self.fence.check()
+            self.fence.check(is_strict=is_strict)
         except LostLeaseError as error:
             self.channel.post_fatal(error)
             raise
