@@ -2,7 +2,8 @@
 
 A controller starts the workers with the newest checkpoint of its list, polls them, and adds a checkpoint to the list
 once all workers have reported it. It keeps the list in memory, writes it over the one in the store, and deletes the
-checkpoints after that which it does not keep. It looks at the store only when it starts. It knows nothing of a lease.
+checkpoints after that which it does not keep: older ones than `num_to_keep`, or those that the report names, as
+pipeline/ray_private/train_checkpoints.py has it. It looks at the store only when it starts, and knows nothing of a lease.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import ray
 from simulated_time import Task
 
+from dinoray.pipeline.ray_private.train import DROPPED
 from dinoray.pipeline.storage.run_dir import CHECKPOINTS, SNAPSHOT
 
 
@@ -55,6 +57,7 @@ class RayCheckpoints:
         self._metrics[name], self._indices[name] = metrics, self._num_reports
         self._num_reports += 1
         kept = self.names[-self._num_to_keep :] if self._num_to_keep else self.names
+        kept = [one for one in kept if one == name or one not in metrics.get(DROPPED, ())]
         old, self.names = [one for one in self.names if one not in kept], kept
         self._files.write(SNAPSHOT, json.dumps(self._state()).encode())
         for one in old:

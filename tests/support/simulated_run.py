@@ -41,8 +41,10 @@ from dinoray.pipeline.storage.run_dir import (
     RESULT,
     checkpoint_name,
     mend_snapshot,
+    remove_leftovers,
 )
 from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.config import CheckpointConfig
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore, take_refusal
@@ -202,11 +204,14 @@ class Job:
         world, channel = self.world, Channel()
         if mend_snapshot(world.run) is not None:
             world.counts["a list was mended"] += 1
+        else:
+            remove_leftovers(world.run)
         spec: Any = SimpleNamespace(
             run=world.run.patient(PATIENCE_SECONDS),
             channel=channel,
             num_images=world.settings.num_images,
             fence=keeper.fence,
+            checkpoint=CheckpointConfig(num_to_keep=world.settings.num_to_keep or 1000, num_best_to_keep=0),
         )
         spec.check_fence = partial(WorkerSpec.check_fence, spec)
         outcome: list[Exception | None] = []
@@ -243,7 +248,7 @@ class Job:
         def run() -> None:
             try:
                 settings = world.settings
-                checkpoints = RayCheckpoints(self._files(spec), num_to_keep=settings.num_to_keep)
+                checkpoints = RayCheckpoints(self._files(spec), num_to_keep=None)
                 control(
                     checkpoints,
                     lambda newest: self._start_workers(spec, newest),
@@ -331,7 +336,7 @@ class Job:
         outputs = Outputs(world, spec)
         start = history.begin(state, workers.world_size)
         cadence = Cadence(
-            settings.total_steps, log_every=1, eval_every=1000, checkpoint_every=settings.checkpoint_every
+            settings.total_steps, log_every=1, eval_every=1000, save_every=(settings.checkpoint_every,)
         )
         agreement = Agreement(patience_seconds=0, known=lambda _: None)
         saver = Saver(state, quarantine, spec, outputs, agreement)  # type: ignore[arg-type]
@@ -366,6 +371,7 @@ class Outputs:
 
     def __init__(self, world: World, spec: Any) -> None:
         self._world, self._spec = world, spec
+        self.scores = SimpleNamespace(by_step={})
         spec.check_fence()
 
     def sync_log(self) -> Callable[[], object]:
