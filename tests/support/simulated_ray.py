@@ -3,7 +3,8 @@
 A controller starts the workers with the newest checkpoint of its list, polls them, and adds a checkpoint to the list
 once all workers have reported it. It keeps the list in memory, writes it over the one in the store, and deletes the
 checkpoints after that which it does not keep: older ones than `num_to_keep`, or those that the report names, as
-pipeline/ray_private/train_checkpoints.py has it. It looks at the store only when it starts, and knows nothing of a lease.
+pipeline/ray_private/train_checkpoints.py has it. It looks at the store only when it starts. Of a lease it knows
+nothing.
 """
 
 import json
