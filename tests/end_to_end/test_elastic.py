@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from jobs_processes import TINY, Job, losses, processes_with, start_job
+from jobs_processes import TINY, Job, losses, start_job
 from paths import ROOT
 from ray_head import RAY, RayHead, RayNode, ray_head, ray_node
 from spot_metadata import Metadata, metadata, notice
@@ -60,7 +60,7 @@ def test_train_workers_follow_the_nodes_that_there_are(tmp_path: Path) -> None:
         *("optim.warmup_epochs=0", "head.use_bn=false", "checkpoint.every_steps=1000000"),
         *("resources.train_workers=[1,2]", "resources.cpus_per_train_worker=3", "resources.hang_seconds=40"),
     ]
-    with ray_head(num_cpus=2) as head, ray_node(head, num_cpus=3):
+    with ray_head(num_cpus=2) as head, ray_node(head, num_cpus=3) as first:
         env = head.env | {"RAY_ADDRESS": head.gcs, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
         with start_job("jobs.pretrain", *arguments, env=env) as job:
             job.wait_until(lambda: run.exists("metrics.jsonl"))
@@ -78,7 +78,7 @@ def test_train_workers_follow_the_nodes_that_there_are(tmp_path: Path) -> None:
                     r"node [\d.]+ taken back in [1-6]?\d s: the run saves a checkpoint", job.output
                 )
 
-            (worker,) = [p for p in processes_with(str(head.temp_dir)) if "RayTrainWorker" in p.name()]
+            (worker,) = [p for p in first.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
             worker.suspend()
             line = job.wait_until(lambda: re.search(r"^warning: train worker 0 .*", job.output, re.M))[0]
             assert re.search(rf"\(process {worker.pid}\) has given no sign for 3\d s, after step \d+;", line)

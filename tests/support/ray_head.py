@@ -117,17 +117,18 @@ class RayNode:
     def lose(self) -> None:
         """End it as a lost machine ends."""
         with contextlib.suppress(psutil.Error):
-            end_processes(self._children())
+            end_processes(self.processes())
         self.process.kill()
         self.process.wait()
 
     @property
     def node_id(self) -> str | None:
         """The id of its raylet; None before that has started."""
-        arguments = [word for child in self._children() for word in child.cmdline()]
+        arguments = [word for child in self.processes() for word in child.cmdline()]
         return next((word.partition("=")[2] for word in arguments if word.startswith("--node_id=")), None)
 
-    def _children(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """Its raylet, and the workers of that."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
