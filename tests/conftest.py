@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
-    items.sort(key=lambda item: _scope(item.path) == _LAST)
+    items.sort(key=lambda item: {_FIRST: 0, _LAST: 2}.get(_scope(item.path), 1))
 
 
 class FilesAndRay(LoadScopeScheduling):
@@ -44,19 +44,20 @@ class FilesAndRay(LoadScopeScheduling):
         return _scope(self.config.rootpath / nodeid.partition("::")[0])
 
 
-_LAST = "ray, last"
+_FIRST, _LAST = "ray, first", "ray, last"
 
 
 @cache
 def _scope(file: Path) -> str:
     if "mark.ray" not in file.read_text():
         return str(file)
-    return "ray" if file.parent.name == "end_to_end" else _LAST
+    return _FIRST if file.parent.name == "end_to_end" else _LAST
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndRay:
     """With -n."""
+    config.option.loadscopereorder = False  # in the order of the collection, not the largest first
     return FilesAndRay(config, log)
 
 
