@@ -65,7 +65,10 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_replacement() -> None:
         ("teacher.out_dim=1", "head.out_dim"),
         ("epochs=1", "train.epochs"),
         ("batch_size=1", "eval.batch_size or probe.linear_batch_size or train.global_batch_size"),
-        ("train.batch_size=1", "train.global_batch_size or eval.batch_size"),
+        (
+            "train.batch_size=1",
+            "train.global_batch_size or eval.batch_size or train.max_batch_size_per_worker",
+        ),
         ("momentum_teacher=1", "teacher.teacher_momentum or teacher.final_teacher_momentum"),
         ("loss.center_momemtum=1", "loss.center_momentum"),
         ("dta.path=1", "data.path or init.path"),
