@@ -57,9 +57,14 @@ class HangWatch:
         self._named: set[int] = set()
         self._ended: set[tuple[str, int, str]] = set()
 
+    def placed(self, num_workers: int) -> None:
+        """So many workers have started. Signs of others are of those before, sent while these ended."""
+        for rank in [rank for rank in self._signs if rank >= num_workers]:
+            self._old.add(self._signs.pop(rank)[0])
+
     def forget(self) -> None:
         """The workers are ended or start again: what they said counts no more."""
-        self._old = {sign for sign, _ in self._signs.values()}
+        self._old |= {sign for sign, _ in self._signs.values()}
         self._signs, self._named = {}, set()
 
     def look(self, signs: Mapping[int, Sign]) -> Found:

@@ -317,7 +317,7 @@ def run_training(
                     trains = True
                     capacity.trains(event.facts["step"])
                 if event.kind == "placed":
-                    hangs.forget()
+                    hangs.placed(event.facts["num_workers"])
                     capacity.placed()
                 if event.kind == "stopped":
                     stopped_at = event.facts["step"]

@@ -24,6 +24,7 @@ from dinoray.pipeline.tracking.scores import Scores, evaluations, scores_of
 from dinoray.pipeline.tracking.services import open_trackers
 from dinoray.pipeline.tracking.write_thread import WriteThread
 from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.distributed import world_size
 from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import PoolThroughput, ThroughputMeter
@@ -57,7 +58,7 @@ class Outputs:
             tell=self.note,
             writes=self._writes,
         )
-        self._channel.post("placed", group=ray.util.get_current_placement_group())
+        self._channel.post("placed", group=ray.util.get_current_placement_group(), num_workers=world_size())
         self._pool = PoolMailbox(spec.channel)
         self._meter, self._pool_meter = ThroughputMeter(), PoolThroughput(self._pool.send_reading)
 

@@ -40,8 +40,8 @@ class Signs:
     def _send(self) -> None:
         # Also while this worker is done and others are not: who is silent hangs.
         for number in itertools.count():
-            time.sleep(SIGN_SECONDS)
             self._channel.merge(SIGNS, {self._rank: self._sign(number)})
+            time.sleep(SIGN_SECONDS)
 
     def _sign(self, number: int) -> Sign:
         step, doing, since = self._now

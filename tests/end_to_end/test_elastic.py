@@ -71,13 +71,14 @@ def test_train_workers_follow_the_nodes_that_there_are(tmp_path: Path) -> None:
                 job.wait_until(lambda: losses(run.read("metrics.jsonl"))[-1][0] > grown_at)
                 with metadata(None, notice(60)) as service:
                     take_back(head, second, service, tmp_path)
-                why, _, repeated = resumed(job, 2)
+                why, left_at, repeated = resumed(job, 2)
                 assert re.fullmatch(r"node [\d.]+ taken back", why)
                 assert repeated == 0
                 assert re.search(
                     r"node [\d.]+ taken back in [1-6]?\d s: the run saves a checkpoint", job.output
                 )
 
+            job.wait_until(lambda: losses(run.read("metrics.jsonl"))[-1][0] > left_at)
             (worker,) = [p for p in first.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
             worker.suspend()
             line = job.wait_until(lambda: re.search(r"^warning: train worker 0 .*", job.output, re.M))[0]

@@ -104,6 +104,17 @@ def test_a_worker_that_goes_on_is_named_anew_when_it_hangs_again() -> None:
     assert run.ended == []
 
 
+def test_a_sign_that_comes_while_workers_end_is_none_of_those_that_start() -> None:
+    run = Run(2)
+    run.watch.forget()
+    run.pass_(SIGN_SECONDS)  # the last signs of both
+    run.stopped = {1}
+    run.set(0, pid=200)
+    run.watch.placed(1)
+    run.pass_(2 * LIMIT)
+    assert run.lines == run.ended == []
+
+
 def test_workers_that_ended_are_not_missed() -> None:
     run = Run(2)
     run.pass_(20)
