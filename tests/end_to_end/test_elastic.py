@@ -17,7 +17,7 @@ from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.storage.files import Directory
 
 pytestmark = [
-    *(pytest.mark.ray, pytest.mark.slow),
+    *(pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow),
     pytest.mark.skipif(shutil.which("wget") is None, reason="deploy/spot_watcher.sh needs wget"),
 ]
 
