@@ -315,7 +315,7 @@ def test_evaluating_what_is_no_run(run: Job, started: Directory, tmp_path: Path)
     run(evaluate.main, "WORLD/runs/none").check(CONFIG, [f"{tmp_path}/runs/none is not a run directory"])
     run(evaluate.main, "WORLD/runs/run").check(DATA, [f"{started.uri} has no committed checkpoint"])
     run(evaluate.main, "WORLD/runs/run", "--step=x").check(
-        CONFIG, ["argument --step: invalid int value: 'x'"]
+        CONFIG, ["argument --step: invalid step value: 'x'"]
     )
     run(evaluate.main, "WORLD/runs/run", "eval.kk=1").check(CONFIG, ["eval.kk=1", "did you mean eval.k?"])
 
