@@ -56,7 +56,7 @@ def this_process(job: str = "") -> Holder:
         host=socket.gethostname(),
         pid=os.getpid(),
         machine=_machine(),
-        started=_started(os.getpid()) or "",
+        started=process_started(os.getpid()) or "",
         job=job,
         since=time.time(),
     )
@@ -66,7 +66,7 @@ def is_gone(holder: Holder) -> bool | None:
     """Return True if the process of a holder has ended, False if it lives, None if it is not of this machine."""
     if not holder.machine or holder.machine != _machine():
         return None
-    if holder.pid == os.getpid() and holder.started == _started(holder.pid):
+    if holder.pid == os.getpid() and holder.started == process_started(holder.pid):
         return holder.id not in _held
     try:
         os.kill(holder.pid, 0)
@@ -74,7 +74,7 @@ def is_gone(holder: Holder) -> bool | None:
         return True
     except PermissionError:  # another user's, whose start /proc may hide
         pass
-    return _started(holder.pid) not in (None, holder.started)
+    return process_started(holder.pid) not in (None, holder.started)
 
 
 def _machine() -> str:
@@ -86,7 +86,7 @@ def _machine() -> str:
         return ""
 
 
-def _started(pid: int) -> str | None:
+def process_started(pid: int) -> str | None:
     """Return when a process was started, in ticks since the boot; "ended" for one that is not yet reaped; None if the
     kernel does not tell it."""
     try:

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.hangs import SIGN_SECONDS, STUCK_SECONDS, Doing, Sign
+from dinoray.pipeline.storage.lease_keeper import process_started
 
 SIGNS = "signs of life"
 """Name under which the run's channel keeps the newest sign of each rank."""
@@ -70,7 +71,5 @@ def _kill(pid: int, started: str) -> None:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in ticks since the machine did; empty where the system does not say."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
+    """When a process started, in a form that only this process has; empty where the system does not say."""
+    return process_started(pid) or ""
