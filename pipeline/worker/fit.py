@@ -25,6 +25,8 @@ from dinoray.pipeline.worker.worker import work
 _GROW_SECONDS = 30.0
 """Time between two looks for room for more train workers; to start them anew takes about as long."""
 
+_COLLECTIVE_SECONDS = 1800
+"""Least time limit of collectives, Ray Train's own: in a study, other ranks wait in one for the decision on a step."""
 _MARGIN_SECONDS = 120
 """After which collectives end by themselves, where a worker that hangs could not be ended."""
 
@@ -64,7 +66,8 @@ def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) ->
             resources_per_worker={"CPU": resources.cpus_per_train_worker, **({"GPU": 1} if use_gpu else {})},
         ),
         torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=ceil(resources.hang_seconds) + _MARGIN_SECONDS
+            backend="nccl" if use_gpu else "gloo",
+            timeout_s=max(_COLLECTIVE_SECONDS, ceil(resources.hang_seconds) + _MARGIN_SECONDS),
         ),
         run_config=RunConfig(
             name=run_dir.CHECKPOINTS,
