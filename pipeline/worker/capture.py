@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
@@ -23,8 +23,9 @@ from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.capture_files import CaptureFiles
 from dinoray.pipeline.training.distributed import rank, world_size
 from dinoray.pipeline.training.step import TrainState, drop_path_seed
-from dinoray.pipeline.worker.outputs import Outputs
-from dinoray.pipeline.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from dinoray.pipeline.worker.spec import WorkerSpec
 
 Batch = TypeVar("Batch")
 
@@ -62,10 +63,10 @@ class Capture:
     @classmethod
     def of(
         cls,
-        spec: WorkerSpec,
+        spec: "WorkerSpec",
         state: TrainState,
-        outputs: Outputs | None,
         *,
+        write: Callable[[Callable[[], None]], None] | None,
         source: Callable[[], Source],
         last_checkpoint: Callable[[], int],
     ) -> "Capture":
@@ -77,7 +78,7 @@ class Capture:
             source=source,
             last_checkpoint=last_checkpoint,
             note=lambda text: spec.channel.post("note", text=text),
-            write=outputs.write_later if outputs else None,
+            write=write,
             run=spec.run.uri,
             check=spec.fence.check if spec.fence else lambda: None,
         )

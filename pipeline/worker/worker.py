@@ -107,7 +107,7 @@ class _Worker:
         self.capture = Capture.of(
             spec,
             self.state,
-            self.outputs,
+            write=self.outputs.write_later if self.outputs else None,
             source=lambda: ray.get(spec.stream.source),
             last_checkpoint=lambda: self.saver.saved_step,
         )
