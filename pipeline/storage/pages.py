@@ -5,16 +5,20 @@ were under way. So the objects are read from the answer, and removed from it, be
 (errors, retries, a damaged answer) stays as botocore has it. No client and no threads here.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import unquote_plus
-from xml.etree import ElementTree
 
 import pyarrow as pa
 
-EVENT = "before-parse.s3.ListObjectsV2"
-"""botocore's event that `take_objects` handles."""
-_ANSWER, _OBJECTS = "ListBucketResult", "Objects"
+EVENT = "before-parse.*.ListObjectsV2"
+"""botocore's event that `take_objects` handles.
+
+By this name it is called before the handlers of "before-parse.s3.*", one of which parses the whole body to look for an
+error in it.
+"""
+_OBJECTS = "Objects"
 
 Request = Callable[..., dict[str, Any]]
 """A client's list_objects_v2."""
@@ -87,32 +91,39 @@ def take_objects(
     if response_dict["status_code"] >= 300:
         return
     try:
-        root = ElementTree.fromstring(response_dict["body"])
-        space = root.tag.removesuffix(_ANSWER)
-        if space == root.tag:
-            return
-        found = root.findall(f"{space}Contents")
-        objects = _objects(found, space, is_quoted=root.findtext(f"{space}EncodingType") == "url")
-    except (ElementTree.ParseError, ValueError):
+        text = response_dict["body"].decode()
+        found = _OBJECT.findall(text)
+        rest = _OBJECT.sub("", text)
+        objects = _objects(found, is_quoted="<EncodingType>url</EncodingType>" in rest)
+    except ValueError:
         return
-    for element in found:
-        root.remove(element)
-    response_dict["body"] = ElementTree.tostring(root)
+    if "<Contents" in rest:
+        return
+    response_dict["body"] = rest.encode()
     customized_response_dict[_OBJECTS] = objects
 
 
-def _objects(elements: list[ElementTree.Element], space: str, *, is_quoted: bool) -> Objects:
-    """Raises ValueError if an element has no key or no size."""
-    names = ("Key", "Size", "ETag", "StorageClass")
-    key_tag, size_tag, etag_tag, class_tag = (f"{space}{name}" for name in names)
-    keys = [element.findtext(key_tag, "") for element in elements]
+_TEXT = r"[^<>&\r\x00-\x08\x0b\x0c\x0e-\x1f]*"
+"""What XML hands on as it stands."""
+_ETAG = r"(?:&quot;|[^<>&\s\x00-\x1f])*"
+_OTHERS = "LastModified|ChecksumAlgorithm|ChecksumType|ID|DisplayName"
+_OBJECT = re.compile(
+    rf"<Contents>(?:<Key>({_TEXT})</Key>|<Size>([0-9]+)</Size>|<ETag>({_ETAG})</ETag>|<StorageClass>({_TEXT})</StorageClass>"
+    rf"|<({_OTHERS})>{_TEXT}</\5>|</?Owner>|<Owner ?/>|\s+)*</Contents>"
+)
+"""An object as stores write it: no attributes, comments, or entities but the quotes of an ETag."""
+
+
+def _objects(found: list[tuple[str, ...]], *, is_quoted: bool) -> Objects:
+    """Return what was found by _OBJECT. Raises ValueError if an object has no key or no size."""
+    keys = [key for key, *_ in found]
     if "" in keys:
         raise ValueError("an object without a key")
     if is_quoted:
         keys = [unquote_plus(key) if "%" in key or "+" in key else key for key in keys]
-    sizes = [int(element.findtext(size_tag, "")) for element in elements]
-    etags = [etag_text(element.findtext(etag_tag, "")) for element in elements]
-    return Objects(keys, sizes, etags, [_class(element.findtext(class_tag)) for element in elements])
+    etags = [etag_text(etag.replace("&quot;", '"')) for _, _, etag, *_ in found]
+    classes = [_class(name) for _, _, _, name, *_ in found]
+    return Objects(keys, [int(size) for _, size, *_ in found], etags, classes)
 
 
 def _class(name: str | None) -> str | None:
