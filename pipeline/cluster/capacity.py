@@ -4,7 +4,7 @@ has cost. No Ray here: nodes are what `ray.nodes()` returns."""
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinoray.models.errors import ResourceError
 from dinoray.pipeline.cluster.resources import ResourcesConfig
@@ -21,6 +21,29 @@ _LINE_SECONDS = 30.0
 """Time between two lines about the same nodes; and without a step before a run counts as waiting."""
 
 
+class NodeType(NamedTuple):
+    """A type of nodes that the cluster's autoscaler may start."""
+
+    name: str
+    resources: Mapping[str, float]
+    most: int
+    """Nodes of this type; -1: no limit."""
+
+
+def which_bring(names: Iterable[str], types: Iterable[NodeType]) -> list[str]:
+    """Return, for a person, which of `types` bring resources with these names; [] if there are no types."""
+    lines, has_types = [], False
+    for kind in types:
+        has_types = True
+        brought = [f"{kind.resources[name]:g} {name}s" for name in names if kind.resources.get(name)]
+        if brought:
+            limit = "" if kind.most < 0 else f", at most {kind.most} nodes"
+            lines.append(f"node type {kind.name} brings {' and '.join(brought)} a node{limit}")
+    if has_types and not lines:
+        lines.append(f"no node type of this cluster brings {' or '.join(f'{name}s' for name in names)}")
+    return lines
+
+
 @dataclass(frozen=True)
 class Demand:
     """Resources without which a run cannot train."""
@@ -29,32 +52,30 @@ class Demand:
     use_gpu: bool
     num_streams: int = 1
 
-    def missing(self, nodes: Nodes) -> str:
-        """Return what living `nodes` lack, e.g. `have 1 of 2 GPUs`; empty if they lack nothing."""
+    def missing(self, nodes: Nodes) -> tuple[str, list[str]]:
+        """Return what living `nodes` lack, e.g. `have 1 of 2 GPUs`, and the names of these resources; empty if they
+        lack nothing."""
         alive = [node["Resources"] for node in nodes if node["Alive"]]
-        workers, cpus = self.resources.least_workers, self.resources.least_cpus(self.num_streams)
-        gpus, there = (int(sum(node.get(name, 0) for node in alive)) for name in ("GPU", "CPU"))
-        fit = sum(self._fit(node) for node in alive)
-        lacks = []
-        if self.use_gpu and gpus < workers:
-            lacks.append(f"{gpus} of {workers} GPUs")
-        if there < cpus:
-            lacks.append(f"{there} of {cpus} CPUs")
+        short = self._short({name: int(sum(node.get(name, 0) for node in alive)) for name in ("GPU", "CPU")})
+        lacks = [f"{there} of {need} {name}s" for name, (there, need) in short.items()]
+        workers, fit = self.resources.least_workers, sum(self._fit(node) for node in alive)
         if not lacks and fit < workers:
             each = f"{self.resources.cpus_per_train_worker:g} CPUs{' and a GPU' if self.use_gpu else ''} each"
-            lacks.append(f"nodes for {fit} of {workers} train workers with {each}")
-        return f"have {' and '.join(lacks)}" if lacks else ""
+            lacks, short = [f"nodes for {fit} of {workers} train workers with {each}"], self._short({})
+        return (f"have {' and '.join(lacks)}", list(short)) if lacks else ("", [])
 
-    def in_use(self, free: Mapping[str, float]) -> str:
-        """Return what others use of what the run needs, e.g. `1 of 2 GPUs are free`; `free` is by name of resource."""
+    def in_use(self, free: Mapping[str, float]) -> tuple[str, list[str]]:
+        """Return what others use of what the run needs, e.g. `1 of 2 GPUs are free`, and the names of these resources;
+        `free` is by name of resource."""
+        short = self._short(free)
+        lacks = [f"{there:g} of {need} {name}s" for name, (there, need) in short.items()]
+        return (f"{' and '.join(lacks)} are free", list(short)) if lacks else ("", [])
+
+    def _short(self, there: Mapping[str, float]) -> dict[str, tuple[float, int]]:
+        """Return of which resources there are fewer than the run needs: how many there are, how many it needs."""
         workers, cpus = self.resources.least_workers, self.resources.least_cpus(self.num_streams)
         needs = {"GPU": workers if self.use_gpu else 0, "CPU": cpus}
-        short = [
-            f"{free.get(name, 0):g} of {need} {name}s"
-            for name, need in needs.items()
-            if free.get(name, 0) < need
-        ]
-        return f"{' and '.join(short)} are free" if short else ""
+        return {name: (there.get(name, 0), need) for name, need in needs.items() if there.get(name, 0) < need}
 
     def _fit(self, node: Mapping[str, Any]) -> int:
         """Return the number of train workers that an empty node has room for."""
@@ -88,9 +109,12 @@ class CapacityWatch:
         nodes: Callable[[], Nodes],
         free: Callable[[], Mapping[str, float]],
         *,
+        node_types: Callable[[], Iterable[NodeType]] = tuple,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`nodes` and `free`: what Ray knows of those that stay, and `ray.available_resources`."""
+        """`nodes` and `free`: what Ray knows of those that stay, and `ray.available_resources`; `node_types`: those
+        that the cluster's autoscaler may start."""
+        self._node_types = node_types
         self._demand, self._nodes, self._free, self._now = demand, nodes, free, now
         self._limit = 60 * demand.resources.wait_for_nodes_minutes
         self._step, self._loss = 0, None  # type: int, Loss | None
@@ -144,10 +168,10 @@ class CapacityWatch:
         if not waits:
             self._addresses = _addresses(nodes)
             return None
-        lacks = self._demand.missing(nodes)
+        lacks, names = self._demand.missing(nodes)
         # Right after a loss, what Ray has not yet cleared away counts as in use.
         if not lacks and not self._is_placed and now - self._began >= _LINE_SECONDS:
-            lacks = self._demand.in_use(self._free())
+            lacks, names = self._demand.in_use(self._free())
         if not lacks:
             self._lacks_since = None
             return None
@@ -162,7 +186,8 @@ class CapacityWatch:
         if now - self._told < _LINE_SECONDS:
             return None
         self._told = now
-        return f"waiting for nodes: {lacks}, for {now - since:.0f} s of at most {minutes:g} min"
+        line = f"waiting for nodes: {lacks}, for {now - since:.0f} s of at most {minutes:g} min"
+        return "; ".join([line, *which_bring(names, self._node_types())])
 
 
 def _addresses(nodes: Nodes) -> dict[str, str]:

@@ -91,8 +91,17 @@ class HangWatch:
                 )
         return Found(lines, to_end)
 
+    def waits_for_images(self) -> Sign | None:
+        """Return the sign of the worker that waits for images the longest; None if one trains, and is waited for."""
+        signs = [sign for sign, _ in self._signs.values()]
+        first = min((sign.step for sign in signs), default=0)
+        waiting = [sign for sign in signs if sign.doing == "waits for images" and sign.step == first]
+        return max(waiting, key=lambda sign: sign.seconds, default=None)
+
     def _stuck(self) -> dict[int, float]:
         """Workers that train at one step for too long: those that are behind the others, if some are."""
+        if self.waits_for_images():
+            return {}  # what they wait for is this worker, and it for the stream
         long = {
             rank: sign
             for rank, (sign, _) in self._signs.items()

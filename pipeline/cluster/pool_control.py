@@ -16,6 +16,7 @@ from dinoray.models.errors import one_line
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox, PoolPlan
 from dinoray.pipeline.cluster.pool_size import Actors, divide_work, share_actors
+from dinoray.pipeline.cluster.stalls import Flow
 from dinoray.pipeline.ray_private import data as private
 
 _EVERY_SECONDS = 1.0
@@ -133,6 +134,8 @@ class PoolControl(private.ExecutionCallback):
             self._reserve(executor, reservation(pool, share), now)
             if not self._answers:
                 self._mailbox.send_actors(self._stream, actors)
+                flow = Flow(actors.running, actors.pending, *private.flow(executor))
+                self._mailbox.send_flow(self._stream, flow)
                 self._answers = self._ask()
 
     def _reserve(self, executor: Any, wanted: Reservation, now: float) -> None:

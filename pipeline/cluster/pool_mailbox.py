@@ -7,8 +7,10 @@ import ray
 
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.pool_size import Actors, PoolSize, TrainerReading
+from dinoray.pipeline.cluster.stalls import Flow
 
 _READING, _ACTORS, _WORK, _PLAN = "trainer reading", "actors by stream", "work by stream", "plan of pools"
+_FLOW = "flow by stream"
 
 
 class PoolPlan(NamedTuple):
@@ -27,6 +29,7 @@ class PoolMailbox:
     def begin(self) -> PoolPlan | None:
         """Forget the actors of earlier pools; return the plan that was last sent, with which new ones continue."""
         self._channel.put(_ACTORS, {})
+        self._channel.put(_FLOW, {})
         plan: PoolPlan | None = self._channel.get(_PLAN)
         return plan
 
@@ -45,6 +48,15 @@ class PoolMailbox:
     def actors(self) -> "ray.ObjectRef[Mapping[int, Actors]]":
         """Return the actors of each stream's pool that has sent them, as a future result."""
         return self._channel.look_up(_ACTORS)
+
+    def send_flow(self, stream: int, flow: Flow) -> None:
+        """Replace what a stream's blocks and bytes are."""
+        self._channel.merge(_FLOW, {stream: flow})
+
+    def flow(self) -> Flow | None:
+        """Return the sum over the streams that have sent theirs; None before the first has."""
+        flows: Mapping[int, Flow] = self._channel.get(_FLOW) or {}
+        return Flow(*map(sum, zip(*flows.values(), strict=True))) if flows else None
 
     def send_work(self, stream: int, cpu_ms: float) -> None:
         """Replace the CPU time per image of a stream, as its train workers see it."""

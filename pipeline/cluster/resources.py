@@ -30,7 +30,7 @@ class ResourcesConfig(Settings):
     hang_seconds: float = Field(default=300, gt=0)
     """Longest time that a train worker may give no sign of life, or be at one step; then it is replaced."""
     wait_for_nodes_minutes: float = Field(default=60, gt=0)
-    """Longest wait for missing nodes, at the start and after a loss; then the run ends with exit code 4."""
+    """Longest wait for missing nodes, at the start and after a loss, or for images; then the exit code is 4."""
 
     @field_validator("train_workers", "augment_actors")
     @classmethod

@@ -29,6 +29,8 @@ class DataConfig(Settings):
     """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""
     streams: int = Field(default=1, ge=1)
     """Ray Data executions among which the train workers of a run are divided; one brings about 7,000 images/s."""
+    stall_seconds: float = Field(default=60, gt=0)
+    """Seconds without images after which a run says why, every 30 s, for at most resources.wait_for_nodes_minutes."""
     if_overwritten: Literal["bad", "use"] = "bad"
     """Objects that were overwritten after they were listed: bad counts them as bad images, use trains on them."""
     max_object_bytes: int = Field(default=64 << 20, ge=1)

@@ -114,6 +114,20 @@ def resize(pool: Any, size: int) -> None:
 
 
 @_or_missing
+def flow(executor: Any) -> tuple[int, int, int, int]:
+    """Return the blocks that actors work at, the blocks they have made, and the bytes of the object store that the
+    execution uses and may use."""
+    makers = [operator for operator in executor._topology if operator.get_autoscaling_actor_pools()]
+    in_work = sum(pool.num_tasks_in_flight() for pool in pools(executor))
+    made = sum(operator.metrics.num_task_outputs_generated for operator in makers)
+    used, limits = (
+        executor._resource_manager.get_global_usage(),
+        executor._resource_manager.get_global_limits(),
+    )
+    return in_work, made, int(used.object_store_memory), int(limits.object_store_memory)
+
+
+@_or_missing
 def stop_requests(executor: Any) -> None:
     """Keep the execution from requesting nodes by Ray Data's rules."""
     executor._cluster_autoscaler.try_trigger_scaling = lambda: None

@@ -15,9 +15,7 @@ from dinoray.models.errors import one_line
 from dinoray.models.published.checkpoint import Weights
 from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.config import crop_bytes
-from dinoray.pipeline.cluster.capacity import CapacityWatch, Demand
 from dinoray.pipeline.cluster.channel import EndRequest, Event, RunChannel, fatal_error
-from dinoray.pipeline.cluster.hangs import SIGN_SECONDS, HangWatch
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
 from dinoray.pipeline.data.partition import (
     batch_size_per_worker,
@@ -27,7 +25,6 @@ from dinoray.pipeline.data.partition import (
 )
 from dinoray.pipeline.data.sharing import share_reading
 from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.ray_private.nodes import staying_nodes
 from dinoray.pipeline.ray_private.train_controller import ControllerCallback
 from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.storage.checkpoint_files import newest_meta
@@ -47,8 +44,8 @@ from dinoray.pipeline.training.step import build_state
 from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.fit import CONTROLLER, fit
 from dinoray.pipeline.worker.inputs import Inputs
-from dinoray.pipeline.worker.signs import SIGNS, end_worker
 from dinoray.pipeline.worker.spec import WorkerSpec
+from dinoray.pipeline.worker.watches import Watches
 
 _END_SECONDS = 120.0
 """Longest wait for workers that all met the same error; they may upload a checkpoint."""
@@ -275,53 +272,31 @@ def run_training(
     thread = threading.Thread(target=run_fit, name="fit", daemon=True)
     thread.start()
     trains, stopped_at = False, None
-    capacity = CapacityWatch(
-        Demand(config.resources, use_gpu, config.data.streams), staying_nodes, ray.available_resources
-    )
-
-    hangs, looked = HangWatch(config.resources.hang_seconds), time.monotonic()
-
-    def look_for_hangs() -> None:
-        nonlocal looked
-        if time.monotonic() - looked < SIGN_SECONDS:
-            return
-        looked = time.monotonic()
-        found = hangs.look(channel.get(SIGNS) or {})
-        for line in found.lines:
-            note(line)
-        if found.to_end is not None:
-            end_worker(found.to_end)
+    watches = Watches(config, channel, use_gpu=use_gpu, is_shared=shared is not None)
 
     def follow() -> None:
         nonlocal trains, stopped_at
         while thread.is_alive() or outcome:
             check()
             event = channel.take(timeout_seconds=0.5)
-            note(capacity.look())
-            look_for_hangs()
+            for line in watches.look():
+                note(line)
             if event is None:
                 if outcome:
                     break
-            elif event.kind == "fatal":
+                continue
+            if event.kind == "fatal":
                 error = fatal_error(event)
                 if error.raised_by_all_ranks:
                     thread.join(_END_SECONDS)  # the workers end by themselves, and nothing is left of them
                 raise error
-            elif event.kind == "lost":
-                hangs.forget()
-                capacity.lost(event.facts["text"], event.facts.get("step"))
-            elif event.kind == "resumed":
-                note(capacity.resumed(event.facts["step"]))
-            else:
-                if event.kind == "step":
-                    trains = True
-                    capacity.trains(event.facts["step"])
-                if event.kind == "placed":
-                    hangs.placed(event.facts["num_workers"])
-                    capacity.placed()
-                if event.kind == "stopped":
-                    stopped_at = event.facts["step"]
-                on_event(event, channel)
+            note(watches.hear(event))
+            if event.kind in ("lost", "resumed"):
+                continue
+            trains = trains or event.kind == "step"
+            if event.kind == "stopped":
+                stopped_at = event.facts["step"]
+            on_event(event, channel)
         if outcome and outcome[0] is not None:
             raise outcome[0]
 

@@ -8,7 +8,18 @@ RAY_FILES = {
     *(f"pipeline/stream/{name}.py" for name in ("ray_data", "readers", "shared_stream")),
     *(
         f"pipeline/worker/{name}.py"
-        for name in ("driver", "ending", "fit", "worker", "outputs", "spec", "restoring", "saving", "signs")
+        for name in (
+            "driver",
+            "ending",
+            "fit",
+            "worker",
+            "outputs",
+            "spec",
+            "restoring",
+            "saving",
+            "signs",
+            "watches",
+        )
     ),
     *(f"pipeline/study/search/{name}.py" for name in ("tuner", "tuning", "population")),
     "pipeline/evaluation/actors.py",

@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError, NodeDiedError
 from ray.train import ControllerError, WorkerGroupError
 
 from dinoray.models.errors import ResourceError
-from dinoray.pipeline.cluster.capacity import BROKEN, CapacityWatch, Demand
+from dinoray.pipeline.cluster.capacity import BROKEN, CapacityWatch, Demand, NodeType
 from dinoray.pipeline.cluster.lost_ray import describe_loss
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 
@@ -31,8 +31,13 @@ class Cluster:
 
     def __init__(self, *nodes: dict[str, Any], resources: Demand | None = None) -> None:
         self.nodes, self.free, self.seconds = list(nodes), {"CPU": 100.0, "GPU": 100.0}, 0.0
+        self.types: list[NodeType] = []
         self.watch = CapacityWatch(
-            resources or demand(), lambda: self.nodes, lambda: self.free, now=lambda: self.seconds
+            resources or demand(),
+            lambda: self.nodes,
+            lambda: self.free,
+            node_types=lambda: self.types,
+            now=lambda: self.seconds,
         )
 
     def told_in(self, seconds: float) -> list[tuple[float, str]]:
@@ -78,7 +83,7 @@ BOTH = (node(CPU=8, GPU=1), node(CPU=8, GPU=1))
 def test_what_is_missing_is_counted_by_resource(
     nodes: list[dict[str, Any]], more: dict[str, Any], missing: str
 ) -> None:
-    assert demand(**more).missing(nodes) == missing
+    assert demand(**more).missing(nodes)[0] == missing
 
 
 def test_a_start_that_lacks_nodes_is_told_every_30_seconds() -> None:
@@ -90,6 +95,28 @@ def test_a_start_that_lacks_nodes_is_told_every_30_seconds() -> None:
     ]
     cluster.nodes.append(BOTH[1])
     assert cluster.told_in(100) == []
+
+
+@pytest.mark.parametrize(
+    ("types", "said"),
+    [
+        ([], ""),
+        (
+            [NodeType("a100", {"GPU": 8, "CPU": 64}, 2), NodeType("cpu", {"CPU": 16}, -1)],
+            "; node type a100 brings 8 GPUs a node, at most 2 nodes",
+        ),
+        ([NodeType("l4", {"GPU": 1}, -1)], "; node type l4 brings 1 GPUs a node"),
+        ([NodeType("cpu", {"CPU": 16}, 4)], "; no node type of this cluster brings GPUs"),
+    ],
+)
+def test_the_line_names_the_node_types_that_could_bring_what_is_missing(
+    types: list[NodeType], said: str
+) -> None:
+    cluster = Cluster(BOTH[0])
+    cluster.types = types
+    assert cluster.told_in(30) == [
+        (30, f"waiting for nodes: have 1 of 2 GPUs, for 29 s of at most 10 min{said}")
+    ]
 
 
 def test_a_lost_node_that_does_not_come_back_is_told_at_once_and_ends_the_run_in_the_end() -> None:

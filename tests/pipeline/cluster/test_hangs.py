@@ -55,6 +55,22 @@ def test_what_may_take_long_does_not_hang(doing: str) -> None:
     assert run.lines == run.ended == []
 
 
+def test_workers_that_wait_for_one_that_gets_no_images_do_not_hang() -> None:
+    run = Run(3)
+    run.set(0, 1, step=40, doing="trains", seconds=0)
+    run.set(2, step=40, doing="waits for images", seconds=0)
+    run.pass_(2 * LIMIT)
+    assert run.lines == run.ended == []
+    waiting = run.watch.waits_for_images()
+    assert waiting is not None
+    assert (waiting.pid, waiting.step, waiting.seconds) == (102, 40, 2 * LIMIT)
+    # It has images for the next step, which another one never reaches.
+    run.set(2, step=41)
+    run.pass_(SIGN_SECONDS)
+    assert [line for _, line in run.lines if "is at step 41 for" in line]
+    assert run.watch.waits_for_images() is None
+
+
 def test_a_worker_without_signs_is_named_within_a_minute_and_ended_in_time() -> None:
     run = Run(3)
     run.set(0, 1, 2, step=40, doing="waits for images")

@@ -9,6 +9,7 @@ import ray
 from dinoray.pipeline.cluster.pool_control import DrainPolicy, PoolControl, reservation
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox, PoolPlan
 from dinoray.pipeline.cluster.pool_size import Actors, PoolSize
+from dinoray.pipeline.cluster.stalls import Flow
 
 
 def operator(*, running: int, most: int, in_flight: int) -> SimpleNamespace:
@@ -71,6 +72,17 @@ def test_nothing_is_logged_of_pools_before_their_first_state_and_then_their_sum(
     assert kept is not None
     assert kept.size is size
     assert mailbox.metrics() == {}
+
+
+def test_the_flow_of_a_run_is_the_sum_over_its_streams_since_they_began() -> None:
+    mailbox = PoolMailbox(Values())  # type: ignore[arg-type]
+    assert mailbox.flow() is None
+    mailbox.send_flow(0, Flow(2, 1, 4, 10, 100, 1000))
+    mailbox.send_flow(1, Flow(1, 0, 2, 5, 50, 1000))
+    mailbox.send_flow(0, Flow(3, 0, 4, 12, 100, 1000))
+    assert mailbox.flow() == (4, 0, 6, 17, 150, 2000)
+    mailbox.begin()
+    assert mailbox.flow() is None
 
 
 class Notes:

@@ -4,10 +4,15 @@ import itertools
 import json
 import runpy
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray.data
+import yaml
+from paths import ROOT
+from ray.autoscaler._private.util import prepare_config
+from ray.core.generated.autoscaler_pb2 import ClusterConfig
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
     CheckpointManager,
@@ -190,6 +195,32 @@ def test_nodes_that_are_taken_back_do_not_stay(monkeypatch: pytest.MonkeyPatch) 
     assert nodes.staying_nodes() == all_of[:1]
     monkeypatch.setattr(nodes, "state", None)
     assert nodes.staying_nodes() == all_of[:2]
+
+
+def test_types_of_nodes_are_those_that_the_autoscaler_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ClusterConfig()
+    for name, resources, most in (("a100", {"GPU": 8, "CPU": 96}, 2), ("off", {"CPU": 4}, 0)):
+        config.node_group_configs.add(name=name, max_count=most).resources.update(resources)
+    monkeypatch.setattr(nodes, "state", SimpleNamespace(get_cluster_config=lambda: config))
+    assert nodes.node_types() == [("a100", {"GPU": 8, "CPU": 96}, 2)]
+
+
+def test_types_of_nodes_are_else_those_of_the_file_that_ray_up_leaves_on_the_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(nodes, "state", SimpleNamespace(get_cluster_config=lambda: None))
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    assert nodes.node_types(file) == []
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    file.write_text(json.dumps(config))
+    assert nodes.node_types(file) == []  # nobody has told the resources of these instances
+    config["available_node_types"]["augment"]["resources"] = {"CPU": 64}
+    config["available_node_types"]["train"]["resources"] = {"CPU": 32, "GPU": 4}
+    file.write_text(json.dumps(config))  # as Ray writes it
+    assert nodes.node_types(file) == [("augment", {"CPU": 64}, 8), ("train", {"CPU": 32, "GPU": 4}, 2)]
+    for damaged in ("", "[", "a: 1", "available_node_types: 3"):
+        file.write_text(damaged)
+        assert nodes.node_types(file) == []
 
 
 def test_the_installed_ray_names_nodes_that_are_taken_back_and_has_the_policy_of_ranges() -> None:
