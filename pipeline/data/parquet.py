@@ -7,7 +7,7 @@ errors as any object. Decodes no image; no Ray here.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -18,8 +18,13 @@ import pyarrow.parquet as pq
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.detection import is_bytes
 from dinoray.pipeline.storage.config import SIGNED, Access
-from dinoray.pipeline.storage.retry import LIST_AGAIN, DeniedObject, MissingObject, Retry, retrying
+from dinoray.pipeline.storage.retry import LIST_AGAIN, DeniedObject, MissingObject, Retry, may_pass, retrying
 from dinoray.pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
+
+Result = TypeVar("Result")
+
+_MOST_DAMAGES = 4
+"""Kinds of damage to the same bytes after which they are given up."""
 
 
 class RowGroup(NamedTuple):
@@ -51,8 +56,12 @@ def read_footer(
     access: Access = SIGNED,
 ) -> PartFooter:
     """Read the footer of one shard: one ranged GET on S3. Raises CorruptShard if it is not a Parquet file."""
-    with _open_shard(uri, num_bytes, retry, access, etag) as shard:
-        return PartFooter(uri, shard.schema_arrow, shard.metadata)
+
+    def read() -> PartFooter:
+        with _open_shard(uri, num_bytes, retry, access, etag) as shard:
+            return PartFooter(uri, shard.schema_arrow, shard.metadata)
+
+    return again_if_damaged(lambda: _retried(read, uri, retry))
 
 
 def row_groups(footer: PartFooter, *, image_column: str, other_columns: Sequence[str]) -> list[RowGroup]:
@@ -132,23 +141,52 @@ def read_row_group(
     `etag`, if one is given. Raises the errors of `retry` from the store, and CorruptShard if the bytes cannot
     be parsed.
     """
-    with _open_shard(uri, num_bytes, retry, access, etag, metadata) as shard:
-        table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
-        images = table[image_column]
-        if pa.types.is_struct(images.type):
-            images = pc.struct_field(images, "bytes")
-        texts = {column: table[column].cast(pa.string()) for column in other_columns}
-        return pa.table({image_column: images, **texts})
+
+    def read() -> pa.Table:
+        with _open_shard(uri, num_bytes, retry, access, etag, metadata) as shard:
+            table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
+            images = table[image_column]
+            if pa.types.is_struct(images.type):
+                images = pc.struct_field(images, "bytes")
+            texts = {column: table[column].cast(pa.string()) for column in other_columns}
+            return pa.table({image_column: images, **texts})
+
+    return _retried(read, uri, retry)
 
 
 def read_column(
     uri: str, num_bytes: int, group: int, *, column: str, retry: Retry = retrying, access: Access = SIGNED
 ) -> list[str | None]:
     """Read one column of one row group as text; raises as `read_row_group`."""
-    with _open_shard(uri, num_bytes, retry, access) as shard:
-        table = shard.read_row_group(group, columns=[column], use_threads=False)
-        texts: list[str | None] = table[column].cast(pa.string()).to_pylist()
-        return texts
+
+    def read() -> list[str | None]:
+        with _open_shard(uri, num_bytes, retry, access) as shard:
+            table = shard.read_row_group(group, columns=[column], use_threads=False)
+            texts: list[str | None] = table[column].cast(pa.string()).to_pylist()
+            return texts
+
+    return _retried(read, uri, retry)
+
+
+def again_if_damaged(read: Callable[[], Result], *, forget: Callable[[], object] = lambda: None) -> Result:
+    """Return `read()`. Bytes may be damaged on their way: CorruptShard counts once another attempt has found the same.
+
+    `forget` is called before another attempt.
+    """
+    seen: set[str] = set()
+    while True:
+        try:
+            return read()
+        except CorruptShard as error:
+            if str(error) in seen or len(seen) == _MOST_DAMAGES:
+                raise
+            seen.add(str(error))
+            forget()
+
+
+def _retried(read: Callable[[], Result], uri: str, retry: Retry) -> Result:
+    """Call `read`, with `retry` if that is a file's: requests to S3 have it in ObjectFile."""
+    return read() if is_s3(uri) else retry(read, what=uri)
 
 
 class HasBytes(Protocol):
@@ -236,6 +274,8 @@ def _open_shard(
     except PermissionError as error:
         raise DeniedObject(f"{uri}: {error}; check the file's permissions") from error
     except (pa.ArrowException, OSError, EOFError) as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise  # it says nothing of the file
         reason = " ".join(str(error).split())
         raise CorruptShard(
             f"{uri} is not a readable Parquet file: {reason}; write it again or remove it"

@@ -3,26 +3,29 @@
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, expected_etag, whole
+from dinoray.pipeline.data.footers import FooterCache
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
-from dinoray.pipeline.data.parquet import CorruptShard, RowGroupCache, read_footer, read_row_group
+from dinoray.pipeline.data.parquet import (
+    CorruptShard,
+    RowGroupCache,
+    again_if_damaged,
+    read_footer,
+    read_row_group,
+)
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.retry import LIST_AGAIN, Retry
 
 Result = TypeVar("Result")
 
-_FOOTERS = 256
-"""Footers of shards that each process keeps."""
-_MOST_DAMAGES = 4
-"""Kinds of damage to one row group after which it is given up."""
+_FOOTER_BYTES = 64 << 20
+"""Bytes of footers that each process keeps, compressed: those of some 10,000 packed shards."""
 
 
 class Read(Protocol):
@@ -50,7 +53,7 @@ class Rows:
         starts = self._ends - self._num_rows
         self._shard_starts = np.maximum.accumulate(np.where(first_of_shard, starts, 0))
         self.cache: RowGroupCache[pa.Table] = RowGroupCache(config.row_group_cache_bytes)
-        self._footer = lru_cache(_FOOTERS)(self._read_footer)
+        self._footers = FooterCache(_FOOTER_BYTES)
         self._reading: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self._reading_lock = threading.Lock()
 
@@ -78,52 +81,51 @@ class Rows:
         try:
             with reading:  # who asks meanwhile waits, and does not read it too
                 table = self.cache.get(group)
-                return self._read_again_if_damaged(group) if table is None else table
+                return self._whole(group) if table is None else table
         finally:
             with self._reading_lock:
                 self._reading.pop(group, None)
 
-    def _read_again_if_damaged(self, group: int) -> pa.Table | DataError:
-        """As `_read`. Bytes may be damaged on their way: damage counts once another attempt has found the same."""
-        seen: set[str] = set()
-        while True:
-            found = self._read(group)
-            if not isinstance(found, CorruptShard) or str(found) in seen or len(seen) == _MOST_DAMAGES:
-                return found
-            seen.add(str(found))
-            self._footer.cache_clear()  # it may be what is damaged
-
-    def _read(self, group: int) -> pa.Table | DataError:
+    def _whole(self, group: int) -> pa.Table | DataError:
         about = self._manifest.row_group(group)
-        uri = self._manifest.uri(about["key"])
-        columns = (self._config.key_column, self._config.label_column)
+        try:
+            table = again_if_damaged(
+                lambda: self._read(about), forget=lambda: self._footers.forget(about["key"])
+            )
+        except BAD_OBJECT as error:
+            return error
+        self.cache.put(group, table)
+        return table
 
-        def read(retry: Retry) -> pa.Table:
-            return read_row_group(
+    def _read(self, about: dict[str, Any]) -> pa.Table:
+        uri, etag = self._manifest.uri(about["key"]), expected_etag(self._config, about["etag"])
+        columns = (self._config.key_column, self._config.label_column)
+        metadata = self._footers.get(
+            about["key"],
+            lambda: self._waiting(
+                about["key"],
+                lambda retry: (
+                    read_footer(uri, about["size"], retry=retry, etag=etag, access=self._access).metadata
+                ),
+            ),
+        )
+        table = self._waiting(
+            about["key"],
+            lambda retry: read_row_group(
                 uri,
                 about["size"],
                 about["row_group"],
                 image_column=self._config.image_column,
                 other_columns=[column for column in columns if column is not None],
                 retry=retry,
-                etag=expected_etag(self._config, about["etag"]),
-                metadata=self._footer(about["key"], about["size"], about["etag"]),
+                etag=etag,
+                metadata=metadata,
                 access=self._access,
-            )
-
-        try:
-            table = self._waiting(about["key"], read)
-        except BAD_OBJECT as error:
-            return error
+            ),
+        )
         if table.num_rows != about["num_rows"]:
-            return CorruptShard(f"{about['key']} changed after it was listed; {LIST_AGAIN}")
-        self.cache.put(group, table)
+            raise CorruptShard(f"{about['key']} changed after it was listed; {LIST_AGAIN}")
         return table
-
-    def _read_footer(self, key: str, num_bytes: int, etag: str) -> pq.FileMetaData:
-        uri, expected = self._manifest.uri(key), expected_etag(self._config, etag)
-        read = partial(read_footer, uri, num_bytes, etag=expected, access=self._access)
-        return self._waiting(key, lambda retry: read(retry=retry).metadata)
 
     def _row(self, index: int, group: int, table: pa.Table | DataError) -> Fetched:
         name = self._name(index, group)

@@ -177,7 +177,7 @@ def guarded(retry: Retry, guard: Callable[[], object]) -> Retry:
 def judge(error: Exception, what: str) -> str:
     """Return the reason of a failure that may pass. Raises the error that stands for any other failure."""
     if is_of_a_disk(error):
-        if error.errno not in _TRANSIENT_NUMBERS:
+        if not may_pass(error):
             raise error
     elif (permanent := _permanent(error, what)) is not None:
         raise permanent from error
@@ -190,6 +190,11 @@ def is_throttling(error: Exception) -> bool:
         code, status = code_and_status(error)
         return status in (429, 503) or code in _THROTTLING_CODES
     return is_of_a_disk(error) and error.errno in _EXHAUSTED_NUMBERS
+
+
+def may_pass(error: OSError) -> bool:
+    """Return True for an error of a disk, or of this process's files, that says nothing of the file."""
+    return error.errno in _TRANSIENT_NUMBERS
 
 
 def is_of_a_disk(error: Exception) -> TypeGuard[OSError]:

@@ -81,7 +81,8 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
 
 
 def s3_client(access: Access = SIGNED, *, read_seconds: float | None = None) -> Any:
-    """Return this process's S3 client for `access`: one for all threads, anew after a fork or a change of AWS_*.
+    """Return this process's S3 client for `access`: one for all threads, anew after a fork, or a change of AWS_* or
+    of a file of credentials.
 
     `read_seconds`, if it is not READ_SECONDS. botocore's own retries are off (`retrying` is the only policy).
     botocore itself chooses path-style addresses for a custom endpoint. Raises DataError without credentials,
@@ -100,7 +101,10 @@ def s3_keys() -> tuple[str, str, str | None]:
 
 
 def _client_and_credentials(access: Access = SIGNED, read_seconds: float | None = None) -> tuple[Any, Any]:
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    environment = (
+        *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")),
+        *map(_version_of, _KEY_FILES.items()),
+    )
     with _clients_lock:
         if environment not in _clients:
             _clients.clear()
@@ -109,6 +113,23 @@ def _client_and_credentials(access: Access = SIGNED, read_seconds: float | None 
         if (access, read_seconds) not in made:
             made[access, read_seconds] = _new_client(access, read_seconds)
         return made[access, read_seconds]
+
+
+_KEY_FILES = {
+    "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials",
+    "AWS_CONFIG_FILE": "~/.aws/config",
+}
+"""Files from which botocore reads keys once for each session: the variable that names a file, and where it is else."""
+
+
+def _version_of(file: tuple[str, str]) -> tuple[int, int]:
+    """Return what differs once a file of keys is written again; zeros if there is none."""
+    variable, default = file
+    try:
+        found = os.stat(os.path.expanduser(os.environ.get(variable, default)))
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_ino
 
 
 def _new_client(access: Access, read_seconds: float | None) -> tuple[Any, Any]:
@@ -176,14 +197,13 @@ def read_object(
     length is over `max_bytes`, and ChangedObject if the object no longer has the ETag `etag`, or that of a
     range no longer `listed_bytes` in total. A whole body is compared with the ETag where that is its MD5.
     """
-    client = s3_client(access)
     uri = f"s3://{bucket}/{key}"
     extra = {"Range": f"bytes={byte_range[0]}-{byte_range[1]}"} if byte_range else {}
 
     seen: set[str] = set()
 
     def get() -> bytes:
-        response = client.get_object(Bucket=bucket, Key=key, **extra)
+        response = s3_client(access).get_object(Bucket=bucket, Key=key, **extra)
         found = etag_of(response)
         with contextlib.closing(response["Body"]) as body:
             length = response.get("ContentLength")

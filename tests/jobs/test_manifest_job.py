@@ -80,7 +80,7 @@ def test_storage_classes_are_listed_and_archived_images_counted(
     listed = build_manifest(config).table
     expected = [None if kind == "STANDARD" else kind for kind in classes]
     assert listed["storage_class"].to_pylist() == expected
-    monkeypatch.setattr(pages, "_ANSWER", "another")  # botocore reads the same
+    monkeypatch.setattr(pages, "_OBJECT", re.compile("(?!)"))  # botocore reads the same
     assert build_manifest(config).table.equals(listed)
 
 

@@ -253,6 +253,28 @@ def test_expired_credentials_are_to_be_renewed(
     assert read_object(bucket, "x.jpg") == b"x"
 
 
+@pytest.mark.s3
+def test_a_credentials_file_that_was_renewed_is_read_again(
+    s3: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_all(s3, bucket, {"x.jpg": b"x"})
+    file = tmp_path / "credentials"
+
+    def give(secret: str) -> None:
+        file.write_text(f"[default]\naws_access_key_id={ACCESS_KEY}\naws_secret_access_key={secret}\n")
+
+    give("expired")
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    env = {name: value for name, value in s3.env.items() if name not in keys}
+    use_aws(monkeypatch, env | {"AWS_SHARED_CREDENTIALS_FILE": str(file)})
+    assert "SignatureDoesNotMatch" in refused(lambda: read_object(bucket, "x.jpg"))
+    give(SECRET_KEY)
+    assert read_object(bucket, "x.jpg") == b"x"
+    Directory(f"s3://{bucket}/run").write("y", b"y")
+    client = s3_client()
+    assert s3_client() is client  # as long as the file stays the same
+
+
 def test_a_client_for_each_kind_of_access_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     use_aws(monkeypatch, aws_environment("http://127.0.0.1:9"))
     clients = [s3_client(access) for access in (SIGNED, Access(anonymous=True), Access(requester_pays=True))]
