@@ -24,6 +24,9 @@ _OUTAGE_SECONDS = 60.0
 NEWEST_CHECKPOINT = "newest checkpoint"
 """Name under which the channel keeps the step of the checkpoint that was written last; None before the first."""
 
+UNCHECKED_READS = "unchecked reads"
+"""Name under which the channel keeps the number of `note_unchecked`; None before the first."""
+
 Kind = Literal["placed", "step", "eval", "checkpoint", "note", "stopped", "lost", "resumed"]
 
 
@@ -76,6 +79,12 @@ class _RunChannelActor:
             return
         self._in_outage, self._outage_posted = not is_over, self._outage_posted if is_over else now
         self._queue.put_nowait(Event("note", {"text": text}))
+
+    async def note_unchecked(self, count: int, line: str) -> None:
+        before = self._values.get(UNCHECKED_READS, 0)
+        self._values[UNCHECKED_READS] = before + count
+        if not before:
+            self._queue.put_nowait(Event("note", {"text": line}))
 
     async def put(self, name: str, value: Any) -> None:
         self._values[name] = value
@@ -148,6 +157,10 @@ class RunChannel:
     def note_outage(self, text: str, is_over: bool) -> None:
         """Send a line about the storage, without waiting; one line stands for those of all processes."""
         self._actor.note_outage.remote(text, is_over)
+
+    def note_unchecked(self, count: int, line: str) -> None:
+        """Add to the reads that nothing checked, without waiting; the first line of all is posted."""
+        self._actor.note_unchecked.remote(count, line)
 
     def request_end(self, request: EndRequest) -> None:
         """Request the workers to end, without waiting. A stop takes the place of a restart, not the reverse."""

@@ -19,8 +19,10 @@ from dinoray.pipeline.data.parquet import (
     read_footer,
     read_row_group,
 )
+from dinoray.pipeline.storage.checks import NO_PAGE_CHECKSUMS, UNCHECKED
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.retry import LIST_AGAIN, Retry
+from dinoray.pipeline.storage.s3 import is_s3
 
 Result = TypeVar("Result")
 
@@ -123,6 +125,8 @@ class Rows:
                 access=self._access,
             ),
         )
+        if self._manifest.rows_per_group is None and is_s3(uri):
+            UNCHECKED.add(uri, NO_PAGE_CHECKSUMS)
         if table.num_rows != about["num_rows"]:
             raise CorruptShard(f"{about['key']} changed after it was listed; {LIST_AGAIN}")
         return table

@@ -6,10 +6,8 @@ request goes through `retrying`. No images, no run directories and no Ray here.
 """
 
 import contextlib
-import hashlib
 import io
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -19,10 +17,12 @@ import botocore
 import botocore.exceptions
 import botocore.session
 from botocore.config import Config
+from botocore.httpchecksum import StreamingChecksumBody
 
 from dinoray.models.errors import ConfigError, DataError, one_line, redact_credentials
 from dinoray.pipeline.storage import pages
 from dinoray.pipeline.storage.bodies import read_body
+from dinoray.pipeline.storage.checks import NO_CHECKSUM, UNCHECKED, is_its_md5
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.remedies import ACCESS, OR_ANONYMOUS, SET_CREDENTIALS
 from dinoray.pipeline.storage.retry import (
@@ -39,11 +39,6 @@ READ_SECONDS = 20.0
 """Longest pause within a response; after it the request fails and is retried. bodies.py bounds a body as a whole."""
 MAX_CONNECTIONS = 512
 """Largest number of open connections; at least the number of requests that a source may have in flight."""
-
-_ENOUGH_OTHERS = 8
-"""Objects of a bucket whose ETags look like an MD5 and are none after which no other is expected to be."""
-_md5_etags: dict[str, int] = {}
-"""Bucket -> 1 if an ETag has been the MD5 of its object, else minus the number of those that were not."""
 
 _clients: dict[tuple[Any, ...], dict[tuple[Access, float | None], tuple[Any, Any]]] = {}
 """The AWS_* variables, the latest only -> access and time limit -> client and credentials."""
@@ -214,47 +209,18 @@ def read_object(
                 raise ChangedObject(f"{uri} has {total} bytes, not {listed_bytes} as listed; {LIST_AGAIN}")
             if etag and found and found != etag:
                 raise ChangedObject(f"{uri} was overwritten after it was listed; {LIST_AGAIN}")
+            has_checksum = isinstance(body, StreamingChecksumBody)  # which compares it
             data = read_body(body)
         expected = byte_range[1] - byte_range[0] + 1 if byte_range else length
         if expected is not None and len(data) != expected:
             raise botocore.exceptions.IncompleteReadError(actual_bytes=len(data), expected_bytes=expected)
-        if not byte_range and _may_be_md5(bucket, found, response):
-            _compare(data, found, seen, bucket=bucket, uri=uri)
+        if byte_range:
+            return data
+        if not is_its_md5(data, response, found, seen, bucket=bucket, uri=uri) and not has_checksum:
+            UNCHECKED.add(uri, NO_CHECKSUM)
         return data
 
     return retry(get, what=uri)
-
-
-def _compare(data: bytes, etag: str, seen: set[str], *, bucket: str, uri: str) -> None:
-    """Compare a body with the MD5 in its ETag. `seen` holds the digests of earlier attempts.
-
-    Raises botocore's ChecksumError, which is retried, and ChangedObject for the same wrong body twice. Unless no
-    ETag of the bucket has been an MD5 so far: then that of this store is something else.
-    """
-    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if digest == etag:
-        _md5_etags[bucket] = 1
-    elif digest not in seen:
-        seen.add(digest)
-        raise botocore.exceptions.ChecksumError(
-            checksum_type="md5", expected_checksum=etag, actual_checksum=digest
-        )
-    elif _md5_etags.get(bucket, 0) > 0:
-        raise ChangedObject(f"{uri} is damaged: its MD5 is {digest}, not its ETag {etag}; upload it again")
-    else:
-        _md5_etags[bucket] = _md5_etags.get(bucket, 0) - 1
-
-
-def _may_be_md5(bucket: str, etag: str, response: Mapping[str, Any]) -> bool:
-    """Return True if the ETag of an answer may be the MD5 of its body: as of objects in one part, unless encrypted with
-    a key of AWS KMS or of the customer."""
-    if _md5_etags.get(bucket, 0) <= -_ENOUGH_OTHERS:
-        return False
-    if response.get("SSECustomerAlgorithm") or str(response.get("ServerSideEncryption", "")).startswith(
-        "aws:kms"
-    ):
-        return False
-    return re.fullmatch("[0-9a-f]{32}", etag) is not None
 
 
 def probe_object(bucket: str, key: str, access: Access = SIGNED) -> None:

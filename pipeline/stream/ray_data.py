@@ -35,7 +35,7 @@ from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.ray_private import data as private
 from dinoray.pipeline.storage.waiting import report_outages
-from dinoray.pipeline.stream.readers import Readers, SharedImages
+from dinoray.pipeline.stream.readers import Readers, SharedImages, note_unchecked
 
 _LEG_BLOCKS = 4096
 """Blocks per execution of the plan: Ray plans all blocks before it starts, at about 1.3 ms per block."""
@@ -79,6 +79,7 @@ class BlockMaker:
 
     def __init__(self, plan: StreamPlan, layout: Layout | None = None) -> None:
         limit_threads()
+        self._channel = plan.channel
         report_outages(plan.channel.note_outage)
         prepare_kernel(plan.crops)
         threads = crop_threads(plan.cpus_per_augment_actor)
@@ -92,7 +93,9 @@ class BlockMaker:
         """Return Augmenter.block's columns for `positions`. The stream's positions end at `stop`."""
         if self._shared is not None:
             self._shared.expect(positions, stop)
-        return self._augmenter.block(positions)
+        made = self._augmenter.block(positions)
+        note_unchecked(self._channel)
+        return made
 
 
 class MultiCropActor:

@@ -35,6 +35,7 @@ from dinoray.pipeline.data.order import Order, Window
 from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.data.sharing import Sharing, StreamsApart, groups_ahead
 from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.storage.checks import UNCHECKED
 from dinoray.pipeline.storage.waiting import report_outages
 
 _CALLS = 32
@@ -124,10 +125,17 @@ def reader_node(number: int, asking: str, nodes: Sequence[Mapping[str, Any]]) ->
     return str(others[number % len(others)]) if number and others else asking
 
 
+def note_unchecked(channel: RunChannel) -> None:
+    """Send the number of this process's reads from S3 that nothing checked, if there are new ones."""
+    if (found := UNCHECKED.take()) is not None:
+        channel.note_unchecked(*found)
+
+
 class _Reader:
     """A reader in a process of its own. Its calls run at once."""
 
     def __init__(self, source: "list[ray.ObjectRef]", channel: RunChannel, cache_bytes: int) -> None:
+        self._channel = channel
         report_outages(channel.note_outage)
         self._reader = GroupReader(ray.get(source[0]), cache_bytes)
 
@@ -137,6 +145,7 @@ class _Reader:
             found: list[Fetched] | DinorayError = self._reader.fetch(images)
         except DinorayError as error:
             found = error
+        note_unchecked(self._channel)
         return _Reply(found, self._reader.take_cpu_seconds())
 
     def read_ahead(self, ahead: Window) -> None:

@@ -19,7 +19,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "health": (
         *("kl", "kl_mean", "entropy_ratio", "mutual_information", "prototypes_used", "commonest_prototype"),
         *("center_norm", "center_drift", "feature_std", "collapsed_dims", "grad_norm"),
-        *("skipped_steps", "trained_images", "bad_images", rf"{BAD_IMAGES_OF}\w+", "crops"),
+        *(
+            "skipped_steps",
+            "trained_images",
+            "bad_images",
+            rf"{BAD_IMAGES_OF}\w+",
+            "unchecked_reads",
+            "crops",
+        ),
     ),
     "throughput": ("images_per_second", "data_wait", *(f"{stage}_cpu_ms" for stage in STAGES)),
     "eval": (r"knn_\d+", "majority", "rankme", "lidar", "calibration_images", "attention"),

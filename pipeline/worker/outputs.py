@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from dinoray.pipeline.cluster.channel import UNCHECKED_READS
 from dinoray.pipeline.cluster.nodes import NodeWatch
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.evaluation.in_training import Evaluation
@@ -91,7 +92,7 @@ class Outputs:
         logged = {**metrics, "epoch": epoch, "time": time.time(), **self._meter.read()}
         logged |= {"trained_images": quarantine.trained, "bad_images": quarantine.counts.total()}
         logged |= {f"{BAD_IMAGES_OF}{status}": count for status, count in sorted(quarantine.counts.items())}
-        logged |= {"skipped_steps": state.skipped}
+        logged |= {"skipped_steps": state.skipped, "unchecked_reads": self._channel.get(UNCHECKED_READS) or 0}
         logged |= {**self._nodes.read(), **self._pool.metrics()}
         self._log.log(state.step, logged)
         facts = {**logged, "unsaved": UNSAVED.unsaved()}

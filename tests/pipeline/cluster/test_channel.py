@@ -54,6 +54,17 @@ def test_outages_that_follow_at_once_are_one(clock: Clock) -> None:
     assert sent(actor, ("a waits", False), ("a is back", True)) == ["a waits", "a is back"]
 
 
+def test_unchecked_reads_are_counted_and_said_once() -> None:
+    async def send() -> tuple[int, list[str]]:
+        actor = channel._RunChannelActor()
+        for number, line in ((2, "a is unchecked"), (3, "b is unchecked")):
+            await actor.note_unchecked(number, line)
+        found = [actor._queue.get_nowait().facts["text"] for _ in range(actor._queue.qsize())]
+        return await actor.get(channel.UNCHECKED_READS), found
+
+    assert asyncio.run(send()) == (5, ["a is unchecked"])
+
+
 def test_the_first_fatal_error_is_kept_for_workers_that_learn_only_its_text() -> None:
     def fatal(error: DinorayError) -> channel.Event:
         return channel.Event("fatal", {"error": pickle.dumps(error)})

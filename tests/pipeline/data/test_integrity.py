@@ -22,14 +22,15 @@ from servers import S3Server
 from sources import IMAGES, as_shard, fetch_all, source_of
 
 from dinoray.pipeline.data.source import Status
-from dinoray.pipeline.storage import s3 as storage
+from dinoray.pipeline.storage import checks
+from dinoray.pipeline.storage.checks import UNCHECKED, UncheckedReads
 
 KEYS = sorted(IMAGES)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_known_of_etags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_md5_etags", {})
+    monkeypatch.setattr(checks, "_md5_etags", {})
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_etags_that_are_no_md5_cost_a_few_requests_and_no_image(
     before = proxy.count("^GET ")
     for index in range(12):
         assert source.fetch([index])[0].status == Status.OK
-    assert proxy.count("^GET ") == before + 2 * storage._ENOUGH_OTHERS + (12 - storage._ENOUGH_OTHERS)
+    assert proxy.count("^GET ") == before + 2 * checks._ENOUGH_OTHERS + (12 - checks._ENOUGH_OTHERS)
 
 
 # Disks
@@ -179,6 +180,44 @@ def test_a_footer_is_read_once_and_then_each_row_group_in_one_request(
             source.fetch([index])
     num_groups = -(-source.num_images // 3)
     assert proxy.count("^GET ") == before + 1 + 2 * num_groups
+
+
+@pytest.fixture
+def unchecked() -> Iterator[UncheckedReads]:
+    UNCHECKED.take()
+    yield UNCHECKED
+    UNCHECKED.take()
+
+
+@pytest.mark.s3
+def test_what_nothing_checks_is_counted_and_said(
+    s3: S3Server, bucket: str, unchecked: UncheckedReads
+) -> None:
+    put_all(s3, bucket, {"one/a.jpg": b"a", "p/x.parquet": as_shard(IMAGES, row_group_size=4)})
+    client = s3.client()
+    upload = client.create_multipart_upload(Bucket=bucket, Key="parts/b.jpg")["UploadId"]
+    about = {"Bucket": bucket, "Key": "parts/b.jpg", "UploadId": upload}
+    parts = [
+        {"PartNumber": n, "ETag": client.upload_part(**about, PartNumber=n, Body=body)["ETag"]}
+        for n, body in ((1, bytes(5 << 20)), (2, b"b"))
+    ]
+    client.complete_multipart_upload(**about, MultipartUpload={"Parts": parts})
+    source_of(f"s3://{bucket}/one").fetch([0])
+    assert unchecked.take() is None
+
+    source = source_of(f"s3://{bucket}/parts")
+    source.fetch([0])
+    source.fetch([0])
+    found = unchecked.take()
+    assert found is not None
+    assert found.number == 2
+    assert found.line.startswith(f"s3://{bucket}/parts/b.jpg and maybe others are read unchecked: ")
+
+    fetch_all(source_of(f"s3://{bucket}/p", image_column="jpeg"))
+    found = unchecked.take()
+    assert found is not None
+    assert found.number == -(-len(IMAGES) // 4)
+    assert "`dinoray pack`" in found.line
 
 
 @pytest.mark.s3
