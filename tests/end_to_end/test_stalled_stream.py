@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from jobs_processes import start_job
+from jobs_processes import end_processes, start_job
 from tiny_run import local_run
 
 from dinoray.models.errors import ResourceError
@@ -29,8 +29,7 @@ def test_a_run_whose_augment_actors_are_stopped_says_so_and_ends(tmp_path: Path)
         try:
             assert job.wait() == ResourceError.exit_code
         finally:
-            for actor in actors:
-                actor.kill()
+            end_processes(actors)
     assert re.search(
         r"warning: no images for \d+ s at step \d+: 1 augment actors work at \d+ blocks", job.output
     )
