@@ -26,7 +26,11 @@ class PrototypeLayer(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(in_dim, out_dim, bias=False).weight.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        if torch.is_grad_enabled():
+            return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        # The teacher: the same without writing the normalised matrix, which is larger than its logits.
+        lengths = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        return F.linear(x, self.weight_v).mul_((self.weight_g / lengths).squeeze(1))
 
 
 class DINOHead(nn.Module):

@@ -50,7 +50,8 @@ def load_optimizer(
         if isinstance(optimizer, torch.optim.AdamW):
             if "step" not in saved:
                 continue
-            own["step"] = torch.tensor(float(saved["step"]))  # a plain number in old files
+            # A plain number in old files. The fused optimiser needs it on the parameter's device.
+            own["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32, device=parameter.device)
         for name, value in zip(moments, values, strict=True):
             own[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
         optimizer.state[parameter] = own

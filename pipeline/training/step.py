@@ -6,6 +6,7 @@ process. Axes: B images per process, G global crops, L local crops, V = G + L, K
 """
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -289,9 +290,14 @@ def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:
     copied to the device, not floats.
     """
     x = crop_major(torch.as_tensor(crops).to(device, non_blocking=True)).float()
-    mean = torch.tensor(config.pixel_mean, device=device).view(3, 1, 1) * 255
-    std = torch.tensor(config.pixel_std, device=device).view(3, 1, 1) * 255
-    return (x - mean) / std
+    mean, std = (_per_channel(c, device, x.dtype) for c in (config.pixel_mean, config.pixel_std))
+    return x.sub_(mean).div_(std)
+
+
+@functools.lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return [3, 1, 1] on the device, of values per byte. Kept, since each copy to a GPU makes the host wait."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1) * 255
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
