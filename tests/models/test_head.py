@@ -31,6 +31,18 @@ def test_logits_are_cosines_with_the_prototypes() -> None:
     torch.testing.assert_close(head(x).detach().double(), oracle, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_logits_without_a_gradient_are_the_same(norm_last_layer: bool) -> None:
+    """The teacher's way through the layer differs from the student's."""
+    head, x = small_head(norm_last_layer=norm_last_layer), torch.randn(5, 8)
+    head.last_layer.weight_g.data.uniform_(0.5, 2)
+    with torch.no_grad():
+        logits = head(x)
+    oracle = prototype_logits(head.mlp(x), head.last_layer.weight_v, head.last_layer.weight_g)
+    torch.testing.assert_close(logits.double(), oracle, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, head(x).detach())
+
+
 def test_prototypes_stay_on_the_unit_sphere_while_they_learn() -> None:
     head = small_head()
     optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=1.0)

@@ -257,6 +257,27 @@ def test_an_optimizer_of_other_groups_is_not_restored() -> None:
         restore_optimizer(build_optimizer(OptimConfig(), student), saved)
 
 
+def test_a_state_saved_by_an_adamw_that_is_not_fused_is_resumed() -> None:
+    """Older checkpoints hold one. Rounding apart, the next steps are those that it would have made."""
+    student, twin = tiny_student(), tiny_student()
+    groups = [{k: v for k, v in g.items() if k == "params"} for g in param_groups(twin)]
+    old = torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
+    new = build_optimizer(OptimConfig(), student)
+    for step in range(4):
+        if step == 2:
+            student.load_state_dict(twin.state_dict())
+            restore_optimizer(new, copy.deepcopy(old.state_dict()))
+            set_hyperparameters(new, lr=0.01, weight_decay=0.0)
+        for network, optimizer in ((twin, old), (student, new)):
+            optimizer.zero_grad()
+            with_grads(network)
+            if step >= 2 or optimizer is old:
+                optimizer.step()
+    for (name, p), q in zip(student.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}")
+    assert {float(state["step"]) for state in new.state.values()} == {4}
+
+
 # LARS
 
 
