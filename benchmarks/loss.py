@@ -16,9 +16,10 @@ normalised matrix of prototypes for the teacher too, and AdamW that is not fused
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def plain(
 LOSSES: dict[str, Loss] = {"now": cross_entropy, "before": former, "loop over pairs": plain}
 
 
-def cpu_ms(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def cpu_ms(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Return the CPU milliseconds of each work in each round; a first round is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
@@ -112,40 +113,53 @@ def backward(loss: Loss, probs: Tensor, student: Tensor) -> tuple[Tensor, Tensor
     return value.detach(), grad
 
 
-@contextmanager
-def former_parts() -> Iterator[None]:
-    """Have steps use the former loss, and the student's prototype layer for the teacher too."""
-    loss, forward = training.cross_entropy, PrototypeLayer.forward
-    training.cross_entropy = former  # type: ignore[assignment]
-    PrototypeLayer.forward = lambda self, x: F.linear(  # type: ignore[method-assign]
-        x, torch._weight_norm(self.weight_v, self.weight_g, 0)
-    )
-    try:
-        yield
-    finally:
-        training.cross_entropy, PrototypeLayer.forward = loss, forward  # type: ignore[method-assign]
+class Step:
+    """Training steps on one batch of noise, with the present parts or the former ones, and what its loss takes."""
+
+    def __init__(self, config: DINOConfig, *, former_parts: bool) -> None:
+        crops, rng = config.crops, np.random.default_rng(0)
+        self._batch = {
+            name: rng.integers(0, 256, (config.train.global_batch_size, num, size, size, 3), dtype=np.uint8)
+            for name, num, size in (
+                ("global_crops", crops.num_global_crops, crops.global_crop_size),
+                ("local_crops", crops.num_local_crops, crops.local_crop_size),
+            )
+        }
+        self._state = training.build_state(config, num_images=NUM_IMAGES)
+        self._loss: Loss = cross_entropy
+        self._layer: Callable[..., Tensor] = PrototypeLayer.forward
+        if former_parts:
+            self._loss, self._layer = former, former_prototypes
+            if config.optim.name == "adamw":
+                groups = optim.param_groups(self._state.dino.student, layer_decay=config.optim.layer_decay)
+                self._state.optimizer = torch.optim.AdamW(groups, lr=0.0)
+        self.loss_ms: list[float] = []
+        """Of each step, forward and backward."""
+
+    def __call__(self) -> float:
+        """Run a step; return its loss."""
+        with (
+            mock.patch.object(training, "cross_entropy", self._timed_loss),
+            mock.patch.object(PrototypeLayer, "forward", self._layer),
+        ):
+            return float(training.train_step(self._state, self._batch)["loss"])
+
+    def _timed_loss(self, probs: Tensor, logits: Tensor, **settings: Any) -> CrossEntropy:
+        clock = [time.process_time()]
+        result = self._loss(probs, logits, **settings)
+        clock.append(time.process_time())
+        result.loss.register_hook(lambda _: clock.append(time.process_time()))
+
+        def end(_: Tensor) -> None:
+            self.loss_ms.append(1e3 * (clock[1] - clock[0] + time.process_time() - clock[2]))
+
+        logits.register_hook(end)
+        return result
 
 
-def steps(config: DINOConfig) -> dict[str, Callable[[], float]]:
-    """Return a training step as it is and one as it was, each with networks of its own; they return the loss."""
-    crops, rng = config.crops, np.random.default_rng(0)
-    batch = {
-        name: rng.integers(0, 256, (config.train.global_batch_size, num, size, size, 3), dtype=np.uint8)
-        for name, num, size in (
-            ("global_crops", crops.num_global_crops, crops.global_crop_size),
-            ("local_crops", crops.num_local_crops, crops.local_crop_size),
-        )
-    }
-    now, before = (training.build_state(config, num_images=NUM_IMAGES) for _ in range(2))
-    if config.optim.name == "adamw":
-        groups = optim.param_groups(before.dino.student, layer_decay=config.optim.layer_decay)
-        before.optimizer = torch.optim.AdamW(groups, lr=0.0)
-
-    def former_step() -> float:
-        with former_parts():
-            return float(training.train_step(before, batch)["loss"])
-
-    return {"now": lambda: float(training.train_step(now, batch)["loss"]), "before": former_step}
+def former_prototypes(layer: PrototypeLayer, x: Tensor) -> Tensor:
+    """Return the logits of `x`; the normalised matrix is written for student and teacher alike."""
+    return F.linear(x, torch._weight_norm(layer.weight_v, layer.weight_g, 0))
 
 
 def ratio_cells(taken: dict[str, list[float]], name: str) -> str:
@@ -187,10 +201,15 @@ def main(argv: Sequence[str]) -> None:
     if arguments.step == "none":
         return
     config = load_config(arguments.step, None, ["data.path=none", *arguments.set]).algorithm()
-    taken = cpu_ms(steps(config), arguments.step_rounds)
-    print(f"\n| step of {arguments.step}, {' '.join(arguments.set)} | CPU ms | now / it |\n|---|---|---|")
-    for name in taken:
-        print(f"| {name} | {ratio_cells(taken, name)} |")
+    steps = {name: Step(config, former_parts=name == "before") for name in ("now", "before")}
+    taken = cpu_ms(steps, arguments.step_rounds)
+    of_loss = {name: step.loss_ms[1:] for name, step in steps.items()}
+    print(
+        f"\n| step of {arguments.step}, {' '.join(arguments.set)} | CPU ms | now / it | of it, the loss | now / it |"
+    )
+    print("|---|---|---|---|---|")
+    for name in steps:
+        print(f"| {name} | {ratio_cells(taken, name)} | {ratio_cells(of_loss, name)} |")
 
 
 if __name__ == "__main__":

@@ -75,31 +75,34 @@ class _MeanOverPairs(torch.autograd.Function):
         loss         = sum over v, b of  (num * logsumexp(s / temp) - targets . s / temp) / N
         d loss / d s = (num * p - targets) / (N * temp)
 
+    The second part of the loss is summed over v first, which needs one pass over the logits.
+
     Autograd of this formula keeps and passes over several float32 tensors [V, B, K]. Here only the gradient
     has that size: the backward needs no more than the logits and their logsumexp [V, B].
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probs: Tensor, temp: float, num_global_crops: int) -> Tensor:
-        num_images = len(probs) // num_global_crops
-        crops = logits.unflatten(0, (-1, num_images))  # [V, B, K]
+        crops = logits.unflatten(0, (-1, len(probs) // num_global_crops))  # [V, B, K]
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        scratch = torch.empty_like(crops[0], dtype=dtype)
-        loss = scratch.new_zeros(num_images)
-        lses = scratch.new_empty(crops.shape[:2])
-        pairs = zip(crops, lses, _targets(probs, num_global_crops, len(crops)), strict=True)
-        for crop, lse, (targets, num) in pairs:
+        total = crops.sum(0, dtype=dtype)
+        scratch = torch.empty_like(total)
+        dots = total.new_zeros(())  # sum over g, b of  probs[g, b] . (sum over v != g of  logits[v, b])
+        for q, crop in zip(probs.unflatten(0, (num_global_crops, -1)), crops, strict=False):
+            torch.sub(total, crop, out=scratch)
+            dots += scratch.mul_(q).sum(-1).sum()
+        lses = total.new_empty(crops.shape[:2])
+        for crop, lse in zip(crops, lses, strict=True):
             s = crop.to(dtype)
             # The largest is subtracted, so that no exponential overflows.
             most = s.amax(-1, keepdim=True) / temp
             torch.add(-most, s, alpha=1 / temp, out=scratch)
             torch.add(scratch.exp_().sum(-1).log_(), most.squeeze(-1), out=lse)
-            torch.mul(targets, s, out=scratch)
-            loss += lse * num - scratch.sum(-1) / temp
         ctx.save_for_backward(logits, probs, lses)
         ctx.temp, ctx.num_global_crops = temp, num_global_crops
-        ctx.num_pairs = num_global_crops * (len(crops) - 1) * num_images
-        return loss.sum() / ctx.num_pairs
+        ctx.num_pairs = num_global_crops * (lses.numel() - lses.shape[1])
+        lse_of_pairs = num_global_crops * lses.sum() - lses[:num_global_crops].sum()
+        return (lse_of_pairs - dots / temp) / ctx.num_pairs
 
     @staticmethod
     @once_differentiable

@@ -54,7 +54,9 @@ def test_the_loss_holds_its_gradient_and_little_more(dtype: torch.dtype) -> None
 
 def test_a_step_as_it_was_leaves_no_trace_in_the_present_one() -> None:
     parts = training.cross_entropy, PrototypeLayer.forward
-    works = benchmark.steps(load_config("demo", None, TINY).algorithm())
+    config = load_config("demo", None, TINY).algorithm()
+    now, before = (benchmark.Step(config, former_parts=former) for former in (False, True))
     for _ in range(2):
-        assert works["now"]() == pytest.approx(works["before"](), rel=1e-5)
+        assert now() == pytest.approx(before(), rel=1e-5)
+    assert len(now.loss_ms) == len(before.loss_ms) == 2
     assert parts == (training.cross_entropy, PrototypeLayer.forward)
