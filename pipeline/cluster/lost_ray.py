@@ -106,7 +106,9 @@ def describe_loss(error: Exception) -> str:
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     if not failures:
         return f"train workers lost ({one_line(_cause(error) or error, limit=100)})"
-    rank, failure = min(failures.items(), key=lambda item: not isinstance(item[1], _LOSSES))
+    # A worker that does not answer is often found dead only by the check of its health, which holds the reason.
+    causes = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
+    rank, failure = min(causes.items(), key=lambda item: not isinstance(item[1], _LOSSES))
     text = str(failure)
     address = re.search(r"\bip: (\S+)", text)
     where = f"node {address[1]}" if address else "its node"

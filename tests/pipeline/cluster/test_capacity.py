@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, NodeDiedError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from dinoray.models.errors import ResourceError
 from dinoray.pipeline.cluster.capacity import BROKEN, CapacityWatch, Demand, NodeType
@@ -239,12 +240,22 @@ def died(what: str) -> ActorDiedError:
     return error
 
 
+def unhealthy(error: Exception) -> WorkerHealthCheckFailedError:
+    """As Ray Train words it."""
+    return WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: Worker(", failure=error)
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
         (WorkerGroupError("", {0: RuntimeError("reset"), 1: died("node")}), "node 10.0.0.7 lost"),
         (WorkerGroupError("", {1: died("worker process")}), "train worker 1 on node 10.0.0.7 died"),
         (WorkerGroupError("", {1: NodeDiedError("gone")}), "its node lost"),
+        (
+            WorkerGroupError("", {0: RuntimeError("reset"), 1: unhealthy(died("worker process"))}),
+            "train worker 1 on node 10.0.0.7 died",
+        ),
+        (WorkerGroupError("", {1: unhealthy(died("node"))}), "node 10.0.0.7 lost"),
         (
             WorkerGroupError(
                 "", {1: RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [12")}
