@@ -136,7 +136,8 @@ class FolderStore:
         return f"{self._folder}/{LEASE.replace('.', f'-{number:08d}.')}"
 
     def _read(self) -> Found:
-        while numbers := self._numbers():
+        # A listing may miss both of two files, if one takes the other's place meanwhile: so an empty one is made twice.
+        while numbers := self._numbers() or self._numbers():
             with contextlib.suppress(FileNotFoundError), open(self._path(numbers[-1]), "rb") as file:
                 return Found(Record.decode(file.read()), str(numbers[-1]))
         return Found(None, None)

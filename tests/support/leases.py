@@ -1,6 +1,7 @@
 """Leases of run directories for tests: records of drivers elsewhere, and times that are short."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,9 +22,14 @@ def record(name: str = "a", **changes: Any) -> Record:
 
 
 def stored(directory: Directory) -> Record | None:
-    """The record that is there."""
+    """The record that is there, once it is written whole; None if there is none."""
     found = lease_store(directory).perform(Read())
-    assert isinstance(found, Found)
+    for _ in range(1000):  # its holder may be writing it
+        assert isinstance(found, Found)
+        if found.record is not None or found.token is None:
+            break
+        time.sleep(0.001)
+        found = lease_store(directory).perform(Read())
     return found.record
 
 
