@@ -61,7 +61,7 @@ def read_footer(
         with _open_shard(uri, num_bytes, retry, access, etag) as shard:
             return PartFooter(uri, shard.schema_arrow, shard.metadata)
 
-    return again_if_damaged(lambda: _retried(read, uri, retry))
+    return _retried(read, uri, retry)
 
 
 def row_groups(footer: PartFooter, *, image_column: str, other_columns: Sequence[str]) -> list[RowGroup]:

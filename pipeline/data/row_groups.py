@@ -21,6 +21,7 @@ from dinoray.pipeline.data.parquet import (
     CorruptShard,
     PartFooter,
     RowGroup,
+    again_if_damaged,
     column_facts,
     read_footer,
     read_row_group,
@@ -90,7 +91,9 @@ def list_row_groups(
     def footer_of(shard: dict[str, Any]) -> PartFooter | None:
         uri = f"{root.rstrip('/')}/{shard['key']}"
         try:
-            return read_footer(uri, shard["size"], retry=retry_of(shard), access=access)
+            return again_if_damaged(
+                lambda: read_footer(uri, shard["size"], retry=retry_of(shard), access=access)
+            )
         except (CorruptShard, DeniedObject, ArchivedObject, FailingObject) as error:
             damaged[shard["key"]] = error
             return None
