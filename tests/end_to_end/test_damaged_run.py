@@ -65,6 +65,7 @@ def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / checkpoint_name(step)
 
 
+@pytest.mark.nightly  # beside tests/pipeline/worker/test_restoring.py
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew(
     images: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:

@@ -12,7 +12,8 @@ from dinoray.pipeline.storage.run_dir import checkpoint_name, checkpoint_names, 
 from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.tracking.scores import best_checkpoint, scores_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Nightly beside tests/pipeline/worker/test_retention.py and test_agreement.py.
+pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow]
 
 STEPS, EVALUATED, KEPT = 160, 40, 50
 

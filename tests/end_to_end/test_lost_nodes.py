@@ -12,7 +12,8 @@ from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, committed_steps
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Nightly beside tests/pipeline/cluster, which has the same with a clock of its own.
+pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow]
 
 STEPS = 3000
 """So many that the run does not end before it has lost its node."""

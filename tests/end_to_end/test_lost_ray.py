@@ -143,6 +143,7 @@ def last_step(run: Directory) -> int:
     return max(committed_steps(run), default=0)
 
 
+@pytest.mark.nightly  # beside the lives of one run in test_pretrain.py
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_that_loses_its_controller_or_its_head_resumes_by_the_same_command(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_a_collapse_is_only_told_of_unless_asked_to_stop_for(
     assert pictures == [f"step_{step:08d}.png" for step in (0, 6, 12)]
 
 
+@pytest.mark.nightly  # beside tests/pipeline/worker and tests/jobs/test_replay.py
 def test_steps_that_are_not_finite_send_the_run_back_once_and_then_end_it(
     images: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
@@ -129,6 +130,7 @@ def test_steps_that_are_not_finite_send_the_run_back_once_and_then_end_it(
     assert repeated.count("equal to the run's log, bit for bit") == 3, repeated  # of steps 1 to 3
 
 
+@pytest.mark.nightly  # beside tests/pipeline/training/test_start.py
 def test_a_run_starts_from_another_and_an_auto_setting_is_explained(
     images: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:

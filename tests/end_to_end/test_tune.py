@@ -188,7 +188,8 @@ def head() -> Iterator[dict[str, str]]:
         yield head.env | {"RAY_ADDRESS": head.gcs}
 
 
-@pytest.mark.parametrize("killed", [("0002",), pytest.param(("0000", "0002"), marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # beside tests/pipeline/study, and the lives of one run in test_pretrain.py
+@pytest.mark.parametrize("killed", [("0002",), ("0000", "0002")])
 def test_a_study_whose_driver_is_killed_goes_on_reruns_nothing_and_leaves_nothing(
     killed: tuple[str, ...], images: Path, reference: tuple[Path, str], head: dict[str, str], tmp_path: Path
 ) -> None:

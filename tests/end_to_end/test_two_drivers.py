@@ -14,7 +14,8 @@ from tiny_run import local_run
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_steps
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Nightly beside tests/pipeline/storage/test_lease.py and tests/jobs/test_leases.py.
+pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow]
 
 STEPS, EVERY = 60, 4
 """So many that another driver comes before the last, and between two checkpoints. Each step takes all 24 images."""

@@ -18,7 +18,8 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, committed_steps
 from dinoray.pipeline.training.config import CheckpointConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Nightly beside tests/pipeline/worker/test_background_save.py and tests/simulation, which refuse saves too.
+pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow]
 
 STEPS = 240
 EVER = 1_000_000

@@ -68,6 +68,7 @@ def job(tmp_path: Path, name: str, *more: str) -> list[str]:
     return ["--", "python", "-m", "jobs.pretrain", *arguments]
 
 
+@pytest.mark.nightly  # beside tests/jobs/test_submit.py
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_stopped_run_is_continued_by_the_same_command_and_a_finished_one_left_alone(

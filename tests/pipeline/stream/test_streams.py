@@ -188,6 +188,7 @@ def metrics_until_four_actors(plan: StreamPlan) -> list[dict[str, float]]:
     return [metrics for metrics in seen if metrics]
 
 
+@pytest.mark.nightly  # beside tests/pipeline/cluster/test_pool_size.py
 def test_pools_grow_together_up_to_the_actors_of_the_run_and_the_next_leg_begins_with_them(
     plan: StreamPlan, in_ranks: Callable[..., Any]
 ) -> None:
