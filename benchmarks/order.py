@@ -7,6 +7,8 @@ No image is read. The layouts:
     objects     one object per image, in the order of the listing, class by class
     packed      the same, packed by `jobs.pack`
     others      Parquet of other people, class by class: row groups of 100 images of 110 kB, files of 1,000 images
+    one pass    the same, packed by `jobs.pack --one-pass`
+    two passes  the same, packed by `jobs.pack`
     full        numpy's permutation, for comparison
 
 For each epoch: Spearman's rank correlation of position and place in the listing; the share of neighbours in the stream
@@ -16,6 +18,7 @@ classes in a batch, on average over batches all over the epoch. Prints a table f
 
 import argparse
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +29,7 @@ from dinoray.jobs.cli.arguments import CommandLine
 from dinoray.jobs.cli.main import run_main
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.export.packing_plan import make_plan
+from dinoray.pipeline.export.packing_plan import Plan, make_plan
 
 _IMAGE_BYTES = 110_000
 _GROUP, _SHARD = 100, 1000
@@ -86,6 +89,34 @@ def quality(
     ]
 
 
+class Packed(NamedTuple):
+    """A set that `jobs.pack` wrote."""
+
+    places: NDArray[np.int64]
+    """Of each image that is packed, its place in the listing."""
+    manifest: Manifest
+    parts: NDArray[np.int64]
+    """The part of each image."""
+    plan: Plan
+
+
+def pack(manifest: Manifest, first: Packed | None = None) -> Packed:
+    """Return what a pass makes of the images of a manifest, or a second pass of those of the `first`."""
+    if first is None:
+        plan = make_plan(manifest, digest="benchmark", max_pixels=None, rows_per_file=None)
+    else:
+        plan = first.plan.again(manifest, rows_per_file=None)
+    images = np.concatenate([plan.images(part, manifest) for part in range(plan.num_parts)])
+    rows = np.diff(plan.edges)
+    sizes = np.concatenate([np.diff(np.r_[np.arange(0, n, plan.rows_per_group), n]) for n in rows])
+    return Packed(
+        images if first is None else first.places[images],
+        manifest_of(sizes, len(images), plan.rows_per_group),
+        np.repeat(np.arange(plan.num_parts), rows),
+        plan,
+    )
+
+
 def main(argv: Sequence[str]) -> None:
     """Print a line for each layout."""
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,14 +127,13 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     count, per_class = options.classes * options.images_per_class, options.images_per_class
     objects = manifest_of(None, count, None)
-    plan = make_plan(objects, digest="benchmark", max_pixels=None, rows_per_file=None)
-    packed = np.concatenate([plan.images(part, objects) for part in range(plan.num_parts)])
-    part_of = np.repeat(np.arange(plan.num_parts), np.diff(plan.edges))
-    rows = [len(plan.rows(part)) for part in range(plan.num_parts)]
-    sizes = np.concatenate([np.diff(np.r_[np.arange(0, n, plan.rows_per_group), n]) for n in rows])
-    group_of = np.repeat(np.arange(len(sizes)), sizes)
-    of_packed = manifest_of(sizes, count, plan.rows_per_group)
     of_others = manifest_of(np.diff(np.r_[np.arange(0, count, _GROUP), count]), count, None)
+    one_pass = pack(of_others)
+    packed = {
+        "packed": pack(objects),
+        "one pass": one_pass,
+        "two passes": pack(one_pass.manifest, one_pass),
+    }
     print(
         f"{options.classes} classes of {per_class} images, batches of {options.batch}, {options.epochs} epochs\n"
     )
@@ -111,12 +141,14 @@ def main(argv: Sequence[str]) -> None:
         "| layout | rank correlation | neighbours of one shard | row groups in a batch | classes in a batch |"
     )
     print("|---|---|---|---|---|")
-    for name in ("objects", "packed", "others", "full"):
+    for name in ("objects", "packed", "others", "one pass", "two passes", "full"):
         found = []
         for epoch in range(options.epochs):
-            if name == "packed":
-                rows_taken = order_of(of_packed, epoch)
-                places, shards, groups = packed[rows_taken], part_of[rows_taken], group_of[rows_taken]
+            if name in packed:
+                own = packed[name]
+                taken = order_of(own.manifest, epoch)
+                group_of = np.repeat(np.arange(own.manifest.table.num_rows), own.manifest.group_sizes)
+                places, shards, groups = own.places[taken], own.parts[taken], group_of[taken]
             else:
                 full = np.random.default_rng(epoch).permutation(count)
                 places = (

@@ -7,7 +7,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from rich.console import Console
@@ -27,7 +28,7 @@ from dinoray.pipeline.export.parquet_parts import (
     collect,
     missing_parts,
 )
-from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.worker.config import Config
 
 if TYPE_CHECKING:
@@ -38,6 +39,15 @@ _NOT_IN_ROWS = {
     *("row_group_cache_bytes", "max_bad_fraction", "if_overwritten", "manifest"),
 }
 """Settings of `data` that do not change what is written."""
+
+
+class Earlier(NamedTuple):
+    """What became of the images in an earlier pass, whose output this pass takes."""
+
+    num_images: int
+    quarantined: Sequence[Mapping[str, Any]] = ()
+    counts: Mapping[str, int] = {}
+    """Counts of the summary that stand in place of this pass's own."""
 
 
 class PartsJob:
@@ -97,11 +107,35 @@ class PartsJob:
 
         Raises ConfigError if `out` was begun with other settings.
         """
-        self._settings |= settings
-        if not check_settings(self.out, self._settings, self._kind):
+        self._settings = {**self._settings, **settings}  # not in place, because `into` shares it
+        if not self.is_begun():
             check()
             text = json.dumps({**about, **self._settings}, indent=1)
             self.out.write(self._kind.settings, text.encode())
+
+    def into(self, out: Directory) -> "PartsJob":
+        """Return the job of another table with the same settings, for `begin` and `write`."""
+        other = copy(self)
+        other.out = out
+        return other
+
+    def is_begun(self) -> bool:
+        """Return True if `out` was begun with these settings. Raises ConfigError if it was with others."""
+        return check_settings(self.out, self._settings, self._kind)
+
+    def is_finished(self, num_parts: int | None, describe: Callable[[Mapping[str, Any]], str]) -> bool:
+        """Return True, and print what `describe` makes of the summary, if nothing is left to write.
+
+        The number of parts is that in the summary, if it is None.
+        """
+        try:
+            summary = json.loads(self.out.read(SUMMARY))
+        except MissingObject:
+            return False
+        if missing_parts(self.out, summary["num_parts"] if num_parts is None else num_parts):
+            return False
+        self._print(f"{self.out.uri} is finished: {describe(summary)}")
+        return True
 
     def write(
         self,
@@ -113,6 +147,7 @@ class PartsJob:
         identity: Mapping[str, Any],
         about: str,
         describe: Callable[[Mapping[str, Any]], str],
+        earlier: Earlier | None = None,
     ) -> None:
         """Write the missing parts, then summary.json. `rows` are the manifest's rows of each part.
 
@@ -120,10 +155,10 @@ class PartsJob:
         `identity`. Prints `about` before, and at the end what `describe` makes of the summary.
         Raises DataError for more unusable images than `data.max_bad_fraction` allows.
         """
-        missing = missing_parts(self.out, len(rows))
-        if not missing and self.out.exists(SUMMARY):
-            self._print(f"{self.out.uri} is finished: {describe(json.loads(self.out.read(SUMMARY)))}")
+        if self.is_finished(len(rows), describe):
             return
+        missing = missing_parts(self.out, len(rows))
+        earlier = earlier or Earlier(source.num_images)
         longest = max(map(len, rows))
         self._print(
             f"{about}\nparts of up to {longest} {self._kind.rows} in {self.out.uri}: "
@@ -131,9 +166,10 @@ class PartsJob:
         )
 
         def account(parts: Sequence[int]) -> tuple[list[PartFooter], int]:
-            footers, bad = collect(self.out, {part: rows[part] for part in parts}, self._kind, identity)
+            chosen = {part: rows[part] for part in parts}
+            footers, bad = collect(self.out, chosen, self._kind, identity, earlier.quarantined)
             limit = self._data.max_bad_fraction
-            check_bad(len(bad), source.num_images, limit=limit, out=self.out, kind=self._kind)
+            check_bad(len(bad), earlier.num_images, limit=limit, out=self.out, kind=self._kind)
             return footers, len(bad)
 
         if missing:
@@ -142,8 +178,9 @@ class PartsJob:
             )
         footers, num_bad = account(range(len(rows)))
         num_rows = sum(footer.num_rows for footer in footers)
-        summary = {"rows_in": source.num_images, self._kind.rows_out: num_rows, "quarantined": num_bad}
+        summary = {"rows_in": earlier.num_images, self._kind.rows_out: num_rows, "quarantined": num_bad}
         summary |= {name: sum(footer.note[name] for footer in footers) for name in self._kind.counts}
+        summary |= {**earlier.counts, "num_parts": len(rows)}
         self.out.write(SUMMARY, json.dumps(summary).encode())
         self._print(f"{self.out.uri}: {describe(summary)}")
 

@@ -55,6 +55,8 @@ KIND = PartFormat(
     rows_out="rows_out",
     counts=("num_shrunk", "bytes_in", "bytes_out"),
 )
+OF_FIRST_PASS = ("num_shrunk", "bytes_in")
+"""Counts that a table made in two passes has from the first one."""
 SCHEMA = pa.schema({"image": pa.binary(), "key": pa.string(), "label": pa.string()})
 # Page checksums: bit rot in a JPEG would be decoded without an error. Encoded images do not compress further.
 _PARQUET = {
@@ -111,6 +113,12 @@ def shrink(data: bytes, *, max_pixels: int, quality: int = QUALITY, most_pixels:
     return file.getvalue() if file.tell() < len(data) else data
 
 
+def packed_columns() -> dict[str, Any]:
+    """Return the settings of `data` under which a packed table gives the keys and labels that were packed."""
+    columns = {f"{name}_column": name for name in SCHEMA.names}
+    return {**columns, "label_from_parent": False}
+
+
 def check_keys(source: Source) -> None:
     """Raise ConfigError, naming the key, if two Parquet rows have one key; image objects cannot."""
     config, manifest = source.config, source.manifest
@@ -163,7 +171,7 @@ def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan)
             continue
         data = fetched.data
         try:
-            if plan.max_pixels is not None:
+            if plan.max_pixels is not None and plan.passes == 1:
                 data = shrink(data, max_pixels=plan.max_pixels, most_pixels=source.config.max_pixels)
         except BadImage as error:
             writer.quarantine(image, fetched.key, Status.CORRUPT, error.reason)

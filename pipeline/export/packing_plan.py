@@ -1,10 +1,12 @@
 """Which image of a source is packed where: a seeded shuffle, cut into parts and row groups.
 
 Image objects are shuffled among all others. Rows of Parquet are shuffled among those of some of its row groups, as
-many as fit a part, so that each of these groups is read by one part only. No bytes of images and no Ray here.
+many as fit a part, so that each of these groups is read by one part only. If there are more row groups than that, the
+result may be packed a second time: each of its small row groups is a sample of a part, and parts of the second pass mix
+those of many parts. No bytes of images and no Ray here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -28,6 +30,8 @@ ROW_GROUP_BYTES = 16 << 20
 """Maximum bytes of a row group, by the mean of all images."""
 
 _SEED = 0
+_MANY_GROUPS = 64
+"""Row groups shuffled together from which on a batch of a set sorted by class has 95 % of the classes of a draw."""
 _SHRUNK_BYTES_PER_PIXEL = 0.5  # of photos at this quality; accurate enough for planning
 _SPREAD_PARTS, _LEAST_ROWS = 64, 256  # enough parts to share among actors, none of them tiny
 
@@ -48,6 +52,8 @@ class Plan:
     """Images in each row group of a part but the last."""
     groups_at_once: int = 1
     """Row groups of a Parquet source whose rows are shuffled together."""
+    passes: int = 1
+    """2 for images that an earlier pass has packed, and shrunk."""
 
     @property
     def num_parts(self) -> int:
@@ -62,10 +68,27 @@ class Plan:
         """Return the manifest's indices of the images of a part, in the order in which they are packed."""
         return _shuffled(manifest, self.groups_at_once).locate(np.array(self.rows(part)))[1]
 
+    def mixes_all(self, manifest: Manifest) -> bool:
+        """Return True if batches of what is packed will be mixed as if drawn from all images, or nearly so.
+
+        That is so for image objects, for row groups that are samples already, as those of a packed set are, and where
+        rows are shuffled among all row groups or among many.
+        """
+        groups = manifest.group_sizes
+        if groups is None or manifest.rows_per_group is not None:
+            return True
+        return self.groups_at_once >= min(_MANY_GROUPS, len(groups))
+
+    def again(self, packed: Manifest, *, rows_per_file: int | None) -> "Plan":
+        """Return the plan of a second pass over what this plan packed, of which `packed` is the manifest."""
+        second = make_plan(packed, digest=self.manifest, max_pixels=None, rows_per_file=rows_per_file)
+        return replace(second, max_pixels=self.max_pixels, passes=2)
+
     @property
     def layout(self) -> dict[str, Any]:
         """Return the settings of the order and of the row groups."""
-        return {
+        several = {"passes": self.passes} if self.passes > 1 else {}
+        return several | {
             ROWS_PER_GROUP: self.rows_per_group,
             "groups_at_once": self.groups_at_once,
             "shuffle_seed": _SEED,

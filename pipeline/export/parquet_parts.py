@@ -12,10 +12,12 @@ Shared by embeddings.py and packing.py. A directory, local or on S3, holds:
 A part is committed by one atomic write, quarantine included, so existing parts are progress. No Ray here.
 """
 
+import contextlib
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ import pyarrow.parquet as pq
 
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.pipeline.data.source import Status
-from dinoray.pipeline.storage.files import Directory, MissingObject, filesystem
+from dinoray.pipeline.storage.files import Directory, MissingObject, filesystem, is_s3
 
 QUARANTINE, SUMMARY = "_about/quarantine.jsonl", "_about/summary.json"
 
@@ -109,6 +111,17 @@ def missing_parts(out: Directory, num_parts: int) -> list[int]:
     return [part for part in range(num_parts) if part not in there]
 
 
+def remove_table(out: Directory) -> None:
+    """Remove the parts and `_about/`, and the folder if nothing else is in it."""
+    parts = [name for name in out.list() if _PART.fullmatch(name)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(out.delete, parts))
+    out.child("_about").remove()
+    if not is_s3(out.uri):
+        with contextlib.suppress(OSError):  # it holds other files, or was never made
+            os.rmdir(out.uri)
+
+
 def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartFormat) -> bool:
     """Return true if `out` was begun with these settings, false for an empty directory.
 
@@ -134,13 +147,18 @@ def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartFormat
 
 
 def collect(
-    out: Directory, images: Mapping[int, range], kind: PartFormat, identity: Mapping[str, Any]
-) -> tuple[list[PartFooter], list[dict[str, Any]]]:
+    out: Directory,
+    images: Mapping[int, range],
+    kind: PartFormat,
+    identity: Mapping[str, Any],
+    earlier: Sequence[Mapping[str, Any]] = (),
+) -> tuple[list[PartFooter], list[Mapping[str, Any]]]:
     """Return (footers, quarantined images by row) of some parts; also write quarantine.jsonl.
 
     `images` are the manifest rows that each part must stand for; `identity` is the expected content of each
-    part's note. Reads only the footer of each part. Raises DataError for a part that is damaged, has other
-    settings, or does not account for all rows: rows in = rows out + quarantined.
+    part's note; `earlier` are images that were quarantined before, in what the parts are made of. Reads only the
+    footer of each part. Raises DataError for a part that is damaged, has other settings, or does not account for
+    all rows: rows in = rows out + quarantined.
     """
     storage, path = filesystem(out.uri)
 
@@ -165,7 +183,7 @@ def collect(
 
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(read, images))
-    bad = [record for footer in footers for record in footer.note["quarantined"]]
+    bad = [*earlier, *(record for footer in footers for record in footer.note["quarantined"])]
     out.write(QUARANTINE, "".join(json.dumps(record) + "\n" for record in bad).encode())
     return footers, bad
 

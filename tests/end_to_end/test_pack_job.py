@@ -232,6 +232,64 @@ def test_two_rows_of_one_key_are_refused_before_anything_is_packed(tmp_path: Pat
     assert not (tmp_path / "out" / "_about/pack.json").exists()
 
 
+# Two passes
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_parquet_sorted_by_class_is_shuffled_in_two_passes_with_one_account(
+    tmp_path: Path, run_here: Callable[..., str]
+) -> None:
+    """An image is bad, and a part is lost after the end, when the first pass is gone."""
+    small = [encode(Image.new("RGB", (8, 8), (number, 0, 0)), "JPEG") for number in range(256)]
+    for number, label in enumerate(LABELS):
+        rows = {
+            "image": [b"no picture" if (number, i) == (1, 7) else small[i] for i in range(256)],
+            "name": [f"{label} {i}" for i in range(256)],
+            "kind": [label] * 256,
+        }
+        write_all(tmp_path / "in", {f"{label}.parquet": parquet(rows, row_group_size=64)})
+    out = tmp_path / "out"
+    command = [
+        *("jobs.pack", str(tmp_path / "in"), f"--out={out}", "--shrink", "crops.local_crop_size=16"),
+        *("crops.global_crop_size=32", "data.key_column=name", "data.label_column=kind"),
+        "data.max_bad_fraction=0.002",
+    ]
+    output = run_here(*command)
+    assert "pass 1 of 2: shuffles the rows of 4 of 12 row groups at a time" in output
+    assert f"{out}: 768 images in = 767 images out + 1 quarantined, 0 shrunk" in output
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "out"]
+    bad = [json.loads(line) for line in (out / "_about/quarantine.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["status"]) for line in bad] == [(f"{LABELS[1]} 7", "corrupt")]
+    packed = table(out)
+    assert len(set(packed["key"].to_pylist())) == packed.num_rows == 767
+    assert [key.split()[0] for key in packed["key"].to_pylist()] == packed["label"].to_pylist()
+    images = [small[int(key.split()[1])] for key in packed["key"].to_pylist()]
+    assert packed["image"].to_pylist() == images
+    labels = packed["label"].to_pylist()
+    assert all(set(labels[i : i + 64]) == set(LABELS) for i in range(0, 700, 64))
+
+    assert "is finished: 768 images in = 767" in run_here(*command)
+    before = {part.name: part.read_bytes() for part in parts(out)}
+    assert len(before) > 2
+    parts(out)[1].unlink()
+    assert f"1 of {len(before)} to do" in run_here(*command)
+    assert before == {part.name: part.read_bytes() for part in parts(out)}
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "out"]
+
+
+def test_a_first_pass_does_not_go_where_the_images_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"/out-first-pass must not be inside the folder of the images"):
+        job.main([str(tmp_path / "out-first-pass"), f"--out={tmp_path}/out"])
+
+
+@pytest.mark.s3
+def test_a_first_pass_has_no_place_beside_a_bucket(tmp_path: Path, bucket: str) -> None:
+    write_all(tmp_path / "in", {"a.parquet": parquet({"image": [b"x"] * 600}, row_group_size=200)})
+    with pytest.raises(ConfigError, match=r"is a bucket, .* choose a folder in it"):
+        job.main([str(tmp_path / "in"), f"--out=s3://{bucket}"])
+
+
 # S3
 
 
@@ -258,8 +316,12 @@ def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(
     output = run_here("jobs.pack", *command)
     assert "image files are stored unchanged" in output
     assert "24 images in = 24 images out + 0 quarantined, 0 shrunk" in output
-    listed = s3.client().list_objects_v2(Bucket="pack", Prefix="out/part")["Contents"]
-    assert [entry["Key"] for entry in listed] == [f"out/part-{p:05d}.parquet" for p in range(5)]
+    assert "pass 1 of 2: shuffles the rows of 12 of 12 row groups at a time" in output
+    listed = [entry["Key"] for entry in s3.client().list_objects_v2(Bucket="pack")["Contents"]]
+    assert [key for key in listed if key.startswith("out/part")] == [
+        f"out/part-{p:05d}.parquet" for p in range(5)
+    ]
+    assert {key.split("/")[0] for key in listed} == {"in", "out"}  # nothing beside it is left
 
     use_aws(monkeypatch, s3.env)
     read = read_as_told(output)

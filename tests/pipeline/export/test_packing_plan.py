@@ -1,9 +1,11 @@
 """Packing: in which order images are packed, and where parts and row groups are cut."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,6 +105,41 @@ def test_a_set_sorted_by_class_is_packed_shuffled() -> None:
     batches = [len(set((packed[i : i + 1024] // 100).tolist())) for i in range(0, 90_000, 1024)]
     assert 600 < np.mean(batches) < 680  # 641 of independent draws
     assert abs(np.corrcoef(packed, np.arange(100_000))[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize(("rows", "once", "twice"), [(100, 560, 630), (1000, 250, 600)])
+def test_a_sorted_set_of_parquet_is_shuffled_by_a_second_pass(rows: int, once: int, twice: int) -> None:
+    """1,000 classes of 400 images of 100 kB, class by class, in row groups of `rows`."""
+    num_images = 400_000
+    manifest = grouped([(rows, rows * 100_000)] * (num_images // rows))
+    first = plan_of(manifest)
+    assert not first.mixes_all(manifest)
+    packed = np.array(order_of(manifest, first)) // 400
+    assert classes_in_a_batch(packed) < once  # what fits a part
+    sizes = [
+        min(16, part.stop - row) for part in map(first.rows, range(first.num_parts)) for row in part[::16]
+    ]
+    again = grouped([(size, size * 100_000) for size in sizes])
+    second = first.again(again, rows_per_file=None)
+    assert classes_in_a_batch(packed[order_of(again, second)]) > twice  # 641 of independent draws
+
+
+def classes_in_a_batch(labels: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> float:
+    """How many a batch of 1,024 has, on average, of a run that takes row groups of 16 in any order."""
+    groups = labels[: len(labels) // 16 * 16].reshape(-1, 16)
+    groups = groups[np.random.default_rng(0).permutation(len(groups))]
+    batches = groups[: len(groups) // 64 * 64].reshape(-1, 1024)
+    return float(np.mean([len(set(batch.tolist())) for batch in batches]))
+
+
+def test_one_pass_is_enough_for_objects_for_packed_sets_and_for_what_fits_a_part() -> None:
+    objects, few = listed([100_000] * 5000), grouped([(100, 10_000_000)] * 2)
+    large, small = grouped([(100, 10_000_000)] * 5000), grouped([(16, 1_600_000)] * 50_000)
+    packed = replace(large, rows_per_group=16)
+    plans = [plan_of(manifest).mixes_all(manifest) for manifest in (objects, few, packed, small, large)]
+    assert plans == [True, True, True, True, False]
+    labels = np.array(order_of(small, plan_of(small))) // 800
+    assert classes_in_a_batch(labels) > 600  # in parts of so many small row groups
 
 
 @given(

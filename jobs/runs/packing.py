@@ -1,0 +1,144 @@
+"""Packing a data set in one pass or two: the missing parts, made on a pool of actors, and every image accounted for.
+
+An actor has room for some row groups of a Parquet source at a time, so one pass shuffles no further than among these.
+Where there are more, its output goes to a folder beside the table, and a second pass makes the table from that.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.parts_job import Earlier, PartsJob
+from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.manifest import Manifest, build_manifest
+from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.export.packing import (
+    KIND,
+    OF_FIRST_PASS,
+    QUALITY,
+    check_keys,
+    packed_columns,
+    shrink_pixels,
+    write_part,
+)
+from dinoray.pipeline.export.packing_plan import Plan, make_plan
+from dinoray.pipeline.export.parquet_parts import QUARANTINE, SUMMARY, remove_table
+from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.s3 import is_s3, split_s3_uri
+from dinoray.pipeline.worker.config import Config
+
+
+def pack_images(arguments: Namespace, config: Config, out: Directory, console: Console) -> None:
+    """Plan, refuse what does not fit what is there, pack the missing parts, and account for every image."""
+    beside = Directory(f"{out.uri}-first-pass")
+    for folder in (out, beside):
+        _check_apart(Directory(config.data.path), folder, out)
+    max_pixels = shrink_pixels(config.crops) if arguments.shrink else None
+    job = PartsJob(out, KIND, config, console, argument="source", verbose=arguments.verbose)
+    source = job.list_images(
+        {
+            "max_pixels": max_pixels,
+            "quality": QUALITY if arguments.shrink else None,
+            "rows_per_file": arguments.rows_per_file,
+        }
+    )
+    make = partial(make_plan, source.manifest, digest=job.manifest_digest, max_pixels=max_pixels)
+    plan: Plan = make(rows_per_file=arguments.rows_per_file)
+    treatment = (
+        "image files are stored unchanged"
+        if max_pixels is None
+        else f"images of more than {max_pixels} pixels are shrunk to {max_pixels} if that makes the file smaller: "
+        f"no crop of {arguments.recipe} needs more"
+    )
+    about = f"{describe_data(source)}, {_megabytes(_listed_bytes(source.manifest))}\n{treatment}"
+    facts, check = {"num_images": source.num_images}, partial(check_keys, source)
+    if arguments.one_pass or plan.mixes_all(source.manifest):
+        job.begin({"passes": None, "num_parts": plan.num_parts, **plan.layout}, facts, check=check)
+        _write(job, plan, source, about)
+        return
+    _check_room_beside(out)
+    job.begin({"passes": 2}, facts, check=check)
+    first = job.into(beside)
+    if not job.is_finished(None, _told):
+        plan = make(rows_per_file=None)
+        first.begin({"num_parts": plan.num_parts, **plan.layout}, facts)
+        _write(first, plan, source, f"{about}\n{_about_first(source, plan)}")
+        packed, earlier = _first_pass(beside, config)
+        second = plan.again(packed.manifest, rows_per_file=arguments.rows_per_file)
+        _write(job, second, packed, "pass 2 of 2: shuffles what pass 1 wrote", earlier)
+    if first.is_begun():
+        remove_table(beside)
+
+
+def _write(job: PartsJob, plan: Plan, source: Source, about: str, earlier: Earlier | None = None) -> None:
+    job.write(
+        partial(write_part, out=job.out, plan=plan),
+        None,
+        source,
+        [plan.rows(part) for part in range(plan.num_parts)],
+        identity=plan.identity,
+        about=about,
+        describe=_told,
+        earlier=earlier,
+    )
+
+
+def _first_pass(beside: Directory, config: Config) -> tuple[Source, Earlier]:
+    """Return what the first pass has written, as the source of the second, and what became of its images."""
+    data = config.data.model_copy(update={"path": beside.uri, "manifest": None, **packed_columns()})
+    source = Source(data, build_manifest(data, config.storage), config.storage)
+    summary = json.loads(beside.read(SUMMARY))
+    if source.num_images != summary[KIND.rows_out]:
+        raise DataError(
+            f"{beside.uri} holds {source.num_images} images, but pass 1 wrote {summary[KIND.rows_out]}; "
+            "remove it, and run the command again"
+        )
+    bad = [json.loads(line) for line in beside.read(QUARANTINE).splitlines()]
+    return source, Earlier(summary["rows_in"], bad, {name: summary[name] for name in OF_FIRST_PASS})
+
+
+def _about_first(source: Source, plan: Plan) -> str:
+    num_groups = source.manifest.table.num_rows
+    return (
+        f"pass 1 of 2: shuffles the rows of {min(plan.groups_at_once, num_groups)} of {num_groups} row groups at a "
+        "time, which is what fits a part (--one-pass, if the rows are in random order already)"
+    )
+
+
+def _check_apart(source: Directory, folder: Directory, out: Directory) -> None:
+    if f"{source.uri}/".startswith(f"{folder.uri}/") or f"{folder.uri}/".startswith(f"{source.uri}/"):
+        raise ConfigError(
+            f"--out {out.uri}: {folder.uri} must not be inside the folder of the images, {source.uri}, or contain it; "
+            "choose another --out"
+        )
+
+
+def _check_room_beside(out: Directory) -> None:
+    if is_s3(out.uri) and not split_s3_uri(out.uri)[1]:
+        raise ConfigError(
+            f"--out {out.uri}: is a bucket, beside which there is no place for the first pass; choose a folder in it"
+        )
+
+
+def _listed_bytes(manifest: Manifest) -> int:
+    sizes = manifest.group_bytes
+    return int((manifest.table["size"].to_numpy() if sizes is None else sizes).sum())
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _told(summary: Mapping[str, Any]) -> str:
+    before, after = _megabytes(summary["bytes_in"]), _megabytes(summary["bytes_out"])
+    return (
+        "{rows_in} images in = {rows_out} images out + {quarantined} quarantined, {num_shrunk} shrunk, ".format(
+            **summary
+        )
+        + f"{before} before, {after} after"
+    )
