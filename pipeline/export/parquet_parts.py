@@ -12,10 +12,8 @@ Shared by embeddings.py and packing.py. A directory, local or on S3, holds:
 A part is committed by one atomic write, quarantine included, so existing parts are progress. No Ray here.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +24,7 @@ import pyarrow.parquet as pq
 
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.pipeline.data.source import Status
-from dinoray.pipeline.storage.files import Directory, MissingObject, filesystem, is_s3
+from dinoray.pipeline.storage.files import Directory, MissingObject, filesystem
 
 QUARANTINE, SUMMARY = "_about/quarantine.jsonl", "_about/summary.json"
 
@@ -117,9 +115,8 @@ def remove_table(out: Directory) -> None:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(out.delete, parts))
     out.child("_about").remove()
-    if not is_s3(out.uri):
-        with contextlib.suppress(OSError):  # it holds other files, or was never made
-            os.rmdir(out.uri)
+    if not out.list():
+        out.remove()  # with what a killed process has begun to write
 
 
 def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartFormat) -> bool:

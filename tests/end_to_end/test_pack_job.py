@@ -22,6 +22,7 @@ from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Fetched, Source
 from dinoray.pipeline.export.packing import Plan, shrink, write_part
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.local_files import TEMPORARY
 
 LABELS = ("boats", "cats", "trees")
 PER_LABEL = 40
@@ -273,6 +274,7 @@ def test_parquet_sorted_by_class_is_shuffled_in_two_passes_with_one_account(
     before = {part.name: part.read_bytes() for part in parts(out)}
     assert len(before) > 2
     parts(out)[1].unlink()
+    write_all(tmp_path, {f"out-first-pass/part-00001.parquet.0{TEMPORARY}": b"PAR1"})  # of a killed process
     assert f"1 of {len(before)} to do" in run_here(*command)
     assert before == {part.name: part.read_bytes() for part in parts(out)}
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "out"]
