@@ -5,11 +5,9 @@ demand). A shard on S3 is read in ranged GETs through the project's client, so i
 errors as any object. Decodes no image; no Ray here.
 """
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -187,68 +185,6 @@ def again_if_damaged(read: Callable[[], Result], *, forget: Callable[[], object]
 def _retried(read: Callable[[], Result], uri: str, retry: Retry) -> Result:
     """Call `read`, with `retry` if that is a file's: requests to S3 have it in ObjectFile."""
     return read() if is_s3(uri) else retry(read, what=uri)
-
-
-class HasBytes(Protocol):
-    """What a cache of row groups holds: a table, or what stands for one in a count."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        ...
-
-
-Held = TypeVar("Held", bound=HasBytes)
-
-
-class RowGroupCache(Generic[Held]):
-    """Cache of the most recently used row groups: up to `max_bytes`, but always the latest. Thread-safe.
-
-    With `get_is_use=False` only `put` and `use` count as use.
-    """
-
-    def __init__(self, max_bytes: int, *, get_is_use: bool = True) -> None:
-        self._max_bytes, self._num_bytes, self._get_is_use = max_bytes, 0, get_is_use
-        self._tables: OrderedDict[int, Held] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the cache."""
-        with self._lock:
-            return self._num_bytes
-
-    def get(self, group: int) -> Held | None:
-        """Return the table of a row group; None if it is not cached."""
-        if self._get_is_use:
-            self.use([group])
-        with self._lock:
-            return self._tables.get(group)
-
-    def use(self, groups: Iterable[int]) -> None:
-        """Mark those of the row groups that are cached as the latest used, in this order."""
-        with self._lock:
-            for group in groups:
-                if group in self._tables:
-                    self._tables.move_to_end(group)
-
-    def release(self, groups: Iterable[int]) -> None:
-        """Mark those of the row groups that are cached as the first to be dropped."""
-        with self._lock:
-            for group in groups:
-                if group in self._tables:
-                    self._tables.move_to_end(group, last=False)
-
-    def put(self, group: int, table: Held) -> None:
-        """Add a table and drop the least recently used tables."""
-        with self._lock:
-            if group in self._tables:
-                self._num_bytes -= self._tables.pop(group).nbytes
-            self._tables[group] = table
-            self._num_bytes += table.nbytes
-            while self._num_bytes > self._max_bytes and len(self._tables) > 1:
-                _, dropped = self._tables.popitem(last=False)
-                self._num_bytes -= dropped.nbytes
 
 
 @contextmanager

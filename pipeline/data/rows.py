@@ -1,7 +1,5 @@
 """Images that are rows of Parquet shards: whole row groups are read, in one request each, and the latest are kept."""
 
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -14,11 +12,11 @@ from dinoray.pipeline.data.footers import FooterCache
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.parquet import (
     CorruptShard,
-    RowGroupCache,
     again_if_damaged,
     read_footer,
     read_row_group,
 )
+from dinoray.pipeline.data.recently_used import RecentlyUsed
 from dinoray.pipeline.storage.checks import NO_PAGE_CHECKSUMS, UNCHECKED
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.retry import LIST_AGAIN, Retry
@@ -54,10 +52,8 @@ class Rows:
         first_of_shard = np.r_[True, shards[1:] != shards[:-1]]
         starts = self._ends - self._num_rows
         self._shard_starts = np.maximum.accumulate(np.where(first_of_shard, starts, 0))
-        self.cache: RowGroupCache[pa.Table] = RowGroupCache(config.row_group_cache_bytes)
+        self.cache: RecentlyUsed[int, pa.Table] = RecentlyUsed(config.row_group_cache_bytes)
         self._footers = FooterCache(_FOOTER_BYTES)
-        self._reading: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
-        self._reading_lock = threading.Lock()
 
     def key(self, index: int) -> str:
         return self._name(index, self._group_of(index))
@@ -78,26 +74,14 @@ class Rows:
 
     def _table(self, group: int) -> pa.Table | DataError:
         """Return the rows of a group, from the cache or the shard, or the error that all its images share."""
-        with self._reading_lock:
-            reading = self._reading[group]
         try:
-            with reading:  # who asks meanwhile waits, and does not read it too
-                table = self.cache.get(group)
-                return self._whole(group) if table is None else table
-        finally:
-            with self._reading_lock:
-                self._reading.pop(group, None)
-
-    def _whole(self, group: int) -> pa.Table | DataError:
-        about = self._manifest.row_group(group)
-        try:
-            table = again_if_damaged(
-                lambda: self._read(about), forget=lambda: self._footers.forget(about["key"])
-            )
+            return self.cache.get_or_read(group, lambda: self._whole(group))
         except BAD_OBJECT as error:
             return error
-        self.cache.put(group, table)
-        return table
+
+    def _whole(self, group: int) -> pa.Table:
+        about = self._manifest.row_group(group)
+        return again_if_damaged(lambda: self._read(about), forget=lambda: self._footers.forget(about["key"]))
 
     def _read(self, about: dict[str, Any]) -> pa.Table:
         uri, etag = self._manifest.uri(about["key"]), expected_etag(self._config, about["etag"])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dinoray.pipeline.data.manifest import Manifest
 from dinoray.pipeline.data.order import Order, Window
-from dinoray.pipeline.data.parquet import Held, RowGroupCache
+from dinoray.pipeline.data.recently_used import Held, RecentlyUsed
 
 _CPUS_PER_READER = 8
 """CPUs that crop what one reader reads: at 300 images a second each, about 250 MB/s."""
@@ -69,7 +69,7 @@ def share_reading(
     return Sharing(num_readers, min(math.ceil(each), total))
 
 
-class WindowCache(RowGroupCache[Held]):
+class WindowCache(RecentlyUsed[int, Held]):
     """Row groups of the windows in use: those whose rows have all been given are dropped first.
 
     Among the others, those of the window that was begun first. Who is late thus still finds its rows, and a set that

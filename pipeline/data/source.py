@@ -23,7 +23,7 @@ from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, Status
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.others import OtherObjects
-from dinoray.pipeline.data.parquet import RowGroupCache
+from dinoray.pipeline.data.recently_used import RecentlyUsed
 from dinoray.pipeline.data.rows import Read, Rows
 from dinoray.pipeline.storage.config import DEFAULTS, Access, StorageConfig
 from dinoray.pipeline.storage.hedging import hedged
@@ -89,7 +89,7 @@ class Source:
         chosen = indices if self._selected is None else self._selected[indices]
         return _source(self.config, self.manifest, self.storage, chosen)
 
-    def with_cache(self, cache: RowGroupCache[Any]) -> "Source":
+    def with_cache(self, cache: RecentlyUsed[int, Any]) -> "Source":
         """Return a source of the same images that keeps its row groups in `cache`, as long as it is in this process."""
         source = _source(self.config, self.manifest, self.storage, self._selected)
         if isinstance(source._reader, Rows):

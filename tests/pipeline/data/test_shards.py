@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from samples import hostile_entries, needs_hostile, parquet, write_all
 from sources import fetch_all, source_of
 
-from dinoray.pipeline.data.parquet import RowGroupCache
+from dinoray.pipeline.data.recently_used import RecentlyUsed
 from dinoray.pipeline.data.source import Fetched, Status
 
 
@@ -47,7 +47,7 @@ def test_the_row_group_cache_forgets_what_was_unused_for_longest(
     tables = {
         (group, rows): pa.table({"x": pa.array([group] * rows, pa.int64())}) for _, group, rows in steps
     }
-    cache, model = RowGroupCache(max_bytes), OrderedDict[int, pa.Table]()
+    cache, model = RecentlyUsed[int, pa.Table](max_bytes), OrderedDict[int, pa.Table]()
     for is_put, group, rows in steps:
         if is_put:
             cache.put(group, tables[group, rows])
