@@ -105,7 +105,7 @@ def pack(manifest: Manifest, first: Packed | None = None) -> Packed:
     if first is None:
         plan = make_plan(manifest, digest="benchmark", max_pixels=None, rows_per_file=None)
     else:
-        plan = first.plan.again(manifest, rows_per_file=None)
+        plan = first.plan.again(manifest, digest="benchmark", rows_per_file=None)
     images = np.concatenate([plan.images(part, manifest) for part in range(plan.num_parts)])
     rows = np.diff(plan.edges)
     sizes = np.concatenate([np.diff(np.r_[np.arange(0, n, plan.rows_per_group), n]) for n in rows])

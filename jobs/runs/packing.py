@@ -4,6 +4,7 @@ An actor has room for some row groups of a Parquet source at a time, so one pass
 Where there are more, its output goes to a folder beside the table, and a second pass makes the table from that.
 """
 
+import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Mapping
@@ -27,10 +28,14 @@ from dinoray.pipeline.export.packing import (
     write_part,
 )
 from dinoray.pipeline.export.packing_plan import Plan, make_plan
-from dinoray.pipeline.export.parquet_parts import QUARANTINE, SUMMARY, remove_table
-from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.export.parquet_parts import QUARANTINE, SUMMARY, remove_parts
+from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.s3 import is_s3, split_s3_uri
 from dinoray.pipeline.worker.config import Config
+
+_ONE_PASS = "--one-pass"
+_MADE_FROM = "_about/first_pass"
+"""File of the digest of the first pass of which the parts are made."""
 
 
 def pack_images(arguments: Namespace, config: Config, out: Directory, console: Console) -> None:
@@ -57,22 +62,27 @@ def pack_images(arguments: Namespace, config: Config, out: Directory, console: C
     )
     about = f"{describe_data(source)}, {_megabytes(_listed_bytes(source.manifest))}\n{treatment}"
     facts, check = {"num_images": source.num_images}, partial(check_keys, source)
-    if arguments.one_pass or plan.mixes_all(source.manifest):
-        job.begin({"passes": None, "num_parts": plan.num_parts, **plan.layout}, facts, check=check)
+    two_passes = not (plan.mixes_all(source.manifest) or job.lacks(_ONE_PASS))
+    if two_passes:
+        job.settle({_ONE_PASS: arguments.one_pass})
+        job.is_begun()  # or else it is refused, before it is by what follows from this
+    if not two_passes or arguments.one_pass:
+        job.begin({"num_parts": plan.num_parts, **plan.layout}, facts, check=check)
         _write(job, plan, source, about)
         return
     _check_room_beside(out)
-    job.begin({"passes": 2}, facts, check=check)
     first = job.into(beside)
+    job.begin({}, facts, check=check)
     if not job.is_finished(None, _told):
         plan = make(rows_per_file=None)
+        _check_nothing_else(first, out)
         first.begin({"num_parts": plan.num_parts, **plan.layout}, facts)
         _write(first, plan, source, f"{about}\n{_about_first(source, plan)}")
-        packed, earlier = _first_pass(beside, config)
-        second = plan.again(packed.manifest, rows_per_file=arguments.rows_per_file)
+        packed, earlier, digest = _first_pass(beside, config)
+        _remove_others(out, digest, console)
+        second = plan.again(packed.manifest, digest=digest, rows_per_file=arguments.rows_per_file)
         _write(job, second, packed, "pass 2 of 2: shuffles what pass 1 wrote", earlier)
-    if first.is_begun():
-        remove_table(beside)
+    first.remove()
 
 
 def _write(job: PartsJob, plan: Plan, source: Source, about: str, earlier: Earlier | None = None) -> None:
@@ -88,18 +98,51 @@ def _write(job: PartsJob, plan: Plan, source: Source, about: str, earlier: Earli
     )
 
 
-def _first_pass(beside: Directory, config: Config) -> tuple[Source, Earlier]:
-    """Return what the first pass has written, as the source of the second, and what became of its images."""
+def _first_pass(beside: Directory, config: Config) -> tuple[Source, Earlier, str]:
+    """Return what the first pass has written, as the source of the second, what became of its images, and a digest."""
+    summary, quarantined = json.loads(beside.read(SUMMARY)), beside.read(QUARANTINE)
+    if not summary[KIND.rows_out]:
+        raise DataError(
+            f"none of the {summary['rows_in']} images can be used; {beside.join(QUARANTINE)} names them with the "
+            "reasons; set data.path to others"
+        )
     data = config.data.model_copy(update={"path": beside.uri, "manifest": None, **packed_columns()})
     source = Source(data, build_manifest(data, config.storage), config.storage)
-    summary = json.loads(beside.read(SUMMARY))
+    manifest = source.manifest
+    if manifest.damaged:
+        raise DataError(f"{manifest.uri(manifest.damaged[0])} is damaged; delete it and run again")
     if source.num_images != summary[KIND.rows_out]:
         raise DataError(
             f"{beside.uri} holds {source.num_images} images, but pass 1 wrote {summary[KIND.rows_out]}; "
-            "remove it, and run the command again"
+            "move away what is not named part-*.parquet, or remove the folder, and run again"
         )
-    bad = [json.loads(line) for line in beside.read(QUARANTINE).splitlines()]
-    return source, Earlier(summary["rows_in"], bad, {name: summary[name] for name in OF_FIRST_PASS})
+    # Not by ETags, which are other ones each time on a disk.
+    listed = json.dumps(manifest.table.drop_columns("etag").to_pydict()).encode()
+    digest = hashlib.blake2b(quarantined + listed, digest_size=16).hexdigest()
+    bad = [json.loads(line) for line in quarantined.splitlines()]
+    return source, Earlier(summary["rows_in"], bad, {name: summary[name] for name in OF_FIRST_PASS}), digest
+
+
+def _remove_others(out: Directory, digest: str, console: Console) -> None:
+    """Remove parts that were made from another outcome of the first pass, which had other bad images."""
+    try:
+        known = out.read(_MADE_FROM).decode()
+    except MissingObject:
+        known = digest
+    if known != digest:
+        console.print("pass 1 ended with other images than before: all parts are written again")
+        remove_parts(out)
+    out.write(_MADE_FROM, digest.encode())
+
+
+def _check_nothing_else(first: PartsJob, out: Directory) -> None:
+    """Raise ConfigError if the folder of the first pass holds what this job has not put there."""
+    about = first.out.child("_about")
+    if not first.is_begun() and ({*first.out.list()} - {"_about"} or about.list()):
+        raise ConfigError(
+            f"--out {out.uri}: the first pass goes to {first.out.uri}, which holds other files; "
+            "move them away, or choose another --out"
+        )
 
 
 def _about_first(source: Source, plan: Plan) -> str:

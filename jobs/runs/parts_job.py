@@ -3,6 +3,7 @@
 Shared by the commands embed and pack. The files of the table are those of pipeline/export/parquet_parts.py.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -14,6 +15,7 @@ import ray
 from rich.console import Console
 
 from dinoray.jobs.cli.main import start_ray
+from dinoray.models.errors import ConfigError
 from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import DataConfig, load_or_build
@@ -27,6 +29,7 @@ from dinoray.pipeline.export.parquet_parts import (
     check_settings,
     collect,
     missing_parts,
+    remove_table,
 )
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.worker.config import Config
@@ -107,21 +110,39 @@ class PartsJob:
 
         Raises ConfigError if `out` was begun with other settings.
         """
-        self._settings = {**self._settings, **settings}  # not in place, because `into` shares it
+        self.settle(settings)
         if not self.is_begun():
             check()
             text = json.dumps({**about, **self._settings}, indent=1)
             self.out.write(self._kind.settings, text.encode())
 
     def into(self, out: Directory) -> "PartsJob":
-        """Return the job of another table with the same settings, for `begin` and `write`."""
+        """Return the job of a first pass with the same settings, for `begin` and `write`."""
         other = copy(self)
         other.out = out
+        other.settle({"first_pass_of": self.out.uri})
         return other
+
+    def settle(self, settings: Mapping[str, Any]) -> None:
+        """Add settings that decide the rows."""
+        self._settings = {**self._settings, **settings}  # not in place, because `into` shares it
+
+    def lacks(self, setting: str) -> bool:
+        """Return True if `out` was begun before there was this setting."""
+        try:
+            return setting not in json.loads(self.out.read(self._kind.settings))
+        except MissingObject:
+            return False
 
     def is_begun(self) -> bool:
         """Return True if `out` was begun with these settings. Raises ConfigError if it was with others."""
         return check_settings(self.out, self._settings, self._kind)
+
+    def remove(self) -> None:
+        """Remove the table if it was begun with these settings."""
+        with contextlib.suppress(ConfigError):  # it is somebody else's
+            if self.is_begun():
+                remove_table(self.out, self._kind)
 
     def is_finished(self, num_parts: int | None, describe: Callable[[Mapping[str, Any]], str]) -> bool:
         """Return True, and print what `describe` makes of the summary, if nothing is left to write.
@@ -218,7 +239,7 @@ class PartsJob:
                 num_new += 1
                 num_images += written.num_rows + written.num_bad
                 num_bad += written.num_bad
-                if num_bad > self._data.max_bad_fraction * source.num_images:
+                if num_bad / source.num_images > self._data.max_bad_fraction:
                     account(sorted(done))
                 now = time.monotonic()
                 if now - shown > 5 or num_new == len(missing):

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from dinoray.models.errors import ConfigError
+from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
 from dinoray.pipeline.data.decode import BadImage
 from dinoray.pipeline.data.fetched import BAD_OBJECT
@@ -159,13 +159,22 @@ def check_keys(source: Source) -> None:
 
 
 def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan) -> PartResult:
-    """Pack the images of one part and write it, in one step. Raises DataError if storage denies access."""
+    """Pack the images of one part and write it, in one step.
+
+    Raises DataError if storage denies access, or if an image that the first pass has written cannot be read: it is
+    not a bad image, but lost since.
+    """
     places = plan.rows(part)
     images = plan.images(part, source.manifest).tolist()
     writer = PartWriter(KIND, part, places, SCHEMA)
     rows: list[tuple[bytes, str, str | None]] = []
     facts = dict.fromkeys(KIND.counts, 0)
     for image, fetched in zip(images, _fetch_ahead(source, images), strict=True):
+        if fetched.data is None and plan.passes > 1:
+            shard = source.manifest.uri(source.key(image).rpartition("#")[0])
+            raise DataError(
+                f"{shard}, of the first pass, cannot be read ({fetched.reason}); delete it and run again"
+            )
         if fetched.data is None:
             writer.quarantine(image, fetched.key, fetched.status, fetched.reason)
             continue

@@ -79,9 +79,12 @@ class Plan:
             return True
         return self.groups_at_once >= min(_MANY_GROUPS, len(groups))
 
-    def again(self, packed: Manifest, *, rows_per_file: int | None) -> "Plan":
-        """Return the plan of a second pass over what this plan packed, of which `packed` is the manifest."""
-        second = make_plan(packed, digest=self.manifest, max_pixels=None, rows_per_file=rows_per_file)
+    def again(self, packed: Manifest, *, digest: str, rows_per_file: int | None) -> "Plan":
+        """Return the plan of a second pass over what this plan packed.
+
+        `packed` is its manifest, and `digest` identifies it: with one image more or less, all parts are others.
+        """
+        second = make_plan(packed, digest=digest, max_pixels=None, rows_per_file=rows_per_file)
         return replace(second, max_pixels=self.max_pixels, passes=2)
 
     @property

@@ -109,14 +109,21 @@ def missing_parts(out: Directory, num_parts: int) -> list[int]:
     return [part for part in range(num_parts) if part not in there]
 
 
-def remove_table(out: Directory) -> None:
-    """Remove the parts and `_about/`, and the folder if nothing else is in it."""
-    parts = [name for name in out.list() if _PART.fullmatch(name)]
+def remove_parts(out: Directory) -> None:
+    """Remove the parts of a table, and its summary."""
+    out.delete(SUMMARY)
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(out.delete, parts))
-    out.child("_about").remove()
-    if not out.list():
-        out.remove()  # with what a killed process has begun to write
+        list(pool.map(out.delete, [name for name in out.list() if _PART.fullmatch(name)]))
+
+
+def remove_table(out: Directory, kind: PartFormat) -> None:
+    """Remove what a job has written into a folder, its settings last, and the folder if nothing else is in it."""
+    remove_parts(out)
+    for name in (QUARANTINE, kind.settings):
+        out.delete(name)
+    for folder in (out.child("_about"), out):
+        if not folder.list():
+            folder.remove()  # with what a killed process has begun to write
 
 
 def check_settings(out: Directory, settings: Mapping[str, Any], kind: PartFormat) -> bool:
@@ -187,7 +194,8 @@ def collect(
 
 def check_bad(num_bad: int, num_images: int, *, limit: float, out: Directory, kind: PartFormat) -> None:
     """Raise DataError if more than the share `limit` of all images could not be used."""
-    if num_bad > limit * num_images:
+    # Not their product, which may round to less: 0.29 * 100 is less than 29.
+    if num_bad / num_images > limit:
         raise DataError(
             f"{num_bad} of {num_images} images could not be used, more than data.max_bad_fraction={limit}; "
             f"they are named in {out.join(QUARANTINE)}; set data.max_bad_fraction={_enough(num_bad / num_images):g} "

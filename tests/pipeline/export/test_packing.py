@@ -1,6 +1,7 @@
 """Packing: what a part holds, and which keys are refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.export.packing import KIND, check_keys, shrink, write_part
 from dinoray.pipeline.export.packing_plan import Plan
-from dinoray.pipeline.export.parquet_parts import PartFooter, collect
+from dinoray.pipeline.export.parquet_parts import PartFooter, check_bad, collect
 from dinoray.pipeline.storage.files import Directory
 
 
@@ -177,3 +178,14 @@ def test_keys_of_any_type_and_none_at_all_are_compared_as_what_they_become(tmp_p
     check_keys(rows_of(tmp_path / "none", [["a", "a"]]))
     with pytest.raises(ConfigError, match="'4' in 2 rows"):
         check_keys(rows_of(tmp_path / "twice", [[1, 4, 3], [4]], key_column="name"))
+
+
+def test_the_share_that_the_remedy_names_is_enough_for_any_number_of_bad_images() -> None:
+    for num_images in (1, 3, 7, 100, 200, 768, 1000):
+        for num_bad in range(1, num_images + 1):
+            out = Directory("/out")
+            with pytest.raises(DataError, match=r"set data\.max_bad_fraction=[\d.]+ ") as caught:
+                check_bad(num_bad, num_images, limit=0, out=out, kind=KIND)
+            told = re.search(r"set data\.max_bad_fraction=([\d.]+) ", str(caught.value))
+            assert told is not None
+            check_bad(num_bad, num_images, limit=float(told[1]), out=out, kind=KIND)

@@ -120,7 +120,7 @@ def test_a_sorted_set_of_parquet_is_shuffled_by_a_second_pass(rows: int, once: i
         min(16, part.stop - row) for part in map(first.rows, range(first.num_parts)) for row in part[::16]
     ]
     again = grouped([(size, size * 100_000) for size in sizes])
-    second = first.again(again, rows_per_file=None)
+    second = first.again(again, digest="n", rows_per_file=None)
     assert classes_in_a_batch(packed[order_of(again, second)]) > twice  # 641 of independent draws
 
 
