@@ -20,7 +20,8 @@ from dinoray.jobs.runs.holding import lease_of
 from dinoray.jobs.runs.open_checkpoint import Step, open_network
 from dinoray.jobs.runs.pretraining import pretrain as run_pretraining
 from dinoray.models.errors import DataError
-from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.export.timm_export import CONFIG_FILE, WEIGHTS_FILE, export_timm
 from dinoray.pipeline.storage import run_dir

@@ -14,7 +14,8 @@ from dinoray.jobs.cli.config import load_run_config
 from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.models.attention import patch_size
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.loader import load_batches
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Source

@@ -22,7 +22,8 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, crop_shapes
 from dinoray.pipeline.augment.multicrop import Crops, cut, decode_for
 from dinoray.pipeline.augment.params import sample_image
-from dinoray.pipeline.data.decode import BadImage
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decoder_process import thread_seconds
 from dinoray.pipeline.data.jpeg import open_image
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.source import DataConfig, Fetched, Status
@@ -213,14 +214,14 @@ class Augmenter:
         """Crop an image into `out` with the random numbers of `key`; return the reason if it fails."""
         if image.data is None:
             return image.reason
-        begin = time.thread_time()
+        begin = thread_seconds()
         try:
             encoded = open_image(image.data, max_pixels=self._source.config.max_pixels)
             params = sample_image(self._seed, epoch, key, encoded.width, encoded.height, self._crops)
             picture = decode_for(params, encoded)
         except BadImage as error:
             return error.reason
-        decoded = time.thread_time()
+        decoded = thread_seconds()
         cut(picture, params, out)
-        cpu_ms[1:] += (1000 * (decoded - begin), 1000 * (time.thread_time() - decoded))
+        cpu_ms[1:] += (1000 * (decoded - begin), 1000 * (thread_seconds() - decoded))
         return None

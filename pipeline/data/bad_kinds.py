@@ -27,6 +27,6 @@ def kind_of(status: Any, reason: Any) -> str:
         return _KINDS[known]
     if str(reason) in ("null", "0 bytes"):
         return "empty"
-    # Those of data/decode.py begin with words and a colon; those of storage with an address.
+    # Those of BadImage begin with words and a colon; those of storage with an address.
     words = re.match(r"[A-Za-z][A-Za-z0-9 ]*(?=: )", str(reason))
     return words[0] if words else _KINDS[known]

@@ -7,11 +7,9 @@ never by file name:
     OpenCV   JPEG, PNG, WebP, BMP in gray, RGB or CMYK, of 8 or 16 bits: correct for these, and the fastest
     Pillow   the rest: GIF, TIFF, JPEG 2000, AVIF, PPM, palettes, and transparency, laid over white
 
-For an animation the first frame is decoded. EXIF orientation is applied. 16-bit samples keep their high byte.
-Pixels without a fixed range (float, 32-bit, Lab) are refused. No files, no storage and no Ray here.
+No files, no storage and no Ray here.
 """
 
-import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -20,28 +18,23 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dinoray.models.errors import one_line
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decoder_process import decode_apart
+from dinoray.pipeline.data.pillow import decode_pillow, open_pillow
 
-# Load all plugins now, because Pillow lists only loaded formats. An old Pillow has no AVIF.
-Image.init()
-_FORMATS = tuple(
-    name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
-    if name in Image.OPEN
-)
 _OPENCV_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP"}
 _OPENCV_MODES = {"1", "L", "RGB", "CMYK", "I;16", "I;16B"}
-_PILLOW_MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
-_BACKGROUND = (255, 255, 255)
+_JPEG_IN_TIFF = {"jpeg", "tiff_jpeg"}
 
 MAX_SCANS = 500
 """Maximum scans of a JPEG, as libjpeg-turbo advises; encoders write about ten."""
 MAX_SCANNED_PIXELS = 2_000_000_000
 """Maximum of pixels times scans of a JPEG, some seconds of work: each scan may visit every pixel, in a few bytes.
 
-A limit of time instead would make it depend on the load of the machine which images a run learns from.
+A limit of time on the clock would make it depend on the load of the machine which images a run learns from.
 """
 
 _EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
@@ -59,21 +52,13 @@ _TURNS: dict[int, Callable[[Any], Any]] = {
 }
 
 
-class BadImage(Exception):  # noqa: N818 (it is the image that is bad)
-    """The bytes cannot be decoded to a picture. `reason` is one line for the log."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np.uint8]:
     """Decode an image file into uint8 RGB [H,W,3], C-contiguous and upright.
 
     Raises BadImage for anything that is not a whole image of at most `max_pixels` pixels whose shorter side
     has at least `min_side`. Files of more than about 179 megapixels are refused whatever `max_pixels` is.
     """
-    header = _read_header(data)
+    header = open_pillow(data)
     width, height = header.size
     check_size(width, height, max_pixels=max_pixels, min_side=min_side)
     if header.format in ("JPEG", "MPO"):
@@ -81,7 +66,10 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
     if header.format == "JPEG2000" and _stops_between_tiles(data):
         raise BadImage("cut off JPEG2000: no end of codestream")
     try:
-        pixels = _decode_opencv(data) if _opencv_is_right(header) else _decode_pillow(header)
+        if _opencv_is_right(header):
+            pixels = _decode_opencv(data)
+        else:
+            pixels = decode_apart(data) if _may_be_slow(header) else decode_pillow(header)
     except BadImage:
         raise
     # Arbitrary bytes reach a dozen parsers here, and each parser has its own exceptions.
@@ -169,19 +157,6 @@ def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _read_header(data: bytes) -> Image.Image:
-    if not data:
-        raise BadImage("empty: 0 bytes")
-    try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(f"too large: {one_line(error)}") from error
-    except Image.UnidentifiedImageError as error:
-        raise BadImage(f"not an image: starts with {data[:8]!r}") from error
-    except Exception as error:  # as in decode(): any parser may raise any exception
-        raise BadImage(f"damaged header: {one_line(error)}") from error
-
-
 def _has_exif(data: bytes) -> bool:
     """Return True if a JPEG has an EXIF segment before its pixels.
 
@@ -216,6 +191,16 @@ def _opencv_is_right(header: Image.Image) -> bool:
     return not (header.format == "WEBP" and "exif" in header.info)
 
 
+def _may_be_slow(header: Image.Image) -> bool:
+    """Return True if the time for such a file is not bounded by its number of pixels.
+
+    The coded bits of JPEG 2000 and AVIF decide it, and the scans of a JPEG inside a TIFF.
+    """
+    return header.format in ("JPEG2000", "AVIF") or (
+        header.format == "TIFF" and header.info.get("compression") in _JPEG_IN_TIFF
+    )
+
+
 def _stops_between_tiles(data: bytes) -> bool:
     """Return True if a JPEG 2000 file has no end marker.
 
@@ -235,21 +220,3 @@ def _decode_opencv(data: bytes) -> npt.NDArray[np.uint8]:
     if pixels is None:
         raise ValueError("OpenCV finds no whole picture")
     return turn_upright(pixels, jpeg_orientation(data)) if is_jpeg else pixels
-
-
-def _decode_pillow(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Decode the first frame of an opened file, upright."""
-    image.load()
-    # A damaged EXIF block does not mean damaged pixels: they are used as stored.
-    with contextlib.suppress(Exception):
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Shifted here, because convert() clips 16-bit samples to white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        image = Image.new("RGB", picture.size, _BACKGROUND)
-        image.paste(picture, mask=picture.getchannel("A"))
-    if image.mode not in _PILLOW_MODES:
-        raise BadImage(f"not 8 or 16 bits a channel: Pillow mode {image.mode}")
-    return np.array(image.convert("RGB"))

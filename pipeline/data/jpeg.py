@@ -11,14 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dinoray.pipeline.data.decode import (
-    BadImage,
-    check_scans,
-    check_size,
-    decode,
-    jpeg_orientation,
-    turn_upright,
-)
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import check_scans, check_size, decode, jpeg_orientation, turn_upright
 
 try:
     import simplejpeg

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.source import Fetched, Source, Status
 
 Prepare = Callable[[NDArray[np.uint8], str], NDArray[np.uint8]]

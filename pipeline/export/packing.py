@@ -23,7 +23,7 @@ from PIL import Image
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
-from dinoray.pipeline.data.decode import BadImage
+from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.fetched import BAD_OBJECT
 from dinoray.pipeline.data.jpeg import DENOMINATORS, Pixels, open_image
 from dinoray.pipeline.data.parquet import read_row_group

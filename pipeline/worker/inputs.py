@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import load_or_build
 from dinoray.pipeline.data.source import Source

@@ -14,7 +14,8 @@ from image_files import FILES, MAX_PIXELS, encode, picture
 from paths import SHARED
 from PIL import Image
 
-from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import decode
 
 HOSTILE = SHARED / "hostile"
 

@@ -12,7 +12,8 @@ from samples import hostile_entries, needs_hostile
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import apply, crop_rng, decode_for
 from dinoray.pipeline.augment.params import sample
-from dinoray.pipeline.data.decode import BadImage, decode
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.jpeg import open_image
 
 Pixels = np.ndarray

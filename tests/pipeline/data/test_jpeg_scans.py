@@ -10,7 +10,8 @@ from image_files import FILES, MAX_PIXELS, encode, picture
 from PIL import Image
 
 from dinoray.pipeline.data import decode as decoding
-from dinoray.pipeline.data.decode import MAX_SCANS, BadImage, count_scans, decode
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import MAX_SCANS, count_scans, decode
 from dinoray.pipeline.data.jpeg import open_image
 
 PROGRESSIVE = FILES["progressive jpeg"]
