@@ -1,6 +1,8 @@
 """A seeded storm of faults over one run, which must end with the weights and the accounting of a calm run.
 
-    python benchmarks/chaos.py [--seed 0] [--mtbf-seconds 40] [--steps 6000] [--only REGEX] [--json FILE]
+    python benchmarks/chaos.py [--seed 0 ...] [--mtbf-seconds 40] [--steps 6000] [--only REGEX] [--json FILE]
+
+Several seeds are as many storms, after one calm run.
 
 The cluster is a Ray head that has no room for train workers and two nodes that have room for one each, all of them
 processes of this machine; images and run are in a real S3 store (SeaweedFS) behind the proxy of the tests. Faults come
@@ -31,7 +33,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -207,6 +208,9 @@ class Storm:
                 self._follow()
                 code, last = self._job.process.returncode, self._job.output.strip().splitlines()[-1:]
             if code == 0:
+                for _, act in self._due:
+                    with contextlib.suppress(psutil.Error):
+                        act()
                 return time.monotonic() - self._began
             print(f"{self._second():.0f} s: the run ended with {code}: {''.join(last)[:200]}", flush=True)
             if code not in (-signal.SIGKILL, 3, 4):
@@ -326,7 +330,7 @@ def store(per_class: int) -> Iterator[tuple[S3Server, FaultProxy]]:
 
 def main(argv: list[str]) -> None:
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--mtbf-seconds", type=float, default=40.0, help="mean time between two faults")
     parser.add_argument("--steps", type=int, default=6000, help="a multiple of 100")
     parser.add_argument("--images-per-class", type=int, default=50)
@@ -334,31 +338,36 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     arguments = parser.parse_args(argv)
     per_class, steps = arguments.images_per_class, arguments.steps
+    hits: dict[int, list[Hit]] = {}
+    found: list[str] = []
     with store(per_class) as (server, proxy):
-        cluster = Cluster(aws_environment(proxy.endpoint))
-        try:
-            storm: Any = {}
-            for name in ("calm", "storm"):
-                mtbf = arguments.mtbf_seconds if name == "storm" else 0
-                settings = run_arguments(name, steps, per_class)
-                storm[name] = Storm(
-                    settings, cluster, proxy, seed=arguments.seed, mtbf_seconds=mtbf, only=arguments.only
+
+        def train(name: str, seed: int, mtbf_seconds: float) -> list[Hit]:
+            settings = run_arguments(name, steps, per_class)
+            with contextlib.closing(Cluster(aws_environment(proxy.endpoint))) as cluster:
+                storm = Storm(
+                    settings, cluster, proxy, seed=seed, mtbf_seconds=mtbf_seconds, only=arguments.only
                 )
-                seconds = storm[name].run()
-                print(f"{name}: {steps} steps in {seconds:.0f} s, {storm[name].starts} starts", flush=True)
-        finally:
-            cluster.close()
-        found = differences(server, "calm", "storm", steps)
-    hits = storm["storm"].hits
-    print(
-        f"\nseed {arguments.seed}, {len(hits)} faults, {arguments.mtbf_seconds:g} s between two on average\n"
-    )
-    print(ledger(hits))
-    print(
-        "\n" + ("\n".join(found) or "weights equal bit for bit, each step logged once, each position trained")
-    )
+                seconds = storm.run()
+            print(f"{name}: {steps} steps in {seconds:.0f} s, {storm.starts} starts", flush=True)
+            return storm.hits
+
+        train("calm", 0, 0)
+        for seed in arguments.seed:
+            name = f"storm-{seed}"
+            hits[seed] = train(name, seed, arguments.mtbf_seconds)
+            print(f"\n{len(hits[seed])} faults, {arguments.mtbf_seconds:g} s between two on average\n")
+            print(ledger(hits[seed]))
+            differ = differences(server, "calm", name, steps)
+            equal = "weights equal bit for bit, each step logged once, each position trained"
+            print("\n" + ("\n".join(differ) or equal) + "\n", flush=True)
+            found += differ
+    if len(hits) > 1:
+        print(f"all storms\n\n{ledger([hit for of_seed in hits.values() for hit in of_seed])}")
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(hit) for hit in hits]))
+        arguments.json.write_text(
+            json.dumps({seed: [asdict(hit) for hit in of_seed] for seed, of_seed in hits.items()})
+        )
     if found:
         sys.exit(1)
 

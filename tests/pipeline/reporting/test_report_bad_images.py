@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from report_runs import Page, jsonl, make_run, png
 
-from dinoray.pipeline.data.bad_image import BadImage, kind_of
+from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.bad_kinds import kind_of
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.reporting.bad_images import Share, near_limit_warning
 from dinoray.pipeline.reporting.run_report import build_report
