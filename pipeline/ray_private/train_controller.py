@@ -40,12 +40,16 @@ def controller_callbacks(
             started(ray.get_runtime_context().current_actor)
 
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            kind = type(current_state).__name__
             # Not while workers wait for room to start: then nothing was lost.
-            if kind == "RestartingState":
+            if type(current_state).__name__ == "RestartingState":
                 lost(current_state.training_failed_error)
-            if kind == "PreemptingState" and type(previous_state).__name__ != kind:
-                info = current_state.preemption_info
-                taken_back(info.preempted_node_ids, info.deadline_ms)
+            before, now = (
+                getattr(state, "preemption_info", None) for state in (previous_state, current_state)
+            )
+            if now is None:
+                return
+            more = set(now.preempted_node_ids) - set(before.preempted_node_ids if before else ())
+            if more:
+                taken_back(sorted(more), now.deadline_ms)
 
     return [Started()]

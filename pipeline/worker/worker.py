@@ -207,6 +207,9 @@ class _Worker:
             self._log_step({k: float(v) for k, v in metrics.items()})
         if fails:
             self._go_back()
+        if self.agreement.ends and not due.ends:
+            # Before an evaluation, which may take longer than a node that is taken back is left to the run.
+            self._save(is_last=False, waits_for_storage=True)
         if due.evaluates:
             self._evaluate()
         saves = due.saves
@@ -215,14 +218,18 @@ class _Worker:
             goes_on, by_clock = self._decisions(step if is_decided else None)
             saves |= by_clock
             self.stopped = self.agreement.ends or not goes_on
-        # A checkpoint must be a good state to go back to: while steps are skipped, only the last one is
-        # saved.
-        if (saves or self.stopped) and (due.ends or not state.skipped_in_a_row):
-            self.signs.does(step, "saves")
-            self.saver.save(is_last=due.ends, waits_for_storage=due.ends or self.stopped)
+        if saves or self.stopped:
+            self._save(is_last=due.ends, waits_for_storage=due.ends or self.stopped)
         self.saver.check()
         self.signs.does(step, "waits for images")
         return self.stopped
+
+    def _save(self, *, is_last: bool, waits_for_storage: bool) -> None:
+        """Save this step, unless that is done. A checkpoint must be a good state to go back to: while steps are
+        skipped, only the last one is saved."""
+        if self.saver.saved_step < self.state.step and (is_last or not self.state.skipped_in_a_row):
+            self.signs.does(self.state.step, "saves")
+            self.saver.save(is_last=is_last, waits_for_storage=waits_for_storage)
 
     def _decisions(self, step: int | None) -> tuple[bool, bool]:
         """Return on all ranks whether the run goes on, and whether a save is due by time, as rank 0 decides.

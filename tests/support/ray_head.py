@@ -22,6 +22,7 @@ import psutil
 import pytest
 import ray
 from jobs_processes import RAY_SETTINGS, end_processes, foreign_lines, processes_with
+from networks import Network
 from paths import ROOT, SUPPORT
 from servers import free_ports, use_aws
 
@@ -47,23 +48,24 @@ def ray_head(
     num_cpus: int = 4,
     autoscaling: Callable[[str], Mapping[str, Any]] | None = None,
     head_env: Mapping[str, str] | None = None,
+    address: str = "127.0.0.1",
 ) -> Iterator[RayHead]:
-    """A head on free ports for as long as the block lasts.
+    """A head on free ports of an address of this machine for as long as the block lasts.
 
     `env` is what its nodes have beside ours, `head_env` what it has alone; `autoscaling` gives the config of Ray's
     autoscaler for the address of the head.
     """
     port, dashboard, agent, grpc, metrics, client = free_ports(6)
     temp_dir = tempfile.mkdtemp(prefix="dr-", dir="/tmp")
-    gcs = f"127.0.0.1:{port}"
+    gcs = f"{address}:{port}"
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     variables |= {**RAY_SETTINGS, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"  # the job's `python`
-    more = []
+    more = [] if address == "127.0.0.1" else [f"--node-ip-address={address}"]
     if autoscaling is not None:
         config = Path(temp_dir, "cluster.json")
         config.write_text(json.dumps(autoscaling(gcs)))
-        more = [f"--autoscaling-config={config}"]
+        more.append(f"--autoscaling-config={config}")
     process = subprocess.Popen(
         [
             *(RAY, "start", "--head", "--block", f"--num-cpus={num_cpus}", "--num-gpus=0", *more),
@@ -79,12 +81,10 @@ def ray_head(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    address = f"http://127.0.0.1:{dashboard}"
+    url = f"http://127.0.0.1:{dashboard}"
     try:
-        _wait_for_dashboard(address, process)
-        yield RayHead(
-            address, gcs, Path(temp_dir), {**variables, **(env or {}), "RAY_API_SERVER_ADDRESS": address}
-        )
+        _wait_for_dashboard(url, process)
+        yield RayHead(url, gcs, Path(temp_dir), {**variables, **(env or {}), "RAY_API_SERVER_ADDRESS": url})
     finally:
         process.kill()  # a polite stop takes many seconds, and nothing here is kept
         process.wait()
@@ -133,11 +133,13 @@ class RayNode:
 
 
 @contextlib.contextmanager
-def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[RayNode]:
-    """A node that joins `head`'s cluster."""
+def ray_node(head: RayHead, *, num_cpus: int, network: Network | None = None) -> Iterator[RayNode]:
+    """A node that joins `head`'s cluster, from another network if one is given."""
     process = subprocess.Popen(
         [
+            *(network.enter if network else ()),
             *(RAY, "start", "--block", f"--address={head.gcs}", f"--num-cpus={num_cpus}", "--num-gpus=0"),
+            *([f"--node-ip-address={network.there}"] if network else ()),
             *("--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"),
         ],
         env=head.env,

@@ -180,12 +180,14 @@ def test_nodes_that_are_taken_back_are_told_once_and_losses_each_time() -> None:
         print, told.append, lambda nodes, deadline_ms: told.append((nodes, deadline_ms))
     )
     info = PreemptionInfo(deadline_ms=5, preempted_node_to_ranks={"b": [1], "a": [0]})
+    another = PreemptionInfo(deadline_ms=5, preempted_node_to_ranks={"b": [1], "a": [0], "c": [2]})
     running, preempting = RunningState(), PreemptingState(preemption_info=info, detected_at_s=1.0)
+    with_another = PreemptingState(preemption_info=another, detected_at_s=1.0)
     lost = WorkerGroupError("gone", {0: RuntimeError()})
-    states = [running, preempting, preempting, RestartingState(lost), running, preempting]
+    states = [running, preempting, preempting, RestartingState(lost), running, preempting, with_another]
     for before, after in itertools.pairwise(states):
         callback.after_controller_state_update(before, after)
-    assert told == [(["a", "b"], 5), lost, (["a", "b"], 5)]
+    assert told == [(["a", "b"], 5), lost, (["a", "b"], 5), (["c"], 5)]
 
 
 def test_nodes_that_are_taken_back_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
