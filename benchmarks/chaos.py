@@ -214,7 +214,9 @@ class Storm:
                 return time.monotonic() - self._began
             print(f"{self._second():.0f} s: the run ended with {code}: {''.join(last)[:200]}", flush=True)
             if code not in (-signal.SIGKILL, 3, 4):
-                raise DinorayError(f"exit code {code} is none that the same command is a remedy for")
+                raise DinorayError(
+                    f"exit code {code} is none that the same command is a remedy for:\n{self._job.output[-6000:]}"
+                )
 
     def _next_hit(self) -> float:
         return time.monotonic() + (self._random.expovariate(1 / self._mtbf) if self._mtbf else math.inf)
