@@ -23,10 +23,12 @@ from dinoray.pipeline.cluster.lost_ray import LostRayError, notice, say_last_wor
 _POLL_SECONDS = 1.0
 _LOCAL_SECONDS = 5.0
 """A local Ray that is gone does not come back."""
-_GRACE_SECONDS = 30.0
-"""Time that the main thread has to end the job; it may wait inside Ray for ever."""
 _LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """Ray's own limit, which a cluster whose head can be replaced may have raised."""
+_PATIENCE, _GRACE = 0.4, 0.15
+"""Shares of that limit: until the loss is certain; for the main thread, which may wait inside Ray for ever, to end the
+job; and as much again for the last words. Together they leave a quarter of it: at its end Ray's core ends the process
+without a word."""
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -62,7 +64,7 @@ class _Watch(threading.Thread):
             if node["NodeID"] == here:
                 self._ports["raylet"] = (node["NodeManagerAddress"], node["NodeManagerPort"])
         limit = float(os.environ.get(_LIMIT, "60"))
-        self._patience = _LOCAL_SECONDS if local else 0.4 * limit
+        self._patience, self._grace = _LOCAL_SECONDS if local else _PATIENCE * limit, _GRACE * limit
         self._whose = "the local Ray" if local else "the Ray cluster"
 
     def run(self) -> None:
@@ -89,8 +91,11 @@ class _Watch(threading.Thread):
         )
         notice(self.loss)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
-        time.sleep(_GRACE_SECONDS)
-        say_last_words(self.loss)
+        time.sleep(self._grace)
+        # They may ask a storage that is lost as well.
+        last = threading.Thread(target=say_last_words, args=(self.loss,), daemon=True)
+        last.start()
+        last.join(self._grace)
         # The live view may still be open: it holds both streams and hides the cursor.
         sys.stdout = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
         sys.stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)

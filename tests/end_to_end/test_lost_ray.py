@@ -89,14 +89,16 @@ WAITING = """
 import time
 import ray
 from dinoray.jobs.cli.main import run_main, start_ray
+from dinoray.pipeline.cluster.lost_ray import last_words
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 
 def main(argv):
     start_ray(ResourcesConfig(), verbose=False)
     try:
         print("ready")
-        while True:
-            {wait}
+        with last_words(lambda loss: {last}):
+            while True:
+                {wait}
     finally:
         ray.shutdown()
 
@@ -116,15 +118,17 @@ def part_of_ray(job: Job, name: str) -> psutil.Process:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("part", "wait", "name"),
+    ("part", "wait", "last", "name"),
     [
-        ("raylet", "time.sleep(1)", "raylet"),
-        # This call does not come back: Ray's core ends the process after a minute.
-        ("gcs_server", "ray.nodes()", "head"),
+        ("raylet", "time.sleep(1)", "0", "raylet"),
+        # This call does not come back, nor do the last words: Ray's core ends the process after a minute.
+        ("gcs_server", "ray.nodes()", "time.sleep(1000)", "head"),
     ],
 )
-def test_a_job_whose_ray_is_lost_ends_with_one_line(part: str, wait: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / "waits.py").write_text(WAITING.replace("{wait}", wait))
+def test_a_job_whose_ray_is_lost_ends_with_one_line(
+    part: str, wait: str, last: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "waits.py").write_text(WAITING.replace("{wait}", wait).replace("{last}", last))
     with start_job("waits", cwd=tmp_path) as job:
         job.wait_until(lambda: "ready" in job.output)
         part_of_ray(job, part).kill()
