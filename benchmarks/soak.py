@@ -31,10 +31,10 @@ from stream_tables import role_of
 
 from dinoray.jobs.cli.arguments import CommandLine
 from dinoray.jobs.cli.main import run_main
-from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.partition import lay_out
+from dinoray.pipeline.data.partition import block_bytes_for, lay_out
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.stream import ray_data
 
@@ -151,7 +151,8 @@ def main(argv: list[str]) -> None:
             range(num_steps),
             world_size=1,
             global_batch_size=arguments.batch,
-            image_bytes=ray_data.crop_bytes(crops),
+            image_bytes=crop_bytes(crops),
+            block_bytes=block_bytes_for(arguments.store_megabytes * 10**6),
         )
         ray.init(
             num_cpus=_ACTORS * _CPUS_PER_ACTOR + 1,
@@ -181,13 +182,16 @@ def main(argv: list[str]) -> None:
             watch.end()
         finally:
             ray.shutdown()
-    samples = watch.samples
+    # Actors end once the last blocks are made, which the consumer has still to read.
+    last = max(number for number, sample in enumerate(watch.samples) if "actor" in sample["bytes"])
+    samples = watch.samples[: last + 1]
     third = len(samples) // 3
     growth = np.median([*map(in_all, samples[2 * third :])]) / np.median(
         [*map(in_all, samples[third : 2 * third])]
     )
     spilled = max(sample["spilled"] for sample in samples)
-    print(f"{images} images, {bad} of them bad, in {samples[-1]['second'] / 60:.0f} min\n")
+    minutes = watch.samples[-1]["second"] / 60
+    print(f"{images} images, {bad} of them bad, in {minutes:.0f} min\n")
     print(table(samples))
     print(f"\nspilled files: {spilled}; actors: {len(watch.actors)} of {_ACTORS}; growth: {growth - 1:+.1%}")
     if arguments.json:

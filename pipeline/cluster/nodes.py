@@ -22,6 +22,17 @@ def count_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[Kind, int]:
     return {kind: kinds[kind] for kind in ("head", "cpu", "gpu")}
 
 
+def least_store_bytes(nodes: Iterable[Mapping[str, Any]]) -> int | None:
+    """Return the bytes of the smallest object store among living nodes with CPUs for tasks; None if there is none."""
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    stores = [
+        int(has["object_store_memory"])
+        for has in resources
+        if "object_store_memory" in has and has.get("CPU")
+    ]
+    return min(stores, default=None)
+
+
 def group_identical_nodes(
     nodes: Iterable[Mapping[str, Any]], *, machine_cpus: int | None = None
 ) -> list[dict[str, Any]]:

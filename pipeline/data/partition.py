@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError
 
-_TARGET_BLOCK_BYTES = 100 << 20
+BLOCK_BYTES = 100 << 20
+"""Bytes of a block, unless an object store is small. Below 60 MB, scheduling a block costs more than its bytes."""
+_BLOCKS_IN_STORE = 12
+"""Augment actors begin some blocks before any is read: with fewer in a store, Ray spills the first ones to disk."""
 _MAX_BLOCK_ROWS = 256
 
 
@@ -70,7 +73,19 @@ class Layout:
         return [replace(self, stream=stream, num_streams=num_streams) for stream in range(num_streams)]
 
 
-def lay_out(steps: range, *, world_size: int, global_batch_size: int, image_bytes: int) -> Layout:
+def block_bytes_for(store_bytes: int | None) -> int:
+    """Return the bytes of a block where the smallest object store has `store_bytes`; None: it is not known yet."""
+    return BLOCK_BYTES if store_bytes is None else min(BLOCK_BYTES, store_bytes // _BLOCKS_IN_STORE)
+
+
+def lay_out(
+    steps: range,
+    *,
+    world_size: int,
+    global_batch_size: int,
+    image_bytes: int,
+    block_bytes: int = BLOCK_BYTES,
+) -> Layout:
     """Return the layout of `steps` over the ranks of a run; `steps_per_block` chooses the block size."""
     per_worker = batch_size_per_worker(global_batch_size, world_size)
     return Layout(
@@ -78,7 +93,7 @@ def lay_out(steps: range, *, world_size: int, global_batch_size: int, image_byte
         last_step=steps.stop,
         world_size=world_size,
         batch_size_per_worker=per_worker,
-        steps_per_block=steps_per_block(per_worker, image_bytes),
+        steps_per_block=steps_per_block(per_worker, image_bytes, block_bytes),
     )
 
 
@@ -137,11 +152,10 @@ def num_microbatches(batch_size: int, accumulate_steps: int, most_images: int | 
     return next(n for n in parts if batch_size % n == 0 and batch_size // n <= limit)
 
 
-def steps_per_block(batch_size_per_worker: int, image_bytes: int) -> int:
-    """Return the number of steps per block: as many as fit in 100 MiB and 256 images, at least one.
+def steps_per_block(batch_size_per_worker: int, image_bytes: int, block_bytes: int = BLOCK_BYTES) -> int:
+    """Return the number of steps per block: as many as fit in `block_bytes` and 256 images, at least one.
 
-    Below about 60 MB, scheduling a block costs more than its bytes. Above 256 images of a small recipe, the
-    first batch would wait seconds until its block is augmented.
+    Above 256 images of a small recipe, the first batch would wait seconds until its block is augmented.
     """
-    rows = min(_MAX_BLOCK_ROWS, _TARGET_BLOCK_BYTES // image_bytes)
+    rows = min(_MAX_BLOCK_ROWS, block_bytes // image_bytes)
     return max(1, rows // batch_size_per_worker)

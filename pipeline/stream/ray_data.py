@@ -31,7 +31,7 @@ from dinoray.pipeline.cluster.pool_control import DrainPolicy, PoolControl, Pool
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox, PoolPlan
 from dinoray.pipeline.cluster.pool_size import PoolSize, share_actors
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.partition import Layout
+from dinoray.pipeline.data.partition import BLOCK_BYTES, Layout
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.ray_private import data as private
 from dinoray.pipeline.storage.waiting import report_outages
@@ -68,6 +68,8 @@ class StreamPlan:
     """Executions of Ray Data; they share the augment actors, the readers and the ranks among them."""
     readers: Readers | None = None
     """Readers that fetch for all augment actors; None: each actor fetches its images itself."""
+    block_bytes: int = BLOCK_BYTES
+    """Most bytes of a block of crops, unless one step has more."""
 
 
 class BlockMaker:

@@ -17,8 +17,11 @@ from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import EndRequest, Event, RunChannel, fatal_error
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
+from dinoray.pipeline.cluster.nodes import least_store_bytes
 from dinoray.pipeline.data.partition import (
+    BLOCK_BYTES,
     batch_size_per_worker,
+    block_bytes_for,
     check_accumulation,
     check_streams,
     lay_out,
@@ -105,6 +108,8 @@ def stream_plan(
     """What the run's stream is; `images` are those of `inputs`. Starts what fetches for all actors, if the order has
     windows and the stream `is_read`, which it is not beside a shared one."""
     order, resources = inputs.images.order(config.train.seed), config.resources
+    # Trials that share a stream must agree on its blocks, whenever they start.
+    block_bytes = block_bytes_for(least_store_bytes(ray.nodes())) if is_read else BLOCK_BYTES
     sharing = share_reading(
         inputs.images.manifest,
         order,
@@ -115,6 +120,7 @@ def stream_plan(
             world_size=resources.most_workers,
             global_batch_size=config.train.global_batch_size,
             image_bytes=crop_bytes(config.crops),
+            block_bytes=block_bytes,
         ).rows_per_block,
         num_streams=config.data.streams,
     )
@@ -129,6 +135,7 @@ def stream_plan(
         cool_down_seconds=config.resources.cool_down_seconds,
         num_streams=config.data.streams,
         readers=Readers.start(sharing, channel) if sharing is not None and is_read else None,
+        block_bytes=block_bytes,
     )
 
 

@@ -165,6 +165,7 @@ class _Worker:
             world_size=self.world_size,
             global_batch_size=self.spec.config.train.global_batch_size,
             image_bytes=crop_bytes(self.spec.config.crops),
+            block_bytes=self.spec.stream.block_bytes,
         )
         shared, ahead = self.spec.shared, self.spec.prefetch_batches
         if shared:
