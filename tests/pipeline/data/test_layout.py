@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.partition import (
+    BLOCK_BYTES,
     Layout,
     batch_size_per_worker,
+    block_bytes_for,
     check_accumulation,
     check_streams,
     dividing_workers,
+    lay_out,
     num_microbatches,
     steps_per_block,
 )
@@ -250,3 +253,16 @@ def test_numbers_of_workers_are_those_that_a_run_of_just_so_many_could_have(
 
     numbers = range(least, least + more + 1)
     assert dividing_workers(batch, accumulate_steps, least, least + more) == [n for n in numbers if fits(n)]
+
+
+@pytest.mark.parametrize(
+    ("store_bytes", "expected"),
+    [(None, BLOCK_BYTES), (10**11, BLOCK_BYTES), (600 * 10**6, 50 * 10**6), (12, 1)],
+)
+def test_a_small_store_has_room_for_twelve_blocks(store_bytes: int | None, expected: int) -> None:
+    assert block_bytes_for(store_bytes) == expected
+
+
+def test_a_block_has_at_least_one_step_however_small_the_store_is() -> None:
+    layout = lay_out(range(9), world_size=1, global_batch_size=8, image_bytes=500_000, block_bytes=1)
+    assert layout.rows_per_block == 8
