@@ -71,7 +71,7 @@ class Cluster:
         self.nodes: list[RayNode] = []
         for _ in range(2):
             self.join()
-            wait_until(lambda: self.nodes[-1].node_id)  # two that start at once may take the same port
+            wait_until(lambda: self.nodes[-1].node_id, 300)  # two that start at once may take the same port
 
     def join(self) -> None:
         """Add a node."""

@@ -26,6 +26,7 @@ from jobs_processes import Job, losses, start_job, wait_until
 from ray_head import RayHead, RayNode, ray_head, ray_node
 
 from dinoray.jobs.cli.main import run_main
+from dinoray.models.errors import DinorayError
 
 BATCH, CPUS_PER_NODE = 64, 3
 _WORKERS = (1, 2, 4)
@@ -45,7 +46,7 @@ class Nodes(contextlib.ExitStack):
         """Add nodes, one after the other: two that start at once may take the same port."""
         for _ in range(number):
             self._nodes.append(self.enter_context(ray_node(self._head, num_cpus=CPUS_PER_NODE)))
-            wait_until(lambda: self._nodes[-1].node_id)
+            wait_until(lambda: self._nodes[-1].node_id, 300)
 
     def lose(self, number: int) -> None:
         """Lose nodes, as machines are lost."""
@@ -62,7 +63,7 @@ def start(
         *(f"name={name}", f"storage_path={folder}", f"train.epochs={steps * BATCH / 2160}"),
         *(f"train.global_batch_size={BATCH}", "train.max_batch_size_per_worker=16"),
         *(f"resources.train_workers={workers}", "resources.cpus_per_train_worker=2"),
-        *("resources.augment_actors=1", "backbone.drop_path_rate=0", "log.every_steps=1"),
+        *("resources.augment_actors=1", "head.use_bn=false", "log.every_steps=1"),
         *("checkpoint.every_steps=20", "eval.every_steps=1000000", "eval.val_path=null"),
         env=head.env | {"RAY_ADDRESS": head.gcs},
     )
@@ -86,8 +87,13 @@ def train_changing(head: RayHead, folder: Path, steps: int) -> list[tuple[str, .
             ):
                 job.wait_until(lambda share=share: _step(job) >= share * steps)
                 change()
-            job.wait()
+            _end(job)
             return _RESUMES.findall(job.output)
+
+
+def _end(job: Job) -> None:
+    if job.wait():
+        raise DinorayError(f"a run ended with {job.process.returncode}:\n{job.output[-3000:]}")
 
 
 def _step(job: Job) -> int:
@@ -136,7 +142,7 @@ def main(argv: list[str]) -> None:
             nodes.join(max(_WORKERS))
             for workers in _WORKERS:
                 with start(head, folder, str(workers), arguments.steps, str(workers)) as job:
-                    job.wait()
+                    _end(job)
                 curves[str(workers)] = curve_of(folder, str(workers))
         resumes = train_changing(head, folder, arguments.steps)
         curves["changing"] = curve_of(folder, "changing")
