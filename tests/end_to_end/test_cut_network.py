@@ -20,6 +20,12 @@ pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow]
 STEPS, CUT_SECONDS = 240, 30
 
 
+def last_step(metrics: Path) -> int:
+    """The last step that was logged; 0 before the first."""
+    steps = losses(metrics.read_bytes()) if metrics.exists() else []
+    return steps[-1][0] if steps else 0
+
+
 def test_a_link_that_is_cut_and_heals_changes_no_weights(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", "train", labels=tuple(PATTERNS)[:3], per_label=8)
 
@@ -44,19 +50,19 @@ def test_a_link_that_is_cut_and_heals_changes_no_weights(tmp_path: Path) -> None
 
         metrics = tmp_path / "cut" / "metrics.jsonl"
         with start_job("jobs.pretrain", *arguments("cut"), env=head.env | {"RAY_ADDRESS": head.gcs}) as job:
-            job.wait_until(lambda: metrics.exists() and losses(metrics.read_bytes())[-1][0] > 60)
+            job.wait_until(lambda: last_step(metrics) > 60)
             network.cut()
             begin = time.monotonic()
             job.wait_until(lambda: time.monotonic() - begin > CUT_SECONDS)
             network.heal()
-            after = losses(metrics.read_bytes())[-1][0]
+            after = last_step(metrics)
 
             def has_gone_on() -> bool:
                 if (
                     far.process.poll() is not None and not more
                 ):  # its raylet ends once it is told that it was dead
                     more.append(nodes.enter_context(ray_node(head, num_cpus=3, network=network)))
-                return losses(metrics.read_bytes())[-1][0] > after
+                return last_step(metrics) > after
 
             more: list[object] = []
             job.wait_until(has_gone_on)
