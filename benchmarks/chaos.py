@@ -39,7 +39,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from faults import FaultProxy, fault_proxy
-from jobs_processes import TINY, Job, processes_with, start_job, wait_until
+from jobs_processes import TINY, Job, processes_with, start_job
 from ray_head import RayHead, RayNode, ray_head, ray_node
 from safetensors.torch import load
 from servers import S3Server, aws_environment, s3_server
@@ -71,7 +71,7 @@ class Cluster:
         self.nodes: list[RayNode] = []
         for _ in range(2):
             self.join()
-            wait_until(lambda: self.nodes[-1].node_id, 300)  # two that start at once may take the same port
+            self.nodes[-1].wait_until_up()
 
     def join(self) -> None:
         """Add a node."""

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-from jobs_processes import Job, losses, start_job, wait_until
+from jobs_processes import Job, losses, start_job
 from ray_head import RayHead, RayNode, ray_head, ray_node
 
 from dinoray.jobs.cli.main import run_main
@@ -43,10 +43,10 @@ class Nodes(contextlib.ExitStack):
         self._head, self._nodes = head, list[RayNode]()
 
     def join(self, number: int) -> None:
-        """Add nodes, one after the other: two that start at once may take the same port."""
+        """Add nodes, one after the other."""
         for _ in range(number):
             self._nodes.append(self.enter_context(ray_node(self._head, num_cpus=CPUS_PER_NODE)))
-            wait_until(lambda: self._nodes[-1].node_id, 300)
+            self._nodes[-1].wait_until_up()
 
     def lose(self, number: int) -> None:
         """Lose nodes, as machines are lost."""

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs_processes import TINY, losses, start_job, wait_until
+from jobs_processes import TINY, losses, start_job
 from networks import second_network
 from ray_head import ray_head, ray_node
 from safetensors.torch import load_file
@@ -43,7 +43,7 @@ def test_a_link_that_is_cut_and_heals_changes_no_weights(tmp_path: Path) -> None
         env = {"GLOO_SOCKET_IFNAME": network.link}
         head = nodes.enter_context(ray_head(env, num_cpus=1, address=network.here))
         near = nodes.enter_context(ray_node(head, num_cpus=3))
-        wait_until(lambda: near.node_id, 300)
+        near.wait_until_up()
         far = nodes.enter_context(ray_node(head, num_cpus=3, network=network))
         with start_job("jobs.pretrain", *arguments("calm"), env=head.env | {"RAY_ADDRESS": head.gcs}) as job:
             assert job.wait() == 0, job.output

@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,15 @@ class RayNode:
     """A node that has joined a cluster: its `ray start`."""
 
     process: "subprocess.Popen[bytes]"
+    log: Path
+
+    def wait_until_up(self) -> None:
+        """Return once its raylet runs. Of nodes of one machine that start at once, two may take the same port."""
+        deadline = time.monotonic() + 300
+        while not self.node_id:
+            assert self.process.poll() is None, f"ray start ended:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"the node does not start:\n{self.log.read_text()}"
+            time.sleep(0.1)
 
     def lose(self) -> None:
         """End it as a lost machine ends."""
@@ -135,6 +145,7 @@ class RayNode:
 @contextlib.contextmanager
 def ray_node(head: RayHead, *, num_cpus: int, network: Network | None = None) -> Iterator[RayNode]:
     """A node that joins `head`'s cluster, from another network if one is given."""
+    log = head.temp_dir / f"node-{uuid.uuid4().hex[:8]}.log"
     process = subprocess.Popen(
         [
             *(network.enter if network else ()),
@@ -143,11 +154,11 @@ def ray_node(head: RayHead, *, num_cpus: int, network: Network | None = None) ->
             *("--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"),
         ],
         env=head.env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    node = RayNode(process)
+    node = RayNode(process, log)
     try:
         yield node
     finally:
