@@ -23,11 +23,14 @@ from dinoray.pipeline.data.decoder_process import thread_seconds
 from dinoray.pipeline.data.pillow import decode_pillow
 
 MODULE = decoder_process.__name__
+OF_OTHERS: set[int] = set()
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """This thread has no process for slow files before a test, nor after it."""
+    """This thread has no process for slow files before a test, nor after it; those of other tests do not count."""
+    OF_OTHERS.clear()
+    OF_OTHERS.update(process.pid for process in decoders())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder_process, "_OURS", threading.local())
         yield
@@ -47,7 +50,8 @@ def decoders() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children():
         try:
-            found += [process] if MODULE in process.cmdline() else []
+            is_one = MODULE in process.cmdline() and process.pid not in OF_OTHERS
+            found += [process] if is_one else []
         except psutil.NoSuchProcess:
             continue
     return found
