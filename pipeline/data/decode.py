@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dinoray.models.errors import one_line
+from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.decoder_process import decode_apart
 from dinoray.pipeline.data.pillow import decode_pillow, open_pillow
@@ -56,7 +56,8 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
     """Decode an image file into uint8 RGB [H,W,3], C-contiguous and upright.
 
     Raises BadImage for anything that is not a whole image of at most `max_pixels` pixels whose shorter side
-    has at least `min_side`. Files of more than about 179 megapixels are refused whatever `max_pixels` is.
+    has at least `min_side`. Files of more than about 179 megapixels are refused whatever `max_pixels` is. Raises
+    ResourceError if the machine cannot start a process for a file that needs one.
     """
     header = open_pillow(data)
     width, height = header.size
@@ -70,7 +71,7 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
             pixels = _decode_opencv(data)
         else:
             pixels = decode_apart(data) if _may_be_slow(header) else decode_pillow(header)
-    except BadImage:
+    except (BadImage, ResourceError):
         raise
     # Arbitrary bytes reach a dozen parsers here, and each parser has its own exceptions.
     except Exception as error:

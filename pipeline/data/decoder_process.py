@@ -21,7 +21,7 @@ from typing import IO, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from dinoray.models.errors import one_line
+from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.pillow import decode_pillow, open_pillow
 
@@ -31,6 +31,8 @@ MAX_CPU_SECONDS = 30.0
 _LENGTH = struct.Struct("<Q")
 _ANSWER = struct.Struct("<BQIId")  # kind, bytes that follow, height, width, CPU seconds
 _PIXELS, _BAD_IMAGE, _DAMAGED = range(3)
+_START_PAUSES = (0.1, 0.3, 1.0, 3.0)
+"""Seconds between attempts to start a process, which fail while the node has no memory or no process left."""
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _OURS = threading.local()
 
@@ -47,7 +49,8 @@ def decode_apart(data: bytes) -> npt.NDArray[np.uint8]:
     """Decode a file as `decode_pillow` does: uint8 RGB [H,W,3].
 
     Raises BadImage if it takes more than MAX_CPU_SECONDS, crashes the decoder, or is twice the one at which the
-    process was killed, as happens where memory is short; DamagedImage with what Pillow says if it is damaged.
+    process was killed, as happens where memory is short; DamagedImage with what Pillow says if it is damaged;
+    ResourceError if no process can be started.
     """
     try:
         return _decode_in_ours(data)
@@ -79,13 +82,8 @@ class _DecoderProcess:
     """A process that decodes one file after another for one thread."""
 
     def __init__(self) -> None:
+        self._process = _started()
         self.owner, self.is_idle = os.getpid(), True
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(MAX_CPU_SECONDS)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
 
     def decode(self, data: bytes) -> npt.NDArray[np.uint8]:
         requests, answers = self._process.stdin, self._process.stdout
@@ -117,13 +115,38 @@ class _DecoderProcess:
         raise DecoderLost(f"the process that decodes JPEG 2000, AVIF and JPEG in TIFF was ended by {how}")
 
     def __del__(self) -> None:
-        if self.owner != os.getpid():
-            return
+        if getattr(self, "owner", None) != os.getpid():
+            return  # of another process, or never started
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):  # it may hold what the process has not read
                 pipe.close()  # type: ignore[union-attr]
+
+
+def _started() -> subprocess.Popen[bytes]:
+    for pause in _START_PAUSES:
+        try:
+            return _start()
+        except OSError:
+            time.sleep(pause)
+    try:
+        return _start()
+    except OSError as error:
+        raise ResourceError(
+            f"the process that decodes JPEG 2000, AVIF and JPEG in TIFF cannot be started: {one_line(error)}; give "
+            "the nodes of the crop actors more memory, or raise their limits of processes and open files "
+            "(ulimit -u, ulimit -n)"
+        ) from error
+
+
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, str(MAX_CPU_SECONDS)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def _count(seconds: float) -> None:

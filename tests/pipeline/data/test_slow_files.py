@@ -1,12 +1,14 @@
 """Files that may take long are decoded in a process of their own, which is ended after a limit of CPU time."""
 
+import contextlib
 import gc
 import io
 import os
+import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 
 import numpy as np
@@ -16,6 +18,7 @@ from image_files import FILES, MAX_PIXELS, encode, picture
 from jobs_processes import wait_until
 from PIL import Image
 
+from dinoray.models.errors import ResourceError
 from dinoray.pipeline.data import decoder_process
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.decode import decode
@@ -213,3 +216,40 @@ def test_a_process_ends_with_the_one_that_started_it() -> None:
     os.close(reader)
     os.close(writer)
     wait_until(lambda: not psutil.pid_exists(decoder), 30)
+
+
+@contextlib.contextmanager
+def no_more_files() -> Iterator[Callable[[], None]]:
+    """This process can open no file and no pipe, until it is left or the function is called."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def end() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield end
+    finally:
+        end()
+
+
+def test_a_machine_that_starts_no_process_for_a_while_costs_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            end()
+
+    monkeypatch.setattr(decoder_process.time, "sleep", pause)
+    with no_more_files() as end:
+        pixels = decode(FILES["avif"], max_pixels=MAX_PIXELS)
+    assert pixels.shape == (40, 56, 3)
+    assert len(pauses) == 3
+
+
+def test_a_machine_that_starts_no_process_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_process, "_START_PAUSES", (0.01, 0.01))
+    with no_more_files(), pytest.raises(ResourceError, match=r"Too many open files; .* ulimit -n"):
+        decode(FILES["avif"], max_pixels=MAX_PIXELS)
+    assert decode(FILES["avif"], max_pixels=MAX_PIXELS).shape == (40, 56, 3)
