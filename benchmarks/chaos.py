@@ -13,8 +13,9 @@ driver is killed, or that ends with exit code 3 or 4, is started again by the sa
 hand.
 
 Exits with 1 unless the weights are equal bit for bit, each step was logged once, and each position was trained. Prints
-a ledger for RESULTS.md: for each kind of fault how often it came, the steps repeated, and the seconds from the fault to
-the first step after the one at which it came.
+a ledger for RESULTS.md: for each kind of fault how often it came, the steps repeated, and the seconds from the fault
+until the run noticed it, until it resumed from a checkpoint, and until the first step after the one at which it came. A
+run that is started again cannot know when its driver was lost: then only the last two are known.
 
 Needs the extra `test`.
 """
@@ -54,7 +55,7 @@ BUCKET, BATCH = "storm", 32
 _STUCK_SECONDS = 300.0
 """Longest time without a step: the limits of the run that find a hang are far shorter."""
 _STEP = re.compile(r"^step (\d+)/", re.M)
-_RESUMED = re.compile(r"resuming from step (\d+)")
+_RESUMED = re.compile(r"resuming from step (\d+)(?: after (\d+) s)?")
 _WORKERS, _ACTORS = "RayTrainWorker", "MultiCropActor"
 
 
@@ -99,6 +100,10 @@ class Hit:
     """Since the storm began."""
     step: int
     """The last step that was printed before it."""
+    noticed_seconds: float | None = None
+    """From the fault until the run noticed a loss, as far as it says so."""
+    resumed_seconds: float | None = None
+    """From the fault until the run resumed from a checkpoint; None: it did not have to."""
     recovered_seconds: float | None = None
     """From the fault to the next step that was printed; None: none came."""
     steps_repeated: int = 0
@@ -244,10 +249,15 @@ class Storm:
         """Read what the job has printed; return whether it has made a new step."""
         assert self._job is not None
         output, now = self._job.output, time.monotonic()
-        resumed = [int(step) for step in _RESUMED.findall(output)]
-        for step in resumed[self._resumed :]:
+        resumed = _RESUMED.findall(output)
+        for step, waited in resumed[self._resumed :]:
             if self.hits:
-                self.hits[-1].steps_repeated += max(0, self._step - step)
+                self.hits[-1].steps_repeated += max(0, self._step - int(step))
+            for hit in self.hits:
+                if hit.recovered_seconds is None:
+                    hit.resumed_seconds = self._second() - hit.second
+                    if waited:
+                        hit.noticed_seconds = max(0, hit.resumed_seconds - int(waited))
         self._resumed = len(resumed)
         steps = [int(step) for step in _STEP.findall(output)]
         if steps and steps[-1] != self._step:
@@ -270,14 +280,26 @@ def ledger(hits: list[Hit]) -> str:
     for hit in hits:
         of_kind[hit.kind].append(hit)
     lines = [
-        "| fault | times | steps repeated | to the next step, s: median | most |",
-        "|---|---|---|---|---|",
+        "| fault | times | steps repeated | s until noticed | until resumed | until the next step: median | most |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kind, of in [*sorted(of_kind.items()), ("all", hits)]:
-        seconds = [hit.recovered_seconds for hit in of if hit.recovered_seconds is not None]
-        middle, most = (f"{found(seconds):.0f}" if seconds else "-" for found in (statistics.median, max))
-        lines.append(f"| {kind} | {len(of)} | {sum(hit.steps_repeated for hit in of)} | {middle} | {most} |")
+        recovered = [hit.recovered_seconds for hit in of]
+        seconds = [
+            _shown(statistics.median, [hit.noticed_seconds for hit in of]),
+            _shown(statistics.median, [hit.resumed_seconds for hit in of]),
+            _shown(statistics.median, recovered),
+            _shown(max, recovered),
+        ]
+        lines.append(
+            f"| {kind} | {len(of)} | {sum(hit.steps_repeated for hit in of)} | {' | '.join(seconds)} |"
+        )
     return "\n".join(lines)
+
+
+def _shown(of: Callable[[list[float]], float], seconds: list[float | None]) -> str:
+    known = [one for one in seconds if one is not None]
+    return f"{of(known):.0f}" if known else "-"
 
 
 def differences(server: S3Server, calm: str, storm: str, steps: int) -> list[str]:

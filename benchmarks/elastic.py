@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-from jobs_processes import Job, losses, start_job
+from jobs_processes import Job, Resume, losses, resumes, start_job
 from ray_head import RayHead, RayNode, ray_head, ray_node
 
 from dinoray.jobs.cli.main import run_main
@@ -30,9 +30,6 @@ from dinoray.models.errors import DinorayError
 
 BATCH, CPUS_PER_NODE = 64, 3
 _WORKERS = (1, 2, 4)
-_RESUMES = re.compile(
-    r"^(.+) after step (\d+): resuming from step (\d+) after (\d+) s, (\d+) steps repeated$", re.M
-)
 
 
 class Nodes(contextlib.ExitStack):
@@ -74,8 +71,8 @@ def curve_of(folder: Path, name: str) -> dict[int, float]:
     return dict(losses((folder / name / "metrics.jsonl").read_bytes()))
 
 
-def train_changing(head: RayHead, folder: Path, steps: int) -> list[tuple[str, ...]]:
-    """Train the run whose nodes come and go; return (why, after step, from step, seconds, steps repeated) of each."""
+def train_changing(head: RayHead, folder: Path, steps: int) -> list[Resume]:
+    """Train the run whose nodes come and go; return its resumes."""
     with Nodes(head) as nodes:
         nodes.join(1)
         with start(head, folder, "changing", steps, "[1,4]") as job:
@@ -88,7 +85,7 @@ def train_changing(head: RayHead, folder: Path, steps: int) -> list[tuple[str, .
                 job.wait_until(lambda share=share: _step(job) >= share * steps)
                 change()
             _end(job)
-            return _RESUMES.findall(job.output)
+            return resumes(job.output)
 
 
 def _end(job: Job) -> None:
@@ -100,7 +97,7 @@ def _step(job: Job) -> int:
     return max(map(int, re.findall(r"^step (\d+)/", job.output, re.M)), default=0)
 
 
-def draw(curves: dict[str, dict[int, float]], resumes: list[tuple[str, ...]]) -> Figure:
+def draw(curves: dict[str, dict[int, float]], changes: list[Resume]) -> Figure:
     """Draw the curves, and what each differs from that of one worker."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     above, below = figure.subplots(1, 2)
@@ -111,11 +108,11 @@ def draw(curves: dict[str, dict[int, float]], resumes: list[tuple[str, ...]]) ->
         above.plot(steps, values, label=label, linewidth=5 - 1.2 * number, alpha=0.8)
         if name != "1":
             below.semilogy(steps, np.maximum(np.abs(values - alone), 1e-8), label=label, color=f"C{number}")
-    for why, _, resumed_from, *_ in resumes:
+    for change in changes:
         for axes in (above, below):
-            axes.axvline(int(resumed_from), color="gray", linestyle=":")
+            axes.axvline(change.from_step, color="gray", linestyle=":")
         above.annotate(
-            why, (int(resumed_from), 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7
+            change.why, (change.from_step, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7
         )
     above.set(title="loss", xlabel="step")
     below.set(title="difference from the loss of 1 train worker", xlabel="step")
@@ -144,10 +141,10 @@ def main(argv: list[str]) -> None:
                 with start(head, folder, str(workers), arguments.steps, str(workers)) as job:
                     _end(job)
                 curves[str(workers)] = curve_of(folder, str(workers))
-        resumes = train_changing(head, folder, arguments.steps)
+        changes = train_changing(head, folder, arguments.steps)
         curves["changing"] = curve_of(folder, "changing")
     print("| change | after step | resumed from | s | steps repeated |\n|---|---|---|---|---|")
-    print("\n".join(f"| {' | '.join(resume)} |" for resume in resumes))
+    print("\n".join(f"| {' | '.join(map(str, change))} |" for change in changes))
     alone = np.array([curves["1"][step + 1] for step in range(arguments.steps)])
     print("\n| train workers | largest difference of the loss: in 20 steps | in all |\n|---|---|---|")
     for title, curve in curves.items():
@@ -155,8 +152,8 @@ def main(argv: list[str]) -> None:
         print(f"| {title} | {difference[:20].max():.1e} | {difference.max():.1e} |")
     print(f"\nloss from {alone[0]:.3f} to {alone[-1]:.3f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"curves": curves, "resumes": resumes}))
-    draw(curves, resumes).savefig(arguments.picture, dpi=110)
+        arguments.json.write_text(json.dumps({"curves": curves, "resumes": changes}))
+    draw(curves, changes).savefig(arguments.picture, dpi=110)
 
 
 if __name__ == "__main__":

@@ -103,14 +103,19 @@ def in_all(sample: dict[str, Any]) -> int:
     return sum(sample["bytes"].values())
 
 
+def thirds(values: list[float]) -> tuple[float, float]:
+    """Return the medians of the second and of the last third."""
+    third = len(values) // 3
+    return float(np.median(values[third : 2 * third])), float(np.median(values[2 * third :]))
+
+
 def table(samples: list[dict[str, Any]]) -> str:
     """Return the medians of the second, and of the last, third of the samples, and the most, in MB."""
-    third = len(samples) // 3
     roles = sorted({role for sample in samples for role in sample["bytes"]})
     lines = ["| MB | second third | last third | most |", "|---|---|---|---|"]
     for role in [*roles, "all"]:
         values = [in_all(s) if role == "all" else s["bytes"].get(role, 0) for s in samples]
-        found = np.median(values[third : 2 * third]), np.median(values[2 * third :]), max(values)
+        found = *thirds(values), max(values)
         lines.append(f"| {role} | {' | '.join(f'{value / 1e6:.0f}' for value in found)} |")
     return "\n".join(lines)
 
@@ -185,10 +190,8 @@ def main(argv: list[str]) -> None:
     # Actors end once the last blocks are made, which the consumer has still to read.
     last = max(number for number, sample in enumerate(watch.samples) if "actor" in sample["bytes"])
     samples = watch.samples[: last + 1]
-    third = len(samples) // 3
-    growth = np.median([*map(in_all, samples[2 * third :])]) / np.median(
-        [*map(in_all, samples[third : 2 * third])]
-    )
+    second, last_third = thirds([*map(in_all, samples)])
+    growth = last_third / second
     spilled = max(sample["spilled"] for sample in samples)
     minutes = watch.samples[-1]["second"] / 60
     print(f"{images} images, {bad} of them bad, in {minutes:.0f} min\n")

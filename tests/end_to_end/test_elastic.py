@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from jobs_processes import TINY, Job, losses, start_job
+from jobs_processes import TINY, Job, Resume, losses, resumes, start_job
 from paths import ROOT
 from ray_head import RAY, RayHead, RayNode, ray_head, ray_node
 from spot_metadata import Metadata, metadata, notice
@@ -21,19 +21,12 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("wget") is None, reason="deploy/spot_watcher.sh needs wget"),
 ]
 
-_RESUMES = re.compile(
-    r"^(.+) after step (\d+): resuming from step (\d+) after \d+ s, (\d+) steps repeated$", re.M
-)
 
-
-def resumed(job: Job, number: int) -> tuple[str, int, int]:
-    """Why the run resumed for the `number`-th time, from which step, and how many steps it repeated."""
-    found = job.wait_until(
-        lambda: (all_of := _RESUMES.findall(job.output))[number - 1 :] and all_of[number - 1]
-    )
-    why, at, step, repeated = found
-    assert int(at) - int(step) == int(repeated)
-    return why, int(step), int(repeated)
+def resumed(job: Job, number: int) -> Resume:
+    """What the run says when it resumes for the `number`-th time."""
+    found = job.wait_until(lambda: (all_of := resumes(job.output))[number - 1 :] and all_of[number - 1])
+    assert found.after_step - found.from_step == found.steps_repeated
+    return found
 
 
 def take_back(head: RayHead, node: RayNode, service: Metadata, folder: Path) -> None:
@@ -65,23 +58,22 @@ def test_train_workers_follow_the_nodes_that_there_are(tmp_path: Path) -> None:
         with start_job("jobs.pretrain", *arguments, env=env) as job:
             job.wait_until(lambda: run.exists("metrics.jsonl"))
             with ray_node(head, num_cpus=3) as second:
-                why, grown_at, repeated = resumed(job, 1)
-                assert (why, repeated) == ("from 1 to 2 train workers", 0)
+                grown = resumed(job, 1)
+                assert (grown.why, grown.steps_repeated) == ("from 1 to 2 train workers", 0)
 
-                job.wait_until(lambda: losses(run.read("metrics.jsonl"))[-1][0] > grown_at)
+                job.wait_until(lambda: losses(run.read("metrics.jsonl"))[-1][0] > grown.from_step)
                 with metadata(None, notice(60)) as service:
                     take_back(head, second, service, tmp_path)
-                why, left_at, repeated = resumed(job, 2)
-                assert re.fullmatch(r"node [\d.]+ taken back", why)
-                assert repeated == 0
+                left = resumed(job, 2)
+                assert re.fullmatch(r"node [\d.]+ taken back", left.why)
+                assert left.steps_repeated == 0
                 assert re.search(
                     r"node [\d.]+ taken back in [1-6]?\d s: the run saves a checkpoint", job.output
                 )
 
-            job.wait_until(lambda: losses(run.read("metrics.jsonl"))[-1][0] > left_at)
+            job.wait_until(lambda: losses(run.read("metrics.jsonl"))[-1][0] > left.from_step)
             (worker,) = [p for p in first.processes() if "RayTrainWorker" in " ".join(p.cmdline())]
             worker.suspend()
             line = job.wait_until(lambda: re.search(r"^warning: train worker 0 .*", job.output, re.M))[0]
             assert re.search(rf"\(process {worker.pid}\) has given no sign for 3\d s, after step \d+;", line)
-            why, _, _ = resumed(job, 3)
-            assert re.fullmatch(r"train worker 0 on node [\d.]+ died", why)
+            assert re.fullmatch(r"train worker 0 on node [\d.]+ died", resumed(job, 3).why)

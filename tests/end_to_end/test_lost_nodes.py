@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from jobs_processes import TINY, start_job
+from jobs_processes import TINY, resumes, start_job
 from ray_head import ray_head, ray_node
 from tiny_run import write_images
 
@@ -37,16 +37,10 @@ def test_a_run_waits_for_a_node_in_place_of_the_lost_one_and_not_for_ever(tmp_pa
                 node.lose()
             job.wait_until(lambda: "waiting for nodes: have 3 of 6 CPUs, for " in job.output)
             with ray_node(head, num_cpus=3):
-                line = job.wait_until(lambda: re.search(r".*resuming from step.*", job.output))[0]
-                resumed = re.fullmatch(
-                    r"node [\d.]+ lost after step (\d+): "
-                    r"resuming from step (\d+) after \d+ s, (\d+) steps repeated",
-                    line,
-                )
-                assert resumed, line
-                lost_at, resumed_from, repeated = map(int, resumed.groups())
-                assert repeated == lost_at - resumed_from
-                job.wait_until(lambda: committed_steps(run)[-1] > resumed_from)
+                (resumed,) = job.wait_until(lambda: resumes(job.output))
+                assert re.fullmatch(r"node [\d.]+ lost", resumed.why)
+                assert resumed.steps_repeated == resumed.after_step - resumed.from_step
+                job.wait_until(lambda: committed_steps(run)[-1] > resumed.from_step)
                 job.kill_driver()
 
         with start_job("jobs.pretrain", *arguments, "resources.wait_for_nodes_minutes=0.1", env=env) as job:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from paths import ROOT
@@ -168,6 +168,22 @@ def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> 
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
+
+
+class Resume(NamedTuple):
+    """What the line of a resumed run says."""
+
+    why: str
+    after_step: int
+    from_step: int
+    seconds: int
+    steps_repeated: int
+
+
+def resumes(output: str) -> list[Resume]:
+    """The resumes that a run has told of, in order."""
+    line = r"^(.+) after step (\d+): resuming from step (\d+) after (\d+) s, (\d+) steps repeated$"
+    return [Resume(why, *map(int, numbers)) for why, *numbers in re.findall(line, output, re.M)]
 
 
 def losses(metrics: bytes) -> list[tuple[int, float]]:
