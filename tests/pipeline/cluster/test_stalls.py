@@ -15,12 +15,12 @@ WORKS = Flow(running=4, pending=0, in_work=8, made=100, store_bytes=100_000_000,
 class Run:
     """A train worker that waits for images, and pools whose state the test changes."""
 
-    def __init__(self, flow: Flow | None) -> None:
+    def __init__(self, flow: Flow | None, stall_seconds: float = STALL) -> None:
         self.seconds, self.flow, self.cpus = 0.0, flow, (1.0, 8.0)
         self.waiting: Sign | None = Sign(0, "10.0.0.1", "n", 1, "1", step=9, doing="waits for images")
         self.lines: list[tuple[float, str]] = []
         self.watch = StallWatch(
-            STALL,
+            stall_seconds,
             MINUTES,
             STORE_SECONDS,
             flow=lambda: self.flow,
@@ -74,6 +74,17 @@ def test_a_worker_that_trains_is_no_stall_however_little_the_pool_makes() -> Non
     run = Run(WORKS)
     run.waiting = None
     assert run.pass_(60 * MINUTES + STORE_SECONDS + 60).lines == []
+
+
+def test_a_second_wait_is_told_as_soon_as_the_first() -> None:
+    run = Run(WORKS, stall_seconds=10).pass_(15)
+    sign, run.waiting = run.waiting, None
+    run.pass_(5)
+    assert sign
+    run.waiting = replace(sign, seconds=0)
+    run.flow = WORKS._replace(made=101)
+    run.pass_(15)
+    assert [seconds for seconds, _ in run.lines] == [15, 35]
 
 
 def test_it_counts_from_the_last_block_not_from_the_last_step() -> None:
