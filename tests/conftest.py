@@ -37,8 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 class FilesAndRay(LoadScopeScheduling):
     """What one of several processes takes as a whole: a file, whose tests share servers, or all files with tests that
-    start Ray, which come first: two of those at once take 1.4 times the CPU time of one after the other, on two cores.
-    On two cores they take as long as all the rest."""
+    start Ray. Those come first: two of them at once take 1.4 times the CPU time of one after the other, on 2 cores."""
 
     def _split_scope(self, nodeid: str) -> str:
         return _scope(self.config.rootpath / nodeid.partition("::")[0])
@@ -50,6 +49,12 @@ _RAY = "files with tests that start Ray"
 @cache
 def _scope(file: Path) -> str:
     return _RAY if "mark.ray" in file.read_text() else str(file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """With -n auto: one process more than cores, since the one with the tests of Ray often waits for others."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -21,6 +21,8 @@ from dinoray.pipeline.reporting.page import Html, charts, page, picture, tiles
 from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.study.page.study_report import write_study_report
 
+pytestmark = pytest.mark.nightly  # beside tests/pipeline/reporting/test_report.py
+
 PHONE, DESK = (390, 844), (1280, 900)
 _MEASURES = """(() => {
   const clear = "rgba(0, 0, 0, 0)";
