@@ -42,6 +42,13 @@ class Logged(NamedTuple):
             return self.steps.get(step, {})
         return self.capture.get("metrics") or {}
 
+    def train_workers(self, step: int) -> int | None:
+        """Return the number of train workers that ran a step: as captured, or as the next logged step says."""
+        if self.capture.get("step") == step and isinstance(found := self.capture.get("world_size"), int):
+            return found
+        later = [line for at, line in self.steps.items() if at >= step and "train_workers" in line]
+        return int(later[0]["train_workers"]) if later else None
+
     def skipped_before(self, step: int) -> int | None:
         """Return how many steps had been skipped before a step, if that was logged."""
         before = [line for at, line in self.steps.items() if at < step and "skipped_steps" in line]
@@ -64,7 +71,7 @@ def replay(arguments: Namespace) -> None:
         raise ConfigError(
             f"--step {step} must be at most {state.schedule.total_steps}, the number of steps of {run.uri}"
         )
-    shares = RankShares.of(state, _world_size(start.config, logged.capture, arguments.overrides))
+    shares = RankShares.of(state, _world_size(start.config, logged.train_workers(step), arguments.overrides))
     state.config = shares.config(algorithm)
     set_up_device(state.device, num_processes=shares.world_size)
     source = Source(start.config.data, manifest, start.config.storage)
@@ -80,6 +87,14 @@ def replay(arguments: Namespace) -> None:
         _run_up_to(step, state, batches, logged)
         _run_last(step, state, batches, logged, shares, num_images=arguments.images)
     _print(f"note: {line}" for line in _notes(arguments, start, left_out))
+    others = {logged.train_workers(at) for at in range(first, step)} - {shares.world_size, None}
+    if others:
+        numbers = " and ".join(map(str, sorted(filter(None, others))))
+        _print(
+            [
+                f"note: some of the steps up to this one were run by {numbers} train workers, not {shares.world_size}"
+            ]
+        )
     _print(f"note: {line}" for line in shares.inexact(algorithm))
     _print(f"note: {line}" for line in _other_images(batches, logged.capture))
     environment = read_mapping(run, run_dir.ENVIRONMENT)
@@ -147,11 +162,10 @@ def _other_images(batches: RunBatches, capture: Mapping[str, Any]) -> Iterator[s
         yield "the manifest names other images for this step than its capture does"
 
 
-def _world_size(config: Config, capture: Mapping[str, Any], overrides: Sequence[str]) -> int:
-    """Return the number of ranks that the step is divided among: as given, as captured, or as configured."""
+def _world_size(config: Config, logged: int | None, overrides: Sequence[str]) -> int:
+    """Return the number of ranks that the step is divided among: as given, as the run had them, or as configured."""
     is_given = any(one.startswith("resources.train_workers=") for one in overrides)
-    found = None if is_given else capture.get("world_size")
-    return found if isinstance(found, int) else config.resources.most_workers
+    return config.resources.most_workers if is_given or logged is None else logged
 
 
 def _device(name: str | None, config: Config) -> torch.device:

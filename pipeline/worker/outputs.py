@@ -93,7 +93,7 @@ class Outputs:
         logged |= {"trained_images": quarantine.trained, "bad_images": quarantine.counts.total()}
         logged |= {f"{BAD_IMAGES_OF}{status}": count for status, count in sorted(quarantine.counts.items())}
         logged |= {"skipped_steps": state.skipped, "unchecked_reads": self._channel.get(UNCHECKED_READS) or 0}
-        logged |= {**self._nodes.read(), **self._pool.metrics()}
+        logged |= {**self._nodes.read(), "train_workers": world_size(), **self._pool.metrics()}
         self._log.log(state.step, logged)
         facts = {**logged, "unsaved": UNSAVED.unsaved()}
         self._channel.post("step", step=state.step, total_steps=state.schedule.total_steps, **facts)

@@ -1,6 +1,7 @@
 """A step of a run is repeated in one process: the run's numbers, and what is wrong with it by name."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,6 +149,25 @@ def test_the_steps_of_two_ranks_are_repeated_one_rank_after_the_other(
     # As one rank, the draws of stochastic depth would be others.
     alone = replayed(run, "--step", "7", "resources.train_workers=1")
     assert _largest_difference(alone) > 1e-4
+
+
+def test_a_step_of_an_elastic_run_has_the_ranks_that_it_had(
+    runs_of_two_ranks: dict[str, Path], tmp_path: Path, replayed: Callable[..., str]
+) -> None:
+    run = Path(shutil.copytree(runs_of_two_ranks["apart"], tmp_path / "run"))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub("train_workers: 2", "train_workers: [1, 4]", config))
+    output = replayed(run, "--step", "8")
+    assert "2 ranks one after the other" in output
+    assert _largest_difference(output) < 1e-6
+    assert "note:" not in output
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[6]["train_workers"] = 1
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = replayed(run, "--step", "8")
+    assert "2 ranks one after the other" in output
+    assert "note: some of the steps up to this one were run by 1 train workers, not 2" in output
 
 
 def test_with_batch_norm_the_ranks_are_passed_at_once_and_what_differs_is_named(

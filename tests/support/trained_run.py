@@ -81,9 +81,8 @@ def _train(rank: int, folder: Path, name: str, settings: Sequence[str]) -> None:
         if log is None:
             return
         log.add_bad_images(bad)
-        log.log(
-            state.step, {k: float(v) for k, v in metrics.items()} | {"skipped_steps": float(state.skipped)}
-        )
+        facts = {"skipped_steps": float(state.skipped), "train_workers": float(world_size())}
+        log.log(state.step, {k: float(v) for k, v in metrics.items()} | facts)
         if state.step % EVERY == 0:
             committed.append(checkpoint_name(state.step))
             checkpoint = folder / name / "checkpoints" / committed[-1]
