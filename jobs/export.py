@@ -1,4 +1,4 @@
-"""Export a checkpoint for other programs: `dinoray export RUN [--step N|best] [--format FORMAT ...]`.
+"""Export a checkpoint for other programs: `dinoray export RUN [--step N|best|last] [--format FORMAT ...]`.
 
 Each format is a folder with a README.md, its model card. One JSON file beside the folders holds the same facts. Each
 file has been loaded back and compared before it is written. Runs in one process, without Ray.
@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, and export."""
     parser = CommandLine("export", description="Export a checkpoint for use in other programs.")
     parser.add_argument("run", help="run directory or checkpoint folder, local or s3://")
-    parser.add_network()
+    parser.add_network(default="best")
     parser.add_argument(
         "--format",
         choices=tuple(FILES),

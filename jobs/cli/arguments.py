@@ -26,9 +26,9 @@ def positive(text: str) -> int:
 positive.__name__ = "positive number"  # as argparse names it in its error
 
 
-def step(text: str) -> int | Literal["best"]:
+def step(text: str) -> int | Literal["best", "last"]:
     """Type of the option that chooses a checkpoint."""
-    return "best" if text == "best" else int(text)
+    return "best" if text == "best" else "last" if text == "last" else int(text)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -43,13 +43,13 @@ class CommandLine(argparse.ArgumentParser):
         """As argparse does, but options may stand before, between and after the overrides."""
         return self.parse_intermixed_args(args, namespace)
 
-    def add_network(self) -> None:
-        """Add the options that choose one network of a run."""
+    def add_network(self, *, default: Literal["last", "best"] = "last") -> None:
+        """Add the options that choose one network of a run; `default`: which checkpoint the help names as such."""
         self.add_argument(
             "--step",
             type=step,
             default=None,
-            help="step of the checkpoint, or `best`, by the run's evaluations (default: the newest)",
+            help=f"step of the checkpoint; best: by the run's evaluations; last: the newest (default: {default})",
         )
         self.add_argument(
             "--which",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import timm
 
 from dinoray.jobs.cli.config import load_run_config
-from dinoray.jobs.runs.open_checkpoint import number_of
+from dinoray.jobs.runs.open_checkpoint import best_or_newest, number_of
 from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.export.loading_code import FILES, create_model, quoted
 from dinoray.pipeline.export.model_card import RunFacts, model_card, read_scores
@@ -51,7 +51,11 @@ def export(arguments: Namespace) -> None:
     """Read one checkpoint, make the files, write them and their cards, print how they are loaded."""
     license_id = _license_id(arguments.license)
 
-    step = number_of(arguments.step, arguments.run)
+    step, chosen = number_of(arguments.step, arguments.run), ""
+    if arguments.step is None:
+        step, chosen = best_or_newest(arguments.run)
+    if chosen:
+        print(f"exporting {chosen}")
     found = find_checkpoint(arguments.run, step)
     if found.run is None and arguments.out is None:
         raise ConfigError(f"{found.folder.uri} is a checkpoint outside a run directory; pass --out FOLDER")

@@ -9,7 +9,7 @@ from dinoray.jobs.cli.config import apply_overrides, validate
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoints, step_of
 from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.tracking.scores import best_checkpoint
 from dinoray.pipeline.training.checkpoint import (
@@ -23,7 +23,7 @@ from dinoray.pipeline.training.checkpoint import (
 )
 from dinoray.pipeline.worker.config import Config
 
-Step: TypeAlias = int | Literal["best"]
+Step: TypeAlias = int | Literal["best", "last"]
 
 
 class Opened(NamedTuple):
@@ -35,9 +35,9 @@ class Opened(NamedTuple):
 
 
 def number_of(step: Step | None, address: str) -> int | None:
-    """Return `step` as a number, for `best` that of the best checkpoint of the run at `address`."""
+    """Return `step` as a number, for `best` that of the best checkpoint of the run at `address`; None: the newest."""
     if step != "best":
-        return step
+        return None if step == "last" else step
     run = Directory(address)
     best = best_checkpoint(run, read_records(run))
     if best is None:
@@ -46,6 +46,25 @@ def number_of(step: Step | None, address: str) -> int | None:
             "leave --step out for the newest"
         )
     return best.step
+
+
+def best_or_newest(address: str) -> tuple[int | None, str]:
+    """Return the step of the best checkpoint of a run, and a line on it; (None, line) where none was evaluated.
+
+    A checkpoint's own folder is the only one there: (None, "").
+    """
+    here = Directory(address)
+    if here.exists(run_dir.META):
+        return None, ""
+    names = committed_checkpoints(here)
+    best = best_checkpoint(here, read_records(here)) if names else None
+    if best is None:
+        return None, f"the newest checkpoint, {names[-1]}: none has a score" if names else ""
+    newest = step_of(names[-1])
+    other = (
+        "which is the newest too" if best.step == newest else f"not the newest, step {newest} (--step last)"
+    )
+    return best.step, f"the best checkpoint: {best}; {other}"
 
 
 def open_network(address: str, step: Step | None, which: Which) -> Opened:

@@ -10,13 +10,14 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
-from dinoray.pipeline.tracking.scores import best_checkpoint
+from dinoray.pipeline.tracking.scores import best_checkpoint, decline, scores_of
 from dinoray.pipeline.training.verdict import Verdict
 
 
 def write_result(run: Directory) -> None:
-    """Sum the run up: its first and last evaluation, the metrics of its last step, and when it ended."""
-    records = read_records(run).lines
+    """Sum the run up: its first, last and best evaluation, the metrics of its last step, and when it ended."""
+    all_records = read_records(run)
+    records = all_records.lines
     steps = [r for r in records if "loss" in r]
     if not steps:
         raise DataError(
@@ -26,6 +27,8 @@ def write_result(run: Directory) -> None:
     result: dict[str, Any] = {"steps": steps[-1]["step"], "ended": time.time(), "last": steps[-1]}
     if evaluations:
         result |= {"before": evaluations[0], "after": evaluations[-1]}
+    if best := best_checkpoint(run, all_records):
+        result["best"] = best._asdict()
     run.write(run_dir.RESULT, json.dumps(result, indent=1).encode())
 
 
@@ -41,8 +44,11 @@ def describe_result(run: Directory) -> str:
             f"  {after:17} {_percent(result['after'])}",
             f"  {'majority guess':17} {result['after']['majority']:.1%}",
         ]
-    if best := best_checkpoint(run, read_records(run)):
+    records = read_records(run)
+    if best := best_checkpoint(run, records):
         lines.append(f"best checkpoint: {best}")
+    if fall := decline(scores_of(records.lines)):
+        lines.append(str(fall))
     lines += [
         f"checkpoints   {run.join('checkpoints')}",
         f"report        {run.join('report.html')}",

@@ -19,7 +19,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.tracking.records import Records, attention_figures, read_mapping
-from dinoray.pipeline.tracking.scores import best_checkpoint
+from dinoray.pipeline.tracking.scores import best_checkpoint, decline, scores_of
 from dinoray.pipeline.training.verdict import Verdict
 
 _NEWEST = 20
@@ -81,7 +81,7 @@ def course(run: Directory, records: Records, values: Mapping[str, Any], *, endin
 
 
 def header(name: str, run: Directory, found: Course, records: Records) -> Html:
-    """Name, address, the finding, the state, the best checkpoint, and when."""
+    """Name, address, the finding, the state, the best checkpoint, a decline since, and when."""
     lines = [
         f"<h1>{escape(name)}</h1>",
         f'<p class="address">{escape(run.uri)}</p>',
@@ -93,6 +93,9 @@ def header(name: str, run: Directory, found: Course, records: Records) -> Html:
     ):  # none of them can be used; the page is of the run's course all the same
         if best := best_checkpoint(run, records):
             lines.append(f'<p class="state">Best checkpoint: {escape(str(best))}.</p>')
+    if fall := decline(scores_of(records.lines)):
+        words = str(fall)
+        lines.append(f'<p class="state">{escape(words[0].upper() + words[1:])}.</p>')
     if when := _when(found):
         lines.append(f'<p class="state">{escape(when)}</p>')
     return Html("\n".join(lines))

@@ -32,14 +32,52 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_names_it_at_its_end_and_in_its_report(run: Path) -> None:
     write_result(Directory(str(run)))
-    assert BEST in describe_result(Directory(str(run))).splitlines()
-    assert f"B{BEST[1:]}." in build_report(Directory(str(run)))
+    fall = "uality peaked at step 1 and has fallen by 50.0 points since: k-NN 90.0% (k=20), now 40.0%"
+    lines, page = describe_result(Directory(str(run))).splitlines(), build_report(Directory(str(run)))
+    assert {BEST, f"q{fall}"} <= set(lines)
+    assert f"B{BEST[1:]}." in page
+    assert f"Q{fall}." in page
 
 
 def test_it_is_addressed_as_a_step(run: Path, tmp_path: Path) -> None:
     assert open_network(str(run), "best", "teacher").step == 4
     export([str(run), "--step", "best", "--format", "state_dict", "--out", str(tmp_path)])
     assert (tmp_path / "teacher_step_00000004.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "step", "line"),
+    [
+        (
+            [],
+            4,
+            "exporting the best checkpoint: step 4, k-NN 60.0% (k=20); not the newest, step 6 (--step last)",
+        ),
+        (["--step", "last"], 6, None),
+    ],
+)
+def test_it_is_what_export_takes_unless_another_is_asked_for(
+    options: list[str],
+    step: int,
+    line: str | None,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export([str(run), *options, "--format", "state_dict", "--out", str(tmp_path)])
+    assert [path.name for path in tmp_path.glob("*.json")] == [f"teacher_step_{step:08d}.json"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [each for each in printed if each.startswith("exporting")] == ([line] if line else [])
+
+
+def test_without_scores_export_takes_the_newest_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "tiny", steps=STEPS)
+    export([str(run), "--format", "state_dict"])
+    assert (run / "export" / "teacher_step_00000006.json").exists()
+    line = "exporting the newest checkpoint, step_00000006: none has a score"
+    assert capsys.readouterr().out.splitlines()[0] == line
 
 
 def test_a_run_that_was_not_evaluated_has_none_and_the_newest_is_there(tmp_path: Path) -> None:
@@ -55,6 +93,7 @@ def test_a_run_that_was_not_evaluated_has_none_and_the_newest_is_there(tmp_path:
 def test_a_step_is_a_number_or_best(wrong: str) -> None:
     parser = CommandLine("export")
     parser.add_network()
-    assert [parser.parse_args(["--step", right]).step for right in ("4", "best")] == [4, "best"]
+    right = ["4", "best", "last"]
+    assert [parser.parse_args(["--step", one]).step for one in right] == [4, "best", "last"]
     with pytest.raises(ConfigError, match=rf"--step: invalid step value: '{wrong}'"):
         parser.parse_args(["--step", wrong])

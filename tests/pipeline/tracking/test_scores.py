@@ -12,7 +12,7 @@ from tiny_states import commit
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.records import Records, read_records
-from dinoray.pipeline.tracking.scores import Best, best_checkpoint, scores_of
+from dinoray.pipeline.tracking.scores import Best, Scores, best_checkpoint, decline, scores_of
 
 
 def run_of(folder: Path, *lines: dict[str, Any], committed: tuple[int, ...]) -> Directory:
@@ -77,3 +77,34 @@ def test_the_scores_are_those_of_the_report(scores: dict[int, float]) -> None:
     series = records.series("knn_20")
     found = scores_of(records.lines).by_step
     assert found == dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (Scores("knn_20", {0: 0.9, 4: 0.5, 8: 0.7}), "at step 0 and has fallen by 20.0 points"),
+        (Scores("knn_20", {4: 0.5, 8: 0.7, 12: 0.6996}), None),
+        (Scores("knn_20", {4: 0.7, 8: 0.5, 12: 0.7}), None),
+        (Scores("knn_20", {4: 0.7, 8: 0.5, 12: 0.699}), "at step 4 and has fallen by 0.1 points"),
+        (
+            Scores("rankme", {0: 40.0, 4: 31.2, 8: 30.0}),
+            "at step 4 and has fallen by 1.2 since: rankme 31.2, now 30.0",
+        ),
+        (Scores("rankme", {0: 40.0, 4: 31.2}), None),
+        (Scores("rankme", {0: 40.0}), None),
+        (Scores("", {}), None),
+    ],
+)
+def test_a_run_that_is_below_its_peak_says_where_it_was_and_by_how_much(
+    scores: Scores, words: str | None
+) -> None:
+    fall = decline(scores)
+    assert (fall is None) == (words is None)
+    assert fall is None or f"quality peaked {words}" in str(fall)
+
+
+@given(st.dictionaries(st.integers(1, 30), st.floats(0, 1), min_size=1))
+def test_a_decline_is_from_the_best_to_the_last(scores: dict[int, float]) -> None:
+    fall, last = max(scores.values()) - scores[max(scores)], decline(Scores("knn_20", scores))
+    assert (last is not None) == (fall >= 0.0005)
+    assert last is None or (last.best.score, last.last_score) == (max(scores.values()), scores[max(scores)])
