@@ -6,6 +6,7 @@ networks compute, not what an implementation computes twice.
 
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,6 +19,32 @@ from dinoray.pipeline.training.config import DINOConfig
 _SIDES = {"cuda": 8192, "cpu": 512}
 """Side of the square matrices that are multiplied, by type of device: large enough for its full rate."""
 _PRODUCTS, _ROUNDS = 10, 5
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """What the devices of a run do, from its images per second."""
+
+    flops_per_image: float
+    matmul_rate: float
+    """FLOP/s of one device in large matrix products."""
+    num_devices: int
+
+    @classmethod
+    def of_run(cls, config: DINOConfig, device: torch.device, *, num_devices: int) -> "Utilisation | None":
+        """Measure this device; None on a CPU, and for a network that cannot be counted."""
+        if device.type != "cuda":
+            return None
+        try:
+            dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+            return cls(flops_per_image(config), matmul_rate(device, dtype), num_devices)
+        except RuntimeError:  # not every network runs on the meta device
+            return None
+
+    def at(self, images_per_second: float) -> dict[str, float]:
+        """Return `tflops`, TFLOP/s of each device, and `mfu`, its share of what the device can, 0 to 1."""
+        each = images_per_second * self.flops_per_image / self.num_devices
+        return {"tflops": each / 1e12, "mfu": each / self.matmul_rate}
 
 
 def flops_per_image(config: DINOConfig) -> float:
