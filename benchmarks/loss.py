@@ -24,8 +24,8 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peak_memory import peak_bytes
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.main import run_main
@@ -83,18 +83,6 @@ def cpu_ms(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
             work()
             taken[name].append(1e3 * (time.process_time() - start))
     return {name: each[1:] for name, each in taken.items()}
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Return how much more memory torch's CPU allocator has given out during `work`, at most, than before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        work()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 def logits_of(images: int, out_dim: int, local_crops: int) -> tuple[Tensor, Tensor]:

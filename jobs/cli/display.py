@@ -87,6 +87,10 @@ def describe_step(facts: dict[str, Any], *, knn: str, eta_seconds: float | None)
         "images/s": f"{facts['images_per_second']:.0f}",
         "data wait": f"{facts['data_wait']:.0%}",
     }
+    if "staged_bytes" in facts:
+        shown["staged"] = f"{facts['staged_bytes'] / 1e6:.0f} MB"
+    if "mfu" in facts:
+        shown["TFLOP/s"], shown["MFU"] = f"{facts['tflops']:.0f}", f"{facts['mfu']:.0%}"
     if sum(facts.get(f"nodes_{kind}", 0) for kind in _KINDS) > 1:
         shown["nodes"] = " + ".join(
             f"{facts[f'nodes_{kind}']:.0f} {kind}" for kind in _KINDS if facts[f"nodes_{kind}"]
@@ -111,7 +115,8 @@ def describe_step(facts: dict[str, Any], *, knn: str, eta_seconds: float | None)
 def status_line(shown: dict[str, str]) -> str:
     """One line about one step."""
     return "  ".join(
-        f"{value} {name}" if name == "images/s" else f"{name} {value}" for name, value in shown.items()
+        f"{value} {name}" if name in ("images/s", "TFLOP/s") else f"{name} {value}"
+        for name, value in shown.items()
     )
 
 

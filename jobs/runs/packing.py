@@ -29,8 +29,8 @@ from dinoray.pipeline.export.packing import (
 )
 from dinoray.pipeline.export.packing_plan import Plan, make_plan
 from dinoray.pipeline.export.parquet_parts import QUARANTINE, SUMMARY, remove_parts
+from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.files import Directory, MissingObject
-from dinoray.pipeline.storage.s3 import is_s3, split_s3_uri
 from dinoray.pipeline.worker.config import Config
 
 _ONE_PASS = "--one-pass"

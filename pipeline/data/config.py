@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from dinoray.models.settings import Auto, Settings
-from dinoray.pipeline.storage.files import normal_uri
+from dinoray.pipeline.storage.addresses import normal_uri
 
 
 class DataConfig(Settings):

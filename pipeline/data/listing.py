@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 
 from dinoray.models.errors import DataError
+from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import MissingObject, check_bucket, normal_uri
 from dinoray.pipeline.storage.key_ranges import list_ranges
@@ -23,7 +24,7 @@ from dinoray.pipeline.storage.listing_parts import ListingParts
 from dinoray.pipeline.storage.pages import LISTED, Objects
 from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import Retry, retrying
-from dinoray.pipeline.storage.s3 import etag_of, is_s3, list_page, s3_client, split_s3_uri
+from dinoray.pipeline.storage.s3 import etag_of, list_page, s3_client
 
 Role = Literal["image", "bare", "parquet", "other"]
 

@@ -6,8 +6,9 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import SIGNED, Access
-from dinoray.pipeline.storage.s3 import is_s3, probe_object, split_s3_uri
+from dinoray.pipeline.storage.s3 import probe_object
 
 _SPREAD = 8
 

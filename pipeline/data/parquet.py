@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.detection import is_bytes
+from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.retry import LIST_AGAIN, DeniedObject, MissingObject, Retry, may_pass, retrying
-from dinoray.pipeline.storage.s3 import ObjectFile, is_s3, split_s3_uri
+from dinoray.pipeline.storage.s3 import ObjectFile
 
 Result = TypeVar("Result")
 

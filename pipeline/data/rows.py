@@ -17,10 +17,10 @@ from dinoray.pipeline.data.parquet import (
     read_row_group,
 )
 from dinoray.pipeline.data.recently_used import RecentlyUsed
+from dinoray.pipeline.storage.addresses import is_s3
 from dinoray.pipeline.storage.checks import NO_PAGE_CHECKSUMS, UNCHECKED
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.retry import LIST_AGAIN, Retry
-from dinoray.pipeline.storage.s3 import is_s3
 
 Result = TypeVar("Result")
 

@@ -25,6 +25,7 @@ from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.data.recently_used import RecentlyUsed
 from dinoray.pipeline.data.rows import Read, Rows
+from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import DEFAULTS, Access, StorageConfig
 from dinoray.pipeline.storage.hedging import hedged
 from dinoray.pipeline.storage.retry import (
@@ -35,7 +36,7 @@ from dinoray.pipeline.storage.retry import (
     ObjectTooLarge,
     Retry,
 )
-from dinoray.pipeline.storage.s3 import is_s3, read_object, s3_client, split_s3_uri
+from dinoray.pipeline.storage.s3 import read_object, s3_client
 from dinoray.pipeline.storage.waiting import Patient
 
 __all__ = ["DataConfig", "Fetched", "Source", "Status"]

@@ -18,7 +18,7 @@ from dinoray.pipeline.data.parquet import read_column, read_footer
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
-from dinoray.pipeline.storage.s3 import is_s3
+from dinoray.pipeline.storage.addresses import is_s3
 
 _NUM_NAMES = 3
 _IMAGES_PER_CLASS = 2

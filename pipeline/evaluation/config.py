@@ -3,7 +3,7 @@
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from dinoray.models.settings import Settings
-from dinoray.pipeline.storage.files import normal_uri
+from dinoray.pipeline.storage.addresses import normal_uri
 
 LABELLED = ("knn", "linear")
 """Probes that classify."""

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pyarrow.fs
 
 from dinoray.models.errors import DataError
+from dinoray.pipeline.storage.addresses import is_s3, is_shared_path, normal_uri, split_s3_uri
 from dinoray.pipeline.storage.arrow_s3 import RenewedS3
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.local_files import TEMPORARY, local_errors, replace_file, write_file
@@ -32,13 +33,7 @@ from dinoray.pipeline.storage.retry import (
     guarded,
     retrying,
 )
-from dinoray.pipeline.storage.s3 import (
-    is_s3,
-    list_pages,
-    read_object,
-    s3_client,
-    split_s3_uri,
-)
+from dinoray.pipeline.storage.s3 import list_pages, read_object, s3_client
 from dinoray.pipeline.storage.unsaved import patient_write
 from dinoray.pipeline.storage.waiting import Patient
 
@@ -61,19 +56,6 @@ __all__ = [
 T = TypeVar("T")
 
 _AWS_HOST = re.compile(r"s3([.-][a-z0-9-]+)*\.amazonaws\.com(\.cn)?")
-
-
-def normal_uri(uri: str) -> str:
-    """Normalise a folder's address: `s3://` without a trailing slash; a local path absolute, `~` expanded."""
-    if is_s3(uri):
-        split_s3_uri(uri)  # raises for a bare s3://, which would lose its slashes and become a local path
-        return uri.rstrip("/")
-    return os.path.abspath(os.path.expanduser(uri))
-
-
-def is_shared_path(uri: str) -> bool:
-    """Return True for S3 and absolute paths. A relative path is in the job's own code folder on each node."""
-    return is_s3(uri) or os.path.isabs(os.path.expanduser(uri))
 
 
 def filesystem(

@@ -10,8 +10,9 @@ from typing import Any
 
 from botocore import exceptions as boto
 
+from dinoray.pipeline.storage.addresses import split_s3_uri
 from dinoray.pipeline.storage.retry import Retry
-from dinoray.pipeline.storage.s3 import s3_client, split_s3_uri
+from dinoray.pipeline.storage.s3 import s3_client
 
 PART_BYTES = 64 << 20
 """Size of a part; S3 takes at most 10,000 of them, so objects of up to 640 GiB."""

@@ -19,7 +19,7 @@ import botocore.session
 from botocore.config import Config
 from botocore.httpchecksum import StreamingChecksumBody
 
-from dinoray.models.errors import ConfigError, DataError, one_line, redact_credentials
+from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.pipeline.storage import pages
 from dinoray.pipeline.storage.bodies import read_body
 from dinoray.pipeline.storage.checks import NO_CHECKSUM, UNCHECKED, is_its_md5
@@ -53,26 +53,6 @@ def _forget_clients() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_clients)
-
-
-def is_s3(uri: str) -> bool:
-    """Return True for an `s3://` address, False for a local path. Raises ConfigError for any other scheme."""
-    scheme, separator, _ = uri.partition("://")
-    if not separator or not scheme.isalnum():
-        return False
-    if scheme != "s3":
-        raise ConfigError(f"{uri!r} has the scheme {scheme}://; use a local path or s3://bucket/prefix")
-    return True
-
-
-def split_s3_uri(uri: str) -> tuple[str, str]:
-    """Split `s3://bucket/key` into ("bucket", "key"); the key may be empty and is not unquoted."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not is_s3(uri) or not bucket:
-        raise ConfigError(f"{uri!r} is not an S3 address; write s3://bucket/prefix")
-    if redact_credentials(uri) != uri:
-        raise ConfigError(f"{redact_credentials(uri)}: no keys in an address; {SET_CREDENTIALS}")
-    return bucket, key
 
 
 def s3_client(access: Access = SIGNED, *, read_seconds: float | None = None) -> Any:

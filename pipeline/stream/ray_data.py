@@ -217,6 +217,7 @@ def in_step(received: Iterable[dict[str, Any]], layout: Layout, *, rank: int) ->
                 f"not {layout.positions(step, rank)[:3]}...: the stream is out of order"
             )
         yield batch
+        del batch  # the store may release its block while the next one is awaited
         step += 1
     if step != layout.last_step:
         raise DinorayError(f"the stream ended at step={step}, before step={layout.last_step}")

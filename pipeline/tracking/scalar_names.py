@@ -28,7 +28,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "crops",
         ),
     ),
-    "throughput": ("images_per_second", "data_wait", *(f"{stage}_cpu_ms" for stage in STAGES)),
+    "throughput": (
+        *("images_per_second", "data_wait", "staged_bytes", "tflops", "mfu"),
+        *(f"{stage}_cpu_ms" for stage in STAGES),
+    ),
     "eval": (r"knn_\d+", "majority", "rankme", "lidar", "calibration_images", "attention"),
     "cluster": (
         *("nodes_head", "nodes_cpu", "nodes_gpu", "train_workers", "augment_actors", "augment_target"),

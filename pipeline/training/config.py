@@ -15,7 +15,7 @@ from dinoray.models.config import BackboneConfig, HeadConfig, LossConfig, OptimC
 from dinoray.models.schedules import scaled_lr
 from dinoray.models.settings import Settings, number
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.storage.files import normal_uri
+from dinoray.pipeline.storage.addresses import normal_uri
 
 _DAY_SECONDS = 86_400
 

@@ -210,9 +210,9 @@ def _backward(
     The gradients of all microbatches add up to the gradients of the batch's mean loss.
     """
     config, dino = state.config, state.dino
-    global_crops = pixels(part["global_crops"], config.crops, state.device)
-    local_crops = pixels(part["local_crops"], config.crops, state.device)
     with autocast(config.train.precision, state.device):
+        global_crops = pixels(part["global_crops"], config.crops, state.device)
+        local_crops = pixels(part["local_crops"], config.crops, state.device)
         teacher = dino.teacher_output(global_crops)
         student = state.student([global_crops, local_crops] if len(local_crops) else [global_crops])
     if config.loss.centering == "sinkhorn_knopp":
@@ -284,14 +284,29 @@ def train(
 
 
 def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:
-    """Convert uint8 [B, C, H, W, 3] to normalised float32 [C*B, 3, H, W] on the device, crop-major.
+    """Convert uint8 [B, C, H, W, 3] to normalised [C*B, 3, H, W] on the device, crop-major.
 
     The input is not changed. This is the only place where rows per image become rows per crop. Bytes are
-    copied to the device, not floats.
+    copied to the device, not floats. float32 and contiguous on a CPU. On a GPU in one pass: channels_last, which
+    convolutions of bfloat16 need, and as autocast would cast it, where that is on.
     """
-    x = crop_major(torch.as_tensor(crops).to(device, non_blocking=True)).float()
-    mean, std = (_per_channel(c, device, x.dtype) for c in (config.pixel_mean, config.pixel_std))
-    return x.sub_(mean).div_(std)
+    x = torch.as_tensor(crops).to(device, non_blocking=True)
+    mean, std = (_per_channel(c, device, torch.float32) for c in (config.pixel_mean, config.pixel_std))
+    if device.type == "cuda":
+        is_cast = torch.is_autocast_enabled("cuda")
+        return normalised(x, mean, std, torch.get_autocast_dtype("cuda") if is_cast else torch.float32)
+    return crop_major(x).float().sub_(mean).div_(std)
+
+
+def normalised(crops: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (crops - mean) / std of uint8 [B, C, H, W, 3] as channels_last [C*B, 3, H, W], in one kernel.
+
+    Computed in float32, rounded to `dtype` at the end; `mean` and `std` [3, 1, 1] float32 are per byte.
+    """
+    b, c, h, w, _ = crops.shape
+    out = torch.empty((c, b, h, w, 3), dtype=dtype, device=crops.device)
+    torch.addcmul((-mean / std).view(3), crops.transpose(0, 1), std.reciprocal().view(3), out=out)
+    return out.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache

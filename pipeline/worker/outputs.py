@@ -26,6 +26,8 @@ from dinoray.pipeline.tracking.services import open_trackers
 from dinoray.pipeline.tracking.write_thread import WriteThread
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.distributed import world_size
+from dinoray.pipeline.training.flops import Utilisation
+from dinoray.pipeline.training.staging import STAGED_BYTES
 from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import PoolThroughput, ThroughputMeter
@@ -61,6 +63,8 @@ class Outputs:
         )
         self._channel.post("placed", group=ray.util.get_current_placement_group(), num_workers=world_size())
         self._pool = PoolMailbox(spec.channel)
+        self._staged: dict[str, int] = {}
+        self._utilisation = Utilisation.of_run(state.config, state.device, num_devices=world_size())
         self._meter, self._pool_meter = ThroughputMeter(), PoolThroughput(self._pool.send_reading)
 
     def note(self, text: str) -> None:
@@ -69,6 +73,7 @@ class Outputs:
 
     def count_step(self, batch: Mapping[str, Any], wait_seconds: float) -> None:
         """Add a step to the throughput."""
+        self._staged = {name: batch[name] for name in (STAGED_BYTES,) if name in batch}
         for meter in (self._meter, self._pool_meter):
             meter.add(self._images_per_step, wait_seconds, batch["cpu_ms"], batch["busy_ms"])
 
@@ -89,7 +94,9 @@ class Outputs:
         """Log and post a step's metrics, with those of data, cluster and cost."""
         self._check_appends()
         epoch = state.step * self._images_per_step / self._spec.num_images
-        logged = {**metrics, "epoch": epoch, "time": time.time(), **self._meter.read()}
+        logged = {**metrics, "epoch": epoch, "time": time.time(), **self._meter.read(), **self._staged}
+        if self._utilisation:
+            logged |= self._utilisation.at(logged["images_per_second"])
         logged |= {"trained_images": quarantine.trained, "bad_images": quarantine.counts.total()}
         logged |= {f"{BAD_IMAGES_OF}{status}": count for status, count in sorted(quarantine.counts.items())}
         logged |= {"skipped_steps": state.skipped, "unchecked_reads": self._channel.get(UNCHECKED_READS) or 0}

@@ -27,6 +27,7 @@ from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.ddp import distribute
 from dinoray.pipeline.training.distributed import all_reduce_max, set_up_device
 from dinoray.pipeline.training.init_weights import load_initial_weights
+from dinoray.pipeline.training.staging import staged
 from dinoray.pipeline.training.step import build_state, train
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
@@ -176,9 +177,11 @@ class _Worker:
             yield from self._agreed(self._batches_of(leg))
 
     def _agreed(self, stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for batch in self.agreement.batches(stream, self.ending.is_asked if self.ending else lambda: False):
-            self.signs.does(self.state.step, "trains")
-            yield batch
+        is_asked = self.ending.is_asked if self.ending else lambda: False
+        with staged(stream, self.state.device) as batches:
+            for batch in self.agreement.batches(batches, is_asked):
+                self.signs.does(self.state.step, "trains")
+                yield batch
 
     def _batches_of(self, leg: Layout) -> Iterator[dict[str, Any]]:
         splits, failure = None, None

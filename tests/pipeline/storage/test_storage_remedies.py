@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from servers import ACCESS_KEY, SECRET_KEY, aws_environment, use_aws
 
 from dinoray.models.errors import ConfigError, DataError, DinorayError
+from dinoray.pipeline.storage.addresses import split_s3_uri
 from dinoray.pipeline.storage.config import Access, StorageConfig
 from dinoray.pipeline.storage.files import Directory, check_writable, normal_uri
 from dinoray.pipeline.storage.retry import Unreachable, retrying
-from dinoray.pipeline.storage.s3 import s3_client, split_s3_uri
+from dinoray.pipeline.storage.s3 import s3_client
 from dinoray.pipeline.storage.waiting import Patient
 
 
