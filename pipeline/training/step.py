@@ -29,13 +29,17 @@ from dinoray.models.loss import (
     update_center,
 )
 from dinoray.models.published import checkpoint as interop
-from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.config import NUM_PHOTOMETRIC, CropsConfig
+from dinoray.pipeline.augment.kernels.torch_colour import adjust
 from dinoray.pipeline.data.partition import num_microbatches
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
 from dinoray.pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
 from dinoray.pipeline.training.health import Health, Sums, sums_of
 from dinoray.pipeline.training.match_weights import adapt
+
+_COLUMNS = ("global_crops", "local_crops", "global_photometric", "local_photometric")
+"""What a step reads of a batch."""
 
 # Batches may be read-only views. Nothing writes to them, so torch's warning is not needed.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -114,7 +118,8 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
     """Run one step on this process's share of the global batch; advance `state.step` by one.
 
     `batch`: uint8 arrays or tensors `global_crops` [B, G, H, W, 3] and `local_crops` [B, L, h, w, 3]; never
-    written to. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
+    written to. With `crops.photometric=device` also float32 `global_photometric` [B, G, 11] and `local_photometric`
+    [B, L, 11]. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
     `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
     If the loss or a gradient is not finite on any process, only `state.step` and the skip counts change.
     Raises ConfigError if the crops do not match the config, ResourceError if the first step does not fit the
@@ -152,7 +157,7 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     for first in range(parts):
         # Each `parts`-th image: over all processes, a microbatch and its batch-norm statistics are then the same for
         # any number of processes.
-        part = {crops: batch[crops][first::parts] for crops in ("global_crops", "local_crops")}
+        part = {name: batch[name][first::parts] for name in _COLUMNS if name in batch}
         with contextlib.nullcontext() if first == parts - 1 else _without_sync(state.student):
             seen.append(_backward(state, part, now, parts=parts))
     grad_norm = optim.clip_per_parameter(dino.student, config.optim.clip_grad)
@@ -210,8 +215,10 @@ def _backward(
     The gradients of all microbatches add up to the gradients of the batch's mean loss.
     """
     config, dino = state.config, state.dino
-    global_crops = pixels(part["global_crops"], config.crops, state.device)
-    local_crops = pixels(part["local_crops"], config.crops, state.device)
+    global_crops, local_crops = (
+        pixels(part[f"{group}_crops"], config.crops, state.device, part.get(f"{group}_photometric"))
+        for group in ("global", "local")
+    )
     with autocast(config.train.precision, state.device):
         teacher = dino.teacher_output(global_crops)
         student = state.student([global_crops, local_crops] if len(local_crops) else [global_crops])
@@ -240,16 +247,26 @@ def _backward(
 def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
     """Raise ConfigError if the crops do not match the config, before anything is computed with them."""
     g, s = crops.global_crop_size, crops.local_crop_size
-    for name, shape in (
-        ("global_crops", (crops.num_global_crops, g, g, 3)),
-        ("local_crops", (crops.num_local_crops, s, s, 3)),
-    ):
+    later = {
+        "global_photometric": ("float32", (crops.num_global_crops, NUM_PHOTOMETRIC)),
+        "local_photometric": ("float32", (crops.num_local_crops, NUM_PHOTOMETRIC)),
+    }
+    columns = {
+        "global_crops": ("uint8", (crops.num_global_crops, g, g, 3)),
+        "local_crops": ("uint8", (crops.num_local_crops, s, s, 3)),
+        **(later if crops.photometric == "device" else {}),
+    }
+    for name, (dtype, shape) in columns.items():
         found = batch.get(name)
-        if found is None or tuple(found.shape[1:]) != shape or str(found.dtype).rpartition(".")[2] != "uint8":
+        if found is None or tuple(found.shape[1:]) != shape or str(found.dtype).rpartition(".")[2] != dtype:
             what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
             raise ConfigError(
-                f"batch[{name!r}] is {what}, it must be uint8 [B, {', '.join(map(str, shape))}]"
+                f"batch[{name!r}] is {what}, it must be {dtype} [B, {', '.join(map(str, shape))}]"
             )
+    for name in later.keys() & batch.keys() - columns.keys():  # such crops are unfinished
+        raise ConfigError(
+            f"batch has {name!r}, which crops.photometric=device makes, not {crops.photometric}"
+        )
     rows = [len(batch[name]) for name in ("global_crops", "local_crops")]
     if rows[0] != rows[1]:
         raise ConfigError(
@@ -283,13 +300,18 @@ def train(
             return
 
 
-def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:
+def pixels(crops: Any, config: CropsConfig, device: torch.device, photometric: Any | None = None) -> Tensor:
     """Convert uint8 [B, C, H, W, 3] to normalised float32 [C*B, 3, H, W] on the device, crop-major.
 
     The input is not changed. This is the only place where rows per image become rows per crop. Bytes are
-    copied to the device, not floats.
+    copied to the device, not floats. `photometric` float32 [B, C, 11]: what is still to be done to the crops.
     """
-    x = crop_major(torch.as_tensor(crops).to(device, non_blocking=True)).float()
+    levels = crop_major(torch.as_tensor(crops).to(device, non_blocking=True))
+    if photometric is None:
+        x = levels.float()
+    else:
+        later = torch.as_tensor(photometric).to(device, non_blocking=True)
+        x = adjust(levels, later.transpose(0, 1).flatten(0, 1), config)
     mean, std = (_per_channel(c, device, x.dtype) for c in (config.pixel_mean, config.pixel_std))
     return x.sub_(mean).div_(std)
 
