@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.kernels.torch_colour import finished
 from dinoray.pipeline.data.source import Status
 from dinoray.pipeline.training.config import StepSettings
 from dinoray.pipeline.training.non_finite import BadOutput, NonFinite
@@ -104,8 +106,11 @@ def crops_of(bad: BadOutput, shares: RankShares) -> list[tuple[int, int]]:
     ]
 
 
-def of_images(batch: Mapping[str, Any], shares: RankShares, found: NonFinite, *, limit: int) -> Iterator[str]:
+def of_images(
+    batch: Mapping[str, Any], crops: CropsConfig, shares: RankShares, found: NonFinite, *, limit: int
+) -> Iterator[str]:
     """Yield a line per image, at most `limit`; those with values that are not finite and replaced ones first."""
+    batch = finished(batch, crops)
     suspects = {row for bad in found.outputs for row, _ in crops_of(bad, shares)}
     positions, status = batch["position"], batch["status"]
     rows = sorted(

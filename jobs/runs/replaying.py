@@ -137,13 +137,13 @@ def _run_last(
                     *replay_lines.of_found(found, batch, shares),
                 ]
             )
-            _print(["", *replay_lines.of_images(batch, shares, found, limit=num_images)])
+            _print(["", *replay_lines.of_images(batch, state.config.crops, shares, found, limit=num_images)])
             raise
     health, was = state.health.read(step, state.dino.center), logged.metrics(step)
     _print(["", *replay_lines.of_metrics(step, metrics, was)])
     _print(replay_lines.of_schedule(now, health, skipped=skipped))
     _print(replay_lines.of_found(found, batch, shares))
-    _print(["", *replay_lines.of_images(batch, shares, found, limit=num_images)])
+    _print(["", *replay_lines.of_images(batch, state.config.crops, shares, found, limit=num_images)])
     _print(["", replay_lines.result(metrics, was)])
 
 

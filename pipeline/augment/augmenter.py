@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, crop_shapes
+from dinoray.pipeline.augment.config import NUM_PHOTOMETRIC, CropsConfig, crop_shapes
 from dinoray.pipeline.augment.multicrop import Crops, cut, decode_for
-from dinoray.pipeline.augment.params import sample_image
+from dinoray.pipeline.augment.params import Photometric, photometric_columns, sample_image
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.decoder_process import thread_seconds
 from dinoray.pipeline.data.jpeg import open_image
@@ -155,7 +155,9 @@ class Augmenter:
         The crops are `global_crops` uint8 [n, G, H, W, 3] and `local_crops` uint8 [n, L, h, w, 3]. Beside
         them are `position` int64, `status` int8, `note`, `cpu_ms` float32 [n, 3] (see STAGES) and `busy_ms`
         float32 (see BusyTimer). `note` is JSON of key, reason and bytes read where status is not OK, else
-        empty. The means of `cpu_ms` and `busy_ms` hold for the block.
+        empty. The means of `cpu_ms` and `busy_ms` hold for the block. With `crops.photometric=device` the crops
+        are only cut and flipped. `global_photometric` float32 [n, G, 11] and `local_photometric` [n, L, 11] have
+        what is still to be done to them; `kernels/torch_colour.adjust` does it.
 
         A bad image is replaced by the next readable image in the epoch's order, and its row records that.
         Raises DataError if none of the next 16 images is readable either. Several calls may run at once.
@@ -171,9 +173,9 @@ class Augmenter:
     def _block(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         c, n = self._crops, len(positions)
         epochs, images = self._order.locate(positions)
-        memory = self._memory.take(n * crop_bytes(c))
         global_shape, local_shape = crop_shapes(c)
         split = n * math.prod(global_shape)
+        memory = self._memory.take(split + n * math.prod(local_shape))
         crops = Crops(memory[:split].reshape(n, *global_shape), memory[split:].reshape(n, *local_shape))
         columns: dict[str, NDArray[Any]] = {
             "global_crops": crops.global_crops,
@@ -183,17 +185,20 @@ class Augmenter:
             "note": np.full(n, "", dtype=object),
             "cpu_ms": np.zeros((n, len(STAGES)), np.float32),
         }
+        changes = np.zeros((n, c.num_global_crops + c.num_local_crops, NUM_PHOTOMETRIC), np.float32)
+        left_to_device = changes if c.photometric == "device" else [None] * n
 
         def crop(row: int, fetched: Fetched) -> None:
             out = Crops(crops.global_crops[row], crops.local_crops[row])
             cpu_ms, epoch = columns["cpu_ms"][row], int(epochs[row])
-            reason = self._crop(fetched, fetched.key, epoch, out, cpu_ms)
+            later = left_to_device[row]
+            reason = self._crop(fetched, fetched.key, epoch, out, later, cpu_ms)
             if reason is None:
                 return
             for attempt in range(1, _MAX_SUBSTITUTES + 1):
                 other = self._source.fetch([self._order.substitute(int(positions[row]), attempt)])[0]
                 # The key of the requested image seeds the crops, so a substitute never repeats its own crops.
-                if self._crop(other, fetched.key, epoch, out, cpu_ms) is None:
+                if self._crop(other, fetched.key, epoch, out, later, cpu_ms) is None:
                     break
             else:
                 raise DataError(
@@ -206,12 +211,23 @@ class Augmenter:
 
         self._croppers.for_each(crop, self._source.arrivals(images.tolist()))
         columns["cpu_ms"][:, 0] = 1000 * self._source.take_cpu_seconds() / max(1, n)
+        if c.photometric == "device":
+            columns |= photometric_columns(changes, c)
         return columns
 
     def _crop(
-        self, image: Fetched, key: str, epoch: int, out: Crops, cpu_ms: NDArray[np.float32]
+        self,
+        image: Fetched,
+        key: str,
+        epoch: int,
+        out: Crops,
+        later: Photometric | None,
+        cpu_ms: NDArray[np.float32],
     ) -> str | None:
-        """Crop an image into `out` with the random numbers of `key`; return the reason if it fails."""
+        """Crop an image into `out` with the random numbers of `key`; return the reason if it fails.
+
+        `later` receives the changes of pixel values that are left to the device.
+        """
         if image.data is None:
             return image.reason
         begin = thread_seconds()
@@ -222,6 +238,8 @@ class Augmenter:
         except BadImage as error:
             return error.reason
         decoded = thread_seconds()
+        if later is not None:
+            params, later[:] = params.split_photometric()
         cut(picture, params, out)
         cpu_ms[1:] += (1000 * (decoded - begin), 1000 * (thread_seconds() - decoded))
         return None

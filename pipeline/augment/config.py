@@ -75,6 +75,8 @@ class CropsConfig(Settings):
     """A JPEG is decoded at 1/2, 1/4 or 1/8 if each region then still has this many pixels to one of its crop's side."""
     kernel: Literal["auto", "numba", "torch"] = "auto"
     """Code that makes the crops: numba (fast, compiled at first use), or torch and OpenCV; auto: numba if installed."""
+    photometric: Literal["cpu", "device"] = "cpu"
+    """Where jitter, grayscale, blur and solarization run: with the crops on CPUs, or on the device that trains."""
     pixel_mean: Channels = (0.485, 0.456, 0.406)
     """Mean that the device subtracts from each channel, after scaling pixels to [0, 1]."""
     pixel_std: Channels = (0.229, 0.224, 0.225)
@@ -204,9 +206,14 @@ def crop_shapes(config: CropsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     )
 
 
+NUM_PHOTOMETRIC = 11
+"""Numbers per crop, float32, that travel with it if `photometric` is device; params.py says which."""
+
+
 def crop_bytes(config: CropsConfig) -> int:
-    """Return the size of one image's crops in bytes."""
-    return sum(3 * kind.size**2 for kind in crop_kinds(config))
+    """Return the bytes of one image in a block: its crops, and their photometric parameters where these travel."""
+    parameters = 4 * NUM_PHOTOMETRIC if config.photometric == "device" else 0
+    return sum(3 * kind.size**2 + parameters for kind in crop_kinds(config))
 
 
 def describe_crops(config: CropsConfig) -> str:
@@ -234,6 +241,8 @@ def describe_crops(config: CropsConfig) -> str:
     for text, group in strengths.items():
         lines += [(f"{group} crops: " if len(strengths) > 1 else "") + line for line in text]
     lines[-1] += f", {crop_bytes(config):,} bytes an image"
+    if config.photometric == "device":
+        lines.append("jitter, gray, blur and solarize run on the device that trains")
     return "\n".join(lines)
 
 

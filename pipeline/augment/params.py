@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
+from dinoray.pipeline.augment.config import NUM_PHOTOMETRIC, CropsConfig, crop_kinds
 from dinoray.pipeline.augment.jit import MISSING, compiled, njit_cached
 from dinoray.pipeline.augment.rng import crop_rng, fill_uniform, image_digest
 
 Table = npt.NDArray[np.float64]
+Photometric = npt.NDArray[np.float32]
 
 # Columns of CropParams.table.
 TOP, LEFT, HEIGHT, WIDTH, FLIP, OPERATIONS, FACTORS, GRAY, SIGMA, SOLARIZE, SIZE = (
@@ -27,6 +28,8 @@ TOP, LEFT, HEIGHT, WIDTH, FLIP, OPERATIONS, FACTORS, GRAY, SIGMA, SOLARIZE, SIZE
 _NUM_COLUMNS = 17
 
 NUM_OPERATIONS = 4
+_UNCHANGED = (0.0,) * (NUM_PHOTOMETRIC - 2) + (-1.0, 256.0)
+"""The columns from OPERATIONS to SOLARIZE of a crop whose pixel values stay as they are."""
 _NAMES = ("", "brightness", "contrast", "saturation", "hue")
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 1, 2, 3, 4
 _ORDERS = np.array(list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE))))
@@ -72,9 +75,30 @@ class CropParams(NamedTuple):
         """Return one entry per crop, in the order of `crop_kinds`."""
         return tuple(_one_crop(row) for row in self.table.tolist())
 
+    def split_photometric(self) -> tuple["CropParams", Photometric]:
+        """Return the same regions and flips without changes of pixel values, and these changes.
+
+        They are float32 [V, 11], for `crops.photometric=device`: four operations and their factors, gray, sigma and
+        level of solarization as in `table`, but the hue's factor in 256ths of a turn, as all kernels turn it.
+        """
+        table = self.table.copy()
+        table[:, OPERATIONS:SIZE] = _UNCHANGED
+        changes = self.table[:, OPERATIONS:SIZE].astype(np.float32)
+        operations, factors = changes[:, :NUM_OPERATIONS], changes[:, NUM_OPERATIONS : 2 * NUM_OPERATIONS]
+        turns = (self.table[:, FACTORS : FACTORS + NUM_OPERATIONS] * 255).astype(np.int64) % 256
+        np.copyto(factors, turns, where=operations == HUE)
+        return self._replace(table=table), changes
+
     def with_crops(self, crops: list[OneCrop]) -> "CropParams":
         """Return the same image with other crops: the inverse of `crops`, for parameters not drawn."""
         return self._replace(table=np.array([_row(crop) for crop in crops], np.float64))
+
+
+def photometric_columns(changes: Photometric, config: CropsConfig) -> dict[str, Photometric]:
+    """Return the columns of a block for the changes of `split_photometric` of its images, [n, V, 11]."""
+    groups = np.split(changes, [config.num_global_crops], axis=1)
+    names = ("global_photometric", "local_photometric")
+    return {name: np.ascontiguousarray(group) for name, group in zip(names, groups, strict=True)}
 
 
 def sample(rng: np.random.Generator, width: int, height: int, config: CropsConfig) -> CropParams:

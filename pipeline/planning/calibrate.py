@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dinoray.pipeline.augment.augmenter import STAGES, Augmenter
 from dinoray.pipeline.augment.config import CropsConfig, crop_shapes
 from dinoray.pipeline.augment.multicrop import limit_threads, prepare_kernel
+from dinoray.pipeline.augment.params import photometric_columns, sample
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.training.config import DINOConfig
@@ -102,14 +103,19 @@ def measure_step(
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     shapes = zip(("global_crops", "local_crops"), crop_shapes(config.crops), strict=True)
-    batch = {name: rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8) for name, shape in shapes}
+    batch: dict[str, NDArray[Any]] = {
+        name: rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8) for name, shape in shapes
+    }
+    if config.crops.photometric == "device":
+        drawn = [sample(rng, 500, 375, config.crops).split_photometric()[1] for _ in range(batch_size)]
+        batch |= photometric_columns(np.stack(drawn), config.crops)
     state = build_state(config, num_images=num_images, device=device, resumed=True)
     times = _step_times(state, batch, seconds)
     name = f"one {torch.cuda.get_device_name(device)}" if on_gpu else "one CPU"
     return Trained(batch_size / statistics.median(times), name, len(times))
 
 
-def _step_times(state: TrainState, batch: dict[str, NDArray[np.uint8]], seconds: float) -> list[float]:
+def _step_times(state: TrainState, batch: dict[str, NDArray[Any]], seconds: float) -> list[float]:
     """Return the times of the steps after the first two: wall-clock seconds on a GPU, CPU seconds on CPUs."""
     on_gpu = state.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time

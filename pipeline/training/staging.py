@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CROPS = ("global_crops", "local_crops")
+DEVICE_COLUMNS = ("global_crops", "local_crops", "global_photometric", "local_photometric")
+"""What a step reads of a batch on the device; the last two with crops.photometric=device."""
 STAGED_BYTES = "staged_bytes"
 """Key of a staged batch: bytes of the crops that lay on the device ready for the next steps as it was taken."""
 
@@ -137,12 +138,12 @@ class _Slot:
         """Copy a batch into this memory, and have it copied to the device on `stream`, without waiting for that."""
         if self._copied is not None:
             self._copied.synchronize()  # the batch before it has left this memory
-        for name in CROPS:
-            shape = batch[name].shape
+        for name in batch.keys() & set(DEVICE_COLUMNS):
+            shape, dtype = batch[name].shape, getattr(torch, str(batch[name].dtype))
             if name not in self._memory or self._memory[name].shape != shape:
-                self._memory[name] = torch.empty(shape, dtype=torch.uint8, pin_memory=stream is not None)
+                self._memory[name] = torch.empty(shape, dtype=dtype, pin_memory=stream is not None)
             np.copyto(self._memory[name].numpy(), batch[name])
-        others = {name: np.array(column) for name, column in batch.items() if name not in CROPS}
+        others = {name: np.array(column) for name, column in batch.items() if name not in DEVICE_COLUMNS}
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
             crops = {
                 name: memory.to(self._device, non_blocking=True, copy=True)

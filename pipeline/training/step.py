@@ -29,13 +29,15 @@ from dinoray.models.loss import (
     update_center,
 )
 from dinoray.models.published import checkpoint as interop
-from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.config import NUM_PHOTOMETRIC, CropsConfig
+from dinoray.pipeline.augment.kernels.torch_colour import adjust
 from dinoray.pipeline.data.partition import num_microbatches
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
 from dinoray.pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
 from dinoray.pipeline.training.health import Health, Sums, sums_of
 from dinoray.pipeline.training.match_weights import adapt
+from dinoray.pipeline.training.staging import DEVICE_COLUMNS
 
 # Batches may be read-only views. Nothing writes to them, so torch's warning is not needed.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -114,7 +116,8 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
     """Run one step on this process's share of the global batch; advance `state.step` by one.
 
     `batch`: uint8 arrays or tensors `global_crops` [B, G, H, W, 3] and `local_crops` [B, L, h, w, 3]; never
-    written to. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
+    written to. With `crops.photometric=device` also float32 `global_photometric` [B, G, 11] and `local_photometric`
+    [B, L, 11]. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
     `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
     If the loss or a gradient is not finite on any process, only `state.step` and the skip counts change.
     Raises ConfigError if the crops do not match the config, ResourceError if the first step does not fit the
@@ -152,7 +155,7 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     for first in range(parts):
         # Each `parts`-th image: over all processes, a microbatch and its batch-norm statistics are then the same for
         # any number of processes.
-        part = {crops: batch[crops][first::parts] for crops in ("global_crops", "local_crops")}
+        part = {name: batch[name][first::parts] for name in DEVICE_COLUMNS if name in batch}
         with contextlib.nullcontext() if first == parts - 1 else _without_sync(state.student):
             seen.append(_backward(state, part, now, parts=parts))
     grad_norm = optim.clip_per_parameter(dino.student, config.optim.clip_grad)
@@ -211,8 +214,10 @@ def _backward(
     """
     config, dino = state.config, state.dino
     with autocast(config.train.precision, state.device):
-        global_crops = pixels(part["global_crops"], config.crops, state.device)
-        local_crops = pixels(part["local_crops"], config.crops, state.device)
+        global_crops, local_crops = (
+            pixels(part[f"{group}_crops"], config.crops, state.device, part.get(f"{group}_photometric"))
+            for group in ("global", "local")
+        )
         teacher = dino.teacher_output(global_crops)
         student = state.student([global_crops, local_crops] if len(local_crops) else [global_crops])
     if config.loss.centering == "sinkhorn_knopp":
@@ -240,16 +245,26 @@ def _backward(
 def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
     """Raise ConfigError if the crops do not match the config, before anything is computed with them."""
     g, s = crops.global_crop_size, crops.local_crop_size
-    for name, shape in (
-        ("global_crops", (crops.num_global_crops, g, g, 3)),
-        ("local_crops", (crops.num_local_crops, s, s, 3)),
-    ):
+    later = {
+        "global_photometric": ("float32", (crops.num_global_crops, NUM_PHOTOMETRIC)),
+        "local_photometric": ("float32", (crops.num_local_crops, NUM_PHOTOMETRIC)),
+    }
+    columns = {
+        "global_crops": ("uint8", (crops.num_global_crops, g, g, 3)),
+        "local_crops": ("uint8", (crops.num_local_crops, s, s, 3)),
+        **(later if crops.photometric == "device" else {}),
+    }
+    for name, (dtype, shape) in columns.items():
         found = batch.get(name)
-        if found is None or tuple(found.shape[1:]) != shape or str(found.dtype).rpartition(".")[2] != "uint8":
+        if found is None or tuple(found.shape[1:]) != shape or str(found.dtype).rpartition(".")[2] != dtype:
             what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
             raise ConfigError(
-                f"batch[{name!r}] is {what}, it must be uint8 [B, {', '.join(map(str, shape))}]"
+                f"batch[{name!r}] is {what}, it must be {dtype} [B, {', '.join(map(str, shape))}]"
             )
+    for name in later.keys() & batch.keys() - columns.keys():  # such crops are unfinished
+        raise ConfigError(
+            f"batch has {name!r}, which crops.photometric=device makes, not {crops.photometric}"
+        )
     rows = [len(batch[name]) for name in ("global_crops", "local_crops")]
     if rows[0] != rows[1]:
         raise ConfigError(
@@ -283,19 +298,26 @@ def train(
             return
 
 
-def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:
+def pixels(crops: Any, config: CropsConfig, device: torch.device, photometric: Any | None = None) -> Tensor:
     """Convert uint8 [B, C, H, W, 3] to normalised [C*B, 3, H, W] on the device, crop-major.
 
     The input is not changed. This is the only place where rows per image become rows per crop. Bytes are
-    copied to the device, not floats. float32 and contiguous on a CPU. On a GPU in one pass: channels_last, which
-    convolutions of bfloat16 need, and as autocast would cast it, where that is on.
+    copied to the device, not floats. float32 and contiguous on a CPU. On a GPU channels_last, which convolutions of
+    bfloat16 need, and as autocast would cast it, where that is on; in one pass unless something is still to be done to
+    the crops: `photometric`, float32 [B, C, 11].
     """
     x = torch.as_tensor(crops).to(device, non_blocking=True)
     mean, std = (_per_channel(c, device, torch.float32) for c in (config.pixel_mean, config.pixel_std))
-    if device.type == "cuda":
-        is_cast = torch.is_autocast_enabled("cuda")
-        return normalised(x, mean, std, torch.get_autocast_dtype("cuda") if is_cast else torch.float32)
-    return crop_major(x).float().sub_(mean).div_(std)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
+    if device.type == "cuda" and photometric is None:
+        return normalised(x, mean, std, dtype)
+    if photometric is None:
+        levels = crop_major(x).float()
+    else:
+        later = torch.as_tensor(photometric).to(device, non_blocking=True)
+        levels = adjust(crop_major(x), later.transpose(0, 1).flatten(0, 1), config)
+    floats = levels.sub_(mean).div_(std)
+    return floats if device.type == "cpu" else floats.to(dtype, memory_format=torch.channels_last)
 
 
 def normalised(crops: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:

@@ -133,6 +133,16 @@ def test_other_settings_are_tried_and_named(run: Path, replayed: Callable[..., s
     assert result(output).startswith("differs from the run's log by ")
 
 
+def test_colours_made_by_the_step_are_those_that_the_run_had_from_its_cpus(
+    run: Path, replayed: Callable[..., str]
+) -> None:
+    output = replayed(run, "--step", "7", "crops.photometric=device")
+    assert result(output) == EQUAL
+    images = [line for line in output.splitlines() if line.endswith(".jpg")]
+    assert images
+    assert set(images) <= set(replayed(run, "--step", "7").splitlines())
+
+
 # Ranks
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinoray.pipeline.augment.params import photometric_columns, sample
 from dinoray.pipeline.training.config import DINOConfig
 
 NUM_IMAGES = 40
@@ -41,10 +42,15 @@ def tiny_batch(config: DINOConfig, *, num_images: int = 4, seed: int = 0) -> Bat
     def noise(num_crops: int, size: int) -> NDArray[np.uint8]:
         return rng.integers(0, 256, (num_images, num_crops, size, size, 3), dtype=np.uint8)
 
+    later: Batch = {}
+    if crops.photometric == "device":
+        drawn = [sample(np.random.default_rng([seed, n]), 40, 30, crops) for n in range(num_images)]
+        later = photometric_columns(np.stack([params.split_photometric()[1] for params in drawn]), crops)
     return {
         "global_crops": noise(crops.num_global_crops, crops.global_crop_size),
         "local_crops": noise(crops.num_local_crops, crops.local_crop_size),
         "position": np.arange(num_images) + num_images * seed,
         "status": np.zeros(num_images, np.int8),
         "note": np.full(num_images, "", dtype=object),
+        **later,
     }

@@ -76,8 +76,9 @@ def reads_of_a_step(**changes: dict[str, Any]) -> list[str]:
         {"loss": {"centering": "sinkhorn_knopp", "koleo_weight": 0.1}, "train": {"accumulate_steps": 2}},
         {"optim": {"name": "sgd"}, "head": {"norm_last_layer": False}},
         {"optim": {"name": "lars"}, "train": {"precision": "bf16"}},
+        {"crops": {"photometric": "device"}},
     ],
-    ids=["vit", "resnet", "drop path", "sinkhorn-knopp, koleo", "sgd", "lars, bf16"],
+    ids=["vit", "resnet", "drop path", "sinkhorn-knopp, koleo", "sgd", "lars, bf16", "colours on the device"],
 )
 def test_a_step_reads_only_whether_it_is_finite(changes: dict[str, Any]) -> None:
     assert reads_of_a_step(**changes) == ["__bool__ in _step"]

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import Any
 
@@ -18,7 +18,7 @@ from tiny import NUM_IMAGES, tiny_batch, tiny_config
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.partition import lay_out
 from dinoray.pipeline.stream.ray_data import in_step
-from dinoray.pipeline.training.staging import CROPS, DEPTH, STAGED_BYTES, Staging, staged
+from dinoray.pipeline.training.staging import DEPTH, DEVICE_COLUMNS, STAGED_BYTES, Staging, staged
 from dinoray.pipeline.training.step import TrainState, build_state, train
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_batches_arrive_in_order_with_all_their_columns(num_batches: int) -> Non
     for batch, ours in zip(sent, found, strict=True):
         assert set(ours) == {*batch, STAGED_BYTES}
         for name, column in batch.items():
-            assert isinstance(ours[name], torch.Tensor if name in CROPS else np.ndarray)
+            assert isinstance(ours[name], torch.Tensor if name in DEVICE_COLUMNS else np.ndarray)
             assert np.array_equal(np.asarray(ours[name]), column)
 
 
@@ -105,7 +105,7 @@ def test_no_more_than_its_depth_is_pulled_ahead_of_the_step() -> None:
             pulled.append(seed)
             yield read_only(seed)
 
-    crops = sum(read_only(0)[name].nbytes for name in CROPS)
+    crops = sum(column.nbytes for name, column in read_only(0).items() if name in DEVICE_COLUMNS)
     with contextlib.closing(Staging(stream(), CPU)) as staging:
         for taken in range(4):
             assert settled(lambda taken=taken: len(pulled) == taken + DEPTH)
@@ -152,12 +152,15 @@ def test_a_cpu_gets_the_batches_of_the_store_themselves() -> None:
     assert threads() == []
 
 
-def trained(batches: Iterable[Any], *, steps: int | None = None) -> tuple[TrainState, list[float]]:
-    """The state after some steps, and how long each waited for its batch."""
+def trained(
+    batches: Iterable[Any], *, steps: int | None = None, after: Callable[[int], object] = lambda step: None
+) -> tuple[TrainState, list[float]]:
+    """The state after some steps, and how long each waited for its batch; `after` is called with each step's number."""
     state, waits = build_state(CONFIG, num_images=NUM_IMAGES), []
 
     def on_step(_: Any, __: Any, wait_seconds: float) -> bool:
         waits.append(wait_seconds)
+        after(len(waits))
         return len(waits) == steps
 
     train(state, batches, on_step=on_step)
@@ -177,11 +180,25 @@ def test_a_run_that_ends_early_leaves_no_thread_and_the_same_weights() -> None:
 
 
 def test_a_step_waits_as_long_as_its_batch_is_late() -> None:
-    def stream() -> Iterator[Any]:
-        for seed in range(3):
-            if seed == 2:
-                time.sleep(0.6)
-            yield read_only(seed)
+    is_there = threading.Event()
 
-    _, waits = trained(Staging(stream(), CPU))
-    assert waits[2] > 0.25 > waits[1]
+    def stream() -> Iterator[Any]:
+        yield from (read_only(0), read_only(1))
+        is_there.wait()
+        yield read_only(2)
+
+    def after(step: int) -> None:
+        if step == 2:  # the third one then waits for what comes in a while
+            threading.Timer(0.3, is_there.set).start()
+
+    _, waits = trained(Staging(stream(), CPU), after=after)
+    assert waits[2] > 0.25
+
+
+def test_what_is_still_to_be_done_to_the_crops_is_staged_with_them() -> None:
+    config = tiny_config(crops={"photometric": "device"})
+    batch = tiny_batch(config)
+    (ours,) = Staging([batch], CPU)
+    for name in DEVICE_COLUMNS:
+        assert isinstance(ours[name], torch.Tensor)
+        assert np.array_equal(ours[name].numpy(), batch[name])

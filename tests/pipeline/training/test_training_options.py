@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from tiny import NUM_IMAGES, tiny_batch, tiny_config
-from tiny_states import after, tiny_state
+from tiny_states import after, same, tiny_state, weights
 
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.models.loss import koleo
+from dinoray.pipeline.augment.kernels.torch_colour import finished
 from dinoray.pipeline.training.step import build_state, pixels, train_step
 
 
@@ -56,6 +57,30 @@ def test_koleo_adds_its_weight_times_the_spread_of_each_global_crop() -> None:
     metrics = train_step(other, batch)
     assert float(metrics["loss"]) == pytest.approx(plain + 0.5 * spread, rel=1e-5)
     assert float(metrics["kl"] + metrics["teacher_entropy"]) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_colours_made_in_the_step_train_as_those_that_came_with_the_crops(num_parts: int) -> None:
+    states = []
+    for where in ("cpu", "device"):
+        config = tiny_config(crops={"photometric": where}, train={"accumulate_steps": num_parts})
+        batches = [
+            tiny_batch(tiny_config(crops={"photometric": "device"}), num_images=4, seed=n) for n in range(2)
+        ]
+        states.append(build_state(config, num_images=NUM_IMAGES))
+        for batch in batches:
+            train_step(states[-1], finished(batch, config.crops) if where == "cpu" else batch)
+    assert same(weights(states[0]), weights(states[1]))
+
+
+def test_crops_without_what_their_setting_needs_are_refused() -> None:
+    device, cpu = (tiny_config(crops={"photometric": where}) for where in ("device", "cpu"))
+    with pytest.raises(
+        ConfigError, match=r"batch\['global_photometric'\] is missing, it must be float32 \[B, 2, 11\]"
+    ):
+        train_step(build_state(device, num_images=NUM_IMAGES), tiny_batch(cpu))
+    with pytest.raises(ConfigError, match=r"batch has 'global_photometric'"):
+        train_step(build_state(cpu, num_images=NUM_IMAGES), tiny_batch(device))
 
 
 @pytest.mark.parametrize(
