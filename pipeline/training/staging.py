@@ -30,20 +30,18 @@ _JOIN_SECONDS = 10.0
 Batch = Mapping[str, Any]
 
 
-@contextlib.contextmanager
-def staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Iterable[Batch]]:
-    """Yield `batches` for steps on `device`: staged for a GPU, as they are for a CPU, where nothing needs to travel.
+def staged(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
+    """Return `batches` for steps on `device`: staged for a GPU, as they are for a CPU, where nothing needs to travel.
 
-    On a CPU the step reads the store's memory itself; a thread that copies would take time from it.
+    On a CPU the step reads the store's memory itself; a thread that copies would take time from it. The thread of a
+    GPU starts with the first batch that is asked for, and ends with the iterator.
     """
-    if device.type == "cpu":
-        yield batches
-        return
-    staging = Staging(batches, device)
-    try:
-        yield staging
-    finally:
-        staging.close()
+    return batches if device.type == "cpu" else _staged(batches, device)
+
+
+def _staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    with contextlib.closing(Staging(batches, device)) as staging:
+        yield from staging
 
 
 class Staging:

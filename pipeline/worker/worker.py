@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -159,7 +159,7 @@ class _Worker:
             self.spec.channel.post("resumed", step=self.state.step)
         return Quarantine.restored(meta)
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def _batches(self) -> Iterator[Mapping[str, Any]]:
         """Yield batches for as long as all workers have one. Raises StreamFailedError."""
         layout = lay_out(
             range(self.state.step, self.state.schedule.total_steps),
@@ -171,19 +171,17 @@ class _Worker:
         shared, ahead = self.spec.shared, self.spec.prefetch_batches
         if shared:
             stream = shared_stream.batches(shared, layout, rank=self.rank, prefetch_batches=ahead)
-            yield from self._agreed(stream)
+            yield from self._agreed(staged(stream, self.state.device))
             return
         for leg in ray_data.legs(layout, self.spec.stream.num_streams):
             yield from self._agreed(self._batches_of(leg))
 
-    def _agreed(self, stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        is_asked = self.ending.is_asked if self.ending else lambda: False
-        with staged(stream, self.state.device) as batches:
-            for batch in self.agreement.batches(batches, is_asked):
-                self.signs.does(self.state.step, "trains")
-                yield batch
+    def _agreed(self, stream: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        for batch in self.agreement.batches(stream, self.ending.is_asked if self.ending else lambda: False):
+            self.signs.does(self.state.step, "trains")
+            yield batch
 
-    def _batches_of(self, leg: Layout) -> Iterator[dict[str, Any]]:
+    def _batches_of(self, leg: Layout) -> Iterator[Mapping[str, Any]]:
         splits, failure = None, None
         if self.rank == 0:
             try:
@@ -194,7 +192,8 @@ class _Worker:
         if splits is None:
             raise failure or RuntimeError("train worker 0 could not open the stream")
         ahead = self.spec.prefetch_batches
-        yield from ray_data.batches(splits[self.rank], leg, rank=self.rank, prefetch_batches=ahead)
+        stream = ray_data.batches(splits[self.rank], leg, rank=self.rank, prefetch_batches=ahead)
+        yield from staged(stream, self.state.device)
 
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> bool:
         """Do what is due after a step; return True if the run must end here. All ranks call it alike."""

@@ -4,8 +4,9 @@ import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from tiny import NUM_IMAGES, tiny_batch, tiny_config
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.partition import lay_out
 from dinoray.pipeline.stream.ray_data import in_step
-from dinoray.pipeline.training.staging import DEPTH, DEVICE_COLUMNS, STAGED_BYTES, Staging, staged
+from dinoray.pipeline.training import step
+from dinoray.pipeline.training.staging import DEPTH, DEVICE_COLUMNS, STAGED_BYTES, Staging, _staged, staged
 from dinoray.pipeline.training.step import TrainState, build_state, train
 
 CPU = torch.device("cpu")
@@ -147,20 +149,15 @@ def test_the_stream_is_closed_by_the_thread_that_runs_it() -> None:
 
 def test_a_cpu_gets_the_batches_of_the_store_themselves() -> None:
     batches = [read_only(0)]
-    with staged(batches, CPU) as ours:
-        assert ours is batches
-    assert threads() == []
+    assert staged(batches, CPU) is batches
 
 
-def trained(
-    batches: Iterable[Any], *, steps: int | None = None, after: Callable[[int], object] = lambda step: None
-) -> tuple[TrainState, list[float]]:
-    """The state after some steps, and how long each waited for its batch; `after` is called with each step's number."""
+def trained(batches: Iterable[Any], *, steps: int = 1000) -> tuple[TrainState, list[float]]:
+    """The state after some steps, and how long each waited for its batch."""
     state, waits = build_state(CONFIG, num_images=NUM_IMAGES), []
 
     def on_step(_: Any, __: Any, wait_seconds: float) -> bool:
         waits.append(wait_seconds)
-        after(len(waits))
         return len(waits) == steps
 
     train(state, batches, on_step=on_step)
@@ -168,31 +165,30 @@ def trained(
 
 
 def test_a_run_that_ends_early_leaves_no_thread_and_the_same_weights() -> None:
-    def leg() -> Iterator[Any]:
-        with contextlib.closing(Staging((read_only(seed) for seed in count()), CPU)) as batches:
-            yield from batches
-
-    ours, _ = trained(leg(), steps=3)
+    ours, _ = trained(_staged((read_only(seed) for seed in count()), CPU), steps=3)
     assert threads() == []  # the generator ended with the loop, and closed what it had opened
     plain, _ = trained([read_only(seed) for seed in range(3)])
     for a, b in zip(ours.dino.parameters(), plain.dino.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_step_waits_as_long_as_its_batch_is_late() -> None:
-    is_there = threading.Event()
+def test_a_step_waits_as_long_as_its_batch_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third batch comes 7 seconds after it was asked for, by a clock that stands still otherwise."""
+    now, reads, third_is_asked_for = [0.0], count(1), threading.Event()
+
+    def read() -> float:
+        if next(reads) == 5:  # two a step: before its batch and after it
+            third_is_asked_for.set()
+        return now[0]
 
     def stream() -> Iterator[Any]:
         yield from (read_only(0), read_only(1))
-        is_there.wait()
+        assert third_is_asked_for.wait(60)
+        now[0] += 7
         yield read_only(2)
 
-    def after(step: int) -> None:
-        if step == 2:  # the third one then waits for what comes in a while
-            threading.Timer(0.3, is_there.set).start()
-
-    _, waits = trained(Staging(stream(), CPU), after=after)
-    assert waits[2] > 0.25
+    monkeypatch.setattr(step, "time", SimpleNamespace(perf_counter=read))
+    assert trained(Staging(stream(), CPU))[1] == [0, 0, 7]
 
 
 def test_what_is_still_to_be_done_to_the_crops_is_staged_with_them() -> None:
