@@ -162,6 +162,7 @@ def run_of(config: PlanConfig, measured: Measured) -> Run:
         checkpoint=config.checkpoint,
         is_scored=measured.has_labels or config.eval.label_free,
     )
+    evaluations = 1 + -(-steps // every)  # one of them before the first step
     return Run(
         total_steps=steps,
         global_batch_size=config.train.global_batch_size,
@@ -169,7 +170,8 @@ def run_of(config: PlanConfig, measured: Measured) -> Run:
         crop_bytes=crop_bytes(config.crops),
         gradient_bytes=gradient_bytes(config.algorithm(), num_images=num_images),
         forwards_per_image=forwards_per_image(config.crops),
-        evaluations=1 + -(-steps // every),  # one of them before the first step
+        evaluations=evaluations,
+        pausing_evaluations=1 if config.eval.where == "side" else evaluations,
         images_per_evaluation=_images_per_evaluation(config, num_images, has_labels=measured.has_labels),
         checkpoints=cadence.num_saves,
         checkpoint=config.checkpoint,

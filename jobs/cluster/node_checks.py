@@ -74,7 +74,8 @@ def check_fit(nodes: Sequence[Node], config: Config, *, is_local: bool) -> list[
     train, needed = asked.train_cpus, asked.least_cpus(streams)
     text = (
         f"{have['CPU']:.0f} CPUs, the run needs {needed}: {train:g} for resources.train_workers="
-        f"{asked.least_workers}, {asked.least_actors(streams) * asked.cpus_per_augment_actor:g} for data, 1 for Ray"
+        f"{asked.least_workers}, {asked.least_actors(streams) * asked.cpus_per_augment_actor:g} for data, "
+        f"{f'{asked.evaluator_cpus:g} for the evaluator, ' if asked.evaluator_cpus else ''}1 for Ray"
     )
     found = []
     if is_local and have["CPU"] < needed:

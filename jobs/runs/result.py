@@ -23,7 +23,7 @@ def write_result(run: Directory) -> None:
         raise DataError(
             f"{run.join('metrics.jsonl')} holds no training step; train again under another name=..."
         )
-    evaluations = [r for r in records if "majority" in r]
+    evaluations = [r for r in records if "majority" in r]  # that of the last step may be missing
     result: dict[str, Any] = {"steps": steps[-1]["step"], "ended": time.time(), "last": steps[-1]}
     if evaluations:
         result |= {"before": evaluations[0], "after": evaluations[-1]}
@@ -37,7 +37,7 @@ def describe_result(run: Directory) -> str:
     result = json.loads(run.read(run_dir.RESULT))
     lines = []
     if "after" in result:
-        after = f"after {result['steps']} steps"
+        after = f"after {result['after']['step']} steps"
         lines += [
             f"k-NN accuracy of the teacher, {', '.join(k.replace('knn_', 'k=') for k in _knn(result['after']))}",
             f"  {'before training':17} {_percent(result['before'])}{_calibration(result['before'])}",

@@ -220,6 +220,8 @@ def trial_config(
     total = schedule_of(validate_as(Config, tree), num_images=num_images).total_steps
     every = max(1, math.ceil(total / config.tune.evaluations))
     tree["eval"] |= {"every_steps": every, "label_free": True, "lidar": True}
+    tree["eval"]["where"] = "train"  # a trial goes on, or ends, once the score of a step is known
+    tree["resources"] |= {"evaluator_cpus": 0, "evaluator_gpus": 0}
     tree["checkpoint"] |= {"every_steps": every, "every_minutes": None}
     tree["log"]["every_steps"] = max(1, min(tree["log"]["every_steps"], every // _LOGGED_PER_EVALUATION))
     tree["health"]["on_collapse"] = "stop"

@@ -23,6 +23,10 @@ class ResourcesConfig(Settings):
     """CPUs reserved for each augment actor."""
     cool_down_seconds: float = Field(default=60, gt=0)
     """Seconds without a wait for data after which a range of augmentation actors is scaled down."""
+    evaluator_cpus: float = Field(default=0, ge=0)
+    """With eval.where=side, CPUs reserved for the evaluator; 0: none, it takes at a low priority what others leave."""
+    evaluator_gpus: float = Field(default=0, ge=0)
+    """With eval.where=side, GPUs of the evaluator beside those of the train workers; 0: it computes on CPUs."""
     prefetch_batches: int = Field(default=2, ge=0)
     """Batches that each train worker prefetches."""
     max_failures: int = Field(default=3, ge=-1)
@@ -74,7 +78,8 @@ class ResourcesConfig(Settings):
 
     def least_cpus(self, num_streams: int = 1) -> int:
         """CPUs that a run needs: one more than its processes, for Ray's own small tasks, which else wait for ever."""
-        return ceil(self.train_cpus + self.least_actors(num_streams) * self.cpus_per_augment_actor) + 1
+        actors = self.least_actors(num_streams) * self.cpus_per_augment_actor
+        return ceil(self.train_cpus + actors + self.evaluator_cpus) + 1
 
     def spare_actors(self, cpus: int, num_streams: int = 1) -> int:
         """Augment actors for which `cpus` have room beside as many train workers as fit with the least actors."""
@@ -83,4 +88,4 @@ class ResourcesConfig(Settings):
             left = max(0, cpus - self.least_cpus(num_streams))
             more = min(self.most_workers - self.least_workers, int(left // self.cpus_per_train_worker))
         train = self.train_cpus + more * self.cpus_per_train_worker
-        return int((cpus - train - 1) // self.cpus_per_augment_actor)
+        return int((cpus - train - self.evaluator_cpus - 1) // self.cpus_per_augment_actor)

@@ -1,5 +1,7 @@
 """The settings of evaluations and probes."""
 
+from typing import Literal
+
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from dinoray.models.settings import Settings
@@ -20,6 +22,10 @@ class EvalConfig(Settings):
     """Labelled images that vote in k-NN; None: those of `data.path`."""
     every_steps: int = Field(default=1000, ge=1)
     """Steps between evaluations; the run also evaluates before the first step and at the end."""
+    where: Literal["train", "side"] = "train"
+    """train: the train workers evaluate, training stands; side: an actor beside them, from a copy of the weights."""
+    max_under_way: int = Field(default=2, ge=1)
+    """side: evaluations that may be under way when another one is due; then training waits for the oldest."""
     k: tuple[PositiveInt, ...] = Field(default=(10, 20), min_length=1)
     """Numbers of neighbours in k-NN; each gives one accuracy."""
     temperature: float = Field(default=0.07, gt=0)

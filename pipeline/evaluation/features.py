@@ -5,7 +5,7 @@ share, and by the evaluate job, where Ray Data embeds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,32 @@ from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.training import distributed
 from dinoray.pipeline.training.step import autocast, pixels
+
+Part = TypeVar("Part")
+
+
+class Shares(NamedTuple):
+    """Which shares of the images a process embeds, one after the other, and how many there are: one for each rank.
+
+    A process that embeds all of them computes the same batches as the ranks do, and so the same features.
+    """
+
+    mine: Sequence[int]
+    num_all: int
+
+    @classmethod
+    def of_this_rank(cls) -> "Shares":
+        """The share of this process among the train workers."""
+        return cls((distributed.rank(),), distributed.world_size())
+
+    @classmethod
+    def of_all_ranks(cls, num_ranks: int) -> "Shares":
+        """All shares of a run of `num_ranks` train workers, for a process that is none of them."""
+        return cls(range(num_ranks), num_ranks)
+
+    def gather(self, parts: Sequence[Part]) -> list[Part]:
+        """Return what all processes have of their shares, by share; the same on all processes."""
+        return [part for of_rank in distributed.gather(list(parts)) for part in of_rank]
 
 
 class Features(NamedTuple):
@@ -132,12 +158,26 @@ def embed_sharded(
     limit: int,
     precision: str,
     labelled: bool = True,
-    on_batch: BatchCallback | None = None,
+    on_batch: Sequence[BatchCallback] | None = None,
+    shares: Shares | None = None,
 ) -> Features:
-    """Run `embed_source` on a `subset`: each rank embeds its share and gets all features."""
+    """Run `embed_source` on a `subset`: each process embeds its shares and gets all features.
+
+    `on_batch`: a callback for each of its shares. `shares`: those of this rank unless given.
+    """
     indices = subset(source.num_images, limit)
-    mine = indices[distributed.rank() :: distributed.world_size()]
-    part = embed_source(
-        backbone, source, mine, crops, config, precision=precision, labelled=labelled, on_batch=on_batch
-    )
-    return merge(distributed.gather(part))
+    shares = shares or Shares.of_this_rank()
+    parts = [
+        embed_source(
+            backbone,
+            source,
+            indices[share :: shares.num_all],
+            crops,
+            config,
+            precision=precision,
+            labelled=labelled,
+            on_batch=on_batch[place] if on_batch else None,
+        )
+        for place, share in enumerate(shares.mine)
+    ]
+    return merge(shares.gather(parts))

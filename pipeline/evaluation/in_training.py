@@ -12,7 +12,7 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views
 from dinoray.pipeline.evaluation.batch_statistics import calibrated
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
-from dinoray.pipeline.evaluation.features import Features, embed_sharded
+from dinoray.pipeline.evaluation.features import BatchCallback, Features, Shares, embed_sharded
 from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.probes import lidar, rankme
@@ -48,10 +48,12 @@ def evaluate(
     algorithm: DINOConfig,
     config: EvalConfig,
     probe: ProbeConfig,
+    shares: Shares | None = None,
 ) -> Evaluation | None:
     """Evaluate a backbone and leave it unchanged.
 
-    Call on all ranks: each embeds its share, the first rank scores. `labelled` is the result of
+    Call on all ranks: each embeds its share, the first rank scores. Or call in one process that is no rank, with the
+    `shares` of all of them: the result is the same. `labelled` is the result of
     `labelled_sources`. Without it, RankMe is measured on `images`; LiDAR always takes augmented views of
     `images`. `pictures` are a few (key, image) of any size, drawn under `title`; without them nothing is
     drawn. Returns None on other ranks. A backbone whose batch norm has not trained is first calibrated on
@@ -64,7 +66,8 @@ def evaluate(
     limited = [(images, config.max_val_images)] if config.label_free else []
     if labelled is not None:
         limited = [(labelled[0], config.max_train_images), (labelled[1], config.max_val_images)]
-    shown = _Shown(min(limited[-1][0].num_images, limited[-1][1])) if limited and pictures else None
+    shares = shares or Shares.of_this_rank()
+    shown = _Shown(min(limited[-1][0].num_images, limited[-1][1]), shares) if limited and pictures else None
     sides = [
         embed_sharded(
             backbone,
@@ -75,11 +78,14 @@ def evaluate(
             precision=precision,
             labelled=labelled is not None,
             on_batch=shown.on_batch if shown and number == len(limited) else None,
+            shares=shares,
         )
         for number, (source, limit) in enumerate(limited, start=1)
     ]
     embedding = shown.share() if shown else None
-    views = _views(backbone, images, crops, config, probe, precision=precision) if config.lidar else None
+    views = (
+        _views(backbone, images, crops, config, probe, shares, precision=precision) if config.lidar else None
+    )
     result = None
     if distributed.rank() == 0:
         scores = knn_accuracy(sides[0], sides[1], config) if labelled is not None else {}
@@ -98,27 +104,41 @@ def evaluate(
 class _Shown:
     """Evenly spaced sample, at most `_NUM_EMBEDDED`, of the `num_images` images that all ranks embed."""
 
-    def __init__(self, num_images: int) -> None:
-        # Each rank samples its share of the images and counts by itself.
-        mine = -(-num_images // distributed.world_size())
-        kept = max(1, _NUM_EMBEDDED // distributed.world_size())
-        self._apart, self._num_seen = -(-mine // kept), 0
-        self._rows: list[tuple[NDArray[np.float32], str, NDArray[np.uint8]]] = []
+    def __init__(self, num_images: int, shares: Shares) -> None:
+        # Of each share of the images a sample is taken and counted by itself.
+        self._shares = shares
+        each = -(-num_images // shares.num_all)
+        kept = max(1, _NUM_EMBEDDED // shares.num_all)
+        self._samples = [_Sample(-(-each // kept)) for _ in shares.mine]
+
+    @property
+    def on_batch(self) -> list[BatchCallback]:
+        """What keeps some images of a batch, for each share of this process."""
+        return [sample.on_batch for sample in self._samples]
+
+    def share(self) -> Embedding | None:
+        """Return the samples of all shares; None if there are none."""
+        samples = self._shares.gather([sample.rows for sample in self._samples])
+        rows = [row for rows in samples for row in rows][:_NUM_EMBEDDED]
+        if not rows:
+            return None
+        features, labels, thumbnails = zip(*rows, strict=True)
+        return Embedding(np.stack(features), list(labels), np.stack(thumbnails))
+
+
+class _Sample:
+    """Every `apart`-th image of a share: its features, label and thumbnail."""
+
+    def __init__(self, apart: int) -> None:
+        self._apart, self._num_seen = apart, 0
+        self.rows: list[tuple[NDArray[np.float32], str, NDArray[np.uint8]]] = []
 
     def on_batch(self, images: NDArray[np.uint8], features: Features) -> None:
         """Keep some images of a batch."""
         for row in range(-self._num_seen % self._apart, len(images), self._apart):
             small = thumbnail(images[row], width=_THUMBNAIL_SIZE, height=_THUMBNAIL_SIZE)
-            self._rows.append((features.features[row], features.labels[row], np.asarray(small)))
+            self.rows.append((features.features[row], features.labels[row], np.asarray(small)))
         self._num_seen += len(images)
-
-    def share(self) -> Embedding | None:
-        """Return the samples of all ranks; None if there are none."""
-        rows = [row for rows in distributed.gather(self._rows) for row in rows][:_NUM_EMBEDDED]
-        if not rows:
-            return None
-        features, labels, thumbnails = zip(*rows, strict=True)
-        return Embedding(np.stack(features), list(labels), np.stack(thumbnails))
 
 
 def _views(
@@ -127,20 +147,24 @@ def _views(
     crops: CropsConfig,
     config: EvalConfig,
     probe: ProbeConfig,
+    shares: Shares,
     *,
     precision: str,
 ) -> NDArray[np.float32]:
-    """Embed augmented views of a fixed random subset: each rank embeds its share and gets all."""
-    mine = subset(images.num_images, probe.lidar_images)[distributed.rank() :: distributed.world_size()]
-    part = embed_views(
-        backbone,
-        images,
-        mine.tolist(),
-        crops,
-        num_views=probe.lidar_views,
-        seed=probe.seed,
-        batch_size=config.batch_size,
-        precision=precision,
-    )
-    parts = [rows for rows in distributed.gather(part) if len(rows)]
-    return np.concatenate(parts) if parts else part
+    """Embed augmented views of a fixed random subset: each process embeds its shares and gets all."""
+    chosen = subset(images.num_images, probe.lidar_images)
+    mine = [
+        embed_views(
+            backbone,
+            images,
+            chosen[share :: shares.num_all].tolist(),
+            crops,
+            num_views=probe.lidar_views,
+            seed=probe.seed,
+            batch_size=config.batch_size,
+            precision=precision,
+        )
+        for share in shares.mine
+    ]
+    parts = [rows for rows in shares.gather(mine) if len(rows)]
+    return np.concatenate(parts) if parts else mine[0]

@@ -178,7 +178,7 @@ def _pause_seconds(run: Run, figures: Figures, *, decoding_cpus: float, training
     saved = 4 * run.gradient_bytes / _DISK_BYTES_PER_SECOND
     interval = run.checkpoint.interval_seconds(saved)
     by_time = 0 if interval is None else training_seconds / interval
-    return run.evaluations * run.images_per_evaluation / rate + (run.checkpoints + by_time) * saved
+    return run.pausing_evaluations * run.images_per_evaluation / rate + (run.checkpoints + by_time) * saved
 
 
 def forecast_here(run: Run, figures: Figures, plan: PlanSettings, *, cores: int) -> Forecast:

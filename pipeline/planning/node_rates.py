@@ -49,6 +49,8 @@ class Run:
     gradient_bytes: int
     forwards_per_image: float
     evaluations: int
+    pausing_evaluations: int
+    """Those for which training stands."""
     images_per_evaluation: int
     checkpoints: int
     """Number at given steps, without those by time."""

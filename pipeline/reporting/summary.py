@@ -19,7 +19,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.tracking.records import Records, attention_figures, read_mapping
-from dinoray.pipeline.tracking.scores import best_checkpoint, decline, scores_of
+from dinoray.pipeline.tracking.scores import best_checkpoint, decline, missing_evaluations, scores_of
 from dinoray.pipeline.training.verdict import Verdict
 
 _NEWEST = 20
@@ -96,6 +96,8 @@ def header(name: str, run: Directory, found: Course, records: Records) -> Html:
     if fall := decline(scores_of(records.lines)):
         words = str(fall)
         lines.append(f'<p class="state">{escape(words[0].upper() + words[1:])}.</p>')
+    for step, why in missing_evaluations(records.lines).items():
+        lines.append(f'<p class="state">{escape(f"There is no evaluation of step {step}: {why}.")}</p>')
     if when := _when(found):
         lines.append(f'<p class="state">{escape(when)}</p>')
     return Html("\n".join(lines))

@@ -17,7 +17,10 @@ from dinoray.models.errors import ConfigError
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.tracking.scalar_names import group_of
 
+_EVAL_STEP = "eval/step"
+"""W&B: the step of the evaluation in a row."""
 _TAG = "dinoray.id"
 _PARAM_LENGTH, _PARAMS_AT_ONCE = 500, 100
 """Limits that every MLflow server accepts."""
@@ -138,7 +141,9 @@ def _artifact_location(run: TrackedRun) -> str | None:
 class WandB:
     """A run of the W&B project; an existing run with the same id is resumed.
 
-    W&B itself skips earlier steps.
+    W&B itself skips earlier steps. An evaluation may arrive after later steps: it goes into the newest row, or into one
+    after it where that has another evaluation, and curves of evaluations are drawn over the step that a row has for
+    them.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -152,6 +157,9 @@ class WandB:
         import wandb
 
         self._wandb, self._step = wandb, 0
+        self._over_own_step: set[str] = set()
+        self._newest_evaluation = (-1, -1)
+        """Its row, and its step."""
         local = None if is_s3(run.directory.uri) or "WANDB_DIR" in os.environ else Path(run.directory.uri)
         self._run = wandb.init(
             project=run.project,
@@ -168,13 +176,25 @@ class WandB:
 
     def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """Log a row of the history; calls with the same step are merged into one row."""
-        self._step = step
-        self._run.log(dict(values), step=step)
+        self._log(step, dict(values))
 
     def picture(self, name: str, step: int, png: bytes) -> None:
         """Log an image in the row of `step`."""
+        self._log(step, {name: self._wandb.Image(Image.open(io.BytesIO(png)))})
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
         self._step = step
-        self._run.log({name: self._wandb.Image(Image.open(io.BytesIO(png)))}, step=step)
+        evaluated = {name for name in values if group_of(name.removeprefix("eval/")) == "eval"}
+        if evaluated:
+            for name in evaluated - self._over_own_step:
+                self._run.define_metric(name, step_metric=_EVAL_STEP)
+            self._over_own_step |= evaluated
+            row, other = self._newest_evaluation
+            self._step = max(step, self._run.step)
+            self._step += self._step == row and step != other
+            self._newest_evaluation = (self._step, step)
+            values[_EVAL_STEP] = step
+        self._run.log(values, step=self._step)
 
     def page(self, html: str) -> None:
         """Log the report as a panel of the last row."""

@@ -34,13 +34,14 @@ class Gauges(MetricSink):
     """Gauges of the run named `run`."""
 
     def __init__(self, run: str, *, total_steps: int) -> None:
-        self._total_steps = total_steps
+        self._step, self._total_steps = 0, total_steps
         self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in GAUGES.items()}
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": run})
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Set the gauges that have a value."""
-        for name, value in numbers({"step": step, "total_steps": self._total_steps, **values}).items():
+        """Set the gauges that have a value. An evaluation may arrive after later steps."""
+        self._step = max(step, self._step)
+        for name, value in numbers({"step": self._step, "total_steps": self._total_steps, **values}).items():
             if name in self._gauges:
                 self._gauges[name].set(float(value))

@@ -15,6 +15,9 @@ from dinoray.pipeline.tracking.records import Records
 _KNN = re.compile(r"knn_(\d+)")
 _LABEL_FREE = ("rankme", "lidar")
 
+MISSING = "evaluation_missing"
+"""Name under which the log has why a step that was to be evaluated has no scores."""
+
 
 class Scores(NamedTuple):
     """One metric of a run's evaluations, larger is better: step -> its value."""
@@ -56,6 +59,15 @@ class Decline(NamedTuple):
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return those lines of a run that have scores."""
     return [line for line in lines if any(map(_rank, line))]
+
+
+def missing_evaluations(lines: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """Return the steps that were to be evaluated and have no scores, and why."""
+    lines = list(lines)
+    scored = {line["step"] for line in evaluations(lines)}
+    return {
+        line["step"]: str(line[MISSING]) for line in lines if MISSING in line and line["step"] not in scored
+    }
 
 
 def scores_of(lines: Iterable[Mapping[str, Any]]) -> Scores:

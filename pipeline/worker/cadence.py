@@ -27,11 +27,13 @@ class Cadence(NamedTuple):
         is_scored: bool,
     ) -> "Cadence":
         """Return the intervals of a run whose evaluations have scores if it `is_scored`."""
+        is_beside = evaluation.where == "side"
         saves = (
             checkpoint.every_steps if checkpoint.every_minutes is None else None,
             checkpoint.keep_every_steps,
-            # The best are checkpoints of evaluated steps.
-            evaluation.every_steps if is_scored and checkpoint.num_best_to_keep else None,
+            # The best are checkpoints of evaluated steps; an evaluation beside training that a loss interrupts is
+            # repeated from one.
+            evaluation.every_steps if is_scored and (checkpoint.num_best_to_keep or is_beside) else None,
         )
         every = tuple(steps for steps in saves if steps is not None)
         return cls(total_steps, log.every_steps, evaluation.every_steps, every)

@@ -1,7 +1,7 @@
 """All settings of a run. Each section is declared beside the thing that it configures; they meet here."""
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.cluster.resources import ResourcesConfig
@@ -21,7 +21,7 @@ MUTABLE_ON_RESUME = frozenset(
 )
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
-MUTABLE_KEYS = frozenset({"data.streams"})
+MUTABLE_KEYS = frozenset({"data.streams", "eval.where", "eval.max_under_way"})
 """Such settings in other sections."""
 
 
@@ -56,6 +56,16 @@ class Config(DINOConfig):
         if is_s3(path):
             split_s3_uri(path)
         return path
+
+    @model_validator(mode="after")
+    def _evaluator_is_used(self) -> "Config":
+        for name in ("evaluator_cpus", "evaluator_gpus"):
+            number = getattr(self.resources, name)
+            if number and self.eval.where != "side":
+                raise ValueError(
+                    f"resources.{name}={number:g} is for eval.where=side; set that, or resources.{name}=0"
+                )
+        return self
 
     def algorithm(self) -> DINOConfig:
         """The part that defines what is learnt, without where and how it runs."""

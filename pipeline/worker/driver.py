@@ -254,6 +254,7 @@ def run_training(
         probe=config.probe,
         health=config.health,
         cost=config.cost,
+        resources=config.resources,
         init=config.init,
         init_weights=None if weights is None else ray.put(weights),
         pictures=ray.put(inputs.pictures() if shows_images else []),

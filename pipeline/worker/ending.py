@@ -26,6 +26,10 @@ class Ending:
             self.request = ray.get(self._asked)
         return self.request is not None
 
+    def is_stop(self) -> bool:
+        """Return whether the workers were asked to end and not to start again; does not wait."""
+        return self.is_asked() and self.request is not None and self.request.restart is None
+
     def post(self, step: int) -> None:
         """Tell the driver that the workers have ended after `step`, saved; return once it has arrived."""
         if self.request is None or self.request.restart is None:

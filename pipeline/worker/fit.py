@@ -19,6 +19,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import filesystem
 from dinoray.pipeline.worker.ending import grow, take_restart
 from dinoray.pipeline.worker.restoring import take_refusal
+from dinoray.pipeline.worker.saving import drop_outdated
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.worker import work
 
@@ -45,6 +46,7 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
         if refusal is not None:
             spec.channel.post("note", text=f"warning: {refusal}")
         goes_on = refusal is not None or take_restart(spec.channel)
+    drop_outdated(spec)
 
 
 def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:

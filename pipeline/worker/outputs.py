@@ -21,7 +21,7 @@ from dinoray.pipeline.tracking.prometheus import Gauges
 from dinoray.pipeline.tracking.records import read_records, spent
 from dinoray.pipeline.tracking.run_log import MetricsLog
 from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
-from dinoray.pipeline.tracking.scores import Scores, evaluations, scores_of
+from dinoray.pipeline.tracking.scores import MISSING, Scores, evaluations, missing_evaluations, scores_of
 from dinoray.pipeline.tracking.services import open_trackers
 from dinoray.pipeline.tracking.write_thread import WriteThread
 from dinoray.pipeline.training.bad_images import Quarantine
@@ -51,7 +51,11 @@ class Outputs:
         records = read_records(spec.run)
         self._nodes = NodeWatch(spec.cost, dollars=spent(records))
         # Later steps are repeated.
-        self._evaluations = [line for line in evaluations(records.lines) if line["step"] <= state.step]
+        lines = [line for line in records.lines if line["step"] <= state.step]
+        self._evaluations = evaluations(lines)
+        self.begun_at = lines[0]["step"] if lines else state.step
+        """The step at which the run began, or the first one that it has logged."""
+        self._missing = missing_evaluations(lines)
         self._log = MetricsLog(
             spec.run,
             num_images=spec.num_images,
@@ -117,6 +121,18 @@ class Outputs:
             self._log.log(step, evaluated.scores)
         # The report is made from the files in the run directory.
         self._log.sync(then=lambda: self._channel.post("eval", step=step, **evaluated.scores))
+
+    def miss_evaluation(self, step: int, why: str) -> None:
+        """Log and tell why a step that was to be evaluated has no scores."""
+        self._spec.check_fence()
+        self._log.log(step, {MISSING: why})
+        self._log.sync()
+        self.note(f"warning: no evaluation of step {step}: {why}")
+
+    @property
+    def evaluated(self) -> set[int]:
+        """The steps that an earlier start, or this one, has evaluated, or has told to be missing."""
+        return {line["step"] for line in self._evaluations} | self._missing.keys()
 
     @property
     def scores(self) -> Scores:

@@ -3,18 +3,24 @@
 Ray Train adds the checkpoint to its list once they are written, and deletes others, which rank 0 names, after that.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from dinoray.models.errors import DinorayError
+from dinoray.models.errors import DataError, DinorayError
 from dinoray.pipeline.ray_private.train import DROPPED
 from dinoray.pipeline.storage import run_dir
-from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
+from dinoray.pipeline.storage.run_dir import (
+    checkpoint_name,
+    committed_checkpoints,
+    committed_steps,
+    leave_out,
+)
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.distributed import all_reduce_max
 from dinoray.pipeline.training.state_copy import is_finite
@@ -26,6 +32,8 @@ from dinoray.pipeline.worker.retention import Retention
 from dinoray.pipeline.worker.save_clock import SaveClock
 from dinoray.pipeline.worker.spec import WorkerSpec
 
+_OUTDATED = "outdated checkpoints"
+"""Name under which the run's channel keeps the names of the checkpoints that the last evaluations leave behind."""
 _LAST_SECONDS = 10.0
 """Longest wait for the log after the stream has failed."""
 
@@ -40,16 +48,19 @@ class Saver:
         spec: WorkerSpec,
         outputs: Outputs | None,
         agreement: Agreement,
+        *,
+        under_way: Callable[[], Collection[int]] = tuple,
     ) -> None:
+        """`under_way`: on rank 0, the steps whose evaluations are; their checkpoints are kept until these are known."""
         self._state, self._quarantine, self._spec = state, quarantine, spec
-        self._outputs, self._agreement = outputs, agreement
+        self._outputs, self._agreement, self._under_way_steps = outputs, agreement, under_way
         self._under_way = BackgroundSave(
             spec.run.child(run_dir.CHECKPOINTS), check=partial(spec.check_fence, is_strict=True)
         )
         self._logged: Callable[[], None] = lambda: None
         self._clock = SaveClock(spec.checkpoint, now=time.monotonic())
         self._retention = Retention(spec.checkpoint, committed_steps(spec.run) if outputs else [])
-        self.saved_step = state.step
+        self.saved_step, self._replaces = state.step, True
 
     def save(self, *, is_last: bool, waits_for_storage: bool) -> None:
         """Begin to save this step; it is written while training continues.
@@ -96,6 +107,14 @@ class Saver:
         """Return when the save under way is written. Raises its error if it fails for good."""
         self._under_way.is_free(waits_for_storage=True)
 
+    def finish(self) -> None:
+        """Have the checkpoints deleted that are not kept now that the last scores are known; after the last save."""
+        if self._outputs and self._replaces:
+            scores = self._outputs.scores.by_step
+            outdated = self._retention.drop(scores, under_way=self._under_way_steps())
+            self._spec.channel.put(_OUTDATED, list(map(checkpoint_name, outdated)))
+            self._spec.channel.get(_OUTDATED)  # it has arrived
+
     def check(self) -> None:
         """Raise the error of a save that failed for good."""
         self._under_way.check()
@@ -134,7 +153,9 @@ class Saver:
         dropped: list[int] = []
         if self._outputs:
             scores = self._outputs.scores.by_step
-            dropped = self._retention.add(self._state.step, scores, replaces=replaces)
+            dropped = self._retention.add(
+                self._state.step, scores, replaces=replaces, under_way=self._under_way_steps()
+            )
             storage = ray.train.get_context().get_storage()
             path = storage.build_checkpoint_path_from_name(name)
             checkpoint = Checkpoint(path, storage.storage_filesystem)
@@ -146,7 +167,7 @@ class Saver:
             delete_local_checkpoint_after_upload=False,  # it is not local: the files are written where they stay
             checkpoint_upload_fn=upload,
         )
-        self.saved_step = self._state.step
+        self.saved_step, self._replaces = self._state.step, replaces
         if self._outputs:
             self._outputs.restart_meters()
 
@@ -159,3 +180,20 @@ class Saver:
             raise
         self._spec.channel.post("checkpoint", step=self._under_way.step, name=name)
         return checkpoint
+
+
+def drop_outdated(spec: WorkerSpec) -> None:
+    """Delete the checkpoints that `Saver.finish` has named, in Ray's list first. For the driver, once nobody trains."""
+    outdated = spec.channel.get(_OUTDATED) or []
+    there = committed_checkpoints(spec.run)
+    outdated = [name for name in outdated if name in there and name != there[-1]]
+    if not outdated:
+        return
+    spec.check_fence()
+    run = spec.run.guarded(partial(spec.check_fence, is_strict=True))
+    leave_out(run, outdated)
+    for name in outdated:
+        folder = run.child(run_dir.CHECKPOINTS).child(name)
+        with contextlib.suppress(DataError):  # it costs space, and nothing else
+            folder.delete(run_dir.META)  # first: what a kill leaves is seen not to be whole
+            folder.remove()

@@ -10,6 +10,7 @@ from ray import ObjectRef
 from dinoray.models.published.checkpoint import Weights
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.cost import CostConfig
+from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
 from dinoray.pipeline.storage.files import Directory
@@ -41,6 +42,7 @@ class WorkerSpec:
     probe: ProbeConfig
     health: HealthConfig
     cost: CostConfig
+    resources: ResourcesConfig
     init: InitConfig
     init_weights: "ObjectRef[Weights] | None"
     pictures: "ObjectRef[list[tuple[str, NDArray[np.uint8]]]]"
@@ -57,6 +59,11 @@ class WorkerSpec:
     """Checked before the workers write into the run directory; None: nothing keeps two drivers apart."""
     waits_for_decision: bool = False
     """If True, the workers wait after each evaluation for the decision, on the channel, to continue or end."""
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether evaluations of the run have scores."""
+        return self.eval_sources is not None or self.eval.label_free
 
     def check_fence(self, *, is_strict: bool = False) -> None:
         """Raise LostLeaseError, and end the run with it, if the run directory is another driver's by now.

@@ -19,7 +19,6 @@ from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.data.partition import Layout, lay_out
-from dinoray.pipeline.evaluation.in_training import evaluate
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.waiting import report_outages
 from dinoray.pipeline.stream import ray_data, shared_stream
@@ -34,6 +33,7 @@ from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.capture import Capture
 from dinoray.pipeline.worker.ending import Ending
+from dinoray.pipeline.worker.evaluations import Evaluations
 from dinoray.pipeline.worker.outputs import Outputs
 from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore
 from dinoray.pipeline.worker.saving import Saver
@@ -63,6 +63,7 @@ def work(loop_config: dict[str, Any]) -> None:
         # Before the post, which ends the run: the files named in the error message must be complete.
         with contextlib.suppress(Exception):
             if outputs:
+                worker.evaluations.tell_left()
                 outputs.close(failed=True)
         known = known_error(error)
         if known is None:
@@ -98,13 +99,28 @@ class _Worker:
             log=spec.log,
             evaluation=spec.eval,
             checkpoint=spec.checkpoint,
-            is_scored=spec.eval_sources is not None or spec.eval.label_free,
+            is_scored=spec.has_scores,
         )
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
         # The first rank of each stream speaks for its ranks: rank j for stream j.
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
         self.ending = Ending(spec.channel) if self.rank == 0 else None
-        self.saver = Saver(self.state, self.quarantine, spec, self.outputs, self.agreement)
+        self.evaluations = Evaluations(
+            self.state,
+            spec,
+            self.outputs,
+            self.agreement,
+            num_ranks=self.world_size,
+            ending=self.ending,
+        )
+        self.saver = Saver(
+            self.state,
+            self.quarantine,
+            spec,
+            self.outputs,
+            self.agreement,
+            under_way=lambda: self.evaluations.under_way,
+        )
         self.capture = Capture.of(
             spec,
             self.state,
@@ -118,8 +134,11 @@ class _Worker:
     def run(self) -> None:
         """Train from the restored step to the last step."""
         state, total = self.state, self.state.schedule.total_steps
+        self.signs.does(state.step, "evaluates")
         if self.is_new:
-            self._evaluate()
+            self.evaluations.evaluate_here()
+        else:
+            self.evaluations.resume()
         self.signs.does(state.step, "waits for images")
         try:
             with self.capture.of_errors():
@@ -137,6 +156,13 @@ class _Worker:
             raise error from failed
         if state.step != total and not self.stopped:
             raise DinorayError(f"training ended at step={state.step} of {total}")
+        if self.stopped:
+            self.evaluations.tell_left()
+        else:
+            self.signs.does(state.step, "evaluates")
+            self.evaluations.wait(self.saver.check)
+            if self.evaluations.are_beside:
+                self.saver.finish()
         self.signs.does(state.step, "saves")
         if self.outputs:
             self.saver.wait()
@@ -210,6 +236,7 @@ class _Worker:
             self._log_step({k: float(v) for k, v in metrics.items()})
         if fails:
             self._go_back()
+        self.evaluations.look()
         if self.agreement.ends and not due.ends:
             # Before an evaluation, which may take longer than a node that is taken back is left to the run.
             self._save(is_last=False, waits_for_storage=True)
@@ -297,22 +324,8 @@ class _Worker:
         raise _GoingBackError(steps)
 
     def _evaluate(self) -> None:
-        spec, step = self.spec, self.state.step
-        self.signs.does(step, "evaluates")
-        evaluation = evaluate(
-            self.state.dino.teacher.backbone,
-            (ray.get(spec.eval_sources[0]), ray.get(spec.eval_sources[1])) if spec.eval_sources else None,
-            ray.get(spec.stream.source),
-            ray.get(spec.pictures),
-            title=f"step {step}",
-            algorithm=self.state.config,
-            config=spec.eval,
-            probe=spec.probe,
-        )
-        if self.outputs:
-            if evaluation:
-                self.outputs.log_evaluation(step, evaluation)
-            self.outputs.restart_meters()
+        self.signs.does(self.state.step, "evaluates")
+        self.evaluations.evaluate()
 
 
 class _GoingBackError(RuntimeError):

@@ -11,6 +11,7 @@ RUN = Run(
     gradient_bytes=100_000_000,
     forwards_per_image=10,
     evaluations=2,
+    pausing_evaluations=2,
     images_per_evaluation=0,
     checkpoints=0,
     checkpoint=CheckpointConfig(),

@@ -21,10 +21,9 @@ from dinoray.pipeline.data.demo_images import draw_demo_image
 from dinoray.pipeline.data.manifest import DataConfig, load_or_build
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
-from dinoray.pipeline.evaluation.features import Features, embed_sharded
-from dinoray.pipeline.evaluation.in_training import evaluate
+from dinoray.pipeline.evaluation.features import Features, Shares, embed_sharded
+from dinoray.pipeline.evaluation.in_training import Evaluation, evaluate
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.tracking.sink import Embedding
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.ddp import distribute
@@ -53,7 +52,7 @@ class Rank(NamedTuple):
     counts: dict[str, int]
     trained: int
     features: Features
-    embedding: Embedding | None
+    evaluation: Evaluation | None
 
 
 def training_config() -> DINOConfig:
@@ -161,16 +160,6 @@ def _work(rank: int, source: Source) -> Rank:
     features = embed_sharded(
         seeded_backbone(), source, state.config.crops, eval_config(), limit=1000, precision="fp32"
     )
-    evaluation = evaluate(
-        seeded_backbone(),
-        (source, source),
-        source,
-        [("grey", np.full((32, 32, 3), 128, np.uint8))],
-        title="",
-        algorithm=state.config,
-        config=eval_config(),
-        probe=ProbeConfig(),
-    )
     return Rank(
         metrics=metrics,
         centers=centers,
@@ -181,7 +170,22 @@ def _work(rank: int, source: Source) -> Rank:
         counts=dict(quarantine.counts),
         trained=quarantine.trained,
         features=features,
-        embedding=evaluation.embedding if evaluation else None,
+        evaluation=evaluated(source),
+    )
+
+
+def evaluated(source: Source, *, shares: Shares | None = None) -> Evaluation | None:
+    """What is measured of a small network on a few images."""
+    return evaluate(
+        seeded_backbone(),
+        (source, source),
+        source,
+        [("grey", np.full((32, 32, 3), 128, np.uint8))],
+        title="",
+        algorithm=training_config(),
+        config=eval_config().model_copy(update={"lidar": True}),
+        probe=ProbeConfig(lidar_images=7, lidar_views=3),
+        shares=shares,
     )
 
 

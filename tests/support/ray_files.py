@@ -11,6 +11,8 @@ RAY_FILES = {
         for name in (
             "driver",
             "ending",
+            "evaluations",
+            "evaluator",
             "fit",
             "worker",
             "outputs",

@@ -11,7 +11,7 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation import in_training
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views
 from dinoray.pipeline.evaluation.config import ProbeConfig
-from dinoray.pipeline.evaluation.features import Features, embed_source, eval_batches
+from dinoray.pipeline.evaluation.features import Features, Shares, embed_source, eval_batches
 from dinoray.pipeline.evaluation.in_training import Evaluation, evaluate
 from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.evaluation.labels import subset
@@ -99,11 +99,10 @@ def test_with_pictures_some_images_are_embedded_with_labels_and_thumbnails(
 
 def test_more_ranks_than_images_to_show_still_show_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_training, "_NUM_EMBEDDED", 2)
-    monkeypatch.setattr(in_training.distributed, "world_size", lambda: 3)
     monkeypatch.setattr(in_training.distributed, "gather", lambda mine: [mine] * 3)
-    shown = in_training._Shown(9)
+    shown = in_training._Shown(9, Shares((0,), 3))
     batch = Features(np.arange(12, dtype=np.float32).reshape(3, 4), ["a", "b", "c"], 0)
-    shown.on_batch(np.zeros((3, 32, 32, 3), np.uint8), batch)
+    shown.on_batch[0](np.zeros((3, 32, 32, 3), np.uint8), batch)
     embedding = shown.share()
     assert embedding is not None
     assert embedding.labels == ["a", "a"]  # each rank has kept one of its three

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import IMAGES_PER_LABEL, LABELS, eval_config, labelled_source, seeded_backbone, two_ranks
+from ranks import (
+    IMAGES_PER_LABEL,
+    LABELS,
+    eval_config,
+    evaluated,
+    labelled_source,
+    seeded_backbone,
+    two_ranks,
+)
 from tiny import tiny_config
 
 from dinoray.models.errors import ConfigError, DataError
@@ -18,6 +26,7 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import (
     Features,
+    Shares,
     embed,
     embed_sharded,
     embed_source,
@@ -141,13 +150,29 @@ def test_two_processes_embed_each_image_once_and_both_get_all(source: Source) ->
 
 def test_two_processes_show_each_image_once_with_its_own_label(source: Source) -> None:
     whole = all_of(source)
-    first, second = (rank.embedding for rank in two_ranks())
-    assert second is None
+    evaluation, other = (rank.evaluation for rank in two_ranks())
+    assert other is None
+    assert evaluation is not None
+    first = evaluation.embedding
     assert first is not None
     rows = [*range(0, len(whole.labels), 2), *range(1, len(whole.labels), 2)]  # one rank's, then the other's
     assert first.labels == [whole.labels[row] for row in rows]
     np.testing.assert_allclose(first.features, whole.features[rows], rtol=1e-3, atol=1e-4)
     assert first.thumbnails.shape == (len(rows), 32, 32, 3)
+
+
+def test_one_process_with_all_shares_finds_what_two_ranks_do_bit_for_bit(source: Source) -> None:
+    there, here = two_ranks()[0].evaluation, evaluated(source, shares=Shares.of_all_ranks(2))
+    assert there is not None
+    assert here is not None
+    assert here.scores == there.scores
+    assert {"knn_1", "knn_3", "rankme", "lidar"} <= here.scores.keys()
+    assert here.attention == there.attention
+    assert here.embedding is not None
+    assert there.embedding is not None
+    np.testing.assert_array_equal(here.embedding.features, there.embedding.features)
+    np.testing.assert_array_equal(here.embedding.thumbnails, there.embedding.thumbnails)
+    assert here.embedding.labels == there.embedding.labels
 
 
 # Where labels come from

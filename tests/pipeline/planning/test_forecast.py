@@ -218,6 +218,7 @@ runs = st.builds(
     gradient_bytes=st.integers(10**6, 10**9),
     forwards_per_image=st.floats(2, 40),
     evaluations=st.integers(1, 1000),
+    pausing_evaluations=st.integers(1, 1000),
     images_per_evaluation=st.integers(0, 60_000),
     checkpoints=st.integers(0, 1000),
     checkpoint=st.builds(CheckpointConfig, every_minutes=st.sampled_from([None, "auto", 0.5])),

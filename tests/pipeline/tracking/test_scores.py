@@ -12,7 +12,15 @@ from tiny_states import commit
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.records import Records, read_records
-from dinoray.pipeline.tracking.scores import Best, Scores, best_checkpoint, decline, scores_of
+from dinoray.pipeline.tracking.scores import (
+    MISSING,
+    Best,
+    Scores,
+    best_checkpoint,
+    decline,
+    missing_evaluations,
+    scores_of,
+)
 
 
 def run_of(folder: Path, *lines: dict[str, Any], committed: tuple[int, ...]) -> Directory:
@@ -108,3 +116,13 @@ def test_a_decline_is_from_the_best_to_the_last(scores: dict[int, float]) -> Non
     fall, last = max(scores.values()) - scores[max(scores)], decline(Scores("knn_20", scores))
     assert (last is not None) == (fall >= 0.0005)
     assert last is None or (last.best.score, last.last_score) == (max(scores.values()), scores[max(scores)])
+
+
+def test_a_step_without_scores_is_missing_unless_it_has_them_after_all() -> None:
+    lines = [
+        {"step": 4, MISSING: "lost"},
+        {"step": 8, MISSING: "lost", "loss": 1.0},
+        {"step": 8, "knn_20": 0.5},
+        {"step": 12, "loss": 1.0},
+    ]
+    assert missing_evaluations(lines) == {4: "lost"}

@@ -141,6 +141,13 @@ def test_wandb_has_one_run_of_all_lives(tmp_path: Path, monkeypatch: pytest.Monk
     told: list[str] = []
     for first, last in ((0, 5), (4, 8)):
         (sink,) = sinks(tmp_path, TrackConfig(wandb=True, project="plants"), told, lr=0.1)
+        sink.log(first, {"loss": 2.0})
+        if first:  # evaluations that arrive after later steps
+            for step in (5, 6):
+                sink.log(step, {"loss": 2.0})
+            for step in (3, 5):
+                sink.log(step, {"rankme": float(step)})
+            first = 7
         follow(sink, first, last, loss=2.0)
     assert told == []
     number = json.loads((tmp_path / run_dir.TRACKING).read_text())["id"]
@@ -168,6 +175,10 @@ def test_wandb_has_one_run_of_all_lives(tmp_path: Path, monkeypatch: pytest.Monk
         assert rows[-1]["attention.width"] == 4
         assert rows[-1]["report._type"] == "html-file"
         assert not {"eval/knn_20", "attention.width"} & rows[0].keys()
+        arrived = [
+            (row["_step"], row["eval/step"], row["eval/rankme"]) for row in rows if "eval/rankme" in row
+        ]
+        assert arrived == ([] if steps[0] == 0 else [(6, 3, 3.0), (7, 5, 5.0)])
 
 
 # What is asked for

@@ -47,6 +47,18 @@ def test_what_is_kept_for_its_step_or_score_is_saved_whatever_the_interval(
     assert cadence == Cadence(100, 10, 20, expected)
 
 
+@pytest.mark.parametrize(("is_scored", "expected"), [(True, (5, 20)), (False, (5,))])
+def test_what_is_evaluated_beside_training_is_saved_to_be_evaluated_again_after_a_loss(
+    is_scored: bool, expected: tuple[int, ...]
+) -> None:
+    checkpoint = CheckpointConfig(every_steps=5, num_best_to_keep=0)
+    evaluation = EvalConfig(every_steps=20, where="side")
+    cadence = Cadence.of(
+        100, log=LogConfig(), evaluation=evaluation, checkpoint=checkpoint, is_scored=is_scored
+    )
+    assert cadence.save_every == expected
+
+
 def test_a_failing_step_is_logged_and_nothing_else() -> None:
     cadence = Cadence(100, log_every=10, eval_every=20, save_every=(50,))
     assert cadence.due(7) == Due(ends=False, logs=False, evaluates=False, saves=False)

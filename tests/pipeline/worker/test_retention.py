@@ -76,3 +76,21 @@ def test_one_that_cannot_be_resumed_from_replaces_none(
     assert set(retention.add(42, scores, replaces=True)) == {*steps, 41} - kept(
         [*steps, 41, 42], scores, config
     )
+
+
+@given(all_steps, scores, configs, st.integers(1, 3), st.sets(st.integers(1, 40)))
+def test_scores_that_come_late_keep_the_same_checkpoints_in_the_end(
+    steps: list[int], scores: dict[int, float], config: CheckpointConfig, late: int, killed_after: set[int]
+) -> None:
+    """A score is known `late` saves after its step's own; its checkpoint is there until then."""
+    retention, there = Retention(config, []), set[int]()
+    for number, step in enumerate(steps):
+        under_way = [other for other in steps[max(0, number + 1 - late) : number + 1] if other in scores]
+        known = {evaluated: score for evaluated, score in scores.items() if evaluated not in under_way}
+        there |= {step}
+        there -= set(retention.add(step, known, replaces=True, under_way=under_way))
+        assert there.issuperset(under_way)
+        if step in killed_after:
+            retention = Retention(config, there)
+    there -= set(retention.drop(scores))
+    assert there == {step for step in steps if is_kept(step, steps, scores, config)}
