@@ -91,11 +91,17 @@ class DINO(nn.Module):
         return self.teacher([global_crops])
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """Set teacher <- momentum * teacher + (1 - momentum) * student, over parameters, in float32."""
-        torch._foreach_lerp_(
-            list(self.teacher.parameters()), list(self.student.parameters()), weight=1.0 - momentum
-        )
+    def update_teacher(self, momentum: float, is_finite: Tensor) -> None:
+        """Set teacher <- momentum * teacher + (1 - momentum) * student, over parameters, in float32.
+
+        Only if `is_finite`, a 0-d bool on the device which the host does not read.
+        """
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        # Selected, not weighted with 0: a student with NaN would make the teacher NaN.
+        for new, old in zip(
+            torch._foreach_lerp(teacher, student, weight=1.0 - momentum), teacher, strict=True
+        ):
+            torch.where(is_finite, new, old, out=old)
 
 
 def crop_major(crops: Tensor) -> Tensor:

@@ -67,6 +67,27 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, *, lr: float, weight_d
 
 
 @torch.no_grad()
+def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
+    """Step if `is_finite`, a 0-d bool on the device which the host does not read; otherwise change nothing.
+
+    A first step that is not taken leaves moments of 0, as if there were none yet.
+    """
+    if isinstance(
+        optimizer, torch.optim.AdamW
+    ):  # its fused kernel looks at the flag, as for torch.amp.GradScaler
+        optimizer.found_inf = (~is_finite).to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+        return
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    before = {p: (p.clone(), {k: x.clone() for k, x in optimizer.state[p].items()}) for p in stepped}
+    optimizer.step()
+    for p, (value, moments) in before.items():
+        torch.where(is_finite, p, value, out=p)
+        for name, x in optimizer.state[p].items():
+            torch.where(is_finite, x, moments.get(name, torch.zeros_like(x)), out=x)
+
+
+@torch.no_grad()
 def clip_per_parameter(student: nn.Module, max_norm: float) -> Tensor:
     """Clip each gradient tensor to `max_norm` (0: no clipping); return the global norm before clipping.
 

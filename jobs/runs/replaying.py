@@ -21,6 +21,7 @@ from dinoray.pipeline.tracking.records import read_mapping, read_records
 from dinoray.pipeline.training.distributed import set_up_device
 from dinoray.pipeline.training.non_finite import watched
 from dinoray.pipeline.training.rank_shares import RankShares
+from dinoray.pipeline.training.skips import LAG, Skips
 from dinoray.pipeline.training.step import TrainState, train_step
 from dinoray.pipeline.worker.config import Config
 
@@ -78,8 +79,9 @@ def replay(arguments: Namespace) -> None:
     batches = RunBatches(source, algorithm, shares, replaced_positions(run))
     left_out = step - 1 - state.step if arguments.alone else 0
     if left_out:
-        skipped = logged.skipped_before(step)
-        state.step, state.skipped = step - 1, state.skipped if skipped is None else skipped
+        skipped = logged.skipped_before(step - LAG)  # those that the step's schedules wait for
+        state.step = step - 1
+        state.skips = Skips(state.device, total=state.skips.before_lag if skipped is None else skipped)
     first = state.step + 1
     _print(f"warning: {line}" for line in start.refused)
     _print(replay_lines.beginning(run.uri, start.name, state, step, shares, logged.capture))
@@ -124,7 +126,8 @@ def _run_last(
     num_images: int,
 ) -> None:
     """Run `step` and print all that is seen of it, also if it raises an exception."""
-    batch, now, skipped = batches.batch(step), state.schedule.at(state.step - state.skipped), state.skipped
+    state.skips.settle()
+    batch, now, skipped = batches.batch(step), state.settings(), state.skipped
     state.health.read(step - 1, state.dino.center)  # so that the next reading is of this step alone
     with watched(state) as found:
         try:

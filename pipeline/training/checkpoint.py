@@ -28,6 +28,7 @@ from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoints
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.skips import Skips
 from dinoray.pipeline.training.state_copy import StateCopy, is_finite
 from dinoray.pipeline.training.step import TrainState
 
@@ -155,8 +156,7 @@ def load_parts(state: TrainState, parts: CheckpointParts, address: str) -> dict[
         restore_optimizer(state.optimizer, train_state["optimizer"])
         state.dino.center.copy_(train_state["center"])
         state.health.load_state_dict(train_state["health"], device=state.device)
-        state.step, state.skipped = meta["step"], meta["skipped"]
-        state.skipped_in_a_row = meta["skipped_in_a_row"]
+        state.step, state.skips = meta["step"], Skips.restored(meta, state.device)
     except ConfigError:
         raise
     except Exception as error:  # contents of another network may raise anything

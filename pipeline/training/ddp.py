@@ -16,4 +16,12 @@ def distribute(dino: DINO, device: torch.device) -> nn.Module:
         return dino.student
     if has_batch_norm(dino.student):
         synchronise_batch_norm(dino, device)
-    return DistributedDataParallel(dino.student, device_ids=[device] if device.type == "cuda" else None)
+    student = DistributedDataParallel(
+        dino.student,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # without a copy of all gradients
+    )
+    # Batch norm takes its statistics over all processes, so its buffers are equal. Set here, as the argument's name
+    # depends on torch's version.
+    student.broadcast_buffers = False
+    return student

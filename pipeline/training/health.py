@@ -43,6 +43,10 @@ class Sums(NamedTuple):
     squares: Tensor  # [D]: their squares
     totals: Tensor  # [3]: rows, entropy, KL
 
+    def where(self, is_finite: Tensor) -> "Sums":
+        """Return the sums if `is_finite`, a 0-d bool on the device which the host does not read; otherwise zeros."""
+        return Sums(*(torch.where(is_finite, x, 0.0) for x in self))
+
 
 @torch.no_grad()
 def sums_of(probs: Tensor, features: Tensor, *, entropy: Tensor, kl: Tensor) -> Sums:
@@ -82,7 +86,8 @@ class Health:
         if self._sums is not None:
             sizes[2] = sizes[3] = len(self._sums.features)
             flat = all_reduce_sum(torch.cat(self._sums))
-            metrics = self._measure(Sums(*flat.split(sizes)), center)
+            if flat[-3] > 0:  # rows; none if all steps were skipped
+                metrics = self._measure(Sums(*flat.split(sizes)), center)
             self._sums = None
         if skipped_in_a_row >= self.config.max_skipped:
             verdict = Verdict.NON_FINITE

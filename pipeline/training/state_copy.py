@@ -51,8 +51,7 @@ class StateCopy:
         self.num_bytes = sum(buffer.nbytes for buffer in self._buffers.values())
         self._meta = {
             "step": state.step,
-            "skipped": state.skipped,
-            "skipped_in_a_row": state.skipped_in_a_row,
+            **state.skips.state_dict(),
             "positions": state.step * state.config.train.global_batch_size,
             "total_steps": state.schedule.total_steps,
             "num_images": num_images,

@@ -37,6 +37,7 @@ from dinoray.pipeline.training.config import DINOConfig, HealthConfig, Schedule,
 from dinoray.pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
 from dinoray.pipeline.training.health import Health, Sums, sums_of
 from dinoray.pipeline.training.match_weights import adapt
+from dinoray.pipeline.training.skips import Kept, Skips
 from dinoray.pipeline.training.staging import DEVICE_COLUMNS
 
 # Batches may be read-only views. Nothing writes to them, so torch's warning is not needed.
@@ -47,9 +48,8 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 class TrainState:
     """Everything that a step reads and changes. `student` is `dino.student`, or its DDP wrapper.
 
-    `step` counts batches. A batch with a non-finite loss or gradient is skipped and counts in `skipped`;
-    `skipped_in_a_row` counts the latest consecutive skips. Schedules advance with the batches that are not
-    skipped.
+    `step` counts batches. A batch with a non-finite loss or gradient is skipped: it changes nothing else. Schedules
+    advance with the batches that are not skipped; they wait for a skipped one once its skip is LAG steps old.
     """
 
     config: DINOConfig
@@ -59,14 +59,28 @@ class TrainState:
     device: torch.device
     health: Health
     student: nn.Module = field(init=False)
+    skips: Skips = field(init=False)
     step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
     has_stepped: bool = field(default=False, init=False)
     """True after the first step in this process."""
 
     def __post_init__(self) -> None:
         self.student = self.dino.student
+        self.skips = Skips(self.device)
+
+    @property
+    def skipped(self) -> int:
+        """The number of skipped steps that are known so far; of all steps after `skips.settle`."""
+        return self.skips.total
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """The number of latest consecutive skips, as for `skipped`."""
+        return self.skips.in_a_row
+
+    def settings(self) -> StepSettings:
+        """Return the schedules' values for the step about to run."""
+        return self.schedule.at(self.step - self.skips.before_lag)
 
 
 def build_state(
@@ -119,9 +133,10 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
     written to. With `crops.photometric=device` also float32 `global_photometric` [B, G, 11] and `local_photometric`
     [B, L, 11]. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
     `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
-    If the loss or a gradient is not finite on any process, only `state.step` and the skip counts change.
-    Raises ConfigError if the crops do not match the config, ResourceError if the first step does not fit the
-    GPU.
+    If the loss or a gradient is not finite on any process, only `state.step` changes, and `state.skips` some steps
+    later. The host reads nothing from the device.
+
+    Raises ConfigError if the crops do not match the config, ResourceError if the first step does not fit the GPU.
     """
     _check(batch, state.config.crops)
     try:
@@ -140,13 +155,11 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
 
 
 def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | float]:
-    config, dino, now = state.config, state.dino, state.schedule.at(state.step - state.skipped)
+    config, dino, now = state.config, state.dino, state.settings()
     optim.set_hyperparameters(state.optimizer, lr=now.lr, weight_decay=now.weight_decay)
     state.optimizer.zero_grad(set_to_none=True)
     torch.manual_seed(drop_path_seed(config.train.seed, state.step, rank()))
-    statistics = [
-        (buffer, buffer.clone()) for net in (dino.student, dino.teacher) for buffer in net.buffers()
-    ]
+    statistics = Kept((*dino.student.buffers(), *dino.teacher.buffers()))
 
     seen: list[_MicrobatchResult] = []
     parts = num_microbatches(
@@ -166,20 +179,17 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
     loss, pairs_loss, entropy = (sums[:3] / sums[-1]).unbind()
 
     state.step += 1
-    if bool(torch.isfinite(loss + grad_norm)):  # both are equal on all processes
-        state.optimizer.step()
-        dino.update_teacher(now.teacher_momentum)
-        if config.loss.centering == "center":
-            dino.center.copy_(update_center(dino.center, sums[3:], momentum=config.loss.center_momentum))
-        for counted in seen:
-            state.health.add(counted.health)
-        state.skipped_in_a_row = 0
-    else:
-        for buffer, before in statistics:
-            buffer.copy_(before)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.skipped += 1
-        state.skipped_in_a_row += 1
+    # Both are equal on all processes. Unless they are finite, what follows changes nothing; the host does not know.
+    is_finite = torch.isfinite(loss + grad_norm)
+    optim.step_if(state.optimizer, is_finite)
+    dino.update_teacher(now.teacher_momentum, is_finite)
+    if config.loss.centering == "center":
+        center = update_center(dino.center, sums[3:], momentum=config.loss.center_momentum)
+        torch.where(is_finite, center, dino.center, out=dino.center)
+    for counted in seen:
+        state.health.add(counted.health.where(is_finite))
+    statistics.give_back_unless(is_finite)
+    state.skips.add(state.step, is_finite)
     return {
         "loss": loss,
         "teacher_entropy": entropy,

@@ -1,6 +1,6 @@
 """What a step that went wrong leaves behind for `dinoray replay`: who was in the batch, and what was measured.
 
-Costs a healthy step one comparison. What goes wrong here is a warning, and never ends a run. No Ray here.
+Costs a healthy step nothing. What goes wrong here is a warning, and never ends a run. No Ray here.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import platform
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,7 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.capture_files import CaptureFiles
 from dinoray.pipeline.training.distributed import rank, world_size
+from dinoray.pipeline.training.skips import LAG, Skip
 from dinoray.pipeline.training.step import TrainState, drop_path_seed
 
 if TYPE_CHECKING:
@@ -57,6 +59,10 @@ class Capture:
     """Raises where this run may not write into its directory any more."""
     _step: int | None = field(default=None, init=False)
     """The step under way, counted from 1; None between two steps."""
+    _latest: deque[tuple[int, Mapping[str, Any]]] = field(
+        default_factory=lambda: deque(maxlen=LAG + 1), init=False
+    )
+    """Metrics of the steps that may still turn out to be skipped."""
     _noted: set[str] = field(default_factory=set, init=False)
     _has_warned: bool = field(default=False, init=False)
 
@@ -89,11 +95,13 @@ class Capture:
             self._step = self.state.step + 1
             yield batch
 
-    def after_step(self, metrics: Mapping[str, Any]) -> None:
-        """Capture a step that was skipped because it is not finite."""
+    def after_step(self, metrics: Mapping[str, Any], skips: Iterable[Skip]) -> None:
+        """Capture the steps that were skipped because they are not finite, of which the host has now learnt."""
         self._step = None
-        if self.state.skipped_in_a_row and self.write:
-            self._capture(self.state.step, NOT_FINITE, metrics=metrics)
+        self._latest.append((self.state.step, metrics))
+        for skip in skips if self.write else ():
+            counts = {"skipped": skip.total, "skipped_in_a_row": skip.in_a_row}
+            self._capture(skip.step, NOT_FINITE, metrics=dict(self._latest).get(skip.step, {}), **counts)
 
     def collapse(self, verdict: str, metrics: Mapping[str, Any]) -> None:
         """Capture the step whose verdict changed to a collapse."""

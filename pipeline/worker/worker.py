@@ -26,6 +26,7 @@ from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.ddp import distribute
 from dinoray.pipeline.training.distributed import all_reduce_max, set_up_device
 from dinoray.pipeline.training.init_weights import load_initial_weights
+from dinoray.pipeline.training.skips import Skip
 from dinoray.pipeline.training.staging import staged
 from dinoray.pipeline.training.step import build_state, train
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
@@ -146,6 +147,7 @@ class _Worker:
         except StreamFailedError as failed:
             # Of an augment actor's error Ray forwards only the text; the actor has posted the error itself.
             error = self.spec.channel.posted_error() or failed.error
+            state.skips.settle()
             # After another error Ray restarts the workers, and does not wait for a checkpoint.
             if (
                 isinstance(error, DinorayError)
@@ -224,18 +226,22 @@ class _Worker:
     def _on_step(self, batch: Any, metrics: dict[str, Any], wait_seconds: float) -> bool:
         """Do what is due after a step; return True if the run must end here. All ranks call it alike."""
         state, step = self.state, self.state.step
-        self.capture.after_step(metrics)
+        if self.cadence.due(step, fails=self.agreement.ends).logs:
+            state.skips.settle()  # the host reads the step's metrics anyway
+        skips = state.skips.take()
+        self.capture.after_step(metrics, skips)
         if self.outputs:
             self.outputs.count_step(batch, wait_seconds)
         if self.rank < self.spec.stream.num_streams > 1:
             self.work.add(batch["cpu_ms"])
         self.quarantine.note(batch)
-        fails = state.skipped_in_a_row >= self.spec.health.max_skipped
-        due = self.cadence.due(step, fails=fails or self.agreement.ends)
+        failing = next((skip for skip in skips if skip.in_a_row >= self.spec.health.max_skipped), None)
+        due = self.cadence.due(step, fails=failing is not None or self.agreement.ends)
         if due.logs:
-            self._log_step({k: float(v) for k, v in metrics.items()})
-        if fails:
-            self._go_back()
+            in_a_row = failing.in_a_row if failing else state.skipped_in_a_row
+            self._log_step({k: float(v) for k, v in metrics.items()}, in_a_row)
+        if failing:
+            self._go_back(failing)
         self.evaluations.look()
         if self.agreement.ends and not due.ends:
             # Before an evaluation, which may take longer than a node that is taken back is left to the run.
@@ -276,7 +282,7 @@ class _Worker:
         ).tolist()
         return not ends, bool(saves)
 
-    def _log_step(self, metrics: dict[str, Any]) -> None:
+    def _log_step(self, metrics: dict[str, Any], skipped_in_a_row: int) -> None:
         state = self.state
         self._count_images()
         self.quarantine.check(
@@ -285,7 +291,7 @@ class _Worker:
             limit=self.spec.max_bad_fraction,
             file=self.spec.run.join(run_dir.QUARANTINE),
         )
-        metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=state.skipped_in_a_row)
+        metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=skipped_in_a_row)
         if self.outputs:
             self.outputs.log_step(state, metrics, self.quarantine)
         self._act_on(Verdict(metrics["verdict"]), metrics)
@@ -312,11 +318,11 @@ class _Worker:
         if self.outputs:
             self.outputs.note(f"warning: {message}")
 
-    def _go_back(self) -> None:
+    def _go_back(self, failing: Skip) -> None:
         """Raise, so that Ray restarts all workers from the last checkpoint; the second time, end the run."""
         number = self.spec.channel.claim("go back") if self.rank == 0 else None
         number = ray.train.collective.broadcast_from_rank_zero(number)
-        steps = f"{self.state.skipped_in_a_row} steps in a row, up to step {self.state.step}, were not finite"
+        steps = f"{failing.in_a_row} steps in a row, up to step {failing.step}, were not finite"
         if number > 1 or not self.spec.can_restart:
             raise UnhealthyError(f"{steps}: {Verdict.NON_FINITE.remedy}", Verdict.NON_FINITE)
         if self.outputs:

@@ -65,7 +65,7 @@ def test_teacher_is_the_moving_average_of_each_parameter(momentum: float) -> Non
     scramble(dino.student)
     old = {name: p.detach().double() for name, p in dino.teacher.named_parameters()}
     student = {name: p.detach().clone() for name, p in dino.student.named_parameters()}
-    dino.update_teacher(momentum)
+    dino.update_teacher(momentum, torch.tensor(True))
     for name, p in dino.teacher.named_parameters():
         expected = momentum * old[name] + (1 - momentum) * student[name].double()
         torch.testing.assert_close(p.detach().double(), expected, rtol=1e-6, atol=1e-7)
@@ -76,14 +76,14 @@ def test_at_a_momentum_of_one_the_teacher_stays_bit_for_bit() -> None:
     dino = tiny_dino()
     scramble(dino.student)
     before = {name: p.detach().clone() for name, p in dino.teacher.named_parameters()}
-    dino.update_teacher(1.0)
+    dino.update_teacher(1.0, torch.tensor(True))
     assert all(torch.equal(p, before[name]) for name, p in dino.teacher.named_parameters())
 
 
 def test_batch_statistics_are_the_teachers_own() -> None:
     dino = resnet_dino()
     dino.student([10 * images()])
-    dino.update_teacher(0.0)
+    dino.update_teacher(0.0, torch.tensor(True))
     norm = next(name for name, m in dino.student.named_modules() if isinstance(m, nn.BatchNorm2d))
     student, teacher = dino.student.get_submodule(norm), dino.teacher.get_submodule(norm)
     assert student.running_mean.any()

@@ -20,6 +20,7 @@ from dinoray.models.optim import (
     param_groups,
     restore_optimizer,
     set_hyperparameters,
+    step_if,
 )
 from dinoray.models.schedules import scaled_lr
 
@@ -317,3 +318,34 @@ def test_lars_equals_the_published_one_step_by_step() -> None:
         assert all(torch.equal(p.grad, grad) for p, grad in zip(params, step, strict=True))
     for p, twin in zip(params, expected, strict=True):
         torch.testing.assert_close(p.double(), twin, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_step_is_taken_whole_or_not_at_all(name: str) -> None:
+    """Beside the optimiser's own step, on a network that has the same gradients; NaN in those not taken."""
+    networks = [_seeded_network() for _ in range(2)]
+    ours, theirs = (build_optimizer(OptimConfig(name=name), network) for network in networks)  # type: ignore[arg-type]
+    for number, is_finite in enumerate([False, True, True, False, True]):
+        before = copy.deepcopy(networks[0].state_dict())
+        for optimizer, network in zip((ours, theirs), networks, strict=True):
+            set_hyperparameters(optimizer, lr=0.1, weight_decay=0.04)
+            for place, p in enumerate(network.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * number + place))
+                if optimizer is ours and not is_finite:
+                    p.grad[0] = float("nan")
+        step_if(ours, torch.tensor(is_finite))
+        if is_finite:
+            theirs.step()
+        for (key, a), b in zip(
+            networks[0].state_dict().items(), networks[1].state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), key
+            assert torch.equal(a, before[key]) is not is_finite, key
+    moments = [optimizer.state_dict()["state"] for optimizer in (ours, theirs)]
+    assert moments[0].keys() == moments[1].keys()
+    assert all(torch.equal(x, moments[1][i][k]) for i, one in moments[0].items() for k, x in one.items())
+
+
+def _seeded_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))

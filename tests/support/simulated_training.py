@@ -18,6 +18,7 @@ from torch import Tensor
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.stream.ray_data import in_step
+from dinoray.pipeline.training.skips import Skips
 
 
 class _Tensors:
@@ -58,7 +59,8 @@ class StandIn:
         self.dino.state_dict = lambda: {"center": self.dino.center}
         self.optimizer, self.health = _Optimizer(), _Tensors()
         self.device = torch.device("cpu")
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.step = 0
+        self.skips = Skips(torch.device("cpu"))
         self.schedule = SimpleNamespace(total_steps=total_steps)
         self.config = SimpleNamespace(
             train=SimpleNamespace(global_batch_size=global_batch_size),

@@ -78,6 +78,7 @@ def _train(rank: int, folder: Path, name: str, settings: Sequence[str]) -> None:
     def on_step(batch: Mapping[str, Any], metrics: dict[str, Any], _: float) -> None:
         quarantine.note(batch)
         bad = quarantine.share(positions=8 * state.step)
+        state.skips.settle()  # each step is logged
         if log is None:
             return
         log.add_bad_images(bad)

@@ -30,7 +30,7 @@ def test_centre_and_teacher_move_once_per_step_however_many_parts_there_are() ->
     for num_parts in (1, 4):
         config = tiny_config(train={"accumulate_steps": num_parts})
         state = build_state(config, num_images=NUM_IMAGES)
-        state.dino.update_teacher = lambda momentum, moves=moves: moves.append(momentum)  # type: ignore[method-assign]
+        state.dino.update_teacher = lambda momentum, _, moves=moves: moves.append(momentum)  # type: ignore[method-assign]
         train_step(state, tiny_batch(config))
     assert moves == [0.996, 0.996]
 

@@ -15,6 +15,7 @@ from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.capture_files import CaptureFiles, read_capture
+from dinoray.pipeline.training.skips import LAG
 from dinoray.pipeline.training.step import TrainState, train
 from dinoray.pipeline.worker.capture import Capture
 
@@ -39,6 +40,7 @@ class Watched:
         self.writes: list[Callable[[], None]] = []
         self.num_sources = 0
         self.steps_done: list[int] = []
+        self.logs = True
 
         def open_source() -> Source:
             self.num_sources += 1
@@ -64,7 +66,9 @@ class Watched:
                 yield tiny_batch(tiny_config(), seed=step)
 
         def on_step(_: Any, metrics: dict[str, Any], __: float) -> None:
-            self.capture.after_step(metrics)
+            if self.logs:
+                self.state.skips.settle()
+            self.capture.after_step(metrics, self.state.skips.take())
             self.steps_done.append(self.state.step)
 
         with self.capture.of_errors():
@@ -120,6 +124,21 @@ def test_a_step_that_is_not_finite_is_captured_with_its_images_and_metrics(
         "step 3 is captured (non-finite step): `dinoray replay runs/one --step 3` repeats it"
     ]
     assert len(json.dumps(found)) < 4000
+
+
+def test_a_step_of_which_the_host_learns_later_is_captured_with_its_own_number_and_metrics(
+    tmp_path: Path, source: Source
+) -> None:
+    watched = Watched(tmp_path, source)
+    watched.logs = False
+    watched.train(2 + LAG, spoil_step_3)
+    assert watched.written(3) == {}
+    watched.train(1)
+    found = watched.written(3)
+    assert (found["positions"], found["skipped"], found["skipped_in_a_row"]) == ([8, 12], 1, 1)
+    expected = watched.state.schedule.at(2)
+    assert (found["metrics"]["loss"], found["metrics"]["lr"]) == ("nan", expected.lr)
+    assert found["drop_path_seeds"] == [2 * 65_537]
 
 
 def test_a_collapse_is_captured_at_its_step(tmp_path: Path, source: Source) -> None:

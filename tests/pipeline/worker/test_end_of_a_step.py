@@ -24,7 +24,7 @@ def what_is_done(due: Due, *, asked_to_end: bool, skipped: int = 0) -> list[str]
 
     saver.save = save
     stubs: dict[str, Any] = {
-        "state": SimpleNamespace(step=STEP, skipped_in_a_row=skipped),
+        "state": SimpleNamespace(step=STEP, skipped_in_a_row=skipped, skips=Mock(take=list)),
         "rank": 1,
         "outputs": None,
         "stopped": False,
@@ -41,7 +41,7 @@ def what_is_done(due: Due, *, asked_to_end: bool, skipped: int = 0) -> list[str]
             waits_for_decision=False,
             checkpoint=SimpleNamespace(every_minutes=None),
         ),
-        "_log_step": lambda metrics: done.append("logs"),
+        "_log_step": lambda *_: done.append("logs"),
         "_evaluate": lambda: done.append("evaluates"),
     }
     for name, value in stubs.items():
