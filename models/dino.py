@@ -96,7 +96,8 @@ class DINO(nn.Module):
 
         Only if `is_finite`, a 0-d bool on the device which the host does not read.
         """
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         # Selected, not weighted with 0: a student with NaN would make the teacher NaN.
         for new, old in zip(
             torch._foreach_lerp(teacher, student, weight=1.0 - momentum), teacher, strict=True
