@@ -317,15 +317,15 @@ def pixels(crops: Any, config: CropsConfig, device: torch.device, photometric: A
     the crops: `photometric`, float32 [B, C, 11].
     """
     x = torch.as_tensor(crops).to(device, non_blocking=True)
-    mean, std = (_per_channel(c, device, torch.float32) for c in (config.pixel_mean, config.pixel_std))
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
     if device.type == "cuda" and photometric is None:
-        return normalised(x, mean, std, dtype)
+        return normalised(x, *_per_byte(config, device, torch.float32), dtype)
     if photometric is None:
         levels = crop_major(x).float()
     else:
         later = torch.as_tensor(photometric).to(device, non_blocking=True)
         levels = adjust(crop_major(x), later.transpose(0, 1).flatten(0, 1), config)
+    mean, std = _per_byte(config, device, levels.dtype)
     floats = levels.sub_(mean).div_(std)
     return floats if device.type == "cpu" else floats.to(dtype, memory_format=torch.channels_last)
 
@@ -342,9 +342,14 @@ def normalised(crops: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> 
 
 
 @functools.lru_cache
-def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return [3, 1, 1] on the device, of values per byte. Kept, since each copy to a GPU makes the host wait."""
-    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1) * 255
+def _per_byte(config: CropsConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return mean and std of the channels, each [3, 1, 1] on the device, of values 0 to 255.
+
+    Kept, since each copy to a GPU makes the host wait.
+    """
+    values = (config.pixel_mean, config.pixel_std)
+    mean, std = (torch.tensor(each, device=device, dtype=dtype).view(3, 1, 1) * 255 for each in values)
+    return mean, std
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
