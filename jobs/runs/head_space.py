@@ -12,15 +12,17 @@ import ray
 import torch
 from rich.console import Console
 
-from dinoray.jobs.cli.main import start_ray
+from dinoray.jobs.cli.main import is_local, start_ray
 from dinoray.jobs.runs.run_files import draw_demo
+from dinoray.models.commands import command
+from dinoray.models.errors import ResourceError
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.partition import Layout, batch_size_per_worker, lay_out
 from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.planning.calibrate import measure_step
+from dinoray.pipeline.planning.calibrate import Trained, measure_step
 from dinoray.pipeline.stream import ray_data
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig, Schedule
@@ -37,23 +39,39 @@ _WARM_UP = 0.25
 
 
 def measure_head_space(config: Config, *, step: bool, stream: bool, verbose: bool) -> None:
-    """Print the rate of the step alone, that of the stream alone, and, given both, the bottleneck."""
+    """Print the rate of the step alone, that of the stream alone, and, given both, the bottleneck.
+
+    The step is measured in this process, or, in a job on a cluster, by a task on one of its GPU nodes.
+    """
     check_run(config)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     draw_demo(config, console)
     images = Source(config.data, build_manifest(config.data, config.storage), config.storage)
     algorithm = resolve(config.algorithm(), num_images=images.num_images).config
     step_rate = stream_rate = None
-    if step:
-        console.print(f"measuring the step for {_SECONDS:g} s")
-        step_rate, line = _step_alone(config, algorithm, num_images=images.num_images)
-        console.print(line)
-    if stream:
-        total_steps = Schedule(algorithm, num_images=images.num_images).total_steps
-        stream_rate, line = _stream_alone(config, Inputs(images, None), console, total_steps, verbose=verbose)
-        console.print(line)
+    if step and is_local():
+        step_rate = _step_alone(config, algorithm, console, images.num_images, on_gpu=_has_gpu(config))
+    if stream or not is_local():
+        use_gpu, (_, actors) = start_ray(config.resources, verbose=verbose, num_streams=config.data.streams)
+        try:
+            if step and step_rate is None:
+                step_rate = _step_alone(config, algorithm, console, images.num_images, on_gpu=use_gpu)
+            if stream:
+                total_steps = Schedule(algorithm, num_images=images.num_images).total_steps
+                stream_rate = _stream_alone(config, images, console, total_steps, actors, use_gpu=use_gpu)
+        finally:
+            leave_ray()
     if step_rate and stream_rate:
         console.print(describe_bottleneck(step_rate, stream_rate))
+
+
+def _has_gpu(config: Config) -> bool:
+    if config.resources.use_gpu is True and not torch.cuda.is_available():
+        raise ResourceError(
+            "resources.use_gpu=true, but this machine has no GPU to measure the step on; "
+            f"set resources.use_gpu=false, or measure on a cluster: {command('submit')} -- ..."
+        )
+    return torch.cuda.is_available() and config.resources.use_gpu is not False
 
 
 def describe_bottleneck(step_rate: float, stream_rate: float) -> str:
@@ -66,57 +84,65 @@ def describe_bottleneck(step_rate: float, stream_rate: float) -> str:
     return f"bottleneck: the training step; the stream could feed {stream_rate / step_rate:.2g} times as many images"
 
 
-def _step_alone(config: Config, algorithm: DINOConfig, *, num_images: int) -> tuple[float, str]:
-    on_gpu = torch.cuda.is_available() and config.resources.use_gpu is not False
+def _step_alone(
+    config: Config, algorithm: DINOConfig, console: Console, num_images: int, *, on_gpu: bool
+) -> float:
+    """Print and return the rate over all train workers."""
+    console.print(f"measuring the step for {_SECONDS:g} s")
     workers = config.resources.most_workers
     batch = batch_size_per_worker(config.train.global_batch_size, workers)
-    measured = measure_step(
-        algorithm, num_images=num_images, batch_size=batch, seconds=_SECONDS, on_gpu=on_gpu
-    )
+    options: dict[str, Any] = {"num_images": num_images, "batch_size": batch, "seconds": _SECONDS}
+    if is_local():
+        measured, used = _measure_step(algorithm, on_gpu=on_gpu, **options)
+    else:
+        task = ray.remote(num_cpus=1, num_gpus=int(on_gpu))(_measure_step)
+        measured, used = ray.get(task.remote(algorithm, on_gpu=on_gpu, **options))
     each = measured.images_per_second
+    devices = workers if on_gpu else os.cpu_count() or 1  # workers on CPUs divide those of the machine
     line = f"step alone: {each:,.0f} images/s on {measured.device} with {batch} images a step"
-    if not on_gpu:  # the workers divide the CPUs of the machine
-        cpus = os.cpu_count() or 1
-        return each * cpus, f"{line}, {each * cpus:,.0f} on {cpus} CPUs, if none of them makes crops"
-    used = Utilisation.of_run(algorithm, torch.device("cuda"), num_devices=1)
     if used:
-        shares = used.at(each)
-        line += f", {shares['tflops']:.0f} TFLOP/s, MFU {shares['mfu']:.0%}"
-    if workers > 1:
-        line += f"; {each * workers:,.0f} on {workers}, without the exchange of gradients"
-    return each * workers, line
+        line += f", {used['tflops']:.0f} TFLOP/s, MFU {used['mfu']:.0%}"
+    if devices > 1:
+        kind, remark = ("GPUs", "without the exchange of gradients") if on_gpu else ("CPUs", "without crops")
+        line += f"; {each * devices:,.0f} on {devices} {kind}, {remark}"
+    console.print(line)
+    return each * devices
+
+
+def _measure_step(algorithm: DINOConfig, *, on_gpu: bool, **options: Any) -> tuple[Trained, dict[str, float]]:
+    measured = measure_step(algorithm, on_gpu=on_gpu, **options)
+    used = Utilisation.of_run(algorithm, torch.device("cuda" if on_gpu else "cpu"), num_devices=1)
+    return measured, used.at(measured.images_per_second) if used else {}
 
 
 def _stream_alone(
-    config: Config, inputs: Inputs, console: Console, total_steps: int, *, verbose: bool
-) -> tuple[float, str]:
-    use_gpu, (_, actors) = start_ray(config.resources, verbose=verbose, num_streams=config.data.streams)
+    config: Config, images: Source, console: Console, total_steps: int, actors: int, *, use_gpu: bool
+) -> float:
+    """Print and return the rate at which a train worker each takes the batches of its rank."""
     console.print(f"measuring the stream for {_SECONDS:g} s, with {actors} augment actors")
-    try:
-        # Not fewer actors at first: nobody trains who would ask for more.
-        plan = stream_plan(
-            config, inputs, ray.put(inputs.images), RunChannel(), augment_actors=(actors, actors)
-        )
-        layout = lay_out(
-            range(total_steps),
-            world_size=config.resources.most_workers,
-            global_batch_size=config.train.global_batch_size,
-            image_bytes=crop_bytes(config.crops),
-            block_bytes=plan.block_bytes,
-        )
-        leg = next(ray_data.legs(layout, plan.num_streams))
-        splits = ray_data.open_splits(plan, leg)
-        options: dict[str, Any] = {"num_cpus": config.resources.cpus_per_train_worker}
-        consume = ray.remote(**options, num_gpus=int(use_gpu), max_retries=0)(_consume)
-        ahead = config.resources.prefetch_batches
-        found = [
-            consume.remote(split, leg, rank, prefetch_batches=ahead, seconds=_SECONDS)
-            for rank, split in enumerate(splits)
-        ]
-        rate = sum(taken.images / taken.seconds for taken in ray.get(found))
-    finally:
-        leave_ray()
-    return rate, f"stream alone: {rate:,.0f} images/s to {len(splits)} train workers"
+    # Not fewer actors at first: nobody trains who would ask for more.
+    plan = stream_plan(
+        config, Inputs(images, None), ray.put(images), RunChannel(), augment_actors=(actors, actors)
+    )
+    layout = lay_out(
+        range(total_steps),
+        world_size=config.resources.most_workers,
+        global_batch_size=config.train.global_batch_size,
+        image_bytes=crop_bytes(config.crops),
+        block_bytes=plan.block_bytes,
+    )
+    leg = next(ray_data.legs(layout, plan.num_streams))
+    splits = ray_data.open_splits(plan, leg)
+    options: dict[str, Any] = {"num_cpus": config.resources.cpus_per_train_worker}
+    consume = ray.remote(**options, num_gpus=int(use_gpu), max_retries=0)(_consume)
+    ahead = config.resources.prefetch_batches
+    found = [
+        consume.remote(split, leg, rank, prefetch_batches=ahead, seconds=_SECONDS)
+        for rank, split in enumerate(splits)
+    ]
+    rate = sum(taken.images / taken.seconds for taken in ray.get(found))
+    console.print(f"stream alone: {rate:,.0f} images/s to {len(splits)} train workers")
+    return rate
 
 
 class Taken(NamedTuple):

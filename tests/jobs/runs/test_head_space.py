@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from jobs_processes import TINY, run_job
 from no_ray import RayStarted, forbid_ray
 from tiny_run import write_images
@@ -12,6 +13,7 @@ from tiny_run import write_images
 from dinoray.jobs import pretrain
 from dinoray.jobs.runs import head_space
 from dinoray.jobs.runs.head_space import Taken, describe_bottleneck, take
+from dinoray.models.errors import ResourceError
 
 
 @pytest.fixture
@@ -33,6 +35,13 @@ def test_the_step_alone_needs_no_ray_and_leaves_no_run(
     assert line.startswith("step alone: ")
     assert "images/s on one CPU with 8 images a step" in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_ends_in_one_line(settings: list[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ResourceError, match=r"no GPU to measure the step on; set resources\.use_gpu=false"):
+        pretrain.main([*settings, "--synthetic", "resources.use_gpu=true"])
 
 
 def test_the_stream_alone_starts_ray_and_measures_no_step(
