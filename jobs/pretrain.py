@@ -35,6 +35,12 @@ def main(argv: Sequence[str]) -> None:
         return
 
     config = pretrain_config(arguments)
+    if arguments.synthetic or arguments.no_train:
+        from dinoray.jobs.runs.head_space import measure_head_space  # loads PyTorch
+
+        stream = arguments.no_train
+        measure_head_space(config, step=arguments.synthetic, stream=stream, verbose=arguments.verbose)
+        return
     console = Console()
     run = Directory(config.storage_path).child(config.name)
     lease = lease_of(run)

@@ -42,8 +42,8 @@ ROOMS = {
     "pipeline/study/page": "models storage tracking figures reporting study findings",
     "pipeline/study/search": "models storage cluster training study findings ray_private",
     "jobs/cli": "models storage cluster data worker study ray_private",
-    "jobs/runs": "models storage cluster data augment tracking training figures evaluation reporting worker export "
-    "study cli",
+    "jobs/runs": "models storage cluster data augment tracking training stream figures planning evaluation reporting "
+    "worker export study cli",
     "jobs/studies": f"{_RUN} reporting worker study findings page search cli runs",
     "jobs/cluster": "models storage cluster data augment tracking planning evaluation worker study cli runs studies "
     "ray_private",

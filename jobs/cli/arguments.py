@@ -153,6 +153,16 @@ class PretrainArguments(Arguments):
         self.add_argument(
             "--from-study", metavar="DIR", default=None, help="start from the best config of the study in DIR"
         )
+        self.add_argument(
+            "--synthetic",
+            action="store_true",
+            help="only measure the training step, on crops made once on the device, and exit",
+        )
+        self.add_argument(
+            "--no-train",
+            action="store_true",
+            help="only measure the stream of crops, without training, and exit; with --synthetic, name the bottleneck",
+        )
         self.add_argument("--verbose", action="store_true", help="show Ray's own logs")
 
 

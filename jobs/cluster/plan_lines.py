@@ -15,7 +15,7 @@ from dinoray.models.commands import command, command_words
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.cluster.cost import CostConfig
-from dinoray.pipeline.planning.forecast import HEADROOM, Forecast, forecast, with_workers
+from dinoray.pipeline.planning.forecast import HEADROOM, LOCAL_SHARE, Forecast, forecast, with_workers
 from dinoray.pipeline.planning.node_rates import (
     LINK_SHARE,
     STORE_SHARE,
@@ -94,7 +94,7 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
     rows += [
         (
             "rate",
-            f"{found.images_per_second:,.0f} images/s; the GPUs can train on {found.demand:,.0f}{_streams(found)}",
+            f"{found.images_per_second:,.0f} images/s; with free data it would be {found.demand:,.0f}{_streams(found)}",
         ),
         (
             "network",
@@ -131,7 +131,10 @@ def machine_rows(run: Run, found: Forecast, cores: int) -> list[Row]:
     """The plan of a run that trains on this machine's CPUs."""
     return [
         ("machine", f"this one, {cores} CPUs: {run.train_workers} train workers beside the augment actors"),
-        ("rate", f"{found.images_per_second:,.0f} images/s"),
+        (
+            "rate",
+            f"{found.images_per_second:,.0f} images/s; with free data it would be {LOCAL_SHARE * found.demand:,.0f}",
+        ),
         ("time", _time(run, found)),
         ("bottleneck", f"{found.bottleneck}: {found.remedy}"),
         (

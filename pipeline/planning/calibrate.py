@@ -95,6 +95,7 @@ def measure_step(
 ) -> Trained:
     """Train for some seconds on noise shaped like crops, `batch_size` images per step, on one GPU or CPU.
 
+    The noise lies on the device, as a run's batches do by the time of their step (training/staging.py).
     The time to exchange gradients between GPUs is not included. Raises the same errors as `train_step`.
     """
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -103,19 +104,20 @@ def measure_step(
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     shapes = zip(("global_crops", "local_crops"), crop_shapes(config.crops), strict=True)
-    batch: dict[str, NDArray[Any]] = {
+    columns: dict[str, NDArray[Any]] = {
         name: rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8) for name, shape in shapes
     }
     if config.crops.photometric == "device":
         drawn = [sample(rng, 500, 375, config.crops).split_photometric()[1] for _ in range(batch_size)]
-        batch |= photometric_columns(np.stack(drawn), config.crops)
+        columns |= photometric_columns(np.stack(drawn), config.crops)
+    batch = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
     state = build_state(config, num_images=num_images, device=device, resumed=True)
     times = _step_times(state, batch, seconds)
     name = f"one {torch.cuda.get_device_name(device)}" if on_gpu else "one CPU"
     return Trained(batch_size / statistics.median(times), name, len(times))
 
 
-def _step_times(state: TrainState, batch: dict[str, NDArray[Any]], seconds: float) -> list[float]:
+def _step_times(state: TrainState, batch: dict[str, torch.Tensor], seconds: float) -> list[float]:
     """Return the times of the steps after the first two: wall-clock seconds on a GPU, CPU seconds on CPUs."""
     on_gpu = state.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time

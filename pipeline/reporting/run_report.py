@@ -164,13 +164,21 @@ def _tiles(records: Records, values: dict[str, Any]) -> Iterator[tuple[str, str,
     if not math.isnan(ratio):
         yield "teacher entropy", f"{ratio:.0%}", "of ln K; 100 % means uniform targets"
     for name, label, form, remark in (
-        ("images_per_second", "images/s", ".0f", "latest value"),
+        ("images_per_second", "images/s", ".0f", _free_data(records)),
         ("data_wait", "data wait", ".0%", "of elapsed time"),
         ("bad_images", "bad images", ".0f", "so far"),
     ):
         value = records.series(name).last
         if not math.isnan(value):
             yield label, format(value, form), remark
+
+
+def _free_data(records: Records) -> str:
+    """What the images/s would be if training did not wait; that share of the time is the stream's."""
+    rate, wait = (records.series(name).last for name in ("images_per_second", "data_wait"))
+    if not 0 <= wait < 1:
+        return "latest value"
+    return f"latest value; with free data it would be {rate / (1 - wait):.0f}"
 
 
 def _curves(records: Records, values: dict[str, Any]) -> Html:

@@ -75,7 +75,7 @@ def _forward(backbone: nn.Module, size: int) -> float:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of products of large square matrices on `device`: the median of a few short measurements.
 
-    Takes about 50 ms on a GPU, and 400 MB of its memory while it lasts.
+    Its products are 66 TFLOP on a GPU, a tenth of a second at 700 TFLOP/s, and take 0.4 GB in bfloat16.
     """
     side = _SIDES.get(device.type, _SIDES["cpu"])
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

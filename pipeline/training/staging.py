@@ -53,6 +53,8 @@ class Staging:
     """
 
     def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # this thread's, not the other one's
         self._device = device
         self._free: SimpleQueue[_Slot | None] = SimpleQueue()
         self._ready: SimpleQueue[_Staged | BaseException | None] = SimpleQueue()
@@ -95,7 +97,7 @@ class Staging:
         try:
             stream = None
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # each thread has its own
+                torch.cuda.set_device(self._device)
                 stream = torch.cuda.Stream(self._device)
             while (slot := self._free.get()) is not None and not self._is_closed:
                 batch = next(batches, None)

@@ -157,7 +157,9 @@ def test_streams_are_set_where_the_gpus_need_more_than_one_execution_brings(
     fast = [*VIT_S, *GIVEN[:4], "plan.images_per_second_per_gpu=1500"]
     plan(*fast)
     said = capsys.readouterr().out
-    assert "12,000 images/s; the GPUs can train on 12,000; one execution of Ray Data brings 7,000" in said
+    assert (
+        "12,000 images/s; with free data it would be 12,000; one execution of Ray Data brings 7,000" in said
+    )
     assert "set data.streams=2" in said
     for given, streams in (([], 2), (["data.streams=4"], 4), (["plan.images_per_second_per_gpu=800"], 1)):
         config = load_config(None, None, shlex.split(planned(capsys, *fast, *given)["command"])[7:])

@@ -49,6 +49,12 @@ def line(**facts: float) -> str:
     return text.getvalue().splitlines()[-1]
 
 
+def test_a_gpu_shows_what_it_does_and_what_lies_ready_for_it() -> None:
+    text = line(staged_bytes=66_800_000, tflops=312.4, mfu=0.447)
+    assert "data wait 2%  staged 67 MB  312 TFLOP/s  MFU 45%" in text
+    assert "staged" not in line()
+
+
 def test_a_step_is_one_line() -> None:
     assert line() == "step 20/100  loss 5.250  entropy 4.50  310 images/s  data wait 2%"
 

@@ -35,7 +35,7 @@ def test_a_finished_run_has_every_section(tmp_path: Path) -> None:
     assert "uniform: ln K = 4.16" in page.text
     assert "k-NN, k=2049.0%initially 19.0%, majority guess 10.0%" in page.text
     assert "teacher entropy40%" in page.text
-    assert "images/s130" in page.text
+    assert "images/s130latest value; with free data it would be 173" in page.text
     assert "data wait25%" in page.text
     assert "Rows of quarantine.jsonl: first 20 of 50" in page.text
     assert "19.jpg" in page.text
