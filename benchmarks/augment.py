@@ -11,7 +11,7 @@ over the images of the ratio on the same image.
 
 Images are drawn (benchmarks/augment_images.py) unless a folder is given. What is not installed is left out, and said
 so; `pip install -e .[bench]` has what can be had. --threads compares ours in a pool of threads to one thread, by the
-clock. Prints tables for RESULTS.md.
+clock. "Colours on the device" is what `crops.photometric=device` leaves to the CPU. Prints tables for RESULTS.md.
 """
 
 import os
@@ -27,13 +27,15 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import augment_images
 import augment_peers as peers
@@ -46,34 +48,37 @@ from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.main import run_main
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.augment import jit
-from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.augment.multicrop import apply, crop_rng, limit_threads, prepare_kernel
-from dinoray.pipeline.augment.params import sample
+from dinoray.pipeline.augment.augmenter import BufferPool
+from dinoray.pipeline.augment.config import CropsConfig, crop_shapes
+from dinoray.pipeline.augment.multicrop import Crops, apply, limit_threads, prepare_kernel
+from dinoray.pipeline.augment.params import sample_image
 from dinoray.pipeline.data.jpeg import open_image
 
 SHRUNK_PIXELS = 270_000
 """Pixels of a shrunk stored image: a local crop of the smallest share is then 116 px wide."""
 
 
-def ours(config: CropsConfig, *, kernel: Literal["numba", "torch"] = "numba") -> peers.Cut:
-    """Return the training path of a file: header, own random numbers, parameters, decoding, uint8 crops."""
-    config = config.model_copy(update={"kernel": kernel})
-    if kernel == "numba" and jit.MISSING:
+def ours(config: CropsConfig, **changes: str) -> peers.Cut:
+    """Return what an augment actor does with a file; `changes` are settings of `config` that are others.
+
+    Header, parameters, decoding, uint8 crops in memory that was used before.
+    """
+    config = config.model_copy(update={"kernel": "numba", **changes})
+    if config.kernel == "numba" and jit.MISSING:
         raise peers.CannotCut(f"no numba: {jit.MISSING}")
     prepare_kernel(config)
-    epochs = itertools.count()
+    epochs, memory, shapes = itertools.count(), BufferPool(), crop_shapes(config)
+    split, num_bytes = math.prod(shapes[0]), sum(map(math.prod, shapes))
 
     def cut(data: bytes) -> Any:
         image = open_image(data)
-        rng = crop_rng(0, next(epochs), "image.jpg")
-        return apply(image, sample(rng, image.width, image.height, config))
+        params = sample_image(0, next(epochs), "image.jpg", image.width, image.height, config)
+        if config.photometric == "device":
+            params, _ = params.split_photometric()
+        groups = np.split(memory.take(num_bytes), [split])
+        return apply(image, params, out=Crops(*map(np.reshape, groups, shapes)))
 
     return cut
-
-
-def ours_without_numba(config: CropsConfig) -> peers.Cut:
-    """Return our pipeline with the kernel that needs no compiler."""
-    return ours(config, kernel="torch")
 
 
 def shrink_once(config: CropsConfig) -> Callable[[bytes], bytes]:
@@ -124,7 +129,8 @@ PIPELINES = {
     "kornia": Pipeline(peers.kornia),
     "DALI": Pipeline(peers.dali),
     tables.OURS: Pipeline(ours),
-    "ours without numba": Pipeline(ours_without_numba),
+    "ours, colours on the device": Pipeline(partial(ours, photometric="device")),
+    "ours without numba": Pipeline(partial(ours, kernel="torch")),
     "ours after pack --shrink": Pipeline(ours, prepare=shrink_once),
     tables.FLOOR: Pipeline(decode_only, cuts=False),
     "entropy decode only": Pipeline(entropy_decode_only, cuts=False),
