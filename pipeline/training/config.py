@@ -35,6 +35,8 @@ class TrainConfig(Settings):
     """Schedule of learning rate, weight decay and teacher momentum: cosine to the end, or constant after warm-up."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast of the networks; auto is bf16 on a GPU and fp32 on a CPU. Head, loss and teacher update stay fp32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Compute activations again in the backward pass, to fit memory: none, those of every second block, or of all."""
     seed: int = Field(default=0, ge=0)
     """Seed of weights, image order, crops and stochastic depth."""
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dinoray.models.recompute import is_recomputing
 from dinoray.pipeline.training.step import TrainState
 
 
@@ -99,6 +100,8 @@ class _Forwards:
 
     def _check(self, name: str, in_backbone: bool) -> Any:
         def check(_: nn.Module, inputs: Any, output: Any) -> None:
+            if is_recomputing():  # looked at in the first forward
+                return
             is_found = self._in_call if in_backbone else self._in_part
             if is_found or all(_is_finite(x) for x in _tensors(output)):
                 return

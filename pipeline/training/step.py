@@ -29,6 +29,7 @@ from dinoray.models.loss import (
     update_center,
 )
 from dinoray.models.published import checkpoint as interop
+from dinoray.models.recompute import recompute_blocks
 from dinoray.pipeline.augment.config import NUM_PHOTOMETRIC, CropsConfig
 from dinoray.pipeline.augment.kernels.torch_colour import adjust
 from dinoray.pipeline.data.partition import num_microbatches
@@ -113,6 +114,7 @@ def build_state(
     ).to(device)
     if weights is not None:
         interop.load(dino, weights)
+    recompute_blocks(dino.student.backbone, config.train.activation_checkpointing)
     schedule = Schedule(config, num_images=num_images)
     health = health or HealthConfig()
     grace = max(schedule.settled_step(), schedule.total_steps // 10)
