@@ -49,6 +49,7 @@ class Evaluations:
             self._side = SideEvaluations(
                 spec,
                 num_ranks=num_ranks,
+                trains_on_cpus=state.device.type == "cpu",
                 log=outputs.log_evaluation,
                 miss=outputs.miss_evaluation,
                 note=outputs.note,

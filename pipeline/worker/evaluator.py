@@ -67,11 +67,12 @@ def copy_of(backbone: nn.Module) -> "ray.ObjectRef[Weights]":
 class _Evaluator:
     """The actor."""
 
-    def __init__(self, spec: WorkerSpec, num_ranks: int) -> None:
+    def __init__(self, spec: WorkerSpec, num_ranks: int, *, trains_on_cpus: bool) -> None:
         report_outages(spec.channel.note_outage)
         self._spec, self._num_ranks = spec, num_ranks
         self._device = torch.device("cuda" if spec.resources.evaluator_gpus else "cpu")
-        set_up_device(self._device, num_processes=1)
+        # As many threads as a train worker has: another number may add up in another order.
+        set_up_device(self._device, num_processes=num_ranks if trains_on_cpus else 1)
         cpus = spec.resources.evaluator_cpus
         if cpus:
             torch.set_num_threads(max(1, int(cpus)))
@@ -96,13 +97,14 @@ class SideEvaluations:
         spec: WorkerSpec,
         *,
         num_ranks: int,
+        trains_on_cpus: bool,
         log: Callable[[int, Evaluation], None],
         miss: Callable[[int, str], None],
         note: Callable[[str], None],
     ) -> None:
         """`log` takes a step and its evaluation, in the order of steps, `miss` a step and why it has none, `note` a
         line for the user."""
-        self._spec, self._num_ranks = spec, num_ranks
+        self._spec, self._num_ranks, self._trains_on_cpus = spec, num_ranks, trains_on_cpus
         self._log, self._miss, self._note = log, miss, note
         self._under_way: UnderWay[ray.ObjectRef[Weights]] = UnderWay(
             most=spec.eval.max_under_way, most_tries=_TRIES
@@ -183,7 +185,7 @@ class SideEvaluations:
             ray.kill(self._actor)
         self._actor = self._answer = self._start = None
         if self._under_way.failed(for_good=for_good):
-            self._miss(step, why if for_good else f"{why}, {_TRIES} times")
+            self._miss(step, why if for_good else f"it failed {_TRIES} times: {why}")
         else:
             self._note(f"the evaluation of step {step} is begun again: {why}")
 
@@ -199,7 +201,7 @@ class SideEvaluations:
         remote = ray.remote(_Evaluator).options(
             num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus, **options
         )
-        self._actor = remote.remote(self._spec, self._num_ranks)
+        self._actor = remote.remote(self._spec, self._num_ranks, trains_on_cpus=self._trains_on_cpus)
         self._start, self._started_at, self._has_told = (
             self._actor.__ray_ready__.remote(),
             time.monotonic(),

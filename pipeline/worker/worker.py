@@ -64,8 +64,8 @@ def work(loop_config: dict[str, Any]) -> None:
         # Before the post, which ends the run: the files named in the error message must be complete.
         with contextlib.suppress(Exception):
             if outputs:
-                worker.evaluations.tell_left()
                 outputs.close(failed=True)
+                worker.evaluations.tell_left()
         known = known_error(error)
         if known is None:
             raise

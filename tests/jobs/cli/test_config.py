@@ -287,6 +287,15 @@ def test_a_file_of_an_earlier_version_is_read_without_settings_that_are_gone(tmp
     assert load_config(None, tmp_path / "config.yaml", []) == config_of()
 
 
+@pytest.mark.parametrize("kind", ["cpus", "gpus"])
+def test_an_evaluator_that_there_is_not_needs_nothing(kind: str) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"^resources\.evaluator_{kind}=2 is for eval\.where=side; set that, or resources\.evaluator_{kind}=0$",
+    ):
+        config_of(f"resources.evaluator_{kind}=2")
+
+
 def test_only_what_decides_what_is_learnt_is_a_difference() -> None:
     old = config_of()
     free = [
@@ -297,6 +306,7 @@ def test_only_what_decides_what_is_learnt_is_a_difference() -> None:
             "checkpoint.every_steps=7",
         ),
         *("storage_path=/elsewhere", "name=other", "data.streams=4"),
+        *("eval.where=side", "eval.max_under_way=3", "resources.evaluator_cpus=2"),
     ]
     assert differences(old, config_of(*free)) == []
     assert differences(old, config_of("optim.base_lr=0.1", "train.seed=5", *free)) == [

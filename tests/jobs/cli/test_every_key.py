@@ -91,6 +91,8 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "resources.train_workers": st.integers(1, 9) | st.tuples(st.integers(1, 3), st.integers(3, 9)),
     "resources.augment_actors": st.integers(1, 9) | st.tuples(st.integers(1, 3), st.integers(3, 9)),
     "resources.max_failures": st.integers(-1, 9),
+    # Of an evaluator that eval.where=train does not have.
+    **{f"resources.evaluator_{kind}": st.just(0.0) for kind in ("cpus", "gpus")},
 }
 
 

@@ -68,6 +68,7 @@ RUNS: dict[str, list[str]] = {
         *(*RUN, "resources.train_workers=4", "train.global_batch_size=16"),
         *("resources.augment_actors=[1, 2]", "data.streams=4"),
     ],
+    "evaluator that there is not": [*RUN, "resources.evaluator_cpus=2"],
     "indivisible share": [*RUN, "train.global_batch_size=16", "train.accumulate_steps=3"],
     "falling warm-up": [*RUN, "loss.teacher_temp=0.03", "loss.warmup_teacher_temp_epochs=5"],
     "momentum without a centre": [*RUN, "loss.center_momentum=0.5", "loss.centering=none"],

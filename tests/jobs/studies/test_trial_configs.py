@@ -101,6 +101,12 @@ def test_a_trial_is_saved_where_it_is_evaluated_whatever_the_clock_says() -> Non
     assert others_copy_any.num_to_keep == 6
 
 
+def test_a_trial_waits_for_its_scores() -> None:
+    made = trial(study("eval.where=side", "resources.evaluator_cpus=2"))
+    assert made.eval.where == "train"  # type: ignore[attr-defined]
+    assert made.resources.evaluator_cpus == 0  # type: ignore[attr-defined]
+
+
 def test_a_warm_up_that_is_searched_keeps_its_share_of_the_run() -> None:
     config = study("data.path=x", "train.epochs=300", "tune.epochs=20", recipe="vit_small_imagenet_boost")
     shares = [

@@ -81,6 +81,15 @@ def test_the_page_begins_with_what_was_found(
 # How far, and when
 
 
+def test_the_page_says_which_evaluation_is_missing_and_where_quality_peaked(tmp_path: Path) -> None:
+    lines = [*SCORES, {"step": 60, "knn_20": 0.3}, {"step": 90, "evaluation_missing": "no room for it"}]
+    text = page_of(tmp_path, *lines).text
+    assert "There is no evaluation of step 90: no room for it." in text
+    assert (
+        "Quality peaked at step 30 and has fallen by 19.0 points since: k-NN 49.0% (k=20), now 30.0%." in text
+    )
+
+
 def test_a_finished_run_has_its_dates(tmp_path: Path) -> None:
     page = page_of(
         tmp_path,

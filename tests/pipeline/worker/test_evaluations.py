@@ -6,9 +6,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from tiny_run import write_run
 from tiny_states import flip
 
+from dinoray.jobs.cli.config import load_run_config
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
@@ -44,7 +46,8 @@ class Resumed:
             miss_evaluation=self.missing.__setitem__,
             restart_meters=lambda: None,
         )
-        state = SimpleNamespace(step=step, schedule=SimpleNamespace(total_steps=100), dino=None)
+        device = torch.device("cpu")
+        state = SimpleNamespace(step=step, schedule=SimpleNamespace(total_steps=100), device=device)
         spec = SimpleNamespace(
             run=Directory(str(run)), eval=EvalConfig(every_steps=2, where=where), has_scores=True
         )
@@ -67,8 +70,6 @@ def test_what_was_under_way_is_asked_for_again_from_checkpoints_and_the_rest_is_
     assert found.missing == {
         6: "it was under way when the run was left, and there is no checkpoint of that step"
     }
-    from dinoray.jobs.cli.config import load_run_config
-
     state = build_state(load_run_config(Directory(str(run))).algorithm(), num_images=40)
     load_checkpoint(state, run / "checkpoints" / checkpoint_name(8))
     weights = {name: value.numpy() for name, value in state.dino.teacher.backbone.state_dict().items()}
