@@ -6,6 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dinoray.models.settings import Auto, Settings
 
+Checkpointing = Literal["none", "selective", "full"]
+"""Which blocks compute their activations again in the backward pass: none, every second, or all."""
+
 _DECIDED_ELSEWHERE = {
     "drop_path_rate": "set backbone.drop_path_rate instead",
     "pretrained": "set backbone.pretrained instead",

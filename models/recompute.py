@@ -7,7 +7,7 @@ leaves the running statistics of batch norm as they are, so that gradients and b
 import contextlib
 from collections.abc import Iterator
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from dinoray.models.backbone import layer_depths
+from dinoray.models.config import Checkpointing
 from dinoray.models.errors import ConfigError
-
-Mode = Literal["none", "selective", "full"]
 
 _recomputed_now = 0
 
 
-def recompute_blocks(backbone: nn.Module, mode: Mode) -> None:
+def recompute_blocks(backbone: nn.Module, mode: Checkpointing) -> None:
     """Have every second block (selective) or every block (full) of a timm model recompute its activations.
 
     Only in training mode and with gradients. State-dict names stay the same. The first block is among the chosen, and

@@ -11,7 +11,14 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, field_validator
 
 from dinoray.models import schedules
-from dinoray.models.config import BackboneConfig, HeadConfig, LossConfig, OptimConfig, TeacherConfig
+from dinoray.models.config import (
+    BackboneConfig,
+    Checkpointing,
+    HeadConfig,
+    LossConfig,
+    OptimConfig,
+    TeacherConfig,
+)
 from dinoray.models.schedules import scaled_lr
 from dinoray.models.settings import Settings, number
 from dinoray.pipeline.augment.config import CropsConfig
@@ -35,7 +42,7 @@ class TrainConfig(Settings):
     """Schedule of learning rate, weight decay and teacher momentum: cosine to the end, or constant after warm-up."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast of the networks; auto is bf16 on a GPU and fp32 on a CPU. Head, loss and teacher update stay fp32."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Checkpointing = "none"
     """Compute activations again in the backward pass, to fit memory: none, those of every second block, or of all."""
     seed: int = Field(default=0, ge=0)
     """Seed of weights, image order, crops and stochastic depth."""

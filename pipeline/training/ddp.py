@@ -16,6 +16,8 @@ def distribute(dino: DINO, device: torch.device) -> nn.Module:
         return dino.student
     if has_batch_norm(dino.student):
         synchronise_batch_norm(dino, device)
+    # Not static_graph: it spares the search for unused parameters, which is off anyway, and fails in the first backward
+    # under no_sync, that is with several microbatches (torch 2.14: `expect_autograd_hooks_ INTERNAL ASSERT FAILED`).
     student = DistributedDataParallel(
         dino.student,
         device_ids=[device] if device.type == "cuda" else None,

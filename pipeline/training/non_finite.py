@@ -111,7 +111,7 @@ class _Forwards:
             bad = next(x for x in _tensors(output) if not _is_finite(x))
             rows: list[int] = []
             if bad.ndim and len(bad) == ends[-1] - first:
-                is_bad = ~torch.isfinite(bad.reshape(len(bad), -1)).all(1)
+                is_bad = ~torch.isfinite(bad.detach().reshape(len(bad), -1)).all(1)
                 rows = (first + is_bad.nonzero().flatten()).tolist()
             finite = all(_is_finite(x) for x in _tensors(inputs))
             self._found.outputs.append(BadOutput(self._part, self._network, name, finite, rows))
@@ -128,4 +128,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _is_finite(x: Tensor) -> bool:
-    return not x.is_floating_point() or bool(torch.isfinite(x).all())
+    # Detached: what a block that is recomputed keeps must not depend on who looks at it.
+    return not x.is_floating_point() or bool(torch.isfinite(x.detach()).all())

@@ -1,0 +1,155 @@
+"""How much memory a training step needs on one device, by arithmetic: for plain ViTs of timm. No torch.
+
+Counted are the tensors that are alive at once, in the three moments of a step that may be its peak: when the loss has
+its gradient, when a block's gradient is computed, and when the teacher follows. What a device needs besides (the
+driver's context, workspaces of libraries, gaps between tensors) is not counted. Axes: b images of a microbatch, G
+global crops, V = G + L crops, K prototypes, D width.
+"""
+
+import re
+from itertools import pairwise
+from typing import NamedTuple
+
+from dinoray.models.config import Checkpointing
+from dinoray.models.settings import number
+from dinoray.pipeline.data.partition import batch_size_per_worker, num_microbatches
+from dinoray.pipeline.training.auto import resolve
+from dinoray.pipeline.training.config import DINOConfig
+
+_SIZES = {
+    "tiny": (192, 12, 4.0),
+    "small": (384, 12, 4.0),
+    "base": (768, 12, 4.0),
+    "large": (1024, 24, 4.0),
+    "huge": (1280, 32, 4.0),
+    "giant": (1408, 40, 48 / 11),
+    "gigantic": (1664, 48, 64 / 13),
+}
+"""Width, depth and hidden width of the MLP as a multiple of the width, in timm."""
+_NAME = re.compile(rf"vit_({'|'.join(_SIZES)})_patch(\d+)_\d+(\.\w+)?")
+_MOMENTS = {"adamw": 2, "lars": 1, "sgd": 1}
+_KNOWN = {"embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size"}
+
+
+class Vit(NamedTuple):
+    """What decides the size of a plain ViT."""
+
+    width: int
+    depth: int
+    hidden: int
+    patch: int
+
+    @classmethod
+    def of(cls, config: DINOConfig) -> "Vit | None":
+        """Return that of a config; None for another network, or arguments whose effect is not known here."""
+        found, given = _NAME.fullmatch(config.backbone.name), config.backbone.kwargs
+        if found is None or not given.keys() <= _KNOWN:
+            return None
+        width, depth, ratio = _SIZES[found[1]]
+        width = given.get("embed_dim", width)
+        hidden = int(width * given.get("mlp_ratio", ratio))
+        return cls(width, given.get("depth", depth), hidden, given.get("patch_size", int(found[2])))
+
+    def tokens(self, size: int) -> int:
+        """Return the tokens of a crop of `size` px, the class token among them."""
+        return (size // self.patch) ** 2 + 1
+
+    def num_parameters(self, size: int) -> int:
+        """Return the parameters, with position embeddings for crops of `size` px."""
+        d, m = self.width, self.hidden
+        block = 4 * d * d + 4 * d + 2 * d * m + m + d + 4 * d
+        return self.depth * block + (3 * self.patch**2 + 1) * d + (self.tokens(size) + 1) * d + 2 * d
+
+    def block(self, tokens: int, half: int) -> int:
+        """Return the bytes that a block keeps; `half`: bytes of a number that autocast casts.
+
+        The residual stream before each norm; the norms' outputs, q, k, v and attention's output; both sides of the
+        GELU.
+        """
+        return (8 * self.width + half * (6 * self.width + 2 * self.hidden)) * tokens
+
+    def kept(self, tokens: int, half: int, mode: Checkpointing) -> int:
+        """Return the bytes that the backbone keeps for its backward pass: of a block that is recomputed, its input."""
+        recomputed = {"none": 0, "selective": (self.depth + 1) // 2, "full": self.depth}[mode]
+        inputs = (recomputed + 1) * 4 * self.width * tokens
+        return (self.depth - recomputed) * self.block(tokens, half) + inputs
+
+    def during(self, tokens: int, half: int, mode: Checkpointing) -> int:
+        """Return the bytes that the backward pass of the last blocks needs beside what is kept.
+
+        Gradients of the residual stream, twice, and of both sides of the GELU; and a recomputed block, unless a block
+        that is not recomputed comes before it and makes room.
+        """
+        makes_room = mode == "none" or (mode == "selective" and self.depth % 2 == 0)
+        gradients = (8 * self.width + half * 2 * self.hidden) * tokens
+        return gradients + (0 if makes_room else self.block(tokens, half))
+
+
+class Memory(NamedTuple):
+    """Bytes on one device. `held` all the time, the others in the moment that is the peak."""
+
+    held: int
+    """Student, teacher and moments; with several workers the gradients too."""
+    activations: int
+    """What the backward pass keeps, crops and casted weights among it."""
+    logits: int
+    """Of student and teacher, targets, gradient, and what the loss needs."""
+    gradients: int
+    """Unless they are held all the time; and the teacher's next values."""
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(self)
+
+
+def memory_of(config: DINOConfig, *, num_images: int, train_workers: int, bf16: bool) -> Memory | None:
+    """Return what a step needs on each device; None for a backbone that is not a plain ViT.
+
+    Raises ConfigError if the batch cannot be divided among the workers.
+    """
+    config, vit = resolve(config, num_images=num_images).config, Vit.of(config)
+    if vit is None:
+        return None
+    each = batch_size_per_worker(config.train.global_batch_size, train_workers)
+    images = each // num_microbatches(
+        each, config.train.accumulate_steps, config.train.max_batch_size_per_worker
+    )
+    crops, head, d = config.crops, config.head, vit.width
+    num_global, num_crops = crops.num_global_crops, crops.num_global_crops + crops.num_local_crops
+    out_dim, rows = number(head.out_dim), images * num_crops
+    widths = [d, *[head.hidden_dim] * (head.num_layers - 1), head.bottleneck_dim]
+    head_parameters = sum(n * m + m for n, m in pairwise(widths))
+    prototypes = out_dim * head.bottleneck_dim
+    backbone = vit.num_parameters(crops.global_crop_size)
+    parameters = 4 * (backbone + head_parameters + prototypes + out_dim)
+
+    half = 2 if bf16 else 4  # bytes of what autocast casts
+    sizes = ((crops.global_crop_size, num_global), (crops.local_crop_size, crops.num_local_crops))
+    calls = [
+        images * count * vit.tokens(size) for size, count in sizes
+    ]  # tokens of each call of the backbone
+    pixels = images * sum(3 * count * size**2 for size, count in sizes) * (4 + (2 if bf16 else 0))
+    of_head = rows * (half * (2 * sum(widths[1:-1]) + d) + 12 * head.bottleneck_dim) + 4 * prototypes
+    casts = 2 * (backbone + head_parameters) if bf16 else 0
+    besides = pixels + casts + of_head
+
+    is_shared = train_workers > 1
+    held = (2 + _MOMENTS[config.optim.name] + is_shared) * parameters
+    gradients = 0 if is_shared else parameters
+    of_head_gradients = 0 if is_shared else 4 * (head_parameters + prototypes)
+    one = 4 * images * out_dim  # logits of one crop of each image
+    seen = (2 * num_global + num_crops) * one
+    mode = config.train.activation_checkpointing
+    kept = [vit.kept(n, half, mode) for n in calls]
+    moments = [
+        Memory(held, besides + sum(kept), seen + num_crops * one + max(2 * one, 8 * prototypes), 0),
+        # The backward pass goes through the calls from the last to the first.
+        *(
+            Memory(held, besides + sum(kept[: i + 1]) + vit.during(n, half, mode), seen, of_head_gradients)
+            for i, n in enumerate(calls)
+        ),
+        Memory(held, pixels + casts, seen, gradients),
+        Memory(held, 0, 0, gradients + parameters),
+    ]
+    return max(moments, key=lambda memory: memory.total)
