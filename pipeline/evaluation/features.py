@@ -20,7 +20,8 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.training import distributed
-from dinoray.pipeline.training.step import autocast, pixels
+from dinoray.pipeline.training.pixels import pixels
+from dinoray.pipeline.training.step import autocast
 
 Part = TypeVar("Part")
 

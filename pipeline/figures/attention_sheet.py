@@ -40,7 +40,7 @@ from dinoray.pipeline.figures.drawing import (
     png_bytes,
     thumbnail,
 )
-from dinoray.pipeline.training.step import pixels
+from dinoray.pipeline.training.pixels import pixels
 
 # Pixels of the sheet.
 _MARGIN, _GAP, _GROUP_GAP, _ROW_GAP = 24, 8, 24, 16

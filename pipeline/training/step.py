@@ -6,7 +6,6 @@ process. Axes: B images per process, G global crops, L local crops, V = G + L, K
 """
 
 import contextlib
-import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dinoray.models import optim
-from dinoray.models.dino import DINO, crop_major
-from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.models.dino import DINO
+from dinoray.models.errors import ResourceError
 from dinoray.models.loss import (
     batch_center,
     cross_entropy,
@@ -30,14 +29,13 @@ from dinoray.models.loss import (
 )
 from dinoray.models.published import checkpoint as interop
 from dinoray.models.recompute import recompute_blocks
-from dinoray.pipeline.augment.config import NUM_PHOTOMETRIC, CropsConfig
-from dinoray.pipeline.augment.kernels.torch_colour import adjust
 from dinoray.pipeline.data.partition import num_microbatches
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
 from dinoray.pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
 from dinoray.pipeline.training.health import Health, Sums, sums_of
 from dinoray.pipeline.training.match_weights import adapt
+from dinoray.pipeline.training.pixels import check_batch, pixels
 from dinoray.pipeline.training.skips import Kept, Skips
 from dinoray.pipeline.training.staging import DEVICE_COLUMNS
 
@@ -140,7 +138,7 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
 
     Raises ConfigError if the crops do not match the config, ResourceError if the first step does not fit the GPU.
     """
-    _check(batch, state.config.crops)
+    check_batch(batch, state.config.crops)
     try:
         metrics = _step(state, batch)
     except torch.OutOfMemoryError as error:
@@ -254,36 +252,6 @@ def _backward(
     )
 
 
-def _check(batch: Mapping[str, Any], crops: CropsConfig) -> None:
-    """Raise ConfigError if the crops do not match the config, before anything is computed with them."""
-    g, s = crops.global_crop_size, crops.local_crop_size
-    later = {
-        "global_photometric": ("float32", (crops.num_global_crops, NUM_PHOTOMETRIC)),
-        "local_photometric": ("float32", (crops.num_local_crops, NUM_PHOTOMETRIC)),
-    }
-    columns = {
-        "global_crops": ("uint8", (crops.num_global_crops, g, g, 3)),
-        "local_crops": ("uint8", (crops.num_local_crops, s, s, 3)),
-        **(later if crops.photometric == "device" else {}),
-    }
-    for name, (dtype, shape) in columns.items():
-        found = batch.get(name)
-        if found is None or tuple(found.shape[1:]) != shape or str(found.dtype).rpartition(".")[2] != dtype:
-            what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise ConfigError(
-                f"batch[{name!r}] is {what}, it must be {dtype} [B, {', '.join(map(str, shape))}]"
-            )
-    for name in later.keys() & batch.keys() - columns.keys():  # such crops are unfinished
-        raise ConfigError(
-            f"batch has {name!r}, which crops.photometric=device makes, not {crops.photometric}"
-        )
-    rows = [len(batch[name]) for name in ("global_crops", "local_crops")]
-    if rows[0] != rows[1]:
-        raise ConfigError(
-            f"batch has {rows[0]} rows of global crops and {rows[1]} of local ones, not as many"
-        )
-
-
 def _without_sync(student: nn.Module) -> contextlib.AbstractContextManager[None]:
     return student.no_sync() if isinstance(student, DistributedDataParallel) else contextlib.nullcontext()
 
@@ -308,50 +276,6 @@ def train(
         wait_seconds = time.perf_counter() - asked
         if on_step(batch, train_step(state, batch), wait_seconds):
             return
-
-
-def pixels(crops: Any, config: CropsConfig, device: torch.device, photometric: Any | None = None) -> Tensor:
-    """Convert uint8 [B, C, H, W, 3] to normalised [C*B, 3, H, W] on the device, crop-major.
-
-    The input is not changed. This is the only place where rows per image become rows per crop. Bytes are
-    copied to the device, not floats. float32 and contiguous on a CPU. On a GPU channels_last, which convolutions of
-    bfloat16 need, and as autocast would cast it, where that is on; in one pass unless something is still to be done to
-    the crops: `photometric`, float32 [B, C, 11].
-    """
-    x = torch.as_tensor(crops).to(device, non_blocking=True)
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
-    if device.type == "cuda" and photometric is None:
-        return normalised(x, *_per_byte(config, device, torch.float32), dtype)
-    if photometric is None:
-        levels = crop_major(x).float()
-    else:
-        later = torch.as_tensor(photometric).to(device, non_blocking=True)
-        levels = adjust(crop_major(x), later.transpose(0, 1).flatten(0, 1), config)
-    mean, std = _per_byte(config, device, levels.dtype)
-    floats = levels.sub_(mean).div_(std)
-    return floats if device.type == "cpu" else floats.to(dtype, memory_format=torch.channels_last)
-
-
-def normalised(crops: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (crops - mean) / std of uint8 [B, C, H, W, 3] as channels_last [C*B, 3, H, W], in one kernel.
-
-    Computed in float32, rounded to `dtype` at the end; `mean` and `std` [3, 1, 1] float32 are per byte.
-    """
-    b, c, h, w, _ = crops.shape
-    out = torch.empty((c, b, h, w, 3), dtype=dtype, device=crops.device)
-    torch.addcmul((-mean / std).view(3), crops.transpose(0, 1), std.reciprocal().view(3), out=out)
-    return out.flatten(0, 1).permute(0, 3, 1, 2)
-
-
-@functools.lru_cache
-def _per_byte(config: CropsConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return mean and std of the channels, each [3, 1, 1] on the device, of values 0 to 255.
-
-    Kept, since each copy to a GPU makes the host wait.
-    """
-    values = (config.pixel_mean, config.pixel_std)
-    mean, std = (torch.tensor(each, device=device, dtype=dtype).view(3, 1, 1) * 255 for each in values)
-    return mean, std
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -29,7 +29,7 @@ from dinoray.pipeline.export.timm_export import TimmExport, crop_share, export_t
 from dinoray.pipeline.export.weights import export_state_dict
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import pixels
+from dinoray.pipeline.training.pixels import pixels
 
 
 def replace_kwargs(config: DINOConfig, **changes: Any) -> DINOConfig:

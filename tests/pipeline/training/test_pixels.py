@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.training.step import normalised, pixels
+from dinoray.pipeline.training.pixels import normalised, pixels
 
 CPU = torch.device("cpu")
 EVERY_BYTE = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).view(1, 1, 16, 16, 3)

@@ -13,7 +13,8 @@ from tiny_states import METRICS, same, tiny_state, weights
 from torch import nn
 
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import TrainState, autocast, pixels, train_step
+from dinoray.pipeline.training.pixels import pixels
+from dinoray.pipeline.training.step import TrainState, autocast, train_step
 
 
 def run(state: TrainState, *, num_steps: int = 3) -> list[dict[str, float]]:

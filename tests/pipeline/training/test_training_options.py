@@ -11,7 +11,8 @@ from tiny_states import after, same, tiny_state, weights
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.models.loss import koleo
 from dinoray.pipeline.augment.kernels.torch_colour import finished
-from dinoray.pipeline.training.step import build_state, pixels, train_step
+from dinoray.pipeline.training.pixels import pixels
+from dinoray.pipeline.training.step import build_state, train_step
 
 
 @pytest.mark.parametrize("num_parts", [2, 4])
