@@ -107,12 +107,7 @@ class _Worker:
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
         self.ending = Ending(spec.channel) if self.rank == 0 else None
         self.evaluations = Evaluations(
-            self.state,
-            spec,
-            self.outputs,
-            self.agreement,
-            num_ranks=self.world_size,
-            ending=self.ending,
+            self.state, spec, self.outputs, self.agreement, num_ranks=self.world_size, ending=self.ending
         )
         self.saver = Saver(
             self.state,
