@@ -291,11 +291,13 @@ def pixels(crops: Any, config: CropsConfig, device: torch.device) -> Tensor:
     convolutions of bfloat16 need, and as autocast would cast it, where that is on.
     """
     x = torch.as_tensor(crops).to(device, non_blocking=True)
-    mean, std = (_per_channel(c, device, torch.float32) for c in (config.pixel_mean, config.pixel_std))
     if device.type == "cuda":
+        mean, std = (_per_channel(c, device, torch.float32) for c in (config.pixel_mean, config.pixel_std))
         is_cast = torch.is_autocast_enabled("cuda")
         return normalised(x, mean, std, torch.get_autocast_dtype("cuda") if is_cast else torch.float32)
-    return crop_major(x).float().sub_(mean).div_(std)
+    x = crop_major(x).float()
+    mean, std = (_per_channel(c, device, x.dtype) for c in (config.pixel_mean, config.pixel_std))
+    return x.sub_(mean).div_(std)
 
 
 def normalised(crops: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
