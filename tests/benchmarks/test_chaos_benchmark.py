@@ -10,15 +10,17 @@ from chaos import Hit, ledger
 
 def test_the_ledger_counts_faults_by_kind_and_all_of_them() -> None:
     hits = [
-        Hit("driver killed", 10, 5, recovered_seconds=30, steps_repeated=4),
-        Hit("driver killed", 50, 9, recovered_seconds=40, steps_repeated=1),
+        Hit("driver killed", 10, 5, resumed_seconds=20, recovered_seconds=30, steps_repeated=4),
+        Hit("driver killed", 50, 9, resumed_seconds=24, recovered_seconds=40, steps_repeated=1),
+        Hit("node lost", 70, 9, noticed_seconds=6, resumed_seconds=26, recovered_seconds=28),
         Hit("augment actor killed", 90, 20, recovered_seconds=1),
         Hit("augment actor killed", 95, 20),
     ]
     assert ledger(hits).splitlines()[2:] == [
-        "| augment actor killed | 2 | 0 | 1 | 1 |",
-        "| driver killed | 2 | 5 | 35 | 40 |",
-        "| all | 4 | 5 | 30 | 40 |",
+        "| augment actor killed | 2 | 0 | - | - | 1 | 1 |",
+        "| driver killed | 2 | 5 | - | 22 | 35 | 40 |",
+        "| node lost | 1 | 0 | 6 | 26 | 28 | 28 |",
+        "| all | 5 | 5 | 6 | 24 | 29 | 40 |",
     ]
 
 
