@@ -72,9 +72,8 @@ def step_if(optimizer: torch.optim.Optimizer, is_finite: Tensor) -> None:
 
     A first step that is not taken leaves moments of 0, as if there were none yet.
     """
-    if isinstance(
-        optimizer, torch.optim.AdamW
-    ):  # its fused kernel looks at the flag, as for torch.amp.GradScaler
+    if isinstance(optimizer, torch.optim.AdamW):
+        # Its fused kernel looks at the flag, as for torch.amp.GradScaler.
         optimizer.found_inf = (~is_finite).to(torch.float32)  # type: ignore[attr-defined]
         optimizer.step()
         return
