@@ -64,6 +64,7 @@ class Side:
 
         def begin_actor() -> None:
             self.evaluations._actor, self.evaluations._start = fake.actor(), cast(Any, STARTED)
+            self.evaluations._started_at = evaluator.time.monotonic()
 
         monkeypatch.setattr(self.evaluations, "_begin_actor", begin_actor)
 
@@ -118,7 +119,6 @@ def test_one_without_room_is_told_once_and_given_up_at_last(monkeypatch: pytest.
     now = [100.0]
     monkeypatch.setattr(evaluator, "time", SimpleNamespace(monotonic=lambda: now[0]))
     side.evaluations.add(10, cast(Any, "weights"))
-    side.evaluations._started_at = 100.0
     assert side.notes == []
     for now[0] in (170.0, 180.0, 690.0):
         side.evaluations.look()
