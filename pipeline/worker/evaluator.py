@@ -218,12 +218,14 @@ class SideEvaluations:
         waited, resources = time.monotonic() - self._started_at, self._spec.resources
         if waited < _PENDING_SECONDS:
             return
-        needs = f"{resources.evaluator_cpus:g} CPUs and {resources.evaluator_gpus:g} GPUs of one node"
+        why = f"the evaluator has not started for {waited:.0f} s"
+        if resources.evaluator_cpus or resources.evaluator_gpus:
+            why += f", which needs {resources.evaluator_cpus:g} CPUs and {resources.evaluator_gpus:g} GPUs of one node"
         if waited > 60 * resources.wait_for_nodes_minutes:
-            self._lose(f"no room for the evaluator, {needs}, for {waited:.0f} s", for_good=True)
+            self._lose(why, for_good=True)
         elif not self._has_told:
             self._has_told = True
-            self._note(f"warning: the evaluator has not started for {waited:.0f} s: it needs {needs}")
+            self._note(f"warning: {why}")
 
 
 def spare_node(nodes: Iterable[Mapping[str, Any]], here: str) -> str:

@@ -18,13 +18,15 @@ from dinoray.pipeline.tracking.scores import MISSING, evaluations
 # Nightly beside tests/pipeline/worker/test_under_way.py and test_evaluations.py.
 pytestmark = [pytest.mark.nightly, pytest.mark.ray, pytest.mark.slow]
 
-STEPS, EVERY = 40, 10
+STEPS, EVERY = 16, 4
 
 
 def evaluator_of(job: Job) -> psutil.Process | None:
+    """The evaluator's process, once it has started: one that is stopped before, Ray gives up."""
     for process in job.ray_processes():
         with contextlib.suppress(psutil.Error):
-            if "_Evaluator" in "".join(process.cmdline()):
+            title = "".join(process.cmdline())
+            if "_Evaluator" in title and "__init__" not in title:
                 return process
     return None
 
