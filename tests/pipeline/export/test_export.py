@@ -239,7 +239,7 @@ def test_the_job_runs_as_a_process_and_is_quiet(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(done.stdout.splitlines()) == 4
+    assert len(done.stdout.splitlines()) == 5
     card = json.loads((run / "export" / "teacher_step_00000003.json").read_text())
     assert card["files"]["onnx"]["max_deviation"] < 1e-4
     assert [8, 8] in card["files"]["onnx"]["checked_sizes"]
