@@ -122,10 +122,9 @@ def test_one_without_room_is_told_once_and_given_up_at_last(monkeypatch: pytest.
     assert side.notes == []
     for now[0] in (170.0, 180.0, 690.0):
         side.evaluations.look()
-    assert side.notes == [
-        "warning: the evaluator has not started for 70 s: it needs 0 CPUs and 1 GPUs of one node"
-    ]
+    needs = "which needs 0 CPUs and 1 GPUs of one node"
+    assert side.notes == [f"warning: the evaluator has not started for 70 s, {needs}"]
     now[0] = 701.0
     side.evaluations.look()
-    assert side.missing == {10: "no room for the evaluator, 0 CPUs and 1 GPUs of one node, for 601 s"}
+    assert side.missing == {10: f"the evaluator has not started for 601 s, {needs}"}
     assert side.evaluations.steps == []
