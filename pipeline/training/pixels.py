@@ -35,7 +35,7 @@ def check_batch(batch: Mapping[str, Any], crops: CropsConfig) -> None:
             raise ConfigError(
                 f"batch[{name!r}] is {what}, it must be {dtype} [B, {', '.join(map(str, shape))}]"
             )
-    for name in later.keys() & batch.keys() - columns.keys():
+    for name in sorted(later.keys() & batch.keys() - columns.keys()):
         raise ConfigError(f"batch has {name!r}: its crops are unfinished; set crops.photometric=device")
     rows = [len(batch[name]) for name in ("global_crops", "local_crops")]
     if rows[0] != rows[1]:
