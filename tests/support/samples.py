@@ -3,7 +3,7 @@
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -37,12 +37,17 @@ def _bytes_of(entry: dict[str, Any]) -> bytes:
 
 
 def put_all(s3: S3Server, bucket: str, objects: dict[str, bytes]) -> None:
-    """Put objects into a bucket, many at a time, by a client of our own."""
+    """Put objects into a bucket, many at a time, by a client of our own.
+
+    SeaweedFS may lose one of two that it gets at once if one has the name of the other's folder: those come first.
+    """
     client = s3.client()
-    with ThreadPoolExecutor(16) as pool:
-        puts = [pool.submit(client.put_object, Bucket=bucket, Key=k, Body=v) for k, v in objects.items()]
-    for put in puts:
-        put.result()
+    folders = {str(folder) for key in objects for folder in PurePosixPath(key).parents}
+    for keys in (objects.keys() & folders, objects.keys() - folders):
+        with ThreadPoolExecutor(16) as pool:
+            puts = [pool.submit(client.put_object, Bucket=bucket, Key=k, Body=objects[k]) for k in keys]
+        for put in puts:
+            put.result()
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> None:
