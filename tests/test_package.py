@@ -203,6 +203,7 @@ def test_metrics_are_a_table_with_one_row_per_step(tmp_path: Path) -> None:
         dinoray.read_metrics(tmp_path / "elsewhere")
 
 
+@pytest.mark.nightly  # beside what is above, and the run of a job that it starts
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.slow

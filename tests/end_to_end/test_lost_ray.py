@@ -122,7 +122,7 @@ def part_of_ray(job: Job, name: str) -> psutil.Process:
     [
         ("raylet", "time.sleep(1)", "0", "raylet"),
         # This call does not come back, nor do the last words: Ray's core ends the process after a minute.
-        ("gcs_server", "ray.nodes()", "time.sleep(1000)", "head"),
+        pytest.param("gcs_server", "ray.nodes()", "time.sleep(1000)", "head", marks=pytest.mark.nightly),
     ],
 )
 def test_a_job_whose_ray_is_lost_ends_with_one_line(

@@ -321,6 +321,7 @@ def test_more_bad_images_than_allowed_end_the_run(
     assert b"spoilt/cut.jpg" in page or b"spoilt/text.jpg" in page
 
 
+@pytest.mark.nightly  # beside the same of a source, and of the error of an actor in tests/pipeline/stream
 def test_a_bucket_that_forbids_all_images_ends_the_run_at_once(images: Bucket) -> None:
     with fault_proxy(images.server.endpoint) as proxy:
         proxy.fail("forbid", pattern=f"^GET /{images.name}/images/train/", times=1_000_000)
