@@ -1,10 +1,11 @@
 """Loss curves of 1, 2 and 4 train workers, and of a run whose train workers follow its nodes: they are one curve.
 
-    python benchmarks/elastic.py [--steps 240] [--json FILE] [--picture benchmarks/elastic.png]
+    python benchmarks/elastic.py [--steps 480] [--json FILE] [--picture benchmarks/elastic.png]
 
 The demo's network and images on a Ray whose head has no room for train workers, and whose nodes, processes of this
 machine, have room for one each. The run that changes begins with one node; a second one joins, then two more, and then
-two are lost as machines are lost. Prints the changes and the largest differences from the curve of one worker.
+two are lost as machines are lost: each once the run trains with the nodes that it had. Prints the changes and the
+largest differences from the curve of one worker.
 
 Needs the extra `test`.
 """
@@ -77,13 +78,13 @@ def train_changing(head: RayHead, folder: Path, steps: int) -> list[Resume]:
         nodes.join(1)
         with start(head, folder, "changing", steps, "[1,4]") as job:
             # (share of the steps, what then happens)
-            for share, change in (
-                (1 / 6, lambda: nodes.join(1)),
-                (2 / 6, lambda: nodes.join(2)),
-                (4 / 6, lambda: nodes.lose(2)),
-            ):
-                job.wait_until(lambda share=share: _step(job) >= share * steps)
+            since = 0
+            for change in (lambda: nodes.join(1), lambda: nodes.join(2), lambda: nodes.lose(2)):
+                job.wait_until(lambda since=since: _step(job) >= since + steps // 8)
+                num_resumes = len(resumes(job.output))
                 change()
+                job.wait_until(lambda number=num_resumes: len(resumes(job.output)) > number)
+                since = resumes(job.output)[-1].from_step
             _end(job)
             return resumes(job.output)
 
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument(
         "--picture", type=Path, default=Path(__file__).parent / "elastic.png", metavar="FILE.png"
