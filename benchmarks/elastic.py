@@ -116,9 +116,11 @@ def draw(curves: dict[str, dict[int, float]], changes: list[Resume]) -> Figure:
             change.why, (change.from_step, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7
         )
     above.set(title="loss", xlabel="step")
-    below.set(title="difference from the loss of 1 train worker", xlabel="step")
-    above.legend()
-    below.legend()
+    below.set(
+        title="difference from the loss of 1 train worker (none: 1e-8)", xlabel="step", ylim=(5e-9, 2e-4)
+    )
+    above.legend(loc="center")
+    below.legend(loc="upper right")
     return figure
 
 
