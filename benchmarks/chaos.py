@@ -55,7 +55,7 @@ BUCKET, BATCH = "storm", 32
 _STUCK_SECONDS = 300.0
 """Longest time without a step: the limits of the run that find a hang are far shorter."""
 _STEP = re.compile(r"^step (\d+)/", re.M)
-_RESUMED = re.compile(r"resuming from step (\d+)(?: after (\d+) s)?")
+_RESUMED = re.compile(r"^.*resuming from step (\d+)(?: after (\d+) s)?.*$", re.M)
 _WORKERS, _ACTORS = "RayTrainWorker", "MultiCropActor"
 
 
@@ -249,8 +249,10 @@ class Storm:
         """Read what the job has printed; return whether it has made a new step."""
         assert self._job is not None
         output, now = self._job.output, time.monotonic()
-        resumed = _RESUMED.findall(output)
-        for step, waited in resumed[self._resumed :]:
+        resumed = list(_RESUMED.finditer(output))
+        for match in resumed[self._resumed :]:
+            step, waited = match.groups()
+            print(f"{self._second():.0f} s: {match[0]}", flush=True)
             if self.hits:
                 self.hits[-1].steps_repeated += max(0, self._step - int(step))
             for hit in self.hits:
