@@ -180,6 +180,8 @@ class Storm:
         return True
 
     def _store_down(self) -> bool:
+        if any(act == self._proxy.come_up for _, act in self._due):
+            return False  # it is
         self._proxy.go_down()
         self._later(10, self._proxy.come_up)
         return True

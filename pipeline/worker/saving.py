@@ -72,7 +72,8 @@ class Saver:
         began = time.monotonic()
         is_free = self._under_way.is_free(waits_for_storage=waits_for_storage)
         if not self._agreement.is_everywhere(is_free):
-            self._note(self._not_written_yet)
+            if self._outputs:  # other ranks copy nothing, so they know no step
+                self._note(self._not_written_yet)
         elif (is_finite := self._is_finite()) or is_last:
             self._copy()
             if self._outputs:

@@ -12,8 +12,32 @@ from tiny_states import after
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import CheckpointConfig
+from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.saving import Saver
+
+
+def rank_1(folder: Path, state: TrainState, agreement: Agreement | None = None) -> Saver:
+    """The saver of a rank without outputs, at step 5."""
+    state.step = 5
+    spec: Any = SimpleNamespace(
+        run=Directory(str(folder)),
+        num_images=NUM_IMAGES,
+        check_fence=lambda: None,
+        checkpoint=CheckpointConfig(),
+    )
+    agreement = agreement or Agreement(patience_seconds=0, known=lambda _: None)
+    return Saver(state, Quarantine(), cast(Any, spec), None, agreement)
+
+
+def test_a_rank_that_writes_nothing_leaves_out_a_save_that_rank_0_has_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agreement = Agreement(patience_seconds=0, known=lambda _: None)
+    monkeypatch.setattr(agreement, "is_everywhere", lambda mine: False)
+    saver = rank_1(tmp_path, after(1), agreement)
+    monkeypatch.setattr(saver, "_report", lambda *_, **__: pytest.fail("a checkpoint is reported"))
+    saver.save(is_last=False, waits_for_storage=False)
 
 
 @pytest.mark.parametrize("part", ["student", "center", "optimizer"])
@@ -22,15 +46,7 @@ def test_a_state_that_is_not_finite_is_saved_as_the_last_alone(
 ) -> None:
     """In Ray's list it would take the place of one that can be resumed from. Outside of Ray Train a report raises."""
     state = after(1)
-    state.step = 5
-    spec: Any = SimpleNamespace(
-        run=Directory(str(tmp_path)),
-        num_images=NUM_IMAGES,
-        check_fence=lambda: None,
-        checkpoint=CheckpointConfig(),
-    )
-    agreement = Agreement(patience_seconds=0, known=lambda _: None)
-    saver = Saver(state, Quarantine(), cast(Any, spec), None, agreement)
+    saver = rank_1(tmp_path, state)
     with pytest.raises(RuntimeError):
         saver.save(is_last=False, waits_for_storage=False)
     moments = next(iter(state.optimizer.state.values()))
