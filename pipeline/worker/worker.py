@@ -93,6 +93,7 @@ class _Worker:
             resumed=not self.is_new,
         )
         self.quarantine = self._initialise() if self.is_new else self._restore()
+        self.state.compile()
         self.state.student = distribute(self.state.dino, device)
         self.agreement = Agreement(patience_seconds=spec.give_up_after_seconds, known=known_error)
         self.cadence = Cadence.of(
@@ -103,6 +104,8 @@ class _Worker:
             is_scored=spec.has_scores,
         )
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
+        if self.outputs and self.state.compilation.note:
+            self.outputs.note(f"warning: {self.state.compilation.note}")
         # The first rank of each stream speaks for its ranks: rank j for stream j.
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
         self.ending = Ending(spec.channel) if self.rank == 0 else None
