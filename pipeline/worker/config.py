@@ -21,7 +21,9 @@ MUTABLE_ON_RESUME = frozenset(
 )
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
-MUTABLE_KEYS = frozenset({"data.streams", "eval.where", "eval.max_under_way", "train.compile"})
+MUTABLE_KEYS = frozenset(
+    {"data.streams", "eval.where", "eval.max_under_way", "eval.timeout_minutes", "train.compile"}
+)
 """Such settings in other sections; with compiled blocks numbers are rounded otherwise."""
 
 

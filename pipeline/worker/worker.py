@@ -104,8 +104,6 @@ class _Worker:
             is_scored=spec.has_scores,
         )
         self.outputs = Outputs(spec, self.state) if self.rank == 0 else None
-        if self.outputs and self.state.compilation.note:
-            self.outputs.note(f"warning: {self.state.compilation.note}")
         # The first rank of each stream speaks for its ranks: rank j for stream j.
         self.work = WorkMeter(partial(PoolMailbox(spec.channel).send_work, self.rank))
         self.ending = Ending(spec.channel) if self.rank == 0 else None
@@ -291,6 +289,7 @@ class _Worker:
         )
         metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=skipped_in_a_row)
         if self.outputs:
+            metrics |= self.evaluations.metrics()
             self.outputs.log_step(state, metrics, self.quarantine)
         self._act_on(Verdict(metrics["verdict"]), metrics)
 

@@ -141,7 +141,11 @@ def test_a_compiler_that_fails_is_refused_before_the_first_step(monkeypatch: pyt
 @pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_generated_code_has_the_numbers_of_eager_blocks() -> None:
-    plain, state = after(0, backbone=DEEP), compiled(backend="inductor", backbone=DEEP)
+    sgd = {
+        "name": "sgd"
+    }  # AdamW makes a step of the rounding of a gradient that is 0, as of the bias of keys
+    plain = after(0, backbone=DEEP, optim=sgd)
+    state = compiled(backend="inductor", backbone=DEEP, optim=sgd)
     for seed in range(3):
         losses = [step(each, seed)["loss"] for each in (plain, state)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
