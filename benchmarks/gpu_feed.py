@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> None:
         seconds = seconds_of(islice(stream(), _WARM_UP + options.steps), lambda _: None, device)
         facts: dict[str, Any] = {"stream_alone": count / seconds}
         state = build_state(config, num_images=NUM_IMAGES, device=device)
+        state.compile()
         same = [noise(config, options.batch, device)] * (_WARM_UP + options.steps)
         facts["step_alone"] = trained(state, same, options.steps)["images_per_second"]
         fed = trained(state, stream(), options.steps)

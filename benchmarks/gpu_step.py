@@ -1,13 +1,14 @@
 """The training step on one device: images/s, the time of its parts, peak memory and MFU, beside the published step.
 
     python benchmarks/gpu_step.py [section.key=value ...] [--model NAME ...] [--batch N ...] [--steps 20] [--rounds 3]
-                                  [--only dinoray | plain] [--json FILE]
+                                  [--only dinoray | plain] [--compile auto | on | off ...] [--json FILE]
 
 Noise that lies on the device already: uint8 crops for our step, normalised float32 crops for the plain one
 (benchmarks/plain_dino.py), so neither pays for its input and ours alone pays for its conversion. Settings are those of
 a run's config, e.g. head.out_dim=4096 or train.accumulate_steps=2. Of every model and batch each step runs by itself:
 warm-up, then rounds of whole steps, whose fastest counts, then steps with marks between the parts, then one step for
-the peak of the memory. A batch that does not fit is said so, and the others go on.
+the peak of the memory. A batch that does not fit is said so, and the others go on. `--compile off on` measures our step
+with eager blocks and with compiled ones (train.compile); the plain step is always eager.
 
 On a GPU: wall-clock, parts by CUDA events. On a CPU: CPU time on one thread, so that the ratios hold on a shared
 machine. MFU is against the rate at which the same device multiplies large matrices, in bfloat16 on a GPU, measured
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from part_clock import PARTS, PartClock
@@ -29,6 +30,7 @@ from peak_memory import peak_of_step
 from plain_dino import PlainStep
 from torch import Tensor
 
+from dinoray.models.config import Compile
 from dinoray.models.errors import ConfigError, DinorayError, ResourceError
 from dinoray.pipeline.augment.config import crop_shapes
 from dinoray.pipeline.training.config import DINOConfig
@@ -47,6 +49,9 @@ class Ours:
 
     def __init__(self, state: TrainState, crops: dict[str, Tensor]) -> None:
         self._state, self._crops, self.student = state, crops, state.dino.student
+        state.compile()
+        if state.compilation.note:
+            print(state.compilation.note, file=sys.stderr)
 
     def step(self) -> None:
         """Run one step."""
@@ -172,8 +177,12 @@ def sweep(options: Any, device: torch.device, rate: float) -> Iterator[dict[str,
         for batch in options.batch:
             config = config_of(options.settings, model, batch)
             flops = flops_per_image(config)
-            for side in [options.only] if options.only else SIDES:
+            for side, mode in sides(options):
                 row: dict[str, Any] = {"model": model, "batch": batch, "step": side}
+                if side == "dinoray":
+                    row["compile"] = mode
+                    train = config.train.model_copy(update={"compile": mode})
+                    config = config.model_copy(update={"train": train})
                 chosen = torch.backends.cudnn.benchmark
                 try:
                     row |= measure(side, config, batch, device, options)
@@ -186,6 +195,12 @@ def sweep(options: Any, device: torch.device, rate: float) -> Iterator[dict[str,
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                 yield row
+
+
+def sides(options: Any) -> list[tuple[str, str]]:
+    """Return each step to measure, and what is compiled of it."""
+    both = [*(("dinoray", mode) for mode in options.compile), ("plain", "off")]
+    return [(side, mode) for side, mode in both if options.only in (None, side)]
 
 
 def config_of(settings: Sequence[str], model: str, batch: int) -> DINOConfig:
@@ -213,7 +228,8 @@ HEAD += ("peak GB", "TFLOP/s", "MFU", "dinoray / plain")
 
 def cells(row: dict[str, Any], other: dict[str, Any] | None) -> list[str]:
     """Return the cells of a row; `other`: the row of the plain step before it or after it, if both are there."""
-    named = [row["model"], str(row["batch"]), row["step"]]
+    mode = row.get("compile", "auto")
+    named = [row["model"], str(row["batch"]), row["step"] + (f", compile {mode}" if mode != "auto" else "")]
     if "error" in row:
         return [*named, row["error"], *[""] * (len(HEAD) - 4)]
     ratio = ""
@@ -251,6 +267,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=20, help="in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=list(SIDES), help="leave the other step out")
+    parser.add_argument(
+        "--compile", choices=get_args(Compile), nargs="+", default=["auto"], help="of our step's blocks"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_intermixed_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,6 +9,9 @@ from dinoray.models.settings import Auto, Settings
 Checkpointing = Literal["none", "selective", "full"]
 """Which blocks compute their activations again in the backward pass: none, every second, or all."""
 
+Compile = Literal["auto", "on", "off"]
+"""Whether blocks are compiled by torch.compile; auto: on a GPU, where PyTorch can."""
+
 _DECIDED_ELSEWHERE = {
     "drop_path_rate": "set backbone.drop_path_rate instead",
     "pretrained": "set backbone.pretrained instead",

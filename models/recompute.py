@@ -5,7 +5,7 @@ leaves the running statistics of batch norm as they are, so that gradients and b
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -36,8 +36,15 @@ def recompute_blocks(backbone: nn.Module, mode: Checkpointing) -> None:
             f"{type(backbone).__name__} is none; set train.activation_checkpointing=none"
         )
     for block in found[:: 2 if mode == "selective" else 1]:
-        kind: Any = type(block)
-        block.__class__ = _recomputing(kind)
+        block.__class__ = _recomputing(type(block))
+
+
+def replace_class(block: nn.Module, change: Callable[[Any], Any]) -> None:
+    """Set the class of a block to what `change` makes of it; a block that recomputes still does, around it."""
+    kind: Any = type(block)
+    is_recomputing = issubclass(kind, _Recomputing)
+    changed = change(kind.__mro__[2] if is_recomputing else kind)
+    block.__class__ = _recomputing(changed) if is_recomputing else changed
 
 
 def blocks(backbone: nn.Module) -> list[nn.Module]:

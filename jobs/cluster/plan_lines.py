@@ -11,12 +11,12 @@ from typing import Any
 from dinoray.jobs.cli.config import read_file
 from dinoray.jobs.cluster.measure import Measured
 from dinoray.jobs.cluster.plan_config import PlanConfig
+from dinoray.jobs.cluster.step_lines import memory_rows, scaling_row
 from dinoray.models.commands import command, command_words
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.planning.forecast import HEADROOM, LOCAL_SHARE, Forecast, forecast, with_workers
-from dinoray.pipeline.planning.memory import memory_of
 from dinoray.pipeline.planning.node_rates import (
     LINK_SHARE,
     STORE_SHARE,
@@ -103,7 +103,8 @@ def cluster_rows(config: PlanConfig, run: Run, measured: Measured, found: Foreca
             f"{_SMALL_GBIT:g} Gbit/s at {LINK_SHARE:.0%} use carry {small:,.0f} images/s of "
             f"{run.crop_bytes / 1000:,.0f} kB and would be {is_limit}",
         ),
-        *_memory(config, run, measured),
+        *memory_rows(config, run, measured),
+        scaling_row(config, run, measured),
         ("storage", _storage(measured, found)),
         ("object store", _store(config, found)),
         ("time", _time(run, found)),
@@ -179,22 +180,6 @@ def _storage(measured: Measured, found: Forecast) -> str:
         return text
     text += f"; S3 documents {_S3_REQUESTS:,} requests/s per prefix: "
     return f"{text}use several prefixes, or pack images with `{command('pack')}`"
-
-
-def _memory(config: PlanConfig, run: Run, measured: Measured) -> list[Row]:
-    """What a step needs of a GPU's memory, where the backbone is one whose needs are known."""
-    found = memory_of(
-        config.algorithm(),
-        num_images=measured.num_images,
-        train_workers=run.train_workers,
-        bf16=config.train.precision != "fp32",
-    )
-    if found is None:
-        return []
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found._asdict().items() if size)
-    return [
-        ("memory", f"a step needs {found.total / 1e9:.1f} GB of a GPU's ({parts}), computed, not measured")
-    ]
 
 
 def _store(config: PlanConfig, found: Forecast) -> str:

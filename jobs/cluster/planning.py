@@ -21,6 +21,7 @@ from dinoray.jobs.cluster.plan_lines import (
     show,
     size_table,
 )
+from dinoray.jobs.cluster.step_lines import scaling_of
 from dinoray.jobs.runs.run_files import draw_demo
 from dinoray.pipeline.planning.forecast import Forecast, forecast, forecast_here
 from dinoray.pipeline.worker.driver import check_run
@@ -45,6 +46,8 @@ def plan(config: PlanConfig, arguments: Namespace) -> None:
     if arguments.json:
         facts = {"figures": measured.figures._asdict(), "num_images": measured.num_images}
         facts |= {"sources": measured.sources, "plan": _facts(found), "command": start}
+        if measured.on_gpus:
+            facts["scaling"] = [x._asdict() for x in scaling_of(config, run, measured)]
         print(json.dumps({**facts, "other_sizes": [_facts(other) for other in others]}))
         return
     console = Console(highlight=False, soft_wrap=True, markup=False)

@@ -26,6 +26,8 @@ class EvalConfig(Settings):
     """train: the train workers evaluate, training stands; side: an actor beside them, from a copy of the weights."""
     max_under_way: int = Field(default=2, ge=1)
     """side: evaluations that may be under way when another one is due; then training waits for the oldest."""
+    timeout_minutes: PositiveFloat | Literal["auto"] = "auto"
+    """side: minutes until an evaluator is replaced; auto: 10 times the longest so far, at least 30; 24 h at first."""
     k: tuple[PositiveInt, ...] = Field(default=(10, 20), min_length=1)
     """Numbers of neighbours in k-NN; each gives one accuracy."""
     temperature: float = Field(default=0.07, gt=0)

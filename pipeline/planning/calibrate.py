@@ -112,8 +112,11 @@ def measure_step(
         columns |= photometric_columns(np.stack(drawn), config.crops)
     batch = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
     state = build_state(config, num_images=num_images, device=device, resumed=True)
+    state.compile()
     times = _step_times(state, batch, seconds)
     name = f"one {torch.cuda.get_device_name(device)}" if on_gpu else "one CPU"
+    if state.compilation.note:
+        name += f" ({state.compilation.note})"
     return Trained(batch_size / statistics.median(times), name, len(times))
 
 

@@ -2,13 +2,14 @@
 
 Counted are the tensors that are alive at once, in the three moments of a step that may be its peak: when the loss has
 its gradient, when a block's gradient is computed, and when the teacher follows. What a device needs besides (the
-driver's context, workspaces of libraries, gaps between tensors) is not counted. Axes: b images of a microbatch, G
-global crops, V = G + L crops, K prototypes, D width.
+driver's context, workspaces of libraries, gaps between tensors) is not counted. Blocks are taken to be eager: what
+compiled ones keep (train.compile) is not modelled. Axes: b images of a microbatch, G global crops, V = G + L crops,
+K prototypes, D width.
 """
 
 import re
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import pairwise, product
+from typing import Any, NamedTuple, get_args
 
 from dinoray.models.config import Checkpointing
 from dinoray.models.settings import number
@@ -28,6 +29,8 @@ _SIZES = {
 """Width, depth and hidden width of the MLP as a multiple of the width, in timm."""
 _NAME = re.compile(rf"vit_({'|'.join(_SIZES)})_patch(\d+)_\d+(\.\w+)?")
 _MOMENTS = {"adamw": 2, "lars": 1, "sgd": 1}
+_LEAST_IMAGES = 8
+"""Of a microbatch, below which a GPU computes at less than its rate: an assumption."""
 _KNOWN = {"embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size"}
 
 
@@ -153,3 +156,26 @@ def memory_of(config: DINOConfig, *, num_images: int, train_workers: int, bf16: 
         Memory(held, 0, 0, gradients + parameters),
     ]
     return max(moments, key=lambda memory: memory.total)
+
+
+def fitting(
+    config: DINOConfig, limit: float, *, num_images: int, train_workers: int, bf16: bool
+) -> dict[str, Any] | None:
+    """Return the settings of `train` to change so that a step needs at most `limit` bytes; None if there are none.
+
+    Microbatches are tried before activation checkpointing, which takes time, but not below 8 images unless nothing else
+    fits. What is set already only grows.
+    """
+    train = config.train
+    each = batch_size_per_worker(train.global_batch_size, train_workers)
+    parts = [n for n in range(train.accumulate_steps, each + 1, train.accumulate_steps) if each % n == 0]
+    modes = get_args(Checkpointing)
+    modes = modes[modes.index(train.activation_checkpointing) :]
+    large = [n for n in parts if n == train.accumulate_steps or each // n >= _LEAST_IMAGES]
+    for mode, num_parts in (*product(modes, large), *product(modes, parts)):
+        change = {"accumulate_steps": num_parts, "activation_checkpointing": mode}
+        changed = config.model_copy(update={"train": train.model_copy(update=change)})
+        found = memory_of(changed, num_images=num_images, train_workers=train_workers, bf16=bf16)
+        if found is not None and found.total <= limit:
+            return {name: value for name, value in change.items() if value != getattr(train, name)}
+    return None

@@ -27,10 +27,15 @@ class NodeType(Settings):
     """Gigabits a second that its network carries for hours, each way; not what it carries for minutes."""
     memory_gib: float = Field(gt=0)
     """GiB of memory."""
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """GiB of memory of each GPU; None: not known, so whether a step fits is not said."""
 
 
-def _of(hourly: float, cpus: int, gpus: int, gbit: float, memory_gib: float) -> NodeType:
-    return NodeType(hourly=hourly, cpus=cpus, gpus=gpus, gbit=gbit, memory_gib=memory_gib)
+def _of(
+    hourly: float, cpus: int, gpus: int, gbit: float, memory_gib: float, gpu_memory_gib: float | None = None
+) -> NodeType:
+    sizes = {"gbit": gbit, "memory_gib": memory_gib, "gpu_memory_gib": gpu_memory_gib}
+    return NodeType(hourly=hourly, cpus=cpus, gpus=gpus, **sizes)
 
 
 NODE_TYPES = {
@@ -43,18 +48,18 @@ NODE_TYPES = {
     "c6in.2xlarge": _of(0.4536, 8, 0, 12.5, 16),
     "c6in.4xlarge": _of(0.9072, 16, 0, 25, 32),
     "c6in.8xlarge": _of(1.8144, 32, 0, 50, 64),
-    "g5.xlarge": _of(1.006, 4, 1, 2.5, 16),
-    "g5.12xlarge": _of(5.672, 48, 4, 40, 192),
-    "g5.48xlarge": _of(16.288, 192, 8, 100, 768),
-    "g6.xlarge": _of(0.8048, 4, 1, 2.5, 16),
-    "g6.12xlarge": _of(4.6016, 48, 4, 40, 192),
-    "g6.48xlarge": _of(13.3504, 192, 8, 100, 768),
-    "g6e.xlarge": _of(1.861, 4, 1, 2.5, 32),
-    "g6e.4xlarge": _of(3.00424, 16, 1, 20, 128),
-    "g6e.12xlarge": _of(10.49264, 48, 4, 100, 384),
-    "g6e.48xlarge": _of(30.13118, 192, 8, 400, 1536),
-    "p4d.24xlarge": _of(21.9576, 96, 8, 100, 1152),
-    "p5.48xlarge": _of(55.04, 192, 8, 100, 2048),
+    "g5.xlarge": _of(1.006, 4, 1, 2.5, 16, 22.35),
+    "g5.12xlarge": _of(5.672, 48, 4, 40, 192, 22.35),
+    "g5.48xlarge": _of(16.288, 192, 8, 100, 768, 22.35),
+    "g6.xlarge": _of(0.8048, 4, 1, 2.5, 16, 22.35),
+    "g6.12xlarge": _of(4.6016, 48, 4, 40, 192, 22.35),
+    "g6.48xlarge": _of(13.3504, 192, 8, 100, 768, 22.35),
+    "g6e.xlarge": _of(1.861, 4, 1, 2.5, 32, 44.7),
+    "g6e.4xlarge": _of(3.00424, 16, 1, 20, 128, 44.7),
+    "g6e.12xlarge": _of(10.49264, 48, 4, 100, 384, 44.7),
+    "g6e.48xlarge": _of(30.13118, 192, 8, 400, 1536, 44.7),
+    "p4d.24xlarge": _of(21.9576, 96, 8, 100, 1152, 40),
+    "p5.48xlarge": _of(55.04, 192, 8, 100, 2048, 80),
 }
 """Instance types of cluster.yaml, and their neighbours."""
 

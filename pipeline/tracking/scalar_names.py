@@ -29,10 +29,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
         ),
     ),
     "throughput": (
-        *("images_per_second", "data_wait", "staged_bytes", "tflops", "mfu"),
+        *("images_per_second", "data_wait", "staged_bytes", "tflops", "mfu", "recompiled_graphs"),
         *(f"{stage}_cpu_ms" for stage in STAGES),
     ),
-    "eval": (r"knn_\d+", "majority", "rankme", "lidar", "calibration_images", "attention"),
+    "eval": (
+        r"knn_\d+",
+        "majority",
+        "rankme",
+        "lidar",
+        "calibration_images",
+        "evaluations_under_way",
+        "attention",
+    ),
     "cluster": (
         *("nodes_head", "nodes_cpu", "nodes_gpu", "train_workers", "augment_actors", "augment_target"),
         "dollars",

@@ -14,6 +14,7 @@ from dinoray.models import schedules
 from dinoray.models.config import (
     BackboneConfig,
     Checkpointing,
+    Compile,
     HeadConfig,
     LossConfig,
     OptimConfig,
@@ -44,6 +45,8 @@ class TrainConfig(Settings):
     """Autocast of the networks; auto is bf16 on a GPU and fp32 on a CPU. Head, loss and teacher update stay fp32."""
     activation_checkpointing: Checkpointing = "none"
     """Compute activations again in the backward pass, to fit memory: none, those of every second block, or of all."""
+    compile: Compile = "auto"
+    """Compile the blocks of student and teacher with torch.compile; auto: on a GPU, unless a compiler is missing."""
     seed: int = Field(default=0, ge=0)
     """Seed of weights, image order, crops and stochastic depth."""
 

@@ -82,11 +82,15 @@ class RankShares(NamedTuple):
             hook.remove()
 
     def inexact(self, config: DINOConfig) -> list[str]:
-        """Return what of a step differs from the run's beyond rounding, because the ranks are one process."""
-        if not self.together:
-            return []
-        why = f"the {self.world_size} ranks are passed at once"
+        """Return what of a step differs from the run's: ranks are one process, and blocks are not compiled."""
         lines = []
+        if config.train.compile == "on":
+            lines.append(
+                "compiled blocks: a replay runs them eagerly, with other rounding and draws (train.compile)"
+            )
+        if not self.together:
+            return lines
+        why = f"the {self.world_size} ranks are passed at once"
         if config.backbone.drop_path_rate:
             lines.append(f"stochastic depth: {why}, with the draws of rank 0 (backbone.drop_path_rate)")
         if config.loss.koleo_weight:

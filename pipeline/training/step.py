@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dinoray.models import optim
+from dinoray.models.compiled import Backend, Compilation, compile_blocks
 from dinoray.models.dino import DINO
 from dinoray.models.errors import ResourceError
 from dinoray.models.loss import (
@@ -59,6 +60,7 @@ class TrainState:
     health: Health
     student: nn.Module = field(init=False)
     skips: Skips = field(init=False)
+    compilation: Compilation = field(default_factory=Compilation, init=False)
     step: int = 0
     has_stepped: bool = field(default=False, init=False)
     """True after the first step in this process."""
@@ -66,6 +68,11 @@ class TrainState:
     def __post_init__(self) -> None:
         self.student = self.dino.student
         self.skips = Skips(self.device)
+
+    def compile(self, *, backend: Backend = "inductor") -> None:
+        """Compile blocks as train.compile asks for. Raises as `compile_blocks`."""
+        backbones = (self.dino.student.backbone, self.dino.teacher.backbone)
+        self.compilation = compile_blocks(backbones, self.config.train.compile, self.device, backend=backend)
 
     @property
     def skipped(self) -> int:
@@ -133,14 +140,16 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
     written to. With `crops.photometric=device` also float32 `global_photometric` [B, G, 11] and `local_photometric`
     [B, L, 11]. Returns the step's metrics, means over all processes: `loss`, `teacher_entropy`, `kl` (nats),
     `grad_norm` (L2 over all gradients before clipping) as 0-d tensors, and the schedules' values as floats.
-    If the loss or a gradient is not finite on any process, only `state.step` changes, and `state.skips` some steps
-    later. The host reads nothing from the device.
+    With compiled blocks also `recompiled_graphs`, the number since the first step. If the loss or a gradient is not
+    finite on any process, only `state.step` changes, and `state.skips` some steps later. The host reads nothing from
+    the device.
 
     Raises ConfigError if the crops do not match the config, ResourceError if the first step does not fit the GPU.
     """
     check_batch(batch, state.config.crops)
     try:
-        metrics = _step(state, batch)
+        with state.compilation.step():
+            metrics = _step(state, batch)
     except torch.OutOfMemoryError as error:
         if state.has_stepped:  # a step did fit before: something else uses the memory now
             raise
@@ -151,6 +160,8 @@ def train_step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor 
             "lower train.global_batch_size"
         ) from error
     state.has_stepped = True
+    if state.compilation.is_on:
+        metrics["recompiled_graphs"] = float(state.compilation.num_recompiled)
     return metrics
 
 

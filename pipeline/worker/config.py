@@ -21,8 +21,10 @@ MUTABLE_ON_RESUME = frozenset(
 )
 """What may differ when a run is continued: nothing in them changes what is learnt."""
 
-MUTABLE_KEYS = frozenset({"data.streams", "eval.where", "eval.max_under_way"})
-"""Such settings in other sections."""
+MUTABLE_KEYS = frozenset(
+    {"data.streams", "eval.where", "eval.max_under_way", "eval.timeout_minutes", "train.compile"}
+)
+"""Such settings in other sections; with compiled blocks numbers are rounded otherwise."""
 
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

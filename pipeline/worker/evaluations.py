@@ -60,6 +60,10 @@ class Evaluations:
         """The steps whose evaluations are under way, on rank 0."""
         return self._side.steps if self._side else []
 
+    def metrics(self) -> dict[str, float]:
+        """Return the number of evaluations under way, where they are made beside training."""
+        return {"evaluations_under_way": len(self.under_way)} if self.are_beside else {}
+
     def evaluate_here(self) -> None:
         """Evaluate on the train workers, which wait for it."""
         step = self._state.step

@@ -28,7 +28,7 @@ from dinoray.pipeline.storage.waiting import report_outages
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 from dinoray.pipeline.training.distributed import set_up_device
 from dinoray.pipeline.worker.spec import WorkerSpec
-from dinoray.pipeline.worker.under_way import UnderWay
+from dinoray.pipeline.worker.under_way import TimeLimit, UnderWay
 
 _TRIES = 3
 _LOW_PRIORITY = 10
@@ -109,6 +109,7 @@ class SideEvaluations:
         self._under_way: UnderWay[ray.ObjectRef[Weights]] = UnderWay(
             most=spec.eval.max_under_way, most_tries=_TRIES
         )
+        self._limit = TimeLimit(spec.eval.timeout_minutes, outage_seconds=spec.give_up_after_seconds)
         self._actor: ActorHandle | None = None
         self._answer: ray.ObjectRef[Evaluation | DinorayError | None] | None = None
         self._start: ray.ObjectRef[Any] | None = None
@@ -153,8 +154,10 @@ class SideEvaluations:
                     self._begin_actor()
                 assert self._actor is not None
                 self._answer = self._actor.evaluate.remote(oldest.step, oldest.weights)
+                self._limit.begin(time.monotonic())
             if not ray.wait([self._answer], timeout=wait_seconds)[0]:
                 self._check_start()
+                self._check_time()
                 return
             self._take(oldest.step)
 
@@ -175,6 +178,7 @@ class SideEvaluations:
         if isinstance(found, DinorayError):
             raise found
         self._under_way.arrived()
+        self._limit.arrived(time.monotonic())
         if found is not None:
             self._log(step, found)
 
@@ -214,6 +218,7 @@ class SideEvaluations:
             return
         if ray.wait([self._start], timeout=0)[0]:
             self._start = None
+            self._limit.begin(time.monotonic())
             return
         waited, resources = time.monotonic() - self._started_at, self._spec.resources
         if waited < _PENDING_SECONDS:
@@ -226,6 +231,15 @@ class SideEvaluations:
         elif not self._has_told:
             self._has_told = True
             self._note(f"warning: {why}")
+
+    def _check_time(self) -> None:
+        """Replace an evaluator that takes too long: one that hangs holds up training, and the end of the run."""
+        if self._answer is None or self._start is not None or not self._limit.is_over(time.monotonic()):
+            return
+        minutes = self._limit.seconds / 60
+        self._lose(
+            f"it took longer than {minutes:g} minutes; if it needs more, set eval.timeout_minutes={2 * minutes:g}"
+        )
 
 
 def spare_node(nodes: Iterable[Mapping[str, Any]], here: str) -> str:

@@ -70,6 +70,8 @@ class Outputs:
         self._staged: dict[str, int] = {}
         self._utilisation = Utilisation.of_run(state.config, state.device, num_devices=world_size())
         self._meter, self._pool_meter = ThroughputMeter(), PoolThroughput(self._pool.send_reading)
+        if state.compilation.note:
+            self.note(f"warning: {state.compilation.note}")
 
     def note(self, text: str) -> None:
         """Post a line for the user; return once it has arrived."""

@@ -5,9 +5,12 @@ the evaluator. No torch and no Ray here.
 """
 
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 Weights = TypeVar("Weights")
+
+_TIMES, _LEAST_SECONDS, _FIRST_SECONDS = 10, 30 * 60.0, 24 * 3600.0
+"""Of eval.timeout_minutes=auto. CPUs that others use may need hours for the first."""
 
 
 class Asked(NamedTuple, Generic[Weights]):
@@ -70,6 +73,38 @@ class UnderWay(Generic[Weights]):
         if is_given_up:
             self._places.pop(0)
         return is_given_up
+
+
+class TimeLimit:
+    """How long an evaluator may work at one evaluation, before it is taken to hang.
+
+    The evaluations of a run are alike, so the longest one that has arrived says how long another may take.
+    """
+
+    def __init__(self, minutes: float | Literal["auto"], *, outage_seconds: float) -> None:
+        """`outage_seconds`: how long reads wait for storage, which `auto` adds."""
+        self._minutes, self._outage_seconds = minutes, outage_seconds
+        self._begun_at = self._longest = 0.0
+
+    def begin(self, now: float) -> None:
+        """An evaluation is begun, or its evaluator has started only now."""
+        self._begun_at = now
+
+    def arrived(self, now: float) -> None:
+        """Its result is there."""
+        self._longest = max(self._longest, now - self._begun_at)
+
+    @property
+    def seconds(self) -> float:
+        """The limit."""
+        if self._minutes != "auto":
+            return 60 * self._minutes
+        work = max(_LEAST_SECONDS, _TIMES * self._longest) if self._longest else _FIRST_SECONDS
+        return work + self._outage_seconds
+
+    def is_over(self, now: float) -> bool:
+        """Whether it takes too long."""
+        return now - self._begun_at > self.seconds
 
 
 def due_between(first: int, last: int, *, total: int, every: int) -> list[int]:

@@ -93,6 +93,7 @@ class _Worker:
             resumed=not self.is_new,
         )
         self.quarantine = self._initialise() if self.is_new else self._restore()
+        self.state.compile()
         self.state.student = distribute(self.state.dino, device)
         self.agreement = Agreement(patience_seconds=spec.give_up_after_seconds, known=known_error)
         self.cadence = Cadence.of(
@@ -288,6 +289,7 @@ class _Worker:
         )
         metrics |= state.health.read(state.step, state.dino.center, skipped_in_a_row=skipped_in_a_row)
         if self.outputs:
+            metrics |= self.evaluations.metrics()
             self.outputs.log_step(state, metrics, self.quarantine)
         self._act_on(Verdict(metrics["verdict"]), metrics)
 

@@ -51,6 +51,19 @@ def test_a_batch_that_does_not_fit_is_a_row_and_the_next_one_follows(
     assert rows[1].startswith("| test_vit | 2 | dinoray | ")
 
 
+def test_eager_and_compiled_blocks_are_measured_beside_one_plain_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        training.TrainState, "compile", lambda state: asked.append(state.config.train.compile)
+    )
+    benchmark.main([*TOY, *FEW, "--batch", "2", "--compile", "off", "on"])
+    rows = [row.split(" | ")[2] for row in capsys.readouterr().out.splitlines()[-3:]]
+    assert rows == ["dinoray, compile off", "dinoray, compile on", "plain"]
+    assert asked == ["off", "on"]
+
+
 def test_a_wrong_setting_ends_in_one_line() -> None:
     with pytest.raises(ConfigError, match="out_dims"):
         benchmark.config_of(["head.out_dims=3"], "test_vit", 2)

@@ -287,6 +287,8 @@ def test_the_table_has_what_ec2_says_of_its_types() -> None:
         cards = said["NetworkInfo"]["NetworkCards"]
         gpus = sum(gpu["Count"] for gpu in said.get("GpuInfo", {}).get("Gpus", []))
         assert (node.cpus, node.gpus) == (said["VCpuInfo"]["DefaultVCpus"], gpus), name
+        of_gpus = [gpu["MemoryInfo"]["SizeInMiB"] / 1024 for gpu in said.get("GpuInfo", {}).get("Gpus", [])]
+        assert [node.gpu_memory_gib] * bool(gpus) == pytest.approx(of_gpus, abs=0.01), name
         assert node.memory_gib == said["MemoryInfo"]["SizeInMiB"] / 1024, name
         # Of several cards the first alone carries what is not EFA.
         assert node.gbit == cards[0]["BaselineBandwidthInGbps"], name

@@ -49,7 +49,10 @@ class Resumed:
         device = torch.device("cpu")
         state = SimpleNamespace(step=step, schedule=SimpleNamespace(total_steps=100), device=device)
         spec = SimpleNamespace(
-            run=Directory(str(run)), eval=EvalConfig(every_steps=2, where=where), has_scores=True
+            run=Directory(str(run)),
+            eval=EvalConfig(every_steps=2, where=where),
+            has_scores=True,
+            give_up_after_seconds=900,
         )
         agreement = Agreement(patience_seconds=0, known=lambda _: None)
         monkeypatch.setattr(evaluations.ray, "put", lambda value: value)

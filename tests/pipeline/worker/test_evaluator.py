@@ -47,12 +47,18 @@ class FakeRay:
 class Side:
     """Rank 0's side of it, and what it has logged and said."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fake: FakeRay, **limits: Any) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, fake: FakeRay, *, timeout_minutes: Any = "auto", **limits: Any
+    ) -> None:
         self.logged: list[tuple[int, str]] = []
         self.missing: dict[int, str] = {}
         self.notes: list[str] = []
         monkeypatch.setattr(evaluator, "ray", fake)
-        spec = SimpleNamespace(eval=EvalConfig(), resources=ResourcesConfig(**limits))
+        spec = SimpleNamespace(
+            eval=EvalConfig(timeout_minutes=timeout_minutes),
+            resources=ResourcesConfig(**limits),
+            give_up_after_seconds=900,
+        )
         self.evaluations = SideEvaluations(
             cast(Any, spec),
             num_ranks=1,
@@ -128,3 +134,37 @@ def test_one_without_room_is_told_once_and_given_up_at_last(monkeypatch: pytest.
     side.evaluations.look()
     assert side.missing == {10: f"the evaluator has not started for 601 s, {needs}"}
     assert side.evaluations.steps == []
+
+
+def test_an_evaluator_that_hangs_is_replaced_and_the_evaluation_missing_at_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeRay(None)
+    side = Side(monkeypatch, fake, timeout_minutes=2)
+    now = [1000.0]
+    monkeypatch.setattr(evaluator, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    killed: list[Any] = []
+    monkeypatch.setattr(fake, "kill", killed.append)
+    why = "it took longer than 2 minutes; if it needs more, set eval.timeout_minutes=4"
+    fake.starts = False
+    side.evaluations.add(10, cast(Any, "weights"))
+    now[0] += 125
+    side.evaluations.look()  # waiting for room is not work
+    fake.starts = True
+    side.evaluations.look()
+    for _ in range(2):
+        now[0] += 119
+        side.evaluations.look()
+        assert fake.num_actors == len(killed) + 1
+        now[0] += 2
+        side.evaluations.look()  # it is ended
+        side.evaluations.look()  # and another one begun
+    assert side.notes[1:] == [f"the evaluation of step 10 is begun again: {why}"] * 2
+    assert (len(killed), fake.num_actors, fake.asked) == (2, 3, [10, 10, 10])
+    side.evaluations.add(20, cast(Any, "weights"))
+    now[0] += 121
+    side.evaluations.look()
+    assert side.missing == {10: f"it failed 3 times: {why}"}
+    fake.answers = [found("of 20")]
+    side.evaluations.look()
+    assert side.logged == [(20, "of 20")]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoray.pipeline.worker.under_way import UnderWay, due_between
+from dinoray.pipeline.worker.under_way import TimeLimit, UnderWay, due_between
 
 events = st.lists(st.sampled_from(["due", "arrives", "fails", "fails for good"]), max_size=60)
 
@@ -45,6 +45,22 @@ def test_one_more_may_be_asked_for_where_there_is_no_room_but_no_earlier_step() 
     assert under_way.steps == [10, 20]
     with pytest.raises(AssertionError, match=r"step 20 after \[10, 20\]"):
         under_way.add(20, None)
+
+
+def test_the_longest_evaluation_says_how_long_another_may_take() -> None:
+    limit = TimeLimit("auto", outage_seconds=60)
+    for begun_at, took, minutes in ((0, 60, 30), (5000, 600, 100), (9000, 60, 100)):
+        limit.begin(begun_at)
+        limit.arrived(begun_at + took)
+        assert limit.seconds == 60 * (minutes + 1)
+    limit.begin(10_000)
+    assert not limit.is_over(16_060)
+    assert limit.is_over(16_061)
+
+
+def test_the_first_evaluation_may_take_a_day_unless_minutes_are_set() -> None:
+    assert TimeLimit("auto", outage_seconds=60).seconds == 24 * 3600 + 60
+    assert TimeLimit(2.5, outage_seconds=60).seconds == 150
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 60), st.integers(1, 60))
