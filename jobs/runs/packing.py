@@ -106,7 +106,9 @@ def pack_images(
         again, earlier, digest = _first_pass(beside, config, left_out)
         _remove_others(out, digest, console)
         second = plan.again(again.manifest, digest=digest, rows_per_file=arguments.rows_per_file)
-        finish_two = partial(finish, packed=PackedImages(beside, packed, plan, most), repeats=repeats, left_out=left_out)
+        finish_two = partial(
+            finish, packed=PackedImages(beside, packed, plan, most), repeats=repeats, left_out=left_out
+        )
         about_second = "pass 2 of 2: shuffles what pass 1 wrote"
         if left_out is not None:
             about_second += f", and leaves out {len(left_out)} duplicates"
@@ -138,9 +140,7 @@ def _write(
     )
 
 
-def _first_pass(
-    beside: Directory, config: Config, left_out: Indices | None
-) -> tuple[Source, Earlier, str]:
+def _first_pass(beside: Directory, config: Config, left_out: Indices | None) -> tuple[Source, Earlier, str]:
     """Return what the first pass has written, as the source of the second, what became of its images, and a digest."""
     summary, quarantined = json.loads(beside.read(SUMMARY)), beside.read(QUARANTINE)
     if not summary[KIND.rows_out]:

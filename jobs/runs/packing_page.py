@@ -42,7 +42,10 @@ class PackedImages(NamedTuple):
         group, row = divmod(row, self.plan.rows_per_group)
         storage, path = filesystem(self.out.uri)
         try:
-            with storage.open_input_file(f"{path}/{part_name(part)}") as file, pq.ParquetFile(file) as parquet:
+            with (
+                storage.open_input_file(f"{path}/{part_name(part)}") as file,
+                pq.ParquetFile(file) as parquet,
+            ):
                 data = parquet.read_row_group(group, columns=["image"])["image"][row].as_py()
         except (pa.ArrowException, OSError) as error:
             name = self.out.join(part_name(part))
@@ -141,12 +144,13 @@ def _samples(packed: PackedImages) -> list[list[Captioned]]:
 def _pairs(packed: PackedImages, repeats: Repeats, table: pa.Table) -> list[list[Captioned]]:
     """Return some pairs of original and duplicate, near-duplicates first."""
     exact, near = np.flatnonzero(repeats.is_exact), np.flatnonzero(~repeats.is_exact)
-    chosen = [*near[evenly(len(near), _NEAR_PAIRS)].tolist(), *exact[evenly(len(exact), _EXACT_PAIRS)].tolist()]
+    chosen = [
+        *near[evenly(len(near), _NEAR_PAIRS)].tolist(),
+        *exact[evenly(len(exact), _EXACT_PAIRS)].tolist(),
+    ]
     number = len(repeats.places)
 
     def shown(row: int, place: int) -> Captioned:
         return table["key"][row].as_py(), packed.picture(place)
 
-    return [
-        [shown(number + i, int(repeats.originals[i])), shown(i, int(repeats.places[i]))] for i in chosen
-    ]
+    return [[shown(number + i, int(repeats.originals[i])), shown(i, int(repeats.places[i]))] for i in chosen]

@@ -17,7 +17,10 @@ MOST_BITS = 3
 """Bits in which the difference hashes of near-duplicates differ at most."""
 MOST_LEVELS = 6
 """Levels, of 255, by which their pictures of 8 x 8 pixels differ at most, on average."""
-_BANDS, _BITS_PER_BAND = 4, 16  # of two hashes that differ in fewer bits than there are bands, one band is the same
+_BANDS, _BITS_PER_BAND = (
+    4,
+    16,
+)  # of two hashes that differ in fewer bits than there are bands, one band is the same
 _MOST_COMPARED = 4096
 """Hashes that one is compared with, in each band, at most: a band that most images share would take for ever."""
 _MOST_CLOSE = 64
@@ -37,7 +40,9 @@ class Duplicates(NamedTuple):
 
 def find_exact(digests: NDArray[np.uint64]) -> Duplicates:
     """Return the images whose digest, uint64 [n,2], an earlier image has."""
-    order = np.lexsort((digests[:, 0], digests[:, 1]))  # stable: of the same digest, the first image comes first
+    order = np.lexsort(
+        (digests[:, 0], digests[:, 1])
+    )  # stable: of the same digest, the first image comes first
     ordered = digests[order]
     is_first = np.ones(len(order), bool)
     is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)

@@ -58,7 +58,12 @@ class DataStatistics:
                 self.labels[row["values"]] += row["counts"]
         self.num_constant += int((low == high).sum())
         self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
-        values = {"pixels": width * height / 1e6, "bytes": num_bytes / 1e3, "shape": width / height, "mean": mean}
+        values = {
+            "pixels": width * height / 1e6,
+            "bytes": num_bytes / 1e3,
+            "shape": width / height,
+            "mean": mean,
+        }
         for name, numbers in values.items():
             edges = _RANGES[name][0]
             self._histograms[name] += np.bincount(
@@ -106,7 +111,16 @@ def _names(edges: Sequence[float], unit: str) -> Iterator[str]:
     yield f"{texts[-1]}{unit} or more"
 
 
-_SHAPE_NAMES = {1 / 4: "1:4", 1 / 2: "1:2", 5 / 8: "5:8", 7 / 8: "7:8", 8 / 7: "8:7", 8 / 5: "8:5", 2: "2:1", 4: "4:1"}
+_SHAPE_NAMES = {
+    1 / 4: "1:4",
+    1 / 2: "1:2",
+    5 / 8: "5:8",
+    7 / 8: "7:8",
+    8 / 7: "8:7",
+    8 / 5: "8:5",
+    2: "2:1",
+    4: "4:1",
+}
 _RANGES: dict[str, tuple[Sequence[float], str]] = {
     "pixels": (_MEGAPIXELS, " MP"),
     "bytes": (_KILOBYTES, " kB"),

@@ -168,7 +168,13 @@ def check_keys(source: Source) -> None:
 
 
 def write_part(
-    _: Any, source: Source, part: int, *, out: Directory, plan: Plan, left_out: NDArray[np.int64] | None = None
+    _: Any,
+    source: Source,
+    part: int,
+    *,
+    out: Directory,
+    plan: Plan,
+    left_out: NDArray[np.int64] | None = None,
 ) -> PartResult:
     """Pack the images of one part and write it, in one step; the facts about them are written before.
 

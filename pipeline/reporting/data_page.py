@@ -70,7 +70,9 @@ def build_data_page(data: DataPage) -> str:
         section("Samples", picture(data.samples, "images from all over the set")),
         section("Formats", table(_formats(found))),
         section("Sizes", _sizes(found)),
-        section("Values", _values(found), note="Of decoded images, 0 to 255; photos are read at a reduced size."),
+        section(
+            "Values", _values(found), note="Of decoded images, 0 to 255; photos are read at a reduced size."
+        ),
         _labels(found),
         _bad(data),
         section("Ignored", sentences(data.ignored), note="Objects and files that are no images."),
@@ -93,7 +95,11 @@ def _tiles(data: DataPage) -> list[tuple[str, str, str]]:
         ("exact duplicates", f"{pairs.num_exact:,}", ""),
         ("near-duplicates", f"{pairs.num_near:,}", ""),
         ("duplicates left out", f"{pairs.num_left_out:,}", ""),
-        ("bytes of images", f"{found.num_bytes / 1e6:,.1f} MB", f"{found.num_bytes / max(1, found.num_images) / 1e3:,.1f} kB each"),
+        (
+            "bytes of images",
+            f"{found.num_bytes / 1e6:,.1f} MB",
+            f"{found.num_bytes / max(1, found.num_images) / 1e3:,.1f} kB each",
+        ),
         ("median size", f"{width} x {height}", "pixels"),
         *([("classes", f"{classes:,}", "")] if classes else []),
     ]
