@@ -32,7 +32,7 @@ from dinoray.pipeline.worker.config import Config
 
 _SAMPLE, _AT_ONCE, _ROW_GROUPS = 64, 16, 4
 _SECONDS = 5.0
-_LARGE = 2.0
+_LARGE = 4.0
 """Times the pixels that crops need from which on decoding costs so much that shrinking pays."""
 _MANY_OBJECTS = 100_000
 """Objects on S3 from which on requests are worth saving."""
@@ -155,7 +155,8 @@ def _describe_bad(bad: Sequence[tuple[str, Status, str]], number: int, limit: fl
     text = f"{len(bad)} of {number} that were read cannot be used ({counts}), e.g. {key}: {reason}"
     share = len(bad) / number
     if share > limit:
-        text += f"; a run ends above data.max_bad_fraction={limit:g}: mend them, or set it to {min(1.0, 1.5 * share):.2g}"
+        enough = min(1.0, 1.5 * share)
+        text += f"; a run ends above data.max_bad_fraction={limit:g}: mend them, or set it to {enough:.2g}"
     return Line("warn", "bad images", text)
 
 
@@ -175,8 +176,8 @@ def _next_command(
         pass  # packed already
     elif width * height > _LARGE * needed:
         reason = (
-            f"the median image has {width * height / 1e6:.2g} megapixels, crops need {needed / 1e6:.2g}: decoding would "
-            "be most of the work"
+            f"the median image has {width * height / 1e6:.2g} megapixels, crops need {needed / 1e6:.2g}: decoding "
+            "would be most of the work"
         )
     elif reading := [
         line for line in describe_reading(source, config, most_actors=1) if command("pack") in line

@@ -225,9 +225,5 @@ def _megabytes(num_bytes: int) -> str:
 def _told(summary: Mapping[str, Any]) -> str:
     before, after = _megabytes(summary["bytes_in"]), _megabytes(summary["bytes_out"])
     left_out = f" + {summary[LEFT_OUT]} duplicates" if LEFT_OUT in summary else ""
-    return (
-        "{rows_in} images in = {rows_out} images out + {quarantined} quarantined{left_out}, {num_shrunk} shrunk, ".format(
-            **summary, left_out=left_out
-        )
-        + f"{before} before, {after} after"
-    )
+    counted = "{rows_in} images in = {rows_out} images out + {quarantined} quarantined".format(**summary)
+    return f"{counted}{left_out}, {summary['num_shrunk']} shrunk, {before} before, {after} after"

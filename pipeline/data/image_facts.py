@@ -16,7 +16,7 @@ from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.jpeg import DENOMINATORS, Decoded, Encoded, Pixels
 from dinoray.pipeline.data.pillow import open_pillow
 
-SMALL_SIDE, _SMALL_BYTES = 8, 192
+SMALL_SIDE, SMALL_BYTES = 8, 192
 """Side in pixels, and bytes, of the RGB picture by which two images with similar hashes are compared."""
 _DIGEST_BYTES = 16
 _LEAST_SIDE = 32
@@ -67,7 +67,7 @@ SCHEMA = pa.schema(
         "mean": pa.float32(),
         "digest": pa.binary(_DIGEST_BYTES),
         "difference_hash": pa.uint64(),
-        "small": pa.binary(_SMALL_BYTES),
+        "small": pa.binary(SMALL_BYTES),
     }
 )
 """Columns of a table of ImageFacts."""

@@ -5,6 +5,7 @@ Memory does not grow with the number of images. Pure functions; no storage and n
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -100,13 +101,13 @@ class DataStatistics:
         for row in pairs.group_by(pairs.column_names).aggregate([([], "count_all")]).to_pylist():
             *pair, number = (row[name] for name in (*pairs.column_names, "count_all"))
             if tuple(pair) in counter or len(counter) < _MOST_SIZES:
-                counter[tuple(pair)] += number  # type: ignore[index]
+                counter[tuple(pair)] += number
 
 
 def _names(edges: Sequence[float], unit: str) -> Iterator[str]:
     texts = [_SHAPE_NAMES.get(edge, f"{edge:g}") if unit == "" else f"{edge:g}" for edge in edges]
     yield f"below {texts[0]}{unit}"
-    for one, other in zip(texts, texts[1:], strict=False):
+    for one, other in pairwise(texts):
         yield f"{one} to {other}{unit}"
     yield f"{texts[-1]}{unit} or more"
 

@@ -129,7 +129,7 @@ class TableFacts:
 
     def _small(self, places: Indices) -> NDArray[np.uint8]:
         column = self.take(places, ["small"])["small"].combine_chunks()
-        return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(len(column), -1)
+        return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(-1, image_facts.SMALL_BYTES)
 
     def _read(self, part: int, columns: Sequence[str]) -> pa.Table:
         name = facts_name(part)
