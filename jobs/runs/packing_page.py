@@ -75,7 +75,7 @@ def finish_table(
     manifest = source.manifest
     ignored = [*manifest.passed_over, *(f"damaged: {key}" for key in manifest.damaged)]
     if manifest.num_ignored:
-        ignored.insert(0, f"{manifest.num_ignored:,} other files")
+        ignored.insert(0, f"other files: {manifest.num_ignored:,}")
     data = DataPage(
         address=out.uri,
         about=about,

@@ -25,6 +25,10 @@ from dinoray.pipeline.reporting.page import (
 )
 
 _MOST_LABELS, _MOST_KINDS, _MOST_BAD, _MOST_SIZES = 20, 12, 50, 10
+_OF_WHICH = (
+    "Of the {:,} images that could be decoded, as they were found: not shrunk, with duplicates. Values are 0 to 255, of "
+    "JPEGs at a reduced size."
+)
 _WIDTH, _ROW, _LEFT, _RIGHT = 360, 22, 120, 70  # pixels of a histogram
 
 
@@ -69,10 +73,7 @@ def build_data_page(data: DataPage) -> str:
     sections = [
         section("Samples", picture(data.samples, "images from all over the set")),
         section("Formats", table(_formats(found))),
-        section("Sizes", _sizes(found)),
-        section(
-            "Values", _values(found), note="Of decoded images, 0 to 255; photos are read at a reduced size."
-        ),
+        section("Sizes and values", _sizes(found), note=_OF_WHICH.format(found.num_images)),
         _labels(found),
         _bad(data),
         section("Ignored", sentences(data.ignored), note="Objects and files that are no images."),
@@ -125,30 +126,22 @@ def _sizes(found: DataStatistics) -> Html:
         {"width": size[0], "height": size[1], "images": f"{count:,}"}
         for size, count in found.sizes.most_common(_MOST_SIZES)
     ]
-    return Html(
-        facts(
-            {
-                "smallest": f"{smallest[0]} x {smallest[1]} pixels",
-                "largest": f"{largest[0]} x {largest[1]} pixels",
-            }
-        )
-        + charts(
-            [
-                ("Pixels", _drawn(found.bars("pixels"))),
-                ("Bytes of a file", _drawn(found.bars("bytes"))),
-                ("Width : height", _drawn(found.bars("shape"))),
-            ]
-        )
-        + details("Commonest sizes", table(common))
+    lines = facts(
+        {
+            "smallest": f"{smallest[0]} x {smallest[1]} pixels",
+            "largest": f"{largest[0]} x {largest[1]} pixels",
+            "range of values": f"{found.low:g} to {found.high:g}",
+            "images of one colour": f"{found.num_constant:,}",
+        }
     )
-
-
-def _values(found: DataStatistics) -> Html:
-    if not found.num_images:
-        return Html("")
-    constant = f"{found.num_constant:,} of one colour" if found.num_constant else "none of one colour"
-    lines = facts({"range of values": f"{found.low:g} to {found.high:g}", "images": constant})
-    return Html(lines + charts([("Mean of an image", _drawn(found.bars("mean")))]))
+    histograms = {
+        "Pixels": "pixels",
+        "Bytes of a file": "bytes",
+        "Width : height": "shape",
+        "Mean of an image": "mean",
+    }
+    drawn = charts([(title, _drawn(found.bars(name))) for title, name in histograms.items()])
+    return Html(f"{lines}{drawn}{details('Commonest sizes', table(common))}")
 
 
 def _labels(found: DataStatistics) -> Html:
