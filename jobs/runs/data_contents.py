@@ -31,7 +31,7 @@ from dinoray.pipeline.storage.s3 import list_page
 from dinoray.pipeline.worker.config import Config
 
 _SAMPLE, _AT_ONCE, _ROW_GROUPS = 64, 16, 4
-_SECONDS = 5.0
+_SECONDS, _GIVE_UP_SECONDS = 5.0, 20.0
 _LARGE = 4.0
 """Times the pixels that crops need from which on decoding costs so much that shrinking pays."""
 _MANY_OBJECTS = 100_000
@@ -54,9 +54,10 @@ def look_into_data(
 ) -> Iterator[Line]:
     """Yield what lies at `config.data.path`. Raises what `build_manifest` raises."""
     bound = bound or Bound(seconds=_SECONDS)
-    manifest = build_manifest(config.data, config.storage, bound=bound)
-    source = Source(config.data, manifest, config.storage)
-    number, is_exact = _num_images(manifest, bound, config.storage.access)
+    storage = config.storage.model_copy(update={"give_up_after_seconds": _GIVE_UP_SECONDS})
+    manifest = build_manifest(config.data, storage, bound=bound)
+    source = Source(config.data, manifest, storage)
+    number, is_exact = _num_images(manifest, bound, storage.access)
     described = describe_data(source).removeprefix("data: ")
     if not is_exact:
         described = f"{number}; the part that was looked into: {described}"

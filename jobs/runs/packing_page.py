@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dinoray.jobs.runs.parts_job import PartsJob
 from dinoray.models.errors import DataError, one_line
 from dinoray.pipeline.data.duplicates import Indices
-from dinoray.pipeline.data.image_facts import decode_whole
+from dinoray.pipeline.data.image_facts import as_rgb, decode_whole
 from dinoray.pipeline.data.jpeg import open_image
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.data.statistics import DataStatistics, evenly
@@ -50,7 +50,7 @@ class PackedImages(NamedTuple):
         except (pa.ArrowException, OSError) as error:
             name = self.out.join(part_name(part))
             raise DataError(f"{name} cannot be read ({one_line(error)}); delete it and run again") from error
-        return decode_whole(open_image(data, max_pixels=self.max_pixels)).pixels
+        return as_rgb(decode_whole(open_image(data, max_pixels=self.max_pixels)).pixels)
 
 
 def finish_table(

@@ -94,7 +94,7 @@ def measure_image(image: Encoded, picture: Decoded) -> ImageFacts:
     """Return the facts of an opened image, of which `picture` is its picture at any size."""
     pixels = picture.pixels
     kind, channels = _header(image.data, pixels)
-    whole, box = Image.fromarray(pixels), picture_box(image, picture)
+    whole, box = Image.fromarray(as_rgb(pixels)), picture_box(image, picture)
     small = whole.resize((SMALL_SIDE, SMALL_SIDE), Image.Resampling.BILINEAR, box)
     grid = np.asarray(whole.resize((9, 8), Image.Resampling.BILINEAR, box), np.int32).sum(axis=2)
     bits = np.packbits(grid[:, :-1] < grid[:, 1:])
@@ -113,6 +113,11 @@ def measure_image(image: Encoded, picture: Decoded) -> ImageFacts:
     )
 
 
+def as_rgb(pixels: Pixels) -> Pixels:
+    """Return the first three channels of a picture [H,W,C], or its only one as gray: uint8 [H,W,3]."""
+    return pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
+
+
 def facts_table(facts: Sequence[ImageFacts]) -> pa.Table:
     """Return a table of one row for each image, of SCHEMA."""
     columns: Any = zip(*facts, strict=True) if facts else ((),) * len(SCHEMA)
@@ -125,6 +130,5 @@ def _header(data: bytes, pixels: Pixels) -> tuple[str, str]:
     try:
         header = open_pillow(data)
     except BadImage:
-        num_channels = pixels.shape[2] if pixels.ndim == 3 else 1
-        return "other", f"{num_channels} channels, {8 * pixels.itemsize} bits"
+        return "other", f"{pixels.shape[2]} channels"
     return header.format or "other", _MODES.get(header.mode, header.mode)

@@ -19,7 +19,7 @@ from dinoray.pipeline.data.duplicates import Indices, find_exact, find_near
 from dinoray.pipeline.data.fetched import Fetched
 from dinoray.pipeline.data.image_facts import ImageFacts, facts_table
 from dinoray.pipeline.export.parquet_parts import facts_name, part_name
-from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.storage.files import Directory, MissingObject
 
 _OF_SOURCE = pa.schema({"row": pa.int64(), "key": pa.string(), "label": pa.string()})
 _AT_ONCE = 16
@@ -132,14 +132,13 @@ class TableFacts:
         return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(-1, image_facts.SMALL_BYTES)
 
     def _read(self, part: int, columns: Sequence[str]) -> pa.Table:
-        name = facts_name(part)
-        data = self._out.read(name)
+        name, remedy = facts_name(part), f"delete {self._out.join(part_name(part))} and run again"
         try:
-            return pq.read_table(pa.BufferReader(data), columns=list(columns))
+            return pq.read_table(pa.BufferReader(self._out.read(name)), columns=list(columns))
+        except MissingObject as error:
+            raise DataError(f"{self._out.join(name)} is missing; {remedy}") from error
         except (pa.ArrowException, OSError, KeyError) as error:
-            raise DataError(
-                f"{self._out.join(name)} is damaged ({one_line(error)}); delete it and run again"
-            ) from error
+            raise DataError(f"{self._out.join(name)} is damaged ({one_line(error)}); {remedy}") from error
 
 
 def _as_numbers(digests: pa.ChunkedArray) -> NDArray[np.uint64]:

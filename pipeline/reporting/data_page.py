@@ -26,8 +26,8 @@ from dinoray.pipeline.reporting.page import (
 
 _MOST_LABELS, _MOST_KINDS, _MOST_BAD, _MOST_SIZES = 20, 12, 50, 10
 _OF_WHICH = (
-    "Of the {:,} images that could be decoded, as they were found: not shrunk, with duplicates. Values are 0 to 255, of "
-    "JPEGs at a reduced size."
+    "Of the {:,} images that could be decoded, as they were found: not shrunk, with duplicates. Values are 0 to "
+    "255, of JPEGs at a reduced size."
 )
 _WIDTH, _ROW, _LEFT, _RIGHT = 360, 22, 120, 70  # pixels of a histogram
 

@@ -11,7 +11,8 @@ import pytest
 from image_files import encode, scene
 from parts_in_process import KilledError, Pool, use_pool
 from PIL import Image
-from samples import parquet, write_all
+from samples import parquet, put_all, write_all
+from servers import S3Server
 
 from dinoray.jobs import pack
 from dinoray.models.errors import ConfigError, DataError
@@ -133,7 +134,42 @@ def test_a_job_that_is_killed_leaves_out_the_same(
     assert page == (whole / "data.html").read_text().replace(str(whole), str(out))
 
 
-def test_parquet_without_its_facts_is_made_again_and_parts_with_them_stay(
+def test_facts_that_the_second_pass_misses_are_made_again_with_their_part(
+    source: Path, tmp_path: Path, pool: Pool
+) -> None:
+    def lose(number: int) -> None:
+        pool.in_second_pass = lambda number: None
+        (tmp_path / "out-first-pass/_about/_images-00000.parquet").unlink()
+        raise KilledError
+
+    pool.in_second_pass = lose
+    with pytest.raises(KilledError):
+        run(source, tmp_path / "out", "--duplicates=near")
+    with pytest.raises(
+        DataError, match=r"_images-00000.parquet is missing; delete (\S+) and run again"
+    ) as error:
+        run(source, tmp_path / "out", "--duplicates=near")
+    Path(str(error.value).split("delete ")[1].split(" and")[0]).unlink()
+    run(source, tmp_path / "out", "--duplicates=near")
+    assert len(keys(tmp_path / "out")) == 24
+
+
+@pytest.mark.s3
+def test_a_bucket_is_packed_into_a_bucket_with_its_page(s3: S3Server, bucket: str, pool: Pool) -> None:
+    put_all(s3, bucket, {f"in/{key}": data for key, data in FILES.items()})
+    pack.main(
+        [f"s3://{bucket}/in", f"--out=s3://{bucket}/out", "--duplicates=near", "data.max_bad_fraction=0.2"]
+    )
+    listed = [entry["Key"] for entry in s3.client().list_objects_v2(Bucket=bucket)["Contents"]]
+    assert {key.split("/")[0] for key in listed} == {"in", "out"}
+    page = s3.client().get_object(Bucket=bucket, Key="out/data.html")["Body"].read().decode()
+    assert "<h1>24 images</h1>" in page
+    assert page.count("data:image/") == 4
+    config = DataConfig(path=f"s3://{bucket}/out")
+    assert Source(config, build_manifest(config)).num_images == 24
+
+
+def test_a_part_without_its_facts_is_made_again_and_others_stay(
     source: Path, tmp_path: Path, pool: Pool
 ) -> None:
     """As parts of earlier versions, which had not been decoded."""
