@@ -48,8 +48,9 @@ from dinoray.jobs.cluster.node_checks import (
 )
 from dinoray.jobs.cluster.run_checks import check_files
 from dinoray.jobs.cluster.upload import pack, read_runtime_env
+from dinoray.jobs.runs.data_contents import look_into_data
 from dinoray.models.errors import ConfigError, DinorayError, ResourceError, one_line, redact_credentials
-from dinoray.pipeline.storage.files import is_shared_path
+from dinoray.pipeline.storage.files import is_s3, is_shared_path, normal_uri
 from dinoray.pipeline.worker.config import Config
 
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
@@ -111,7 +112,10 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
         if address and address.startswith(("http://", "https://")):
             yield from _ask(address, arguments)
             return
-        yield check_data(config.data, access=config.storage.access)
+        data = check_data(config.data, access=config.storage.access)
+        yield data
+        if data.verdict != "FAIL" and _is_there(config.data.path):
+            yield from _look_into(config, arguments)
         yield _check_storage(config, is_local=not address)
         yield from check_clock(config.data.path, config.storage.access)
         dashboard = _start_or_join(address, verbose=arguments.verbose)
@@ -121,6 +125,19 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
             ray.shutdown()
     except DinorayError as error:
         yield failed("cluster", error)
+
+
+def _is_there(path: str) -> bool:
+    """False for demo images that the first run generates."""
+    return is_s3(path) or Path(normal_uri(path)).exists()
+
+
+def _look_into(config: Config, arguments: Namespace) -> Iterator[Finding]:
+    try:
+        for line in look_into_data(config, recipe=arguments.recipe, overrides=arguments.overrides):
+            yield Finding(*line)
+    except DinorayError as error:
+        yield failed("contents", error)
 
 
 def _check_storage(config: Config, *, is_local: bool) -> Finding:

@@ -1,7 +1,8 @@
 """Pack images for pretraining: `dinoray pack SOURCE --out FOLDER_OR_S3 [--shrink] [--recipe R] [options]`.
 
 Image objects or Parquet of any layout -> a pool of actors -> Parquet parts, whose images are shrunk on request to
-what a recipe's crops need of them. Images are shuffled; Parquet needs two passes for that, the first one into a
+what a recipe's crops need of them, and data.html, a page about them. Each image is decoded, and damaged ones are left
+out. Images are shuffled; Parquet needs two passes for that, and so does leaving out duplicates, the first one into a
 folder beside --out, which is removed at the end. The same command continues what was interrupted, and does nothing
 for what is finished.
 """
@@ -18,6 +19,7 @@ from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.packing import pack_images
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.export.packing_facts import EXACT, KEEP, NEAR
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.worker.config import Config
 
@@ -29,8 +31,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     out = Directory(arguments.out)
-    pack_images(arguments, _config(arguments), out, console)
-    console.print(_next_command(arguments, out))
+    line = _next_command(arguments, out)
+    pack_images(arguments, _config(arguments), out, console, next_command=line)
+    console.print(f"command that pretrains on the packed images:\n{line}")
 
 
 def _parser() -> CommandLine:
@@ -59,6 +62,13 @@ def _parser() -> CommandLine:
         action="store_true",
         help="for Parquet whose rows are in random order already: write each image once, not twice",
     )
+    parser.add_argument(
+        "--duplicates",
+        choices=(KEEP, EXACT, NEAR),
+        default=KEEP,
+        help="images that repeat an earlier one: keep all, leave out exact copies, or near-duplicates too "
+        "(default: keep; data.html shows them)",
+    )
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_overrides("data.label_from_parent=true")
     return parser
@@ -85,8 +95,7 @@ def _config(arguments: Namespace) -> Config:
 def _next_command(arguments: Namespace, out: Directory) -> str:
     """The command that pretrains from what was packed."""
     crops = [override for override in arguments.overrides if override.startswith("crops.")]
-    line = command("pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}", *crops)
-    return f"command that pretrains on the packed images:\n{line}"
+    return command("pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}", *crops)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@ Where there are more, its output goes to a folder beside the table, and a second
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.packing_page import PackedImages, finish_table
 from dinoray.jobs.runs.parts_job import Earlier, PartsJob
 from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.duplicates import Indices
 from dinoray.pipeline.data.manifest import Manifest, build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.export.packing import (
@@ -27,8 +29,9 @@ from dinoray.pipeline.export.packing import (
     shrink_pixels,
     write_part,
 )
+from dinoray.pipeline.export.packing_facts import KEEP, TableFacts
 from dinoray.pipeline.export.packing_plan import Plan, make_plan
-from dinoray.pipeline.export.parquet_parts import QUARANTINE, SUMMARY, remove_parts
+from dinoray.pipeline.export.parquet_parts import LEFT_OUT, QUARANTINE, SUMMARY, remove_parts
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.files import Directory, MissingObject
 from dinoray.pipeline.worker.config import Config
@@ -38,11 +41,19 @@ _MADE_FROM = "_about/first_pass"
 """File of the digest of the first pass of which the parts are made."""
 
 
-def pack_images(arguments: Namespace, config: Config, out: Directory, console: Console) -> None:
+def pack_images(
+    arguments: Namespace, config: Config, out: Directory, console: Console, *, next_command: str
+) -> None:
     """Plan, refuse what does not fit what is there, pack the missing parts, and account for every image."""
     beside = Directory(f"{out.uri}-first-pass")
     for folder in (out, beside):
         _check_apart(Directory(config.data.path), folder, out)
+    leaves_out = arguments.duplicates != KEEP
+    if leaves_out and arguments.one_pass:
+        raise ConfigError(
+            f"--one-pass writes each image before all are known, so --duplicates {arguments.duplicates} cannot leave "
+            "any out; leave out one of them"
+        )
     max_pixels = shrink_pixels(config.crops) if arguments.shrink else None
     job = PartsJob(out, KIND, config, console, argument="source", verbose=arguments.verbose)
     source = job.list_images(
@@ -50,25 +61,36 @@ def pack_images(arguments: Namespace, config: Config, out: Directory, console: C
             "max_pixels": max_pixels,
             "quality": QUALITY if arguments.shrink else None,
             "rows_per_file": arguments.rows_per_file,
+            "duplicates": arguments.duplicates if leaves_out else None,  # as in tables of earlier versions
         }
     )
     make = partial(make_plan, source.manifest, digest=job.manifest_digest, max_pixels=max_pixels)
     plan: Plan = make(rows_per_file=arguments.rows_per_file)
     treatment = (
-        "image files are stored unchanged"
+        "image files are stored unchanged, except damaged ones, which are left out"
         if max_pixels is None
         else f"images of more than {max_pixels} pixels are shrunk to {max_pixels} if that makes the file smaller: "
         f"no crop of {arguments.recipe} needs more"
     )
-    about = f"{describe_data(source)}, {_megabytes(_listed_bytes(source.manifest))}\n{treatment}"
+    described = describe_data(source)
+    about = f"{described}, {_megabytes(_listed_bytes(source.manifest))}\n{treatment}"
     facts, check = {"num_images": source.num_images}, partial(check_keys, source)
-    two_passes = not (plan.mixes_all(source.manifest) or job.lacks(_ONE_PASS))
+    finish = partial(
+        finish_table, out=out, source=source, about=[described, treatment], next_command=next_command, job=job
+    )
+    most = source.config.max_pixels
+    two_passes = leaves_out or not (plan.mixes_all(source.manifest) or job.lacks(_ONE_PASS))
     if two_passes:
         job.settle({_ONE_PASS: arguments.one_pass})
         job.is_begun()  # or else it is refused, before it is by what follows from this
     if not two_passes or arguments.one_pass:
         job.begin({"num_parts": plan.num_parts, **plan.layout}, facts, check=check)
-        _write(job, plan, source, about)
+
+        def finish_one_pass(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+            packed = TableFacts(out, summary["num_parts"])
+            return finish(summary, packed=PackedImages(out, packed, plan, most), repeats=packed.repeats())
+
+        _write(job, plan, source, about, finish=finish_one_pass)
         return
     _check_room_beside(out)
     first = job.into(beside)
@@ -78,16 +100,34 @@ def pack_images(arguments: Namespace, config: Config, out: Directory, console: C
         _check_nothing_else(first, out)
         first.begin({"num_parts": plan.num_parts, **plan.layout}, facts)
         _write(first, plan, source, f"{about}\n{_about_first(source, plan)}")
-        packed, earlier, digest = _first_pass(beside, config)
+        packed = TableFacts(beside, plan.num_parts)
+        repeats = packed.repeats()
+        left_out = repeats.left_out(arguments.duplicates) if leaves_out else None
+        again, earlier, digest = _first_pass(beside, config, left_out)
         _remove_others(out, digest, console)
-        second = plan.again(packed.manifest, digest=digest, rows_per_file=arguments.rows_per_file)
-        _write(job, second, packed, "pass 2 of 2: shuffles what pass 1 wrote", earlier)
+        second = plan.again(again.manifest, digest=digest, rows_per_file=arguments.rows_per_file)
+        finish_two = partial(
+            finish, packed=PackedImages(beside, packed, plan, most), repeats=repeats, left_out=left_out
+        )
+        about_second = "pass 2 of 2: shuffles what pass 1 wrote"
+        if left_out is not None:
+            about_second += f", and leaves out {len(left_out)} duplicates"
+        _write(job, second, again, about_second, earlier=earlier, left_out=left_out, finish=finish_two)
     first.remove()
 
 
-def _write(job: PartsJob, plan: Plan, source: Source, about: str, earlier: Earlier | None = None) -> None:
+def _write(
+    job: PartsJob,
+    plan: Plan,
+    source: Source,
+    about: str,
+    *,
+    earlier: Earlier | None = None,
+    left_out: Indices | None = None,
+    finish: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda summary: {},
+) -> None:
     job.write(
-        partial(write_part, out=job.out, plan=plan),
+        partial(write_part, out=job.out, plan=plan, left_out=left_out),
         None,
         source,
         [plan.rows(part) for part in range(plan.num_parts)],
@@ -95,10 +135,12 @@ def _write(job: PartsJob, plan: Plan, source: Source, about: str, earlier: Earli
         about=about,
         describe=_told,
         earlier=earlier,
+        with_facts=plan.passes == 1,
+        finish=finish,
     )
 
 
-def _first_pass(beside: Directory, config: Config) -> tuple[Source, Earlier, str]:
+def _first_pass(beside: Directory, config: Config, left_out: Indices | None) -> tuple[Source, Earlier, str]:
     """Return what the first pass has written, as the source of the second, what became of its images, and a digest."""
     summary, quarantined = json.loads(beside.read(SUMMARY)), beside.read(QUARANTINE)
     if not summary[KIND.rows_out]:
@@ -118,7 +160,8 @@ def _first_pass(beside: Directory, config: Config) -> tuple[Source, Earlier, str
         )
     # Not by ETags, which are other ones each time on a disk.
     listed = json.dumps(manifest.table.drop_columns("etag").to_pydict()).encode()
-    digest = hashlib.blake2b(quarantined + listed, digest_size=16).hexdigest()
+    known = quarantined + listed + (b"" if left_out is None else left_out.tobytes())
+    digest = hashlib.blake2b(known, digest_size=16).hexdigest()
     bad = [json.loads(line) for line in quarantined.splitlines()]
     return source, Earlier(summary["rows_in"], bad, {name: summary[name] for name in OF_FIRST_PASS}), digest
 
@@ -147,6 +190,8 @@ def _check_nothing_else(first: PartsJob, out: Directory) -> None:
 
 def _about_first(source: Source, plan: Plan) -> str:
     num_groups = source.manifest.table.num_rows
+    if source.manifest.group_sizes is None:
+        return "pass 1 of 2: decodes the images, and finds duplicates"
     return (
         f"pass 1 of 2: shuffles the rows of {min(plan.groups_at_once, num_groups)} of {num_groups} row groups at a "
         "time, which is what fits a part (--one-pass, if the rows are in random order already)"
@@ -179,9 +224,6 @@ def _megabytes(num_bytes: int) -> str:
 
 def _told(summary: Mapping[str, Any]) -> str:
     before, after = _megabytes(summary["bytes_in"]), _megabytes(summary["bytes_out"])
-    return (
-        "{rows_in} images in = {rows_out} images out + {quarantined} quarantined, {num_shrunk} shrunk, ".format(
-            **summary
-        )
-        + f"{before} before, {after} after"
-    )
+    left_out = f" + {summary[LEFT_OUT]} duplicates" if LEFT_OUT in summary else ""
+    counted = "{rows_in} images in = {rows_out} images out + {quarantined} quarantined".format(**summary)
+    return f"{counted}{left_out}, {summary['num_shrunk']} shrunk, {before} before, {after} after"

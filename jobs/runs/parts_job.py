@@ -22,6 +22,7 @@ from dinoray.pipeline.data.manifest import DataConfig, load_or_build
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.actors import EmbedTask, Work, embed_on_actors
 from dinoray.pipeline.export.parquet_parts import (
+    LEFT_OUT,
     SUMMARY,
     PartFooter,
     PartFormat,
@@ -155,7 +156,7 @@ class PartsJob:
             return False
         if missing_parts(self.out, summary["num_parts"] if num_parts is None else num_parts):
             return False
-        self._print(f"{self.out.uri} is finished: {describe(summary)}")
+        self.tell(f"{self.out.uri} is finished: {describe(summary)}")
         return True
 
     def write(
@@ -169,19 +170,23 @@ class PartsJob:
         about: str,
         describe: Callable[[Mapping[str, Any]], str],
         earlier: Earlier | None = None,
+        with_facts: bool = False,
+        finish: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda summary: {},
     ) -> None:
         """Write the missing parts, then summary.json. `rows` are the manifest's rows of each part.
 
         `work(backbone of the network or None, source, part)` returns a PartResult; the note of each part holds
-        `identity`. Prints `about` before, and at the end what `describe` makes of the summary.
+        `identity`. Prints `about` before, and at the end what `describe` makes of the summary. If `with_facts`, `work`
+        writes facts about each part as well. `finish` is called with the summary once all parts are there, and returns
+        what is added to it.
         Raises DataError for more unusable images than `data.max_bad_fraction` allows.
         """
         if self.is_finished(len(rows), describe):
             return
-        missing = missing_parts(self.out, len(rows))
+        missing = missing_parts(self.out, len(rows), with_facts=with_facts)
         earlier = earlier or Earlier(source.num_images)
         longest = max(map(len, rows))
-        self._print(
+        self.tell(
             f"{about}\nparts of up to {longest} {self._kind.rows} in {self.out.uri}: "
             f"{len(missing)} of {len(rows)} to do"
         )
@@ -201,9 +206,12 @@ class PartsJob:
         num_rows = sum(footer.num_rows for footer in footers)
         summary = {"rows_in": earlier.num_images, self._kind.rows_out: num_rows, "quarantined": num_bad}
         summary |= {name: sum(footer.note[name] for footer in footers) for name in self._kind.counts}
+        if left_out := earlier.num_images - num_rows - num_bad:
+            summary[LEFT_OUT] = left_out
         summary |= {**earlier.counts, "num_parts": len(rows)}
+        summary |= finish(summary)
         self.out.write(SUMMARY, json.dumps(summary).encode())
-        self._print(f"{self.out.uri}: {describe(summary)}")
+        self.tell(f"{self.out.uri}: {describe(summary)}")
 
     def _write_missing(
         self,
@@ -244,14 +252,15 @@ class PartsJob:
                 now = time.monotonic()
                 if now - shown > 5 or num_new == len(missing):
                     shown = now
-                    self._print(
+                    self.tell(
                         f"{num_new}/{len(missing)} parts  {num_images} images  {num_bad} unreadable  "
                         f"{num_images / (now - started):.0f} images/s"
                     )
         finally:
             leave_ray()
 
-    def _print(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """Print a line for a person."""
         self._console.print(text, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 

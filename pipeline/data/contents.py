@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from dinoray.models.errors import DataError
 from dinoray.models.settings import Auto
+from dinoray.pipeline.data.bounds import Bound
 from dinoray.pipeline.data.classify import CONFIG, EMBEDDINGS, OF_A_RUN, PACKED, STUDY, Classifier
 from dinoray.pipeline.data.detection import is_split
 from dinoray.pipeline.data.listing import Listing, is_pattern, list_entries
@@ -63,12 +64,13 @@ def list_contents(
     retry_later: Retry,
     access: Access = SIGNED,
     parts: ListingParts | None = None,
+    bound: Bound | None = None,
 ) -> Contents:
     """List `path`, which comes from `setting`, and drop output of this program.
 
     A packed set is dropped only beside image objects, because it can be the data. Raises DataError if `path` is
     missing, is a run directory, or holds nothing but output. What `parts` has of an earlier attempt is not listed
-    again, unless the store has changed there: then all is.
+    again, unless the store has changed there: then all is. `bound` ends the listing, and leaves out shards.
     """
 
     def listed(count: Count) -> tuple[Listing, Classifier]:
@@ -76,7 +78,7 @@ def list_contents(
             path, setting=setting, retry_later=retry_later, access=access, count=count, parts=parts
         )
         found = Classifier(listing.prefix, label_from_parent)
-        found.add(listing.batches)
+        found.add(bound.cut(listing.batches) if bound else listing.batches)
         return listing, found
 
     what = f"listing {normal_uri(path)}"
@@ -133,7 +135,7 @@ def list_contents(
         listing.prefix,
         images,
         bare,
-        shards,
+        bound.some(shards) if bound else shards,
         others,
         frozenset(found.parts - set(own)),
         tuple(passed_over),

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.bounds import Bound
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import labelled_parts, list_contents, no_images, note_on_archived
 from dinoray.pipeline.data.detection import (
@@ -89,12 +90,14 @@ def build_manifest(
     *,
     setting: str = "data.path",
     parts: ListingParts | None = None,
+    bound: Bound | None = None,
 ) -> Manifest:
     """List `config.path` (all pages, all folders), keep images by name, and sort by key.
 
     Instead reads `config.manifest`, if that is set; raises ConfigError if it was listed with other values.
 
     Errors name `setting`, the setting or argument that gave the path. `parts` are those of an interrupted listing.
+    With a `bound`, the manifest is of a part of the data, for a look at it.
 
     Once the store has answered the first request, all others wait for it. Raises DataError if there are no
     images, listing fails, or most Parquet shards are damaged. Raises ConfigError if image objects and Parquet
@@ -111,6 +114,7 @@ def build_manifest(
         retry_later=patient,
         access=storage.access,
         parts=parts,
+        bound=bound,
     )
     num_ignored, num_images, num_shards = (
         table.num_rows for table in (contents.others, contents.images, contents.shards)

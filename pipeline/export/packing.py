@@ -6,6 +6,8 @@ on S3, follows parquet_parts.py:
     part-00000.parquet        image, key, label?, shuffled, in row groups of 16 images (packing_plan.py)
     _about/pack.json          settings that decide the rows; a command with other settings is refused
     _about/_manifest.parquet  the images, listed once; `data.path` skips files, not folders, with such names
+    _about/_images-*.parquet  what each packed image of a part is (packing_facts.py)
+    data.html                 the page about all of it
 
 The location of the images is known only to the source; no Ray here.
 """
@@ -19,18 +21,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from PIL import Image
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.fetched import BAD_OBJECT
-from dinoray.pipeline.data.jpeg import DENOMINATORS, Pixels, open_image
+from dinoray.pipeline.data.image_facts import decode_whole, measure_image, picture_box
+from dinoray.pipeline.data.jpeg import Decoded, Encoded, open_image
 from dinoray.pipeline.data.parquet import read_row_group
 from dinoray.pipeline.data.row_groups import PACKED
 from dinoray.pipeline.data.source import Fetched, Source, Status
+from dinoray.pipeline.export.packing_facts import PartFacts
 from dinoray.pipeline.export.packing_plan import Plan
-from dinoray.pipeline.export.parquet_parts import PartFormat, PartResult, PartWriter
+from dinoray.pipeline.export.parquet_parts import LEFT_OUT, PartFormat, PartResult, PartWriter
 from dinoray.pipeline.storage.files import Directory
 
 QUALITY = 95
@@ -92,25 +97,29 @@ def shrink(data: bytes, *, max_pixels: int, quality: int = QUALITY, most_pixels:
     A file that would not get smaller stays unchanged, whatever its size. Raises BadImage unless `data` is a
     complete image of at most `most_pixels` pixels.
     """
-    image = open_image(data, max_pixels=most_pixels)
-    width, height = shrunk_size(image.width, image.height, max_pixels)
+    return _packed(open_image(data, max_pixels=most_pixels), max_pixels=max_pixels, quality=quality)[0]
+
+
+def _packed(image: Encoded, *, max_pixels: int | None, quality: int = QUALITY) -> tuple[bytes, Decoded]:
+    """Return the file to write for an image, shrunk if it has more than `max_pixels`, and its picture at some size.
+
+    Reads the whole file, which detects truncation. Raises BadImage unless it is a complete image.
+    """
+    most = image.width * image.height if max_pixels is None else max_pixels
+    width, height = shrunk_size(image.width, image.height, most)
     if (width, height) == (image.width, image.height):
-        image.decode(DENOMINATORS[-1], _memory)  # reads the whole file, which detects truncation
-        return data
+        return image.data, decode_whole(image)
     # Twice as many pixels as requested leave the filter below all detail that it would use of the full
     # picture.
-    most = min(image.width / width, image.height / height) / 2
-    picture = image.decode(max((d for d in DENOMINATORS if d <= most), default=1), _memory)
-    left, top = picture.left_shift, picture.top_shift
-    right, bottom = left + image.width / picture.denominator, top + image.height / picture.denominator
+    picture = decode_whole(image, most=min(image.width / width, image.height / height) / 2)
     small = Image.fromarray(picture.pixels).resize(
-        (width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom), reducing_gap=None
+        (width, height), Image.Resampling.LANCZOS, box=picture_box(image, picture), reducing_gap=None
     )
     # Pillow, because TurboJPEG's own interface, used by simplejpeg, encodes with an inexact transform below
     # 96.
     file = io.BytesIO()
     small.save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
-    return file.getvalue() if file.tell() < len(data) else data
+    return file.getvalue() if file.tell() < len(image.data) else image.data, picture
 
 
 def packed_columns() -> dict[str, Any]:
@@ -158,30 +167,45 @@ def check_keys(source: Source) -> None:
         )
 
 
-def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan) -> PartResult:
-    """Pack the images of one part and write it, in one step.
+def write_part(
+    _: Any,
+    source: Source,
+    part: int,
+    *,
+    out: Directory,
+    plan: Plan,
+    left_out: NDArray[np.int64] | None = None,
+) -> PartResult:
+    """Pack the images of one part and write it, in one step; the facts about them are written before.
 
-    Raises DataError if storage denies access, or if an image that the first pass has written cannot be read: it is
-    not a bad image, but lost since.
+    Each image is decoded once, in the pass that reads the source. A second pass passes over the images `left_out`, by
+    index. Raises DataError if storage denies access, or if an image that the first pass has written cannot be read: it
+    is not a bad image, but lost since.
     """
     places = plan.rows(part)
-    images = plan.images(part, source.manifest).tolist()
-    writer = PartWriter(KIND, part, places, SCHEMA)
+    chosen = plan.images(part, source.manifest)
+    counts = dict.fromkeys(KIND.counts, 0)
+    if left_out is not None:
+        chosen = chosen[~np.isin(chosen, left_out)]
+        counts[LEFT_OUT] = len(places) - len(chosen)
+    images = chosen.tolist()
+    writer, facts = PartWriter(KIND, part, places, SCHEMA), PartFacts()
     rows: list[tuple[bytes, str, str | None]] = []
-    facts = dict.fromkeys(KIND.counts, 0)
     for image, fetched in zip(images, _fetch_ahead(source, images), strict=True):
-        if fetched.data is None and plan.passes > 1:
+        data = fetched.data
+        if data is None and plan.passes > 1:
             shard = source.manifest.uri(source.key(image).rpartition("#")[0])
             raise DataError(
                 f"{shard}, of the first pass, cannot be read ({fetched.reason}); delete it and run again"
             )
-        if fetched.data is None:
+        if data is None:
             writer.quarantine(image, fetched.key, fetched.status, fetched.reason)
             continue
-        data = fetched.data
         try:
-            if plan.max_pixels is not None and plan.passes == 1:
-                data = shrink(data, max_pixels=plan.max_pixels, most_pixels=source.config.max_pixels)
+            if plan.passes == 1:
+                opened = open_image(data, max_pixels=source.config.max_pixels)
+                data, picture = _packed(opened, max_pixels=plan.max_pixels)
+                facts.add(image, fetched, measure_image(opened, picture))
         except BadImage as error:
             writer.quarantine(image, fetched.key, Status.CORRUPT, error.reason)
             continue
@@ -189,15 +213,13 @@ def write_part(_: Any, source: Source, part: int, *, out: Directory, plan: Plan)
             writer.write(_table(rows))
             rows = []
         rows.append((data, fetched.key, fetched.label))
-        facts["num_shrunk"] += data is not fetched.data
-        facts["bytes_in"] += len(fetched.data)
-        facts["bytes_out"] += len(data)
+        counts["num_shrunk"] += data is not fetched.data
+        counts["bytes_in"] += len(fetched.data or b"")
+        counts["bytes_out"] += len(data)
     writer.write(_table(rows))
-    return writer.commit(out, {**plan.identity, **facts}, **_PARQUET)
-
-
-def _memory(num_bytes: int) -> Pixels:
-    return np.empty(num_bytes, np.uint8)
+    if plan.passes == 1:
+        facts.write(out, part)
+    return writer.commit(out, {**plan.identity, **counts}, **_PARQUET)
 
 
 def _fetch_ahead(source: Source, rows: Sequence[int]) -> Iterator[Fetched]:

@@ -4,7 +4,8 @@ Shared by embeddings.py and packing.py. A directory, local or on S3, holds:
 
     part-00000.parquet        rows; its footer records the images that they stand for, and the unusable images
     _about/                   readers of Parquet folders skip names that begin with an underscore
-      ....parquet             the manifest, listed once: each part stands for a range of its rows
+      ....parquet             the manifest, listed once: each part stands for a range of its rows; and, where a
+                              kind of table has them, facts about the rows of each part, written before the part
       quarantine.jsonl        the unusable images of all parts
       summary.json            written last: rows in, rows out, quarantined
       ....json                settings that decide the rows; a command with other settings is refused
@@ -27,8 +28,12 @@ from dinoray.pipeline.data.source import Status
 from dinoray.pipeline.storage.files import Directory, MissingObject, filesystem
 
 QUARANTINE, SUMMARY = "_about/quarantine.jsonl", "_about/summary.json"
+LEFT_OUT = "num_left_out"
+"""Entry of a part's note: images that are neither rows of it nor quarantined, but left out on request."""
 
+_ABOUT = "_about"
 _PART = re.compile(r"part-(\d{5,})\.parquet")
+_FACTS = re.compile(r"_images-(\d{5,})\.parquet")
 
 
 class PartFormat(NamedTuple):
@@ -103,17 +108,27 @@ def part_name(part: int) -> str:
     return f"part-{part:05d}.parquet"
 
 
-def missing_parts(out: Directory, num_parts: int) -> list[int]:
-    """Return the numbers of the missing parts, ascending."""
+def facts_name(part: int) -> str:
+    """Return the file name of the facts about the images of a part; the underscore hides it from readers of Parquet."""
+    return f"{_ABOUT}/_images-{part:05d}.parquet"
+
+
+def missing_parts(out: Directory, num_parts: int, *, with_facts: bool = False) -> list[int]:
+    """Return the numbers of the missing parts, ascending; `with_facts` also of those whose facts are missing."""
     there = {int(match[1]) for name in out.list() if (match := _PART.fullmatch(name))}
+    if with_facts:
+        names = out.child(_ABOUT).list()
+        there &= {int(match[1]) for name in names if (match := _FACTS.fullmatch(name))}
     return [part for part in range(num_parts) if part not in there]
 
 
 def remove_parts(out: Directory) -> None:
-    """Remove the parts of a table, and its summary."""
+    """Remove the parts of a table, the facts about them, and its summary."""
     out.delete(SUMMARY)
+    names = [name for name in out.list() if _PART.fullmatch(name)]
+    names += [f"{_ABOUT}/{name}" for name in out.child(_ABOUT).list() if _FACTS.fullmatch(name)]
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(out.delete, [name for name in out.list() if _PART.fullmatch(name)]))
+        list(pool.map(out.delete, names))
 
 
 def remove_table(out: Directory, kind: PartFormat) -> None:
@@ -121,7 +136,7 @@ def remove_table(out: Directory, kind: PartFormat) -> None:
     remove_parts(out)
     for name in (QUARANTINE, kind.settings):
         out.delete(name)
-    for folder in (out.child("_about"), out):
+    for folder in (out.child(_ABOUT), out):
         if not folder.list():
             folder.remove()  # with what a killed process has begun to write
 
@@ -162,7 +177,7 @@ def collect(
     `images` are the manifest rows that each part must stand for; `identity` is the expected content of each
     part's note; `earlier` are images that were quarantined before, in what the parts are made of. Reads only the
     footer of each part. Raises DataError for a part that is damaged, has other settings, or does not account for
-    all rows: rows in = rows out + quarantined.
+    all rows: rows in = rows out + quarantined + left out.
     """
     storage, path = filesystem(out.uri)
 
@@ -175,10 +190,11 @@ def collect(
                 )
                 expected = {"part": part, "first_row": rows.start, "num_rows": len(rows), **identity}
                 told, num_bad = {k: found.note[k] for k in expected}, len(found.note["quarantined"])
+                num_left_out = found.note.get(LEFT_OUT, 0)
         except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
             reason = one_line(error)
             raise DataError(f"{out.join(name)} cannot be read ({reason}); delete it and run again") from error
-        if told != expected or found.num_rows + num_bad != len(rows):
+        if told != expected or found.num_rows + num_bad + num_left_out != len(rows):
             raise DataError(
                 f"{out.join(name)}: {len(rows)} rows in, but {found.num_rows} {kind.rows} out and {num_bad} "
                 f"quarantined of part {told['part']}; delete it and run again"

@@ -1,7 +1,7 @@
 """Images that could not be used: how many, of what kinds, and how near they bring the run to its limit. No Ray here."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dinoray.pipeline.data.bad_kinds import FIRST_CHECK, kind_of
@@ -65,7 +65,7 @@ def bad_images(run: Directory, found: Share | None) -> Html:
         near = f" {times}{limit if found.limit else ''})"
     return section(
         "Bad images",
-        table(_kinds(rows, found)),
+        table(kinds(rows, found)),
         details(f"Rows of quarantine.jsonl: {shown}", table(list(map(_row, rows[:_SHOWN]))))
         if rows
         else Html(""),
@@ -73,14 +73,14 @@ def bad_images(run: Directory, found: Share | None) -> Html:
     )
 
 
-def _kinds(rows: list[dict[str, Any]], found: Share | None) -> list[dict[str, Any]]:
+def kinds(rows: Sequence[Mapping[str, Any]], found: Share | None = None) -> list[dict[str, Any]]:
     """A row a kind, the commonest first; the rarest together where there are many."""
-    by_kind: dict[str, list[dict[str, Any]]] = {}
+    by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_kind.setdefault(kind_of(row.get("status"), row.get("reason")), []).append(row)
-    kinds = sorted(by_kind, key=lambda kind: -len(by_kind[kind]))
-    shown = {kind: by_kind[kind] for kind in kinds[:_MAX_KINDS]}
-    rest = [row for kind in kinds[_MAX_KINDS:] for row in by_kind[kind]]
+    ordered = sorted(by_kind, key=lambda kind: -len(by_kind[kind]))
+    shown = {kind: by_kind[kind] for kind in ordered[:_MAX_KINDS]}
+    rest = [row for kind in ordered[_MAX_KINDS:] for row in by_kind[kind]]
     return [
         {
             "kind": kind,

@@ -137,6 +137,9 @@ def test_it_says_what_became_of_the_images(packed: Path, images: Path) -> None:
     lines = [json.loads(line) for line in (packed / "_about/quarantine.jsonl").read_text().splitlines()]
     reasons = {line["key"]: line["reason"] for line in lines}
     assert sorted(reasons) == sorted(BAD)
+    assert f"page about the images: {packed}/data.html" in output
+    page = (packed / "data.html").read_text()
+    assert all(words in page for words in ("118 images", "trees", "boats/03.jpg", "300 x 240 pixels"))
     assert "not an image" in reasons["boats/03.jpg"]
 
 
@@ -324,6 +327,9 @@ def test_parquet_on_s3_is_packed_onto_s3_byte_for_byte(
         f"out/part-{p:05d}.parquet" for p in range(5)
     ]
     assert {key.split("/")[0] for key in listed} == {"in", "out"}  # nothing beside it is left
+    page = s3.client().get_object(Bucket="pack", Key="out/data.html")["Body"].read().decode()
+    assert "24 images" in page
+    assert page.count("data:image/") == 2
 
     use_aws(monkeypatch, s3.env)
     read = read_as_told(output)

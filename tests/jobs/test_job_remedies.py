@@ -77,6 +77,11 @@ def test_a_manifest_is_written(
         (["--out=a/packed"], "; choose another --out", ["--out=packed"]),
         (["--out=packed", "train.epochs=2"], "; leave it out", ["--out=packed"]),
         (
+            ["--out=packed", "--one-pass", "--duplicates=near"],
+            "; leave out one of them",
+            ["--out=packed", "--duplicates=near"],
+        ),
+        (
             ["--out=packed", "crops.local_crop_size=8"],
             "(crops.* goes with --shrink); leave it out",
             ["--out=packed", "crops.local_crop_size=8", "--shrink"],

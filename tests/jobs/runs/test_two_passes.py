@@ -3,21 +3,19 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from image_files import encode
+from parts_in_process import KilledError, Pool, use_pool
 from PIL import Image
 from samples import parquet, write_all
 
 from dinoray.jobs import pack
 from dinoray.jobs.runs import parts_job
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.evaluation.actors import EmbedTask
 from dinoray.pipeline.storage.local_files import TEMPORARY
 
 LABELS, PER_LABEL = ("a", "b", "c"), 256
@@ -25,32 +23,9 @@ FILES = [encode(Image.new("RGB", (8, 8), (number, 0, 0)), "JPEG") for number in 
 NUM_IMAGES = len(LABELS) * PER_LABEL
 
 
-class KilledError(Exception):
-    """As a kill between two parts."""
-
-
-class Pool:
-    """In place of actors: the parts in their order."""
-
-    in_second_pass: Callable[[int], None] = staticmethod(lambda number: None)
-    """Called before each part of a second pass, with its place among those to do."""
-
-    def __call__(self, _: Any, tasks: Sequence[EmbedTask], **options: Any) -> Iterator[tuple[int, Any]]:
-        (task,) = tasks
-        for number, part in enumerate(task.items):
-            if task.source.manifest.path.endswith("-first-pass"):
-                self.in_second_pass(number)
-            yield 0, task.work(None, task.source, part)
-
-
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
-    pool = Pool()
-    monkeypatch.setattr(parts_job, "embed_on_actors", pool)
-    monkeypatch.setattr(parts_job, "start_ray", lambda *_, **__: (False, (1, 1)))
-    monkeypatch.setattr(parts_job, "leave_ray", lambda: None)
-    monkeypatch.setattr(parts_job.ray, "put", lambda value: value)
-    return pool
+    return use_pool(monkeypatch)
 
 
 @pytest.fixture

@@ -41,17 +41,20 @@ def source(tmp_path: Path) -> Source:
 def test_parts_hold_image_key_and_label_of_each_usable_image(source: Source, tmp_path: Path) -> None:
     out, plan = Directory(str(tmp_path / "out")), Plan("m", (0, 2, 6), None)
     results = [write_part(None, source, part, out=out, plan=plan) for part in (0, 1)]
-    assert sum(result.num_rows for result in results) == 5  # nothing is decoded
+    assert sum(result.num_rows for result in results) == 4
     assert [result.num_rows + result.num_bad for result in results] == [2, 4]
     tables = [pq.read_table(tmp_path / "out" / f"part-0000{part}.parquet") for part in (0, 1)]
     keys = [key for part in (0, 1) for key in plan.images(part, source.manifest).tolist()]
     assert sorted(keys) == list(range(6))
     assert keys != list(range(6))  # they are shuffled
-    expected = [source.key(image) for image in keys if image != 4]
+    expected = [source.key(image) for image in keys if image not in (1, 4)]
     quarantined = [
         x for table in tables for x in json.loads(table.schema.metadata[b"dinoray.packed"])["quarantined"]
     ]
-    assert [(x["row"], x["key"], x["status"]) for x in quarantined] == [(4, "b/1.jpg", "missing")]
+    assert sorted((x["row"], x["key"], x["status"]) for x in quarantined) == [
+        (1, "a/1.jpg", "corrupt"),
+        (4, "b/1.jpg", "missing"),
+    ]
     table = pa.concat_tables(tables)
     assert table["key"].to_pylist() == expected
     assert table.column_names == ["image", "key", "label"]
@@ -105,20 +108,20 @@ def test_a_part_without_a_usable_image_is_written_too(source: Source, tmp_path: 
     others = [other for other in range(plan.num_parts) if other != part]
     for other in others:
         write_part(None, source, other, out=out, plan=plan)
-    assert build_manifest(DataConfig(path=out.uri, key_column="key")).num_images == 5
+    assert build_manifest(DataConfig(path=out.uri, key_column="key")).num_images == 4
 
 
 def test_row_groups_have_the_same_number_of_rows_but_the_last_of_a_part(
     source: Source, tmp_path: Path
 ) -> None:
-    out, plan = Directory(str(tmp_path / "out")), Plan("m", (0, 6), None, rows_per_group=2)
+    out, plan = Directory(str(tmp_path / "out")), Plan("m", (0, 6), None, rows_per_group=3)
     write_part(None, source, 0, out=out, plan=plan)
     manifest = build_manifest(DataConfig(path=out.uri, key_column="key"))
-    assert manifest.table["num_rows"].to_pylist() == [2, 2, 1]
-    assert manifest.rows_per_group == 2
+    assert manifest.table["num_rows"].to_pylist() == [3, 1]
+    assert manifest.rows_per_group == 3
     assert (
         Manifest.from_bytes(manifest.to_bytes(), DataConfig(path=out.uri, key_column="key")).rows_per_group
-        == 2
+        == 3
     )
 
 
@@ -139,7 +142,7 @@ def test_damage_in_a_packed_image_is_noticed_when_it_is_read(source: Source, tmp
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     config = DataConfig(path=out.uri, key_column="key")
-    assert any(f.data is None for f in Source(config, build_manifest(config)).fetch(range(5)))
+    assert any(f.data is None for f in Source(config, build_manifest(config)).fetch(range(4)))
 
 
 def test_parts_of_other_settings_are_not_taken_for_ours(source: Source, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""What `doctor` says of the data: how many images, of which kinds, what is bad and ignored, and how to go on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from image_files import encode, scene
+from PIL import Image
+from samples import parquet, put_all, write_all
+from servers import S3Server
+
+from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.runs.data_contents import look_into_data
+from dinoray.models.errors import DataError
+from dinoray.pipeline.data.bounds import Bound
+
+SMALL = [encode(scene(64 + n, 48), "JPEG") for n in range(4)]
+
+
+class Clock:
+    """A second passes at each look at it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def look(path: object, *overrides: str, bound: Bound | None = None) -> dict[str, str]:
+    config = load_config("photos_small", None, [f"data.path={path}", *overrides])
+    lines = look_into_data(config, recipe="photos_small", overrides=overrides, bound=bound)
+    return {line.name: f"{line.verdict} {line.text}" for line in lines}
+
+
+def test_class_folders_are_described_with_what_is_bad_and_ignored(tmp_path: Path) -> None:
+    files = {f"{label}/{n}.jpg": SMALL[n] for label in "ab" for n in range(4)}
+    files |= {"a/9.png": encode(Image.new("L", (30, 20)), "PNG"), "b/8.jpg": SMALL[0][:-200]}
+    write_all(tmp_path, files | {"a/x.heic": b"x"})
+    found = look(tmp_path, "data.label_from_parent=true")
+    assert found.keys() == {"contents", "images", "bad images", "next"}
+    assert "10 images in 2 class folders" in found["contents"]
+    assert "labels from folder names" in found["contents"]
+    assert "ignored" in found["contents"]
+    assert (
+        "9 read: 8 JPEG (RGB, 8 bits), 1 PNG (gray, 8 bits); median 65 x 48, 30 x 20 to 67 x 48 pixels"
+        in (found["images"])
+    )
+    assert found["bad images"].startswith("warn 1 of 10 that were read cannot be used (1 damaged or cut off")
+    assert "e.g. b/8.jpg: " in found["bad images"]
+    assert "data.max_bad_fraction=0.01: mend them, or set it to 0.15" in found["bad images"]
+    command = f"dinoray pretrain --recipe photos_small data.path={tmp_path} data.label_from_parent=true"
+    assert found["next"] == f"ok {command}"
+
+
+def test_large_photos_are_to_be_shrunk(tmp_path: Path) -> None:
+    write_all(tmp_path / "my photos", {f"{n}.jpg": encode(scene(900, 600), "JPEG") for n in range(2)})
+    found = look(tmp_path / "my photos")
+    assert "the median image has 0.54 megapixels, crops need 0.034" in found["next"]
+    pack = f"`dinoray pack '{tmp_path}/my photos' --out FOLDER --shrink --recipe photos_small`"
+    assert f"{pack}, then `dinoray pretrain --recipe photos_small data.path=FOLDER`" in found["next"]
+
+
+def test_few_parquet_files_of_many_are_read_and_the_rest_is_estimated(tmp_path: Path) -> None:
+    shard = parquet({"image": SMALL * 8, "label": ["a", "b"] * 16}, row_group_size=8)
+    write_all(tmp_path, {f"{n:02d}.parquet": shard for n in range(10)})
+    whole = look(tmp_path)
+    assert "320 images in 10 Parquet files" in look(tmp_path, bound=Bound(files=10))["contents"]
+    assert "ok about 320 images, by the bytes of the files" in whole["contents"]
+    assert "labels from column 'label'" in whole["contents"]
+    assert "32 read: 32 JPEG" in whole["images"]
+
+
+def test_a_listing_ends_when_its_time_is_over() -> None:
+    ended = []
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            for number in range(100):
+                yield pa.record_batch({"key": [f"{number}"]})
+        finally:
+            ended.append(True)
+
+    bound = Bound(seconds=3, clock=Clock())
+    assert len(list(bound.cut(batches()))) == 4
+    assert (bound.num_listed, bound.last_key, bound.is_listed_whole) == (4, "3", False)
+    assert ended
+
+
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
+    write_all(tmp_path, {"a.heic": b"x"})
+    with pytest.raises(DataError, match=r"no images under"):
+        look(tmp_path)
+
+
+@pytest.mark.s3
+def test_a_bucket_whose_listing_takes_too_long_is_estimated_by_its_folders(s3: S3Server, bucket: str) -> None:
+    put_all(s3, bucket, {f"train/{n // 100:02d}/{n:04d}.jpg": SMALL[n % 4] for n in range(1100)})
+    found = look(f"s3://{bucket}/train", bound=Bound(seconds=600))
+    assert "ok 1100 images in 11 class folders" in found["contents"]
+    found = look(f"s3://{bucket}/train", bound=Bound(seconds=0.5, clock=Clock()))
+    assert "ok about 1,100 images: 1,000 in the first 91% of the folders" in found["contents"]
