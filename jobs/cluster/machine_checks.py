@@ -24,7 +24,8 @@ from packaging.requirements import Requirement
 
 from dinoray.models.errors import DataError, DinorayError, ResourceError, one_line
 from dinoray.pipeline.data.demo_images import demo_folder
-from dinoray.pipeline.data.listing import Entry, list_entries, role_of
+from dinoray.pipeline.data.listing import Entry, list_entries
+from dinoray.pipeline.data.names import role_of
 from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import Directory, filesystem, is_s3, normal_uri, retrying, split_s3_uri

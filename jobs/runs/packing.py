@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.jobs.runs.parts_job import Earlier, PartsJob
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.manifest import Manifest, build_manifest
@@ -60,7 +60,9 @@ def pack_images(arguments: Namespace, config: Config, out: Directory, console: C
         else f"images of more than {max_pixels} pixels are shrunk to {max_pixels} if that makes the file smaller: "
         f"no crop of {arguments.recipe} needs more"
     )
-    about = f"{describe_data(source)}, {_megabytes(_listed_bytes(source.manifest))}\n{treatment}"
+    images, *ignored = data_lines(source)
+    images = f"{images}, {_megabytes(_listed_bytes(source.manifest))}"
+    about = "\n".join([images, *ignored, treatment])
     facts, check = {"num_images": source.num_images}, partial(check_keys, source)
     two_passes = not (plan.mixes_all(source.manifest) or job.lacks(_ONE_PASS))
     if two_passes:
