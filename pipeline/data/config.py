@@ -48,7 +48,7 @@ class DataConfig(Settings):
     row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
     """Parquet: bytes of row groups that are shuffled together, and that an actor which reads for itself caches."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); above it a run ends."""
+    """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); more than one end a run."""
 
     @property
     def from_folders(self) -> bool | Auto:

@@ -4,7 +4,6 @@ Stands between the listing and the contents. The content decides where a name do
 no Ray here.
 """
 
-import importlib.util
 import posixpath
 import re
 from typing import Literal
@@ -12,11 +11,11 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dinoray.pipeline.data.heif import HEIF_IS_READ
+
 Role = Literal["image", "unknown", "parquet", "other"]
 
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".heics", ".hif"})
-HEIF_IS_READ = importlib.util.find_spec("pillow_heif") is not None
-"""Needs the optional package pillow-heif."""
 IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif"),

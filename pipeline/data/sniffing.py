@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dinoray.pipeline.data.names import BARE, HEIF_IS_READ, kinds_of, most_frequent
+from dinoray.pipeline.data.heif import HEIF_IS_READ
+from dinoray.pipeline.data.names import BARE, kinds_of, most_frequent
 from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import StorageConfig
