@@ -19,10 +19,10 @@ from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.detection import is_split
 from dinoray.pipeline.data.ignored import (
     EXCLUDED,
-    OTHER_KINDS,
     OUTPUT,
     UNNAMED,
     Ignored,
+    count_keys,
     from_counts,
     ignored_line,
 )
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 _ARCHIVED = ("GLACIER", "DEEP_ARCHIVE")
 """Storage classes whose objects cannot be read before they are restored; GLACIER_IR is none."""
-_MOST_KINDS = 200
-"""Kinds of ignored objects that are counted each, the most frequent ones."""
 _MOST_NAMED = 5
 
 
@@ -63,16 +61,8 @@ class Contents(NamedTuple):
 
     def ignored(self) -> tuple[Ignored, ...]:
         """Return what is left out, with the objects that are neither images nor shards."""
-        kinds = kinds_of(
-            pa.chunked_array([*self.unknown["key"].chunks, *self.others["key"].chunks], pa.large_string())
-        )
-        counts = most_frequent(kinds, _MOST_KINDS)
-        rest = len(kinds) - sum(number for _, number in counts)
-        return (
-            *(Ignored(kind, number) for kind, number in counts),
-            *from_counts({OTHER_KINDS: rest}),
-            *self.left_out,
-        )
+        keys = pa.chunked_array([*self.unknown["key"].chunks, *self.others["key"].chunks], pa.large_string())
+        return (*count_keys(keys), *self.left_out)
 
 
 def list_contents(
@@ -135,9 +125,9 @@ def list_contents(
         *(Ignored(kind, len(some), tuple(some[:_MOST_NAMED])) for kind, some in folders_of.items() if some),
     ]
     if own and not any(table.num_rows for table in tables[:3]):
+        output = (ignored_line(left_out) or "").removeprefix("ignored: ")
         raise DataError(
-            f"{setting_path} holds no images, but output of this program ({(ignored_line(left_out) or '').removeprefix('ignored: ')}); "
-            "set it to a folder of images"
+            f"{setting_path} holds no images, but output of this program ({output}); set it to a folder of images"
         )
     images, unknown, shards, others = tables
     known_parts = frozenset(found.parts - set(own))
@@ -172,7 +162,10 @@ def look_into(contents: Contents, storage: StorageConfig) -> Contents:
 
 
 def choose_listed(contents: Contents, image_list: ImageList) -> Contents:
-    """Return the contents with the objects that the list names as images, whatever their names say. May raise ConfigError."""
+    """Return the contents with the objects that the list names as images, whatever their names say.
+
+    Raises ConfigError if there are none.
+    """
     named, notes = image_list.choose(
         pa.concat_tables([contents.images, contents.unknown, contents.others]), contents.prefix
     )

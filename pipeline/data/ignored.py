@@ -7,7 +7,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from dinoray.pipeline.data.names import BARE, CAMERA_RAW, FOLDER_MARKER, HEIF_SUFFIXES
+import pyarrow as pa
+
+from dinoray.pipeline.data.names import (
+    BARE,
+    CAMERA_RAW,
+    FOLDER_MARKER,
+    HEIF_SUFFIXES,
+    kinds_of,
+    most_frequent,
+)
 
 NOT_UTF8, BROKEN_LINK, LOOP = "not UTF-8", "broken link", "loop"
 OFTEN_LINKED, SPECIAL_FILE = "often linked", "special file"
@@ -30,6 +39,7 @@ _NOUNS = {
 }
 OUTPUT = ("run", "study", "embeddings", "packed")
 """Kinds of folders that this program writes."""
+_MOST_COUNTED = 200
 _MOST_SUFFIXES, _MOST_REMEDIES, _MOST_NAMES = 6, 2, 5
 _ARCHIVE = r"\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\.\w+)"
 _REMEDIES = {
@@ -39,19 +49,19 @@ _REMEDIES = {
     _ARCHIVE: "unpack {0}, for example with bsdtar -xf FILE -C FOLDER",
     "|".join(map(re.escape, sorted(CAMERA_RAW))): "convert {0} to .tif or .jpg",
     re.escape(NOT_UTF8): "rename them: convmv -r -f latin1 -t utf8 --notest FOLDER",
-    r"\.mds(\..+)?": "{0} is MDS; copy its images: python -c \"import streaming; [r['image'].save(f'OUT/{{i}}.png') for "
-    "i, r in enumerate(streaming.StreamingDataset(local='FOLDER', batch_size=1))]\"",
-    r"\.l?mdb": "{0} is LMDB; copy its images: python -c \"import lmdb; [open(f'OUT/{{i}}', 'wb').write(v) for i, (k, v) "
-    "in enumerate(lmdb.open('FOLDER').begin().cursor())]\"",
-    r"\.tfrec(ords?)?": '{0} is TFRecord; copy its images: python -c "import glob, tensorflow as t; '
+    r"\.mds(\..+)?": "copy the images of {0} (MDS): python -c \"import streaming; [r['image'].save(f'OUT/{{i}}.png') "
+    "for i, r in enumerate(streaming.StreamingDataset(local='FOLDER', batch_size=1))]\"",
+    r"\.l?mdb": "copy the images of {0} (LMDB): python -c \"import lmdb; [open(f'OUT/{{i}}', 'wb').write(v) for i, "
+    "(k, v) in enumerate(lmdb.open('FOLDER').begin().cursor())]\"",
+    r"\.tfrec(ords?)?": 'copy the images of {0} (TFRecord): python -c "import glob, tensorflow as t; '
     "[open(f'OUT/{{i}}', 'wb').write(t.train.Example.FromString(r.numpy()).features.feature['image/encoded']"
     ".bytes_list.value[0]) for i, r in enumerate(t.data.TFRecordDataset(glob.glob('FOLDER/*')))]\"",
-    r"\.lance": '{0} is Lance; write it as Parquet: python -c "import lance, pyarrow.parquet as p; '
+    r"\.lance": 'write {0} as Parquet: python -c "import lance, pyarrow.parquet as p; '
     "p.write_table(lance.dataset('FOLDER').to_table(), 'OUT/a.parquet')\"",
-    r"\.arrow": '{0} is Arrow; write it as Parquet: python -c "import datasets; '
+    r"\.arrow": 'write {0} as Parquet: python -c "import datasets; '
     "datasets.load_from_disk('FOLDER').to_parquet('OUT/a.parquet')\"",
 }
-"""Pattern of kinds -> how their images can be used."""
+"""Pattern of kinds -> how their images can be used. What is written into OUT is read as any folder."""
 
 
 class Ignored(NamedTuple):
@@ -91,6 +101,14 @@ def some_names(names: Sequence[str], more: int = 0) -> str:
     """Return the first few names as text, and how many more there are, besides `more` that are not given."""
     more += len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def count_keys(keys: pa.ChunkedArray) -> tuple[Ignored, ...]:
+    """Return objects that are left out, by suffix; beyond a number of suffixes they are counted together."""
+    kinds = kinds_of(keys)
+    counts = most_frequent(kinds, _MOST_COUNTED)
+    rest = len(kinds) - sum(number for _, number in counts)
+    return (*(Ignored(kind, number) for kind, number in counts), *from_counts({OTHER_KINDS: rest}))
 
 
 def from_counts(counts: Mapping[str, int]) -> Iterable[Ignored]:

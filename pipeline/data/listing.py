@@ -105,10 +105,10 @@ def list_entries(
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
     Keys are full object keys on S3 (root `s3://bucket`), in the store's order, and slash-separated paths
-    relative to the folder on a disk, with links followed as in walk.py. On S3, `retry` repeats the first request and `retry_later` all others, several at once;
-    what `parts` has of an earlier attempt is not listed again. Adds the entries to `count` as they come.
-    Raises DataError if the folder or bucket is missing or access is denied; on S3 only during iteration. The
-    message names `setting`, which gave the path.
+    relative to the folder on a disk, with links followed as in walk.py. On S3, `retry` repeats the first request and
+    `retry_later` all others, several at once; what `parts` has of an earlier attempt is not listed again. Adds the
+    entries to `count` as they come. Raises DataError if the folder or bucket is missing or access is denied; on S3
+    only during iteration. The message names `setting`, which gave the path.
     """
     count = count or Count("listing", "keys")
     path = normal_uri(path)

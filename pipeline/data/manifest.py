@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.choosing import ImageList, read_image_list
+from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import (
     choose_listed,
     labelled_parts,

@@ -157,7 +157,7 @@ class Manifest:
 
 
 def _ignored(about: dict[str, Any]) -> tuple[Ignored, ...]:
-    """Return what is in the field `ignored`, or, as earlier versions wrote it, a number and phrases such as `1 study ...`."""
+    """Return the field `ignored`, or what earlier versions wrote: a number, and phrases such as `1 study passed over`."""
     if "ignored" in about:
         return tuple(Ignored(kind, number, tuple(names)) for kind, number, names in about["ignored"])
     phrases = [phrase.partition(" ") for phrase in about.get("passed_over", ())]
@@ -189,6 +189,6 @@ def listed_as(config: DataConfig) -> dict[str, Any]:
 
 
 def default_of(name: str) -> Any:
-    """Return the value of a setting that nobody has set, with which manifests were listed before there was that setting."""
+    """Return the value of a setting that nobody has set, as in manifests from before there was the setting."""
     default = DataConfig.model_fields[name].get_default()
     return list(default) if isinstance(default, tuple) else default

@@ -66,7 +66,7 @@ _STYLES = "?!@#:;&%"
 
 
 def _any_of(suffixes: frozenset[str]) -> str:
-    """Return a pattern in upper and lower case of ASCII: to ignore case would let in other letters, such as a long s."""
+    """Return a pattern in upper and lower case. To ignore case would let in letters such as a long s."""
     letters = (re.escape(suffix) for suffix in sorted(suffixes))
     return "|".join(re.sub("[a-z]", lambda one: f"[{one[0]}{one[0].upper()}]", text) for text in letters)
 

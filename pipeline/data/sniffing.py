@@ -45,10 +45,10 @@ def content_of(head: bytes) -> Content | None:
 
 
 def contents_of(table: pa.Table, root: str, storage: StorageConfig) -> pa.Array:
-    """Return what each object of a table with key and size is taken for: "image", "parquet" or null; `table` is not empty.
+    """Return what each object of a table, with key and size, is taken for: "image", "parquet" or null.
 
-    All objects of a suffix are taken for what most (or half) of a sample of them begins as. If none of these can be read,
-    objects without a suffix are taken for images, which are then named as bad images, and others for nothing.
+    All objects of a suffix are taken for what most, or half, of a sample of them begin as. If none of these can be
+    read, objects without a suffix are taken for images, which are then named as bad images, and others for nothing.
     """
     kinds = kinds_of(table["key"])
     common = [kind for kind, _ in most_frequent(kinds, _MOST_KINDS)]

@@ -37,6 +37,7 @@ def is_listed_so(client: Any, bucket: str, key: str, etag: str) -> bool:
     if place not in _other_etags:
         _other_etags.add(place)
         logger.warning(
-            "s3://%s: reads have other ETags than listings, so objects that are overwritten are not noticed", bucket
+            "s3://%s: reads have other ETags than listings, so objects that are overwritten are not noticed",
+            bucket,
         )
     return True

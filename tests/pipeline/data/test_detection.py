@@ -111,7 +111,8 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str, set[str | None]]] = {
     "train and test without classes": (
         {f"{part}/{name}": data for part in ("test", "train") for name, data in LOOSE.items()},
         "data: 24 images at PATH (no labels: there are no class folders; data.label_from_parent=true takes folder "
-        "names as labels; train, test are all trained on; data.path=PATH/train or data.exclude='[/test]' keeps them apart)",
+        "names as labels; train, test are all trained on; data.path=PATH/train or data.exclude='[/test]' keeps them "
+        "apart)",
         {None},
     ),
     "pairs": (

@@ -35,7 +35,8 @@ def test_links_are_followed_and_loops_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "store/more/again").symlink_to(tmp_path / "store/dog")
     files, left_out = found_in(data)
     assert files == {
-        **{"a.jpg": 3, "link.jpg": 5},
+        "a.jpg": 3,
+        "link.jpg": 5,
         **{f"{name}/b.jpg": 5 for name in ("dog", "hound")},
         **{f"{name}/more/c.jpg": 1 for name in ("dog", "hound")},
     }
@@ -90,8 +91,8 @@ def test_what_cannot_be_listed_is_counted_and_reported(tmp_path: Path) -> None:
     # An image that is not there is a bad image, which is named.
     assert [tuple(row.values()) for row in table] == [("a.jpg", 1), ("dangling.jpg", 0), ("self.jpg", 0)]
     assert ignored_line(manifest.ignored) == (
-        "ignored: 1 broken link, 1 pipe, socket or device, 2 names that are not UTF-8; rename them: convmv -r -f latin1 "
-        "-t utf8 --notest FOLDER"
+        "ignored: 1 broken link, 1 pipe, socket or device, 2 names that are not UTF-8; rename them: convmv -r "
+        "-f latin1 -t utf8 --notest FOLDER"
     )
 
 
