@@ -48,7 +48,7 @@ class Classifier:
         patterns: Patterns = _ALL,
     ) -> None:
         self._prefix, self._label_from_parent, self._level = prefix, label_from_parent, label_level
-        self._patterns = patterns
+        self._patterns, self._is_automatic = patterns, label_from_parent == AUTO and label_level == -1
         self._tables: dict[Role, EntryTable] = {
             role: EntryTable() for role in ("image", "unknown", "parquet", "other")
         }
@@ -122,7 +122,7 @@ class Classifier:
             self._tables[role].add(entry, None)
             return
         self.parts.add(part_of(folders, name if role == "parquet" or not folders else ""))
-        is_labelled = role != "parquet" or self._label_from_parent != AUTO or has_label_pair(folders)
+        is_labelled = role != "parquet" or not self._is_automatic or has_label_pair(folders)
         self._tables[role].add(entry, self._label(folders) if is_labelled else None)
 
     def _mark(self, folders: Sequence[str], name: str) -> None:
@@ -132,7 +132,7 @@ class Classifier:
             self.marks["/".join(folders[:-1])].add(f"{folders[-1]}/{name}")
 
     def _label(self, folders: Sequence[str]) -> str | None:
-        if self._label_from_parent == AUTO and self._level == -1:
+        if self._is_automatic:
             return automatic_label(folders)
         return label_at(folders, self._level) if self._label_from_parent else None
 

@@ -28,6 +28,7 @@ from dinoray.pipeline.data.ignored import (
 )
 from dinoray.pipeline.data.listing import Listing, list_entries
 from dinoray.pipeline.data.names import kinds_of, most_frequent
+from dinoray.pipeline.data.row_groups import hold_images
 from dinoray.pipeline.data.sniffing import contents_of
 from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import normal_uri
@@ -124,7 +125,7 @@ def list_contents(
         *from_counts(found.left_out),
         *(Ignored(kind, len(some), tuple(some[:_MOST_NAMED])) for kind, some in folders_of.items() if some),
     ]
-    if own and not any(table.num_rows for table in tables[:3]):
+    if own and not found.left_out[EXCLUDED] and not any(table.num_rows for table in tables[:3]):
         output = (ignored_line(left_out) or "").removeprefix("ignored: ")
         raise DataError(
             f"{setting_path} holds no images, but output of this program ({output}); set it to a folder of images"
@@ -139,13 +140,14 @@ def list_contents(
 def look_into(contents: Contents, storage: StorageConfig) -> Contents:
     """Return the contents with the objects whose names say nothing as what a few of them begin as.
 
-    Beside nothing but Parquet, images of that sort are not taken, since the names of most images tell them.
+    Images of that sort are not taken beside Parquet of images, unless others have names of images.
     """
     unknown = contents.unknown
     if not unknown.num_rows:
         return contents
     found = contents_of(unknown, contents.root, storage)
-    if contents.shards.num_rows and not contents.images.num_rows:
+    is_alone = contents.shards.num_rows and not contents.images.num_rows
+    if is_alone and hold_images(contents.shards, contents.root, storage.access):
         found = pc.if_else(pc.equal(found, "parquet"), found, pa.scalar(None, pa.string()))
     images, shards = (
         unknown.filter(pc.fill_null(pc.equal(found, what), False)) for what in ("image", "parquet")

@@ -157,7 +157,7 @@ class Manifest:
 
 
 def _ignored(about: dict[str, Any]) -> tuple[Ignored, ...]:
-    """Return the field `ignored`, or what earlier versions wrote: a number, and phrases such as `1 study passed over`."""
+    """Return the field `ignored`, or what earlier versions wrote: a number, and phrases such as `1 study ...`."""
     if "ignored" in about:
         return tuple(Ignored(kind, number, tuple(names)) for kind, number, names in about["ignored"])
     phrases = [phrase.partition(" ") for phrase in about.get("passed_over", ())]

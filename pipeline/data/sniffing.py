@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from dinoray.pipeline.data.heif import HEIF_IS_READ
 from dinoray.pipeline.data.names import BARE, kinds_of, most_frequent
@@ -24,7 +25,7 @@ from dinoray.pipeline.storage.waiting import Patient
 
 Content = Literal["image", "parquet"]
 
-_HEAD_BYTES = 32
+_HEAD_BYTES, _THREADS = 32, 16
 _MOST_KINDS, _SAMPLE = 8, 8
 """Suffixes that are told apart, the most frequent ones, and objects of each that are looked into."""
 _AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -47,37 +48,42 @@ def content_of(head: bytes) -> Content | None:
 def contents_of(table: pa.Table, root: str, storage: StorageConfig) -> pa.Array:
     """Return what each object of a table, with key and size, is taken for: "image", "parquet" or null.
 
-    All objects of a suffix are taken for what most, or half, of a sample of them begin as. If none of these can be
-    read, objects without a suffix are taken for images, which are then named as bad images, and others for nothing.
+    Of a suffix with few objects each is what it begins as; of others, and of those that cannot be read, all are what
+    most, or half, of a sample begin as. If none can be read, objects without a suffix are taken for images, which are
+    then named as bad images, and others for nothing.
     """
     kinds = kinds_of(table["key"])
     common = [kind for kind, _ in most_frequent(kinds, _MOST_KINDS)]
     # Rare suffixes count as one: there may be as many as objects.
     groups = pc.index_in(kinds, pa.array(common, pa.string())).fill_null(len(common)).to_numpy()
     sizes = table["size"].to_numpy()
-    samples = []
-    for group in range(len(common) + 1):
-        rows = np.flatnonzero((groups == group) & (sizes > 0))
-        samples.append(
-            rows[np.unique(np.linspace(0, max(0, len(rows) - 1), _SAMPLE).astype(int))[: len(rows)]]
-        )
+    samples = [_spread(np.flatnonzero((groups == group) & (sizes > 0))) for group in range(len(common) + 1)]
     chosen = np.concatenate(samples)
     others = OtherObjects(table, root, storage.access)
-    with ThreadPoolExecutor(16) as pool:
-        objects = table.select(["key", "size"]).take(chosen).to_pylist()
-        heads = dict(
-            zip(
-                chosen.tolist(), pool.map(lambda one: _head(one, root, others, storage), objects), strict=True
-            )
-        )
-    verdicts: list[Content | None] = []
-    for kind, sample in zip([*common, None], samples, strict=True):
-        found = Counter(content_of(head) for row in sample.tolist() if (head := heads[row]) is not None)
-        if found:
-            verdicts.append(max(found, key=lambda content: (found[content], content is not None)))
+    objects = table.select(["key", "size"]).take(chosen).to_pylist()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        heads = list(pool.map(lambda one: _head(one, root, others, storage), objects))
+    read = {
+        row: content_of(head) for row, head in zip(chosen.tolist(), heads, strict=True) if head is not None
+    }
+    found: NDArray[np.object_] = np.full(table.num_rows, None, object)
+    for group, (kind, sample) in enumerate(zip([*common, None], samples, strict=True)):
+        rows = np.flatnonzero(groups == group)
+        contents = Counter(read[row] for row in sample.tolist() if row in read)
+        if not contents:
+            found[rows] = "image" if kind == BARE and len(sample) else None
+            continue
+        most = max(contents, key=lambda content: (contents[content], content is not None))
+        if len(rows) > _SAMPLE:
+            found[rows] = most
         else:
-            verdicts.append("image" if kind == BARE and len(sample) else None)
-    return pa.array(verdicts, pa.string()).take(pa.array(groups))
+            found[rows] = [read.get(row, most if sizes[row] else None) for row in rows.tolist()]
+    return pa.array(found, pa.string())
+
+
+def _spread(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a few of the rows, from all over them."""
+    return rows[np.unique(np.linspace(0, max(0, len(rows) - 1), min(_SAMPLE, len(rows))).astype(int))]
 
 
 def _head(one: dict[str, Any], root: str, others: OtherObjects, storage: StorageConfig) -> bytes | None:
