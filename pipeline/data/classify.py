@@ -5,6 +5,7 @@ expression, and their labels are worked out once a folder. All others go one by 
 Reads nothing; no Ray here.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -32,8 +33,9 @@ OF_A_RUN = frozenset({"environment.json", "manifest.parquet", "trial.json"})
 EMBEDDINGS, PACKED = "_about/embed.json", "_about/pack.json"
 
 _ROWS = 65_536
-_OF_OUTPUT = r"(?s)(?:^|/)(?:config\.yaml|[^/]*\.json|manifest\.parquet)$"
-"""Matches what only this program writes, and its leases."""
+_NAMES = "|".join(map(re.escape, sorted({CONFIG, STUDY, *OF_A_RUN, "embed.json", "pack.json"})))
+_OF_OUTPUT = rf"(?s)(?:^|/)(?:{_NAMES}|lease[^/]*)$"
+"""Matches the names of marks, and of leases."""
 _ALL = Patterns((), ())
 
 
