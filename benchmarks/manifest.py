@@ -58,7 +58,8 @@ def pages(num_images: int) -> Iterator[pa.RecordBatch]:
         digits = np.frombuffer(b"0123456789abcdef", np.uint8)[rng.integers(0, 16, 32 * len(index))]
         offsets = np.arange(len(index) + 1, dtype=np.int32) * 32
         etag = pa.StringArray.from_buffers(len(index), pa.py_buffer(offsets), pa.py_buffer(digits))
-        batch = pa.record_batch([key, pa.array(index + 1, pa.int64()), etag], LISTED)
+        columns = [key, pa.array(index + 1, pa.int64()), etag, pa.nulls(len(index), pa.string())]
+        batch = pa.record_batch(columns, LISTED)
         yield from (batch.slice(place, _PAGE) for place in range(0, len(index), _PAGE))
 
 

@@ -196,6 +196,8 @@ def _read_value(key: str, text: str) -> Any:
     kind = _FIELDS[key].annotation if key in _FIELDS else None
     if kind is str or (kind == str | None and text not in ("", "null", "~")):
         return text
+    if kind == tuple[str, ...] and not text.startswith("["):
+        return [text]  # a pattern may begin with what YAML takes for its own
     return yaml.load(text, Loader)
 
 

@@ -20,12 +20,15 @@ from pathlib import Path
 from platform import python_version
 from typing import Literal, NamedTuple
 
+import pyarrow as pa
 from packaging.requirements import Requirement
 
 from dinoray.models.errors import DataError, DinorayError, ResourceError, one_line
 from dinoray.pipeline.data.demo_images import demo_folder
-from dinoray.pipeline.data.listing import Entry, list_entries, role_of
+from dinoray.pipeline.data.ignored import count_keys, from_counts, ignored_line
+from dinoray.pipeline.data.listing import Entry, list_entries
 from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.data.names import role_of
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import Directory, filesystem, is_s3, normal_uri, retrying, split_s3_uri
 from dinoray.pipeline.storage.s3 import read_object, s3_client
@@ -132,8 +135,14 @@ def check_data(config: DataConfig, where: str = "here", access: Access = SIGNED)
         entries = list(islice(listing.entries, _NUM_LISTED))
         seconds = time.perf_counter() - began
         images = [entry for entry in entries if role_of(entry.key) != "other" and entry.size]
+        others = [entry.key for entry in entries if role_of(entry.key) == "other"]
+        ignored = (
+            *count_keys(pa.chunked_array([others], pa.large_string())),
+            *from_counts(listing.left_out),
+        )
         if not images and len(entries) < _NUM_LISTED:
-            raise DataError(f"no images under {path}, {len(entries)} other objects; check data.path")
+            line = ignored_line(ignored, otherwise="check data.path") or "check data.path"
+            raise DataError(f"no images under {path}; {line}")
         text = f"{where}: {path}: {len(entries)} listed in {seconds:.2f} s"
         if not images:
             return Finding("warn", "data", f"{text}, but no file name is that of an image; check data.path")

@@ -11,6 +11,7 @@ import torch
 
 from dinoray.jobs.cli.main import is_local, join_ray
 from dinoray.jobs.cluster.plan_config import OF_IMAGES, PlanConfig, trains_on_gpus
+from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.jobs.studies.config import schedule_of
 from dinoray.models.commands import command, command_words
 from dinoray.models.errors import DataError, ResourceError
@@ -102,6 +103,8 @@ def _look_at_images(config: PlanConfig, known: dict[str, Any], sources: dict[str
     say(f"listing {config.data.path}")
     manifest = build_manifest(config.data, config.storage)
     source = Source(config.data, manifest, config.storage)
+    for line in data_lines(source):
+        say(line)
     order = source.order(config.train.seed)
     reads = count_reads(
         manifest,

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dinoray.jobs.cli.recipes import RECIPES
-from dinoray.jobs.runs.data_lines import describe_data, describe_reading
+from dinoray.jobs.runs.data_lines import data_lines, describe_reading
 from dinoray.models.commands import command
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.data.bad_image import BadImage
@@ -58,10 +58,13 @@ def look_into_data(
     manifest = build_manifest(config.data, storage, bound=bound)
     source = Source(config.data, manifest, storage)
     number, is_exact = _num_images(manifest, bound, storage.access)
-    described = describe_data(source).removeprefix("data: ")
+    images, *ignored = data_lines(source)
+    described = images.removeprefix("data: ")
     if not is_exact:
         described = f"{number}; the part that was looked into: {described}"
     yield Line("ok", "contents", described)
+    for line in ignored:
+        yield Line("ok", "left out", line)
     sample, bad = _read_sample(source)
     if sample.num_images:
         yield Line("ok", "images", _describe_sample(sample))

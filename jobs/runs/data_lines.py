@@ -6,8 +6,8 @@ import pyarrow as pa
 
 from dinoray.models.commands import command
 from dinoray.pipeline.augment.config import crop_bytes
-from dinoray.pipeline.data.contents import some_names
 from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.ignored import ignored_line, some_names
 from dinoray.pipeline.data.reads import count_reads
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.class_names import overlap_warnings
@@ -19,8 +19,13 @@ _FEW_GROUPS = 10
 """A batch from fewer row groups may hold images that are much alike: others often store them class by class."""
 
 
-def describe_data(images: Source) -> str:
-    """`data: 7390 images in 37 class folders at /photos (labels from folder names; ...)`."""
+def data_lines(images: Source) -> list[str]:
+    """`data: 7390 images in 37 class folders at /photos (labels from folder names; ...)`, and what is ignored there."""
+    line = ignored_line(images.manifest.ignored)
+    return [_describe_images(images), *([] if line is None else [line])]
+
+
+def _describe_images(images: Source) -> str:
     manifest, notes = images.manifest, list(images.manifest.notes)
     where = ""
     if manifest.kind == "parquet":
@@ -41,9 +46,6 @@ def describe_data(images: Source) -> str:
         notes.append(
             f"{_count(len(manifest.damaged), 'damaged Parquet file')} left out: {some_names(manifest.damaged)}"
         )
-    notes += manifest.passed_over
-    if manifest.num_ignored:
-        notes.append(f"{_count(manifest.num_ignored, 'other file')} ignored")
     return f"data: {_count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
 
 

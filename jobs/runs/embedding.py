@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.jobs.runs.parts_job import PartsJob
 from dinoray.pipeline.evaluation.backbone_outputs import check_size
@@ -56,7 +56,7 @@ def embed_parts(arguments: Namespace) -> None:
         source,
         [plan.rows(part, source.num_images) for part in range(plan.num_parts(source.num_images))],
         identity=plan.identity,
-        about=f"{describe_data(source)}\n{arguments.which} of {opened.found.folder.uri}",
+        about="\n".join([*data_lines(source), f"{arguments.which} of {opened.found.folder.uri}"]),
         describe=_told,
     )
 

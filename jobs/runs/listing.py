@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dinoray.jobs.cli.config import apply_overrides, validate
 from dinoray.jobs.cli.recipes import RECIPES
-from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.changes import changes_between
@@ -39,7 +39,8 @@ def write_manifest(arguments: Namespace) -> None:
     old = _newest(out, arguments.name, number, config) if number else None
     with resumable(out) as parts:
         manifest = build_manifest(config.data, config.storage, setting=_ARGUMENT, parts=parts)
-    console.print(describe_data(Source(config.data, manifest, config.storage)))
+    for line in data_lines(Source(config.data, manifest, config.storage)):
+        console.print(line)
     for line in describe_objects(manifest, most_bytes=config.data.max_object_bytes):
         console.print(line)
     if old is not None and _is_same(old, manifest):

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.jobs.runs.packing_page import PackedImages, finish_table
 from dinoray.jobs.runs.parts_job import Earlier, PartsJob
 from dinoray.models.errors import ConfigError, DataError
@@ -72,11 +72,16 @@ def pack_images(
         else f"images of more than {max_pixels} pixels are shrunk to {max_pixels} if that makes the file smaller: "
         f"no crop of {arguments.recipe} needs more"
     )
-    described = describe_data(source)
-    about = f"{described}, {_megabytes(_listed_bytes(source.manifest))}\n{treatment}"
+    images, *ignored = data_lines(source)
+    about = "\n".join([f"{images}, {_megabytes(_listed_bytes(source.manifest))}", *ignored, treatment])
     facts, check = {"num_images": source.num_images}, partial(check_keys, source)
     finish = partial(
-        finish_table, out=out, source=source, about=[described, treatment], next_command=next_command, job=job
+        finish_table,
+        out=out,
+        source=source,
+        about=[images, *ignored, treatment],
+        next_command=next_command,
+        job=job,
     )
     most = source.config.max_pixels
     two_passes = leaves_out or not (plan.mixes_all(source.manifest) or job.lacks(_ONE_PASS))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dinoray.jobs.runs.parts_job import PartsJob
 from dinoray.models.errors import DataError, one_line
 from dinoray.pipeline.data.duplicates import Indices
+from dinoray.pipeline.data.ignored import ignored_line
 from dinoray.pipeline.data.image_facts import as_rgb, decode_whole
 from dinoray.pipeline.data.jpeg import open_image
 from dinoray.pipeline.data.source import Source
@@ -73,9 +74,8 @@ def finish_table(
     num_exact = int(repeats.is_exact.sum())
     counts = {"exact_duplicates": num_exact, "near_duplicates": len(repeats.places) - num_exact}
     manifest = source.manifest
-    ignored = [*manifest.passed_over, *(f"damaged: {key}" for key in manifest.damaged)]
-    if manifest.num_ignored:
-        ignored.insert(0, f"other files: {manifest.num_ignored:,}")
+    line = ignored_line(manifest.ignored)
+    ignored = [*([] if line is None else [line]), *(f"damaged: {key}" for key in manifest.damaged)]
     data = DataPage(
         address=out.uri,
         about=about,

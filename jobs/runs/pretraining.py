@@ -8,7 +8,7 @@ from rich.console import Console
 from dinoray.jobs.cli.display import Display
 from dinoray.jobs.cli.main import start_ray
 from dinoray.jobs.runs.data_lines import (
-    describe_data,
+    data_lines,
     describe_evaluation,
     describe_reading,
     evaluation_warnings,
@@ -65,7 +65,7 @@ def _pretrain(
         check_images(config, num_images)
     warnings += [*length_warnings(config, num_images), *warmup_warnings(config, num_images)]
     algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images)
-    about_data = [describe_data(inputs.images), describe_evaluation(inputs, config.eval)]
+    about_data = [*data_lines(inputs.images), describe_evaluation(inputs, config.eval)]
     write_about(run, config, inputs, [*about_data, *reasons])
     schedule = Schedule(algorithm, num_images=num_images)
     chosen = "".join(f"{reason}\n" for reason in reasons)

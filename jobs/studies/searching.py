@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from dinoray.jobs.cli.main import is_local
-from dinoray.jobs.runs.data_lines import describe_data, describe_evaluation, evaluation_warnings
+from dinoray.jobs.runs.data_lines import data_lines, describe_evaluation, evaluation_warnings
 from dinoray.jobs.runs.run_files import draw_demo, write_about
 from dinoray.jobs.runs.run_size import check_workers
 from dinoray.jobs.studies.config import StudyConfig, can_grow, first_points, objective_of, space_of
@@ -59,7 +59,7 @@ def _search(
     if inputs.mismatch and inputs.mismatch.is_disjoint and objective.metric.startswith("knn"):
         raise ConfigError(f"{inputs.mismatch.text}, or set tune.objective=rankme")
     warnings += evaluation_warnings(inputs, config.eval)
-    about_data = [describe_data(inputs.images), describe_evaluation(inputs, config.eval)]
+    about_data = [*data_lines(inputs.images), describe_evaluation(inputs, config.eval)]
     write_about(
         directory, config, inputs, [*about_data, f"tune.objective={objective.metric}: {objective.reason}"]
     )

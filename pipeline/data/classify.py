@@ -6,22 +6,25 @@ Reads nothing; no Ray here.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dinoray.models.settings import Auto
+from dinoray.pipeline.data.choosing import Patterns
 from dinoray.pipeline.data.detection import (
     AUTO,
-    SPLIT_FOLDERS,
+    STARTS_AS_A_SPLIT,
     automatic_label,
-    folder_label,
     has_label_pair,
+    label_at,
     part_of,
 )
-from dinoray.pipeline.data.listing import IMAGE_SUFFIXES, Entry, EntryTable, Role, role_of
+from dinoray.pipeline.data.ignored import EXCLUDED
+from dinoray.pipeline.data.listing import Entry, EntryTable
+from dinoray.pipeline.data.names import PLAIN_IMAGE, PLAIN_OTHER, Role, role_of
 from dinoray.pipeline.storage.listing_parts import PART
 from dinoray.pipeline.storage.run_dir import LEASE_FILE
 
@@ -30,28 +33,37 @@ OF_A_RUN = frozenset({"environment.json", "manifest.parquet", "trial.json"})
 EMBEDDINGS, PACKED = "_about/embed.json", "_about/pack.json"
 
 _ROWS = 65_536
-_PLAIN_IMAGE = rf"(?is)(?:^|/)[^./][^/]*(?:{'|'.join(map(re.escape, sorted(IMAGE_SUFFIXES)))})$"
-"""Matches only keys that `role_of` takes for images, and most of these."""
-_OF_A_SPLIT = rf"(?i)^(?:{'|'.join(sorted(SPLIT_FOLDERS))})-"
-"""Names whose part may be the split that they begin with."""
+_NAMES = "|".join(map(re.escape, sorted({CONFIG, STUDY, *OF_A_RUN, "embed.json", "pack.json"})))
+_OF_OUTPUT = rf"(?s)(?:^|/)(?:{_NAMES}|lease[^/]*)$"
+"""Matches the names of marks, and of leases."""
+_ALL = Patterns((), ())
 
 
 class Classifier:
     """Sorts listed objects into tables by role, with the label of their folders. `prefix` is not part of a folder."""
 
-    def __init__(self, prefix: str, label_from_parent: bool | Auto) -> None:
-        self._prefix, self._label_from_parent = prefix, label_from_parent
+    def __init__(
+        self,
+        prefix: str,
+        label_from_parent: bool | Auto,
+        label_level: int | str = -1,
+        patterns: Patterns = _ALL,
+    ) -> None:
+        self._prefix, self._label_from_parent, self._level = prefix, label_from_parent, label_level
+        self._patterns, self._is_automatic = patterns, label_from_parent == AUTO and label_level == -1
         self._tables: dict[Role, EntryTable] = {
-            role: EntryTable() for role in ("image", "bare", "parquet", "other")
+            role: EntryTable() for role in ("image", "unknown", "parquet", "other")
         }
         self._labels: dict[str, str | None] = {}
+        self.left_out: Counter[str] = Counter()
+        """Number of objects that are left out and in none of the tables, by kind."""
         self.marks: dict[str, set[str]] = defaultdict(set)
         """Folder -> names in it that only this program writes."""
         self.parts: set[str | None] = set()
         """The parts of a data set that the objects are in, apart from those of the role "other"."""
 
     def tables(self) -> list[pa.Table]:
-        """Return the tables of the roles image, bare, parquet and other, and forget them."""
+        """Return the tables of the roles image, unknown, parquet and other, and forget them."""
         tables = [table.table() for table in self._tables.values()]
         self._tables.clear()
         return tables
@@ -59,18 +71,36 @@ class Classifier:
     def add(self, batches: Iterable[pa.RecordBatch]) -> None:
         """Add objects of the schema LISTED."""
         for batch in _joined(batches):
-            is_plain = pc.match_substring_regex(batch["key"], _PLAIN_IMAGE)
-            is_plain = pc.and_(is_plain, pc.is_valid(batch["size"]))
-            self._add_images(batch.filter(is_plain))
-            for row in zip(*(c.to_pylist() for c in batch.filter(pc.invert(is_plain)).columns), strict=True):
+            if self._patterns:
+                batch = self._chosen(batch)
+            is_image = pc.match_substring_regex(batch["key"], PLAIN_IMAGE)
+            self._add_images(batch.filter(is_image))
+            batch = batch.filter(pc.invert(is_image))
+            is_other = pc.and_not(
+                pc.match_substring_regex(batch["key"], PLAIN_OTHER),
+                pc.match_substring_regex(batch["key"], _OF_OUTPUT),
+            )
+            others = batch.filter(is_other)
+            self._tables["other"].add_batch(others, pa.nulls(others.num_rows, pa.string()))
+            for row in zip(*(c.to_pylist() for c in batch.filter(pc.invert(is_other)).columns), strict=True):
                 self._add(Entry(*row))
+
+    def _chosen(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Return the objects that the patterns choose; of others, output of this program is still recognised."""
+        is_chosen = self._patterns.chosen(pc.utf8_slice_codeunits(batch["key"], len(self._prefix)))
+        others = batch["key"].filter(pc.invert(is_chosen))
+        self.left_out[EXCLUDED] += len(others)
+        for key in others.filter(pc.match_substring_regex(others, _OF_OUTPUT)).to_pylist():
+            *folders, name = key[len(self._prefix) :].split("/")
+            self._mark(folders, name)
+        return batch.filter(is_chosen)
 
     def _add_images(self, batch: pa.RecordBatch) -> None:
         names = pc.utf8_slice_codeunits(batch["key"], len(self._prefix))
         folders = pc.replace_substring_regex(names, "[^/]*$", "", max_replacements=1).dictionary_encode()
         for folder in folders.dictionary.to_pylist():
-            if folder:
-                self.parts.add(folder.partition("/")[0])
+            if folder and folder not in self._labels:
+                self.parts.add(part_of(_split(folder), ""))
             if folder not in self._labels:
                 self._labels[folder] = self._label(_split(folder))
         labels = [self._labels[folder] for folder in folders.dictionary.to_pylist()]
@@ -79,31 +109,34 @@ class Classifier:
 
     def _add_parts(self, names: pa.Array) -> None:
         """Add the parts of objects that lie in no folder."""
-        is_of_a_split = pc.match_substring_regex(names, _OF_A_SPLIT)
+        is_of_a_split = pc.match_substring_regex(names, STARTS_AS_A_SPLIT)
         self.parts.update(part_of([], name) for name in names.filter(is_of_a_split).to_pylist())
         if not pc.all(is_of_a_split, min_count=0).as_py():
             self.parts.add(None)
 
     def _add(self, entry: Entry) -> None:
-        role = "other" if entry.size is None else role_of(entry.key)
+        role = role_of(entry.key)
         *folders, name = entry.key[len(self._prefix) :].split("/")
         if name.startswith(PART) or LEASE_FILE.fullmatch(name):
             return
+        self._mark(folders, name)
+        if role == "other":
+            self._tables[role].add(entry, None)
+            return
+        self.parts.add(part_of(folders, name if role == "parquet" or not folders else ""))
+        is_labelled = role != "parquet" or not self._is_automatic or has_label_pair(folders)
+        self._tables[role].add(entry, self._label(folders) if is_labelled else None)
+
+    def _mark(self, folders: Sequence[str], name: str) -> None:
         if name in (CONFIG, STUDY) or name in OF_A_RUN:
             self.marks["/".join(folders)].add(name)
         elif folders and f"{folders[-1]}/{name}" in (EMBEDDINGS, PACKED):
             self.marks["/".join(folders[:-1])].add(f"{folders[-1]}/{name}")
-        if role == "other":
-            self._tables[role].add(entry, None)
-            return
-        self.parts.add(part_of(folders, name))
-        is_labelled = role != "parquet" or self._label_from_parent != AUTO or has_label_pair(folders)
-        self._tables[role].add(entry, self._label(folders) if is_labelled else None)
 
     def _label(self, folders: Sequence[str]) -> str | None:
-        if self._label_from_parent == AUTO:
+        if self._is_automatic:
             return automatic_label(folders)
-        return folder_label(folders) if self._label_from_parent else None
+        return label_at(folders, self._level) if self._label_from_parent else None
 
 
 def _split(folder: str) -> list[str]:

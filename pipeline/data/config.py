@@ -1,8 +1,8 @@
 """Settings of the images of a run: where they are, how they are fetched, and when one is bad."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dinoray.models.settings import Auto, Settings
 from dinoray.pipeline.storage.addresses import normal_uri
@@ -15,14 +15,22 @@ class DataConfig(Settings):
     """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
     manifest: str | None = Field(default=None, min_length=1)
     """A file of the command manifest, local or s3://, whose list of images is used; null lists `path`."""
+    include: tuple[str, ...] = ()
+    """Patterns such as *.jpg, train or a/**/b of the keys below `path` that are used; none uses all."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of keys below `path` that are not used, whatever `include` has; a pattern also matches folders."""
+    image_list: str | None = Field(default=None, min_length=1)
+    """CSV or Parquet, local or s3://, with a column of keys below `path`: only these images; and one of labels."""
     image_column: str = "auto"
     """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'; auto detects it."""
     key_column: str | None = "auto"
-    """Parquet: the column that names an image; null names it shard#row, auto detects the column."""
+    """Parquet or image_list: the column that names an image; null names it shard#row, auto detects the column."""
     label_column: str | None = "auto"
-    """Parquet: the column of labels, read as text; null ignores labels, auto detects the column."""
+    """Parquet or image_list: the column of labels, read as text; null ignores labels, auto detects the column."""
     label_from_parent: bool | Auto = "auto"
     """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
+    label_level: int | str = -1
+    """The folder whose name is the label: -1 the parent, 0 the top one below `path`; NAME is for folders NAME=LABEL."""
     fetch_concurrency: int = Field(default=32, ge=16, le=512)
     """Images that each augmentation actor, or Parquet row groups that each reader, requests at once."""
     fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
@@ -40,9 +48,27 @@ class DataConfig(Settings):
     row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
     """Parquet: bytes of row groups that are shuffled together, and that an actor which reads for itself caches."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); above it a run ends."""
+    """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); more than one end a run."""
 
-    @field_validator("path", "manifest")
+    @property
+    def from_folders(self) -> bool | Auto:
+        """True if folder names are labels by the settings, auto if that is to be detected."""
+        return self.label_from_parent if self.label_level == -1 else True
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_pattern_is_a_list_too(cls, patterns: Any) -> Any:
+        return (patterns,) if isinstance(patterns, str) else patterns
+
+    @model_validator(mode="after")
+    def _folders_have_labels(self) -> "DataConfig":
+        if self.label_level != -1 and self.label_from_parent is False:
+            raise ValueError(
+                f"data.label_level={self.label_level} with data.label_from_parent=false: leave out one of them"
+            )
+        return self
+
+    @field_validator("path", "manifest", "image_list")
     @classmethod
     def _path_is_an_address(cls, path: str | None) -> str | None:
         if path is not None:

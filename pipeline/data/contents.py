@@ -1,12 +1,11 @@
 """List what lies at `data.path`, by role, and pass over what this program wrote there: runs, studies, tables.
 
 Stands between the listing and the manifest. Recognises output by the names of its files, so it needs no request
-besides the listing. No Ray here.
+besides the listing; a few objects whose names say nothing are looked into. No Ray here.
 """
 
 import logging
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +13,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dinoray.models.errors import DataError
-from dinoray.models.settings import Auto
 from dinoray.pipeline.data.bounds import Bound
+from dinoray.pipeline.data.choosing import ImageList, Patterns, pattern_remedy
 from dinoray.pipeline.data.classify import CONFIG, EMBEDDINGS, OF_A_RUN, PACKED, STUDY, Classifier
+from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.detection import is_split
-from dinoray.pipeline.data.listing import Listing, is_pattern, list_entries
-from dinoray.pipeline.storage.config import SIGNED, Access
+from dinoray.pipeline.data.ignored import (
+    EXCLUDED,
+    OUTPUT,
+    UNNAMED,
+    Ignored,
+    count_keys,
+    from_counts,
+    ignored_line,
+)
+from dinoray.pipeline.data.listing import Listing, list_entries
+from dinoray.pipeline.data.names import kinds_of, most_frequent
+from dinoray.pipeline.data.row_groups import hold_images
+from dinoray.pipeline.data.sniffing import contents_of
+from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import normal_uri
 from dinoray.pipeline.storage.listing_parts import ListingParts, OutdatedPartsError
 from dinoray.pipeline.storage.progress import Count, counting
@@ -27,17 +39,9 @@ from dinoray.pipeline.storage.retry import Retry
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {
-    "run": ("run directory", "run directories"),
-    "study": ("study", "studies"),
-    "embeddings": ("table of embeddings", "tables of embeddings"),
-    "packed": ("packed set", "packed sets"),
-}
 _ARCHIVED = ("GLACIER", "DEEP_ARCHIVE")
 """Storage classes whose objects cannot be read before they are restored; GLACIER_IR is none."""
-_MOST_NAMES = 5
-_LIKE_AN_ARCHIVE = r"(?is)\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\..{1,4})\n?$"
-_ARCHIVE = re.compile(r"\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\.\w{1,4})$", re.IGNORECASE)
+_MOST_NAMED = 5
 
 
 class Contents(NamedTuple):
@@ -47,41 +51,53 @@ class Contents(NamedTuple):
     prefix: str
     """The folder prefix of each key."""
     images: pa.Table
-    bare: pa.Table
     shards: pa.Table
+    unknown: pa.Table
+    """Objects whose names say nothing, and which have not been looked into."""
     others: pa.Table
     parts: frozenset[str | None]
     """The parts of a data set, such as `train`, that the objects are in."""
-    passed_over: tuple[str, ...]
-    """Phrases that count and name output of this program, and archives."""
+    left_out: tuple[Ignored, ...]
+    """What is in none of the tables: output of this program, what cannot be listed, and what is not asked for."""
+    notes: tuple[str, ...] = ()
+
+    def ignored(self) -> tuple[Ignored, ...]:
+        """Return what is left out, with the objects that are neither images nor shards."""
+        keys = pa.chunked_array([*self.unknown["key"].chunks, *self.others["key"].chunks], pa.large_string())
+        return (*count_keys(keys), *self.left_out)
 
 
 def list_contents(
-    path: str,
-    label_from_parent: bool | Auto,
+    config: DataConfig,
     *,
     setting: str,
     retry_later: Retry,
-    access: Access = SIGNED,
+    storage: StorageConfig,
     parts: ListingParts | None = None,
     bound: Bound | None = None,
 ) -> Contents:
-    """List `path`, which comes from `setting`, and drop output of this program.
+    """List `config.path`, which comes from `setting`, and drop output of this program.
 
-    A packed set is dropped only beside image objects, because it can be the data. Raises DataError if `path` is
+    A packed set is dropped only beside image objects, because it can be the data. Raises DataError if the path is
     missing, is a run directory, or holds nothing but output. What `parts` has of an earlier attempt is not listed
     again, unless the store has changed there: then all is. `bound` ends the listing, and leaves out shards.
     """
 
     def listed(count: Count) -> tuple[Listing, Classifier]:
         listing = list_entries(
-            path, setting=setting, retry_later=retry_later, access=access, count=count, parts=parts
+            config.path,
+            setting=setting,
+            retry_later=retry_later,
+            access=storage.access,
+            count=count,
+            parts=parts,
         )
-        found = Classifier(listing.prefix, label_from_parent)
+        patterns = Patterns(config.include, config.exclude)
+        found = Classifier(listing.prefix, config.label_from_parent, config.label_level, patterns)
         found.add(bound.cut(listing.batches) if bound else listing.batches)
         return listing, found
 
-    what = f"listing {normal_uri(path)}"
+    what = f"listing {normal_uri(config.path)}"
     try:
         with counting(what, "keys") as count:
             listing, found = listed(count)
@@ -95,62 +111,103 @@ def list_contents(
             listing, found = listed(count)
     if parts:
         parts.is_complete = True
-    images, bare, shards, others = found.tables()
-    setting_path = f"{setting}={normal_uri(path)}"
+    tables = found.tables()
+    setting_path = f"{setting}={normal_uri(config.path)}"
     folders_of = _output(found.marks)
     if folders_of["run"][:1] == [""] or folders_of["study"][:1] == [""]:
         raise DataError(f"{setting_path} is a run directory or a study; set it to a folder of images")
-    sets = [folders_of.pop("packed"), *folders_of.values()]
-    tables = [images, bare, shards, others]
-    own = [folder for folders in sets[1:] for folder in folders]
+    packed = folders_of.pop("packed")
+    own = [folder for folders in folders_of.values() for folder in folders]
     tables = [_outside(table, listing.prefix, own) for table in tables]
-    if sets[0] and _outside(tables[0], listing.prefix, sets[0]).num_rows:
-        folders_of["packed"] = sets[0]
-        tables = [_outside(table, listing.prefix, sets[0]) for table in tables]
-    passed_over = [
-        f"{_counted(len(folders), *_KINDS[kind])} passed over: {some_names(folders)}"
-        for kind, folders in folders_of.items()
-        if folders
+    if packed and _outside(tables[0], listing.prefix, packed).num_rows:
+        folders_of["packed"] = packed
+        tables = [_outside(table, listing.prefix, packed) for table in tables]
+    left_out = [
+        *from_counts(listing.left_out),
+        *from_counts(found.left_out),
+        *(Ignored(kind, len(some), tuple(some[:_MOST_NAMED])) for kind, some in folders_of.items() if some),
     ]
-    if passed_over and not any(table.num_rows for table in tables[:3]):
+    if own and not found.left_out[EXCLUDED] and not any(table.num_rows for table in tables[:3]):
+        output = (ignored_line(left_out) or "").removeprefix("ignored: ")
         raise DataError(
-            f"{setting_path} holds no images, but output of this program ({'; '.join(passed_over)}); "
-            "set it to a folder of images"
+            f"{setting_path} holds no images, but output of this program ({output}); set it to a folder of images"
         )
-    likely = tables[3]["key"].filter(pc.match_substring_regex(tables[3]["key"], _LIKE_AN_ARCHIVE))
-    archives = [key for key in likely.to_pylist() if _ARCHIVE.search(key)]
-    if archives:
-        tables[3] = tables[3].filter(
-            pc.invert(pc.is_in(tables[3]["key"], pa.array(archives, pa.large_string())))
-        )
-        names = some_names(sorted(key[len(listing.prefix) :] for key in archives))
-        one = len(archives) == 1
-        passed_over.append(
-            f"{_counted(len(archives), 'archive', 'archives')} not read: {names}; unpack "
-            f"{'it' if one else 'them'} to use {'its' if one else 'their'} images"
-        )
-    images, bare, shards, others = tables
+    images, unknown, shards, others = tables
+    known_parts = frozenset(found.parts - set(own))
     return Contents(
         listing.root,
         listing.prefix,
         images,
-        bare,
         bound.some(shards) if bound else shards,
+        unknown,
         others,
-        frozenset(found.parts - set(own)),
-        tuple(passed_over),
+        known_parts,
+        tuple(left_out),
     )
 
 
-def no_images(contents: Contents, path: str, num_ignored: int, *, setting: str) -> DataError:
-    """Return the error for a place without images; it names archives and patterns, which are not supported."""
-    remedy = f"check {setting}"
-    archives = [text for text in contents.passed_over if "archive" in text]
-    if archives:
-        remedy = f"archives are not supported: {archives[0]}"
-    elif is_pattern(path):
-        remedy = f"patterns are not supported: set {setting} to a folder"
-    return DataError(f"no images under {path}, {num_ignored} other objects ignored; {remedy}")
+def look_into(contents: Contents, storage: StorageConfig) -> Contents:
+    """Return the contents with the objects whose names say nothing as what a few of them begin as.
+
+    Images of that sort are not taken beside Parquet of images, unless others have names of images.
+    """
+    unknown = contents.unknown
+    if not unknown.num_rows:
+        return contents
+    found = contents_of(unknown, contents.root, storage)
+    is_alone = contents.shards.num_rows and not contents.images.num_rows
+    if is_alone and hold_images(contents.shards, contents.root, storage.access):
+        found = pc.if_else(pc.equal(found, "parquet"), found, pa.scalar(None, pa.string()))
+    images, shards = (
+        unknown.filter(pc.fill_null(pc.equal(found, what), False)) for what in ("image", "parquet")
+    )
+    counts = most_frequent(kinds_of(images["key"]), _MOST_NAMED) if images.num_rows else []
+    taken = ", ".join(f"{number} {kind or 'without a suffix'}" for kind, number in counts)
+    notes = [f"images by their content: {taken}"] if taken else []
+    return contents._replace(
+        images=pa.concat_tables([contents.images, images]),
+        shards=pa.concat_tables([contents.shards, shards]),
+        unknown=unknown.filter(found.is_null()),
+        notes=(*contents.notes, *notes),
+    )
+
+
+def choose_listed(contents: Contents, image_list: ImageList) -> Contents:
+    """Return the contents with the objects that the list names as images, whatever their names say.
+
+    Raises ConfigError if there are none.
+    """
+    named, notes = image_list.choose(
+        pa.concat_tables([contents.images, contents.unknown, contents.others]), contents.prefix
+    )
+    others = pa.concat_tables([contents.unknown, contents.others, contents.shards])
+    unnamed, others = (
+        table.filter(pc.invert(pc.is_in(table["key"], named["key"]))) for table in (contents.images, others)
+    )
+    return contents._replace(
+        images=named,
+        shards=contents.shards.schema.empty_table(),
+        unknown=contents.unknown.schema.empty_table(),
+        others=others,
+        left_out=(*contents.left_out, *from_counts({UNNAMED: unnamed.num_rows})),
+        notes=(*contents.notes, *notes),
+    )
+
+
+def without_shards(contents: Contents) -> Contents:
+    """Return the contents with the shards among what is ignored."""
+    others = pa.concat_tables([contents.others, contents.shards])
+    return contents._replace(shards=contents.shards.schema.empty_table(), others=others)
+
+
+def no_images(contents: Contents, path: str, *, setting: str) -> DataError:
+    """Return the error for a place without images, with what is there and how that can be used."""
+    ignored = contents.ignored()
+    remedy = pattern_remedy(setting, path) or f"check {setting}"
+    if any(one.kind == EXCLUDED for one in ignored):
+        remedy = "check data.include and data.exclude"
+    line = ignored_line(ignored, otherwise=remedy) or f"nothing is there; {remedy}"
+    return DataError(f"no images under {path}; {line}")
 
 
 def note_on_archived(images: pa.Table) -> list[str]:
@@ -179,7 +236,7 @@ def labelled_parts(table: pa.Table, contents: Contents) -> frozenset[str]:
 
 def _output(marks: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
     """Return the outermost folders of each kind of output, sorted; a trial lies within its study."""
-    found: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+    found: dict[str, list[str]] = {kind: [] for kind in OUTPUT}
     outer: list[str] = []
     for folder in sorted(marks, key=lambda name: name.split("/")):
         kind = _kind(marks[folder])
@@ -205,13 +262,3 @@ def _outside(table: pa.Table, prefix: str, folders: Iterable[str]) -> pa.Table:
     for folder in folders:
         inside |= pc.starts_with(table["key"], f"{prefix}{folder}/").to_numpy(zero_copy_only=False)
     return table.filter(pa.array(~inside)) if inside.any() else table
-
-
-def some_names(names: Sequence[str]) -> str:
-    """Return the first few names as text, and how many more there are."""
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
-
-
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

@@ -21,8 +21,16 @@ SPLIT_FOLDERS = frozenset(
 )
 """Names of folders that hold parts of a data set, not classes."""
 
+_SEPARATORS = "-_."
+_NAMED_AS_A_SPLIT = rf"(?i:{'|'.join(sorted(SPLIT_FOLDERS))})"
+_SPLIT = re.compile(rf"{_NAMED_AS_A_SPLIT}_?(?:19|20)?(?:\d\d)?")
+"""Also with a year, as in COCO's train2017."""
+STARTS_AS_A_SPLIT = rf"^{_NAMED_AS_A_SPLIT}[{_SEPARATORS}]"
+"""Names of files whose part may be the split that they begin with."""
+_STARTS_AS_A_SPLIT = re.compile(STARTS_AS_A_SPLIT)
+
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes")
-_LABEL_COLUMNS = (
+LABEL_COLUMNS = (
     *("label", "labels", "class", "class_name", "label_name", "category", "target", "cls"),
     *("class_label", "class_id", "label_id", "fine_label"),
 )
@@ -59,9 +67,22 @@ def folder_label(folders: Sequence[str]) -> str | None:
     """Return the label in a file's folders, or None: `dog` for both `pets/dog` and `label=dog/split=1`."""
     for folder in reversed(folders):
         name, is_pair, value = folder.partition("=")
-        if is_pair and name.lower() in _LABEL_COLUMNS:
+        if is_pair and name.lower() in LABEL_COLUMNS:
             return unquote(value)
     return folders[-1] if folders else None
+
+
+def label_at(folders: Sequence[str], level: int | str) -> str | None:
+    """Return the label in a file's folders: the folder at `level` (0 the top, -1 the parent), or None.
+
+    For -1 as `folder_label`; for a text, the value of the innermost folder `level=value`.
+    """
+    if level == -1:
+        return folder_label(folders)
+    if isinstance(level, int):
+        return folders[level] if -len(folders) <= level < len(folders) else None
+    values = [unquote(folder.partition("=")[2]) for folder in folders if folder.startswith(f"{level}=")]
+    return values[-1] if values else None
 
 
 def automatic_label(folders: Sequence[str]) -> str | None:
@@ -81,12 +102,12 @@ def automatic_label(folders: Sequence[str]) -> str | None:
 
 def has_label_pair(folders: Sequence[str]) -> bool:
     """Return True if one of the folders is `label=value`, as in partitioned tables."""
-    return any("=" in folder and folder.partition("=")[0].lower() in _LABEL_COLUMNS for folder in folders)
+    return any("=" in folder and folder.partition("=")[0].lower() in LABEL_COLUMNS for folder in folders)
 
 
 def is_class(label: str | None) -> bool:
     """Return True if a folder of this name may be a class."""
-    return label is not None and label.lower() not in SPLIT_FOLDERS and not label.startswith("/")
+    return label is not None and _SPLIT.fullmatch(label) is None and not label.startswith("/")
 
 
 def labels_from_folders(counts: Mapping[str | None, int]) -> tuple[bool, str]:
@@ -111,14 +132,22 @@ def labels_from_folders(counts: Mapping[str | None, int]) -> tuple[bool, str]:
 
 
 def part_of(folders: Sequence[str], name: str) -> str | None:
-    """Return the part of a data set that a file is in: its top folder, or `train-` of `train-00000-of-2`."""
-    split, dash, _ = name.partition("-")
-    return folders[0] if folders else f"{split}-" if dash and split.lower() in SPLIT_FOLDERS else None
+    """Return the part of a data set that a file is in.
+
+    That is the path of the first folder that is named as a split (`images/train`), or the folder with the start of a
+    name (`data/train-` of `data/train-00000-of-2`); else its top folder, if there is one.
+    """
+    for number, folder in enumerate(folders):
+        if _SPLIT.fullmatch(folder):
+            return "/".join(folders[: number + 1])
+    if start := _STARTS_AS_A_SPLIT.match(name):
+        return "/".join([*folders, start[0]])
+    return folders[0] if folders else None
 
 
 def is_split(part: str) -> bool:
-    """Return True if a part of a data set is named as a split: `train`, or `train-`."""
-    return part.rstrip("-").lower() in SPLIT_FOLDERS
+    """Return True if a part of a data set is named as a split: `train`, `train2017`, or `train-`."""
+    return _SPLIT.fullmatch(part.rpartition("/")[2].rstrip(_SEPARATORS)) is not None
 
 
 def note_on_parts(parts: Collection[str | None], path: str, *, labelled: Collection[str]) -> list[str]:
@@ -127,16 +156,24 @@ def note_on_parts(parts: Collection[str | None], path: str, *, labelled: Collect
     The note proposes an evaluation part only where it and the training part are `labelled`.
     """
     splits = sorted(part for part in parts if part is not None and is_split(part))
-    splits.sort(key=lambda part: not part.lower().startswith("train"))
-    if len(splits) < 2 or not splits[0].lower().startswith("train"):
+    splits.sort(key=lambda part: not _is_for_training(part))
+    if len(splits) < 2 or not _is_for_training(splits[0]) or all(map(_is_for_training, splits)):
         return []
+    others = [part for part in splits if not _is_for_training(part)]
     remedy = f"data.path={path}/{splits[0]}"
-    with_labels = [part for part in splits[1:] if part in labelled]
+    with_labels = [part for part in others if part in labelled]
     if with_labels and splits[0] in labelled:
         remedy += f" eval.val_path={path}/{with_labels[0]}"
-    if any(part.endswith("-") for part in splits):
-        remedy = "a folder for each"
-    return [f"{', '.join(splits).replace('-', '')} are all trained on; {remedy} keeps them apart"]
+    of_names = any(part.endswith(tuple(_SEPARATORS)) for part in splits)
+    patterns = [f"/{part}*" if part.endswith(tuple(_SEPARATORS)) else f"/{part}" for part in others]
+    exclude = f"data.exclude='[{', '.join(patterns)}]'"
+    shown = ", ".join(part.rstrip(_SEPARATORS) for part in splits)
+    remedy = exclude if of_names or len(splits) - len(others) > 1 else f"{remedy} or {exclude}"
+    return [f"{shown} are all trained on; {remedy} keeps them apart"]
+
+
+def _is_for_training(part: str) -> bool:
+    return part.rpartition("/")[2].lower().startswith("train")
 
 
 def detect_columns(
@@ -160,8 +197,8 @@ def detect_columns(
     features = _features(schema)
     if label == AUTO:
         classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-        named = _named(schema, _LABEL_COLUMNS, classes) or next(iter(classes), None)
-        label = named or _named(schema, _LABEL_COLUMNS)
+        named = _named(schema, LABEL_COLUMNS, classes) or next(iter(classes), None)
+        label = named or _named(schema, LABEL_COLUMNS)
         if label is None:
             notes.append("no labels: no column is named like one; data.label_column=NAME takes one")
         else:
@@ -175,7 +212,7 @@ def detect_columns(
 def other_label_column(schema: pa.Schema, column: str) -> str | None:
     """Return a column of text that is named like a label, besides `column`, unless that has text too."""
     texts = [field.name for field in schema if _is_text(field.type)]
-    return None if column in texts else _named(schema, _LABEL_COLUMNS, texts)
+    return None if column in texts else _named(schema, LABEL_COLUMNS, texts)
 
 
 def is_bytes(kind: pa.DataType) -> bool:

@@ -1,21 +1,20 @@
-"""List the objects under `data.path` and classify them by name.
+"""List the objects under `data.path`: a stream of entries in the store's order, which feeds the manifest.
 
-Feeds the manifest: a stream of entries, in the store's order, and one rule per key. Never opens an object:
-the decoder checks the content later, whatever the suffix is. No Ray here.
+Opens no object. No Ray here.
 """
 
 import os
-import posixpath
-import re
-import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from dinoray.models.errors import DataError
+from dinoray.pipeline.data.choosing import pattern_remedy
+from dinoray.pipeline.data.walk import File, file_at, walk
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import MissingObject, check_bucket, normal_uri
@@ -26,27 +25,14 @@ from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import Retry, retrying
 from dinoray.pipeline.storage.s3 import etag_of, list_page, s3_client
 
-Role = Literal["image", "bare", "parquet", "other"]
-
-IMAGE_SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
-        *(".jp2", ".j2k", ".avif"),
-    }
-)
-_TEXT_NAMES = frozenset({"readme", "license", "licence", "copying", "notice", "authors", "makefile"})
-_PATTERN = re.compile(r"[*?]|\[.+\]|\{.+,.+\}")
 _BATCH_ROWS = 65_536
 
 
 class Entry(NamedTuple):
-    """One object or file: its key, its size in bytes, and a tag that changes with its content.
-
-    The size is None for a file whose name is not valid UTF-8, which disks allow: no manifest and no log can hold it.
-    """
+    """One object or file: its key, its size in bytes, and a tag that changes with its content."""
 
     key: str
-    size: int | None
+    size: int
     etag: str
     storage_class: str | None = None
 
@@ -57,7 +43,9 @@ class Listing(NamedTuple):
     root: str
     prefix: str
     batches: Iterator[pa.RecordBatch]
-    """Of the schema LISTED; what is wrong in a name that is not valid UTF-8 is replaced."""
+    """Of the schema LISTED."""
+    left_out: Mapping[str, int] = {}
+    """Number of files that cannot be listed, by kind; complete once the batches are."""
 
     @property
     def entries(self) -> Iterator[Entry]:
@@ -73,7 +61,7 @@ class EntryTable:
 
     def __init__(self) -> None:
         self._batches: list[pa.RecordBatch] = []
-        self._pending: list[tuple[str, int | None, str, str | None, str | None]] = []
+        self._pending: list[tuple[str, int, str, str | None, str | None]] = []
 
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self._batches) + len(self._pending)
@@ -117,12 +105,10 @@ def list_entries(
     """List all entries under `path`: a folder, an `s3://` prefix (treated as a folder), or a single file.
 
     Keys are full object keys on S3 (root `s3://bucket`), in the store's order, and slash-separated paths
-    relative to the folder on a disk. Links to files are followed; links to folders are not, because they may
-    form loops. Pipes, sockets and devices are skipped. A broken link is listed with size 0, so that its image
-    counts as missing. On S3, `retry` repeats the first request and `retry_later` all others, several at once;
-    what `parts` has of an earlier attempt is not listed again. Adds the entries to `count` as they come.
-    Raises DataError if the folder or bucket is missing or access is denied; on S3 only during iteration. The
-    message names `setting`, which gave the path.
+    relative to the folder on a disk, with links followed as in walk.py. On S3, `retry` repeats the first request and
+    `retry_later` all others, several at once; what `parts` has of an earlier attempt is not listed again. Adds the
+    entries to `count` as they come. Raises DataError if the folder or bucket is missing or access is denied; on S3
+    only during iteration. The message names `setting`, which gave the path.
     """
     count = count or Count("listing", "keys")
     path = normal_uri(path)
@@ -132,48 +118,15 @@ def list_entries(
         return Listing(
             f"s3://{bucket}", prefix, _objects(bucket, key, prefix, retry, retry_later, access, count, parts)
         )
+    left_out = Counter[str]()
     if os.path.isfile(path):
         folder, name = os.path.split(path)
-        return Listing(
-            folder, "", _batches((entry for entry in [_entry(path, name)] if entry is not None), count)
-        )
+        file = file_at(path, name, left_out)
+        return Listing(folder, "", _batches([] if file is None else [file], count), left_out)
     if not os.path.isdir(path):
-        remedy = (
-            f"patterns are not supported: set {setting} to a folder" if is_pattern(path) else "check the path"
-        )
+        remedy = pattern_remedy(setting, path) or "check the path"
         raise DataError(f"{setting}={path}: there is no such folder or file; {remedy}")
-    return Listing(path, "", _batches(_files(path), count))
-
-
-def role_of(key: str) -> Role:
-    """Return the role of a key by its name: "image", "bare", "parquet", or "other", which is ignored.
-
-    A "bare" key has no suffix; it is an image unless the data set is Parquet. Suffixes match in upper and
-    lower case and with trailing spaces. An image name may start with a dot or an underscore. But macOS's
-    `._x.jpg`, system files, Spark's `_SUCCESS` and folder markers (`x/`) are "other".
-    """
-    name = key.rsplit("/", 1)[-1].rstrip(" ").lower()
-    suffix = posixpath.splitext(name)[1]
-    if not name or name.startswith("._"):
-        return "other"
-    if suffix in IMAGE_SUFFIXES:
-        return "image"
-    if name.startswith((".", "_")) or name in _TEXT_NAMES:
-        return "other"
-    return "parquet" if suffix == ".parquet" else "other" if suffix else "bare"
-
-
-def is_pattern(path: str) -> bool:
-    """Return True if a path looks like a pattern of a shell."""
-    return _PATTERN.search(path) is not None
-
-
-def _is_unicode(key: str) -> bool:
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return Listing(path, "", _batches(walk(path, left_out), count), left_out)
 
 
 def _objects(
@@ -212,38 +165,9 @@ def _objects(
     ).to_arrow()
 
 
-def _batches(entries: Iterator[Entry], count: Count) -> Iterator[pa.RecordBatch]:
-    while some := list(islice(entries, _BATCH_ROWS)):
+def _batches(files: Iterable[File], count: Count) -> Iterator[pa.RecordBatch]:
+    files = iter(files)
+    while some := list(islice(files, _BATCH_ROWS)):
         count.add(len(some))
-        some = [entry if _is_unicode(entry.key) else _replaced(entry) for entry in some]
-        yield Objects(*map(list, zip(*some, strict=True))).to_arrow()
-
-
-def _replaced(entry: Entry) -> Entry:
-    return entry._replace(key=entry.key.encode(errors="replace").decode(), size=None)
-
-
-def _files(root: str) -> Iterator[Entry]:
-    for folder, _, names in os.walk(root, onerror=_refuse):
-        inner = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in names:
-            key = name if inner == "." else f"{inner}/{name}"
-            entry = _entry(os.path.join(folder, name), key)
-            if entry is not None:
-                yield entry
-
-
-def _entry(path: str, key: str) -> Entry | None:
-    """Return the entry of a file on disk; None for special files, whose reading could block or never end."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return Entry(key, 0, "")
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    return Entry(key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
-
-
-def _refuse(error: OSError) -> None:
-    """Raise DataError. Without this, os.walk silently skips folders that it cannot read, and their images."""
-    raise DataError(f"{error.filename}: {error.strerror}; make the folder readable") from error
+        keys, sizes, etags = map(list, zip(*some, strict=True))
+        yield Objects(keys, sizes, etags, [None] * len(some)).to_arrow()

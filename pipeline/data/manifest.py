@@ -26,15 +26,24 @@ import pyarrow.compute as pc
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.bounds import Bound
+from dinoray.pipeline.data.choosing import ImageList, read_image_list
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.contents import labelled_parts, list_contents, no_images, note_on_archived
+from dinoray.pipeline.data.contents import (
+    choose_listed,
+    labelled_parts,
+    list_contents,
+    look_into,
+    no_images,
+    note_on_archived,
+    without_shards,
+)
 from dinoray.pipeline.data.detection import (
     AUTO,
     is_class,
     labels_from_folders,
     note_on_parts,
 )
-from dinoray.pipeline.data.manifest_file import DETECTABLE, Manifest, listed_as
+from dinoray.pipeline.data.manifest_file import DETECTABLE, Manifest, default_of, listed_as
 from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
 from dinoray.pipeline.data.sorting import sorted_by_key
 from dinoray.pipeline.storage import run_dir
@@ -108,45 +117,41 @@ def build_manifest(
     patient = Patient(storage.give_up_after_seconds)
     path = normal_uri(config.path)
     contents = list_contents(
-        config.path,
-        config.label_from_parent,
-        setting=setting,
-        retry_later=patient,
-        access=storage.access,
-        parts=parts,
-        bound=bound,
+        config, setting=setting, retry_later=patient, storage=storage, parts=parts, bound=bound
     )
-    num_ignored, num_images, num_shards = (
-        table.num_rows for table in (contents.others, contents.images, contents.shards)
-    )
+    image_list = None if config.image_list is None else read_image_list(config, config.image_list)
+    if image_list is not None:
+        contents = choose_listed(contents, image_list)
+    else:
+        contents = look_into(contents, storage)
+    num_images, num_shards = contents.images.num_rows, contents.shards.num_rows
     if num_images and num_shards and not hold_images(contents.shards, contents.root, storage.access):
-        num_ignored, num_shards = num_ignored + num_shards, 0  # the shards are metadata about the images
+        contents, num_shards = without_shards(contents), 0  # they are metadata about the images
     if num_images and num_shards:
         raise ConfigError(
             f"{setting}={path} holds {num_images} images and {num_shards} Parquet shards; "
-            f"point {setting} at a folder with one kind"
+            f"leave out one kind with data.exclude='*.parquet', or point {setting} at a folder with one kind"
         )
+    if not num_images and not num_shards:
+        raise no_images(contents, path, setting=setting)
+    ignored, listed_notes = contents.ignored(), contents.notes
     if num_shards:
-        num_ignored += contents.bare.num_rows
         kept = _row_groups(config, path, contents.root, contents.shards, storage)
-    elif num_images or contents.bare.num_rows:
-        images = pa.concat_tables([contents.images, contents.bare])
-        nothing = images.schema.empty_table()
-        contents = contents._replace(images=nothing, bare=nothing)  # `images` holds them alone, to be freed
-        columns = dict(zip(images.column_names, images.columns, strict=True))
-        del images
-        kept = _images(config, path, columns)
     else:
-        raise no_images(contents, path, num_ignored, setting=setting)
+        columns = dict(zip(contents.images.column_names, contents.images.columns, strict=True))
+        nothing = contents.images.schema.empty_table()
+        contents = contents._replace(images=nothing)  # `columns` holds them alone, to be freed
+        kept = _images(config, path, columns, image_list)
     labelled = (
         labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
     )
-    notes = [*kept.notes, *note_on_parts(contents.parts, path, labelled=labelled)]
+    notes = [*kept.notes, *listed_notes, *note_on_parts(contents.parts, path, labelled=labelled)]
     if not num_shards:
         notes += note_on_archived(kept.table)
+    num_ignored = sum(one.number for one in ignored)
     found = (contents.root, num_ignored, listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
     kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
-    manifest = Manifest(kept.table, kind, *found, kept.rows_per_group, contents.passed_over)
+    manifest = Manifest(kept.table, kind, *found, kept.rows_per_group, ignored)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -175,7 +180,9 @@ def _command(config: DataConfig, folder: str, name: str) -> str:
     """Return the command that lists what `config` asks for into a file like `name` in a folder."""
     numbered = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)-\d{4,}\.parquet", name)
     named = ("--name", numbered[1]) if numbered and numbered[1] != "manifest" else ()
-    asked = {key: value for key, value in listed_as(config).items() if key != "path" and value != AUTO}
+    asked = {
+        key: value for key, value in listed_as(config).items() if key != "path" and value != default_of(key)
+    }
     settings = (f"data.{key}={_as_typed(value)}" for key, value in asked.items())
     return command("manifest", config.path, "--out", folder, *named, *settings)
 
@@ -200,24 +207,41 @@ class _Found(NamedTuple):
     rows_per_group: int | None = None
 
 
-def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) -> _Found:
+def _images(
+    config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray], image_list: ImageList | None
+) -> _Found:
     """Takes the columns out of `columns`."""
     detected: dict[str, Any] = {}
-    for name in ("key_column", "label_column"):
+    listed_label = image_list and image_list.label_column
+    for name, found in (("key_column", None), ("label_column", listed_label)):
         if getattr(config, name) == AUTO:
-            detected[name] = None
-        elif getattr(config, name) is not None:
+            detected[name] = found
+        elif getattr(config, name) is not None and image_list is None:
             raise ConfigError(
-                f"data.{name}={getattr(config, name)!r} is for Parquet, but {path} holds image objects; "
-                "unset it (labels of image objects: data.label_from_parent=true)"
+                f"data.{name}={getattr(config, name)!r} is for Parquet and data.image_list, but {path} holds image "
+                "objects; unset it (labels of image objects: data.label_from_parent=true)"
             )
-    if config.label_from_parent is True and columns["label"].null_count == len(columns["label"]):
+    folders = config.from_folders
+    if folders is True and listed_label is not None:
+        raise ConfigError(
+            f"data.label_from_parent=true or data.label_level, and column {listed_label!r} of data.image_list, both "
+            "say where labels are; set data.label_column=null, or leave out the former"
+        )
+    if folders is True and columns["label"].null_count == len(columns["label"]):
+        if config.label_level != -1:
+            raise ConfigError(
+                f"data.label_level={config.label_level}, but no image of {path} lies in such a folder; set another "
+                "level (0 is the top folder), or leave it out"
+            )
         raise ConfigError(
             f"data.label_from_parent=true, but no image of {path} lies in a folder below it; "
             "set data.label_from_parent=false"
         )
     notes = []
-    if config.label_from_parent == AUTO:
+    if config.label_from_parent == AUTO and (listed_label is not None or folders is True):
+        detected["label_from_parent"] = folders is True
+        notes += [f"labels from folders of data.label_level={config.label_level}"] if folders is True else []
+    elif folders == AUTO:
         labels = columns["label"]
         counts = {row["values"]: row["counts"] for row in labels.value_counts().to_pylist()}
         detected["label_from_parent"], note = labels_from_folders(counts)
@@ -235,7 +259,7 @@ def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, stor
         sorted_by_key(dict(zip(shards.column_names, shards.columns, strict=True))),
         path=path,
         root=root,
-        asked=Asked(config.image_column, config.key_column, config.label_column, config.label_from_parent),
+        asked=Asked(config.image_column, config.key_column, config.label_column, config.from_folders),
         concurrency=config.fetch_concurrency,
         storage=storage,
     )

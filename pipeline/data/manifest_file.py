@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.ignored import OTHER_KINDS, Ignored
 from dinoray.pipeline.storage.files import normal_uri
 
 _VERSION = 1
 _METADATA = b"dinoray.manifest"
 DETECTABLE = ("image_column", "key_column", "label_column", "label_from_parent")
-_LISTED_AS = ("path", *DETECTABLE)
+_LISTED_AS = ("path", *DETECTABLE, "include", "exclude", "image_list", "label_level")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Manifest:
     objects that are no images. `listed_as` has the config values that determine the table, `detected` the
     values found for its auto settings, `notes` messages about them. `damaged` are keys of Parquet shards that
     could not be read and are left out. `rows_per_group` is set for a packed set, whose rows lie shuffled in row
-    groups of that many, or fewer at the ends of shards. `passed_over` counts and names what is left out on purpose.
+    groups of that many, or fewer at the ends of shards. `ignored` has those objects by kind, of a bounded number.
     """
 
     table: pa.Table
@@ -40,7 +41,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
     rows_per_group: int | None = None
-    passed_over: tuple[str, ...] = ()
+    ignored: tuple[Ignored, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind == "parquet":  # a million row groups are of far fewer shards
@@ -105,7 +106,7 @@ class Manifest:
             "notes": self.notes,
             "damaged": self.damaged,
             "rows_per_group": self.rows_per_group,
-            "passed_over": self.passed_over,
+            "ignored": self.ignored,
         }
         sink = pa.BufferOutputStream()
         table = _plain(self.table).replace_schema_metadata({_METADATA: json.dumps(about)})
@@ -132,7 +133,7 @@ class Manifest:
         With `auto_fits`, a setting that is auto in `config` fits any value.
         """
         for name, now in listed_as(config).items():
-            then = self.listed_as.get(name)
+            then = self.listed_as.get(name, default_of(name))
             found = self.detected.get(name, then)
             if now not in (then, found) and not (now == AUTO and auto_fits):
                 yield name, now, found
@@ -151,10 +152,17 @@ class Manifest:
             raise DataError(f"{what} has version {about['version']}, this program reads {_VERSION}; {remedy}")
         listed, detected = about["listed_as"], about.get("detected", {})
         kept = (table, about["kind"], about["root"], about["num_ignored"])
-        notes, damaged, passed_over = (
-            tuple(about.get(name, ())) for name in ("notes", "damaged", "passed_over")
-        )
-        return cls(*kept, listed, detected, notes, damaged, about.get("rows_per_group"), passed_over)
+        notes, damaged = (tuple(about.get(name, ())) for name in ("notes", "damaged"))
+        return cls(*kept, listed, detected, notes, damaged, about.get("rows_per_group"), _ignored(about))
+
+
+def _ignored(about: dict[str, Any]) -> tuple[Ignored, ...]:
+    """Return the field `ignored`, or what earlier versions wrote: a number, and phrases such as `1 study ...`."""
+    if "ignored" in about:
+        return tuple(Ignored(kind, number, tuple(names)) for kind, number, names in about["ignored"])
+    phrases = [phrase.partition(" ") for phrase in about.get("passed_over", ())]
+    others = [Ignored(OTHER_KINDS, about["num_ignored"])] if about["num_ignored"] else []
+    return (*others, *(Ignored(what, int(number)) for number, _, what in phrases))
 
 
 def _with_texts_once(table: pa.Table) -> pa.Table:
@@ -175,5 +183,12 @@ def _plain(table: pa.Table) -> pa.Table:
 
 
 def listed_as(config: DataConfig) -> dict[str, Any]:
-    """Return the settings that decide the table of a manifest."""
-    return {name: getattr(config, name) for name in _LISTED_AS} | {"path": normal_uri(config.path)}
+    """Return the settings that decide the table of a manifest, as JSON gives them back."""
+    values = config.model_dump(mode="json", include=set(_LISTED_AS))
+    return {name: values[name] for name in _LISTED_AS} | {"path": normal_uri(config.path)}
+
+
+def default_of(name: str) -> Any:
+    """Return the value of a setting that nobody has set, as in manifests from before there was the setting."""
+    default = DataConfig.model_fields[name].get_default()
+    return list(default) if isinstance(default, tuple) else default

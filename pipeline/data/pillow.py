@@ -14,12 +14,14 @@ from PIL import Image, ImageOps
 
 from dinoray.models.errors import one_line
 from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.heif import register_heif
 
+register_heif()
 # Load all plugins now, because Pillow lists only loaded formats. An old Pillow has no AVIF.
 Image.init()
 _FORMATS = tuple(
     name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF", "HEIF")
     if name in Image.OPEN
 )
 _MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}

@@ -85,7 +85,7 @@ def open_labelled(
 def with_labels(source: Source) -> Source:
     """Return the source without images outside of class folders and without rows that lack a label."""
     table = source.manifest.table
-    if source.config.label_column is not None:
+    if source.manifest.kind == "parquet" and source.config.label_column is not None:
         return _rows_with_labels(source, source.config.label_column)
     if source.manifest.kind == "parquet" or not table["label"].null_count:
         return source
@@ -145,8 +145,10 @@ def labelled_sources(
         return None
 
     def source(path: str, name: str, setting: str) -> Source:
-        manifest = data.manifest if normal_uri(path) == normal_uri(data.path) else None
-        at = DataConfig.model_validate(data.model_dump() | {"path": path, "manifest": manifest})
+        of_path = {"manifest": None, "image_list": None, "include": (), "exclude": ()}
+        if normal_uri(path) == normal_uri(data.path):
+            of_path = {}
+        at = DataConfig.model_validate(data.model_dump() | {"path": path} | of_path)
         return open_labelled(at, run, name, setting=setting, storage=storage)
 
     # First the set that the evaluation names: a wrong path is reported before missing labels of data.path.

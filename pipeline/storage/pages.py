@@ -68,7 +68,7 @@ def etag_text(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
-def request_page(request: Request, **parameters: str | None) -> Page:
+def request_page(request: Request, **parameters: str | int | None) -> Page:
     """Make one request; parameters that are None are left out. Raises botocore's errors."""
     answer = request(**{name: value for name, value in parameters.items() if value is not None})
     objects = answer.get(_OBJECTS)

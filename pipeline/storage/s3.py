@@ -24,6 +24,7 @@ from dinoray.pipeline.storage import pages
 from dinoray.pipeline.storage.bodies import read_body
 from dinoray.pipeline.storage.checks import NO_CHECKSUM, UNCHECKED, is_its_md5
 from dinoray.pipeline.storage.config import SIGNED, Access
+from dinoray.pipeline.storage.etags import is_listed_so
 from dinoray.pipeline.storage.remedies import ACCESS, OR_ANONYMOUS, SET_CREDENTIALS
 from dinoray.pipeline.storage.retry import (
     LIST_AGAIN,
@@ -178,7 +179,8 @@ def read_object(
     seen: set[str] = set()
 
     def get() -> bytes:
-        response = s3_client(access).get_object(Bucket=bucket, Key=key, **extra)
+        client = s3_client(access)
+        response = client.get_object(Bucket=bucket, Key=key, **extra)
         found = etag_of(response)
         with contextlib.closing(response["Body"]) as body:
             length = response.get("ContentLength")
@@ -187,7 +189,7 @@ def read_object(
             total = response.get("ContentRange", "").rpartition("/")[2]
             if listed_bytes is not None and total.isdigit() and int(total) != listed_bytes:
                 raise ChangedObject(f"{uri} has {total} bytes, not {listed_bytes} as listed; {LIST_AGAIN}")
-            if etag and found and found != etag:
+            if etag and found and found != etag and not is_listed_so(client, bucket, key, etag):
                 raise ChangedObject(f"{uri} was overwritten after it was listed; {LIST_AGAIN}")
             has_checksum = isinstance(body, StreamingChecksumBody)  # which compares it
             data = read_body(body)

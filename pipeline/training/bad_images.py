@@ -4,6 +4,7 @@ Each rank counts the rows of its batches; `share` merges the counts and records 
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -116,11 +117,13 @@ class Quarantine:
     def check(self, *, num_seen: int, num_images: int, limit: float, file: str) -> None:
         """Raise TooManyBadImagesError if a share above `limit` is bad, of the latest one to two windows.
 
-        A window is an epoch, of large sets 100,000 positions. The first check is at 1000 images, or an epoch.
+        A window is an epoch, of large sets 100,000 positions. The first check is at 1000 images, or an epoch. A single
+        bad image of a small set never ends a run, unless `limit` is 0.
         """
         total, first = self.counts.total(), self._marks[0]
         seen, bad = num_seen - first.positions, total - first.bad
-        if seen >= min(FIRST_CHECK, num_images) and bad > limit * seen:
+        of_one = math.ceil(seen / num_images) if limit else 0  # once an epoch
+        if seen >= min(FIRST_CHECK, num_images) and bad > max(limit * seen, of_one):
             raise TooManyBadImagesError(
                 f"{bad} of the last {seen} images could not be used, more than data.max_bad_fraction={limit}; "
                 f"in the whole run: {'; '.join(self._commonest())}; "

@@ -39,10 +39,9 @@ def test_a_second_call_on_a_grown_bucket_writes_a_new_manifest_and_tells_the_dif
     put_all(s3, bucket, {"data/notes.txt": b"1"})
     path, out = f"s3://{bucket}/data", str(tmp_path / "lists")
     first = run(capsys, path, "--out", out, "--name", "pets")
-    assert (
-        first[0] == f"data: 5 images at {path} (no labels: there are no class folders; 1 other file ignored)"
-    )
-    assert first[1:4] == [
+    assert first[0] == f"data: 5 images at {path} (no labels: there are no class folders)"
+    assert first[1:5] == [
+        "ignored: 1 .txt",
         "names: 4 .jpg, 1 .png",
         "sizes: 4 below 10 kB, 1 below 100 kB; 0.000 GB in all",
         f"manifest: {out}/pets-0001.parquet",

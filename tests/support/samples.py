@@ -33,6 +33,8 @@ def hostile_entries() -> list[HostileEntry]:
 def _bytes_of(entry: dict[str, Any]) -> bytes:
     if entry["file"]:
         return (HOSTILE / entry["file"]).read_bytes()
+    if entry["expect"] == "decode" and "." not in entry["key"]:
+        return b"\xff\xd8\xff"  # what tells that it is an image
     return b"" if entry["key"].endswith("/") else b"some bytes"
 
 

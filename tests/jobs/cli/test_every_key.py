@@ -81,6 +81,11 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "checkpoint.every_minutes": st.none() | st.just("auto") | st.floats(0.1, 100),
     "eval.k": st.lists(st.integers(1, 99), min_size=1).map(tuple),
     "data.label_from_parent": st.booleans() | st.just("auto"),
+    "data.label_level": st.integers(-3, 3) | st.from_regex(r"[a-z]{1,9}", fullmatch=True),
+    **{
+        f"data.{name}": st.lists(st.from_regex(r"[a-z*{}/]{1,9}", fullmatch=True)).map(tuple)
+        for name in ("include", "exclude")
+    },
     "eval.val_path": st.none() | st.from_regex(r"/[a-z]{1,9}", fullmatch=True),
     "head.out_dim": st.integers(2, 99) | st.just("auto"),
     "loss.teacher_temp": st.floats(0.01, 1) | st.just("auto"),

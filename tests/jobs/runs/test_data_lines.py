@@ -6,14 +6,14 @@ from pathlib import Path
 from samples import parquet, write_all
 
 from dinoray.jobs.cli.config import load_config
-from dinoray.jobs.runs.data_lines import describe_data, describe_reading
+from dinoray.jobs.runs.data_lines import data_lines, describe_reading
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Source
 
 
 def line(folder: Path) -> str:
     config = DataConfig(path=str(folder))
-    return describe_data(Source(config, build_manifest(config)))
+    return "\n".join(data_lines(Source(config, build_manifest(config))))
 
 
 def test_damaged_shards_are_counted_and_the_first_few_named(tmp_path: Path) -> None:

@@ -66,8 +66,18 @@ WRONG = {
     "a run directory": Wrong({"path": "run"}, "set it to a folder of images", elsewhere("photos")),
     "runs alone": Wrong({"path": "runs"}, "set it to a folder of images", elsewhere("photos")),
     "no image": Wrong({"path": "texts"}, "check data.path", elsewhere("photos")),
-    "archives": Wrong({"path": "zips"}, "unpack it to use its images", unpacked),
-    "a pattern": Wrong({"path": "photos/*.jpg"}, "set data.path to a folder", elsewhere("photos")),
+    "archives": Wrong({"path": "zips"}, "unpack .zip, for example with bsdtar -xf FILE -C FOLDER", unpacked),
+    "a pattern": Wrong(
+        {"path": "photos/*.jpg"},
+        "data.include='/*.jpg'",
+        lambda folder, asked, message: {"path": "photos", "include": "/*.jpg"},
+    ),
+    "nothing is included": Wrong(
+        {"path": "photos", "include": "*.png"}, "check data.include and data.exclude", without("include")
+    ),
+    "nothing is not excluded": Wrong(
+        {"path": "photos", "exclude": "*.jpg"}, "check data.include and data.exclude", without("exclude")
+    ),
     "nothing": Wrong({"path": "photoes"}, "check the path", elsewhere("photos")),
     "two kinds": Wrong({"path": "both"}, "point data.path at a folder with one kind", elsewhere("both/p")),
     "no class folders": Wrong(

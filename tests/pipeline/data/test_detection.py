@@ -12,7 +12,7 @@ import pytest
 from samples import parquet, put_all, write_all
 from servers import S3Server
 
-from dinoray.jobs.runs.data_lines import describe_data
+from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.demo_images import draw_demo_image
@@ -29,6 +29,11 @@ LOOSE = {f"{i}.jpg": b"x" for i in range(ROWS)}
 CLASSES = {f"{label}/{i}.jpg": b"x" for label in ("cat", "dog", "owl") for i in range(4)}
 
 
+def text_of(source: Source) -> str:
+    """What commands print about the images."""
+    return "\n".join(data_lines(source))
+
+
 def detect(folder: Path, files: Mapping[str, bytes] | None = None, **settings: Any) -> Source:
     write_all(folder, dict(files or {}))
     config = DataConfig(path=str(folder), **settings)
@@ -36,9 +41,7 @@ def detect(folder: Path, files: Mapping[str, bytes] | None = None, **settings: A
 
 
 def line(source: Source) -> str:
-    text = describe_data(source)
-    assert "\n" not in text
-    return text.replace(source.manifest.path, "PATH")
+    return text_of(source).replace(source.manifest.path, "PATH")
 
 
 FOLDERS: dict[str, tuple[dict[str, bytes], str, set[str | None]]] = {
@@ -53,7 +56,7 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str, set[str | None]]] = {
     "class folders among others": (
         {f"pets/{name}": data for name, data in CLASSES.items()} | {"notes.txt": b""},
         "data: 12 images in 3 class folders at PATH (labels from folder names; data.label_from_parent=false "
-        "ignores them; 1 other file ignored)",
+        "ignores them)\nignored: 1 .txt",
         {"cat", "dog", "owl"},
     ),
     "some loose": (
@@ -101,13 +104,15 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str, set[str | None]]] = {
     "train and val": (
         {f"{part}/{name}": data for part in ("val", "train") for name, data in CLASSES.items()},
         "data: 24 images in 3 class folders at PATH (labels from folder names; data.label_from_parent=false "
-        "ignores them; train, val are all trained on; data.path=PATH/train eval.val_path=PATH/val keeps them apart)",
+        "ignores them; train, val are all trained on; data.path=PATH/train eval.val_path=PATH/val or "
+        "data.exclude='[/val]' keeps them apart)",
         {"cat", "dog", "owl"},
     ),
     "train and test without classes": (
         {f"{part}/{name}": data for part in ("test", "train") for name, data in LOOSE.items()},
         "data: 24 images at PATH (no labels: there are no class folders; data.label_from_parent=true takes folder "
-        "names as labels; train, test are all trained on; data.path=PATH/train keeps them apart)",
+        "names as labels; train, test are all trained on; data.path=PATH/train or data.exclude='[/test]' keeps them "
+        "apart)",
         {None},
     ),
     "pairs": (
@@ -118,7 +123,7 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str, set[str | None]]] = {
     ),
     "images beside a table about them": (
         LOOSE | {"metadata.parquet": parquet({"url": ["a", "b"]})},
-        "data: 12 images at PATH (no labels: there are no class folders; 1 other file ignored)",
+        "data: 12 images at PATH (no labels: there are no class folders)\nignored: 1 .parquet",
         {None},
     ),
 }
@@ -253,12 +258,14 @@ def test_a_file_as_hugging_face_datasets_writes_it() -> None:
 def test_shards_of_several_splits_in_one_folder_are_noted(tmp_path: Path) -> None:
     shard = parquet({"image": [IMAGE] * 2, "label": [0, 1]})
     files = {f"{part}-00000-of-00001.parquet": shard for part in ("test", "train", "validation")}
-    note = "train, test, validation are all trained on; a folder for each keeps them apart"
+    note = (
+        "train, test, validation are all trained on; data.exclude='[/test-*, /validation-*]' keeps them apart"
+    )
     assert note in line(detect(tmp_path / "one", files))
     apart = {f"{name.partition('-')[0]}/{name}": data for name, data in files.items()}
     root = tmp_path / "apart"
-    note = f"data.path={root}/train eval.val_path={root}/test keeps them apart"
-    assert note in describe_data(detect(root, apart))
+    note = f"data.path={root}/train eval.val_path={root}/test or data.exclude='[/test, /validation]' keeps them apart"
+    assert note in text_of(detect(root, apart))
     assert "all trained on" not in line(detect(root / "train"))
     sides = labelled_sources(DataConfig(path=f"{root}/train"), EvalConfig(val_path=f"{root}/test"))
     assert sides is not None
@@ -384,4 +391,4 @@ def test_a_bucket_is_told_apart_as_a_folder_is(s3: S3Server, bucket: str, tmp_pa
         ("p", "column 'frame' holds the images"),
     ):
         config = DataConfig(path=f"s3://{bucket}/{prefix}")
-        assert words in describe_data(Source(config, build_manifest(config)))
+        assert words in text_of(Source(config, build_manifest(config)))

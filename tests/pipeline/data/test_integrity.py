@@ -22,7 +22,8 @@ from servers import S3Server
 from sources import IMAGES, as_shard, fetch_all, source_of
 
 from dinoray.pipeline.data.source import Status
-from dinoray.pipeline.storage import checks
+from dinoray.pipeline.storage import checks, etags
+from dinoray.pipeline.storage import s3 as s3_reads
 from dinoray.pipeline.storage.checks import UNCHECKED, UncheckedReads
 
 KEYS = sorted(IMAGES)
@@ -256,3 +257,15 @@ def test_a_row_group_that_stays_damaged_costs_its_own_rows(
     source = source_of(f"s3://{bucket}/p", image_column="jpeg")
     statuses = [f.status for f in fetch_all(source)]
     assert statuses == 4 * [Status.CORRUPT] + (len(IMAGES) - 4) * [Status.OK]
+
+
+@pytest.mark.s3
+def test_a_store_whose_reads_have_other_etags_is_read_with_a_warning(
+    s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put_all(s3, bucket, {f"i/{key}": data for key, data in IMAGES.items()})
+    images = source_of(f"s3://{bucket}/i")
+    assert etags._other_etags.isdisjoint({f"{s3.endpoint}/{bucket}"})
+    monkeypatch.setattr(s3_reads, "etag_of", lambda answer: "made-up")
+    assert {fetched.status for fetched in fetch_all(images)} == {Status.OK}
+    assert caplog.text.count("reads have other ETags than listings") == 1

@@ -164,8 +164,18 @@ def test_a_small_set_is_judged_after_its_first_epoch() -> None:
         check(of(2, 20), num_seen=20, num_images=20)
 
 
-def test_a_limit_of_one_never_ends_a_run_and_a_limit_of_zero_allows_none() -> None:
+def test_a_limit_of_one_never_ends_a_run() -> None:
     check(of(2000, 2000), num_seen=2000, limit=1.0)
+
+
+def test_one_bad_image_of_a_small_set_ends_no_run() -> None:
+    check(of(1, 42), num_seen=42, num_images=42)
+    check(of(2, 84), num_seen=84, num_images=42)  # the same one in each epoch
+    with pytest.raises(DataError, match=r"2 of the last 42 images"):
+        check(of(2, 42), num_seen=42, num_images=42)
+
+
+def test_a_limit_of_zero_allows_none() -> None:
     with pytest.raises(DataError, match="1 of the last 2000"):
         check(of(1, 2000), num_seen=2000, limit=0.0)
 

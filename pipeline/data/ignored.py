@@ -1,0 +1,131 @@
+"""What a listing leaves out, counted by kind, and the line about it that all commands print.
+
+The counts are part of the manifest, so that a run that resumes prints them too. Lists nothing; no Ray here.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from dinoray.pipeline.data.names import (
+    BARE,
+    CAMERA_RAW,
+    FOLDER_MARKER,
+    HEIF_SUFFIXES,
+    kinds_of,
+    most_frequent,
+)
+
+NOT_UTF8, BROKEN_LINK, LOOP = "not UTF-8", "broken link", "loop"
+OFTEN_LINKED, SPECIAL_FILE = "often linked", "special file"
+EXCLUDED, UNNAMED, OTHER_KINDS = "excluded", "unnamed", "other kinds"
+_NOUNS = {
+    BARE: ("file without a suffix", "files without a suffix"),
+    FOLDER_MARKER: ("folder marker", "folder markers"),
+    NOT_UTF8: ("name that is not UTF-8", "names that are not UTF-8"),
+    BROKEN_LINK: ("broken link", "broken links"),
+    LOOP: ("link to a folder that it lies in", "links to folders that they lie in"),
+    OFTEN_LINKED: ("link to a folder with too many links", "links to folders with too many links"),
+    SPECIAL_FILE: ("pipe, socket or device", "pipes, sockets and devices"),
+    EXCLUDED: ("left out by data.include and data.exclude",) * 2,
+    UNNAMED: ("not in data.image_list",) * 2,
+    OTHER_KINDS: ("of other kinds",) * 2,
+    "run": ("run directory", "run directories"),
+    "study": ("study", "studies"),
+    "embeddings": ("table of embeddings", "tables of embeddings"),
+    "packed": ("packed set", "packed sets"),
+}
+OUTPUT = ("run", "study", "embeddings", "packed")
+"""Kinds of folders that this program writes."""
+_MOST_COUNTED = 200
+_MOST_SUFFIXES, _MOST_REMEDIES, _MOST_NAMES = 6, 2, 5
+_ARCHIVE = r"\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\.\w+)"
+_REMEDIES = {
+    "|".join(
+        map(re.escape, sorted(HEIF_SUFFIXES))
+    ): "pip install 'dinoray[heic]' on all nodes, and {0} is read",
+    _ARCHIVE: "unpack {0}, for example with bsdtar -xf FILE -C FOLDER",
+    "|".join(map(re.escape, sorted(CAMERA_RAW))): "convert {0} to .tif or .jpg",
+    re.escape(NOT_UTF8): "rename them: convmv -r -f latin1 -t utf8 --notest FOLDER",
+    r"\.mds(\..+)?": "copy the images of {0} (MDS): python -c \"import streaming; [r['image'].save(f'OUT/{{i}}.png') "
+    "for i, r in enumerate(streaming.StreamingDataset(local='FOLDER', batch_size=1))]\"",
+    r"\.l?mdb": "copy the images of {0} (LMDB): python -c \"import lmdb; [open(f'OUT/{{i}}', 'wb').write(v) for i, "
+    "(k, v) in enumerate(lmdb.open('FOLDER').begin().cursor())]\"",
+    r"\.tfrec(ords?)?": 'copy the images of {0} (TFRecord): python -c "import glob, tensorflow as t; '
+    "[open(f'OUT/{{i}}', 'wb').write(t.train.Example.FromString(r.numpy()).features.feature['image/encoded']"
+    ".bytes_list.value[0]) for i, r in enumerate(t.data.TFRecordDataset(glob.glob('FOLDER/*')))]\"",
+    r"\.lance": 'write {0} as Parquet: python -c "import lance, pyarrow.parquet as p; '
+    "p.write_table(lance.dataset('FOLDER').to_table(), 'OUT/a.parquet')\"",
+    r"\.arrow": 'write {0} as Parquet: python -c "import datasets; '
+    "datasets.load_from_disk('FOLDER').to_parquet('OUT/a.parquet')\"",
+}
+"""Pattern of kinds -> how their images can be used. What is written into OUT is read as any folder."""
+
+
+class Ignored(NamedTuple):
+    """How many objects of one kind are left out: a suffix, a key of the table of nouns, or a phrase.
+
+    `names` are a few of these objects, where that helps.
+    """
+
+    kind: str
+    number: int
+    names: tuple[str, ...] = ()
+
+
+def ignored_line(ignored: Sequence[Ignored], otherwise: str | None = None) -> str | None:
+    """Return what is left out, and how it can be used, or `otherwise` if there is no way.
+
+    Returns `ignored: 24 .heic, 3 .tar.gz, 12 names that are not UTF-8, 1 run directory (runs/a); REMEDY`.
+
+    None if nothing is left out. Suffixes come first, the most frequent ones.
+    """
+    suffixes = sorted(
+        (one for one in ignored if one.kind.startswith(".")), key=lambda one: (-one.number, one.kind)
+    )
+    others = [one for one in ignored if not one.kind.startswith(".") and one.kind != OTHER_KINDS]
+    rare = [*suffixes[_MOST_SUFFIXES:], *(one for one in ignored if one.kind == OTHER_KINDS)]
+    suffixes = suffixes[:_MOST_SUFFIXES]
+    shown = [_phrase(one) for one in (*suffixes, *others)]
+    if rare:
+        shown.append(_phrase(Ignored(OTHER_KINDS, sum(one.number for one in rare))))
+    if not shown:
+        return None
+    remedies = _remedies([*suffixes, *others]) or ([] if otherwise is None else [otherwise])
+    return "; ".join([f"ignored: {', '.join(shown)}", *remedies])
+
+
+def some_names(names: Sequence[str], more: int = 0) -> str:
+    """Return the first few names as text, and how many more there are, besides `more` that are not given."""
+    more += len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def count_keys(keys: pa.ChunkedArray) -> tuple[Ignored, ...]:
+    """Return objects that are left out, by suffix; beyond a number of suffixes they are counted together."""
+    kinds = kinds_of(keys)
+    counts = most_frequent(kinds, _MOST_COUNTED)
+    rest = len(kinds) - sum(number for _, number in counts)
+    return (*(Ignored(kind, number) for kind, number in counts), *from_counts({OTHER_KINDS: rest}))
+
+
+def from_counts(counts: Mapping[str, int]) -> Iterable[Ignored]:
+    """Yield what was counted, without zeros."""
+    return (Ignored(kind, number) for kind, number in counts.items() if number)
+
+
+def _phrase(one: Ignored) -> str:
+    singular, plural = _NOUNS.get(one.kind, (one.kind, one.kind))
+    names = f" ({some_names(one.names, one.number - len(one.names))})" if one.names else ""
+    return f"{one.number} {singular if one.number == 1 else plural}{names}"
+
+
+def _remedies(ignored: Iterable[Ignored]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for one in ignored:
+        for pattern, text in _REMEDIES.items():
+            if re.fullmatch(pattern, one.kind):
+                found.setdefault(text, []).append(one.kind)
+    return [text.format(" and ".join(kinds)) for text, kinds in found.items()][:_MOST_REMEDIES]
