@@ -43,7 +43,7 @@ def to_pixels(samples: Samples, config: PixelsConfig) -> Pixels:
     """
     value_range = config.value_range
     if value_range == "auto":
-        value_range = _by_bits(samples.values)
+        value_range = _by_bits(samples.values[..., : samples.num_colours])
     return _rgb(samples, value_range)
 
 
