@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from dinoray.jobs.cli.config import load_config, load_run_config
 from dinoray.jobs.runs.holding import lease_of
-from dinoray.jobs.runs.open_checkpoint import Step, open_network
+from dinoray.jobs.runs.open_checkpoint import Opened, Step, open_network
 from dinoray.jobs.runs.pretraining import pretrain as run_pretraining
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.config import DataConfig, PixelsConfig
 from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.data.manifest import DataConfig
 from dinoray.pipeline.export.timm_export import CONFIG_FILE, WEIGHTS_FILE, export_timm
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
@@ -63,7 +63,10 @@ def load_teacher(
     Returns a timm model in eval mode, float32 [n, 3, H, W] -> [n, D], and its transform, RGB image -> float32
     [3, H, W], which does what the run's evaluations do. Raises DataError or ConfigError if there is none.
     """
-    opened = open_network(str(run), step, which)
+    return _teacher(open_network(str(run), step, which))
+
+
+def _teacher(opened: Opened) -> tuple[nn.Module, Callable[[Image.Image], Tensor]]:
     around = opened.found.run
     image_size = None
     if around is not None and around.exists(run_dir.CONFIG):
@@ -84,22 +87,25 @@ def embed(
 
     On a GPU if there is one. `dinoray embed` is for many images. Raises DataError for a file that cannot be read.
     """
-    model, transform = load_teacher(run, step=step)
+    opened = open_network(str(run), step, "teacher")
+    model, transform = _teacher(opened)
+    pixels = opened.network.config.data
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     width: Any = model.num_features
     features = []
     with torch.inference_mode():
         for start in range(0, len(files), batch_size):
-            images = [transform(_read_image(str(file))) for file in files[start : start + batch_size]]
+            images = [transform(_read_image(str(file), pixels)) for file in files[start : start + batch_size]]
             features.append(model(torch.stack(images).to(device)).float().cpu().numpy())
     return np.concatenate([np.zeros((0, width), np.float32), *features])
 
 
-def _read_image(file: str) -> Image.Image:
+def _read_image(file: str, pixels: PixelsConfig) -> Image.Image:
     folder, name = os.path.split(file)
     max_pixels = DataConfig.model_fields["max_pixels"].default
     try:
-        return Image.fromarray(decode(Directory(folder or ".").read(name), max_pixels=max_pixels))
+        data = Directory(folder or ".").read(name)
+        return Image.fromarray(decode(data, max_pixels=max_pixels, config=pixels))
     except BadImage as error:
         raise DataError(f"{file} cannot be decoded: {error.reason}; leave it out") from error

@@ -15,9 +15,10 @@ from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.models.attention import patch_size
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.config import DataConfig, PixelsConfig
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.loader import load_batches
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.figures.attention_animation import animation, read_frames
@@ -28,6 +29,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3, normal_uri
 from dinoray.pipeline.training.checkpoint import FrozenBackbone, find_checkpoint
+from dinoray.pipeline.worker.config import Config
 
 _EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}(?=#|$)")
 """Of a file's name, also where the number of a Parquet row follows it."""
@@ -60,8 +62,10 @@ def draw(arguments: argparse.Namespace) -> None:
     """A sheet of all images, and a folder of overlays for each."""
     found, frozen, step = open_network(arguments.run, arguments.step, arguments.which)
     patch_size(frozen.backbone())  # fails, where the network has no such attention, before any image is read
-    column, storage = _as_in_run(found.run, frozen, arguments.overrides)
-    images = _read_images(arguments.images, arguments.image_column or column, arguments.max_images, storage)
+    config = _as_in_run(found.run, frozen, arguments.overrides)
+    column = arguments.image_column or config.data.image_column
+    pixels = config.with_pixels_of(frozen.config).algorithm().data
+    images = _read_images(arguments.images, column, pixels, arguments.max_images, config.storage)
     out = _out(arguments, found.run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     crops = frozen.config.crops
@@ -102,25 +106,20 @@ def _out(arguments: argparse.Namespace, run: Directory | None) -> Directory:
     return Directory(arguments.out) if arguments.out else (run or Directory(".")).child(run_dir.ATTENTION)
 
 
-def _as_in_run(
-    run: Directory | None, network: FrozenBackbone, overrides: Sequence[str]
-) -> tuple[str, StorageConfig]:
-    """The column that the run's own images are in, and how these are requested, with overrides of `storage`.
-
-    Without config.yaml, which a checkpoint's copy or folder lacks, these are the defaults.
-    """
+def _as_in_run(run: Directory | None, network: FrozenBackbone, overrides: Sequence[str]) -> Config:
+    """The settings of the run, with overrides; without config.yaml, which a checkpoint's copy lacks, the defaults."""
     if run is not None and run.exists(run_dir.CONFIG):
-        config = load_run_config(run, overrides)
-    else:
-        config = standalone_config(network, {"data": {"path": "."}}, overrides)
-    return config.data.image_column, config.storage
+        return load_run_config(run, overrides)
+    return standalone_config(network, {"data": {"path": "."}}, overrides)
 
 
-def _read_images(addresses: Sequence[str], column: str, limit: int, storage: StorageConfig) -> list[Named]:
+def _read_images(
+    addresses: Sequence[str], column: str, pixels: PixelsConfig, limit: int, storage: StorageConfig
+) -> list[Named]:
     """The first `limit` readable images; what cannot be read is named. DataError when nothing can."""
     images: list[Named] = []
     for address in addresses:
-        for key, image, reason in _load(address, column, limit - len(images), storage):
+        for key, image, reason in _load(address, column, pixels, limit - len(images), storage):
             if image is None:
                 print(f"skipped {key}: {reason}", file=sys.stderr)
             else:
@@ -133,10 +132,10 @@ def _read_images(addresses: Sequence[str], column: str, limit: int, storage: Sto
 
 
 def _load(
-    address: str, column: str, limit: int, storage: StorageConfig
+    address: str, column: str, pixels: PixelsConfig, limit: int, storage: StorageConfig
 ) -> Iterator[tuple[str, npt.NDArray[np.uint8] | None, str]]:
     """(key, image or None, reason): the file itself, or a fixed random choice of `limit` from what lies there."""
-    config = DataConfig(path=address, image_column=column)
+    config = DataConfig(path=address, image_column=column, **dict(pixels))
     path = normal_uri(address)
     if is_s3(path) or os.path.isdir(path) or path.lower().endswith(".parquet"):
         source = Source(config, build_manifest(config, storage, setting="argument images"), storage)
@@ -147,7 +146,7 @@ def _load(
         return
     folder, name = os.path.split(path)
     try:
-        yield name, decode(Directory(folder).read(name), max_pixels=config.max_pixels), ""
+        yield name, decode(Directory(folder).read(name), max_pixels=config.max_pixels, config=config), ""
     except MissingObject:
         yield address, None, "there is no such file or folder"
     except (BadImage, DataError) as error:

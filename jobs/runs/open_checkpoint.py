@@ -90,4 +90,5 @@ def standalone_config(
 ) -> Config:
     """Settings around a network whose run is not known: what it was trained with, `sections`, `overrides`."""
     algorithm = network.config.model_dump(mode="json")
+    sections = {**sections, "data": {**algorithm["data"], **sections.get("data", {})}}
     return validate(apply_overrides({**algorithm, "name": "lone", "recipe": "demo", **sections}, overrides))

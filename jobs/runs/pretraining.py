@@ -64,7 +64,7 @@ def _pretrain(
     if not run.exists(run_dir.CONFIG):
         check_images(config, num_images)
     warnings += [*length_warnings(config, num_images), *warmup_warnings(config, num_images)]
-    algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images)
+    algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images, measured=inputs.measured)
     about_data = [*data_lines(inputs.images), describe_evaluation(inputs, config.eval)]
     write_about(run, config, inputs, [*about_data, *reasons])
     schedule = Schedule(algorithm, num_images=num_images)

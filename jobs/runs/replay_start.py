@@ -10,6 +10,7 @@ import torch
 from dinoray.jobs.cli.config import apply_overrides, load_run_config, validate_as
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.manifest import Manifest, build_manifest
+from dinoray.pipeline.data.measuring import Measured, kept_measurement
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.checkpoint_files import DamagedCheckpointError
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
@@ -47,8 +48,7 @@ class StartOptions(NamedTuple):
 
 def read_manifest(run: Directory, config: Config) -> Manifest:
     """Return the images of the run, or of the study that it is a trial of. Raises DataError if there is no list."""
-    study = run.uri.rpartition(f"/{TRIALS}/")[0]
-    here = run if run.exists(run_dir.MANIFEST) or not study else Directory(study)
+    here = _where(run, run_dir.MANIFEST)
     try:
         return Manifest.from_bytes(here.read(run_dir.MANIFEST), config.data)
     except MissingObject as error:
@@ -57,6 +57,12 @@ def read_manifest(run: Directory, config: Config) -> Manifest:
         raise DataError(
             f"{here.uri} has no {run_dir.MANIFEST}, so which images a step had is not known; restore it from a copy"
         ) from error
+
+
+def _where(run: Directory, name: str) -> Directory:
+    """Return the run that has a file, or the study that it is a trial of."""
+    study = run.uri.rpartition(f"/{TRIALS}/")[0]
+    return run if run.exists(name) or not study else Directory(study)
 
 
 def open_start(run: Directory, options: StartOptions, *, num_images: int) -> Start:
@@ -92,7 +98,9 @@ def open_start(run: Directory, options: StartOptions, *, num_images: int) -> Sta
             f"no checkpoint of {run.uri} before step {options.step} is left{why}; {later}pass --checkpoint "
             f"{INITIAL} to repeat all {options.step} steps from the weights that the run began with"
         )
-    return Start(_begin(kept, options.device, num_images=num_images), kept, INITIAL, refused)
+    measured = kept_measurement(_where(run, run_dir.PIXELS))
+    state = _begin(kept, options.device, num_images=num_images, measured=measured)
+    return Start(state, kept.with_pixels_of(state.config), INITIAL, refused)
 
 
 def _read(run: Directory, name: str, device: torch.device) -> CheckpointParts:
@@ -108,7 +116,8 @@ def _restore(
     run: Directory, name: str, parts: CheckpointParts, options: StartOptions, refused: Sequence[str]
 ) -> Start:
     """Build the networks that the checkpoint is of, with the overrides, and load it."""
-    tree = load_run_config(run).model_dump(mode="json") | parts.meta["config"]
+    tree, learnt = load_run_config(run).model_dump(mode="json"), parts.meta["config"]
+    tree |= learnt | {"data": {**tree["data"], **learnt.get("data", {"value_range": None})}}
     config = validate_as(Config, apply_overrides(tree, options.overrides), defaults=tree)
     state = build_state(
         config.algorithm(),
@@ -121,9 +130,9 @@ def _restore(
     return Start(state, config, name, refused)
 
 
-def _begin(config: Config, device: torch.device, *, num_images: int) -> TrainState:
+def _begin(config: Config, device: torch.device, *, num_images: int, measured: Measured) -> TrainState:
     """Build the networks and load the weights that a new run of these settings begins with."""
-    algorithm = resolve(config.algorithm(), num_images=num_images).config
+    algorithm = resolve(config.algorithm(), num_images=num_images, measured=measured).config
     weights = None if config.init.path is None else read_weights(config.init.path)
     if weights is not None:
         algorithm = adapt(algorithm, weights)

@@ -46,7 +46,7 @@ def write_about(run: Directory, config: Config, inputs: Inputs, reasons: Sequenc
     for fetched in images.fetch(first.tolist()):
         try:
             if fetched.data is not None:
-                image = decode(fetched.data, max_pixels=config.data.max_pixels)
+                image = decode(fetched.data, max_pixels=images.config.max_pixels, config=images.config)
                 rng = crop_rng(config.train.seed, 0, fetched.key)
                 samples.append((fetched.key, image, multi_crop(image, rng, config.crops)))
         except BadImage:

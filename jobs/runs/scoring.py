@@ -44,6 +44,7 @@ def score(arguments: Namespace) -> None:
         config = standalone_config(network, {}, arguments.overrides)
     elif found.run is not None and found.run.exists(run_dir.MANIFEST):
         config = _with_own_manifest(config, found.run, arguments.overrides)
+    config = config.with_pixels_of(network.config)
     check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
     asked = set(chosen_probes(arguments.probes, labelled=True))
     wants_images = not asked.isdisjoint(LABEL_FREE)

@@ -171,7 +171,10 @@ class _Attempt:
     def train(self) -> None:
         """From the last checkpoint to the end, or to where it is told to stop."""
         run, config = self._run, self._config
-        learnt, weights, reasons = what_is_learnt(config, run, num_images=self._inputs.images.num_images)
+        inputs = self._inputs
+        learnt, weights, reasons = what_is_learnt(
+            config, run, num_images=inputs.images.num_images, measured=inputs.measured
+        )
         self._out_dim = number(learnt.head.out_dim)
         if run.exists(run_dir.RESULT):
             return

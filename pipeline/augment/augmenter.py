@@ -232,7 +232,8 @@ class Augmenter:
             return image.reason
         begin = thread_seconds()
         try:
-            encoded = open_image(image.data, max_pixels=self._source.config.max_pixels)
+            config = self._source.config
+            encoded = open_image(image.data, max_pixels=config.max_pixels, config=config)
             params = sample_image(self._seed, epoch, key, encoded.width, encoded.height, self._crops)
             picture = decode_for(params, encoded)
         except BadImage as error:

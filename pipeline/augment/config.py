@@ -9,16 +9,18 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from dinoray.models.settings import Settings
+from dinoray.models.settings import Auto, Settings
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Turn = Annotated[float, Field(ge=0, le=0.5)]
 Level = Annotated[int, Field(ge=0, le=256)]
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
 Range = tuple[float, float]
 
 Value = TypeVar("Value")
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class CropsConfig(Settings):
@@ -77,10 +79,10 @@ class CropsConfig(Settings):
     """Code that makes the crops: numba (fast, compiled at first use), or torch and OpenCV; auto: numba if installed."""
     photometric: Literal["cpu", "device"] = "cpu"
     """Where jitter, grayscale, blur and solarization run: with the crops on CPUs, or on the device that trains."""
-    pixel_mean: Channels = (0.485, 0.456, 0.406)
-    """Mean that the device subtracts from each channel, after scaling pixels to [0, 1]."""
-    pixel_std: Channels = (0.229, 0.224, 0.225)
-    """Standard deviation that the device divides each channel by."""
+    pixel_mean: Channels | Auto = IMAGENET_MEAN
+    """Mean that is subtracted from each channel in [0, 1]; auto, and the default for more than 8 bits: measured."""
+    pixel_std: Channels | Auto = IMAGENET_STD
+    """Standard deviation that each channel is divided by; auto, and the default for more than 8 bits: measured."""
 
     @field_validator("global_crop_scale", "local_crop_scale", "aspect_ratio")
     @classmethod
@@ -109,8 +111,8 @@ class CropsConfig(Settings):
 
     @field_validator("pixel_std")
     @classmethod
-    def _can_divide(cls, value: Channels) -> Channels:
-        if not all(0 < channel < math.inf for channel in value):
+    def _can_divide(cls, value: Channels | Auto) -> Channels | Auto:
+        if value != "auto" and not all(0 < channel < math.inf for channel in value):
             raise ValueError(f"{value} must be three numbers above 0, e.g. [0.229, 0.224, 0.225]")
         return value
 

@@ -1,5 +1,6 @@
-"""Settings of the images of a run: where they are, how they are fetched, and when one is bad."""
+"""Settings of the images of a run: where they are, how they are fetched and decoded, and when one is bad."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,7 +9,21 @@ from dinoray.models.settings import Auto, Settings
 from dinoray.pipeline.storage.addresses import normal_uri
 
 
-class DataConfig(Settings):
+class PixelsConfig(Settings):
+    """What becomes pixels of the samples in an image file: a part of `data` that a checkpoint keeps."""
+
+    value_range: tuple[float, float] | Auto | None = "auto"
+    """[low, high]: samples of 16 bits or more that become 0 and 255; auto measures; null: the high byte of 16 bits."""
+
+    @field_validator("value_range")
+    @classmethod
+    def _rises(cls, value: tuple[float, float] | Auto | None) -> tuple[float, float] | Auto | None:
+        if isinstance(value, tuple) and not -math.inf < value[0] < value[1] < math.inf:
+            raise ValueError(f"{list(value)} must be [low, high] with low < high, e.g. [0, 4095] for 12 bits")
+        return value
+
+
+class DataConfig(PixelsConfig):
     """Images: where they are and how they are fetched. Credentials and endpoint come from AWS_* alone."""
 
     path: str = Field(min_length=1)

@@ -1,18 +1,19 @@
-"""Decode an image file's bytes to uint8 RGB pixels, or raise BadImage with a reason; never half a picture.
+"""Decode an image file's bytes to uint8 pixels, or raise BadImage with a reason; never half a picture.
 
 Stands between the source, whose bytes may be anything, and augment/multicrop.py, which takes any picture. The
 header is read first, so a file that claims too many pixels costs nothing. The decoder is chosen by content,
-never by file name:
+never by file name, and there is one rule for all who decode:
 
-    OpenCV   JPEG, PNG, WebP, BMP in gray, RGB or CMYK, of 8 or 16 bits: correct for these, and the fastest
-    Pillow   the rest: GIF, TIFF, JPEG 2000, AVIF, PPM, palettes, and transparency, laid over white
+    turbo     JPEG in gray or YCbCr without a flaw
+    OpenCV    PNG and WebP without transparency, PNG of 16 bits
+    tiff.py   TIFF of more than 8 bits, of bands, or with channels beside gray or RGB
+    Pillow    the rest, and a second chance where the others refuse
+
+None of them turns a picture: orientation.py does, for all. Only Pillow turns a TIFF itself.
 
 No files, no storage and no Ray here.
 """
 
-import io
-import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -22,43 +23,56 @@ from PIL import Image
 
 from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decoder_process import decode_apart
+from dinoray.pipeline.data.jpeg_segments import check_scans
+from dinoray.pipeline.data.netpbm import decode_netpbm
+from dinoray.pipeline.data.orientation import (
+    orientation_in,
+    orientation_of,
+    orientation_of_jpeg,
+    turn_upright,
+    valid_orientation,
+)
 from dinoray.pipeline.data.pillow import decode_pillow, open_pillow
+from dinoray.pipeline.data.png_chunks import bare_png, has_alpha_and_gray, is_16_bit
+from dinoray.pipeline.data.samples import Samples, to_pixels
+from dinoray.pipeline.data.tiff import decode_page, is_pillows
+from dinoray.pipeline.data.tiff_pages import Page, is_tiff, read_pages
+from dinoray.pipeline.data.turbo import decode_turbo, turbo_size
 
-_OPENCV_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP"}
-_OPENCV_MODES = {"1", "L", "RGB", "CMYK", "I;16", "I;16B"}
+_OPENCV_MODES = {"1", "L", "RGB"}
 _JPEG_IN_TIFF = {"jpeg", "tiff_jpeg"}
-
-MAX_SCANS = 500
-"""Maximum scans of a JPEG, as libjpeg-turbo advises; encoders write about ten."""
-MAX_SCANNED_PIXELS = 2_000_000_000
-"""Maximum of pixels times scans of a JPEG, some seconds of work: each scan may visit every pixel, in a few bytes.
-
-A limit of time on the clock would make it depend on the load of the machine which images a run learns from.
-"""
-
-_EXIF, _ORIENTATION = b"Exif\0\0", 0x0112
-_SOF0, _SOF1, _SOS, _EOI = 0xC0, 0xC1, 0xDA, 0xD9
-_NO_FRAME_HEADERS = (0xC4, 0xC8, 0xCC)  # tables among the markers of frame headers
-_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # among coded pixels, without restart markers
-_TURNS: dict[int, Callable[[Any], Any]] = {
-    2: lambda p: cv2.flip(p, 1),
-    3: lambda p: cv2.rotate(p, cv2.ROTATE_180),
-    4: lambda p: cv2.flip(p, 0),
-    5: cv2.transpose,
-    6: lambda p: cv2.rotate(p, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda p: cv2.rotate(cv2.transpose(p), cv2.ROTATE_180),
-    8: lambda p: cv2.rotate(p, cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
+_DEFAULTS = PixelsConfig()
+# A file that can be used needs no warning, and one that cannot is named with its reason.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
-def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np.uint8]:
+def decode(
+    data: bytes, *, max_pixels: int, min_side: int = 1, config: PixelsConfig = _DEFAULTS
+) -> npt.NDArray[np.uint8]:
     """Decode an image file into uint8 RGB [H,W,3], C-contiguous and upright.
 
-    Raises BadImage for anything that is not a whole image of at most `max_pixels` pixels whose shorter side
-    has at least `min_side`. Files of more than about 179 megapixels are refused whatever `max_pixels` is. Raises
-    ResourceError if the machine cannot start a process for a file that needs one.
+    `config` decides what becomes of samples of more than 8 bits. Raises BadImage for anything that is not a whole
+    image of at most `max_pixels` pixels whose shorter side has at least `min_side`. Files of more than about 179
+    megapixels are refused whatever `max_pixels` is. Raises ResourceError if the machine cannot start a process for
+    a file that needs one.
     """
+    size = turbo_size(data)
+    if size is not None:
+        check_jpeg(data, size, max_pixels=max_pixels, min_side=min_side)
+        pixels = decode_turbo(data, *size, 1, lambda num_bytes: np.empty(num_bytes, np.uint8))
+        if pixels is not None:
+            return turn_upright(pixels, orientation_of_jpeg(data))
+    return to_pixels(read_samples(data, max_pixels=max_pixels, min_side=min_side), config)
+
+
+def read_samples(data: bytes, *, max_pixels: int, min_side: int = 1) -> Samples:
+    """Decode an image file into its samples of whatever depth, upright. Raises as `decode` does."""
+    if is_tiff(data):
+        page = read_pages(data)[0]
+        if not is_pillows(page):
+            return _decode_tiff(data, page, max_pixels, min_side)
     header = open_pillow(data)
     width, height = header.size
     check_size(width, height, max_pixels=max_pixels, min_side=min_side)
@@ -66,19 +80,32 @@ def decode(data: bytes, *, max_pixels: int, min_side: int = 1) -> npt.NDArray[np
         check_scans(data, width, height)
     if header.format == "JPEG2000" and _stops_between_tiles(data):
         raise BadImage("cut off JPEG2000: no end of codestream")
+    orientation = 1 if header.format == "TIFF" else orientation_of(data, header)
     try:
-        if _opencv_is_right(header):
-            pixels = _decode_opencv(data)
-        else:
-            pixels = decode_apart(data) if _may_be_slow(header) else decode_pillow(header)
+        samples = _decode_opened(data, header)
     except (BadImage, ResourceError):
         raise
     # Arbitrary bytes reach a dozen parsers here, and each parser has its own exceptions.
     except Exception as error:
         raise BadImage(f"damaged or cut off {header.format}: {one_line(error)}") from error
-    if pixels.shape not in {(height, width, 3), (width, height, 3)}:
-        raise BadImage(f"damaged {header.format}: {width}x{height} pixels announced, {pixels.shape} decoded")
-    return pixels
+    shape = samples.values.shape[:2]
+    if shape != (height, width) and not (header.format == "TIFF" and shape == (width, height)):
+        raise BadImage(f"damaged {header.format}: {width}x{height} pixels announced, {shape} decoded")
+    return _upright(samples, orientation)
+
+
+def is_deep(data: bytes) -> bool:
+    """Return True if the header of a file says that its samples may have more than 8 bits. Decodes nothing."""
+    if data[:2] == b"\xff\xd8":
+        return False
+    try:
+        if is_tiff(data):
+            return read_pages(data)[0].bits > 8
+        header = open_pillow(data)
+    except BadImage:
+        return False
+    # Pillow's mode of a PNG in colours is that of 8 bits.
+    return (header.format == "PNG" and is_16_bit(data)) or header.mode.startswith(("I", "F"))
 
 
 def check_size(width: int, height: int, *, max_pixels: int, min_side: int) -> None:
@@ -89,56 +116,10 @@ def check_size(width: int, height: int, *, max_pixels: int, min_side: int) -> No
         raise BadImage(f"too small: {width}x{height} pixels, min_side={min_side}")
 
 
-def check_scans(data: bytes, width: int, height: int) -> None:
-    """Raise BadImage if a JPEG of this size has more than MAX_SCANS scans, or too many for its pixels."""
-    most = max(1, min(MAX_SCANS, MAX_SCANNED_PIXELS // (width * height)))
-    found = count_scans(data)
-    if found > most:
-        raise BadImage(f"too many scans: {found} of {width}x{height} pixels, at most {most}")
-
-
-def count_scans(data: bytes) -> int:
-    """Return how often a decoder passes over the pixels of a JPEG: once if its first scan has all of them.
-
-    What follows the end of the picture does not count: a phone may append a film.
-    """
-    place, is_sequential, num_components = 2, False, 0
-    for marker, place in _segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME_HEADERS:
-            is_sequential = marker in (_SOF0, _SOF1)
-            num_components = data[place + 9] if place + 9 < len(data) else 0
-        elif marker == _SOS:
-            if is_sequential and place + 4 < len(data) and data[place + 4] == num_components:
-                return 1
-            break
-    else:
-        return 0
-    num_scans = 0
-    for match in _MARKER.finditer(data, place):
-        marker = match[1][0]
-        if marker == _EOI:
-            break
-        num_scans += marker == _SOS
-    return num_scans
-
-
-def jpeg_orientation(data: bytes) -> int:
-    """Return the EXIF orientation of a JPEG, 1 to 8; 1 if it is missing or invalid."""
-    if not _has_exif(data):
-        return 1
-    exif = Image.Exif()
-    # A damaged EXIF block does not mean damaged pixels: they are used as stored.
-    try:
-        exif.load(Image.open(io.BytesIO(data), formats=("JPEG", "MPO")).info["exif"])
-        orientation = exif.get(_ORIENTATION)
-    except Exception:
-        return 1
-    return orientation if orientation in _TURNS else 1
-
-
-def turn_upright(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    """Return a picture stored with an EXIF orientation from 1 to 8 as upright and C-contiguous."""
-    return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation > 1 else pixels
+def check_jpeg(data: bytes, size: tuple[int, int], *, max_pixels: int, min_side: int) -> None:
+    """Raise BadImage if a JPEG of (width, height) is too large, too small, or has too many scans."""
+    check_size(*size, max_pixels=max_pixels, min_side=min_side)
+    check_scans(data, *size)
 
 
 def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint8]:
@@ -158,38 +139,64 @@ def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _has_exif(data: bytes) -> bool:
-    """Return True if a JPEG has an EXIF segment before its pixels.
-
-    Most files have none, and Pillow is slow to check.
-    """
-    return any(data.startswith(_EXIF, place + 4) for _, place in _segments(data))
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (marker, place) of the segments of a JPEG up to its first scan, that included."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:  # a fill byte
-            place += 1
-            continue
-        yield marker, place
-        if marker == _SOS:
-            return
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+def _decode_opened(data: bytes, header: Image.Image) -> Samples:
+    samples = _decode_opencv(data, header)
+    if samples is None and header.format == "PPM":
+        samples = decode_netpbm(data)
+    if samples is not None:
+        return samples
+    return decode_apart(data) if _may_be_slow(header) else decode_pillow(header)
 
 
-def _opencv_is_right(header: Image.Image) -> bool:
-    """Return True if OpenCV decodes such a file correctly: upright, first frame, without transparency."""
-    if header.format not in _OPENCV_FORMATS or header.mode not in _OPENCV_MODES:
-        return False
-    if header.has_transparency_data:
-        return False
-    # Versions of OpenCV differ in the first picture of an animated PNG, and only some turn a WebP upright.
-    if header.format == "PNG" and getattr(header, "is_animated", False):
-        return False
-    return not (header.format == "WEBP" and "exif" in header.info)
+def _decode_tiff(data: bytes, page: Page, max_pixels: int, min_side: int) -> Samples:
+    check_size(page.width, page.height, max_pixels=max_pixels, min_side=min_side)
+    try:
+        samples = decode_page(data, page)
+    except BadImage:
+        raise
+    except Exception as error:  # of numpy, on tags that contradict one another
+        raise BadImage(f"damaged TIFF: {one_line(error)}") from error
+    return _upright(
+        samples, valid_orientation(page.orientation) if page.orientation else orientation_in(None, page.xmp)
+    )
+
+
+def _upright(samples: Samples, orientation: int) -> Samples:
+    return samples._replace(values=turn_upright(samples.values, orientation))
+
+
+def _decode_opencv(data: bytes, header: Image.Image) -> Samples | None:
+    """Decode a file that OpenCV decodes correctly, as stored; None for others, and for those that it refuses."""
+    if header.format == "PNG" and (is_16_bit(data) or _is_plain(header)):
+        bare = bare_png(data)
+        if bare is None:
+            return None
+        return _deep_png(bare) if is_16_bit(data) else _read(bare, cv2.IMREAD_COLOR_RGB)
+    if header.format == "WEBP" and _is_plain(header):
+        return _read(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    return None
+
+
+def _is_plain(header: Image.Image) -> bool:
+    return header.mode in _OPENCV_MODES and not header.has_transparency_data
+
+
+def _read(data: bytes, flags: int) -> Samples | None:
+    pixels: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    return None if pixels is None else Samples(pixels, 3)
+
+
+def _deep_png(data: bytes) -> Samples | None:
+    """Decode a PNG of 16 bits, of which Pillow keeps 8 if it has colours."""
+    samples = _read(data, cv2.IMREAD_UNCHANGED)
+    if samples is None or samples.values.ndim == 2:
+        return samples and Samples(samples.values[..., None], 1)
+    if samples.values.shape[2] == 3:
+        return Samples(cv2.cvtColor(samples.values, cv2.COLOR_BGR2RGB), 3)
+    values = cv2.cvtColor(samples.values, cv2.COLOR_BGRA2RGBA)
+    if has_alpha_and_gray(data):
+        return Samples(np.ascontiguousarray(values[..., [0, 3]]), 1, has_alpha=True)
+    return Samples(values, 3, has_alpha=True)
 
 
 def _may_be_slow(header: Image.Image) -> bool:
@@ -209,15 +216,3 @@ def _stops_between_tiles(data: bytes) -> bool:
     """
     # Tile data contain no FF followed by more than 8F: after the last tile start, FF D9 can only be the end.
     return not 0 <= data.rfind(b"\xff\x90") < data.rfind(b"\xff\xd9")
-
-
-def _decode_opencv(data: bytes) -> npt.NDArray[np.uint8]:
-    # IMREAD_COLOR_RGB came with OpenCV 4.11, the first version that refuses a truncated JPEG; older versions
-    # fill the rest with gray. A JPEG is turned here, since libraries differ in how they read a damaged EXIF
-    # block.
-    is_jpeg = data[:2] == b"\xff\xd8"
-    flags = cv2.IMREAD_COLOR_RGB | (cv2.IMREAD_IGNORE_ORIENTATION if is_jpeg else 0)
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if pixels is None:
-        raise ValueError("OpenCV finds no whole picture")
-    return turn_upright(pixels, jpeg_orientation(data)) if is_jpeg else pixels

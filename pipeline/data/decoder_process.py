@@ -5,7 +5,8 @@ one that crashes its decoder does not take the actor with it. Each thread that m
 all of them, which ends with the thread or with its own process. The limit counts CPU time, not time on the clock, so
 the load of the machine does not decide which images a run learns from.
 
-Frames on the pipes: 8 bytes of length and the file; answered by `_ANSWER` and the pixels, or the text of an error.
+Frames on the pipes: 8 bytes of length and the file; answered by `_ANSWER` and the samples after their `_SHAPE`, or the
+text of an error.
 """
 
 import contextlib
@@ -19,17 +20,20 @@ import time
 from typing import IO, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.pillow import decode_pillow, open_pillow
+from dinoray.pipeline.data.samples import Samples
 
 MAX_CPU_SECONDS = 30.0
 """CPU time for one file. The slowest honest ones take a third: JPEG 2000 of 100 megapixels in 64 MiB."""
 
 _LENGTH = struct.Struct("<Q")
-_ANSWER = struct.Struct("<BQIId")  # kind, bytes that follow, height, width, CPU seconds
+_ANSWER = struct.Struct("<BQd")  # kind, bytes that follow, CPU seconds
+_SHAPE = struct.Struct(
+    "<IIIB?4s"
+)  # height, width, channels, channels that are colours, has alpha, type of number
 _PIXELS, _BAD_IMAGE, _DAMAGED = range(3)
 _START_PAUSES = (0.1, 0.3, 1.0, 3.0)
 """Seconds between attempts to start a process, which fail while the node has no memory or no process left."""
@@ -45,8 +49,8 @@ class DecoderLost(Exception):  # noqa: N818
     """The process was ended by something else than the file."""
 
 
-def decode_apart(data: bytes) -> npt.NDArray[np.uint8]:
-    """Decode a file as `decode_pillow` does: uint8 RGB [H,W,3].
+def decode_apart(data: bytes) -> Samples:
+    """Decode a file as `decode_pillow` does.
 
     Raises BadImage if it takes more than MAX_CPU_SECONDS, crashes the decoder, or is twice the one at which the
     process was killed, as happens where memory is short; DamagedImage with what Pillow says if it is damaged;
@@ -62,7 +66,7 @@ def decode_apart(data: bytes) -> npt.NDArray[np.uint8]:
         raise BadImage(f"twice not decoded: {error}") from error
 
 
-def _decode_in_ours(data: bytes) -> npt.NDArray[np.uint8]:
+def _decode_in_ours(data: bytes) -> Samples:
     process: _DecoderProcess | None = getattr(_OURS, "process", None)
     if process is None or process.owner != os.getpid():  # a fork would share its pipes
         process = _OURS.process = _DecoderProcess()
@@ -85,7 +89,7 @@ class _DecoderProcess:
         self._process = _started()
         self.owner, self.is_idle = os.getpid(), True
 
-    def decode(self, data: bytes) -> npt.NDArray[np.uint8]:
+    def decode(self, data: bytes) -> Samples:
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None
         assert answers is not None
@@ -94,14 +98,16 @@ class _DecoderProcess:
             requests.write(_LENGTH.pack(len(data)))
             requests.write(data)
             requests.flush()
-            kind, size, height, width, seconds = _ANSWER.unpack(_read(answers, _ANSWER.size))
+            kind, size, seconds = _ANSWER.unpack(_read(answers, _ANSWER.size))
             body = _read(answers, size)
         except (BrokenPipeError, EOFError):
             self._raise_how_it_ended()
         self.is_idle = True
         _count(seconds)
         if kind == _PIXELS:
-            return np.frombuffer(body, np.uint8).reshape(height, width, 3)
+            *shape, num_colours, has_alpha, dtype = _SHAPE.unpack_from(body)
+            values = np.frombuffer(body, dtype.rstrip(b"\0").decode(), offset=_SHAPE.size)
+            return Samples(values.reshape(shape), num_colours, has_alpha)
         raise (BadImage if kind == _BAD_IMAGE else DamagedImage)(body.decode())
 
     def _raise_how_it_ended(self) -> NoReturn:
@@ -171,21 +177,24 @@ def _serve(limit: float) -> None:
             data = bytes(_read(requests, *_LENGTH.unpack(_read(requests, _LENGTH.size))))
             begin = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, limit)
-            kind, shape, body = _decode(data)
+            kind, head, body = _decode(data)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            answers.write(_ANSWER.pack(kind, len(body), *shape, time.process_time() - begin))
+            answers.write(_ANSWER.pack(kind, len(head) + len(body), time.process_time() - begin))
+            answers.write(head)
             answers.write(body)
             answers.flush()
 
 
-def _decode(data: bytes) -> tuple[int, tuple[int, int], bytes | memoryview]:
+def _decode(data: bytes) -> tuple[int, bytes, bytes | memoryview]:
     try:
-        pixels = decode_pillow(open_pillow(data))
+        samples = decode_pillow(open_pillow(data))
     except BadImage as error:
-        return _BAD_IMAGE, (0, 0), error.reason.encode()
+        return _BAD_IMAGE, b"", error.reason.encode()
     except Exception as error:  # any parser may raise any exception
-        return _DAMAGED, (0, 0), one_line(error).encode()
-    return _PIXELS, pixels.shape[:2], pixels.data.cast("B")
+        return _DAMAGED, b"", one_line(error).encode()
+    values = np.ascontiguousarray(samples.values)
+    head = _SHAPE.pack(*values.shape, samples.num_colours, samples.has_alpha, values.dtype.str.encode())
+    return _PIXELS, head, values.data.cast("B")
 
 
 if __name__ == "__main__":

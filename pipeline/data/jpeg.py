@@ -1,8 +1,7 @@
 """Open an image file: find its size, then decode it, a JPEG also at a fraction of its size.
 
-Stands between the source and augment/multicrop.py. simplejpeg decodes JPEGs in gray or YCbCr: it skips the
-work that a smaller picture does not need and writes into existing memory. decode.py decodes all other files
-and those that simplejpeg refuses, and its verdict is final. No crops, no storage and no Ray here.
+Stands between the source and augment/multicrop.py. turbo.py decodes JPEGs in gray or YCbCr. decode.py decodes all
+other files and those that turbo.py refuses, and its verdict is final. No crops, no storage and no Ray here.
 """
 
 from collections.abc import Callable
@@ -12,12 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.decode import check_scans, check_size, decode, jpeg_orientation, turn_upright
-
-try:
-    import simplejpeg
-except ImportError:  # no wheel for this platform: OpenCV then decodes JPEGs, at full size
-    simplejpeg = None
+from dinoray.pipeline.data.config import PixelsConfig
+from dinoray.pipeline.data.decode import check_jpeg, decode
+from dinoray.pipeline.data.orientation import orientation_of_jpeg, turn_upright
+from dinoray.pipeline.data.turbo import decode_turbo, turbo_size
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -26,6 +23,7 @@ MAX_PIXELS = 100_000_000
 DENOMINATORS = (1, 2, 4, 8)
 """Denominators of the fractions at which a JPEG is decoded; their inverse transforms are fast."""
 
+_DEFAULTS = PixelsConfig()
 _MIRRORED_X, _MIRRORED_Y = (2, 3, 6, 7), (3, 4, 7, 8)
 """EXIF orientations whose upright picture starts with the last pixels of the stored picture, in x or in y."""
 
@@ -74,21 +72,9 @@ class Encoded(NamedTuple):
 
     def _decode_jpeg(self, denominator: int, memory: Callable[[int], Pixels]) -> Decoded | None:
         width, height = (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
-        small_width, small_height = -(-width // denominator), -(-height // denominator)
-        try:
-            pixels = simplejpeg.decode_jpeg(
-                self.data,
-                "RGB",
-                min_width=small_width,
-                min_height=small_height,
-                buffer=memory(3 * small_width * small_height),
-            )
-        except ValueError:
-            return None  # decode() then finds out if the file is damaged, and why
-        if pixels.shape != (small_height, small_width, 3):
-            return None
-        if self.orientation == 1:
-            return Decoded(pixels, denominator, 0.0, 0.0)
+        pixels = decode_turbo(self.data, width, height, denominator, memory)
+        if pixels is None or self.orientation == 1:
+            return None if pixels is None else Decoded(pixels, denominator, 0.0, 0.0)
         pixels = turn_upright(pixels, self.orientation)
         # The last column of a reduced picture may cover fewer pixels than the others. Mirroring puts it
         # first.
@@ -97,19 +83,15 @@ class Encoded(NamedTuple):
         return Decoded(pixels, denominator, left_shift, top_shift)
 
 
-def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) -> Encoded:
+def open_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = 1, config: PixelsConfig = _DEFAULTS
+) -> Encoded:
     """Find the size of an image file, from its header if possible. Raises BadImage as `decode` does."""
-    if simplejpeg is not None and data[:2] == b"\xff\xd8":
-        try:
-            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
-            space = ""  # decode() then raises the reason
-        if space in ("YCbCr", "Gray"):
-            check_size(width, height, max_pixels=max_pixels, min_side=min_side)
-            check_scans(data, width, height)
-            orientation = jpeg_orientation(data)
-            if orientation >= 5:
-                width, height = height, width
-            return Encoded(data, width, height, orientation, max_pixels, None)
-    pixels = decode(data, max_pixels=max_pixels, min_side=min_side)
+    size = turbo_size(data)
+    if size is not None:
+        check_jpeg(data, size, max_pixels=max_pixels, min_side=min_side)
+        orientation = orientation_of_jpeg(data)
+        width, height = size[::-1] if orientation >= 5 else size
+        return Encoded(data, width, height, orientation, max_pixels, None)
+    pixels = decode(data, max_pixels=max_pixels, min_side=min_side, config=config)
     return Encoded(data, pixels.shape[1], pixels.shape[0], 1, max_pixels, pixels)

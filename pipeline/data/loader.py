@@ -48,7 +48,7 @@ def load_batches(
             if fetched.data is None:
                 return Loaded(fetched.key, fetched.label, None, fetched.status, fetched.reason)
             try:
-                image = decode(fetched.data, max_pixels=source.config.max_pixels)
+                image = decode(fetched.data, max_pixels=source.config.max_pixels, config=source.config)
             except BadImage as error:
                 return Loaded(fetched.key, fetched.label, None, Status.CORRUPT, error.reason)
             return Loaded(fetched.key, fetched.label, prepare(image, fetched.key), Status.OK, "")

@@ -1,20 +1,22 @@
-"""Open an image file with Pillow, and decode what OpenCV does not decode correctly.
+"""Open an image file with Pillow, and decode with Pillow what no other decoder here decodes correctly.
 
-For an animation the first frame is decoded. EXIF orientation is applied. 16-bit samples keep their high byte.
-Pixels without a fixed range (float, 32-bit, Lab) are refused. Used by decode.py, and in the process that
-decoder_process.py starts for files that may take long.
+For an animation the first frame is decoded. Used by decode.py, and in the process that decoder_process.py starts for
+files that may take long.
 """
 
-import contextlib
 import io
+import logging
+import warnings
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dinoray.models.errors import one_line
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.heif import register_heif
+from dinoray.pipeline.data.samples import Samples
 
 register_heif()
 # Load all plugins now, because Pillow lists only loaded formats. An old Pillow has no AVIF.
@@ -24,8 +26,11 @@ _FORMATS = tuple(
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF", "HEIF")
     if name in Image.OPEN
 )
-_MODES = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
-_BACKGROUND = (255, 255, 255)
+_COLOURS = {"P", "RGB", "CMYK", "YCbCr", "RGBX"}
+_GRAYS = {"1", "L"}
+# A file that can be used needs no warning, and one that cannot is named with its reason.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def open_pillow(data: bytes) -> Image.Image:
@@ -42,22 +47,28 @@ def open_pillow(data: bytes) -> Image.Image:
         raise BadImage(f"damaged header: {one_line(error)}") from error
 
 
-def decode_pillow(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Decode the first frame of an opened file into uint8 RGB [H,W,3], upright.
+def decode_pillow(image: Image.Image) -> Samples:
+    """Decode the first frame of an opened file, as it is stored; only a TIFF comes upright.
 
-    Raises BadImage if its samples are not of 8 or 16 bits, and what Pillow raises if it is damaged.
+    Raises BadImage if its samples are neither gray nor colours, and what Pillow raises if it is damaged.
     """
     image.load()
-    # A damaged EXIF block does not mean damaged pixels: they are used as stored.
-    with contextlib.suppress(Exception):
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Shifted here, because convert() clips 16-bit samples to white.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return Samples(_deep(image)[..., None], 1)
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        image = Image.new("RGB", picture.size, _BACKGROUND)
-        image.paste(picture, mask=picture.getchannel("A"))
-    if image.mode not in _MODES:
-        raise BadImage(f"not 8 or 16 bits a channel: Pillow mode {image.mode}")
-    return np.array(image.convert("RGB"))
+        pixels = np.array(image.convert("RGBA"))
+        # Programs that know no transparency leave the fourth byte of a BMP's pixels 0.
+        if image.format != "BMP" or pixels[..., 3].any():
+            return Samples(pixels, 3, has_alpha=True)
+        return Samples(np.ascontiguousarray(pixels[..., :3]), 3)
+    if image.mode in _GRAYS:
+        return Samples(np.array(image.convert("L"))[..., None], 1)
+    if image.mode not in _COLOURS:
+        raise BadImage(f"neither gray nor colours: Pillow mode {image.mode}")
+    return Samples(np.array(image.convert("RGB")), 3)
+
+
+def _deep(image: Image.Image) -> npt.NDArray[Any]:
+    values = np.array(image)
+    # Pillow stretches the samples of a PGM to 16 bits, and holds them in 32.
+    return values.astype(np.uint16) if image.format == "PPM" and image.mode == "I" else values

@@ -8,6 +8,9 @@ prototypes, sharp targets and a fast teacher; small batches need a slow teacher.
 import math
 from typing import Any, NamedTuple
 
+from dinoray.pipeline.augment.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
+from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.measuring import NOTHING, Measured
 from dinoray.pipeline.training.config import DINOConfig, Schedule
 
 _SMALL, _LARGE = 20_000, 1_000_000
@@ -21,10 +24,18 @@ class Resolved(NamedTuple):
     reasons: list[str]
 
 
-def resolve(config: DINOConfig, *, num_images: int) -> Resolved:
-    """Replace auto by numbers in `head.out_dim`, `loss.teacher_temp` and `teacher.teacher_momentum`."""
-    changes: dict[str, dict[str, Any]] = {"head": {}, "loss": {}, "teacher": {}}
-    reasons = []
+def resolve(config: DINOConfig, *, num_images: int, measured: Measured = NOTHING) -> Resolved:
+    """Replace auto by numbers in `head.out_dim`, `loss.teacher_temp` and `teacher.teacher_momentum`.
+
+    `measured`: what takes the place of auto in `data` and `crops`.
+    """
+    changes: dict[str, dict[str, Any]] = {
+        "head": {},
+        "loss": {},
+        "teacher": {},
+        **_measured(config, measured),
+    }
+    reasons = [measured.line] if measured.line else []
     if config.head.out_dim == "auto":
         changes["head"]["out_dim"] = out_dim(num_images)
         reasons.append(
@@ -58,6 +69,22 @@ def resolve(config: DINOConfig, *, num_images: int) -> Resolved:
     for section, values in changes.items():
         tree[section] |= values
     return Resolved(DINOConfig.model_validate(tree), reasons)
+
+
+def measures_pixels(crops: CropsConfig) -> bool:
+    """Return True if mean and spread of the pixels are to be measured, whatever the images are."""
+    return AUTO in (crops.pixel_mean, crops.pixel_std)
+
+
+def _measured(config: DINOConfig, measured: Measured) -> dict[str, dict[str, Any]]:
+    """Return by section what was measured of the pixels, where it is auto or left at the default."""
+    values = {"pixel_mean": (measured.mean, IMAGENET_MEAN), "pixel_std": (measured.std, IMAGENET_STD)}
+    changes = {
+        name: found or default
+        for name, (found, default) in values.items()
+        if getattr(config.crops, name) == AUTO or (found and getattr(config.crops, name) == default)
+    }
+    return {"crops": changes, "data": measured.settle(config.data)}
 
 
 def out_dim(num_images: int) -> int:

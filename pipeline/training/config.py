@@ -23,6 +23,7 @@ from dinoray.models.config import (
 from dinoray.models.schedules import scaled_lr
 from dinoray.models.settings import Settings, number
 from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.storage.addresses import normal_uri
 
 _DAY_SECONDS = 86_400
@@ -54,6 +55,7 @@ class TrainConfig(Settings):
 class DINOConfig(Settings):
     """All settings that define what is learnt."""
 
+    data: PixelsConfig = PixelsConfig(value_range=None)  # as before there was a choice
     crops: CropsConfig = CropsConfig()
     backbone: BackboneConfig = BackboneConfig()
     head: HeadConfig = HeadConfig()

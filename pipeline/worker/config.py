@@ -5,7 +5,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.cluster.resources import ResourcesConfig
-from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.data.config import DataConfig, PixelsConfig
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
 from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import is_s3, split_s3_uri
@@ -71,7 +71,16 @@ class Config(DINOConfig):
 
     def algorithm(self) -> DINOConfig:
         """The part that defines what is learnt, without where and how it runs."""
-        return DINOConfig.model_validate({k: getattr(self, k) for k in DINOConfig.model_fields})
+        sections = {k: getattr(self, k) for k in DINOConfig.model_fields}
+        pixels = {k: getattr(self.data, k) for k in PixelsConfig.model_fields}
+        return DINOConfig.model_validate(sections | {"data": PixelsConfig(**pixels)})
+
+    def with_pixels_of(self, learnt: DINOConfig) -> "Config":
+        """The settings with what `data` leaves to be measured as a network was trained with it."""
+        values = {
+            k: getattr(learnt.data, k) for k in PixelsConfig.model_fields if getattr(self.data, k) == "auto"
+        }
+        return self.model_copy(update={"data": self.data.model_copy(update=values)})
 
     def to_yaml(self) -> str:
         """The resolved config, in the form that `--config` reads."""

@@ -18,6 +18,7 @@ from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import EndRequest, Event, RunChannel, fatal_error
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
 from dinoray.pipeline.cluster.nodes import least_store_bytes
+from dinoray.pipeline.data.measuring import NOTHING, Measured
 from dinoray.pipeline.data.partition import (
     BLOCK_BYTES,
     batch_size_per_worker,
@@ -76,13 +77,14 @@ def check_run(config: Config) -> None:
 
 
 def what_is_learnt(
-    config: Config, run: Directory, *, num_images: int
+    config: Config, run: Directory, *, num_images: int, measured: Measured = NOTHING
 ) -> tuple[DINOConfig, Weights | None, list[str]]:
     """Return the algorithm, with numbers for `auto`; the weights to start from, if any; and lines on both.
 
     A run that has checkpoints continues with what it began with, whatever has become of the file it began from.
+    `measured`: of the samples in its images.
     """
-    resolved = resolve(config.algorithm(), num_images=num_images)
+    resolved = resolve(config.algorithm(), num_images=num_images, measured=measured)
     if config.init.path is None:
         return resolved.config, None, resolved.reasons
     meta = newest_meta(run)
@@ -235,7 +237,7 @@ def run_training(
         remove_leftovers(run)
     note(mended)
     images = ray.put(inputs.images)
-    settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json")
+    settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json", exclude={"data"})
     stream = stream_plan(
         config, inputs, images, channel, augment_actors=augment_actors, is_read=shared is None
     )

@@ -10,10 +10,12 @@ from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import load_or_build
+from dinoray.pipeline.data.measuring import NOTHING, Measured, load_or_measure
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
 from dinoray.pipeline.evaluation.labels import held_out, labelled_sources
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training.auto import measures_pixels
 from dinoray.pipeline.worker.config import Config
 
 _NUM_PICTURES = 4
@@ -28,15 +30,21 @@ class Inputs:
     labelled: tuple[Source, Source] | None
     mismatch: Mismatch | None = None
     """Validation classes without training images; `labelled` is None where no class is shared."""
+    measured: Measured = NOTHING
+    """What is known of the samples in the files."""
 
     @classmethod
     def open(cls, config: Config, directory: Directory) -> "Inputs":
         """List them, or read the manifests that `directory` keeps of an earlier listing."""
         manifest = load_or_build(config.data, directory, storage=config.storage)
         images = Source(config.data, manifest, config.storage)
+        measured = load_or_measure(images, directory, normalises=measures_pixels(config.crops))
+        settled = config.data.model_copy(update=measured.settle(config.data))
+        config = config.model_copy(update={"data": settled})
+        images = Source(settled, manifest, config.storage)
         labelled = evaluated_images(config, images, directory)
         mismatch = class_mismatch(*labelled, config.eval) if labelled else None
-        return cls(images, None if mismatch and mismatch.is_disjoint else labelled, mismatch)
+        return cls(images, None if mismatch and mismatch.is_disjoint else labelled, mismatch, measured)
 
     def pictures(self) -> list[tuple[str, NDArray[np.uint8]]]:
         """A handful, the same for each evaluation: evenly spaced ones of those that are classified, if any are."""
@@ -46,7 +54,8 @@ class Inputs:
         for fetched in shown.fetch(spaced.tolist()):
             with contextlib.suppress(BadImage):
                 if fetched.data is not None:
-                    pictures.append((fetched.key, decode(fetched.data, max_pixels=shown.config.max_pixels)))
+                    image = decode(fetched.data, max_pixels=shown.config.max_pixels, config=shown.config)
+                    pictures.append((fetched.key, image))
         return pictures
 
 

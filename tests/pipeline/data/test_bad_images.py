@@ -143,10 +143,14 @@ def test_extreme_shapes_decode(width: int, height: int) -> None:
         assert decode(data, max_pixels=MAX_PIXELS).shape == (height, width, 3)
 
 
-@pytest.mark.parametrize("mode", ["F", "I", "LAB"])
-def test_pixels_without_a_fixed_range_are_refused(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "dtype"), [("F", "float32"), ("I", "int32")])
+def test_samples_without_a_fixed_range_are_refused(mode: str, dtype: str) -> None:
     data = encode(Image.new(mode, (8, 8)), "TIFF")
-    assert refused(data) == f"not 8 or 16 bits a channel: Pillow mode {mode}"
+    assert refused(data) == f"{dtype} samples have no fixed range; set data.value_range=[LOW, HIGH]"
+
+
+def test_colours_that_are_not_rgb_are_refused() -> None:
+    assert refused(encode(Image.new("LAB", (8, 8)), "TIFF")) == "neither gray nor colours: Pillow mode LAB"
 
 
 def test_a_text_chunk_that_swells_to_64_mib_is_refused() -> None:

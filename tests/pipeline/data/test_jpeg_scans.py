@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from image_files import FILES, MAX_PIXELS, encode, picture
 from PIL import Image
 
-from dinoray.pipeline.data import decode as decoding
+from dinoray.pipeline.data import jpeg_segments
 from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.decode import MAX_SCANS, count_scans, decode
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.jpeg_segments import MAX_SCANS, count_scans
 
 PROGRESSIVE = FILES["progressive jpeg"]
 SCANS = 10
@@ -56,15 +57,15 @@ def test_a_scan_limit_refuses_a_file_that_takes_minutes() -> None:
 
 
 def test_fewer_scans_are_allowed_the_larger_the_picture_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "MAX_SCANNED_PIXELS", 56 * 40 * SCANS)
+    monkeypatch.setattr(jpeg_segments, "MAX_SCANNED_PIXELS", 56 * 40 * SCANS)
     assert decode(PROGRESSIVE, max_pixels=MAX_PIXELS).shape == (40, 56, 3)
     assert "11 of 56x40 pixels, at most 10" in refusal(with_scans(PROGRESSIVE, 1))
-    monkeypatch.setattr(decoding, "MAX_SCANNED_PIXELS", 1)  # a single scan is always allowed
+    monkeypatch.setattr(jpeg_segments, "MAX_SCANNED_PIXELS", 1)  # a single scan is always allowed
     assert decode(FILES["jpeg"], max_pixels=MAX_PIXELS).shape == (40, 56, 3)
 
 
 def test_a_camera_s_largest_picture_is_within_the_limits() -> None:
-    assert 100_000_000 * SCANS <= decoding.MAX_SCANNED_PIXELS
+    assert 100_000_000 * SCANS <= jpeg_segments.MAX_SCANNED_PIXELS
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
