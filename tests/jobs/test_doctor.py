@@ -313,9 +313,15 @@ def test_an_address_where_nothing_is_fails(
             ]
         )
     assert ended.value.code == 4
-    last = capsys.readouterr().out.rstrip().splitlines()[-1]
-    assert last.startswith("FAIL  cluster")
-    assert str(port) in last
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert lines[-1].startswith("FAIL  cluster")
+    assert str(port) in lines[-1]
+    told = {line.split()[1]: line for line in lines}
+    assert ("contents" in told) is (scheme == "")  # a dashboard that is not there looks at no data
+    if not scheme:
+        assert "6 images at" in told["contents"]
+        assert "6 read: 6 JPEG" in told["images"]
+        assert told["next"].endswith(f"dinoray pretrain --recipe photos_small data.path={tmp_path}")
 
 
 @pytest.mark.ray

@@ -57,6 +57,7 @@ def test_an_image_is_compared_with_originals_alone() -> None:
 def test_very_many_alike_take_little_memory_and_are_still_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "_MOST_COMPARED", 5)
     monkeypatch.setattr(duplicates, "_MOST_CLOSE", 2)
+    monkeypatch.setattr(duplicates, "_MOST_ORIGINALS", 2)
     assert near([7] * 1000) == [(image, 0) for image in range(1, 1000)]
     assert len(near(list(range(256)))) > 100
 
