@@ -74,9 +74,9 @@ def compile_blocks(
         if mode == "on":
             raise refusal.error()
         return Compilation(note=f"train.compile=auto leaves blocks eager: {refusal.why}")
-    torch._dynamo.config.recompile_limit = _MOST_GRAPHS  # type: ignore[attr-defined]
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     # The blocks of some network may fail to compile where the trial did not.
-    torch._dynamo.config.suppress_errors = mode == "auto"  # type: ignore[attr-defined]
+    torch._dynamo.config.suppress_errors = mode == "auto"
     for network in networks:
         for block in _to_compile(network):
             for module in block.modules():
@@ -116,7 +116,7 @@ class _DropPath(DropPath):
     def take_over(cls, module: nn.Module, device: torch.device) -> None:
         """Make one of a module of timm."""
         module.__class__ = cls
-        module.keep = torch.tensor(1 - module.drop_prob, device=device)  # type: ignore[assignment, operator]
+        module.keep = torch.tensor(1 - module.drop_prob, device=device)  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -36,7 +36,8 @@ def recompute_blocks(backbone: nn.Module, mode: Checkpointing) -> None:
             f"{type(backbone).__name__} is none; set train.activation_checkpointing=none"
         )
     for block in found[:: 2 if mode == "selective" else 1]:
-        block.__class__ = _recomputing(type(block))
+        kind: Any = type(block)
+        block.__class__ = _recomputing(kind)
 
 
 def replace_class(block: nn.Module, change: Callable[[Any], Any]) -> None:
