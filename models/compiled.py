@@ -73,7 +73,7 @@ def compile_blocks(
     if refusal is not None:
         if mode == "on":
             raise refusal.error()
-        return Compilation(note=f"train.compile=auto leaves blocks eager: {refusal.why}")
+        return Compilation(note=refusal.note())
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     # The blocks of some network may fail to compile where the trial did not.
     torch._dynamo.config.suppress_errors = mode == "auto"
@@ -133,6 +133,10 @@ class _Refusal(NamedTuple):
     why: str
     remedy: str | None = None
 
+    def note(self) -> str:
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"train.compile=auto leaves blocks eager: {self.why}{remedy}"
+
     def error(self) -> DinorayError:
         remedy = f"{self.remedy}, or set" if self.remedy else "set"
         return self.kind(f"train.compile=on: {self.why}; {remedy} train.compile=off")
@@ -160,7 +164,7 @@ def _trial(x: Tensor) -> Tensor:
 def _missing_compiler(device: torch.device) -> str | None:
     """Return the name of the compiler that PyTorch lacks, if it is known to."""
     if device.type == "cuda":
-        names, kind = [os.environ.get("CC") or "gcc", "clang"], "a C compiler (gcc), for Triton"
+        names, kind = [os.environ.get("CC") or "gcc", "clang"], "a C compiler (gcc), for Triton,"
     else:
         names, kind = [os.environ.get("CXX") or "g++", "clang++"], "a C++ compiler (g++)"
     return None if any(map(shutil.which, names)) else kind

@@ -75,6 +75,11 @@ class TrainState:
         self.compilation = compile_blocks(backbones, self.config.train.compile, self.device, backend=backend)
 
     @property
+    def is_compiling(self) -> bool:
+        """Whether the next step compiles blocks, which may take minutes."""
+        return self.compilation.is_on and not self.has_stepped
+
+    @property
     def skipped(self) -> int:
         """The number of skipped steps that are known so far; of all steps after `skips.settle`."""
         return self.skips.total

@@ -202,7 +202,7 @@ class _Worker:
 
     def _agreed(self, stream: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         for batch in self.agreement.batches(stream, self.ending.is_asked if self.ending else lambda: False):
-            self.signs.does(self.state.step, "trains")
+            self.signs.does(self.state.step, "starts" if self.state.is_compiling else "trains")
             yield batch
 
     def _batches_of(self, leg: Layout) -> Iterator[Mapping[str, Any]]:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dinoray.models.compiled import Compilation, compile_blocks, num_graphs
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.training.checkpoint import load_checkpoint
+from dinoray.pipeline.training.rank_shares import RankShares
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -65,9 +66,11 @@ def test_graphs_are_few_and_those_of_the_first_step(one_process: None, tmp_path:
     state = compiled(train={"accumulate_steps": 2}, backbone={**DEEP, "drop_path_rate": 0.3})
     state.student = DistributedDataParallel(state.dino.student)
     before = num_graphs()
+    assert state.is_compiling
     assert [step(state, seed)["recompiled_graphs"] for seed in range(2)] == [0, 0]
     # Of the student's blocks with stochastic depth and without, for both sizes of crops, and of the teacher's.
     assert num_graphs() - before == 5
+    assert not state.is_compiling
     resumed = compiled(train={"accumulate_steps": 2}, backbone={**DEEP, "drop_path_rate": 0.3})
     load_checkpoint(resumed, save(state, tmp_path / "checkpoint"))
     for each in (state, resumed):
@@ -98,6 +101,13 @@ def test_stochastic_depth_keeps_the_mean_and_drops_whole_rows() -> None:
     assert torch.equal(path.eval()(rows), rows)
 
 
+def test_a_replay_names_compiled_blocks() -> None:
+    config = tiny_config(train={"compile": "on"})
+    shares = RankShares.of(after(0), 1)
+    assert [line.partition(":")[0] for line in shares.inexact(config)] == ["compiled blocks"]
+    assert shares.inexact(tiny_config()) == []
+
+
 def test_it_is_off_on_a_cpu_unless_asked_for() -> None:
     assert compile_blocks([nn.Linear(2, 2)], "auto", CPU) == Compilation()
     assert compile_blocks([nn.Linear(2, 2)], "off", GPU) == Compilation()
@@ -122,8 +132,8 @@ def test_without_a_compiler_it_is_refused_or_eager(monkeypatch: pytest.MonkeyPat
         compile_blocks([vit], "on", CPU)
     found = compile_blocks([vit], "auto", GPU)
     assert not found.is_on
-    assert found.note is not None
-    assert "a C compiler (gcc), for Triton" in found.note
+    needs = "PyTorch needs a C compiler (gcc), for Triton, on the PATH; install it"
+    assert found.note == f"train.compile=auto leaves blocks eager: {needs}"
 
 
 def test_a_compiler_that_fails_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
