@@ -42,7 +42,7 @@ class Classifier:
     def __init__(self, prefix: str, label_from_parent: bool | Auto) -> None:
         self._prefix, self._label_from_parent = prefix, label_from_parent
         self._tables: dict[Role, EntryTable] = {
-            role: EntryTable() for role in ("image", "bare", "parquet", "other")
+            role: EntryTable() for role in ("image", "bare", "parquet", "tar", "other")
         }
         self._labels: dict[str, str | None] = {}
         self.marks: dict[str, set[str]] = defaultdict(set)
@@ -51,7 +51,7 @@ class Classifier:
         """The parts of a data set that the objects are in, apart from those of the role "other"."""
 
     def tables(self) -> list[pa.Table]:
-        """Return the tables of the roles image, bare, parquet and other, and forget them."""
+        """Return the tables of the roles image, bare, parquet, tar and other, and forget them."""
         tables = [table.table() for table in self._tables.values()]
         self._tables.clear()
         return tables
@@ -97,7 +97,9 @@ class Classifier:
             self._tables[role].add(entry, None)
             return
         self.parts.add(part_of(folders, name))
-        is_labelled = role != "parquet" or self._label_from_parent != AUTO or has_label_pair(folders)
+        is_labelled = (
+            role not in ("parquet", "tar") or self._label_from_parent != AUTO or has_label_pair(folders)
+        )
         self._tables[role].add(entry, self._label(folders) if is_labelled else None)
 
     def _label(self, folders: Sequence[str]) -> str | None:

@@ -48,6 +48,7 @@ class Contents(NamedTuple):
     images: pa.Table
     bare: pa.Table
     shards: pa.Table
+    tars: pa.Table
     others: pa.Table
     parts: frozenset[str | None]
     """The parts of a data set, such as `train`, that the objects are in."""
@@ -93,13 +94,13 @@ def list_contents(
             listing, found = listed(count)
     if parts:
         parts.is_complete = True
-    images, bare, shards, others = found.tables()
+    images, bare, shards, tars, others = found.tables()
     setting_path = f"{setting}={normal_uri(path)}"
     folders_of = _output(found.marks)
     if folders_of["run"][:1] == [""] or folders_of["study"][:1] == [""]:
         raise DataError(f"{setting_path} is a run directory or a study; set it to a folder of images")
     sets = [folders_of.pop("packed"), *folders_of.values()]
-    tables = [images, bare, shards, others]
+    tables = [images, bare, shards, tars, others]
     own = [folder for folders in sets[1:] for folder in folders]
     tables = [_outside(table, listing.prefix, own) for table in tables]
     if sets[0] and _outside(tables[0], listing.prefix, sets[0]).num_rows:
@@ -110,16 +111,19 @@ def list_contents(
         for kind, folders in folders_of.items()
         if folders
     ]
-    if passed_over and not any(table.num_rows for table in tables[:3]):
+    if passed_over and not any(table.num_rows for table in tables[:4]):
         raise DataError(
             f"{setting_path} holds no images, but output of this program ({'; '.join(passed_over)}); "
             "set it to a folder of images"
         )
-    likely = tables[3]["key"].filter(pc.match_substring_regex(tables[3]["key"], _LIKE_AN_ARCHIVE))
+    if tables[3].num_rows and _are_beside(tables):
+        *tables, tars, others = tables
+        tables += [tars.schema.empty_table(), pa.concat_tables([others, tars])]
+    likely = tables[4]["key"].filter(pc.match_substring_regex(tables[4]["key"], _LIKE_AN_ARCHIVE))
     archives = [key for key in likely.to_pylist() if _ARCHIVE.search(key)]
     if archives:
-        tables[3] = tables[3].filter(
-            pc.invert(pc.is_in(tables[3]["key"], pa.array(archives, pa.large_string())))
+        tables[4] = tables[4].filter(
+            pc.invert(pc.is_in(tables[4]["key"], pa.array(archives, pa.large_string())))
         )
         names = some_names(sorted(key[len(listing.prefix) :] for key in archives))
         one = len(archives) == 1
@@ -127,13 +131,14 @@ def list_contents(
             f"{_counted(len(archives), 'archive', 'archives')} not read: {names}; unpack "
             f"{'it' if one else 'them'} to use {'its' if one else 'their'} images"
         )
-    images, bare, shards, others = tables
+    images, bare, shards, tars, others = tables
     return Contents(
         listing.root,
         listing.prefix,
         images,
         bare,
         shards,
+        tars,
         others,
         frozenset(found.parts - set(own)),
         tuple(passed_over),
@@ -187,6 +192,12 @@ def _output(marks: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
             outer.append(folder)
             found[kind].append(folder)
     return found
+
+
+def _are_beside(tables: Sequence[pa.Table]) -> bool:
+    """Return True if the tar files are beside a data set of images, as an archive of it, and are not the data."""
+    images, _, _, tars, _ = tables
+    return bool(images.num_rows > tars.num_rows)
 
 
 def _kind(names: Collection[str]) -> str | None:

@@ -26,7 +26,7 @@ from dinoray.pipeline.storage.progress import Count
 from dinoray.pipeline.storage.retry import Retry, retrying
 from dinoray.pipeline.storage.s3 import etag_of, list_page, s3_client
 
-Role = Literal["image", "bare", "parquet", "other"]
+Role = Literal["image", "bare", "parquet", "tar", "other"]
 
 IMAGE_SUFFIXES = frozenset(
     {
@@ -146,7 +146,7 @@ def list_entries(
 
 
 def role_of(key: str) -> Role:
-    """Return the role of a key by its name: "image", "bare", "parquet", or "other", which is ignored.
+    """Return the role of a key by its name: "image", "bare", "parquet", "tar", or "other", which is ignored.
 
     A "bare" key has no suffix; it is an image unless the data set is Parquet. Suffixes match in upper and
     lower case and with trailing spaces. An image name may start with a dot or an underscore. But macOS's
@@ -160,7 +160,8 @@ def role_of(key: str) -> Role:
         return "image"
     if name.startswith((".", "_")) or name in _TEXT_NAMES:
         return "other"
-    return "parquet" if suffix == ".parquet" else "other" if suffix else "bare"
+    shards: dict[str, Role] = {".parquet": "parquet", ".tar": "tar"}
+    return shards.get(suffix, "other" if suffix else "bare")
 
 
 def is_pattern(path: str) -> bool:

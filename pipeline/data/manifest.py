@@ -1,4 +1,4 @@
-"""The list of all images of a data set, made once: one row per image object, or per Parquet row group.
+"""The list of all images of a data set, made once: a row per image, or per row group of Parquet.
 
 First in the flow: `data.path` -> manifest -> order (positions) -> source (bytes). A listing takes minutes for
 millions of objects and may change between two starts. So the manifest is stored in the run directory and
@@ -8,6 +8,10 @@ Columns of the table, sorted by key in byte order:
 
     kind images    key  size  etag  label
     kind parquet   key  size  etag  row_group  num_rows  num_bytes  num_unlabelled  label?
+    kind tar       key  size  etag  member  offset  num_bytes  chunk  label
+
+Key, size and etag are those of the object: the image, the Parquet file or the tar file. A chunk of a tar file is a
+number of neighbouring images that are read together (kinds.py).
 
 Settings of `data` that are auto are resolved here, by the rules of detection.py, and stored with the table.
 """
@@ -18,7 +22,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,16 +30,25 @@ import pyarrow.compute as pc
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.contents import labelled_parts, list_contents, no_images, note_on_archived
+from dinoray.pipeline.data.contents import (
+    Contents,
+    labelled_parts,
+    list_contents,
+    no_images,
+    note_on_archived,
+)
 from dinoray.pipeline.data.detection import (
     AUTO,
     is_class,
     labels_from_folders,
     note_on_parts,
 )
+from dinoray.pipeline.data.kinds import KindName
 from dinoray.pipeline.data.manifest_file import DETECTABLE, Manifest, listed_as
 from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
 from dinoray.pipeline.data.sorting import sorted_by_key
+from dinoray.pipeline.data.tar_index import Wanted
+from dinoray.pipeline.data.tars import list_tars
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, check_bucket, normal_uri
@@ -112,19 +125,22 @@ def build_manifest(
         access=storage.access,
         parts=parts,
     )
-    num_ignored, num_images, num_shards = (
-        table.num_rows for table in (contents.others, contents.images, contents.shards)
-    )
-    if num_images and num_shards and not hold_images(contents.shards, contents.root, storage.access):
+    counts = (table.num_rows for table in (contents.others, contents.images, contents.shards, contents.tars))
+    num_ignored, num_images, num_shards, num_tars = counts
+    beside = num_images or num_tars
+    if beside and num_shards and not hold_images(contents.shards, contents.root, storage.access):
         num_ignored, num_shards = num_ignored + num_shards, 0  # the shards are metadata about the images
-    if num_images and num_shards:
+    kinds = {"images": num_images, "Parquet shards": num_shards, "tar files": num_tars}
+    if len(mixed := [f"{number} {kind}" for kind, number in kinds.items() if number]) > 1:
         raise ConfigError(
-            f"{setting}={path} holds {num_images} images and {num_shards} Parquet shards; "
-            f"point {setting} at a folder with one kind"
+            f"{setting}={path} holds {' and '.join(mixed)}; point {setting} at a folder with one kind"
         )
     if num_shards:
         num_ignored += contents.bare.num_rows
         kept = _row_groups(config, path, contents.root, contents.shards, storage)
+    elif num_tars:
+        num_ignored += contents.bare.num_rows
+        kept = _tar_members(config, path, contents, storage)
     elif num_images or contents.bare.num_rows:
         images = pa.concat_tables([contents.images, contents.bare])
         nothing = images.schema.empty_table()
@@ -138,11 +154,10 @@ def build_manifest(
         labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
     )
     notes = [*kept.notes, *note_on_parts(contents.parts, path, labelled=labelled)]
-    if not num_shards:
+    if kept.kind == "images":
         notes += note_on_archived(kept.table)
     found = (contents.root, num_ignored, listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
-    kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
-    manifest = Manifest(kept.table, kind, *found, kept.rows_per_group, contents.passed_over)
+    manifest = Manifest(kept.table, kept.kind, *found, kept.rows_per_group, contents.passed_over)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -189,6 +204,7 @@ def _free_name(names: Sequence[str]) -> str:
 
 
 class _Found(NamedTuple):
+    kind: KindName
     table: pa.Table
     detected: dict[str, Any]
     notes: list[str]
@@ -223,7 +239,30 @@ def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) 
             pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
         )
         del labels
-    return _Found(sorted_by_key(columns), detected, notes)
+    return _Found("images", sorted_by_key(columns), detected, notes)
+
+
+def _tar_members(config: DataConfig, path: str, contents: Contents, storage: StorageConfig) -> _Found:
+    if config.key_column not in (AUTO, None):
+        raise ConfigError(
+            f"data.key_column={config.key_column!r} is for Parquet, but {path} holds tar files, whose images are named "
+            "by their members; set data.key_column=null"
+        )
+    tars = contents.tars
+    found = list_tars(
+        sorted_by_key(dict(zip(tars.column_names, tars.columns, strict=True))),
+        path=path,
+        prefix=contents.prefix,
+        root=contents.root,
+        wanted=Wanted(config.image_column, config.label_column),
+        from_folders=config.label_from_parent,
+        concurrency=config.fetch_concurrency,
+        storage=storage,
+    )
+    values = (config.image_column, None, found.label_column, found.from_folders)
+    detected = dict(zip(DETECTABLE, values, strict=True))
+    chosen = {name: value for name, value in detected.items() if getattr(config, name) == AUTO}
+    return _Found("tar", found.table, chosen, found.notes, found.unusable)
 
 
 def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, storage: StorageConfig) -> _Found:
@@ -239,4 +278,4 @@ def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, stor
     values = (columns.image, columns.key, columns.label, found.from_folders)
     detected = dict(zip(DETECTABLE, values, strict=True))
     chosen = {name: value for name, value in detected.items() if getattr(config, name) == AUTO}
-    return _Found(found.table, chosen, columns.notes, found.damaged, found.rows_per_group)
+    return _Found("parquet", found.table, chosen, columns.notes, found.damaged, found.rows_per_group)
