@@ -50,7 +50,7 @@ class HeaderFile(io.RawIOBase):
     def __init__(self, read: ReadRange, num_bytes: int, *, piece_bytes: int = _NEAR_BYTES) -> None:
         super().__init__()
         self._read, self._num_bytes, self._piece_bytes = read, num_bytes, piece_bytes
-        self._position = self._start = 0
+        self._position = self._start = self._latest = 0
         self._piece = b""
 
     def seekable(self) -> bool:
@@ -77,13 +77,13 @@ class HeaderFile(io.RawIOBase):
             raise tarfile.ReadError(f"a header of {stop - begin} bytes")
         end = self._start + len(self._piece)
         if begin < self._start or stop > end:
-            is_far = begin - end > _FAR
+            is_far = begin - self._latest > _FAR
             piece_bytes = max(
                 stop - begin, min(self._piece_bytes, _FAR_BYTES) if is_far else self._piece_bytes
             )
             self._piece = self._read(begin, min(begin + piece_bytes, self._num_bytes))
             self._start = begin
-        self._position = stop
+        self._position = self._latest = stop
         return self._piece[begin - self._start : stop - self._start]
 
 

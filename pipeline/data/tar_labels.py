@@ -81,7 +81,11 @@ def _of_folders(table: pa.Table, prefix: str, *, automatic: bool) -> pa.ChunkedA
         pc.replace_substring_regex(path, "[^/]*$", "", max_replacements=1)
         for path in (outer, table["member"])
     )
-    folders = pc.binary_join_element_wise(*names, "").combine_chunks().dictionary_encode()
+    folders = (
+        pc.binary_join_element_wise(*names, pa.scalar("", pa.large_string()))
+        .combine_chunks()
+        .dictionary_encode()
+    )
     labels = [
         label_of([name for name in folder.split("/") if name not in ("", ".")])
         for folder in folders.dictionary.to_pylist()

@@ -26,7 +26,17 @@ names = st.one_of(
         ["train-1.jpg", "ſcan.JPG", "x.j2K", ".jpg", "..two.jpg", "._x.jpg", "_x.jpg", "a.jpg ", "x\n.png"]
     ),
     st.sampled_from(
-        ["config.yaml", "study.json", "trial.json", "embed.json", "pack.json", "x.parquet", "x.TAR", "README", "b"]
+        [
+            "config.yaml",
+            "study.json",
+            "trial.json",
+            "embed.json",
+            "pack.json",
+            "x.parquet",
+            "x.TAR",
+            "README",
+            "b",
+        ]
     ),
     st.sampled_from(
         ["val-1.tar.gz", "Test-x", "é.jpeg", "a.jpg\n", "a.jpg.crc", "", "x.gİf", "TESTING-9.GIF"]
@@ -56,7 +66,9 @@ def one_by_one(
             marks["/".join(above[:-1])].add(f"{above[-1]}/{name}")
         label = folder_label(above) if labels else None
         if labels == AUTO:
-            label = automatic_label(above) if role not in ("parquet", "tar") or has_label_pair(above) else None
+            label = (
+                automatic_label(above) if role not in ("parquet", "tar") or has_label_pair(above) else None
+            )
         found[role][key] = None if role == "other" else label
         parts |= set() if role == "other" else {part_of(above, name)}
     return found, dict(marks), parts
