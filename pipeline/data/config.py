@@ -16,16 +16,13 @@ class DataConfig(Settings):
     manifest: str | None = Field(default=None, min_length=1)
     """A file of the command manifest, local or s3://, whose list of images is used; null lists `path`."""
     image_column: str = "auto"
-    """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'; tar: the extension of the
-    images, as jpg or seg.png; auto detects it."""
+    """Parquet: the column of encoded images, binary or {bytes, path}; tar: their extension, as jpg; auto detects it."""
     key_column: str | None = "auto"
     """Parquet: the column that names an image; null names it shard#row, auto detects the column."""
     label_column: str | None = "auto"
-    """Parquet: the column of labels, read as text; tar: the extension of members with labels, as cls, or json.FIELD; null
-    ignores labels, auto detects the column, or takes cls."""
+    """Parquet: the column of labels; tar: an extension, as cls, or json.FIELD; null: no labels; auto detects it."""
     label_from_parent: bool | Auto = "auto"
-    """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders. Those
-    in a tar file lie in the folder of the file."""
+    """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     fetch_concurrency: int = Field(default=32, ge=16, le=512)
     """Images that each augmentation actor, or row groups and chunks of tar that each reader, requests at once."""
     fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
@@ -41,8 +38,7 @@ class DataConfig(Settings):
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Images with more pixels are not decoded; they count as bad images."""
     row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
-    """Parquet and tar: bytes of row groups, or chunks of tar, that are shuffled together, and that an actor which reads
-    for itself caches."""
+    """Parquet, tar: bytes of row groups or chunks shuffled together, and cached by an actor that reads for itself."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); above it a run ends."""
 
