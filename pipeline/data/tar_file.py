@@ -39,6 +39,7 @@ class Member(NamedTuple):
     """A regular file in a tar file, or, with `left_out`, a member that is none and is not read."""
 
     name: str
+    """With escapes for bytes that are not UTF-8, which keep names apart."""
     offset: int
     num_bytes: int
     left_out: str | None
@@ -105,7 +106,7 @@ class TarFile:
             if start.startswith(magic):
                 raise CompressedTar(
                     f"{self._name} is compressed with {program}, so no image in it can be read alone; "
-                    f"decompress it with `{remedy}`"
+                    f"put what `{remedy} < {self._name.rpartition('/')[2]}` writes in its place"
                 )
         self._file.seek(0)
         offset = 0
@@ -122,13 +123,10 @@ class TarFile:
                 if tar.offset <= offset:
                     raise tarfile.ReadError("a size below zero")
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
-                if (
-                    found.isreg()
-                    and not found.issparse()
-                    and found.offset_data + found.size > self._num_bytes
-                ):
-                    raise tarfile.ReadError(f"the file ends within {_name(found)!r}")
-                yield _member(found)
+                member = _member(found)
+                if member.left_out is None and member.offset + member.num_bytes > self._num_bytes:
+                    raise tarfile.ReadError(f"the file ends within {member.name!r}")
+                yield member
                 offset = tar.offset
         except (tarfile.TarError, ValueError, OverflowError) as error:
             self._note(offset, one_line(error))
@@ -157,6 +155,7 @@ class TarFile:
 
 
 def _member(found: tarfile.TarInfo) -> Member:
+    name = found.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     left_out = None
     if found.issparse():
         left_out = "sparse files"
@@ -164,9 +163,4 @@ def _member(found: tarfile.TarInfo) -> Member:
         left_out = (
             "folders" if found.isdir() else "links" if found.issym() or found.islnk() else "special files"
         )
-    return Member(_name(found), found.offset_data, found.size, left_out)
-
-
-def _name(found: tarfile.TarInfo) -> str:
-    """Return a member's name; bytes that are not UTF-8 as escapes, which keep names apart."""
-    return found.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return Member(name, found.offset_data, found.size, left_out)

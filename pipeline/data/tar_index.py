@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from dinoray.pipeline.data.detection import AUTO
@@ -51,13 +52,13 @@ class Wanted(NamedTuple):
 
 
 class TarImages(NamedTuple):
-    """The images of one tar file, in the order in which they lie there."""
+    """The images of one tar file, in the order in which they lie there. In arrays, which are smaller than Python lists."""
 
-    names: list[str]
+    names: pa.Array
     offsets: NDArray[np.int64]
     num_bytes: NDArray[np.int64]
-    labels: list[str | None]
-    """Texts of the members that hold labels."""
+    labels: pa.Array
+    """Texts of the members that hold labels; null without one."""
     left_out: Counter[str]
     """Number of members that are no images, by what they are: `.heic`, or `links`."""
     damage: str | None
@@ -98,10 +99,10 @@ def index_tar(tar: TarFile, wanted: Wanted) -> TarImages:
     samples = {split_name(member.name)[0] for member in chosen}
     left_out.update(_suffix(name) for name in others if split_name(name)[0] not in samples)
     return TarImages(
-        [member.name for member in chosen],
+        pa.array([member.name for member in chosen], pa.large_string()),
         np.array([member.offset for member in chosen], np.int64),
         np.array([member.num_bytes for member in chosen], np.int64),
-        [texts.get(split_name(member.name)[0]) for member in chosen],
+        pa.array([texts.get(split_name(member.name)[0]) for member in chosen], pa.string()),
         +left_out,
         tar.damage,
     )

@@ -77,7 +77,7 @@ def list_tars(
             return None
         finally:
             count.add(1)
-        if found.damage is not None and not found.names:
+        if found.damage is not None and not len(found.names):
             unusable[tar["key"]] = (
                 f"{root.rstrip('/')}/{tar['key']} is not a readable tar file: {found.damage}"
             )
@@ -105,7 +105,7 @@ def list_tars(
             f"no images in the {len(rows)} tar files under {path}{_listed(left_out)}; "
             "check data.path, and data.image_column if it is set"
         )
-    texts = pa.chunked_array([images.labels for images in of_tars], pa.string())
+    texts = pa.chunked_array([images.labels for images in of_tars])
     labels = find_labels(
         table, texts, prefix=prefix, path=path, asked=wanted.label, from_folders=from_folders
     )
@@ -149,7 +149,7 @@ def _table(tars: pa.Table, found: Sequence[TarImages]) -> pa.Table:
         number = int(own[-1]) + 1 if len(own) else number
         chunks.append(own)
     columns = {
-        "member": pa.chunked_array([images.names for images in found], pa.large_string()),
+        "member": pa.chunked_array([images.names for images in found]),
         "offset": pa.array(np.concatenate([images.offsets for images in found])),
         "num_bytes": pa.array(np.concatenate([images.num_bytes for images in found])),
         "chunk": pa.array(np.concatenate(chunks)),

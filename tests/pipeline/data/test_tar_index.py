@@ -33,7 +33,7 @@ def indexed(
 
 def images(data: bytes, found: TarImages) -> dict[str, bytes]:
     """The bytes at the places that an index names."""
-    places = zip(found.names, found.offsets.tolist(), found.num_bytes.tolist(), strict=True)
+    places = zip(found.names.to_pylist(), found.offsets.tolist(), found.num_bytes.tolist(), strict=True)
     return {name: data[offset : offset + size] for name, offset, size in places}
 
 
@@ -81,9 +81,9 @@ def test_a_file_that_is_cut_keeps_the_images_before_the_cut(stop: int) -> None:
         name for name, content in images(data, whole).items() if data.index(content) + len(content) <= stop
     ]
     found = indexed(data[:stop])
-    assert found.names == before
+    assert found.names.to_pylist() == before
     end = data.rindex(SOME["5.jpg"]) + len(SOME["5.jpg"])
-    if stop < end + -end % 512 + 512:
+    if stop <= end + -end % 512:
         assert found.damage
         assert f"of {stop}" in found.damage
     else:
@@ -95,14 +95,14 @@ def test_a_header_that_is_damaged_ends_the_images_and_is_named() -> None:
     place = data.index(b"3.jpg")
     data[place + 100] ^= 1  # the mode, which the checksum covers
     found = indexed(bytes(data))
-    assert found.names == ["1.jpg", "2.jpg"]
+    assert found.names.to_pylist() == ["1.jpg", "2.jpg"]
     assert found.damage == f"at byte {place} of {len(data)}: no member begins there"
 
 
 @pytest.mark.parametrize("data", [b"", b"no tar at all" * 100, bytes(10)])
 def test_what_is_no_tar_file_has_damage_and_no_images(data: bytes) -> None:
     found = indexed(data)
-    assert not found.names
+    assert not len(found.names)
     assert found.damage
 
 
@@ -128,7 +128,7 @@ def test_a_header_that_claims_gigabytes_is_damage_and_is_not_read() -> None:
 def test_a_compressed_file_is_refused_with_its_remedy(
     compress: Callable[[bytes], bytes], remedy: str
 ) -> None:
-    with pytest.raises(CompressedTar, match=f"x.tar is compressed .*`{remedy}`"):
+    with pytest.raises(CompressedTar, match=f"x.tar is compressed .*`{remedy} < x.tar`"):
         indexed(compress(tar_of(SOME)))
 
 
@@ -172,7 +172,7 @@ def test_a_name_that_is_not_utf8_is_kept_readable() -> None:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
         tar.addfile(about)
-    assert indexed(sink.getvalue()).names == [r"caf\xe9.jpg"]
+    assert indexed(sink.getvalue()).names.to_pylist() == [r"caf\xe9.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_one_image_of_each_sample_is_used(
     names: str, image: str, used: str, left_out: dict[str, int]
 ) -> None:
     found = indexed(tar_of(dict.fromkeys(names.split(), b"x")), image)
-    assert found.names == used.split()
+    assert found.names.to_pylist() == used.split()
     others = {f"other images of samples ({name})": number for name, number in left_out.items()}
     assert {name: number for name, number in found.left_out.items() if name.startswith("other")} == others
 
@@ -225,7 +225,7 @@ def test_labels_are_the_texts_beside_the_images(label: str | None, labels: list[
         "2.json": b"no json",
         "2.cls": b"x" * 2000,
     }
-    assert indexed(tar_of(members), label=label).labels == labels
+    assert indexed(tar_of(members), label=label).labels.to_pylist() == labels
 
 
 def test_headers_far_apart_are_read_alone_and_near_ones_in_few_requests() -> None:
