@@ -52,7 +52,7 @@ class Wanted(NamedTuple):
 
 
 class TarImages(NamedTuple):
-    """The images of one tar file, in the order in which they lie there. In arrays, which are smaller than Python lists."""
+    """The images of one tar file, in the order in which they lie there; in arrays, which take less memory than lists."""
 
     names: pa.Array
     offsets: NDArray[np.int64]
