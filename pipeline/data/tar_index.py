@@ -52,7 +52,7 @@ class Wanted(NamedTuple):
 
 
 class TarImages(NamedTuple):
-    """The images of one tar file, in the order in which they lie there; in arrays, which take less memory than lists."""
+    """The images of one tar file, in the order in which they lie there; in arrays, which are smaller than lists."""
 
     names: pa.Array
     offsets: NDArray[np.int64]
