@@ -5,8 +5,9 @@
 
 The store is a real one (SeaweedFS) on this machine, behind the proxy of the tests, which counts requests and bytes
 and holds each answer to a GET back for `--latency` seconds. The same images lie there in several layouts: one object
-each (objects), packed by `jobs.pack` (packed), Parquet of other people in row groups of 100 (others), and the formats
-of other libraries, where these are installed: pip install webdataset litdata mosaicml-streaming.
+each (objects), packed by `jobs.pack` (packed), Parquet of other people in row groups of 100 (others), tar files as
+WebDataset's (tars), and the formats of other libraries, where these are installed: pip install webdataset litdata
+mosaicml-streaming. They also lie in a folder on the disk. `--only ours` compares the sources that we read.
 
 The candidates (benchmarks/storage_candidates.py) take turns. Each is a process of its own with `--workers` processes
 that fetch and decode. What is measured begins once some images have arrived and ends seconds later, while the stream
@@ -24,6 +25,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -38,7 +40,7 @@ import augment_images
 from faults import FaultProxy, fault_proxy
 from servers import S3Server, aws_environment, s3_server
 from storage_candidates import CANDIDATES, IN_LUMPS, Spec
-from storage_sets import PUTS, Images, missing_module
+from storage_sets import PUTS, Images, missing_module, write_folder
 from storage_tables import Results, Row, kept, table
 
 from dinoray.jobs.cli.arguments import CommandLine
@@ -161,20 +163,17 @@ def _end(process: Any) -> None:
     process.join()
 
 
-def put_sets(images: Images, server: S3Server, chosen: list[tuple[str, str]]) -> dict[str, str]:
-    """Write the sets that the chosen candidates read; return why others could not be."""
-    client, failed = server.client(), {}
+def put_sets(images: Images, server: S3Server, chosen: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Write the sets that the chosen candidates read; return why some of these cannot run."""
+    client = server.client()
     client.create_bucket(Bucket=BUCKET)
     os.environ |= server.env
-    wanted = {layout for layout, _ in chosen}
+    missing = {name: module for name in chosen if (module := missing_module(name)) is not None}
+    wanted = {layout for layout, name in chosen if (layout, name) not in missing}
     for layout, put in PUTS.items():
-        if layout not in wanted and not (layout == "objects" and "packed" in wanted):
-            continue
-        if (module := missing_module(layout)) is not None:
-            failed[layout] = f"{module} is not installed"
-            continue
-        put(images, client, BUCKET)
-    return failed
+        if layout in wanted or (layout == "objects" and "packed" in wanted):
+            put(images, client, BUCKET)
+    return {name: f"{module} is not installed" for name, module in missing.items()}
 
 
 def signed_tars(endpoint: str) -> tuple[str, ...]:
@@ -226,7 +225,8 @@ def main(argv: list[str]) -> None:
     files = augment_images.draw_photos(augment_images.KINDS[arguments.kind], arguments.unique)
     images = Images(files, arguments.images)
     results: Results = {name: {latency: [] for latency in arguments.latency} for name in chosen}
-    with s3_server() as server:
+    with s3_server() as server, tempfile.TemporaryDirectory() as folder:
+        write_folder(images, Path(folder))
         failed = put_sets(images, server, chosen)
         with fault_proxy(server.endpoint) as proxy:
             tars = signed_tars(proxy.endpoint)
@@ -243,9 +243,10 @@ def main(argv: list[str]) -> None:
                             batch=arguments.batch,
                             block=arguments.block,
                             cache_bytes=arguments.cache_bytes,
+                            folder=folder,
                             tars=tars,
                         )
-                        found = failed.get(layout) or measure(
+                        found = failed.get((layout, name)) or measure(
                             (layout, name), spec, limits, proxy, images.mean_bytes
                         )
                         results[layout, name][latency].append(found)

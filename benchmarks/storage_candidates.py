@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from storage_sets import FOLDER
 
 from dinoray.pipeline.augment.augmenter import CropThreadPool
 from dinoray.pipeline.data.decode import decode
@@ -38,12 +39,14 @@ class Spec:
     """Images in a block of ours."""
     cache_bytes: int
     """`data.row_group_cache_bytes` of ours."""
+    folder: str = ""
+    """The images as files on the disk."""
     tars: tuple[str, ...] = ()
     """Addresses of the tar files, signed."""
 
     @property
     def uri(self) -> str:
-        return f"s3://{self.bucket}/{self.prefix}"
+        return self.folder if self.prefix == FOLDER else f"s3://{self.bucket}/{self.prefix}"
 
 
 def pixels(data: bytes) -> int:
@@ -258,6 +261,7 @@ def _loaded(dataset: Any, spec: Spec, *, shuffle: bool = False) -> Iterator[int]
 
 Candidate = Callable[[Spec], Iterator[int]]
 CANDIDATES: dict[tuple[str, str], Candidate] = {
+    (FOLDER, "ours"): ours,
     ("objects", "ours"): ours,
     ("objects", "Ray Data read_images"): ray_images,
     ("objects", "DataLoader, boto3"): loader_objects,
@@ -268,6 +272,7 @@ CANDIDATES: dict[tuple[str, str], Candidate] = {
     ("others", "ours"): ours,
     ("others", "Ray Data read_parquet"): ray_parquet,
     ("others", "DataLoader, pyarrow"): loader_parquet,
+    ("tars", "ours"): ours,
     ("tars", "WebDataset"): webdataset,
     ("litdata", "LitData"): litdata,
     ("mds", "MosaicML Streaming"): mosaic,

@@ -123,14 +123,26 @@ PUTS: dict[str, Callable[[Images, Any, str], None]] = {
     "mds": put_mds,
 }
 """How each set is written, by its prefix in the bucket; `packed` is made from `objects`."""
-NEEDS = {"tars": "webdataset", "litdata": "litdata", "mds": "streaming"}
-"""The module without which a set is of no use."""
+FOLDER = "folder"
+"""The set that is no prefix of the bucket, but a folder on the disk."""
+NEEDS = {
+    ("tars", "WebDataset"): "webdataset",
+    ("litdata", "LitData"): "litdata",
+    ("mds", "MosaicML Streaming"): "streaming",
+}
+"""The module without which a candidate, by its set and name, cannot run."""
 
 
-def missing_module(layout: str) -> str | None:
-    """Return the name of the module that a set needs and that is not installed."""
-    name = NEEDS.get(layout)
+def missing_module(candidate: tuple[str, str]) -> str | None:
+    """Return the name of the module that a candidate needs and that is not installed."""
+    name = NEEDS.get(candidate)
     return name if name is not None and find_spec(name) is None else None
+
+
+def write_folder(images: Images, folder: Path) -> None:
+    """Write each image as a file."""
+    for name, data in images:
+        (folder / name).write_bytes(data)
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -28,8 +28,9 @@ def data_lines(images: Source) -> list[str]:
 def _describe_images(images: Source) -> str:
     manifest, notes = images.manifest, list(images.manifest.notes)
     where = ""
-    if manifest.kind == "parquet":
-        where = f" in {_count(manifest.objects.num_rows, 'Parquet file')}"
+    if manifest.group_sizes is not None:
+        where = f" in {_count(manifest.objects.num_rows, manifest.of_kind.file)}"
+    if manifest.of_kind.has_columns:
         columns = {"images": images.config.image_column, "keys": images.config.key_column}
         shown = ", ".join(
             f"{what} from column {name!r}" for what, name in columns.items() if name is not None
@@ -43,14 +44,13 @@ def _describe_images(images: Source) -> str:
         outside = f" ({labels.null_count} outside of them)" if labels.null_count else ""
         where += f" in {folders}{outside}"
     if manifest.damaged:
-        notes.append(
-            f"{_count(len(manifest.damaged), 'damaged Parquet file')} left out: {some_names(manifest.damaged)}"
-        )
+        damaged = _count(len(manifest.damaged), f"damaged {manifest.of_kind.file}")
+        notes.append(f"{damaged} left out: {some_names(manifest.damaged)}")
     return f"data: {_count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
 
 
 def describe_reading(images: Source, config: Config, *, most_actors: int) -> list[str]:
-    """A line on Parquet whose rows are shuffled in windows: how well, and what up to `most_actors` augment actors read.
+    """A line on images that are shuffled in windows: how well, and what up to `most_actors` augment actors read.
 
     `reading: windows of 2400 images (264 MB), shuffled; a batch of 512 is from 16 row groups, about 32 neighbours of
     each; each byte is read 1.01 times`
@@ -72,8 +72,8 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
     batch, num_images = config.train.global_batch_size, int(sizes[window.groups].sum())
     num_groups = min(len(sizes), len(window.groups) * math.ceil(batch / num_images))
     mixed = f"about {batch / num_groups:.3g} neighbours of each"
-    if "label" in manifest.table.column_names and images.config.label_from_parent is True:
-        labels = manifest.table["label"]
+    if manifest.labels is None and images.config.label_from_parent is True:
+        labels = manifest.table["label"]  # of each row group
         here = _num_different(labels.take(window.groups))
         mixed = f"{here} of {_count(_num_different(labels), 'class folder')}"
     remedy = ""
@@ -83,7 +83,7 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
     return [
         f"reading: windows of {_count(num_images, 'image')} "
         f"({num_bytes[window.groups].sum() / 1e6:.3g} MB), shuffled; a batch of {batch} is from up to "
-        f"{_count(num_groups, 'row group')}, {mixed}; each byte is read {reads.times_read:.2f} times{remedy}"
+        f"{_count(num_groups, manifest.of_kind.group)}, {mixed}; each byte is read {reads.times_read:.2f} times{remedy}"
     ]
 
 

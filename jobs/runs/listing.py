@@ -71,8 +71,8 @@ def newest_number(names: list[str], name: str) -> int:
 def describe_objects(manifest: Manifest, *, most_bytes: int) -> Iterator[str]:
     """Yield lines on the objects by the ends of their names and by size; those above `most_bytes` are not read."""
     table = manifest.objects
-    if manifest.kind == "parquet":
-        yield f"row groups: {manifest.table.num_rows:,}"
+    if manifest.group_sizes is not None:
+        yield f"{manifest.of_kind.group}s: {len(manifest.group_sizes):,}"
     suffixes = pc.struct_field(pc.extract_regex(table["key"], r"(?P<suffix>\.[^./]{1,12})$"), "suffix")
     counts = pc.value_counts(pc.fill_null(pc.utf8_lower(suffixes), "without suffix")).to_pylist()
     counts.sort(key=lambda one: (-one["counts"], one["values"]))

@@ -194,11 +194,13 @@ def _check_nothing_else(first: PartsJob, out: Directory) -> None:
 
 
 def _about_first(source: Source, plan: Plan) -> str:
-    num_groups = source.manifest.table.num_rows
-    if source.manifest.group_sizes is None:
+    sizes = source.manifest.group_sizes
+    if sizes is None:
         return "pass 1 of 2: decodes the images, and finds duplicates"
+    num_groups = len(sizes)
     return (
-        f"pass 1 of 2: shuffles the rows of {min(plan.groups_at_once, num_groups)} of {num_groups} row groups at a "
+        f"pass 1 of 2: shuffles the rows of {min(plan.groups_at_once, num_groups)} of {num_groups} "
+        f"{source.manifest.of_kind.group}s at a "
         "time, which is what fits a part (--one-pass, if the rows are in random order already)"
     )
 

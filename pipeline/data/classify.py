@@ -52,7 +52,7 @@ class Classifier:
         self._prefix, self._label_from_parent, self._level = prefix, label_from_parent, label_level
         self._patterns, self._is_automatic = patterns, label_from_parent == AUTO and label_level == -1
         self._tables: dict[Role, EntryTable] = {
-            role: EntryTable() for role in ("image", "unknown", "parquet", "other")
+            role: EntryTable() for role in ("image", "unknown", "parquet", "tar", "other")
         }
         self._labels: dict[str, str | None] = {}
         self.left_out: Counter[str] = Counter()
@@ -63,7 +63,7 @@ class Classifier:
         """The parts of a data set that the objects are in, apart from those of the role "other"."""
 
     def tables(self) -> list[pa.Table]:
-        """Return the tables of the roles image, unknown, parquet and other, and forget them."""
+        """Return the tables of the roles image, unknown, parquet, tar and other, and forget them."""
         tables = [table.table() for table in self._tables.values()]
         self._tables.clear()
         return tables
@@ -123,8 +123,9 @@ class Classifier:
         if role == "other":
             self._tables[role].add(entry, None)
             return
-        self.parts.add(part_of(folders, name if role == "parquet" or not folders else ""))
-        is_labelled = role != "parquet" or not self._is_automatic or has_label_pair(folders)
+        has_many = role in ("parquet", "tar")  # images in each, whose own labels come first
+        self.parts.add(part_of(folders, name if has_many or not folders else ""))
+        is_labelled = not has_many or not self._is_automatic or has_label_pair(folders)
         self._tables[role].add(entry, self._label(folders) if is_labelled else None)
 
     def _mark(self, folders: Sequence[str], name: str) -> None:

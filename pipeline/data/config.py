@@ -27,7 +27,7 @@ class DataConfig(PixelsConfig):
     """Images: where they are and how they are fetched. Credentials and endpoint come from AWS_* alone."""
 
     path: str = Field(min_length=1)
-    """A folder, s3://bucket/prefix, or Parquet shards in either (a folder of *.parquet, or one such file)."""
+    """A folder or s3://bucket/prefix of images, of Parquet shards or of tar files, or one file of these."""
     manifest: str | None = Field(default=None, min_length=1)
     """A file of the command manifest, local or s3://, whose list of images is used; null lists `path`."""
     include: tuple[str, ...] = ()
@@ -37,17 +37,17 @@ class DataConfig(PixelsConfig):
     image_list: str | None = Field(default=None, min_length=1)
     """CSV or Parquet, local or s3://, with a column of keys below `path`: only these images; and one of labels."""
     image_column: str = "auto"
-    """Parquet: the column of encoded images, binary or a struct with a binary field 'bytes'; auto detects it."""
+    """Parquet: the column of encoded images, binary or {bytes, path}; tar: their extension, as jpg; auto detects it."""
     key_column: str | None = "auto"
     """Parquet or image_list: the column that names an image; null names it shard#row, auto detects the column."""
     label_column: str | None = "auto"
-    """Parquet or image_list: the column of labels, read as text; null ignores labels, auto detects the column."""
+    """Parquet, image_list: a column; tar: an extension, as cls, or json.FIELD; null: no labels; auto detects it."""
     label_from_parent: bool | Auto = "auto"
     """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     label_level: int | str = -1
     """The folder whose name is the label: -1 the parent, 0 the top one below `path`; NAME is for folders NAME=LABEL."""
     fetch_concurrency: int = Field(default=32, ge=16, le=512)
-    """Images that each augmentation actor, or Parquet row groups that each reader, requests at once."""
+    """Images that each augmentation actor, or row groups and chunks of tar that each reader, requests at once."""
     fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
     """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""
     streams: int = Field(default=1, ge=1)
@@ -61,7 +61,7 @@ class DataConfig(PixelsConfig):
     max_pixels: int = Field(default=100_000_000, ge=1)
     """Images with more pixels are not decoded; they count as bad images."""
     row_group_cache_bytes: int = Field(default=256 << 20, ge=0)
-    """Parquet: bytes of row groups that are shuffled together, and that an actor which reads for itself caches."""
+    """Parquet, tar: bytes of row groups or chunks shuffled together, and cached by an actor that reads for itself."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Maximum fraction of bad images in the latest one or two epochs (or 100,000 images); more than one end a run."""
 

@@ -52,6 +52,7 @@ class Contents(NamedTuple):
     """The folder prefix of each key."""
     images: pa.Table
     shards: pa.Table
+    tars: pa.Table
     unknown: pa.Table
     """Objects whose names say nothing, and which have not been looked into."""
     others: pa.Table
@@ -127,18 +128,21 @@ def list_contents(
         *from_counts(found.left_out),
         *(Ignored(kind, len(some), tuple(some[:_MOST_NAMED])) for kind, some in folders_of.items() if some),
     ]
-    if own and not found.left_out[EXCLUDED] and not any(table.num_rows for table in tables[:3]):
+    if own and not found.left_out[EXCLUDED] and not any(table.num_rows for table in tables[:4]):
         output = (ignored_line(left_out) or "").removeprefix("ignored: ")
         raise DataError(
             f"{setting_path} holds no images, but output of this program ({output}); set it to a folder of images"
         )
-    images, unknown, shards, others = tables
+    images, unknown, shards, tars, others = tables
+    if images.num_rows > tars.num_rows:  # they are archives of a data set of images, and not the data
+        tars, others = tars.schema.empty_table(), pa.concat_tables([others, tars])
     known_parts = frozenset(found.parts - set(own))
     return Contents(
         listing.root,
         listing.prefix,
         images,
         bound.some(shards) if bound else shards,
+        bound.some(tars) if bound else tars,
         unknown,
         others,
         known_parts,
@@ -149,14 +153,16 @@ def list_contents(
 def look_into(contents: Contents, storage: StorageConfig) -> Contents:
     """Return the contents with the objects whose names say nothing as what a few of them begin as.
 
-    Images of that sort are not taken beside Parquet of images, unless others have names of images.
+    Images of that sort are not taken beside tar files and Parquet of images, unless others have names of images.
     """
     unknown = contents.unknown
     if not unknown.num_rows:
         return contents
     found = contents_of(unknown, contents.root, storage)
-    is_alone = contents.shards.num_rows and not contents.images.num_rows
-    if is_alone and hold_images(contents.shards, contents.root, storage.access):
+    has_images = contents.tars.num_rows or (
+        contents.shards.num_rows and hold_images(contents.shards, contents.root, storage.access)
+    )
+    if has_images and not contents.images.num_rows:
         found = pc.if_else(pc.equal(found, "parquet"), found, pa.scalar(None, pa.string()))
     images, shards = (
         unknown.filter(pc.fill_null(pc.equal(found, what), False)) for what in ("image", "parquet")
@@ -180,14 +186,15 @@ def choose_listed(contents: Contents, image_list: ImageList) -> Contents:
     named, notes = image_list.choose(
         pa.concat_tables([contents.images, contents.unknown, contents.others]), contents.prefix
     )
-    others = pa.concat_tables([contents.unknown, contents.others, contents.shards])
+    others = pa.concat_tables([contents.unknown, contents.others, contents.shards, contents.tars])
     unnamed, others = (
         table.filter(pc.invert(pc.is_in(table["key"], named["key"]))) for table in (contents.images, others)
     )
     return contents._replace(
         images=named,
-        shards=contents.shards.schema.empty_table(),
-        unknown=contents.unknown.schema.empty_table(),
+        shards=(nothing := contents.images.schema.empty_table()),
+        tars=nothing,
+        unknown=nothing,
         others=others,
         left_out=(*contents.left_out, *from_counts({UNNAMED: unnamed.num_rows})),
         notes=(*contents.notes, *notes),

@@ -1,4 +1,4 @@
-"""The list of all images of a data set, made once: one row per image object, or per Parquet row group.
+"""The list of all images of a data set, made once: a row per image, or per row group of Parquet.
 
 First in the flow: `data.path` -> manifest -> order (positions) -> source (bytes). A listing takes minutes for
 millions of objects and may change between two starts. So the manifest is stored in the run directory and
@@ -8,6 +8,10 @@ Columns of the table, sorted by key in byte order:
 
     kind images    key  size  etag  label
     kind parquet   key  size  etag  row_group  num_rows  num_bytes  num_unlabelled  label?
+    kind tar       key  size  etag  member  offset  num_bytes  chunk  label
+
+Key, size and etag are those of the object: the image, the Parquet file or the tar file. A chunk of a tar file is a
+number of neighbouring images that are read together (kinds.py).
 
 Settings of `data` that are auto are resolved here, by the rules of detection.py, and stored with the table.
 """
@@ -18,7 +22,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +33,7 @@ from dinoray.pipeline.data.bounds import Bound
 from dinoray.pipeline.data.choosing import ImageList, read_image_list
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import (
+    Contents,
     choose_listed,
     labelled_parts,
     list_contents,
@@ -43,9 +48,12 @@ from dinoray.pipeline.data.detection import (
     labels_from_folders,
     note_on_parts,
 )
+from dinoray.pipeline.data.kinds import KindName
 from dinoray.pipeline.data.manifest_file import DETECTABLE, Manifest, default_of, listed_as
 from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
 from dinoray.pipeline.data.sorting import sorted_by_key
+from dinoray.pipeline.data.tar_index import Wanted
+from dinoray.pipeline.data.tars import list_tars
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, check_bucket, normal_uri
@@ -124,19 +132,26 @@ def build_manifest(
         contents = choose_listed(contents, image_list)
     else:
         contents = look_into(contents, storage)
-    num_images, num_shards = contents.images.num_rows, contents.shards.num_rows
-    if num_images and num_shards and not hold_images(contents.shards, contents.root, storage.access):
+    num_images, num_shards, num_tars = (
+        table.num_rows for table in (contents.images, contents.shards, contents.tars)
+    )
+    beside = num_images or num_tars
+    if beside and num_shards and not hold_images(contents.shards, contents.root, storage.access):
         contents, num_shards = without_shards(contents), 0  # they are metadata about the images
-    if num_images and num_shards:
+    kinds = {"images": num_images, "Parquet shards": num_shards, "tar files": num_tars}
+    if len(mixed := [f"{number} {kind}" for kind, number in kinds.items() if number]) > 1:
+        exclude = "*.parquet" if num_shards else "*.tar"
         raise ConfigError(
-            f"{setting}={path} holds {num_images} images and {num_shards} Parquet shards; "
-            f"leave out one kind with data.exclude='*.parquet', or point {setting} at a folder with one kind"
+            f"{setting}={path} holds {' and '.join(mixed)}; leave out one kind with data.exclude='{exclude}', or point "
+            f"{setting} at a folder with one kind"
         )
-    if not num_images and not num_shards:
+    if not beside and not num_shards:
         raise no_images(contents, path, setting=setting)
     ignored, listed_notes = contents.ignored(), contents.notes
     if num_shards:
         kept = _row_groups(config, path, contents.root, contents.shards, storage)
+    elif num_tars:
+        kept = _tar_members(config, path, contents, storage)
     else:
         columns = dict(zip(contents.images.column_names, contents.images.columns, strict=True))
         nothing = contents.images.schema.empty_table()
@@ -146,12 +161,11 @@ def build_manifest(
         labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
     )
     notes = [*kept.notes, *listed_notes, *note_on_parts(contents.parts, path, labelled=labelled)]
-    if not num_shards:
+    if kept.kind == "images":
         notes += note_on_archived(kept.table)
     num_ignored = sum(one.number for one in ignored)
     found = (contents.root, num_ignored, listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
-    kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
-    manifest = Manifest(kept.table, kind, *found, kept.rows_per_group, ignored)
+    manifest = Manifest(kept.table, kept.kind, *found, kept.rows_per_group, ignored)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -200,6 +214,7 @@ def _free_name(names: Sequence[str]) -> str:
 
 
 class _Found(NamedTuple):
+    kind: KindName
     table: pa.Table
     detected: dict[str, Any]
     notes: list[str]
@@ -251,7 +266,30 @@ def _images(
             pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
         )
         del labels
-    return _Found(sorted_by_key(columns), detected, notes)
+    return _Found("images", sorted_by_key(columns), detected, notes)
+
+
+def _tar_members(config: DataConfig, path: str, contents: Contents, storage: StorageConfig) -> _Found:
+    if config.key_column not in (AUTO, None):
+        raise ConfigError(
+            f"data.key_column={config.key_column!r} is for Parquet, but {path} holds tar files, whose images are named "
+            "by their members; set data.key_column=null"
+        )
+    tars = contents.tars
+    found = list_tars(
+        sorted_by_key(dict(zip(tars.column_names, tars.columns, strict=True))),
+        path=path,
+        prefix=contents.prefix,
+        root=contents.root,
+        wanted=Wanted(config.image_column, config.label_column),
+        from_folders=config.from_folders,
+        concurrency=config.fetch_concurrency,
+        storage=storage,
+    )
+    values = (config.image_column, None, found.label_column, found.from_folders)
+    detected = dict(zip(DETECTABLE, values, strict=True))
+    chosen = {name: value for name, value in detected.items() if getattr(config, name) == AUTO}
+    return _Found("tar", found.table, chosen, found.notes, found.unusable)
 
 
 def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, storage: StorageConfig) -> _Found:
@@ -267,4 +305,4 @@ def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, stor
     values = (columns.image, columns.key, columns.label, found.from_folders)
     detected = dict(zip(DETECTABLE, values, strict=True))
     chosen = {name: value for name, value in detected.items() if getattr(config, name) == AUTO}
-    return _Found(found.table, chosen, columns.notes, found.damaged, found.rows_per_group)
+    return _Found("parquet", found.table, chosen, columns.notes, found.damaged, found.rows_per_group)

@@ -3,16 +3,19 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.ignored import OTHER_KINDS, Ignored
+from dinoray.pipeline.data.kinds import KINDS, Kind, KindName, plain, with_texts_once
 from dinoray.pipeline.storage.files import normal_uri
 
 _VERSION = 1
@@ -27,13 +30,13 @@ class Manifest:
 
     `root` is the address that keys are relative to (`s3://bucket` or a folder). `num_ignored` counts listed
     objects that are no images. `listed_as` has the config values that determine the table, `detected` the
-    values found for its auto settings, `notes` messages about them. `damaged` are keys of Parquet shards that
+    values found for its auto settings, `notes` messages about them. `damaged` are keys of Parquet or tar files that
     could not be read and are left out. `rows_per_group` is set for a packed set, whose rows lie shuffled in row
     groups of that many, or fewer at the ends of shards. `ignored` has those objects by kind, of a bounded number.
     """
 
     table: pa.Table
-    kind: Literal["images", "parquet"]
+    kind: KindName
     root: str
     num_ignored: int
     listed_as: dict[str, Any]
@@ -44,8 +47,17 @@ class Manifest:
     ignored: tuple[Ignored, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind == "parquet":  # a million row groups are of far fewer shards
-            object.__setattr__(self, "table", _with_texts_once(self.table))
+        object.__setattr__(self, "table", with_texts_once(self.table, self.of_kind.texts_once))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in self.__dict__.items() if name != "_groups"
+        }  # made again from the table
+
+    @property
+    def of_kind(self) -> Kind:
+        """What the rows of the table are."""
+        return KINDS[self.kind]
 
     def settle(self, config: DataConfig) -> DataConfig:
         """Return `config` with its auto settings replaced by the values of this manifest."""
@@ -63,28 +75,33 @@ class Manifest:
 
     @property
     def num_images(self) -> int:
-        """Number of image objects, or of rows in all row groups."""
+        """Number of images: of rows, or of images in all groups."""
         sizes = self.group_sizes
         return self.table.num_rows if sizes is None else int(sizes.sum())
 
     @property
-    def group_sizes(self) -> np.ndarray | None:
-        """Images per row group, int64 [num_groups], for Parquet; None for image objects."""
-        return self.table["num_rows"].to_numpy() if self.kind == "parquet" else None
+    def group_sizes(self) -> NDArray[np.int64] | None:
+        """Images per group, int64 [num_groups]: a row group, or a chunk of a tar file; None for image objects."""
+        return None if self._groups is None else self._groups[0]
 
     @property
-    def group_bytes(self) -> np.ndarray | None:
-        """Bytes per row group in memory, int64 [num_groups], for Parquet; None for image objects."""
-        return self.table["num_bytes"].to_numpy() if self.kind == "parquet" else None
+    def group_bytes(self) -> NDArray[np.int64] | None:
+        """Bytes per group in memory, int64 [num_groups]; None for image objects."""
+        return None if self._groups is None else self._groups[1]
+
+    @cached_property
+    def _groups(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        return self.of_kind.groups(self.table)
+
+    @property
+    def labels(self) -> pa.ChunkedArray | None:
+        """The label of each image, null without one; None for Parquet, where the table has no row per image."""
+        return None if self.of_kind.has_columns else self.table["label"]
 
     @property
     def objects(self) -> pa.Table:
-        """Key, size and ETag (and more) of each image object, or of each Parquet shard that has row groups."""
-        if self.kind == "images" or not self.table.num_rows:
-            return self.table
-        table = self.table.select(["key", "size", "etag"])
-        shards = table["key"].combine_chunks().indices.to_numpy()
-        return _plain(table.filter(np.r_[True, shards[1:] != shards[:-1]]))
+        """Key, size and ETag (and more) of each image object, or of each Parquet or tar file that has images."""
+        return self.of_kind.objects(self.table)
 
     def row_group(self, number: int) -> dict[str, Any]:
         """Return a row of the table, of Parquet, by column. One at a time: there may be a million."""
@@ -109,7 +126,7 @@ class Manifest:
             "ignored": self.ignored,
         }
         sink = pa.BufferOutputStream()
-        table = _plain(self.table).replace_schema_metadata({_METADATA: json.dumps(about)})
+        table = plain(self.table).replace_schema_metadata({_METADATA: json.dumps(about)})
         pq.write_table(table, sink, compression="zstd")
         return sink.getvalue().to_pybytes()
 
@@ -163,23 +180,6 @@ def _ignored(about: dict[str, Any]) -> tuple[Ignored, ...]:
     phrases = [phrase.partition(" ") for phrase in about.get("passed_over", ())]
     others = [Ignored(OTHER_KINDS, about["num_ignored"])] if about["num_ignored"] else []
     return (*others, *(Ignored(what, int(number)) for number, _, what in phrases))
-
-
-def _with_texts_once(table: pa.Table) -> pa.Table:
-    """Return the table with dictionaries for texts, so that equal ones of neighbouring rows are kept once."""
-    for number, column in enumerate(table.schema):
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            texts = table.column(number).combine_chunks().dictionary_encode()
-            table = table.set_column(number, column.name, texts)
-    return table
-
-
-def _plain(table: pa.Table) -> pa.Table:
-    """Return the table without dictionaries."""
-    for number, column in enumerate(table.schema):
-        if pa.types.is_dictionary(column.type):
-            table = table.set_column(number, column.name, table.column(number).cast(column.type.value_type))
-    return table
 
 
 def listed_as(config: DataConfig) -> dict[str, Any]:

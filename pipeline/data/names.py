@@ -1,4 +1,4 @@
-"""Tell by its name what an object may be: an image, a Parquet shard, something else, or not to be told so.
+"""Tell by its name what an object may be: an image, a Parquet or tar file, something else, or not to be told so.
 
 Stands between the listing and the contents. The content decides where a name does not: see sniffing.py. Reads nothing;
 no Ray here.
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from dinoray.pipeline.data.heif import HEIF_IS_READ
 
-Role = Literal["image", "unknown", "parquet", "other"]
+Role = Literal["image", "unknown", "parquet", "tar", "other"]
 
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".heics", ".hif"})
 IMAGE_SUFFIXES = frozenset(
@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = frozenset(
     }
 )
 PARQUET_SUFFIXES = frozenset({".parquet", ".parq", ".pq"})
-ARCHIVE_SUFFIXES = frozenset({".zip", ".rar", ".7z", ".tar", ".tgz", ".tbz", ".tbz2", ".txz"})
+ARCHIVE_SUFFIXES = frozenset({".zip", ".rar", ".7z", ".tgz", ".tbz", ".tbz2", ".txz"})
 CAMERA_RAW = frozenset(
     {".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".raf", ".orf", ".rw2", ".pef"}
 )
@@ -84,7 +84,7 @@ FOLDER_MARKER, NUMBERED, BARE = "folder marker", ".1, .2, ...", ""
 
 
 def role_of(key: str) -> Role:
-    """Return the role of a key by its name: "image", "parquet", "unknown", or "other", which is ignored.
+    """Return the role of a key by its name: "image", "parquet", "tar", "unknown", or "other", which is ignored.
 
     An "unknown" key has no suffix, or one that says nothing. Suffixes match in upper and lower case, with trailing
     dots and spaces, and with what servers append (`a.jpg?w=640`, `a.jpg!large`). An image name may start with a dot or
@@ -101,6 +101,8 @@ def role_of(key: str) -> Role:
         return "other"
     if suffix in PARQUET_SUFFIXES:
         return "parquet"
+    if suffix == ".tar":
+        return "tar"
     return "other" if suffix in OTHER_SUFFIXES else "unknown"
 
 

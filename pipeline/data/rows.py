@@ -1,14 +1,15 @@
 """Images that are rows of Parquet shards: whole row groups are read, in one request each, and the latest are kept."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, expected_etag, whole
+from dinoray.pipeline.data.fetched import BAD_IMAGE, Fetched, expected_etag, whole
 from dinoray.pipeline.data.footers import FooterCache
+from dinoray.pipeline.data.image_reader import Begin, Read, read_groups
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
 from dinoray.pipeline.data.parquet import (
     CorruptShard,
@@ -20,20 +21,10 @@ from dinoray.pipeline.data.recently_used import RecentlyUsed
 from dinoray.pipeline.storage.addresses import is_s3
 from dinoray.pipeline.storage.checks import NO_PAGE_CHECKSUMS, UNCHECKED
 from dinoray.pipeline.storage.config import SIGNED, Access
-from dinoray.pipeline.storage.retry import LIST_AGAIN, Retry
-
-Result = TypeVar("Result")
+from dinoray.pipeline.storage.retry import LIST_AGAIN
 
 _FOOTER_BYTES = 64 << 20
 """Bytes of footers that each process keeps, compressed: those of some 10,000 packed shards."""
-
-
-class Read(Protocol):
-    """`Source.read`: how an object or shard is read."""
-
-    def __call__(self, key: str, operation: Callable[[Retry], Result]) -> Result:
-        """Return `operation(retry)`."""
-        ...
 
 
 class Rows:
@@ -58,26 +49,15 @@ class Rows:
     def key(self, index: int) -> str:
         return self._name(index, self._group_of(index))
 
-    def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
-        places: dict[int, list[int]] = {}
-        for place, index in enumerate(indices):
-            places.setdefault(self._group_of(index), []).append(place)
-        groups = list(places)
-        tables = begin(self._table, groups, self._num_bytes[groups].tolist())
-
-        def rows() -> Iterator[tuple[int, Fetched]]:
-            for which, table in tables:
-                for place in places[groups[which]]:
-                    yield place, self._row(indices[place], groups[which], table)
-
-        return rows()
-
-    def _table(self, group: int) -> pa.Table | DataError:
-        """Return the rows of a group, from the cache or the shard, or the error that all its images share."""
-        try:
-            return self.cache.get_or_read(group, lambda: self._whole(group))
-        except BAD_OBJECT as error:
-            return error
+    def arrivals(self, indices: Sequence[int], begin: Begin) -> Iterator[tuple[int, Fetched]]:
+        return read_groups(
+            [self._group_of(index) for index in indices],
+            begin,
+            cache=self.cache,
+            num_bytes=lambda groups: self._num_bytes[groups].tolist(),
+            read=self._whole,
+            image=lambda place, group, table: self._row(indices[place], group, table),
+        )
 
     def _whole(self, group: int) -> pa.Table:
         about = self._manifest.row_group(group)

@@ -5,8 +5,6 @@ never an exception, so positions do not shift. A read waits while the storage do
 refuses every image ends the run at once. Returns encoded bytes; no decoding and no Ray here.
 """
 
-import os
-import posixpath
 import threading
 import time
 from collections import deque
@@ -14,35 +12,38 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, Status, expected_etag, whole
+from dinoray.pipeline.data.fetched import Fetched, Status
+from dinoray.pipeline.data.image_reader import ImageReader
+from dinoray.pipeline.data.kinds import KindName
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
+from dinoray.pipeline.data.objects import Objects
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.data.recently_used import RecentlyUsed
-from dinoray.pipeline.data.rows import Read, Rows
-from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
-from dinoray.pipeline.storage.config import DEFAULTS, Access, StorageConfig
+from dinoray.pipeline.data.rows import Rows
+from dinoray.pipeline.data.tar_members import TarMembers
+from dinoray.pipeline.storage.addresses import is_s3
+from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.hedging import hedged
-from dinoray.pipeline.storage.retry import (
-    LIST_AGAIN,
-    ChangedObject,
-    DeniedObject,
-    MissingObject,
-    ObjectTooLarge,
-    Retry,
-)
-from dinoray.pipeline.storage.s3 import read_object, s3_client
+from dinoray.pipeline.storage.retry import Retry
+from dinoray.pipeline.storage.s3 import s3_client
 from dinoray.pipeline.storage.waiting import Patient
 
 __all__ = ["DataConfig", "Fetched", "Source", "Status"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_READERS: Final[dict[KindName, Callable[..., ImageReader]]] = {
+    "images": Objects,
+    "parquet": Rows,
+    "tar": TarMembers,
+}
 
 
 class Source:
@@ -69,8 +70,7 @@ class Source:
             OtherObjects(manifest.table, manifest.root, storage.access),
             threading.local(),
         )
-        reader = Rows if manifest.kind == "parquet" else _Objects
-        self._reader: Rows | _Objects = reader(config, manifest, self.read, storage.access)
+        self._reader = _READERS[manifest.kind](config, manifest, self.read, storage.access)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _source, (self.config, self.manifest, self.storage, self._selected)
@@ -91,10 +91,9 @@ class Source:
         return _source(self.config, self.manifest, self.storage, chosen)
 
     def with_cache(self, cache: RecentlyUsed[int, Any]) -> "Source":
-        """Return a source of the same images that keeps its row groups in `cache`, as long as it is in this process."""
+        """Return a source of the same images that keeps its groups in `cache`, as long as it is in this process."""
         source = _source(self.config, self.manifest, self.storage, self._selected)
-        if isinstance(source._reader, Rows):
-            source._reader.cache = cache
+        source._reader.cache = cache
         return source
 
     def read(self, key: str, operation: Callable[[Retry], Result]) -> Result:
@@ -115,7 +114,7 @@ class Source:
         return result
 
     def key(self, index: int) -> str:
-        """Return the name of an image without reading it: the object's key, or `shard#row` for Parquet.
+        """Return the name of an image without reading it: the object's key, or `shard#row` or `shard#member`.
 
         With a `key_column`, `Fetched.key` is the column's value instead, which requires a read.
         """
@@ -141,7 +140,7 @@ class Source:
     def order(self, seed: int) -> Order:
         """Return the order of these images with this seed."""
         manifest = self.manifest
-        # Row groups among which rows are shuffled: as many as fit the cache.
+        # Groups among which images are shuffled: as many as fit the cache.
         window = 1
         if manifest.group_bytes is not None:
             window = max(1, int(self.config.row_group_cache_bytes // max(1, manifest.group_bytes.max())))
@@ -222,64 +221,3 @@ def _source(
     config: DataConfig, manifest: Manifest, storage: StorageConfig, selected: NDArray[np.int64] | None
 ) -> Source:
     return Source(config, manifest, storage, selected=selected)
-
-
-class _Objects:
-    """One image per object or file."""
-
-    def __init__(self, config: DataConfig, manifest: Manifest, read: Read, access: Access) -> None:
-        self._config, self._manifest, self._waiting, self._access = config, manifest, read, access
-        columns = (manifest.table[name] for name in ("key", "size", "etag", "label"))
-        self._keys, self._sizes, self._etags, self._labels = columns
-        self.num_images = manifest.num_images
-        self._read = self._read_s3 if is_s3(manifest.root) else self._read_file
-
-    def key(self, index: int) -> str:
-        return str(self._keys[index].as_py())
-
-    def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
-        limit = self._config.max_object_bytes
-        sizes = [min(self._sizes[index].as_py(), limit) for index in indices]
-        images: Iterator[tuple[int, Fetched]] = begin(self._one, indices, sizes)
-        return images
-
-    def _one(self, index: int) -> Fetched:
-        key, label, limit = self.key(index), self._labels[index].as_py(), self._config.max_object_bytes
-        if self._sizes[index].as_py() > limit:
-            reason = f"{self._sizes[index].as_py()} bytes, more than data.max_object_bytes={limit}"
-            return Fetched(key, None, label, Status.TOO_LARGE, reason)
-        try:
-            data = self._waiting(key, lambda retry: self._read(index, limit, retry))
-        except BAD_OBJECT as error:
-            return Fetched(key, None, label, BAD_IMAGE[type(error)], str(error))
-        return whole(key, data, label, limit)
-
-    def _read_s3(self, index: int, limit: int, retry: Retry) -> bytes:
-        bucket, _ = split_s3_uri(self._manifest.root)
-        etag = expected_etag(self._config, self._etags[index].as_py())
-        return read_object(
-            bucket, self.key(index), etag=etag, max_bytes=limit, retry=retry, access=self._access
-        )
-
-    def _read_file(self, index: int, limit: int, retry: Retry) -> bytes:
-        key, listed = self.key(index), self._sizes[index].as_py()
-        path = self._manifest.uri(key)
-        if posixpath.isabs(key) or ".." in key.split("/"):
-            raise MissingObject(f"{key!r} leads out of {self._manifest.root}")
-
-        def read() -> bytes:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > limit:
-                    raise ObjectTooLarge(f"{path} holds {size} bytes, more than {limit}")
-                # Not by its time, which differs between copies on several nodes.
-                if size != listed and self._config.if_overwritten == "bad":
-                    raise ChangedObject(f"{path} has {size} bytes, not {listed} as listed; {LIST_AGAIN}")
-                return file.read()
-
-        try:
-            return retry(read, what=path)
-        except PermissionError as error:
-            raise DeniedObject(f"{path}: {error.strerror}; make it readable") from error
-        except OSError as error:
-            raise MissingObject(f"{path}: {error.strerror or error}") from error

@@ -128,7 +128,7 @@ def _names_remedy(train: Source, val: Source) -> str:
     """Return `set data.label_column=NAME, or ` where Parquet has another column of labels, as text."""
     for side in (train, val):
         column = side.config.label_column
-        if column is None or side.manifest.kind != "parquet":
+        if column is None or not side.manifest.of_kind.has_columns:
             continue
         shard = side.manifest.row_group(0)
         read = partial(
@@ -159,9 +159,9 @@ def _some(names: Iterable[str]) -> str:
 def _names(source: Source, limit: int) -> Iterator[list[str]]:
     """Yield the labels of the subset that an evaluation takes, in parts; omit images without a label."""
     indices = source.in_manifest(subset(source.num_images, limit))
-    sizes = source.manifest.group_sizes
-    if sizes is None:
-        labels = source.manifest.table["label"].take(indices).to_pylist()
+    of_images, sizes = source.manifest.labels, source.manifest.group_sizes
+    if of_images is not None or sizes is None:
+        labels = [] if of_images is None else of_images.take(indices).to_pylist()
         yield [label for label in labels if label and label.strip()]
         return
     starts = np.cumsum(sizes) - sizes

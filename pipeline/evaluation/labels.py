@@ -66,7 +66,7 @@ def open_labelled(
         # The columns may be those of the Parquet at data.path, which class folders elsewhere lack.
         config = config.model_copy(update=columns)
         source = open_source(config, run, name, setting=setting, storage=storage)
-        if source.manifest.kind != "images":
+        if source.manifest.of_kind.has_columns:
             raise
     if not source.has_labels and setting != "data.path" and config.label_from_parent == AUTO:
         with contextlib.suppress(ConfigError):  # the path has no folders
@@ -84,12 +84,12 @@ def open_labelled(
 
 def with_labels(source: Source) -> Source:
     """Return the source without images outside of class folders and without rows that lack a label."""
-    table = source.manifest.table
-    if source.manifest.kind == "parquet" and source.config.label_column is not None:
+    labels = source.manifest.labels
+    if labels is None and source.config.label_column is not None:
         return _rows_with_labels(source, source.config.label_column)
-    if source.manifest.kind == "parquet" or not table["label"].null_count:
+    if labels is None or not labels.null_count:
         return source
-    return source.select(np.flatnonzero(table["label"].is_valid().to_numpy()))
+    return source.select(np.flatnonzero(labels.is_valid().to_numpy()))
 
 
 def _rows_with_labels(source: Source, column: str) -> Source:

@@ -132,7 +132,7 @@ def check_keys(source: Source) -> None:
     """Raise ConfigError, naming the key, if two Parquet rows have one key; image objects cannot."""
     config, manifest = source.config, source.manifest
     column = config.key_column
-    if manifest.kind != "parquet" or column is None:
+    if not manifest.of_kind.has_columns or column is None:
         return
 
     def read(number: int) -> pa.ChunkedArray:

@@ -22,6 +22,7 @@ _md5_etags: dict[str, int] = {}
 
 NO_CHECKSUM = "the store keeps no checksum of it, and its ETag is no MD5; upload such objects with a checksum"
 NO_PAGE_CHECKSUMS = "its row groups may have no checksums; those that `dinoray pack` writes have"
+NO_MEMBER_CHECKSUMS = "a tar file has no checksums of its members; row groups that `dinoray pack` writes have"
 
 
 class Unchecked(NamedTuple):

@@ -26,7 +26,17 @@ names = st.one_of(
         ["train-1.jpg", "ſcan.JPG", "x.j2K", ".jpg", "..two.jpg", "._x.jpg", "_x.jpg", "a.jpg ", "x\n.png"]
     ),
     st.sampled_from(
-        ["config.yaml", "study.json", "trial.json", "embed.json", "pack.json", "x.parquet", "README", "b"]
+        [
+            "config.yaml",
+            "study.json",
+            "trial.json",
+            "embed.json",
+            "pack.json",
+            "x.parquet",
+            "x.TAR",
+            "README",
+            "b",
+        ]
     ),
     st.sampled_from(
         ["val-1.tar.gz", "Test-x", "é.jpeg", "a.jpg\n", "a.jpg.crc", "", "x.gİf", "TESTING-9.GIF"]
@@ -44,7 +54,7 @@ def one_by_one(
     keys: Iterable[str], prefix: str, labels: bool | str
 ) -> tuple[dict[str, Any], dict[str, Any], set[Any]]:
     """The rules, applied to one entry after the other."""
-    found: dict[str, Any] = {"image": {}, "unknown": {}, "parquet": {}, "other": {}}
+    found: dict[str, Any] = {"image": {}, "unknown": {}, "parquet": {}, "tar": {}, "other": {}}
     marks: dict[str, set[str]] = defaultdict(set)
     parts: set[Any] = set()
     for key in keys:
@@ -56,10 +66,14 @@ def one_by_one(
             marks["/".join(above[:-1])].add(f"{above[-1]}/{name}")
         label = folder_label(above) if labels else None
         if labels == AUTO:
-            label = automatic_label(above) if role != "parquet" or has_label_pair(above) else None
+            label = (
+                automatic_label(above) if role not in ("parquet", "tar") or has_label_pair(above) else None
+            )
         found[role][key] = None if role == "other" else label
         parts |= (
-            set() if role == "other" else {part_of(above, name if role == "parquet" or not above else "")}
+            set()
+            if role == "other"
+            else {part_of(above, name if role in ("parquet", "tar") or not above else "")}
         )
     return found, dict(marks), parts
 
@@ -91,7 +105,7 @@ def test_most_images_need_no_look_at_each(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(classify, "role_of", lambda key: pytest.fail(key))
     found = Classifier("", "auto")
     found.add(iter([listed(["a/b.jpg", "c.JPEG", "_d/..e/f-1.tar.tiff"])]))
-    assert [table.num_rows for table in found.tables()] == [3, 0, 0, 0]
+    assert [table.num_rows for table in found.tables()] == [3, 0, 0, 0, 0]
 
 
 def test_a_batch_is_joined_with_the_next_ones_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
