@@ -141,8 +141,9 @@ def check_data(config: DataConfig, where: str = "here", access: Access = SIGNED)
             *from_counts(listing.left_out),
         )
         if not images and len(entries) < _NUM_LISTED:
-            line = ignored_line(ignored, otherwise="check data.path") or "check data.path"
-            raise DataError(f"no images under {path}; {line}")
+            raise DataError(
+                f"no images under {path}; {ignored_line(ignored, otherwise='check data.path') or 'check data.path'}"
+            )
         line = ignored_line(ignored)
         text = f"{where}: {path}: {len(entries)} listed in {seconds:.2f} s{f' ({line})' if line else ''}"
         if not images:
