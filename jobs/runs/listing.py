@@ -16,6 +16,7 @@ from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.changes import changes_between
 from dinoray.pipeline.data.manifest import Manifest, build_manifest
+from dinoray.pipeline.data.manifest_file import default_of
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.files import Directory, check_writable, normal_uri
 from dinoray.pipeline.storage.listing_parts import resumable
@@ -103,7 +104,7 @@ def describe_changes(old: Manifest, new: Manifest, *, since: str) -> Iterator[st
             yield f"  {what}: {_some(keys)}"
     values = {name: new.detected.get(name, then) for name, then in new.listed_as.items()}
     for name, now in values.items():
-        then = old.detected.get(name, old.listed_as.get(name))
+        then = old.detected.get(name, old.listed_as.get(name, default_of(name)))
         if then != now:
             yield f"  data.{name}: {then} -> {now}"
 

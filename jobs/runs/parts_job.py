@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 _NOT_IN_ROWS = {
     *("fetch_concurrency", "fetch_buffer_bytes"),
     *("row_group_cache_bytes", "max_bad_fraction", "if_overwritten", "manifest"),
+    *(
+        "include",
+        "exclude",
+        "image_list",
+        "label_level",
+    ),  # they decide the manifest, whose digest is a setting
 }
 """Settings of `data` that do not change what is written."""
 

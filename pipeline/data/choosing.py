@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -152,16 +153,19 @@ def read_image_list(config: DataConfig, file: str) -> ImageList:
 
 
 def _image_list(table: pa.Table, key: str, label: str | None, config: DataConfig) -> ImageList:
-    keys = pc.utf8_trim_whitespace(table[key].cast(pa.large_string())).combine_chunks()
+    keys = pc.utf8_trim_whitespace(_texts(table, key, "key_column")).cast(pa.large_string())
     base = f"{normal_uri(config.path).rstrip('/')}/"
     keys = pc.if_else(pc.starts_with(keys, base), pc.utf8_slice_codeunits(keys, len(base)), keys)
     keys = pc.replace_substring_regex(keys, r"^(?:\./)+", "")
-    labels = pa.nulls(len(keys), pa.string()) if label is None else _labels(table[label])
+    labels = pa.nulls(len(keys), pa.string()) if label is None else _texts(table, label, "label_column")
     first = (
-        pa.table({"key": keys, "row": pa.array(range(len(keys)))}).group_by("key").aggregate([("row", "min")])
+        pa.table({"key": keys, "row": pa.array(np.arange(len(keys)))})
+        .group_by("key")
+        .aggregate([("row", "min")])
     )
-    rows = first["row_min"].filter(pc.and_(first["key"].is_valid(), pc.not_equal(first["key"], "")))
-    rows = rows.combine_chunks().sort()
+    rows = (
+        first["row_min"].filter(pc.fill_null(pc.not_equal(first["key"], ""), False)).combine_chunks().sort()
+    )
     repeated = len(keys) - len(rows)
     notes = [] if label is None else [f"labels from column {label!r} of data.image_list"]
     if repeated:
@@ -169,12 +173,19 @@ def _image_list(table: pa.Table, key: str, label: str | None, config: DataConfig
     return ImageList(keys.take(rows), labels.take(rows), label, notes)
 
 
-def _labels(column: pa.ChunkedArray) -> pa.Array:
-    """Return labels as text, null where they are empty."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    labels = column.cast(pa.string()).combine_chunks()
-    return pc.if_else(pc.equal(labels, ""), pa.scalar(None, pa.string()), labels)
+def _texts(table: pa.Table, name: str, setting: str) -> pa.Array:
+    """Return a column as text, null where it is empty. Raises ConfigError if it holds something else."""
+    column = table.column(table.column_names.index(name))
+    try:
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        texts = column.cast(pa.string()).combine_chunks()
+    except pa.ArrowException as error:
+        raise ConfigError(
+            f"data.image_list: column {name!r} is of type {column.type}, which is no text; set data.{setting} to "
+            "another"
+        ) from error
+    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
 def _column(table: pa.Table, asked: str | None, names: Sequence[str]) -> str | None:
@@ -191,7 +202,7 @@ def _read_text(data: bytes) -> pa.Table:
     delimiter = "\t" if "\t" in first and "," not in first else ","
     header = next(csv.reader(io.StringIO(first.rstrip("\r")), delimiter=delimiter), [])
     if len(header) < 2 and first.strip().lower() not in _KEY_COLUMNS:
-        lines = data.decode().splitlines()
+        lines = data.decode().split("\n")
         return pa.table({"key": pa.array(lines, pa.large_string())})
     return pa_csv.read_csv(
         pa.BufferReader(data),

@@ -230,6 +230,11 @@ WRONG: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         {"label_column": "species"},
         "has no column 'species'; .*; set data.label_column to one of them, or to null",
     ),
+    "keys that are no text": (
+        {"l.csv": parquet({"key": [[1], [2]]})},
+        {},
+        r"column 'key' is of type list<.*>, which is no text; set data.key_column to another",
+    ),
     "other keys": (
         {"l.csv": b"key\nd/x.jpg\n"},
         {},
