@@ -4,7 +4,8 @@ Each GPU keeps its images per step, so the batch grows with the number of GPUs (
 
 - Gradients are float32, all-reduced in a ring that enters and leaves each node once: 2 (n - 1) / n of their bytes pass
   each link. Within one node they pass a link of `NODE_BYTES_PER_SECOND`.
-- A node's link carries `LINK_SHARE` of its rate. Its GPUs' crops come from other nodes, and are taken off first.
+- A node's link, `gbit` of plan.prices, carries `LINK_SHARE` of its rate. Its GPUs' crops come from other nodes, and are
+  taken off first. EFA, over which NCCL may exchange gradients beside it, is not counted.
 - DDP exchanges buckets of 25 MiB as the backward pass makes them, beside `OVERLAPPED` of the step. What takes longer is
   waited for, and so is the last bucket in any case.
 - Each bucket, and the sums of loss and centre, take 2 log2(n) hops of `HOP_SECONDS`, which are not overlapped.
