@@ -33,8 +33,10 @@ from dinoray.pipeline.data.detection import (
     labels_from_folders,
     note_on_parts,
 )
+from dinoray.pipeline.data.first_shard import Asked, hold_images
 from dinoray.pipeline.data.manifest_file import DETECTABLE, Manifest, listed_as
-from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
+from dinoray.pipeline.data.row_groups import list_row_groups
+from dinoray.pipeline.data.shards import ShardFiles
 from dinoray.pipeline.data.sorting import sorted_by_key
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
@@ -115,7 +117,7 @@ def build_manifest(
     num_ignored, num_images, num_shards = (
         table.num_rows for table in (contents.others, contents.images, contents.shards)
     )
-    if num_images and num_shards and not hold_images(contents.shards, contents.root, storage.access):
+    if num_images and num_shards and not hold_images(ShardFiles(contents.shards, contents.root, storage)):
         num_ignored, num_shards = num_ignored + num_shards, 0  # the shards are metadata about the images
     if num_images and num_shards:
         raise ConfigError(

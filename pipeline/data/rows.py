@@ -107,6 +107,7 @@ class Rows:
                 etag=etag,
                 metadata=metadata,
                 access=self._access,
+                max_bytes=self._config.row_group_cache_bytes,
             ),
         )
         if self._manifest.rows_per_group is None and is_s3(uri):

@@ -187,6 +187,7 @@ def _read(source: Source, group: int) -> list[str | None]:
         read = partial(
             read_column, uri, shard["size"], shard["row_group"], column=column, access=source.storage.access
         )
-        return source.read(shard["key"], lambda retry: read(retry=retry))
+        labels = source.read(shard["key"], lambda retry: read(retry=retry))
+        return [label or shard.get("label") for label in labels]  # or that of a folder `column=label`
     except BAD_OBJECT:
         return []
