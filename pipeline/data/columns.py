@@ -7,7 +7,7 @@ very name. Arrow's wrappers (extension types, dictionaries, views) are looked th
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +17,10 @@ from dinoray.models.errors import ConfigError
 _MOST_DIGEST_BYTES = 64
 """Width up to which a column of fixed width holds ids or digests, not images."""
 _SETTINGS = "set data.image_column, data.key_column and data.label_column to names among these"
+
+
+_Found: TypeAlias = tuple[tuple[str, ...], pa.DataType]
+"""The names that lead to a column, and its type."""
 
 
 class MisfitShard(ConfigError):  # noqa: N818
@@ -96,13 +100,13 @@ def is_name(kind: pa.DataType) -> bool:
 
 def byte_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns of bytes; where there is none, those of fields of structs."""
-    names = [field.name for field in once(schema) if is_bytes(field.type)]
-    return names or [name for name, kind in _fields(schema) if is_bytes(kind)]
+    names = [name for name, kind in _fields(schema) if is_bytes(kind)]
+    return [name for name in names if name in schema.names] or names
 
 
 def path_columns(schema: pa.Schema) -> list[str]:
     """Return the names of text fields `path` in structs: images that Hugging Face's `datasets` left outside."""
-    return [name for name, kind in _fields(schema) if name.endswith(".path") and is_text(kind)]
+    return [f"{name}.path" for name, kind in _fields(schema) if _has_path(kind)]
 
 
 def image_leaf(schema: pa.Schema, column: str, uri: str) -> Leaf:
@@ -199,6 +203,11 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(is_(kind) for is_ in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
+def _has_path(kind: pa.DataType) -> bool:
+    index = kind.get_field_index("path") if pa.types.is_struct(kind) else -1
+    return index >= 0 and is_text(kind.field(index).type)
+
+
 def _printed(value: bytes) -> str:
     try:
         text = value.decode()
@@ -208,17 +217,18 @@ def _printed(value: bytes) -> str:
 
 
 def _fields(schema: pa.Schema | pa.StructType, above: str = "") -> Iterator[tuple[str, pa.DataType]]:
-    """Yield (dotted name, type) of the fields of structs, at any depth."""
+    """Yield (dotted name, type) of the columns and of the fields of structs, at any depth above image bytes."""
     for field in once(schema):
         name, kind = f"{above}{field.name}", plain_type(field.type)
-        if above:
-            yield name, kind
-        if pa.types.is_struct(kind):
+        yield name, kind
+        if pa.types.is_struct(kind) and not is_bytes(kind):
             yield from _fields(kind, f"{name}.")
 
 
 def _all_found(schema: pa.Schema | pa.StructType, column: str) -> list[tuple[tuple[str, ...], pa.DataType]]:
-    exact = [((column,), field.type) for field in schema if field.name == column]
+    exact: list[tuple[tuple[str, ...], pa.DataType]] = [
+        ((column,), field.type) for field in schema if field.name == column
+    ]
     if exact:
         return exact
     inner = ((field.name, plain_type(field.type)) for field in schema if column.startswith(f"{field.name}."))
@@ -230,7 +240,7 @@ def _all_found(schema: pa.Schema | pa.StructType, column: str) -> list[tuple[tup
     ]
 
 
-def _found(schema: pa.Schema, column: str, uri: str) -> tuple[tuple[str, ...], pa.DataType]:
+def _found(schema: pa.Schema, column: str, uri: str) -> "_Found":
     found = _all_found(schema, column)
     if not found:
         has = ", ".join(dict.fromkeys(map(repr, schema.names))) or "none"

@@ -21,6 +21,9 @@ class DataConfig(Settings):
     """Parquet: the column that names an image; null names it shard#row, auto detects the column."""
     label_column: str | None = "auto"
     """Parquet: the column of labels, read as text; null ignores labels, auto detects the column."""
+    uri_column: str | None = "auto"
+    """Parquet: the column of addresses of images, s3://, absolute, or relative to the shard's folder; each image is
+    then an object of its own. null takes image_column; auto does too, unless that has paths alone."""
     label_from_parent: bool | Auto = "auto"
     """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     fetch_concurrency: int = Field(default=32, ge=16, le=512)

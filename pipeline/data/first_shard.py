@@ -24,8 +24,10 @@ from dinoray.pipeline.data.detection import (
     detect_columns,
     is_named_as_images,
 )
-from dinoray.pipeline.data.parquet import PartFooter, first_bytes, read_column
-from dinoray.pipeline.data.shards import UNREADABLE, ShardFiles
+from dinoray.pipeline.data.parquet import PartFooter
+from dinoray.pipeline.data.parquet_faults import UNREADABLE
+from dinoray.pipeline.data.parquet_rows import first_bytes, growth, read_column
+from dinoray.pipeline.data.shards import ShardFiles
 
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 """What Hive and Spark write in a folder's name for null."""
@@ -41,12 +43,12 @@ class Asked(NamedTuple):
 
 
 class First(NamedTuple):
-    """A shard with images, the columns that it has, and all shards with the labels of their folders."""
+    """The columns of the first shard with images, and all shards with the labels of their folders."""
 
-    key: str
-    footer: PartFooter
     columns: Columns
     shards: pa.Table
+    growth: float
+    """How many times as large as by their footers images are in memory."""
     labels_in_path: bool
     """True if the column of labels is in the folders' names alone: `species=cat/part-0.parquet`."""
 
@@ -56,10 +58,7 @@ def find_columns(files: ShardFiles, *, path: str, asked: Asked, has_folder_label
 
     Raises ConfigError if none has an image column or a named one, and DataError if none can be read.
     """
-    for shard in files.candidates():
-        footer = files.footer(shard)
-        if footer is None:
-            continue
+    for shard, footer in files.candidates():
         labels = None
         if has_folder_labels and asked.label == AUTO:
             asked = asked._replace(label=None)
@@ -72,6 +71,8 @@ def find_columns(files: ShardFiles, *, path: str, asked: Asked, has_folder_label
                 )
         try:
             columns = _columns(footer, shard, asked, files, in_path=labels is not None)
+            retry, access = files.retry(shard["key"]), files.storage.access
+            times = growth(footer, shard["size"], columns.image, retry=retry, access=access)
         except (MisfitShard, *UNREADABLE) as error:
             files.leave_out(shard["key"], error)
             continue
@@ -79,7 +80,7 @@ def find_columns(files: ShardFiles, *, path: str, asked: Asked, has_folder_label
         if labels is not None:
             columns.notes.append(f"labels from folders named {asked.label}=...")
             shards = shards.set_column(shards.schema.get_field_index("label"), "label", labels)
-        return First(shard["key"], footer, columns, shards, labels is not None)
+        return First(columns, shards, times, labels is not None)
     raise files.too_many(path)
 
 
@@ -97,10 +98,7 @@ def check_columns(
 def hold_images(files: ShardFiles) -> bool:
     """Return True if one of some Parquet shards has a column of images by its name or bytes, or all are damaged."""
     is_any_whole = False
-    for shard in files.candidates():
-        footer = files.footer(shard)
-        if footer is None:
-            continue
+    for shard, footer in files.candidates():
         is_any_whole = True
         for column in byte_columns(footer.schema):
             if is_named_as_images(footer.schema, column):

@@ -34,6 +34,8 @@ IMAGE_SUFFIXES = frozenset(
         *(".jp2", ".j2k", ".avif"),
     }
 )
+_PARQUET = re.compile(r"\.(parquet|parq|pq)(\.(gz|gzip|snappy|zstd|zst|lz4|br|brotli|lzo))?$")
+"""Names of Parquet; some writers add the codec of its pages. Objects without a suffix may be Parquet too."""
 _TEXT_NAMES = frozenset({"readme", "license", "licence", "copying", "notice", "authors", "makefile"})
 _PATTERN = re.compile(r"[*?]|\[.+\]|\{.+,.+\}")
 _BATCH_ROWS = 65_536
@@ -160,7 +162,7 @@ def role_of(key: str) -> Role:
         return "image"
     if name.startswith((".", "_")) or name in _TEXT_NAMES:
         return "other"
-    return "parquet" if suffix == ".parquet" else "other" if suffix else "bare"
+    return "parquet" if _PARQUET.search(name) else "other" if suffix else "bare"
 
 
 def is_pattern(path: str) -> bool:

@@ -18,7 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,9 +33,10 @@ from dinoray.pipeline.data.detection import (
     labels_from_folders,
     note_on_parts,
 )
-from dinoray.pipeline.data.first_shard import Asked, hold_images
-from dinoray.pipeline.data.manifest_file import DETECTABLE, Manifest, listed_as
-from dinoray.pipeline.data.row_groups import list_row_groups
+from dinoray.pipeline.data.first_shard import hold_images
+from dinoray.pipeline.data.listed_shards import Found, list_shards
+from dinoray.pipeline.data.manifest_file import Manifest, listed_as
+from dinoray.pipeline.data.shard_files import with_shards_by_content
 from dinoray.pipeline.data.shards import ShardFiles
 from dinoray.pipeline.data.sorting import sorted_by_key
 from dinoray.pipeline.storage import run_dir
@@ -114,19 +115,23 @@ def build_manifest(
         access=storage.access,
         parts=parts,
     )
+    contents, of_tables = with_shards_by_content(contents, config.label_from_parent, storage)
     num_ignored, num_images, num_shards = (
         table.num_rows for table in (contents.others, contents.images, contents.shards)
     )
-    if num_images and num_shards and not hold_images(ShardFiles(contents.shards, contents.root, storage)):
+    files = ShardFiles(contents.shards, contents.root, storage)
+    has_addresses = num_shards > 0 and config.uri_column not in (AUTO, None)
+    if num_images and num_shards and not has_addresses and not hold_images(files):
         num_ignored, num_shards = num_ignored + num_shards, 0  # the shards are metadata about the images
-    if num_images and num_shards:
+    if num_images and num_shards and not has_addresses:
         raise ConfigError(
             f"{setting}={path} holds {num_images} images and {num_shards} Parquet shards; "
             f"point {setting} at a folder with one kind"
         )
     if num_shards:
         num_ignored += contents.bare.num_rows
-        kept = _row_groups(config, path, contents.root, contents.shards, storage)
+        kept = list_shards(config, path, contents, storage)
+        num_ignored += num_images - kept.num_listed
     elif num_images or contents.bare.num_rows:
         images = pa.concat_tables([contents.images, contents.bare])
         nothing = images.schema.empty_table()
@@ -139,12 +144,22 @@ def build_manifest(
     labelled = (
         labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
     )
-    notes = [*kept.notes, *note_on_parts(contents.parts, path, labelled=labelled)]
-    if not num_shards:
+    notes = [*kept.notes, *of_tables, *note_on_parts(contents.parts, path, labelled=labelled)]
+    kind: Literal["images", "parquet"] = "parquet" if "row_group" in kept.table.column_names else "images"
+    if kind == "images":
         notes += note_on_archived(kept.table)
-    found = (contents.root, num_ignored, listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
-    kind: Literal["images", "parquet"] = "parquet" if num_shards else "images"
-    manifest = Manifest(kept.table, kind, *found, kept.rows_per_group, contents.passed_over)
+    manifest = Manifest(
+        kept.table,
+        kind,
+        kept.root or contents.root,
+        num_ignored,
+        listed_as(config),
+        kept.detected,
+        tuple(notes),
+        tuple(kept.damaged),
+        kept.rows_per_group,
+        contents.passed_over,
+    )
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
 
@@ -190,15 +205,7 @@ def _free_name(names: Sequence[str]) -> str:
     return f"manifest{number}-0001.parquet"
 
 
-class _Found(NamedTuple):
-    table: pa.Table
-    detected: dict[str, Any]
-    notes: list[str]
-    damaged: Sequence[str] = ()
-    rows_per_group: int | None = None
-
-
-def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) -> _Found:
+def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) -> Found:
     """Takes the columns out of `columns`."""
     detected: dict[str, Any] = {}
     for name in ("key_column", "label_column"):
@@ -209,6 +216,13 @@ def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) 
                 f"data.{name}={getattr(config, name)!r} is for Parquet, but {path} holds image objects; "
                 "unset it (labels of image objects: data.label_from_parent=true)"
             )
+    if config.uri_column == AUTO:
+        detected["uri_column"] = None
+    elif config.uri_column is not None:
+        raise ConfigError(
+            f"data.uri_column={config.uri_column!r} is for Parquet, but {path} holds image objects; unset it, or point "
+            "data.path at the Parquet files that name the images"
+        )
     if config.label_from_parent is True and columns["label"].null_count == len(columns["label"]):
         raise ConfigError(
             f"data.label_from_parent=true, but no image of {path} lies in a folder below it; "
@@ -225,20 +239,4 @@ def _images(config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray]) 
             pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
         )
         del labels
-    return _Found(sorted_by_key(columns), detected, notes)
-
-
-def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, storage: StorageConfig) -> _Found:
-    found = list_row_groups(
-        sorted_by_key(dict(zip(shards.column_names, shards.columns, strict=True))),
-        path=path,
-        root=root,
-        asked=Asked(config.image_column, config.key_column, config.label_column, config.label_from_parent),
-        concurrency=config.fetch_concurrency,
-        storage=storage,
-    )
-    columns = found.columns
-    values = (columns.image, columns.key, columns.label, found.from_folders)
-    detected = dict(zip(DETECTABLE, values, strict=True))
-    chosen = {name: value for name, value in detected.items() if getattr(config, name) == AUTO}
-    return _Found(found.table, chosen, columns.notes, found.damaged, found.rows_per_group)
+    return Found(sorted_by_key(columns), detected, notes)

@@ -6,7 +6,14 @@ from typing import Any
 import pyarrow as pa
 
 from dinoray.models.errors import DataError, ResourceError
-from dinoray.pipeline.storage.retry import LIST_AGAIN, DeniedObject, MissingObject, may_pass
+from dinoray.pipeline.storage.retry import (
+    LIST_AGAIN,
+    ArchivedObject,
+    DeniedObject,
+    FailingObject,
+    MissingObject,
+    may_pass,
+)
 
 FAULTS = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
 """What pyarrow raises for files that it cannot read; UnicodeDecodeError for names of columns."""
@@ -26,6 +33,10 @@ class CorruptShard(DataError):  # noqa: N818
 
 class UnsupportedShard(CorruptShard):
     """The file may be whole, but it cannot be read here: reading it again does not help."""
+
+
+UNREADABLE = (CorruptShard, DeniedObject, ArchivedObject, FailingObject)
+"""Errors of one shard, which is left out."""
 
 
 def unreadable(uri: str, file: Any, error: Exception) -> Exception:

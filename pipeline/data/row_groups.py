@@ -21,12 +21,11 @@ from dinoray.pipeline.data.parquet import (
     ColumnFacts,
     PartFooter,
     RowGroup,
-    UnsupportedShard,
     column_facts,
     row_groups,
 )
+from dinoray.pipeline.data.parquet_faults import UnsupportedShard
 from dinoray.pipeline.data.shards import ShardFiles
-from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.progress import counting
 
 PACKED = b"dinoray.packed"
@@ -58,17 +57,14 @@ class RowGroups(NamedTuple):
     """Rows in each row group, or fewer at the ends of shards, if all shards are packed so; else None."""
 
 
-def list_row_groups(
-    shards: pa.Table, *, path: str, root: str, asked: Asked, concurrency: int, storage: StorageConfig
-) -> RowGroups:
-    """Return the row groups of `shards`, a table sorted by key: key, size, etag and label (from its folders).
+def list_row_groups(files: ShardFiles, *, path: str, asked: Asked, concurrency: int) -> RowGroups:
+    """Return the row groups of `files`, whose table is sorted by key: key, size, etag and label (from its folders).
 
     Reads `concurrency` footers at a time, each as patiently as an image. A shard that is damaged, cannot be read, or
     lacks the columns of the others is left out. Raises ConfigError if a column or setting does not fit most shards,
     and DataError if they hold no rows or most cannot be read.
     """
-    from_folders = _is_labelled_by_folders(shards, path, asked)
-    files = ShardFiles(shards, root, storage)
+    from_folders = _is_labelled_by_folders(files.shards, path, asked)
     first = find_columns(files, path=path, asked=asked, has_folder_labels=from_folders)
     columns, shards = first.columns, first.shards
     if from_folders:
@@ -78,7 +74,7 @@ def list_row_groups(
     per_group: set[int | None] = set()
 
     def read(shard: dict[str, Any]) -> _Part:
-        footer = first.footer if shard["key"] == first.key else files.footer(shard)
+        footer = files.footer(shard)
         count.add(1)
         try:
             if footer is None:
@@ -108,6 +104,7 @@ def list_row_groups(
             raise
     files.check(path)
     counts = np.concatenate([part.counts for part in found])
+    counts[:, 2] = np.ceil(counts[:, 2] * first.growth)
     if not len(counts):
         raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows; check data.path")
     if asked.label == AUTO and columns.label is not None:

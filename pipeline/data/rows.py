@@ -10,12 +10,9 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, expected_etag, whole
 from dinoray.pipeline.data.footers import FooterCache
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
-from dinoray.pipeline.data.parquet import (
-    CorruptShard,
-    again_if_damaged,
-    read_footer,
-    read_row_group,
-)
+from dinoray.pipeline.data.parquet import again_if_damaged, read_footer
+from dinoray.pipeline.data.parquet_faults import CorruptShard
+from dinoray.pipeline.data.parquet_rows import read_row_group
 from dinoray.pipeline.data.recently_used import RecentlyUsed
 from dinoray.pipeline.storage.addresses import is_s3
 from dinoray.pipeline.storage.checks import NO_PAGE_CHECKSUMS, UNCHECKED

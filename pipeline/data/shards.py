@@ -3,6 +3,7 @@
 Stands between parquet.py and the tables of the manifest. No Ray here.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,12 @@ from dinoray.models.errors import DataError, DinorayError
 from dinoray.pipeline.data.columns import MisfitShard
 from dinoray.pipeline.data.contents import some_names
 from dinoray.pipeline.data.others import OtherObjects
-from dinoray.pipeline.data.parquet import CorruptShard, PartFooter, again_if_damaged, read_footer
+from dinoray.pipeline.data.parquet import PartFooter, again_if_damaged, read_footer
+from dinoray.pipeline.data.parquet_faults import UNREADABLE
 from dinoray.pipeline.storage.config import StorageConfig
-from dinoray.pipeline.storage.retry import ArchivedObject, DeniedObject, FailingObject, Retry
+from dinoray.pipeline.storage.retry import Retry
 from dinoray.pipeline.storage.waiting import Patient
 
-UNREADABLE = (CorruptShard, DeniedObject, ArchivedObject, FailingObject)
-"""Errors of one shard, which is left out."""
 _FIRST, _SPREAD = 4, 8
 """Shards of which the first with images shows the columns of all: the first few, then some from all over the list."""
 
@@ -30,6 +30,7 @@ class ShardFiles:
         self.shards, self.storage = shards, storage
         self._root, self._others = root.rstrip("/"), OtherObjects(shards, root, storage.access)
         self._left_out: dict[str, DinorayError] = {}
+        self._candidates: dict[str, PartFooter] = {}
 
     @property
     def damaged(self) -> list[str]:
@@ -41,6 +42,10 @@ class ShardFiles:
         """Return the keys of the shards that lack a column of the others."""
         return sorted(key for key, error in self._left_out.items() if isinstance(error, MisfitShard))
 
+    def uri(self, key: str) -> str:
+        """Return the address of a shard."""
+        return f"{self._root}/{key}"
+
     def retry(self, key: str) -> Retry:
         """Return the retries of a shard, which wait for the storage."""
         return Patient(self.storage.give_up_after_seconds, others=lambda: self._others.probes(key))
@@ -50,10 +55,12 @@ class ShardFiles:
         key = shard["key"]
         if key in self._left_out:
             return None
+        if key in self._candidates:
+            return self._candidates[key]
         try:
             return again_if_damaged(
                 lambda: read_footer(
-                    f"{self._root}/{key}", shard["size"], retry=self.retry(key), access=self.storage.access
+                    self.uri(key), shard["size"], retry=self.retry(key), access=self.storage.access
                 )
             )
         except UNREADABLE as error:
@@ -64,12 +71,16 @@ class ShardFiles:
         """Note a shard that is not used."""
         self._left_out[key] = error
 
-    def candidates(self) -> list[dict[str, Any]]:
-        """Return some shards, the first of which with images shows the columns of all."""
+    def candidates(self) -> Iterator[tuple[dict[str, Any], PartFooter]]:
+        """Yield some shards that can be read, with their footers, which are read once."""
         number = self.shards.num_rows
         spread = np.linspace(0, number - 1, _SPREAD).astype(int).tolist()
         rows = list(dict.fromkeys([*range(min(_FIRST, number)), *spread]))
-        return self.shards.take(rows).to_pylist()
+        for shard in self.shards.take(rows).to_pylist():
+            footer = self.footer(shard)
+            if footer is not None:
+                self._candidates[shard["key"]] = footer
+                yield shard, footer
 
     def check(self, path: str) -> None:
         """Raise the error of the first shard that is left out, if most are."""
@@ -91,8 +102,6 @@ class ShardFiles:
         misfits = self.misfits
         if not misfits:
             return []
-        names = some_names(misfits)
-        what = "Parquet file does" if len(misfits) == 1 else "Parquet files do"
-        return [
-            f"{len(misfits)} {what} not fit the others and are left out: {names} ({self._left_out[misfits[0]]})"
-        ]
+        what = "Parquet file" if len(misfits) == 1 else "Parquet files"
+        why = self._left_out[misfits[0]]
+        return [f"{len(misfits)} {what} with other columns left out: {some_names(misfits)} ({why})"]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, Status, expected_etag, whole
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
+from dinoray.pipeline.data.manifest_file import UNKNOWN_BYTES
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.data.recently_used import RecentlyUsed
@@ -239,14 +240,16 @@ class _Objects:
 
     def arrivals(self, indices: Sequence[int], begin: Any) -> Iterator[tuple[int, Fetched]]:
         limit = self._config.max_object_bytes
-        sizes = [min(self._sizes[index].as_py(), limit) for index in indices]
+        listed = (self._sizes[index].as_py() for index in indices)
+        sizes = [min(UNKNOWN_BYTES if size is None else size, limit) for size in listed]
         images: Iterator[tuple[int, Fetched]] = begin(self._one, indices, sizes)
         return images
 
     def _one(self, index: int) -> Fetched:
         key, label, limit = self.key(index), self._labels[index].as_py(), self._config.max_object_bytes
-        if self._sizes[index].as_py() > limit:
-            reason = f"{self._sizes[index].as_py()} bytes, more than data.max_object_bytes={limit}"
+        size = self._sizes[index].as_py()
+        if size is not None and size > limit:
+            reason = f"{size} bytes, more than data.max_object_bytes={limit}"
             return Fetched(key, None, label, Status.TOO_LARGE, reason)
         try:
             data = self._waiting(key, lambda retry: self._read(index, limit, retry))
@@ -256,10 +259,11 @@ class _Objects:
 
     def _read_s3(self, index: int, limit: int, retry: Retry) -> bytes:
         bucket, _ = split_s3_uri(self._manifest.root)
+        key = self.key(index)
+        if self._manifest.uri(key) == key:
+            bucket, key = split_s3_uri(key)
         etag = expected_etag(self._config, self._etags[index].as_py())
-        return read_object(
-            bucket, self.key(index), etag=etag, max_bytes=limit, retry=retry, access=self._access
-        )
+        return read_object(bucket, key, etag=etag, max_bytes=limit, retry=retry, access=self._access)
 
     def _read_file(self, index: int, limit: int, retry: Retry) -> bytes:
         key, listed = self.key(index), self._sizes[index].as_py()
@@ -273,7 +277,7 @@ class _Objects:
                 if size > limit:
                     raise ObjectTooLarge(f"{path} holds {size} bytes, more than {limit}")
                 # Not by its time, which differs between copies on several nodes.
-                if size != listed and self._config.if_overwritten == "bad":
+                if listed is not None and size != listed and self._config.if_overwritten == "bad":
                     raise ChangedObject(f"{path} has {size} bytes, not {listed} as listed; {LIST_AGAIN}")
                 return file.read()
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from dinoray.pipeline.data.detection import AUTO, other_label_column
 from dinoray.pipeline.data.fetched import BAD_OBJECT
-from dinoray.pipeline.data.parquet import read_column, read_footer
+from dinoray.pipeline.data.parquet import read_footer
+from dinoray.pipeline.data.parquet_rows import read_column
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset

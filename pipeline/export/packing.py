@@ -26,7 +26,7 @@ from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.fetched import BAD_OBJECT
 from dinoray.pipeline.data.jpeg import DENOMINATORS, Pixels, open_image
-from dinoray.pipeline.data.parquet import read_column
+from dinoray.pipeline.data.parquet_rows import read_column
 from dinoray.pipeline.data.row_groups import PACKED
 from dinoray.pipeline.data.source import Fetched, Source, Status
 from dinoray.pipeline.export.packing_plan import Plan
