@@ -20,6 +20,7 @@ from dinoray.pipeline.data.columns import (
     text_leaf,
 )
 from dinoray.pipeline.data.parquet_faults import (
+    ENCRYPTED,
     FAULTS,
     CorruptShard,
     UnsupportedShard,
@@ -33,6 +34,10 @@ from dinoray.pipeline.storage.s3 import ObjectFile
 
 Result = TypeVar("Result")
 
+_END_BYTES = 8
+"""At the end of a shard: the length of the footer, and four letters."""
+_SIGNATURE_BYTES = 28
+"""That follow a footer which is not encrypted itself, in files with encrypted columns."""
 _MOST_DAMAGES = 4
 """Kinds of damage to the same bytes after which they are given up."""
 
@@ -65,9 +70,10 @@ def read_footer(
 
     def read() -> PartFooter:
         with open_shard(uri, num_bytes, retry, access, etag) as file:
-            shard = parquet_file(file)
-            shard.schema_arrow.names  # noqa: B018 (raises if a name is not UTF-8)
-            return PartFooter(uri, shard.schema_arrow, shard.metadata)
+            metadata = footer_of(file, uri)
+            schema = metadata.schema.to_arrow_schema()
+            schema.names  # noqa: B018 (raises if a name is not UTF-8)
+            return PartFooter(uri, schema, metadata)
 
     return retried(read, uri, retry)
 
@@ -98,7 +104,10 @@ def text_leaves(schema: pa.Schema, columns: Sequence[str], uri: str) -> dict[str
 def chunks_of(group: pq.RowGroupMetaData, leaves: Sequence[Leaf]) -> list[pq.ColumnChunkMetaData]:
     wanted = {leaf.name for leaf in leaves}
     chunks = (group.column(number) for number in range(group.num_columns))
-    return [chunk for chunk in chunks if chunk.path_in_schema in wanted]
+    try:
+        return [chunk for chunk in chunks if chunk.path_in_schema in wanted]
+    except UnicodeDecodeError as error:
+        raise CorruptShard(f"a footer has no readable names of columns: {error}; write the file again") from error
 
 
 def _plain_bytes(chunk: pq.ColumnChunkMetaData) -> int:
@@ -127,7 +136,10 @@ def column_facts(footer: PartFooter, group: int, column: str) -> ColumnFacts:
         num_nulls = found.null_count if found.has_null_count else None
         if num_nulls == metadata.num_rows:
             return ColumnFacts(frozenset(), num_nulls)
-        ends = frozenset((found.min, found.max)) if found.has_min_max else None
+        try:
+            ends = frozenset((found.min, found.max)) if found.has_min_max else None
+        except UnicodeDecodeError:  # some writers cut texts within a letter
+            ends = None
         if class_names(schema, column) is None or ends is None:
             return ColumnFacts(ends, num_nulls)
         # A negative number of a class is written for no label.
@@ -158,6 +170,31 @@ def retried(read: Callable[[], Result], uri: str, retry: Retry) -> Result:
     return read() if is_s3(uri) else retry(read, what=uri)
 
 
+class _ShardOnS3(ObjectFile):
+    """An object that remembers its end, which is read with the footer."""
+
+    end = b""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if self.tell() == self._num_bytes:
+            self.end = data[-_END_BYTES:]
+        return data
+
+
+def footer_of(file: Any, uri: str) -> pq.FileMetaData:
+    """Read the footer of an open shard. Raises UnsupportedShard where asking for columns would end the process."""
+    metadata = parquet_file(file).metadata
+    if isinstance(file, _ShardOnS3):
+        end = file.end
+    else:
+        file.seek(file.size() - _END_BYTES)
+        end = file.read(_END_BYTES)
+    if int.from_bytes(end[:4], "little") - metadata.serialized_size == _SIGNATURE_BYTES:
+        raise UnsupportedShard(f"{uri} {ENCRYPTED}")
+    return metadata
+
+
 def parquet_file(file: Any, metadata: pq.FileMetaData | None = None, **options: Any) -> pq.ParquetFile:
     return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, **options)
 
@@ -169,7 +206,7 @@ def open_shard(
     file = None
     try:
         if is_s3(uri):
-            file = ObjectFile(*split_s3_uri(uri), num_bytes, retry=retry, etag=etag, access=access)
+            file = _ShardOnS3(*split_s3_uri(uri), num_bytes, retry=retry, etag=etag, access=access)
         else:
             file = pa.OSFile(uri)
         with file:

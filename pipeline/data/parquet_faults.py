@@ -17,8 +17,9 @@ from dinoray.pipeline.storage.retry import (
 
 FAULTS = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
 """What pyarrow raises for files that it cannot read; UnicodeDecodeError for names of columns."""
+ENCRYPTED = "is encrypted; decrypt it or remove it"
 _STARTS = {
-    b"PARE": "is encrypted; decrypt it or remove it",
+    b"PARE": ENCRYPTED,
     b"\x1f\x8b": "is compressed as a whole by gzip; decompress it with gunzip, or remove it",
     b"BZh": "is compressed as a whole by bzip2; decompress it with bunzip2, or remove it",
     b"\x28\xb5\x2f\xfd": "is compressed as a whole by zstd; decompress it with unzstd, or remove it",
@@ -53,7 +54,7 @@ def unreadable(uri: str, file: Any, error: Exception) -> Exception:
     start = _start(file)
     known = next((text for magic, text in _STARTS.items() if start.startswith(magic)), None)
     if "crypt" in reason.lower():
-        known = _STARTS[b"PARE"]
+        known = ENCRYPTED
     if known:
         return UnsupportedShard(f"{uri} {known}")
     if isinstance(error, pa.ArrowNotImplementedError):

@@ -4,16 +4,17 @@ Stands between parquet.py, which opens shards, and the source. Decodes no image;
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dinoray.pipeline.data.columns import Leaf, MisfitShard, as_text, class_names, image_leaf
 from dinoray.pipeline.data.parquet import (
     PartFooter,
     chunks_of,
+    footer_of,
     open_shard,
     parquet_file,
     retried,
@@ -57,7 +58,7 @@ def read_row_group(
 
     def read() -> pa.Table:
         with open_shard(uri, num_bytes, retry, access, etag) as file:
-            footer = metadata or parquet_file(file).metadata
+            footer = metadata or footer_of(file, uri)
             schema = footer.schema.to_arrow_schema()
             image = _of_listed(lambda: image_leaf(schema, image_column, uri))
             texts = _of_listed(lambda: text_leaves(schema, other_columns, uri))
@@ -100,7 +101,7 @@ def read_texts(
 
     def read() -> pa.Table:
         with open_shard(uri, num_bytes, retry, access) as file:
-            footer = parquet_file(file).metadata
+            footer = footer_of(file, uri)
             schema = footer.schema.to_arrow_schema()
             leaves = _of_listed(lambda: text_leaves(schema, columns, uri))
             names = {column: class_names(schema, column) for column in columns}
@@ -151,14 +152,10 @@ def growth(footer: PartFooter, num_bytes: int, column: str, *, retry: Retry, acc
         return 1.0
 
     def read(batches: Iterator[pa.Array]) -> float:
-        first = next(batches, pa.array([], pa.binary()))
-        return (
-            max(1.0, pc.sum(pc.binary_length(first)).as_py() / len(first) / max(1.0, noted))
-            if len(first)
-            else 1.0
-        )
+        found = [len(value or b"") for batch in islice(batches, 1) for value in batch.to_pylist()]
+        return sum(found) / max(1, len(found)) / max(1.0, noted)
 
-    return _first(read, footer, num_bytes, column, retry, access) or 1.0
+    return max(1.0, _first(read, footer, num_bytes, column, retry, access) or 1.0)
 
 
 def _first(

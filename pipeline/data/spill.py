@@ -19,7 +19,7 @@ LEAST_BYTES = 64 << 20
 
 
 def collect(batches: Iterator[pa.RecordBatch], *, max_bytes: int, what: str) -> pa.Table:
-    """Return all rows of `batches`, at least one; more than `max_bytes` of them from a file.
+    """Return all rows of `batches`; more than `max_bytes` of them from a file.
 
     Raises ResourceError, which names `what` is read, if the disk of temporary files has no room.
     """
@@ -29,7 +29,7 @@ def collect(batches: Iterator[pa.RecordBatch], *, max_bytes: int, what: str) -> 
         num_bytes += batch.nbytes
         if num_bytes > max(max_bytes, LEAST_BYTES):
             return _from_file(_chained(held, batches), held[0].schema, what)
-    return pa.Table.from_batches(held)
+    return pa.Table.from_batches(held, None if held else pa.schema([]))
 
 
 def _chained(held: deque[pa.RecordBatch], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
