@@ -16,7 +16,7 @@ from dinoray.pipeline.data.manifest_file import DETECTABLE
 from dinoray.pipeline.data.row_groups import list_row_groups
 from dinoray.pipeline.data.shards import ShardFiles
 from dinoray.pipeline.data.sorting import sorted_by_key
-from dinoray.pipeline.data.spill import LEAST_BYTES
+from dinoray.pipeline.data.spill import most_in_memory
 from dinoray.pipeline.data.uri_list import list_addresses, paths_alone
 from dinoray.pipeline.storage.config import StorageConfig
 
@@ -44,8 +44,8 @@ def list_shards(config: DataConfig, path: str, contents: Contents, storage: Stor
     if uri_column is not None:
         return _addressed(config, path, contents, files, uri_column, asked)
     found = list_row_groups(files, path=path, asked=asked, concurrency=config.fetch_concurrency)
-    largest, limit = pc.max(found.table["num_bytes"]).as_py(), max(config.row_group_cache_bytes, LEAST_BYTES)
-    if largest > limit:
+    largest = pc.max(found.table["num_bytes"]).as_py()
+    if largest > most_in_memory(config.row_group_cache_bytes):
         found.columns.notes.append(
             f"row groups of up to {largest / 1e9:.3g} GB are read through a file in the folder for temporary files; "
             f"`{command('pack', path, '--out', 'FOLDER')}` writes smaller ones"

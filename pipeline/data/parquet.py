@@ -107,7 +107,9 @@ def chunks_of(group: pq.RowGroupMetaData, leaves: Sequence[Leaf]) -> list[pq.Col
     try:
         return [chunk for chunk in chunks if chunk.path_in_schema in wanted]
     except UnicodeDecodeError as error:
-        raise CorruptShard(f"a footer has no readable names of columns: {error}; write the file again") from error
+        raise CorruptShard(
+            f"a footer has no readable names of columns: {error}; write the file again"
+        ) from error
 
 
 def _plain_bytes(chunk: pq.ColumnChunkMetaData) -> int:

@@ -14,6 +14,7 @@ from dinoray.pipeline.data.parquet import again_if_damaged, read_footer
 from dinoray.pipeline.data.parquet_faults import CorruptShard
 from dinoray.pipeline.data.parquet_rows import read_row_group
 from dinoray.pipeline.data.recently_used import RecentlyUsed
+from dinoray.pipeline.data.spill import most_in_memory
 from dinoray.pipeline.storage.addresses import is_s3
 from dinoray.pipeline.storage.checks import NO_PAGE_CHECKSUMS, UNCHECKED
 from dinoray.pipeline.storage.config import SIGNED, Access
@@ -104,7 +105,7 @@ class Rows:
                 etag=etag,
                 metadata=metadata,
                 access=self._access,
-                max_bytes=self._config.row_group_cache_bytes,
+                max_bytes=most_in_memory(self._config.row_group_cache_bytes),
             ),
         )
         if self._manifest.rows_per_group is None and is_s3(uri):

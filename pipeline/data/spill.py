@@ -15,7 +15,12 @@ import pyarrow as pa
 from dinoray.models.errors import ResourceError
 
 LEAST_BYTES = 64 << 20
-"""Row groups of up to so many bytes are always kept in memory."""
+"""Smaller row groups are always kept in memory."""
+
+
+def most_in_memory(cache_bytes: int) -> int:
+    """Return the bytes up to which a row group is kept in memory, by `data.row_group_cache_bytes`."""
+    return max(cache_bytes, LEAST_BYTES)
 
 
 def collect(batches: Iterator[pa.RecordBatch], *, max_bytes: int, what: str) -> pa.Table:
@@ -27,7 +32,7 @@ def collect(batches: Iterator[pa.RecordBatch], *, max_bytes: int, what: str) -> 
     for batch in batches:
         held.append(batch)
         num_bytes += batch.nbytes
-        if num_bytes > max(max_bytes, LEAST_BYTES):
+        if num_bytes > max_bytes:
             return _from_file(_chained(held, batches), held[0].schema, what)
     return pa.Table.from_batches(held, None if held else pa.schema([]))
 

@@ -324,7 +324,6 @@ def test_row_groups_beyond_the_limit_come_from_a_file(
     table = {"image": images, "label": labels}
     write_all(tmp_path / "data", {"x.parquet": parquet(table, row_group_size=300, compression="none")})
     monkeypatch.setattr(spill, "LEAST_BYTES", 100_000)
-    monkeypatch.setattr("dinoray.pipeline.data.listed_shards.LEAST_BYTES", 100_000)
     monkeypatch.setattr(spill.tempfile, "tempdir", str(tmp_path))
     source = source_of(str(tmp_path / "data"), row_group_cache_bytes=0)
     assert "are read through a file in the folder for temporary files; `dinoray pack" in notes_of(source)

@@ -85,9 +85,7 @@ def test_images_elsewhere_are_read_and_missing_ones_counted(tmp_path: Path) -> N
     assert source.manifest.object_sizes.tolist() == [1 << 20] * 9
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.struct({"path": pa.string()})]
-)
+@pytest.mark.parametrize("kind", [{"bytes": pa.binary(), "path": pa.string()}, {"path": pa.string()}])
 def test_hugging_face_images_without_bytes_are_read_by_their_paths(
     tmp_path: Path, kind: dict[str, pa.DataType]
 ) -> None:
