@@ -83,7 +83,7 @@ def describe_objects(manifest: Manifest, *, most_bytes: int) -> Iterator[str]:
     if "storage_class" in table.column_names and table["storage_class"].null_count < table.num_rows:
         classes = pc.value_counts(table["storage_class"].fill_null("STANDARD")).to_pylist()
         yield "storage classes: " + ", ".join(f"{one['counts']:,} {one['values']}" for one in classes)
-    sizes = table["size"].to_numpy()
+    sizes = table["size"].drop_null().to_numpy()
     edges = [*_SIZES.values()]
     numbers = np.bincount(np.searchsorted(edges, sizes, side="right"), minlength=len(edges) + 1).tolist()
     labels = [f"below {one}" for one in _SIZES] + [f"{[*_SIZES][-1]} or more"]

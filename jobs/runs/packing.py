@@ -222,7 +222,7 @@ def _check_room_beside(out: Directory) -> None:
 
 def _listed_bytes(manifest: Manifest) -> int:
     sizes = manifest.group_bytes
-    return int((manifest.table["size"].to_numpy() if sizes is None else sizes).sum())
+    return int((manifest.object_sizes if sizes is None else sizes).sum())
 
 
 def _megabytes(num_bytes: int) -> str:

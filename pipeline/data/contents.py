@@ -17,7 +17,8 @@ from dinoray.pipeline.data.bounds import Bound
 from dinoray.pipeline.data.choosing import ImageList, Patterns, pattern_remedy
 from dinoray.pipeline.data.classify import CONFIG, EMBEDDINGS, OF_A_RUN, PACKED, STUDY, Classifier
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.detection import is_split
+from dinoray.pipeline.data.detection import AUTO, has_label_pair, is_split
+from dinoray.pipeline.data.first_shard import hold_images
 from dinoray.pipeline.data.ignored import (
     EXCLUDED,
     OUTPUT,
@@ -29,7 +30,7 @@ from dinoray.pipeline.data.ignored import (
 )
 from dinoray.pipeline.data.listing import Listing, list_entries
 from dinoray.pipeline.data.names import kinds_of, most_frequent
-from dinoray.pipeline.data.row_groups import hold_images
+from dinoray.pipeline.data.shards import ShardFiles
 from dinoray.pipeline.data.sniffing import contents_of
 from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import normal_uri
@@ -150,7 +151,7 @@ def list_contents(
     )
 
 
-def look_into(contents: Contents, storage: StorageConfig) -> Contents:
+def look_into(contents: Contents, config: DataConfig, storage: StorageConfig) -> Contents:
     """Return the contents with the objects whose names say nothing as what a few of them begin as.
 
     Images of that sort are not taken beside tar files and Parquet of images, unless others have names of images.
@@ -160,13 +161,19 @@ def look_into(contents: Contents, storage: StorageConfig) -> Contents:
         return contents
     found = contents_of(unknown, contents.root, storage)
     has_images = contents.tars.num_rows or (
-        contents.shards.num_rows and hold_images(contents.shards, contents.root, storage.access)
+        contents.shards.num_rows and hold_images(ShardFiles(contents.shards, contents.root, storage))
     )
     if has_images and not contents.images.num_rows:
         found = pc.if_else(pc.equal(found, "parquet"), found, pa.scalar(None, pa.string()))
     images, shards = (
         unknown.filter(pc.fill_null(pc.equal(found, what), False)) for what in ("image", "parquet")
     )
+    if config.from_folders == AUTO:  # a shard's own labels come first, before folders that are none by name
+        is_pair = [
+            has_label_pair(key[len(contents.prefix) :].split("/")[:-1]) for key in shards["key"].to_pylist()
+        ]
+        labels = pc.if_else(pa.array(is_pair, pa.bool_()), shards["label"], pa.scalar(None, pa.string()))
+        shards = shards.set_column(shards.schema.get_field_index("label"), "label", labels)
     counts = most_frequent(kinds_of(images["key"]), _MOST_NAMED) if images.num_rows else []
     taken = ", ".join(f"{number} {kind or 'without a suffix'}" for kind, number in counts)
     notes = [f"images by their content: {taken}"] if taken else []

@@ -4,16 +4,25 @@ Used once, when the manifest is built; the manifest stores the result. Pure func
 here.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
 
 from dinoray.models.commands import command
-from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.columns import (
+    MisfitShard,
+    byte_columns,
+    class_names,
+    features,
+    image_leaf,
+    is_bytes,
+    is_name,
+    is_text,
+    once,
+)
 
 AUTO = "auto"
 SPLIT_FOLDERS = frozenset(
@@ -194,9 +203,9 @@ def detect_columns(
     notes: list[str] = []
     if image == AUTO:
         image = _image_column(schema, uri, first_bytes, notes)
-    features = _features(schema)
     if label == AUTO:
-        classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+        names = [field.name for field in once(schema)]
+        classes = [name for name in names if features(schema).get(name, {}).get("_type") == "ClassLabel"]
         named = _named(schema, LABEL_COLUMNS, classes) or next(iter(classes), None)
         label = named or _named(schema, LABEL_COLUMNS)
         if label is None:
@@ -211,33 +220,28 @@ def detect_columns(
 
 def other_label_column(schema: pa.Schema, column: str) -> str | None:
     """Return a column of text that is named like a label, besides `column`, unless that has text too."""
-    texts = [field.name for field in schema if _is_text(field.type)]
-    return None if column in texts else _named(schema, LABEL_COLUMNS, texts)
-
-
-def is_bytes(kind: pa.DataType) -> bool:
-    """Return True for binary, and for the {bytes, path} struct of image data sets on the Hugging Face Hub."""
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and is_bytes(kind.field(index).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    texts = [field.name for field in schema if is_text(field.type)]
+    has_names = column in texts or class_names(schema, column) is not None
+    return None if has_names else _named(schema, LABEL_COLUMNS, texts)
 
 
 def _image_column(
     schema: pa.Schema, uri: str, first_bytes: Callable[[str], bytes | None], notes: list[str]
 ) -> str:
-    columns = [field.name for field in schema if is_bytes(field.type)]
+    columns = byte_columns(schema)
     if not columns:
+        for name in (field.name for field in schema if is_bytes(field.type)):
+            image_leaf(schema, name, uri)  # raises: it is there twice
         kinds = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "no column"
-        raise ConfigError(
+        raise MisfitShard(
             f"{uri} has no column of image bytes; it has {kinds}; write the encoded images into a binary column "
-            f"(`{command('pack')}` does so), or point data.path at the images themselves"
+            f"(`{command('pack')}` does so), set data.uri_column to a column of addresses of images, or point "
+            "data.path at the images themselves"
         )
-    marked = [name for name, feature in _features(schema).items() if feature.get("_type") == "Image"]
-    marked = [name for name in columns if name in marked]
+    marked = [name for name in columns if _is_marked(schema, name)]
     best = _named(schema, _IMAGE_COLUMNS, marked or columns) or next(iter(marked), None)
     if best is None and len(columns) > 1:
-        best = next((name for name in columns if _begins_as_an_image(first_bytes(name) or b"")), None)
+        best = next((name for name in columns if begins_as_an_image(first_bytes(name) or b"")), None)
     chosen = best or columns[0]
     others = [name for name in columns if name != chosen]
     if others:
@@ -245,7 +249,17 @@ def _image_column(
     return chosen
 
 
-def _begins_as_an_image(data: bytes) -> bool:
+def is_named_as_images(schema: pa.Schema, column: str) -> bool:
+    """Return True if a column of bytes is named like one of images, or noted as such by Hugging Face's `datasets`."""
+    return _is_marked(schema, column) or bool(_all_named(schema, _IMAGE_COLUMNS, [column]))
+
+
+def _is_marked(schema: pa.Schema, column: str) -> bool:
+    return features(schema).get(column, {}).get("_type") == "Image"
+
+
+def begins_as_an_image(data: bytes) -> bool:
+    """Return True if the first bytes are those of an image file."""
     return data.startswith(_IMAGE_STARTS) or data[4:8] in _BOX_TYPES
 
 
@@ -254,32 +268,12 @@ def _all_named(schema: pa.Schema, names: Sequence[str], among: Collection[str] |
 
     Candidates are the columns in `among`, or all columns of plain values if it is None.
     """
-    plain = [field.name for field in schema if _is_plain(field.type)] if among is None else list(among)
-    return [column for name in names for column in plain if column.lower() == name]
+    plain = [f.name for f in once(schema) if is_name(f.type)] if among is None else list(among)
+    plain_names = [column.lower().removesuffix(".bytes") for column in plain]
+    return [
+        column for name in names for column, found in zip(plain, plain_names, strict=True) if found == name
+    ]
 
 
 def _named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | None = None) -> str | None:
     return next(iter(_all_named(schema, names, among)), None)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    """Return True if values of this type can be keys or classes: text, integers, booleans."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    is_kind = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
-    return any(is_(kind) for is_ in is_kind)
-
-
-def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Return column -> feature for a file written by Hugging Face's `datasets`; otherwise an empty dict."""
-    try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.manifest import DataConfig
-from dinoray.pipeline.data.parquet import CorruptShard
+from dinoray.pipeline.data.parquet_faults import CorruptShard, UnsupportedShard
 from dinoray.pipeline.storage.retry import (
     ArchivedObject,
     ChangedObject,
@@ -47,6 +47,7 @@ BAD_IMAGE: Mapping[type[DataError], Status] = {
     ObjectTooLarge: Status.TOO_LARGE,
     ChangedObject: Status.CORRUPT,
     CorruptShard: Status.CORRUPT,
+    UnsupportedShard: Status.CORRUPT,
 }
 """Errors of one object or shard. Unreachable is none of them: an outage is never a property of an image."""
 BAD_OBJECT = tuple(BAD_IMAGE)

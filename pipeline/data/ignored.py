@@ -20,7 +20,7 @@ from dinoray.pipeline.data.names import (
 
 NOT_UTF8, BROKEN_LINK, LOOP = "not UTF-8", "broken link", "loop"
 OFTEN_LINKED, SPECIAL_FILE = "often linked", "special file"
-EXCLUDED, UNNAMED, OTHER_KINDS = "excluded", "unnamed", "other kinds"
+EXCLUDED, UNNAMED, UNADDRESSED, OTHER_KINDS = "excluded", "unnamed", "unaddressed", "other kinds"
 _NOUNS = {
     BARE: ("file without a suffix", "files without a suffix"),
     FOLDER_MARKER: ("folder marker", "folder markers"),
@@ -31,6 +31,7 @@ _NOUNS = {
     SPECIAL_FILE: ("pipe, socket or device", "pipes, sockets and devices"),
     EXCLUDED: ("left out by data.include and data.exclude",) * 2,
     UNNAMED: ("not in data.image_list",) * 2,
+    UNADDRESSED: ("not in data.uri_column",) * 2,
     OTHER_KINDS: ("of other kinds",) * 2,
     "run": ("run directory", "run directories"),
     "study": ("study", "studies"),

@@ -22,18 +22,14 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import pyarrow as pa
-import pyarrow.compute as pc
+from typing import Any
 
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.bounds import Bound
-from dinoray.pipeline.data.choosing import ImageList, read_image_list
+from dinoray.pipeline.data.choosing import read_image_list
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import (
-    Contents,
     choose_listed,
     labelled_parts,
     list_contents,
@@ -44,16 +40,15 @@ from dinoray.pipeline.data.contents import (
 )
 from dinoray.pipeline.data.detection import (
     AUTO,
-    is_class,
-    labels_from_folders,
     note_on_parts,
 )
-from dinoray.pipeline.data.kinds import KindName
-from dinoray.pipeline.data.manifest_file import DETECTABLE, Manifest, default_of, listed_as
-from dinoray.pipeline.data.row_groups import Asked, hold_images, list_row_groups
-from dinoray.pipeline.data.sorting import sorted_by_key
-from dinoray.pipeline.data.tar_index import Wanted
-from dinoray.pipeline.data.tars import list_tars
+from dinoray.pipeline.data.first_shard import hold_images
+from dinoray.pipeline.data.ignored import UNADDRESSED, from_counts
+from dinoray.pipeline.data.listed_objects import list_objects
+from dinoray.pipeline.data.listed_shards import list_shards, shards_of
+from dinoray.pipeline.data.listed_tars import list_members
+from dinoray.pipeline.data.manifest_file import Manifest, default_of, listed_as
+from dinoray.pipeline.data.shard_files import note_on_logs, without_logs
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory, MissingObject, check_bucket, normal_uri
@@ -127,17 +122,21 @@ def build_manifest(
     contents = list_contents(
         config, setting=setting, retry_later=patient, storage=storage, parts=parts, bound=bound
     )
+    contents = without_logs(contents)
     image_list = None if config.image_list is None else read_image_list(config, config.image_list)
     if image_list is not None:
         contents = choose_listed(contents, image_list)
     else:
-        contents = look_into(contents, storage)
+        contents = look_into(contents, config, storage)
     num_images, num_shards, num_tars = (
         table.num_rows for table in (contents.images, contents.shards, contents.tars)
     )
     beside = num_images or num_tars
-    if beside and num_shards and not hold_images(contents.shards, contents.root, storage.access):
+    has_addresses = num_shards > 0 and config.uri_column not in (AUTO, None)
+    if beside and num_shards and not has_addresses and not hold_images(shards_of(contents, storage)):
         contents, num_shards = without_shards(contents), 0  # they are metadata about the images
+    if has_addresses:
+        num_images = 0  # the shards say which of them
     kinds = {"images": num_images, "Parquet shards": num_shards, "tar files": num_tars}
     if len(mixed := [f"{number} {kind}" for kind, number in kinds.items() if number]) > 1:
         exclude = "*.parquet" if num_shards else "*.tar"
@@ -147,24 +146,27 @@ def build_manifest(
         )
     if not beside and not num_shards:
         raise no_images(contents, path, setting=setting)
-    ignored, listed_notes = contents.ignored(), contents.notes
+    ignored, listed_notes = contents.ignored(), [*contents.notes, *note_on_logs(contents)]
     if num_shards:
-        kept = _row_groups(config, path, contents.root, contents.shards, storage)
+        kept = list_shards(config, path, contents, storage)
+        if has_addresses:
+            unnamed = contents.images.num_rows - kept.num_listed
+            ignored = (*ignored, *from_counts({UNADDRESSED: unnamed}))
     elif num_tars:
-        kept = _tar_members(config, path, contents, storage)
+        kept = list_members(config, path, contents, storage)
     else:
         columns = dict(zip(contents.images.column_names, contents.images.columns, strict=True))
         nothing = contents.images.schema.empty_table()
         contents = contents._replace(images=nothing)  # `columns` holds them alone, to be freed
-        kept = _images(config, path, columns, image_list)
+        kept = list_objects(config, path, columns, image_list)
     labelled = (
         labelled_parts(kept.table, contents) if any(n.startswith("labels ") for n in kept.notes) else ()
     )
     notes = [*kept.notes, *listed_notes, *note_on_parts(contents.parts, path, labelled=labelled)]
     if kept.kind == "images":
         notes += note_on_archived(kept.table)
-    num_ignored = sum(one.number for one in ignored)
-    found = (contents.root, num_ignored, listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
+    root, num_ignored = kept.root or contents.root, sum(one.number for one in ignored)
+    found = (root, num_ignored, listed_as(config), kept.detected, tuple(notes), tuple(kept.damaged))
     manifest = Manifest(kept.table, kept.kind, *found, kept.rows_per_group, ignored)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
@@ -211,98 +213,3 @@ def _free_name(names: Sequence[str]) -> str:
         n for n in itertools.count(2) if not any(name.startswith(f"manifest{n}-") for name in names)
     )
     return f"manifest{number}-0001.parquet"
-
-
-class _Found(NamedTuple):
-    kind: KindName
-    table: pa.Table
-    detected: dict[str, Any]
-    notes: list[str]
-    damaged: Sequence[str] = ()
-    rows_per_group: int | None = None
-
-
-def _images(
-    config: DataConfig, path: str, columns: dict[str, pa.ChunkedArray], image_list: ImageList | None
-) -> _Found:
-    """Takes the columns out of `columns`."""
-    detected: dict[str, Any] = {}
-    listed_label = image_list and image_list.label_column
-    for name, found in (("key_column", None), ("label_column", listed_label)):
-        if getattr(config, name) == AUTO:
-            detected[name] = found
-        elif getattr(config, name) is not None and image_list is None:
-            raise ConfigError(
-                f"data.{name}={getattr(config, name)!r} is for Parquet and data.image_list, but {path} holds image "
-                "objects; unset it (labels of image objects: data.label_from_parent=true)"
-            )
-    folders = config.from_folders
-    if folders is True and listed_label is not None:
-        raise ConfigError(
-            f"data.label_from_parent=true or data.label_level, and column {listed_label!r} of data.image_list, both "
-            "say where labels are; set data.label_column=null, or leave out the former"
-        )
-    if folders is True and columns["label"].null_count == len(columns["label"]):
-        if config.label_level != -1:
-            raise ConfigError(
-                f"data.label_level={config.label_level}, but no image of {path} lies in such a folder; set another "
-                "level (0 is the top folder), or leave it out"
-            )
-        raise ConfigError(
-            f"data.label_from_parent=true, but no image of {path} lies in a folder below it; "
-            "set data.label_from_parent=false"
-        )
-    notes = []
-    if config.label_from_parent == AUTO and (listed_label is not None or folders is True):
-        detected["label_from_parent"] = folders is True
-        notes += [f"labels from folders of data.label_level={config.label_level}"] if folders is True else []
-    elif folders == AUTO:
-        labels = columns["label"]
-        counts = {row["values"]: row["counts"] for row in labels.value_counts().to_pylist()}
-        detected["label_from_parent"], note = labels_from_folders(counts)
-        notes.append(note)
-        classes = [name for name in counts if detected["label_from_parent"] and is_class(name)]
-        columns["label"] = pc.if_else(
-            pc.is_in(labels, pa.array(classes, pa.string())), labels, pa.scalar(None, pa.string())
-        )
-        del labels
-    return _Found("images", sorted_by_key(columns), detected, notes)
-
-
-def _tar_members(config: DataConfig, path: str, contents: Contents, storage: StorageConfig) -> _Found:
-    if config.key_column not in (AUTO, None):
-        raise ConfigError(
-            f"data.key_column={config.key_column!r} is for Parquet, but {path} holds tar files, whose images are named "
-            "by their members; set data.key_column=null"
-        )
-    tars = contents.tars
-    found = list_tars(
-        sorted_by_key(dict(zip(tars.column_names, tars.columns, strict=True))),
-        path=path,
-        prefix=contents.prefix,
-        root=contents.root,
-        wanted=Wanted(config.image_column, config.label_column),
-        from_folders=config.from_folders,
-        concurrency=config.fetch_concurrency,
-        storage=storage,
-    )
-    values = (config.image_column, None, found.label_column, found.from_folders)
-    detected = dict(zip(DETECTABLE, values, strict=True))
-    chosen = {name: value for name, value in detected.items() if getattr(config, name) == AUTO}
-    return _Found("tar", found.table, chosen, found.notes, found.unusable)
-
-
-def _row_groups(config: DataConfig, path: str, root: str, shards: pa.Table, storage: StorageConfig) -> _Found:
-    found = list_row_groups(
-        sorted_by_key(dict(zip(shards.column_names, shards.columns, strict=True))),
-        path=path,
-        root=root,
-        asked=Asked(config.image_column, config.key_column, config.label_column, config.from_folders),
-        concurrency=config.fetch_concurrency,
-        storage=storage,
-    )
-    columns = found.columns
-    values = (columns.image, columns.key, columns.label, found.from_folders)
-    detected = dict(zip(DETECTABLE, values, strict=True))
-    chosen = {name: value for name, value in detected.items() if getattr(config, name) == AUTO}
-    return _Found("parquet", found.table, chosen, columns.notes, found.damaged, found.rows_per_group)

@@ -20,8 +20,10 @@ from dinoray.pipeline.storage.files import normal_uri
 
 _VERSION = 1
 _METADATA = b"dinoray.manifest"
-DETECTABLE = ("image_column", "key_column", "label_column", "label_from_parent")
+DETECTABLE = ("image_column", "key_column", "label_column", "label_from_parent", "uri_column")
 _LISTED_AS = ("path", *DETECTABLE, "include", "exclude", "image_list", "label_level")
+UNKNOWN_BYTES = 1 << 20
+"""Of an image whose size is not listed."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,24 @@ class Manifest:
         """Key, size and ETag (and more) of each image object, or of each Parquet or tar file that has images."""
         return self.of_kind.objects(self.table)
 
+    @property
+    def object_sizes(self) -> np.ndarray:
+        """Bytes of each image object, int64 [num_images]; where they are not listed, the mean of the others."""
+        sizes = self.table["size"]
+        if not sizes.null_count:
+            return sizes.to_numpy()
+        known = sizes.drop_null()
+        mean = int(known.to_numpy().mean()) if len(known) else UNKNOWN_BYTES
+        return sizes.fill_null(mean).to_numpy()
+
     def row_group(self, number: int) -> dict[str, Any]:
         """Return a row of the table, of Parquet, by column. One at a time: there may be a million."""
         return dict(self.table.slice(number, 1).to_pylist()[0])
 
     def uri(self, key: str) -> str:
         """Return the full address of the object or file at `key`."""
+        if key.startswith("s3://") and self._values.get("uri_column") is not None:
+            return key  # in another bucket than most
         return f"{self.root.rstrip('/')}/{key}"
 
     def to_bytes(self) -> bytes:

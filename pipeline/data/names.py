@@ -24,7 +24,8 @@ IMAGE_SUFFIXES = frozenset(
         *(HEIF_SUFFIXES if HEIF_IS_READ else ()),
     }
 )
-PARQUET_SUFFIXES = frozenset({".parquet", ".parq", ".pq"})
+_PARQUET = re.compile(r"\.(parquet|parq|pq)(\.(gz|gzip|snappy|zstd|zst|lz4|br|brotli|lzo))?$")
+"""Some writers add the codec of the pages."""
 ARCHIVE_SUFFIXES = frozenset({".zip", ".rar", ".7z", ".tgz", ".tbz", ".tbz2", ".txz"})
 CAMERA_RAW = frozenset(
     {".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".raf", ".orf", ".rw2", ".pef"}
@@ -99,7 +100,7 @@ def role_of(key: str) -> Role:
         return "image"
     if name.startswith((".", "_")) or _TEXT_NAMES.fullmatch(name):
         return "other"
-    if suffix in PARQUET_SUFFIXES:
+    if _PARQUET.search(name):
         return "parquet"
     if suffix == ".tar":
         return "tar"

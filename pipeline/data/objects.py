@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dinoray.pipeline.data.fetched import BAD_IMAGE, BAD_OBJECT, Fetched, Status, expected_etag, whole
 from dinoray.pipeline.data.image_reader import Begin, Read
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
+from dinoray.pipeline.data.manifest_file import UNKNOWN_BYTES
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import Access
 from dinoray.pipeline.storage.ranges import read_file
@@ -29,13 +30,15 @@ class Objects:
 
     def arrivals(self, indices: Sequence[int], begin: Begin) -> Iterator[tuple[int, Fetched]]:
         limit = self._config.max_object_bytes
-        sizes = [min(self._sizes[index].as_py(), limit) for index in indices]
+        listed = (self._sizes[index].as_py() for index in indices)
+        sizes = [min(UNKNOWN_BYTES if size is None else size, limit) for size in listed]
         return begin(self._one, indices, sizes)
 
     def _one(self, index: int) -> Fetched:
         key, label, limit = self.key(index), self._labels[index].as_py(), self._config.max_object_bytes
-        if self._sizes[index].as_py() > limit:
-            reason = f"{self._sizes[index].as_py()} bytes, more than data.max_object_bytes={limit}"
+        size = self._sizes[index].as_py()
+        if size is not None and size > limit:
+            reason = f"{size} bytes, more than data.max_object_bytes={limit}"
             return Fetched(key, None, label, Status.TOO_LARGE, reason)
         try:
             data = self._waiting(key, lambda retry: self._read(index, limit, retry))
@@ -45,10 +48,11 @@ class Objects:
 
     def _read_s3(self, index: int, limit: int, retry: Retry) -> bytes:
         bucket, _ = split_s3_uri(self._manifest.root)
+        key = self.key(index)
+        if self._manifest.uri(key) == key:
+            bucket, key = split_s3_uri(key)
         etag = expected_etag(self._config, self._etags[index].as_py())
-        return read_object(
-            bucket, self.key(index), etag=etag, max_bytes=limit, retry=retry, access=self._access
-        )
+        return read_object(bucket, key, etag=etag, max_bytes=limit, retry=retry, access=self._access)
 
     def _read_file(self, index: int, limit: int, retry: Retry) -> bytes:
         key, listed = self.key(index), self._sizes[index].as_py()

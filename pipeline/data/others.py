@@ -28,7 +28,9 @@ class OtherObjects:
         """Yield probes of other objects than `key`: the last that was read, then some from all over the list."""
         table = self._table
         rows = np.unique(np.linspace(0, table.num_rows - 1, _SPREAD).astype(int))
-        spread = [row["key"] for row in table.select(["key", "size"]).take(rows).to_pylist() if row["size"]]
+        spread = [
+            row["key"] for row in table.select(["key", "size"]).take(rows).to_pylist() if row["size"] != 0
+        ]
         last = [] if self._last_read is None else [self._last_read]
         for other in dict.fromkeys([*last, *spread]):
             if other != key:

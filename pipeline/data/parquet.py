@@ -10,18 +10,34 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.detection import is_bytes
+from dinoray.pipeline.data.columns import (
+    Leaf,
+    class_names,
+    has_column,
+    image_leaf,
+    text_leaf,
+)
+from dinoray.pipeline.data.parquet_faults import (
+    ENCRYPTED,
+    FAULTS,
+    CorruptShard,
+    UnsupportedShard,
+    check_codec,
+    unreadable,
+)
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import SIGNED, Access
-from dinoray.pipeline.storage.retry import LIST_AGAIN, DeniedObject, MissingObject, Retry, may_pass, retrying
+from dinoray.pipeline.storage.retry import Retry, retrying
 from dinoray.pipeline.storage.s3 import ObjectFile
 
 Result = TypeVar("Result")
 
+_END_BYTES = 8
+"""At the end of a shard: the length of the footer, and four letters."""
+_SIGNATURE_BYTES = 28
+"""That follow a footer which is not encrypted itself, in files with encrypted columns."""
 _MOST_DAMAGES = 4
 """Kinds of damage to the same bytes after which they are given up."""
 
@@ -32,10 +48,6 @@ class RowGroup(NamedTuple):
     row_group: int
     num_rows: int
     num_bytes: int
-
-
-class CorruptShard(DataError):  # noqa: N818
-    """The object is not Parquet, or no longer matches its footer."""
 
 
 class PartFooter(NamedTuple):
@@ -57,46 +69,52 @@ def read_footer(
     """Read the footer of one shard: one ranged GET on S3. Raises CorruptShard if it is not a Parquet file."""
 
     def read() -> PartFooter:
-        with _open_shard(uri, num_bytes, retry, access, etag) as shard:
-            return PartFooter(uri, shard.schema_arrow, shard.metadata)
+        with open_shard(uri, num_bytes, retry, access, etag) as file:
+            metadata = footer_of(file, uri)
+            schema = metadata.schema.to_arrow_schema()
+            schema.names  # noqa: B018 (raises if a name is not UTF-8)
+            return PartFooter(uri, schema, metadata)
 
-    return _retried(read, uri, retry)
+    return retried(read, uri, retry)
 
 
 def row_groups(footer: PartFooter, *, image_column: str, other_columns: Sequence[str]) -> list[RowGroup]:
     """Return the row groups of one shard that hold rows.
 
-    Raises ConfigError if a column is missing or `image_column` holds no bytes. The message has the shard, the
-    column and the existing columns or types.
+    Raises MisfitShard if `image_column` is missing or holds no bytes, or another column is nested or there twice; a
+    missing one is null. UnsupportedShard if a column is compressed in a way that pyarrow here cannot read.
     """
     uri, schema, metadata = footer
-    for column in (image_column, *other_columns):
-        if column not in schema.names:
-            raise ConfigError(
-                f"{uri} has no column {column!r}; it has {', '.join(map(repr, schema.names)) or 'none'}; "
-                "set data.image_column, data.key_column and data.label_column to names among these"
-            )
-    if not is_bytes(schema.field(image_column).type):
-        raise ConfigError(
-            f"data.image_column={image_column!r} of {uri} holds {schema.field(image_column).type}; "
-            "it must hold the encoded image as binary, or as a struct with a binary field 'bytes'; set "
-            "data.image_column to such a column"
-        )
-    for column in other_columns:
-        if pa.types.is_nested(schema.field(column).type):
-            raise ConfigError(
-                f"column {column!r} of {uri} holds {schema.field(column).type}, but a key or label is one value; "
-                "set data.key_column and data.label_column to other columns, or to null"
-            )
-    wanted = {image_column, *other_columns}
+    leaves = [image_leaf(schema, image_column, uri), *text_leaves(schema, other_columns, uri).values()]
     groups = []
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
-        columns = [group.column(c) for c in range(group.num_columns)]
-        sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted]
+        chunks = chunks_of(group, leaves)
+        for chunk in chunks:
+            check_codec(uri, chunk.compression)
         if group.num_rows:
-            groups.append(RowGroup(index, group.num_rows, sum(sizes)))
+            groups.append(RowGroup(index, group.num_rows, sum(map(_plain_bytes, chunks))))
     return groups
+
+
+def text_leaves(schema: pa.Schema, columns: Sequence[str], uri: str) -> dict[str, Leaf]:
+    return {column: text_leaf(schema, column, uri) for column in columns if has_column(schema, column)}
+
+
+def chunks_of(group: pq.RowGroupMetaData, leaves: Sequence[Leaf]) -> list[pq.ColumnChunkMetaData]:
+    wanted = {leaf.name for leaf in leaves}
+    chunks = (group.column(number) for number in range(group.num_columns))
+    try:
+        return [chunk for chunk in chunks if chunk.path_in_schema in wanted]
+    except UnicodeDecodeError as error:
+        raise CorruptShard(
+            f"a footer has no readable names of columns: {error}; write the file again"
+        ) from error
+
+
+def _plain_bytes(chunk: pq.ColumnChunkMetaData) -> int:
+    """Return the bytes of a column in a row group; some writers note only those of the file."""
+    return max(0, chunk.total_uncompressed_size, chunk.total_compressed_size)
 
 
 class ColumnFacts(NamedTuple):
@@ -110,61 +128,27 @@ class ColumnFacts(NamedTuple):
 
 def column_facts(footer: PartFooter, group: int, column: str) -> ColumnFacts:
     """Return the statistics of a column that is not nested."""
-    metadata = footer.metadata.row_group(group)
-    for number in range(metadata.num_columns):
-        chunk = metadata.column(number)
-        if chunk.path_in_schema != column or (found := chunk.statistics) is None:
+    uri, schema, metadata = footer[0], footer[1], footer[2].row_group(group)
+    if not has_column(schema, column):
+        return ColumnFacts(frozenset(), metadata.num_rows)
+    for chunk in chunks_of(metadata, [text_leaf(schema, column, uri)]):
+        found = chunk.statistics
+        if found is None:
             continue
         num_nulls = found.null_count if found.has_null_count else None
         if num_nulls == metadata.num_rows:
             return ColumnFacts(frozenset(), num_nulls)
-        return ColumnFacts(frozenset((found.min, found.max)) if found.has_min_max else None, num_nulls)
+        try:
+            ends = frozenset((found.min, found.max)) if found.has_min_max else None
+        except UnicodeDecodeError:  # some writers cut texts within a letter
+            ends = None
+        if class_names(schema, column) is None or ends is None:
+            return ColumnFacts(ends, num_nulls)
+        # A negative number of a class is written for no label.
+        if found.max < 0:
+            return ColumnFacts(frozenset(), metadata.num_rows)
+        return ColumnFacts(ends, None if found.min < 0 else num_nulls)
     return ColumnFacts(None, None)
-
-
-def read_row_group(
-    uri: str,
-    num_bytes: int,
-    group: int,
-    *,
-    image_column: str,
-    other_columns: Sequence[str],
-    retry: Retry = retrying,
-    etag: str | None = None,
-    metadata: pq.FileMetaData | None = None,
-    access: Access = SIGNED,
-) -> pa.Table:
-    """Read columns of one row group: `image_column` as plain (large) binary, the others as text.
-
-    With `metadata` from the shard's footer, the footer is not read again. An object on S3 must have the ETag
-    `etag`, if one is given. Raises the errors of `retry` from the store, and CorruptShard if the bytes cannot
-    be parsed.
-    """
-
-    def read() -> pa.Table:
-        with _open_shard(uri, num_bytes, retry, access, etag, metadata) as shard:
-            table = shard.read_row_group(group, columns=[image_column, *other_columns], use_threads=False)
-            images = table[image_column]
-            if pa.types.is_struct(images.type):
-                images = pc.struct_field(images, "bytes")
-            texts = {column: table[column].cast(pa.string()) for column in other_columns}
-            return pa.table({image_column: images, **texts})
-
-    return _retried(read, uri, retry)
-
-
-def read_column(
-    uri: str, num_bytes: int, group: int, *, column: str, retry: Retry = retrying, access: Access = SIGNED
-) -> list[str | None]:
-    """Read one column of one row group as text; raises as `read_row_group`."""
-
-    def read() -> list[str | None]:
-        with _open_shard(uri, num_bytes, retry, access) as shard:
-            table = shard.read_row_group(group, columns=[column], use_threads=False)
-            texts: list[str | None] = table[column].cast(pa.string()).to_pylist()
-            return texts
-
-    return _retried(read, uri, retry)
 
 
 def again_if_damaged(read: Callable[[], Result], *, forget: Callable[[], object] = lambda: None) -> Result:
@@ -177,43 +161,60 @@ def again_if_damaged(read: Callable[[], Result], *, forget: Callable[[], object]
         try:
             return read()
         except CorruptShard as error:
-            if str(error) in seen or len(seen) == _MOST_DAMAGES:
+            if isinstance(error, UnsupportedShard) or str(error) in seen or len(seen) == _MOST_DAMAGES:
                 raise
             seen.add(str(error))
             forget()
 
 
-def _retried(read: Callable[[], Result], uri: str, retry: Retry) -> Result:
+def retried(read: Callable[[], Result], uri: str, retry: Retry) -> Result:
     """Call `read`, with `retry` if that is a file's: requests to S3 have it in ObjectFile."""
     return read() if is_s3(uri) else retry(read, what=uri)
 
 
+class _ShardOnS3(ObjectFile):
+    """An object that remembers its end, which is read with the footer."""
+
+    end = b""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if self.tell() == self._num_bytes:
+            self.end = data[-_END_BYTES:]
+        return data
+
+
+def footer_of(file: Any, uri: str) -> pq.FileMetaData:
+    """Read the footer of an open shard. Raises UnsupportedShard where asking for columns would end the process."""
+    metadata = parquet_file(file).metadata
+    if isinstance(file, _ShardOnS3):
+        end = file.end
+    else:
+        file.seek(file.size() - _END_BYTES)
+        end = file.read(_END_BYTES)
+    if int.from_bytes(end[:4], "little") - metadata.serialized_size == _SIGNATURE_BYTES:
+        raise UnsupportedShard(f"{uri} {ENCRYPTED}")
+    return metadata
+
+
+def parquet_file(file: Any, metadata: pq.FileMetaData | None = None, **options: Any) -> pq.ParquetFile:
+    return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, **options)
+
+
 @contextmanager
-def _open_shard(
-    uri: str,
-    num_bytes: int,
-    retry: Retry,
-    access: Access,
-    etag: str | None = None,
-    metadata: pq.FileMetaData | None = None,
-) -> Iterator[pq.ParquetFile]:
+def open_shard(
+    uri: str, num_bytes: int, retry: Retry, access: Access, etag: str | None = None
+) -> Iterator[Any]:
+    file = None
     try:
         if is_s3(uri):
-            source = ObjectFile(*split_s3_uri(uri), num_bytes, retry=retry, etag=etag, access=access)
+            file = _ShardOnS3(*split_s3_uri(uri), num_bytes, retry=retry, etag=etag, access=access)
         else:
-            source = pa.OSFile(uri)
-        # pre_buffer joins the column chunks of a row group into few large reads.
-        options: dict[str, Any] = {"pre_buffer": True, "page_checksum_verification": True}
-        with source, pq.ParquetFile(source, metadata=metadata, **options) as shard:
-            yield shard
-    except FileNotFoundError as error:
-        raise MissingObject(f"{uri}: there is no such file; {LIST_AGAIN}") from error
-    except PermissionError as error:
-        raise DeniedObject(f"{uri}: {error}; check the file's permissions") from error
-    except (pa.ArrowException, OSError, EOFError) as error:
-        if isinstance(error, OSError) and may_pass(error):
-            raise  # it says nothing of the file
-        reason = " ".join(str(error).split())
-        raise CorruptShard(
-            f"{uri} is not a readable Parquet file: {reason}; write it again or remove it"
-        ) from error
+            file = pa.OSFile(uri)
+        with file:
+            try:
+                yield file
+            except FAULTS as error:
+                raise unreadable(uri, file, error) from error
+    except FAULTS as error:
+        raise unreadable(uri, file, error) from error

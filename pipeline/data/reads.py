@@ -48,7 +48,7 @@ def count_reads(
     """
     sizes, group_bytes = manifest.group_sizes, manifest.group_bytes
     if sizes is None or group_bytes is None:
-        return Reads(1.0, float(manifest.table["size"].to_numpy().mean()), 1.0)
+        return Reads(1.0, float(manifest.object_sizes.mean()), 1.0)
 
     def first_steps(number: int) -> Layout:
         return lay_out(

@@ -5,32 +5,28 @@ ambiguous. No Ray here.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.detection import AUTO, Columns, detect_columns, is_bytes
-from dinoray.pipeline.data.others import OtherObjects
+from dinoray.pipeline.data.columns import MisfitShard
+from dinoray.pipeline.data.detection import AUTO, Columns
+from dinoray.pipeline.data.first_shard import Asked, check_columns, find_columns
 from dinoray.pipeline.data.parquet import (
     ColumnFacts,
-    CorruptShard,
     PartFooter,
     RowGroup,
-    again_if_damaged,
     column_facts,
-    read_footer,
-    read_row_group,
     row_groups,
 )
-from dinoray.pipeline.storage.config import SIGNED, Access, StorageConfig
+from dinoray.pipeline.data.parquet_faults import UnsupportedShard
+from dinoray.pipeline.data.shards import ShardFiles
 from dinoray.pipeline.storage.progress import counting
-from dinoray.pipeline.storage.retry import ArchivedObject, DeniedObject, FailingObject, Retry
-from dinoray.pipeline.storage.waiting import Patient
 
 PACKED = b"dinoray.packed"
 """Name of the note in the footers of shards that `jobs.pack` wrote."""
@@ -38,15 +34,6 @@ ROWS_PER_GROUP = "rows_per_group"
 """Rows in each row group of a packed shard but the last: an entry of that note."""
 
 _UNKNOWN = -1
-
-
-class Asked(NamedTuple):
-    """The settings of `data` that name columns and labels; `auto` is detected."""
-
-    image: str
-    key: str | None
-    label: str | None
-    from_folders: bool | Literal["auto"]
 
 
 class _Part(NamedTuple):
@@ -70,83 +57,64 @@ class RowGroups(NamedTuple):
     """Rows in each row group, or fewer at the ends of shards, if all shards are packed so; else None."""
 
 
-def list_row_groups(
-    shards: pa.Table, *, path: str, root: str, asked: Asked, concurrency: int, storage: StorageConfig
-) -> RowGroups:
-    """Return the row groups of `shards`, a table sorted by key: key, size, etag and label (from its folders).
+def list_row_groups(files: ShardFiles, *, path: str, asked: Asked, concurrency: int) -> RowGroups:
+    """Return the row groups of `files`, whose table is sorted by key: key, size, etag and label (from its folders).
 
-    Reads `concurrency` footers at a time, each as patiently as an image. A shard that is damaged or cannot be
-    read is left out. Raises ConfigError if a column or setting does not fit the shards, and DataError if they
-    hold no rows or most are damaged.
+    Reads `concurrency` footers at a time, each as patiently as an image. A shard that is damaged, cannot be read, or
+    lacks the columns of the others is left out. Raises ConfigError if a column or setting does not fit most shards,
+    and DataError if they hold no rows or most cannot be read.
     """
-    from_folders = _is_labelled_by_folders(shards, path, asked)
-    rows = shards.to_pylist()
-    per_group: set[int | None] = set()
-    damaged: dict[str, DataError] = {}
-    others, access = OtherObjects(shards, root, storage.access), storage.access
-
-    def retry_of(shard: dict[str, Any]) -> Retry:
-        return Patient(storage.give_up_after_seconds, others=lambda: others.probes(shard["key"]))
-
-    def footer_of(shard: dict[str, Any]) -> PartFooter | None:
-        uri = f"{root.rstrip('/')}/{shard['key']}"
-        try:
-            return again_if_damaged(
-                lambda: read_footer(uri, shard["size"], retry=retry_of(shard), access=access)
-            )
-        except (CorruptShard, DeniedObject, ArchivedObject, FailingObject) as error:
-            damaged[shard["key"]] = error
-            return None
-
-    number, first = next(
-        ((i, footer) for i, shard in enumerate(rows) if (footer := footer_of(shard))), (len(rows), None)
-    )
-    if first is None:
-        raise _too_many_damaged(damaged, len(rows), path)
-    if from_folders and asked.label == AUTO:
-        asked = asked._replace(label=None)
-    elif asked.label not in (AUTO, None, *first.schema.names) and not shards["label"].null_count:
-        raise ConfigError(
-            f"data.label_column={asked.label!r}: {first.uri} has no such column, but lies in a folder of a label; "
-            "set data.label_from_parent=true and leave out data.label_column"
-        )
-    columns = _columns(first, rows[number]["size"], asked, retry_of(rows[number]), access)
+    from_folders = _is_labelled_by_folders(files.shards, path, asked)
+    first = find_columns(files, path=path, asked=asked, has_folder_labels=from_folders)
+    columns, shards = first.columns, first.shards
     if from_folders:
         columns.notes.append("labels from folder names; data.label_from_parent=false ignores them")
+    by_path = from_folders or first.labels_in_path
     other_columns = [column for column in (columns.key, columns.label) if column is not None]
+    per_group: set[int | None] = set()
 
     def read(shard: dict[str, Any]) -> _Part:
-        footer = first if shard is rows[number] else footer_of(shard)
+        footer = files.footer(shard)
         count.add(1)
-        if footer is None:
+        try:
+            if footer is None:
+                return _part_of([], [])
+            check_columns(footer.schema, asked, footer.uri, in_path=first.labels_in_path)
+            groups = row_groups(footer, image_column=columns.image, other_columns=other_columns)
+        except (MisfitShard, UnsupportedShard) as error:
+            files.leave_out(shard["key"], error)
             return _part_of([], [])
         per_group.add(_rows_per_group(footer))
-        groups = row_groups(footer, image_column=columns.image, other_columns=other_columns)
+        if first.labels_in_path:
+            nulls = [0 if shard["label"] is not None else group.num_rows for group in groups]
+            return _part_of(groups, [ColumnFacts(None, null) for null in nulls])
         if columns.label is None:
             return _part_of(groups, [ColumnFacts(None, None)] * len(groups))
         return _part_of(groups, [column_facts(footer, group.row_group, columns.label) for group in groups])
 
+    rows = shards.to_pylist()
     with (
-        counting(f"reading footers of Parquet at {path}", "files", len(rows) - number) as count,
+        counting(f"reading footers of Parquet at {path}", "files", len(rows)) as count,
         ThreadPoolExecutor(concurrency) as pool,
     ):
         try:
-            found = list(pool.map(read, rows[number:]))
+            found = list(pool.map(read, rows))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # stop reading after the first error
             raise
-    if len(damaged) > len(rows) / 2:
-        raise _too_many_damaged(damaged, len(rows), path)
+    files.check(path)
     counts = np.concatenate([part.counts for part in found])
+    counts[:, 2] = np.ceil(counts[:, 2] * first.growth)
     if not len(counts):
         raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows; check data.path")
     if asked.label == AUTO and columns.label is not None:
         columns = _without_useless_label(columns, [part.labels for part in found if len(part.counts)])
-    names = ["key", "size", "etag", *(["label"] if from_folders else [])]
-    which = np.repeat(np.arange(number, len(rows)), [len(part.counts) for part in found])
+    columns.notes.extend(files.notes())
+    names = ["key", "size", "etag", *(["label"] if by_path else [])]
+    which = np.repeat(np.arange(len(rows)), [len(part.counts) for part in found])
     table = _table(shards.select(names).take(which), counts)
     rows_per_group = per_group.pop() if len(per_group) == 1 else None
-    return RowGroups(table, columns, from_folders, sorted(damaged), rows_per_group)
+    return RowGroups(table, columns, from_folders, files.damaged, rows_per_group)
 
 
 def _part_of(groups: Sequence[RowGroup], labels: Sequence[ColumnFacts]) -> _Part:
@@ -182,24 +150,6 @@ def _rows_per_group(footer: PartFooter) -> int | None:
     return rows if isinstance(rows, int) and 0 < max(sizes, default=1) <= rows else None
 
 
-def _too_many_damaged(damaged: Mapping[str, DataError], num_shards: int, path: str) -> DataError:
-    """Return the error for a data set most of whose shards are damaged, with the reason for the first."""
-    return DataError(
-        f"{len(damaged)} of {num_shards} Parquet shards under {path} are damaged, the first of them: "
-        f"{damaged[min(damaged)]}"
-    )
-
-
-def hold_images(shards: pa.Table, root: str, access: Access = SIGNED) -> bool:
-    """Return True if the first Parquet shard has a column of bytes, or is damaged and may have one."""
-    shard = shards.sort_by("key").slice(0, 1).to_pylist()[0]
-    try:
-        footer = read_footer(f"{root.rstrip('/')}/{shard['key']}", shard["size"], access=access)
-    except (CorruptShard, DeniedObject, ArchivedObject):
-        return True
-    return any(is_bytes(column.type) for column in footer.schema)
-
-
 def _is_labelled_by_folders(shards: pa.Table, path: str, asked: Asked) -> bool:
     """Return True if the folders of shards are their labels."""
     labels = shards["label"]
@@ -217,54 +167,6 @@ def _is_labelled_by_folders(shards: pa.Table, path: str, asked: Asked) -> bool:
             "leave out one of them"
         )
     return True
-
-
-def _columns(footer: PartFooter, num_bytes: int, asked: Asked, retry: Retry, access: Access) -> Columns:
-    def first_rows(column: str) -> list[Any]:
-        for index in range(footer.metadata.num_row_groups):
-            if footer.metadata.row_group(index).num_rows:
-                table = read_row_group(
-                    footer.uri,
-                    num_bytes,
-                    index,
-                    image_column=column,
-                    other_columns=[],
-                    retry=retry,
-                    access=access,
-                )
-                return list(table[column].to_pylist())
-        return []
-
-    def first_bytes(column: str) -> bytes | None:
-        return next((value for value in first_rows(column) if value), None)
-
-    def is_unique(column: str) -> bool:
-        values = first_rows(column)
-        return None not in values and len(set(values)) == len(values)
-
-    if asked.key not in (AUTO, None) and asked.key in footer.schema.names:
-        _check_keys(footer, asked.key, first_rows)
-    return detect_columns(
-        footer.schema,
-        uri=footer.uri,
-        image=asked.image,
-        key=asked.key,
-        label=asked.label,
-        first_bytes=first_bytes,
-        is_unique=is_unique,
-    )
-
-
-def _check_keys(footer: PartFooter, column: str, first_rows: Callable[[str], list[Any]]) -> None:
-    """Raise ConfigError if keys repeat among the first rows. Rows without a key are named by their place."""
-    if pa.types.is_nested(footer.schema.field(column).type):
-        return  # refused with the column's type
-    keys = [key for key in first_rows(column) if key is not None]
-    if len(set(keys)) < len(keys):
-        raise ConfigError(
-            f"data.key_column={column!r}: keys must differ, but the first {len(keys)} rows of {footer.uri} hold "
-            f"{len(set(keys))} different values; set another column, or data.key_column=null"
-        )
 
 
 def _without_useless_label(columns: Columns, facts: Sequence[ColumnFacts]) -> Columns:

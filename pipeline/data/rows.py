@@ -11,13 +11,11 @@ from dinoray.pipeline.data.fetched import BAD_IMAGE, Fetched, expected_etag, who
 from dinoray.pipeline.data.footers import FooterCache
 from dinoray.pipeline.data.image_reader import Begin, Read, read_groups
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
-from dinoray.pipeline.data.parquet import (
-    CorruptShard,
-    again_if_damaged,
-    read_footer,
-    read_row_group,
-)
+from dinoray.pipeline.data.parquet import again_if_damaged, read_footer
+from dinoray.pipeline.data.parquet_faults import CorruptShard
+from dinoray.pipeline.data.parquet_rows import read_row_group
 from dinoray.pipeline.data.recently_used import RecentlyUsed
+from dinoray.pipeline.data.spill import most_in_memory
 from dinoray.pipeline.storage.addresses import is_s3
 from dinoray.pipeline.storage.checks import NO_PAGE_CHECKSUMS, UNCHECKED
 from dinoray.pipeline.storage.config import SIGNED, Access
@@ -87,6 +85,7 @@ class Rows:
                 etag=etag,
                 metadata=metadata,
                 access=self._access,
+                max_bytes=most_in_memory(self._config.row_group_cache_bytes),
             ),
         )
         if self._manifest.rows_per_group is None and is_s3(uri):

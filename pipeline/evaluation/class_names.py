@@ -14,7 +14,8 @@ import numpy as np
 
 from dinoray.pipeline.data.detection import AUTO, other_label_column
 from dinoray.pipeline.data.fetched import BAD_OBJECT
-from dinoray.pipeline.data.parquet import read_column, read_footer
+from dinoray.pipeline.data.parquet import read_footer
+from dinoray.pipeline.data.parquet_rows import read_column
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
@@ -187,6 +188,7 @@ def _read(source: Source, group: int) -> list[str | None]:
         read = partial(
             read_column, uri, shard["size"], shard["row_group"], column=column, access=source.storage.access
         )
-        return source.read(shard["key"], lambda retry: read(retry=retry))
+        labels = source.read(shard["key"], lambda retry: read(retry=retry))
+        return [label or shard.get("label") for label in labels]  # or that of a folder `column=label`
     except BAD_OBJECT:
         return []

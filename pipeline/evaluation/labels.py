@@ -14,7 +14,7 @@ from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest, load_or_build
 from dinoray.pipeline.data.order import permute
-from dinoray.pipeline.data.parquet import read_column
+from dinoray.pipeline.data.parquet_rows import read_column
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
@@ -60,7 +60,7 @@ def open_labelled(
     try:
         source = open_source(config, run, name, setting=setting, storage=storage)
     except ConfigError:
-        columns = dict.fromkeys(("key_column", "label_column"), AUTO)
+        columns = dict.fromkeys(("key_column", "label_column", "uri_column"), AUTO)
         if setting == "data.path" or config == config.model_copy(update=columns):
             raise
         # The columns may be those of the Parquet at data.path, which class folders elsewhere lack.

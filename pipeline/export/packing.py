@@ -30,7 +30,7 @@ from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.fetched import BAD_OBJECT
 from dinoray.pipeline.data.image_facts import decode_whole, measure_image, picture_box
 from dinoray.pipeline.data.jpeg import Decoded, Encoded, open_image
-from dinoray.pipeline.data.parquet import read_row_group
+from dinoray.pipeline.data.parquet_rows import read_column
 from dinoray.pipeline.data.row_groups import PACKED
 from dinoray.pipeline.data.source import Fetched, Source, Status
 from dinoray.pipeline.export.packing_facts import PartFacts
@@ -135,29 +135,22 @@ def check_keys(source: Source) -> None:
     if not manifest.of_kind.has_columns or column is None:
         return
 
-    def read(number: int) -> pa.ChunkedArray:
+    def read(number: int) -> list[str | None]:
         group = manifest.row_group(number)
         uri, size, row_group = manifest.uri(group["key"]), group["size"], group["row_group"]
         try:
-            table = source.read(
+            return source.read(
                 group["key"],
-                lambda retry: read_row_group(
-                    uri,
-                    size,
-                    row_group,
-                    image_column=column,
-                    other_columns=[],
-                    retry=retry,
-                    access=source.storage.access,
+                lambda retry: read_column(
+                    uri, size, row_group, column=column, retry=retry, access=source.storage.access
                 ),
             )
         except BAD_OBJECT:
-            return pa.chunked_array([], pa.string())  # its images will be among the bad images
-        return table[column].cast(pa.string())
+            return []  # its images will be among the bad images
 
     with ThreadPoolExecutor(config.fetch_concurrency) as pool:
         found = list(pool.map(read, range(manifest.table.num_rows)))
-    keys = pa.chunked_array([chunk for keys in found for chunk in keys.chunks], pa.string()).drop_null()
+    keys = pa.chunked_array([pa.array(keys, pa.string()) for keys in found]).drop_null()
     if pc.count_distinct(keys).as_py() < len(keys):
         counts = pc.value_counts(keys)
         most = counts[int(np.argmax(counts.field("counts").to_numpy()))].as_py()

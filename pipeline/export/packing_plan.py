@@ -128,7 +128,7 @@ def _weights(manifest: Manifest, max_pixels: int | None) -> NDArray[np.int64]:
     """Return the packed bytes of each image or row group of a manifest; a tiny image counts more than its bytes."""
     groups, group_bytes = manifest.group_sizes, manifest.group_bytes
     rows = np.ones(manifest.num_images, int) if groups is None else groups
-    weights = manifest.table["size"].to_numpy() if group_bytes is None else group_bytes
+    weights = manifest.object_sizes if group_bytes is None else group_bytes
     if max_pixels is not None:
         weights = np.minimum(weights, rows * ceil(max_pixels * _SHRUNK_BYTES_PER_PIXEL))
     return np.maximum(weights, rows * (PART_BYTES // PART_ROWS))

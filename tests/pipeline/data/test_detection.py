@@ -251,7 +251,7 @@ def test_a_file_as_hugging_face_datasets_writes_it() -> None:
         in line(source)
     )
     found = source.fetch(range(12))
-    assert [fetched.label for fetched in found] == [str(i % 3) for i in range(12)]
+    assert [fetched.label for fetched in found] == ["cat", "dog", "owl"] * 4
     assert {decode(fetched.data or b"", max_pixels=1000).shape for fetched in found} == {(16, 16, 3)}
 
 
@@ -288,10 +288,12 @@ def test_labels_of_partitioned_shards_are_in_their_folders(tmp_path: Path) -> No
     assert "in 2 Parquet files in 2 class folders" in line(source)
     assert not detect(tmp_path, label_from_parent=False).has_labels
     assert not detect(tmp_path, label_column=None).has_labels
+    by_name = detect(tmp_path, label_column="label", label_from_parent=False)
+    assert [fetched.label for fetched in by_name.fetch(range(4))] == ["a dog", "a dog", "cat", "cat"]
     with pytest.raises(
         ConfigError, match=r"set data\.label_from_parent=true and leave out data\.label_column"
     ):
-        detect(tmp_path, label_column="label")
+        detect(tmp_path, label_column="class")
     assert detect(tmp_path, label_from_parent=True).has_labels  # the remedy
     with pytest.raises(ConfigError, match="both say where labels are"):
         detect(tmp_path, label_from_parent=True, label_column="label")
