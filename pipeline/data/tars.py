@@ -79,7 +79,8 @@ def list_tars(
             count.add(1)
         if found.damage is not None and not len(found.names):
             unusable[tar["key"]] = (
-                f"{root.rstrip('/')}/{tar['key']} is not a readable tar file: {found.damage}"
+                f"{root.rstrip('/')}/{tar['key']} is not a readable tar file: {found.damage}; "
+                "write it again or remove it"
             )
             return None
         return found
@@ -95,7 +96,10 @@ def list_tars(
             raise
     if len(unusable) > len(rows) / 2:
         first = unusable[min(unusable)]
-        raise DataError(f"{len(unusable)} of {len(rows)} tar files under {path} cannot be used: {first}")
+        raise DataError(
+            f"{len(unusable)} of {len(rows)} tar files under {path} cannot be used; mend or remove them, the first of "
+            f"them: {first}"
+        )
     number_of = [number for number, images in enumerate(found) if images is not None]
     of_tars = [images for images in found if images is not None]
     left_out = sum((images.left_out for images in of_tars), Counter[str]())

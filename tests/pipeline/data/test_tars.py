@@ -164,7 +164,7 @@ def test_damaged_and_compressed_files_are_named_and_the_rest_is_used(tmp_path: P
         (
             {"a.tar": b"\x1f\x8b rest"},
             {},
-            "1 of 1 tar files under .* cannot be used: .*a.tar is compressed with gzip.*gunzip",
+            "1 of 1 tar files under .* cannot be used; .*a.tar is compressed with gzip.*gunzip",
         ),
         ({"a.tar": b"rubbish" * 100}, {}, "a.tar is not a readable tar file: at byte 0 of 700"),
         (
