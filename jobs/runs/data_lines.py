@@ -39,7 +39,7 @@ def describe_data(images: Source) -> str:
         where += f" in {folders}{outside}"
     if manifest.damaged:
         notes.append(
-            f"{_count(len(manifest.damaged), 'damaged Parquet file')} left out: {some_names(manifest.damaged)}"
+            f"{_count(len(manifest.damaged), 'unreadable Parquet file')} left out: {some_names(manifest.damaged)}"
         )
     notes += manifest.passed_over
     if manifest.num_ignored:

@@ -20,7 +20,7 @@ from dinoray.pipeline.data.columns import (
     text_leaf,
 )
 from dinoray.pipeline.data.parquet_faults import (
-    ENCRYPTED,
+    DECRYPT,
     FAULTS,
     CorruptShard,
     UnsupportedShard,
@@ -193,7 +193,7 @@ def footer_of(file: Any, uri: str) -> pq.FileMetaData:
         file.seek(file.size() - _END_BYTES)
         end = file.read(_END_BYTES)
     if int.from_bytes(end[:4], "little") - metadata.serialized_size == _SIGNATURE_BYTES:
-        raise UnsupportedShard(f"{uri} {ENCRYPTED}")
+        raise UnsupportedShard(f"{uri} is encrypted; {DECRYPT}")
     return metadata
 
 

@@ -93,7 +93,7 @@ class ShardFiles:
         if len(misfits) >= len(damaged):
             return self._left_out[misfits[0]]
         return DataError(
-            f"{len(damaged)} of {self.shards.num_rows} Parquet shards under {path} are damaged, the first of them: "
+            f"{len(damaged)} of {self.shards.num_rows} Parquet shards under {path} cannot be read, the first of them: "
             f"{self._left_out[damaged[0]]}"
         )
 
