@@ -23,7 +23,7 @@ NONE = {
     "{'\\n'.join(": "lines of other messages",
     "tune.space: {key}: {why}": "an error of pydantic's, or a hint",
     "{_misfit(": "made where its remedy is",
-    "{len(damaged)} of {num_shards} Parquet shards": "ends with the message about the first of them",
+    "{len(damaged)} of {self.shards.num_rows} Parquet shards": "ends with the message about the first of them",
     "{str(refusal)}": "a message that was raised before",
     "{line} (at most": "the line before has it",
     "torn": "the list is made again from the checkpoints themselves",

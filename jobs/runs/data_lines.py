@@ -44,8 +44,8 @@ def _describe_images(images: Source) -> str:
         outside = f" ({labels.null_count} outside of them)" if labels.null_count else ""
         where += f" in {folders}{outside}"
     if manifest.damaged:
-        damaged = _count(len(manifest.damaged), f"damaged {manifest.of_kind.file}")
-        notes.append(f"{damaged} left out: {some_names(manifest.damaged)}")
+        unreadable = _count(len(manifest.damaged), f"unreadable {manifest.of_kind.file}")
+        notes.append(f"{unreadable} left out: {some_names(manifest.damaged)}")
     return f"data: {_count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
 
 

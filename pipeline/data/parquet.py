@@ -20,7 +20,7 @@ from dinoray.pipeline.data.columns import (
     text_leaf,
 )
 from dinoray.pipeline.data.parquet_faults import (
-    ENCRYPTED,
+    DECRYPT,
     FAULTS,
     CorruptShard,
     UnsupportedShard,
@@ -98,10 +98,12 @@ def row_groups(footer: PartFooter, *, image_column: str, other_columns: Sequence
 
 
 def text_leaves(schema: pa.Schema, columns: Sequence[str], uri: str) -> dict[str, Leaf]:
+    """Return those of the columns that the shard has. Raises MisfitShard if one is nested or there twice."""
     return {column: text_leaf(schema, column, uri) for column in columns if has_column(schema, column)}
 
 
 def chunks_of(group: pq.RowGroupMetaData, leaves: Sequence[Leaf]) -> list[pq.ColumnChunkMetaData]:
+    """Return what the footer notes of these columns in a row group. Raises CorruptShard."""
     wanted = {leaf.name for leaf in leaves}
     chunks = (group.column(number) for number in range(group.num_columns))
     try:
@@ -193,11 +195,12 @@ def footer_of(file: Any, uri: str) -> pq.FileMetaData:
         file.seek(file.size() - _END_BYTES)
         end = file.read(_END_BYTES)
     if int.from_bytes(end[:4], "little") - metadata.serialized_size == _SIGNATURE_BYTES:
-        raise UnsupportedShard(f"{uri} {ENCRYPTED}")
+        raise UnsupportedShard(f"{uri} is encrypted; {DECRYPT}")
     return metadata
 
 
 def parquet_file(file: Any, metadata: pq.FileMetaData | None = None, **options: Any) -> pq.ParquetFile:
+    """Return an open shard as pyarrow reads it, with the checksums of its pages compared."""
     return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, **options)
 
 
@@ -205,6 +208,7 @@ def parquet_file(file: Any, metadata: pq.FileMetaData | None = None, **options: 
 def open_shard(
     uri: str, num_bytes: int, retry: Retry, access: Access, etag: str | None = None
 ) -> Iterator[Any]:
+    """Open a shard. What pyarrow raises within the block is raised as the error that it means."""
     file = None
     try:
         if is_s3(uri):

@@ -17,15 +17,16 @@ from dinoray.pipeline.storage.retry import (
 
 FAULTS = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
 """What pyarrow raises for files that it cannot read; UnicodeDecodeError for names of columns."""
-ENCRYPTED = "is encrypted; decrypt it or remove it"
+DECRYPT = "decrypt it or remove it"
 _STARTS = {
-    b"PARE": ENCRYPTED,
-    b"\x1f\x8b": "is compressed as a whole by gzip; decompress it with gunzip, or remove it",
-    b"BZh": "is compressed as a whole by bzip2; decompress it with bunzip2, or remove it",
-    b"\x28\xb5\x2f\xfd": "is compressed as a whole by zstd; decompress it with unzstd, or remove it",
-    b"ARROW1": "is an Arrow file, not Parquet; write it again as Parquet, or remove it",
-    b"ORC": "is an ORC file, not Parquet; write it again as Parquet, or remove it",
+    b"PARE": ("encrypted", DECRYPT),
+    b"\x1f\x8b": ("compressed as a whole by gzip", "decompress it with gunzip, or remove it"),
+    b"BZh": ("compressed as a whole by bzip2", "decompress it with bunzip2, or remove it"),
+    b"\x28\xb5\x2f\xfd": ("compressed as a whole by zstd", "decompress it with unzstd, or remove it"),
+    b"ARROW1": ("an Arrow file, not Parquet", "write it again as Parquet, or remove it"),
+    b"ORC": ("an ORC file, not Parquet", "write it again as Parquet, or remove it"),
 }
+"""First bytes -> what the file is, and what to do."""
 
 
 class CorruptShard(DataError):  # noqa: N818
@@ -52,11 +53,11 @@ def unreadable(uri: str, file: Any, error: Exception) -> Exception:
     if isinstance(error, MemoryError):
         return ResourceError(f"{uri}: {reason}; give each node more memory, or lower data.fetch_buffer_bytes")
     start = _start(file)
-    known = next((text for magic, text in _STARTS.items() if start.startswith(magic)), None)
+    known = next((found for magic, found in _STARTS.items() if start.startswith(magic)), None)
     if "crypt" in reason.lower():
-        known = ENCRYPTED
+        known = _STARTS[b"PARE"]
     if known:
-        return UnsupportedShard(f"{uri} {known}")
+        return UnsupportedShard(f"{uri} is {known[0]}; {known[1]}")
     if isinstance(error, pa.ArrowNotImplementedError):
         return UnsupportedShard(
             f"{uri} is written in a way that pyarrow {pa.__version__} cannot read ({reason}); write it again or "

@@ -185,8 +185,8 @@ def _of_listed(find: Callable[[], Result]) -> Result:
     """Return `find()`; what does not fit was other when the shard was listed."""
     try:
         return find()
-    except MisfitShard as error:
-        raise CorruptShard(str(error)) from error
+    except MisfitShard as refusal:
+        raise CorruptShard(str(refusal)) from refusal
 
 
 def _batches(

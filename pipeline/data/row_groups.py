@@ -6,7 +6,6 @@ ambiguous. No Ray here.
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ from dinoray.pipeline.data.parquet import (
 )
 from dinoray.pipeline.data.parquet_faults import UnsupportedShard
 from dinoray.pipeline.data.shards import ShardFiles
-from dinoray.pipeline.storage.progress import counting
 
 PACKED = b"dinoray.packed"
 """Name of the note in the footers of shards that `jobs.pack` wrote."""
@@ -75,7 +73,6 @@ def list_row_groups(files: ShardFiles, *, path: str, asked: Asked, concurrency: 
 
     def read(shard: dict[str, Any]) -> _Part:
         footer = files.footer(shard)
-        count.add(1)
         try:
             if footer is None:
                 return _part_of([], [])
@@ -92,26 +89,18 @@ def list_row_groups(files: ShardFiles, *, path: str, asked: Asked, concurrency: 
             return _part_of(groups, [ColumnFacts(None, None)] * len(groups))
         return _part_of(groups, [column_facts(footer, group.row_group, columns.label) for group in groups])
 
-    rows = shards.to_pylist()
-    with (
-        counting(f"reading footers of Parquet at {path}", "files", len(rows)) as count,
-        ThreadPoolExecutor(concurrency) as pool,
-    ):
-        try:
-            found = list(pool.map(read, rows))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # stop reading after the first error
-            raise
+    what = f"reading footers of Parquet at {path}"
+    found = files.each(read, concurrency=concurrency, what=what, shards=shards)
     files.check(path)
     counts = np.concatenate([part.counts for part in found])
     counts[:, 2] = np.ceil(counts[:, 2] * first.growth)
     if not len(counts):
-        raise DataError(f"the {len(rows)} Parquet shards under {path} hold no rows; check data.path")
+        raise DataError(f"the {shards.num_rows} Parquet shards under {path} hold no rows; check data.path")
     if asked.label == AUTO and columns.label is not None:
         columns = _without_useless_label(columns, [part.labels for part in found if len(part.counts)])
     columns.notes.extend(files.notes())
     names = ["key", "size", "etag", *(["label"] if by_path else [])]
-    which = np.repeat(np.arange(len(rows)), [len(part.counts) for part in found])
+    which = np.repeat(np.arange(shards.num_rows), [len(part.counts) for part in found])
     table = _table(shards.select(names).take(which), counts)
     rows_per_group = per_group.pop() if len(per_group) == 1 else None
     return RowGroups(table, columns, from_folders, files.damaged, rows_per_group)

@@ -3,8 +3,9 @@
 Stands between parquet.py and the tables of the manifest. No Ray here.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,11 @@ from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.data.parquet import PartFooter, again_if_damaged, read_footer
 from dinoray.pipeline.data.parquet_faults import UNREADABLE
 from dinoray.pipeline.storage.config import StorageConfig
+from dinoray.pipeline.storage.progress import counting
 from dinoray.pipeline.storage.retry import Retry
 from dinoray.pipeline.storage.waiting import Patient
+
+Result = TypeVar("Result")
 
 _FIRST, _SPREAD = 4, 8
 """Shards of which the first with images shows the columns of all: the first few, then some from all over the list."""
@@ -82,6 +86,29 @@ class ShardFiles:
                 self._candidates[shard["key"]] = footer
                 yield shard, footer
 
+    def each(
+        self,
+        work: Callable[[dict[str, Any]], Result],
+        *,
+        concurrency: int,
+        what: str,
+        shards: pa.Table | None = None,
+    ) -> list[Result]:
+        """Return the result of `work` for each shard, `concurrency` at a time; the first error ends it."""
+        rows = (self.shards if shards is None else shards).to_pylist()
+
+        def counted(row: dict[str, Any]) -> Result:
+            result = work(row)
+            count.add(1)
+            return result
+
+        with counting(what, "files", len(rows)) as count, ThreadPoolExecutor(concurrency) as pool:
+            try:
+                return list(pool.map(counted, rows))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
     def check(self, path: str) -> None:
         """Raise the error of the first shard that is left out, if most are."""
         if len(self._left_out) > self.shards.num_rows / 2:
@@ -93,7 +120,7 @@ class ShardFiles:
         if len(misfits) >= len(damaged):
             return self._left_out[misfits[0]]
         return DataError(
-            f"{len(damaged)} of {self.shards.num_rows} Parquet shards under {path} are damaged, the first of them: "
+            f"{len(damaged)} of {self.shards.num_rows} Parquet shards under {path} cannot be read, the first of them: "
             f"{self._left_out[damaged[0]]}"
         )
 

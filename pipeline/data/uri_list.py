@@ -39,7 +39,6 @@ from dinoray.pipeline.data.parquet_rows import read_texts
 from dinoray.pipeline.data.shards import ShardFiles
 from dinoray.pipeline.data.sorting import sorted_by_key
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
-from dinoray.pipeline.storage.progress import counting
 from dinoray.pipeline.storage.retry import MissingObject, ObjectTooLarge
 from dinoray.pipeline.storage.s3 import read_object
 from dinoray.pipeline.storage.waiting import Patient
@@ -96,7 +95,6 @@ def list_addresses(
     label, label_notes = _label_column(files, column, asked)
 
     def read(shard: dict[str, Any]) -> pa.Table:
-        count.add(1)
         empty = pa.table({"address": pa.array([], pa.string()), "label": pa.array([], pa.string())})
         footer = files.footer(shard)
         if footer is None:
@@ -120,12 +118,8 @@ def list_addresses(
         labels = pa.nulls(len(addresses), pa.string()) if label is None else texts[label].combine_chunks()
         return pa.table({"address": addresses, "label": labels})
 
-    rows = files.shards.to_pylist()
-    with (
-        counting(f"reading addresses of images at {path}", "files", len(rows)) as count,
-        ThreadPoolExecutor(concurrency) as pool,
-    ):
-        named = pa.concat_tables(pool.map(read, rows))
+    what = f"reading addresses of images at {path}"
+    named = pa.concat_tables(files.each(read, concurrency=concurrency, what=what))
     files.check(path)
     notes = [f"addresses of images from column {column!r}", *label_notes, *files.notes()]
     named = of_one_store(named, path, column, notes)
@@ -140,7 +134,18 @@ def list_addresses(
         label, labels = None, pa.chunked_array([pa.nulls(len(labels), pa.string())])
     if asked.from_folders is True:
         folders = (posixpath.dirname(address).split("/") for address in addresses.to_pylist())
-        labels = pa.array([folder_label(one) for one in folders], pa.string())
+        labels = pa.chunked_array([[folder_label(one) for one in folders]], pa.string())
+    columns, top = _columns(addresses, labels, listed, root)
+    num_listed = len(addresses) - columns["size"].null_count
+    table = sorted_by_key(columns)
+    _check_some(table, top, column, files)
+    return Addressed(table, top, label, notes, files.damaged, num_listed)
+
+
+def _columns(
+    addresses: pa.ChunkedArray, labels: pa.ChunkedArray, listed: pa.Table, root: str
+) -> tuple[dict[str, pa.ChunkedArray], str]:
+    """Return the columns of the table of images, and the address that keys are relative to."""
     there = pa.scalar(f"{root.rstrip('/')}/", pa.large_string())
     known = pc.binary_join_element_wise(there, listed["key"], pa.scalar("", pa.large_string()))
     place = pc.index_in(addresses.cast(pa.large_string()), value_set=known)
@@ -149,12 +154,10 @@ def list_addresses(
     columns = {
         "key": pa.chunked_array([keys], pa.large_string()),
         **{name: listed[name].take(place) for name in ("size", "etag", "storage_class")},
-        "label": labels if isinstance(labels, pa.ChunkedArray) else pa.chunked_array([labels]),
+        "label": labels,
     }
     columns["etag"] = columns["etag"].fill_null("")
-    table = sorted_by_key(columns)
-    _check_some(table, top, column, files)
-    return Addressed(table, top, label, notes, files.damaged, len(place) - place.null_count)
+    return columns, top
 
 
 def _label_column(files: ShardFiles, column: str, asked: Asked) -> tuple[str | None, list[str]]:

@@ -19,12 +19,12 @@ def line(folder: Path) -> str:
 def test_damaged_shards_are_counted_and_the_first_few_named(tmp_path: Path) -> None:
     good = parquet({"image": [b"1"], "label": [3]})
     write_all(tmp_path, {f"{i:02d}.parquet": b"x" if i % 2 else good for i in range(3)})
-    assert line(tmp_path).endswith("; 1 damaged Parquet file left out: 01.parquet)")
+    assert line(tmp_path).endswith("; 1 unreadable Parquet file left out: 01.parquet)")
     assert "label" in line(tmp_path)  # as without the damage
 
     write_all(tmp_path, {f"{i:02d}.parquet": b"x" if i % 2 else good for i in range(3, 15)})
     names = "01.parquet, 03.parquet, 05.parquet, 07.parquet, 09.parquet and 2 more"
-    assert line(tmp_path).endswith(f"; 7 damaged Parquet files left out: {names})")
+    assert line(tmp_path).endswith(f"; 7 unreadable Parquet files left out: {names})")
 
 
 def test_how_parquet_of_others_is_shuffled_and_read_is_said_with_a_remedy(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_damaged_shard_is_left_out_and_named_unless_most_are(tmp_path: Path, d
     assert Manifest.from_bytes(manifest.to_bytes(), DataConfig(path=str(tmp_path))) == manifest
 
     write_all(tmp_path, {"worse.parquet": bad})
-    says = rf"2 of 3 .* are damaged, .*{tmp_path}/bad\.parquet is not a readable Parquet file.*remove it$"
+    says = rf"2 of 3 .* cannot be read, .*{tmp_path}/bad\.parquet is not a readable Parquet file.*remove it$"
     with pytest.raises(DataError, match=says):
         build_manifest(DataConfig(path=str(tmp_path)))
     (tmp_path / "worse.parquet").unlink()  # as it says

@@ -154,7 +154,7 @@ def test_damaged_and_compressed_files_are_named_and_the_rest_is_used(tmp_path: P
     assert "45 images in 3 tar files" in line
     assert "1 tar file is damaged: 1.tar at byte 1" in line
     assert f"of {cut}: the file ends within 's05.jpg'; its first 5 images are used" in line
-    assert "1 damaged tar file left out: z.tar" in line
+    assert "1 unreadable tar file left out: z.tar" in line
     assert "ignored: 1 .csv, 1 file without a suffix" in line
 
 
