@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dinoray.jobs.runs.parts_job import PartsJob
 from dinoray.models.errors import DataError, one_line
+from dinoray.pipeline.data.classify import PACKED_PAGE
 from dinoray.pipeline.data.duplicates import Indices
 from dinoray.pipeline.data.ignored import ignored_line
 from dinoray.pipeline.data.image_facts import as_rgb, decode_whole
@@ -24,7 +25,7 @@ from dinoray.pipeline.figures.picture_grid import Captioned, picture_grid
 from dinoray.pipeline.reporting.data_page import DataPage, Pairs, build_data_page
 from dinoray.pipeline.storage.files import Directory, filesystem
 
-PAGE, DUPLICATES = "data.html", "_about/duplicates.jsonl"
+PAGE, DUPLICATES = PACKED_PAGE, "_about/duplicates.jsonl"
 _SAMPLES, _EXACT_PAIRS, _NEAR_PAIRS = 24, 3, 9
 _COUNTED = ("format", "channels", "width", "height", "num_bytes", "low", "high", "mean", "label")
 

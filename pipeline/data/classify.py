@@ -31,6 +31,7 @@ from dinoray.pipeline.storage.run_dir import LEASE_FILE
 CONFIG, STUDY = "config.yaml", "study.json"
 OF_A_RUN = frozenset({"environment.json", "manifest.parquet", "trial.json"})
 EMBEDDINGS, PACKED = "_about/embed.json", "_about/pack.json"
+PACKED_PAGE = "data.html"
 
 _ROWS = 65_536
 _NAMES = "|".join(map(re.escape, sorted({CONFIG, STUDY, *OF_A_RUN, "embed.json", "pack.json"})))

@@ -15,7 +15,15 @@ import pyarrow.compute as pc
 from dinoray.models.errors import DataError
 from dinoray.pipeline.data.bounds import Bound
 from dinoray.pipeline.data.choosing import ImageList, Patterns, pattern_remedy
-from dinoray.pipeline.data.classify import CONFIG, EMBEDDINGS, OF_A_RUN, PACKED, STUDY, Classifier
+from dinoray.pipeline.data.classify import (
+    CONFIG,
+    EMBEDDINGS,
+    OF_A_RUN,
+    PACKED,
+    PACKED_PAGE,
+    STUDY,
+    Classifier,
+)
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.detection import AUTO, has_label_pair, is_split
 from dinoray.pipeline.data.first_shard import hold_images
@@ -118,6 +126,7 @@ def list_contents(
     folders_of = _output(found.marks)
     if folders_of["run"][:1] == [""] or folders_of["study"][:1] == [""]:
         raise DataError(f"{setting_path} is a run directory or a study; set it to a folder of images")
+    tables[-1] = _without_pages(tables[-1], listing.prefix, found.marks)
     packed = folders_of.pop("packed")
     own = [folder for folders in folders_of.values() for folder in folders]
     tables = [_outside(table, listing.prefix, own) for table in tables]
@@ -260,6 +269,14 @@ def _output(marks: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
             outer.append(folder)
             found[kind].append(folder)
     return found
+
+
+def _without_pages(others: pa.Table, prefix: str, marks: Mapping[str, Collection[str]]) -> pa.Table:
+    """Return the rows that are not what packed sets have about themselves, which is part of them."""
+    folders = [folder for folder, names in marks.items() if PACKED in names]
+    pages = [f"{prefix}{folder}/{PACKED_PAGE}" if folder else f"{prefix}{PACKED_PAGE}" for folder in folders]
+    others = others.filter(pc.invert(pc.is_in(others["key"], pa.array(pages, others["key"].type))))
+    return _outside(others, prefix, [f"{folder}/_about".lstrip("/") for folder in folders])
 
 
 def _kind(names: Collection[str]) -> str | None:
