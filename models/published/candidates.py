@@ -35,6 +35,8 @@ _VITS = {
     (4096, 40, 16): ["vit_7b_patch16_dinov3"],
 }
 """(width, blocks, patch) of ViTs with published weights."""
+_ARCHITECTURES = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
+"""The published code's ViTs: width, and number of attention heads, which tensor shapes do not show."""
 _FAMILIES = (
     (
         r"layer1\.",
@@ -64,6 +66,17 @@ def vit_shape(state: State) -> tuple[int, int, int] | None:
     if patches is None or patches.ndim != 4 or not blocks:
         return None
     return patches.shape[0], max(blocks) + 1, patches.shape[-1]
+
+
+def known_heads(state: State, args: Mapping[str, Any]) -> int | None:
+    """Return a ViT's number of attention heads, if the file's arguments or its architecture's name tell it."""
+    shape = vit_shape(state)
+    if shape is None:
+        return None
+    if isinstance(args.get("num_heads"), int):
+        return int(args["num_heads"])
+    width, num_heads = _ARCHITECTURES.get(str(args.get("arch")), (0, 0))
+    return num_heads if shape[0] == width else None
 
 
 def candidates(

@@ -17,15 +17,12 @@ from torch import Tensor, nn
 
 from dinoray.models.backbone import embed_dim
 from dinoray.models.errors import ConfigError
-from dinoray.models.published.candidates import candidates, vit_shape
+from dinoray.models.published.candidates import candidates, known_heads, vit_shape
 
 _NOT_OF_BACKBONE = re.compile(
     r"(fc|head|head_dist|classifier|last_linear|pooler|decoder|predictor|projector|projection_head)\."
     r"|decoder_|(mask_token|masked_embed|position_ids)$"
 )
-_ARCHITECTURES = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
-"""The published code's ViTs: width, and number of attention heads, which tensor shapes do not show."""
-
 _FIRST = (
     "patch_embed.proj.weight",
     "conv1.weight",
@@ -177,23 +174,12 @@ def _check_vit(state: State, backbone: nn.Module, args: Mapping[str, Any], kwarg
             f"backbone.name={name} has {both[0]}, but the checkpoint{_origin(args)} has {both[1]}; "
             f"{_remedy(state, backbone, args, kwargs)}"
         )
-    num_heads, own_heads = _known_heads(state, args), _num_heads(backbone)
+    num_heads, own_heads = known_heads(state, args), _num_heads(backbone)
     if num_heads is not None and own_heads not in (None, num_heads):
         raise ConfigError(
             f"backbone.name={name} has {own_heads} attention heads, but the checkpoint{_origin(args)} has "
             f"{num_heads}; set backbone.kwargs.num_heads={num_heads}"
         )
-
-
-def _known_heads(state: State, args: Mapping[str, Any]) -> int | None:
-    """Return a ViT's number of attention heads, if the file's arguments or its architecture's name tell it."""
-    shape = vit_shape(state)
-    if shape is None:
-        return None
-    if isinstance(args.get("num_heads"), int):
-        return int(args["num_heads"])
-    width, num_heads = _ARCHITECTURES.get(str(args.get("arch")), (0, 0))
-    return num_heads if shape[0] == width else None
 
 
 def _origin(args: Mapping[str, Any]) -> str:
@@ -219,7 +205,7 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
     `kwargs`: the configured `backbone.kwargs`, which stay unless a setting replaces them.
     """
     like, shape = _name(backbone), vit_shape(named)
-    heads = _known_heads(named, args)
+    heads = known_heads(named, args)
     own_heads = heads or (_num_heads(backbone) if shape and shape[0] == embed_dim(backbone) else None)
     for name, wanted in candidates(named, args=args, like=like, num_heads=own_heads):
         if name == like and kwargs and not wanted:

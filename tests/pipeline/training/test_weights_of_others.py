@@ -59,7 +59,7 @@ FORMS: dict[str, tuple[Callable[[nn.Module, nn.Module], Any], str, str]] = {
     "MoCo v3": (
         lambda a, b: {
             "epoch": 5,
-            "arch": "vit_small",
+            "arch": "vit_own",
             "state_dict": Module(
                 module=Module(base_encoder=a, momentum_encoder=b, predictor=nn.Linear(8, 8))
             ).state_dict(),
