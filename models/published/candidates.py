@@ -11,21 +11,32 @@ State = Mapping[str, Tensor]
 Candidate = tuple[str, dict[str, Any]]
 """A model's name, and further arguments for it."""
 
+
+def _dinov3(size: str) -> list[str]:
+    """Return the names of timm's DINOv3 ViTs of one size: with and without gated layers and biases."""
+    names = [f"vit_{size}{plus}_patch16_dinov3{bias}" for plus in ("", "_plus") for bias in ("", "_qkvb")]
+    return [name for name in names if timm.is_model(name)]
+
+
 _VITS = {
     (192, 12, 16): ["vit_tiny_patch16_224"],
     (384, 12, 8): ["vit_small_patch8_224"],
     (384, 12, 14): ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"],
-    (384, 12, 16): ["vit_small_patch16_224", "vit_small_patch16_dinov3", "deit_small_distilled_patch16_224"],
+    (384, 12, 16): ["vit_small_patch16_224", *_dinov3("small"), "deit_small_distilled_patch16_224"],
     (768, 12, 8): ["vit_base_patch8_224"],
     (768, 12, 14): ["vit_base_patch14_dinov2", "vit_base_patch14_reg4_dinov2"],
-    (768, 12, 16): ["vit_base_patch16_224", "vit_base_patch16_dinov3", "beit_base_patch16_224"],
+    (768, 12, 16): ["vit_base_patch16_224", *_dinov3("base"), "beit_base_patch16_224"],
     (768, 12, 32): ["vit_base_patch32_224"],
     (1024, 24, 14): ["vit_large_patch14_dinov2", "vit_large_patch14_reg4_dinov2", "vit_large_patch14_224"],
-    (1024, 24, 16): ["vit_large_patch16_224", "vit_large_patch16_dinov3"],
+    (1024, 24, 16): ["vit_large_patch16_224", *_dinov3("large")],
     (1280, 32, 14): ["vit_huge_patch14_224"],
+    (1280, 32, 16): _dinov3("huge"),
     (1536, 40, 14): ["vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"],
+    (4096, 40, 16): ["vit_7b_patch16_dinov3"],
 }
 """(width, blocks, patch) of ViTs with published weights."""
+_ARCHITECTURES = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
+"""The published code's ViTs: width, and number of attention heads, which tensor shapes do not show."""
 _FAMILIES = (
     (
         r"layer1\.",
@@ -55,6 +66,17 @@ def vit_shape(state: State) -> tuple[int, int, int] | None:
     if patches is None or patches.ndim != 4 or not blocks:
         return None
     return patches.shape[0], max(blocks) + 1, patches.shape[-1]
+
+
+def known_heads(state: State, args: Mapping[str, Any]) -> int | None:
+    """Return a ViT's number of attention heads, if the file's arguments or its architecture's name tell it."""
+    shape = vit_shape(state)
+    if shape is None:
+        return None
+    if isinstance(args.get("num_heads"), int):
+        return int(args["num_heads"])
+    width, num_heads = _ARCHITECTURES.get(str(args.get("arch")), (0, 0))
+    return num_heads if shape[0] == width else None
 
 
 def candidates(
@@ -98,8 +120,10 @@ def _own_vits(state: State, shape: tuple[int, int, int], like: str, num_heads: i
     )
     if registers is not None and registers.ndim == 3:
         kwargs["reg_tokens"] = registers.shape[1]
-    if any(re.match(r"blocks\.0\.ls1\.gamma$", name) for name in state):
+    if "blocks.0.ls1.gamma" in state:
         kwargs["init_values"] = 1e-5
+    if "blocks.0.attn.qkv.weight" in state and "blocks.0.attn.qkv.bias" not in state:
+        kwargs["qkv_bias"] = False
     yield (like if like.startswith("vit_") else "vit_small_patch16_224"), kwargs
     yield "vit_small_patch16_224", kwargs
 

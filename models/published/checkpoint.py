@@ -25,13 +25,13 @@ from dinoray.models.errors import DataError
 from dinoray.models.published.fit import fit_backbone, fit_head
 from dinoray.models.published.networks_in_files import find_networks
 from dinoray.models.published.optimizer import load_optimizer, official_state
+from dinoray.models.published.programs import in_timms_names, programs_of, seen_in
 from dinoray.models.published.restricted_load import (
     as_tensors,
     holds_arrays,
     restricted_load,
     values_of,
 )
-from dinoray.models.published.timm_names import in_timms_names
 
 __all__ = [
     "Loaded",
@@ -63,6 +63,8 @@ class Weights(NamedTuple):
     epoch: int | float | None
     """The next epoch to run."""
     args: dict[str, Any]
+    """The arguments of the training, as far as they are known. Also `program`, the programs that the file seems to
+    come from, and `num_heads`, a ViT's number of attention heads, which its tensors do not show."""
     official: bool
     """True if position embeddings must be resized as in the published code."""
     name: str = "the checkpoint"
@@ -91,6 +93,14 @@ class Loaded(NamedTuple):
 def read_weights(data: bytes, name: str) -> Weights:
     """Return the weights in the bytes of a `.pth` or `.ckpt` file; `name` is used in errors.
 
+    Raises as `read_state` and `parse` do.
+    """
+    return parse(read_state(data, name), name)
+
+
+def read_state(data: bytes, name: str) -> Mapping[str, Any]:
+    """Return the contents of a `.pth` or `.ckpt` file, for `parse`; `name` is used in errors.
+
     No code in the file is run. Raises DataError for a file that requires running code or cannot be read.
     """
     state = restricted_load(data, name)
@@ -99,7 +109,7 @@ def read_weights(data: bytes, name: str) -> Weights:
             f"{name} holds a {type(state).__name__}, not a dict of weights; "
             "save a network's state_dict() with torch.save"
         )
-    return parse(state, name)
+    return state
 
 
 def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
@@ -120,7 +130,14 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
         )
     student = in_timms_names(found.student)
     teacher = student if found.teacher is found.student else in_timms_names(found.teacher)
+    names = (name.removeprefix("backbone.") for name in found.teacher)
+    programs = programs_of(names, (found.student_from, found.teacher_from))
     args = _plain({"arch": state.get("arch")} | values_of(state.get("args")))
+    args = {k: v for k, v in args.items() if k not in ("program", "num_heads")} | seen_in(
+        programs, args.get("arch")
+    )
+    is_renamed = teacher.keys() != found.teacher.keys()
+    renamed = [f"names of {programs[-1].name} are read as timm's"] if is_renamed else []
     optimizer, epoch = _optimizer(state.get("optimizer")), _epoch(state.get("epoch"))
     place = found.teacher_from.partition(".")[0]
     is_part = isinstance(state.get(place), Mapping)
@@ -148,7 +165,7 @@ def parse(state: Mapping[str, Any], name: str = "the checkpoint") -> Weights:
         name=name,
         places=(found.student_from, found.teacher_from, found.center_from),
         skipped=(*found.skipped, *others),
-        notes=tuple(found.notes),
+        notes=(*found.notes, *renamed),
     )
 
 

@@ -17,16 +17,12 @@ from torch import Tensor, nn
 
 from dinoray.models.backbone import embed_dim
 from dinoray.models.errors import ConfigError
-from dinoray.models.published.candidates import candidates, vit_shape
-from dinoray.models.published.timm_names import publisher
+from dinoray.models.published.candidates import candidates, known_heads, vit_shape
 
 _NOT_OF_BACKBONE = re.compile(
     r"(fc|head|head_dist|classifier|last_linear|pooler|decoder|predictor|projector|projection_head)\."
     r"|decoder_|(mask_token|masked_embed|position_ids)$"
 )
-_ARCHITECTURES = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
-"""The published code's ViTs: width, and number of attention heads, which tensor shapes do not show."""
-
 _FIRST = (
     "patch_embed.proj.weight",
     "conv1.weight",
@@ -49,8 +45,9 @@ def fit_backbone(
 ) -> dict[str, Tensor]:
     """Return `state` as the backbone's state dict: timm's names, no classifier, a fitted grid.
 
-    `args`: the arguments that the checkpoint was trained with, if known. `kwargs`: the configured
-    `backbone.kwargs`. Each change adds a line to `notes`. Raises ConfigError if the networks are different.
+    `args`: the arguments that the checkpoint was trained with, `program` and `num_heads`, as in `Weights`.
+    `kwargs`: the configured `backbone.kwargs`. Each change adds a line to `notes`. Raises ConfigError if the
+    networks are different.
     """
     notes = [] if notes is None else notes
     own = backbone.state_dict()
@@ -68,6 +65,16 @@ def fit_backbone(
         )
     if any(_differences(bare, own)):
         raise ConfigError(_misfit(named, bare, backbone, args or {}, kwargs or {}))
+    if lost := _lost_key_biases(named, own):
+        notes.append(
+            f"left out: {_some(lost)}, the part for keys, which the backbone does not have: its features differ from "
+            "those of the file's network"
+        )
+    if "storage_tokens" in state and getattr(backbone, "global_pool", None) == "avg":
+        notes.append(
+            "the backbone averages its patch tokens, but DINOv3 trains the class token, which "
+            "backbone.kwargs.global_pool=token takes"
+        )
     return _in_order(bare, own)
 
 
@@ -130,9 +137,31 @@ def _matched(named: State, backbone: nn.Module) -> dict[str, Tensor]:
     own = backbone.state_dict()
     bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
     if any(_differences(bare, own)):
-        named = _in_timms_names(named, backbone)  # all tensors: timm recognises files by the others
-        bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
+        renamed = _in_timms_names(named, backbone)  # all tensors: timm recognises files by the others
+        bare = {k: v for k, v in renamed.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
+        # timm drops biases that a DINOv3 without them cannot take; they stay here, so that they do not fit.
+        bare |= {k: v for k, v in _biases(named, own) if _query_bias(k) not in own and bool(v.any())}
     return bare
+
+
+def _biases(named: State, own: State) -> Iterator[tuple[str, Tensor]]:
+    """Yield the file's biases of queries, keys and values that are not in the backbone under this name.
+
+    DINOv3 multiplies them by `bias_mask`, which is 0 for keys.
+    """
+    for k, v in named.items():
+        if k.endswith("attn.qkv.bias") and k not in own:
+            mask = named.get(f"{k}_mask")
+            yield k, v if mask is None else v * mask
+
+
+def _query_bias(name: str) -> str:
+    return name.replace("qkv.bias", "q_bias")
+
+
+def _lost_key_biases(named: State, own: State) -> list[str]:
+    """Return the biases whose part for keys is lost: timm's DINOv3 has biases of queries and values alone."""
+    return [k for k, v in _biases(named, own) if _query_bias(k) in own and bool(v.chunk(3)[1].any())]
 
 
 def _check_vit(state: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
@@ -142,25 +171,30 @@ def _check_vit(state: State, backbone: nn.Module, args: Mapping[str, Any], kwarg
     if theirs and ours and theirs != ours:
         both = [f"width {width}, {depth} blocks, patch {patch}" for width, depth, patch in (ours, theirs)]
         raise ConfigError(
-            f"backbone.name={name} has {both[0]}, but the checkpoint has {both[1]}; "
+            f"backbone.name={name} has {both[0]}, but the checkpoint{_origin(args)} has {both[1]}; "
             f"{_remedy(state, backbone, args, kwargs)}"
         )
-    width, num_heads = _ARCHITECTURES.get(str(args.get("arch")), (0, 0))
-    own_heads = _num_heads(backbone)
-    if theirs and theirs[0] == width and own_heads not in (None, num_heads):
+    num_heads, own_heads = known_heads(state, args), _num_heads(backbone)
+    if num_heads is not None and own_heads not in (None, num_heads):
         raise ConfigError(
-            f"backbone.name={name} has {own_heads} attention heads, but the checkpoint's "
-            f"arch={args['arch']} has {num_heads}; set backbone.kwargs.num_heads={num_heads}"
+            f"backbone.name={name} has {own_heads} attention heads, but the checkpoint{_origin(args)} has "
+            f"{num_heads}; set backbone.kwargs.num_heads={num_heads}"
         )
+
+
+def _origin(args: Mapping[str, Any]) -> str:
+    """Return where the checkpoint comes from, as far as it is known, in brackets."""
+    known = [str(args["program"])] if args.get("program") else []
+    known += [f"arch={args['arch']}"] if args.get("arch") else []
+    return f" ({', '.join(known)})" if known else ""
 
 
 def _misfit(
     named: State, bare: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> str:
     """Return the error message for tensors that do not fit the backbone."""
-    arch = f" (arch={args['arch']})" if args.get("arch") else ""
     return (
-        f"the checkpoint{arch} does not fit backbone.name={_name(backbone)}: it "
+        f"the checkpoint{_origin(args)} does not fit backbone.name={_name(backbone)}: it "
         f"{_problems(bare, backbone.state_dict())}; {_remedy(named, backbone, args, kwargs)}"
     )
 
@@ -171,7 +205,8 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
     `kwargs`: the configured `backbone.kwargs`, which stay unless a setting replaces them.
     """
     like, shape = _name(backbone), vit_shape(named)
-    own_heads = _num_heads(backbone) if shape and shape[0] == embed_dim(backbone) else None
+    heads = known_heads(named, args)
+    own_heads = heads or (_num_heads(backbone) if shape and shape[0] == embed_dim(backbone) else None)
     for name, wanted in candidates(named, args=args, like=like, num_heads=own_heads):
         if name == like and kwargs and not wanted:
             continue
@@ -184,6 +219,8 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
         except Exception:  # a model's constructor may raise anything for unsuitable arguments
             continue
         if fits:
+            if heads is not None and _num_heads(model) != heads:
+                wanted = {**wanted, "num_heads": heads}
             changed = {k: v for k, v in wanted.items() if name != like or kwargs.get(k) != v}
             settings = [] if name == like else [f"backbone.name={name}"]
             settings += [f"backbone.kwargs.{k}={_yaml(v)}" for k, v in changed.items()]
@@ -191,16 +228,16 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
             rest = " and no backbone.kwargs" if drops else ""
             guess = (
                 ", or as many heads as it was trained with"
-                if "num_heads" in changed and "backbone" not in args
+                if "num_heads" in changed and "backbone" not in args and heads is None
                 else ""
             )
             return f"set {' '.join(settings)}{guess}{rest}"
     channels = next((v.shape[1] for k, v in named.items() if k in _FIRST and v.ndim == 4), 3)
-    library = publisher(named)
+    program = args.get("program")
     if channels != 3:
         why = f"it takes images of {channels} channels, not RGB"
-    elif library:
-        why = f"its names are those of {library}, and no model of timm's that was tried fits"
+    elif program:
+        why = f"its names are those of {program}, and no model of timm's that was tried fits"
     else:
         why = "no model of timm's that was tried fits"
     return f"{why}: start from other weights, or without init.path (--init-from)"

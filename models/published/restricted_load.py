@@ -21,6 +21,7 @@ import torch
 
 from dinoray.models.errors import DataError, one_line
 from dinoray.models.published.pickle_size import check_size
+from dinoray.models.published.programs import writer_of_objects
 
 _GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
 _NUMBER = re.compile(r"b1|[iu][1248]|f(?:2|4|8|12|16)|c(?:8|16)|[?bBhHiIlLqQefdgFD]")
@@ -216,6 +217,11 @@ def restricted_load(data: bytes, name: str) -> Any:
             warnings.simplefilter("ignore")  # problems of a file are reported below
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, _RefusedError) as error:
+        if writer := writer_of_objects(data):
+            raise DataError(
+                f"{name} is a training checkpoint of {writer.name} and holds its objects, for which code would have to "
+                f"run; {writer.remedy.format(file=_file(name))}"
+            ) from error
         found = _GLOBAL.search(str(error))
         if isinstance(error, _RefusedError):
             what = f"{name} holds {error}, which is not read"

@@ -8,9 +8,9 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -33,6 +33,8 @@ _NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|
 _FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 """File names that timm and transformers give to the weights in a model's folder."""
+_CONFIG = "config.json"
+_SHARD = re.compile(r"^(model|pytorch_model)-\d+-of-\d+\.")
 INIT_LINE = "init: "
 """Prefix of each line about a run's initial weights, in the output and in its environment.json."""
 
@@ -49,20 +51,43 @@ def read_weights(path: str) -> Weights:
             f"init.path={path} is not a file of weights that training can start from; pass the .pth or .safetensors "
             "file that it was made from, a run directory or a checkpoint folder"
         )
-    data = here.read(name)
+    state, may_be_official = _read_state(here, name)  # the file's bytes are freed before names are converted
+    weights = interop.parse(state, uri)
+    weights = weights._replace(official=weights.official and may_be_official)
+    return weights._replace(args=weights.args | _heads_beside(here, weights))
+
+
+def _read_state(folder: Directory, name: str) -> tuple[Mapping[str, Any], bool]:
+    """Return a file's contents, and False if its position embeddings were not resized as published.
+
+    timm's names equal the published names. In a safetensors file, dinoray's mark shows published resizing.
+    """
+    data, uri = folder.read(name), folder.join(name)
     if not _is_safetensors(data):
-        return interop.read_weights(data, uri)
+        return interop.read_state(data, uri), True
     try:
         state = load_safetensors(data)
     except Exception as error:  # a damaged file may raise anything
         raise DataError(
             f"{uri} is not a safetensors file: {one_line(error)}; save or download it anew"
         ) from error
-    # timm's names equal the published names. Only dinoray's mark shows how position embeddings were resized.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    mark = header.get("__metadata__", {}).get(interop.POS_EMBED_KEY, "timm")
-    weights = interop.parse(state, uri)
-    return weights._replace(official=weights.official and mark == "official")
+    return state, header.get("__metadata__", {}).get(interop.POS_EMBED_KEY) == "official"
+
+
+def _heads_beside(folder: Directory, weights: Weights) -> dict[str, int]:
+    """Return `num_heads` from the config.json that transformers saves beside its weights, if it is there."""
+    is_theirs = str(weights.args.get("program", "")).startswith("transformers")
+    if not is_theirs or not folder.exists(_CONFIG):
+        return {}
+    try:
+        heads = json.loads(folder.read(_CONFIG)).get("num_attention_heads")
+    except (ValueError, AttributeError) as error:
+        raise DataError(
+            f"{folder.join(_CONFIG)} is not the config of a transformers model: {one_line(error)}; save or download "
+            "it anew, or remove it"
+        ) from error
+    return {"num_heads": heads} if isinstance(heads, int) else {}
 
 
 def load_initial_weights(
@@ -181,6 +206,16 @@ def _read_folder(path: str, folder: Directory) -> Weights:
     for name in _MODEL_FILES:
         if name in names:
             return read_weights(folder.join(name))
+    if any(name.endswith(".distcp") for name in names):
+        raise ConfigError(
+            f"init.path={path} is a sharded checkpoint of torch.distributed, as DINOv3 writes while it trains; join it "
+            f"and pass weights.pth: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pth"
+        )
+    if shards := [name for name in names if _SHARD.search(name)]:
+        raise ConfigError(
+            f"init.path={path} has its weights in {len(shards)} files; save the model anew as one, with "
+            "save_pretrained(FOLDER, max_shard_size='1TB'), and pass FOLDER"
+        )
     files = [name for name in names if name.lower().endswith(_FILE_SUFFIXES)]
     remedy = f"pass one of its files, such as {folder.join(files[0])}" if files else "pass a file of weights"
     raise ConfigError(

@@ -110,7 +110,9 @@ def test_a_vit_of_another_shape_names_what_fits(theirs: dict[str, Any], message:
 
 def test_attention_heads_which_no_shape_tells_are_compared_by_the_architecture_s_name() -> None:
     state = Run(backbone=lambda: ViT(dim=192, num_heads=3)).train().state({"arch": "vit_tiny"})
-    with pytest.raises(ConfigError, match=r"2 attention heads, .* arch=vit_tiny has 3; set .*num_heads=3$"):
+    with pytest.raises(
+        ConfigError, match=r"2 attention heads, .* \(arch=vit_tiny\) has 3; set .*num_heads=3$"
+    ):
         load(dino(backbone=own_vit(embed_dim=192)), read(state))
     load(dino(backbone=own_vit(embed_dim=192, num_heads=3)), read(state))
 
