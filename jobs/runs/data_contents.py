@@ -19,8 +19,7 @@ from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.bad_kinds import kind_of
 from dinoray.pipeline.data.bounds import Bound
 from dinoray.pipeline.data.duplicates import Indices
-from dinoray.pipeline.data.image_facts import ImageFacts, decode_whole, facts_table, measure_image
-from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.image_facts import ImageFacts, decode_whole, facts_table, measure_image, open_any
 from dinoray.pipeline.data.manifest import Manifest, build_manifest
 from dinoray.pipeline.data.source import Source, Status
 from dinoray.pipeline.data.statistics import DataStatistics, evenly
@@ -117,7 +116,7 @@ def _read_sample(source: Source) -> tuple[DataStatistics, list[tuple[str, Status
                 bad.append((fetched.key, fetched.status, fetched.reason))
                 continue
             try:
-                image = open_image(fetched.data, max_pixels=source.config.max_pixels)
+                image = open_any(fetched.data, max_pixels=source.config.max_pixels)
                 facts.append(measure_image(image, decode_whole(image)))
             except BadImage as error:
                 bad.append((fetched.key, Status.CORRUPT, error.reason))

@@ -14,8 +14,7 @@ from dinoray.models.errors import DataError, one_line
 from dinoray.pipeline.data.classify import PACKED_PAGE
 from dinoray.pipeline.data.duplicates import Indices
 from dinoray.pipeline.data.ignored import ignored_line
-from dinoray.pipeline.data.image_facts import as_rgb, decode_whole
-from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.image_facts import as_rgb, decode_whole, open_any
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.data.statistics import DataStatistics, evenly
 from dinoray.pipeline.export.packing_facts import Repeats, TableFacts
@@ -52,7 +51,7 @@ class PackedImages(NamedTuple):
         except (pa.ArrowException, OSError) as error:
             name = self.out.join(part_name(part))
             raise DataError(f"{name} cannot be read ({one_line(error)}); delete it and run again") from error
-        return as_rgb(decode_whole(open_image(data, max_pixels=self.max_pixels)).pixels)
+        return as_rgb(decode_whole(open_any(data, max_pixels=self.max_pixels)).pixels)
 
 
 def finish_table(

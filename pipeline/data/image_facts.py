@@ -13,8 +13,11 @@ import pyarrow as pa
 from PIL import Image
 
 from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.jpeg import DENOMINATORS, Decoded, Encoded, Pixels
+from dinoray.pipeline.data.config import PixelsConfig
+from dinoray.pipeline.data.decode import is_deep, read_samples
+from dinoray.pipeline.data.jpeg import DENOMINATORS, Decoded, Encoded, Pixels, open_image
 from dinoray.pipeline.data.pillow import open_pillow
+from dinoray.pipeline.data.samples import to_pixels
 
 SMALL_SIDE, SMALL_BYTES = 8, 192
 """Side in pixels, and bytes, of the RGB picture by which two images with similar hashes are compared."""
@@ -71,6 +74,17 @@ SCHEMA = pa.schema(
     }
 )
 """Columns of a table of ImageFacts."""
+
+
+def open_any(data: bytes, *, max_pixels: int) -> Encoded:
+    """As `open_image`, but the samples of an image of more than 8 bits are shown in their own range, not in a run's."""
+    if not is_deep(data):
+        return open_image(data, max_pixels=max_pixels)
+    samples = read_samples(data, max_pixels=max_pixels)
+    values = samples.values[np.isfinite(samples.values)]
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    pixels = to_pixels(samples, PixelsConfig(value_range=(low, high if high > low else low + 1)))
+    return Encoded(data, pixels.shape[1], pixels.shape[0], 1, max_pixels, pixels)
 
 
 def decode_whole(image: Encoded, *, most: float = DENOMINATORS[-1]) -> Decoded:

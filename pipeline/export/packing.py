@@ -27,9 +27,10 @@ from PIL import Image
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
 from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decode import is_deep
 from dinoray.pipeline.data.fetched import BAD_OBJECT
-from dinoray.pipeline.data.image_facts import decode_whole, measure_image, picture_box
-from dinoray.pipeline.data.jpeg import Decoded, Encoded, open_image
+from dinoray.pipeline.data.image_facts import decode_whole, measure_image, open_any, picture_box
+from dinoray.pipeline.data.jpeg import Decoded, Encoded
 from dinoray.pipeline.data.parquet_rows import read_column
 from dinoray.pipeline.data.row_groups import PACKED
 from dinoray.pipeline.data.source import Fetched, Source, Status
@@ -97,7 +98,7 @@ def shrink(data: bytes, *, max_pixels: int, quality: int = QUALITY, most_pixels:
     A file that would not get smaller stays unchanged, whatever its size. Raises BadImage unless `data` is a
     complete image of at most `most_pixels` pixels.
     """
-    return _packed(open_image(data, max_pixels=most_pixels), max_pixels=max_pixels, quality=quality)[0]
+    return _packed(open_any(data, max_pixels=most_pixels), max_pixels=max_pixels, quality=quality)[0]
 
 
 def _packed(image: Encoded, *, max_pixels: int | None, quality: int = QUALITY) -> tuple[bytes, Decoded]:
@@ -107,7 +108,8 @@ def _packed(image: Encoded, *, max_pixels: int | None, quality: int = QUALITY) -
     """
     most = image.width * image.height if max_pixels is None else max_pixels
     width, height = shrunk_size(image.width, image.height, most)
-    if (width, height) == (image.width, image.height):
+    # A smaller JPEG would have 8 bits.
+    if (width, height) == (image.width, image.height) or is_deep(image.data):
         return image.data, decode_whole(image)
     # Twice as many pixels as requested leave the filter below all detail that it would use of the full
     # picture.
@@ -196,7 +198,7 @@ def write_part(
             continue
         try:
             if plan.passes == 1:
-                opened = open_image(data, max_pixels=source.config.max_pixels)
+                opened = open_any(data, max_pixels=source.config.max_pixels)
                 data, picture = _packed(opened, max_pixels=plan.max_pixels)
                 facts.add(image, fetched, measure_image(opened, picture))
         except BadImage as error:

@@ -39,6 +39,16 @@ def test_an_image_of_no_more_pixels_stays_the_very_same_bytes(image_format: str)
     assert shrink(data, max_pixels=200 * 100) != data
 
 
+@pytest.mark.parametrize("kind", ["16 bits", "float"])
+def test_an_image_of_more_than_8_bits_keeps_its_depth(kind: str) -> None:
+    ramp = np.linspace(0, 4095, 300 * 200).reshape(200, 300)
+    picture = Image.fromarray(ramp.astype(np.uint16 if kind == "16 bits" else np.float32))
+    data = encode(picture, "PNG" if kind == "16 bits" else "TIFF")
+    assert shrink(data, max_pixels=MOST) is data
+    with pytest.raises(BadImage):
+        shrink(data[: len(data) // 2], max_pixels=MOST)
+
+
 def test_a_larger_image_becomes_a_jpeg_of_quality_95_with_its_colours_at_full_resolution() -> None:
     shrunk = Image.open(io.BytesIO(shrink(jpeg(scene(640, 480)), max_pixels=MOST)))
     assert shrunk.format == "JPEG"
