@@ -43,8 +43,7 @@ class DataConfig(PixelsConfig):
     label_column: str | None = "auto"
     """Parquet, image_list: a column; tar: an extension, as cls, or json.FIELD; null: no labels; auto detects it."""
     uri_column: str | None = "auto"
-    """Parquet: the column of addresses of images, s3://, absolute, or relative to the shard's folder; each image is
-    then an object of its own. null takes image_column; auto does too, unless that has paths alone."""
+    """Parquet: the column of addresses of images, which are objects (s3://, paths); null: none; auto detects it."""
     label_from_parent: bool | Auto = "auto"
     """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     label_level: int | str = -1

@@ -80,6 +80,7 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "crops.pixel_mean": st.tuples(*[st.floats(0, 1)] * 3),
     "crops.pixel_std": st.tuples(*[st.floats(0.1, 1)] * 3),
     "checkpoint.every_minutes": st.none() | st.just("auto") | st.floats(0.1, 100),
+    "eval.timeout_minutes": st.just("auto") | st.floats(0.1, 100),
     "eval.k": st.lists(st.integers(1, 99), min_size=1).map(tuple),
     "data.label_from_parent": st.booleans() | st.just("auto"),
     "data.label_level": st.integers(-3, 3) | st.from_regex(r"[a-z]{1,9}", fullmatch=True),

@@ -38,12 +38,12 @@ def look(path: object, *overrides: str, bound: Bound | None = None) -> dict[str,
 def test_class_folders_are_described_with_what_is_bad_and_ignored(tmp_path: Path) -> None:
     files = {f"{label}/{n}.jpg": SMALL[n] for label in "ab" for n in range(4)}
     files |= {"a/9.png": encode(Image.new("L", (30, 20)), "PNG"), "b/8.jpg": SMALL[0][:-200]}
-    write_all(tmp_path, files | {"a/x.heic": b"x"})
+    write_all(tmp_path, files | {"a/x.csv": b"x"})
     found = look(tmp_path, "data.label_from_parent=true")
-    assert found.keys() == {"contents", "images", "bad images", "next"}
+    assert found.keys() == {"contents", "left out", "images", "bad images", "next"}
     assert "10 images in 2 class folders" in found["contents"]
     assert "labels from folder names" in found["contents"]
-    assert "ignored" in found["contents"]
+    assert found["left out"] == "ok ignored: 1 .csv"
     assert (
         "9 read: 8 JPEG (RGB, 8 bits), 1 PNG (gray, 8 bits); median 65 x 48, 30 x 20 to 67 x 48 pixels"
         in (found["images"])
@@ -90,7 +90,7 @@ def test_a_listing_ends_when_its_time_is_over() -> None:
 
 
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    write_all(tmp_path, {"a.heic": b"x"})
+    write_all(tmp_path, {"a.csv": b"x"})
     with pytest.raises(DataError, match=r"no images under"):
         look(tmp_path)
 

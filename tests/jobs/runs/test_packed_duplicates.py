@@ -221,7 +221,7 @@ def test_the_page_shows_what_was_packed_and_why_not_the_rest(source: Path, tmp_p
         "100.00%",
         "damaged or cut off JPEG",
         "a/91.jpg",
-        "other files: 1",
+        "ignored: 1 .txt",
         "2 images are byte for byte the same as an earlier one, 1 nearly the same",
         "In 2 pairs the two labels differ.",
         "80 x 64 pixels",

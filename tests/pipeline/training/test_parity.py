@@ -34,7 +34,8 @@ CONFIGURATION = pytest.mark.parametrize("name", CONFIGURATIONS)
 # logits are divided by a temperature of 0.04; run freely, later steps multiply that, and Adam's first step on a
 # parameter goes by the sign of a gradient, however small that is.
 ROUNDING = {"loss": 1e-5, "center": 1e-5, "grads": 2e-3, "clipped": 2e-3, "student": 2e-4, "teacher": 2e-4}
-DRIFT = {"loss": 2e-5, "center": 5e-5, "grads": 2e-3, "clipped": 2e-3, "student": 1e-3, "teacher": 5e-4}
+# How much of it adds up depends on the processor, whose widest instructions decide the order of sums.
+DRIFT = {"loss": 5e-5, "center": 2e-4, "grads": 2e-3, "clipped": 2e-3, "student": 1e-3, "teacher": 5e-4}
 
 
 def assert_within(apart: dict[str, float], limits: dict[str, float]) -> None:
