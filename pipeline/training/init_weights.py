@@ -209,7 +209,8 @@ def _read_folder(path: str, folder: Directory) -> Weights:
     if any(name.endswith(".distcp") for name in names):
         raise ConfigError(
             f"init.path={path} is a sharded checkpoint of torch.distributed, as DINOv3 writes while it trains; "
-            f"pass weights.pth, which this writes: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pth"
+            "pass weights.pth, which this writes: python -m torch.distributed.checkpoint.format_utils "
+            f"dcp_to_torch {path} weights.pth"
         )
     if shards := [name for name in names if _SHARD.search(name)]:
         raise ConfigError(

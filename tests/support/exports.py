@@ -62,12 +62,9 @@ def run_directory(at: Path, state: TrainState, data_path: str = "/images") -> Pa
     (at / "checkpoints" / SNAPSHOT).write_text(
         json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name}]})
     )
-    config = {
-        "recipe": "demo",
-        "name": "run",
-        "data": {"path": data_path},
-        **state.config.model_dump(mode="json"),
-    }
+    algorithm = state.config.model_dump(mode="json")
+    data = {"path": data_path, **algorithm.pop("data")}
+    config = {"recipe": "demo", "name": "run", "data": data, **algorithm}
     (at / "config.yaml").write_text(json.dumps(config))
     records = [
         {"step": 0, "knn_10": 0.25, "knn_20": 0.3, "majority": 0.1},

@@ -27,7 +27,7 @@ def test_the_commonest_kind_comes_first(tmp_path: Path) -> None:
     [
         (b"", "empty"),
         (b"hello, world", "not an image"),
-        (png(8, 8)[:-20], "damaged or cut off PNG"),
+        (png(8, 8)[:-24], "damaged or cut off PNG"),
         (png(60, 60), "too large"),
         (png(2, 60), "too small"),
     ],
