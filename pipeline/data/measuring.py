@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +16,11 @@ from numpy.typing import NDArray
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decode import is_deep, read_samples
+from dinoray.pipeline.data.measured import NOTHING, Measured, Range
 from dinoray.pipeline.data.samples import Samples, to_pixels
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
-
-Range = tuple[float, float]
 
 _NUM_IMAGES, _NUM_LOOKED_AT = 128, 16
 """Images that are measured, and those whose headers decide whether there is anything to measure."""
@@ -33,26 +31,6 @@ _PERCENTILES = (0.1, 99.9)
 _NUM_GROUPS = 8
 """Row groups of Parquet that the images are taken from: each is read whole."""
 _OF_8_BITS = (".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp")
-
-
-class Measured(NamedTuple):
-    """What was measured of a data set, or nothing, where its images have 8 bits."""
-
-    value_range: Range | None = None
-    """The samples that become 0 and 255; None: samples of 16 bits keep their high byte."""
-    mean: tuple[float, ...] | None = None
-    """Of each channel, as a share of 255."""
-    std: tuple[float, ...] | None = None
-    line: str = ""
-    """What was measured, for a person."""
-
-    def settle(self, config: PixelsConfig) -> dict[str, Any]:
-        """Return the settings of `config` that are auto, with their values."""
-        return {"value_range": self.value_range} if config.value_range == "auto" else {}
-
-
-NOTHING = Measured()
-"""Of images of 8 bits, and of a run that began before there was something to measure."""
 
 
 def load_or_measure(images: Source, directory: Directory, *, normalises: bool) -> Measured:

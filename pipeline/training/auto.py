@@ -9,8 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from dinoray.pipeline.augment.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
-from dinoray.pipeline.data.detection import AUTO
-from dinoray.pipeline.data.measuring import NOTHING, Measured
+from dinoray.pipeline.data.measured import NOTHING, Measured
 from dinoray.pipeline.training.config import DINOConfig, Schedule
 
 _SMALL, _LARGE = 20_000, 1_000_000
@@ -73,7 +72,7 @@ def resolve(config: DINOConfig, *, num_images: int, measured: Measured = NOTHING
 
 def measures_pixels(crops: CropsConfig) -> bool:
     """Return True if mean and spread of the pixels are to be measured, whatever the images are."""
-    return AUTO in (crops.pixel_mean, crops.pixel_std)
+    return "auto" in (crops.pixel_mean, crops.pixel_std)
 
 
 def _measured(config: DINOConfig, measured: Measured) -> dict[str, dict[str, Any]]:
@@ -82,7 +81,7 @@ def _measured(config: DINOConfig, measured: Measured) -> dict[str, dict[str, Any
     changes = {
         name: found or default
         for name, (found, default) in values.items()
-        if getattr(config.crops, name) == AUTO or (found and getattr(config.crops, name) == default)
+        if getattr(config.crops, name) == "auto" or (found and getattr(config.crops, name) == default)
     }
     return {"crops": changes, "data": measured.settle(config.data)}
 

@@ -18,7 +18,7 @@ from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import EndRequest, Event, RunChannel, fatal_error
 from dinoray.pipeline.cluster.lost_ray import LostRayError, error_to_print, last_words
 from dinoray.pipeline.cluster.nodes import least_store_bytes
-from dinoray.pipeline.data.measuring import NOTHING, Measured
+from dinoray.pipeline.data.measured import NOTHING, Measured
 from dinoray.pipeline.data.partition import (
     BLOCK_BYTES,
     batch_size_per_worker,

@@ -10,7 +10,8 @@ from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import load_or_build
-from dinoray.pipeline.data.measuring import NOTHING, Measured, load_or_measure
+from dinoray.pipeline.data.measured import NOTHING, Measured
+from dinoray.pipeline.data.measuring import load_or_measure
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
 from dinoray.pipeline.evaluation.labels import held_out, labelled_sources

@@ -14,7 +14,8 @@ from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.loader import load_batches
 from dinoray.pipeline.data.manifest import build_manifest
-from dinoray.pipeline.data.measuring import NOTHING, Measured, kept_measurement, load_or_measure, measure
+from dinoray.pipeline.data.measured import NOTHING, Measured
+from dinoray.pipeline.data.measuring import kept_measurement, load_or_measure, measure
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory

@@ -218,11 +218,11 @@ def test_stops_change_neither_counts_nor_when_a_run_ends(
 
 def test_positions_of_the_run_that_it_goes_on_from_are_not_counted() -> None:
     quarantine = Quarantine(first=1000)
-    seen(quarantine, 9, Status.CORRUPT, positions=1010)
+    seen(quarantine, 8, *[Status.CORRUPT] * 2, positions=1010)
     quarantine = resumed(quarantine, 1010)
     seen(quarantine, 10, positions=1020)
-    assert (quarantine.trained, quarantine.counts) == (19, {"corrupt": 1})
-    with pytest.raises(DataError, match=r"^1 of the last 20 images"):
+    assert (quarantine.trained, quarantine.counts) == (18, {"corrupt": 2})
+    with pytest.raises(DataError, match=r"^2 of the last 20 images"):
         check(quarantine, num_seen=1020, num_images=20, limit=0.04)
 
 

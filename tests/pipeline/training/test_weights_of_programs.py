@@ -238,7 +238,8 @@ def test_sharded_checkpoint_of_dinov3_is_read_once_it_is_joined(tmp_path: Path) 
     }
     sharded.save({"model": model, "iteration": 3}, checkpoint_id=folder, no_dist=True)
     with pytest.raises(
-        ConfigError, match=rf"join it and pass weights.pth: python -m .* dcp_to_torch {folder} weights.pth$"
+        ConfigError,
+        match=rf"pass weights.pth, which this writes: python -m .* dcp_to_torch {folder} weights.pth$",
     ):
         read_weights(str(folder))
     dcp_to_torch_save(folder, tmp_path / "weights.pth")  # that command's function
