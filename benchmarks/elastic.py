@@ -1,6 +1,6 @@
 """Loss curves of 1, 2 and 4 train workers, and of a run whose train workers follow its nodes: they are one curve.
 
-    python benchmarks/elastic.py [--steps 480] [--json FILE] [--picture benchmarks/elastic.png]
+    python benchmarks/elastic.py [--steps 1600] [--json FILE] [--picture benchmarks/elastic.png]
 
 The demo's network and images on a Ray whose head has no room for train workers, and whose nodes, processes of this
 machine, have room for one each. The run that changes begins with one node; a second one joins, then two more, and then
@@ -80,7 +80,7 @@ def train_changing(head: RayHead, folder: Path, steps: int) -> list[Resume]:
             # (share of the steps, what then happens)
             since = 0
             for change in (lambda: nodes.join(1), lambda: nodes.join(2), lambda: nodes.lose(2)):
-                job.wait_until(lambda since=since: _step(job) >= since + steps // 8)
+                job.wait_until(lambda since=since: _step(job) >= since + steps // 16)
                 num_resumes = len(resumes(job.output))
                 change()
                 job.wait_until(lambda number=num_resumes: len(resumes(job.output)) > number)
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument(
         "--picture", type=Path, default=Path(__file__).parent / "elastic.png", metavar="FILE.png"
