@@ -163,7 +163,8 @@ def list_contents(
 def look_into(contents: Contents, config: DataConfig, storage: StorageConfig) -> Contents:
     """Return the contents with the objects whose names say nothing as what a few of them begin as.
 
-    Images of that sort are not taken beside tar files and Parquet of images, unless others have names of images.
+    Images of that sort are not taken beside tar files and Parquet of images, unless others have names of images. Of
+    images and Parquet of that sort the more frequent ones are taken.
     """
     unknown = contents.unknown
     if not unknown.num_rows:
@@ -174,9 +175,14 @@ def look_into(contents: Contents, config: DataConfig, storage: StorageConfig) ->
     )
     if has_images and not contents.images.num_rows:
         found = pc.if_else(pc.equal(found, "parquet"), found, pa.scalar(None, pa.string()))
-    images, shards = (
-        unknown.filter(pc.fill_null(pc.equal(found, what), False)) for what in ("image", "parquet")
-    )
+    is_image, is_shard = (pc.fill_null(pc.equal(found, what), False) for what in ("image", "parquet"))
+    num_images, num_shards = (pc.sum(one).as_py() for one in (is_image, is_shard))
+    if num_images and num_shards:
+        found = pc.if_else(
+            is_shard if num_images >= num_shards else is_image, pa.scalar(None, pa.string()), found
+        )
+        is_image, is_shard = (pc.fill_null(pc.equal(found, what), False) for what in ("image", "parquet"))
+    images, shards = unknown.filter(is_image), unknown.filter(is_shard)
     if config.from_folders == AUTO:  # a shard's own labels come first, before folders that are none by name
         is_pair = [
             has_label_pair(key[len(contents.prefix) :].split("/")[:-1]) for key in shards["key"].to_pylist()

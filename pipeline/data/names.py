@@ -40,7 +40,18 @@ OTHER_SUFFIXES = frozenset(
         *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mp3", ".wav", ".flac", ".svg"),
         *(".npy", ".npz", ".mat", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors", ".onnx"),
         # Copies, thumbnails, and downloads that have not ended: images by content, and none that anybody wants.
-        *(".bak", ".old", ".orig", ".jpg_original", ".tmp", ".temp", ".swp", ".part", ".partial"),
+        *(
+            ".bak",
+            ".old",
+            ".orig",
+            ".dinoray-tmp",
+            ".jpg_original",
+            ".tmp",
+            ".temp",
+            ".swp",
+            ".part",
+            ".partial",
+        ),
         *(".crdownload", ".download", ".filepart", ".aria2", ".thm", ".thumb", ".aae", ".trashed"),
         # Whole slides in TIFF, whose first page has more pixels than an image may have.
         *(".svs", ".ndpi", ".scn", ".mrxs", ".vsi", ".czi"),

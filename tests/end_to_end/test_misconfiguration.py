@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[list[str], int, list[list[str]]]] = {
     "folder without images": (
         ["data.path=WORLD/texts"],
         DATA,
-        [["no images under WORLD/texts, 1 other objects ignored", "check data.path"]],
+        [["no images under WORLD/texts; ignored: 1 .txt; check data.path"]],
     ),
     "corrupt Parquet": (
         ["data.path=WORLD/corrupt"],

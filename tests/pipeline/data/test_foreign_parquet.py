@@ -75,7 +75,8 @@ def test_parquet_in_a_bucket_is_known_by_its_content(s3: S3Server, bucket: str) 
 def test_images_without_a_suffix_stay_images(tmp_path: Path) -> None:
     write_all(tmp_path, {f"{number}": IMAGE for number in range(7)} | {"7": SHARD})
     source = source_of(str(tmp_path))
-    assert (source.manifest.kind, source.num_images) == ("images", 8)
+    assert (source.manifest.kind, source.num_images) == ("images", 7)
+    assert [(one.kind, one.number) for one in source.manifest.ignored] == [("", 1)]
 
 
 def test_logs_of_tables_are_no_shards_and_their_deletes_are_mentioned(tmp_path: Path) -> None:

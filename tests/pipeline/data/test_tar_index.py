@@ -183,7 +183,7 @@ def test_a_name_that_is_not_utf8_is_kept_readable() -> None:
         ("a.jpg a.seg.png", "seg.png", "a.seg.png", {".jpg": 1}),
         ("a.seg.png a.JPG", "JPG", "a.JPG", {".seg.png": 1}),
         ("x/2020.01.jpg x/2020.02.jpg", "auto", "x/2020.01.jpg x/2020.02.jpg", {}),
-        ("a.heic b.heic c.txt d.jpg README", "auto", "d.jpg", {}),
+        ("a.nef b.nef c.txt d.jpg README", "auto", "d.jpg", {}),
         ("__MACOSX/._a.jpg a.jpg .DS_Store", "auto", "a.jpg", {}),
     ],
 )
@@ -197,9 +197,9 @@ def test_one_image_of_each_sample_is_used(
 
 
 def test_members_of_no_sample_are_counted_by_suffix() -> None:
-    names = ["a.heic", "b.HEIC", "c.txt", "README", "d.jpg", "d.txt"]
+    names = ["a.nef", "b.NEF", "c.txt", "README", "d.jpg", "d.txt"]
     found = indexed(tar_of(dict.fromkeys(names, b"x")))
-    assert found.left_out == {".heic": 2, ".txt": 1, "members without a suffix": 1}
+    assert found.left_out == {".nef": 2, ".txt": 1, "members without a suffix": 1}
 
 
 @pytest.mark.parametrize(

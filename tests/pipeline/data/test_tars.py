@@ -168,9 +168,9 @@ def test_damaged_and_compressed_files_are_named_and_the_rest_is_used(tmp_path: P
         ),
         ({"a.tar": b"rubbish" * 100}, {}, "a.tar is not a readable tar file: at byte 0 of 700"),
         (
-            {"a.tar": tar_of({"x.heic": b"", "y.txt": b""})},
+            {"a.tar": tar_of({"x.nef": b"", "y.txt": b""})},
             {},
-            "no images in the 1 tar files under .*: 1 .heic, 1 .txt;",
+            "no images in the 1 tar files under .*: 1 .nef, 1 .txt;",
         ),
         (
             TARS,
