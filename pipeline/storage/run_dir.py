@@ -177,16 +177,19 @@ def remove_leftovers(run: Directory) -> None:
     """Remove what a kill has left of checkpoints that were being deleted or written. Only for a run that nobody trains.
 
     They are not in Ray Train's list, which must be right: the newest report in it names those that were to be deleted,
-    and the others lack meta.json.
+    and the others lack meta.json. Those behind the newest in the list stay until the run is past them: workers of a
+    driver whose lease was taken over may write for some seconds yet, and would commit what is left of their files.
     """
     try:
         to_delete = dropped(run.read(_LIST))
     except MissingObject:
         to_delete = []
     committed = committed_checkpoints(run)
+    newest = max(map(step_of, committed), default=-1)
     for name in checkpoint_names(run):
         folder = run.child(CHECKPOINTS).child(name)
-        if name not in committed and (name in to_delete or not folder.exists(META)):
+        is_torn = step_of(name) < newest and not folder.exists(META)
+        if name not in committed and (name in to_delete or is_torn):
             with contextlib.suppress(DataError):  # it costs space, and nothing else
                 folder.remove()
 

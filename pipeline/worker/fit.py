@@ -47,6 +47,8 @@ def fit(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:
             spec.channel.post("note", text=f"warning: {refusal}")
         goes_on = refusal is not None or take_restart(spec.channel)
     drop_outdated(spec)
+    spec.check_fence()
+    run_dir.remove_leftovers(spec.run)  # all of them are past now
 
 
 def _fit_once(spec: WorkerSpec, resources: ResourcesConfig, *, use_gpu: bool) -> None:

@@ -200,7 +200,7 @@ def test_the_list_is_mended_on_s3_too(saved: Path, bucket: str) -> None:
 
 def test_what_a_killed_upload_has_left_is_removed_and_a_whole_checkpoint_never(run: Directory) -> None:
     """A save that was due by time is not repeated at the same step, which would write over it."""
-    torn = checkpoint_name(250)
+    torn = checkpoint_name(150)
     shutil.copytree(on_disk(run, SECOND), on_disk(run, torn))
     on_disk(run, torn, "meta.json").unlink()
     on_disk(run, SECOND, "meta.json").unlink()  # damaged, but in the list: a person may restore it
@@ -209,12 +209,16 @@ def test_what_a_killed_upload_has_left_is_removed_and_a_whole_checkpoint_never(r
     assert run.child("checkpoints").list() == [SNAPSHOT, "first of all", FIRST, SECOND, THIRD]
 
 
-def test_a_first_upload_that_was_killed_is_removed(tmp_path: Path) -> None:
+def test_an_upload_behind_the_newest_checkpoint_stays_until_the_run_is_past_it(tmp_path: Path) -> None:
+    """Its writer may live yet, and end with meta.json, which must not stand over files that are gone."""
     run = Directory(str(tmp_path))
     run.write(f"checkpoints/{FIRST}/student.safetensors", b"1")
     remove_leftovers(run)
+    assert run.child("checkpoints").list() == [FIRST]
+    run.write(f"checkpoints/{SECOND}/meta.json", b"{}")
+    run.write(f"checkpoints/{SNAPSHOT}", snapshot_of([SECOND]))
     remove_leftovers(run)
-    assert run.child("checkpoints").list() == []
+    assert run.child("checkpoints").list() == [SNAPSHOT, SECOND]
 
 
 def test_what_was_to_be_deleted_goes_unless_it_has_been_committed_again(run: Directory) -> None:
