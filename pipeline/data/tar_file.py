@@ -4,12 +4,12 @@ Feeds tar_index.py. The format is the business of Python's tarfile: ustar, pax a
 silently at a header that is damaged, so this looks at what lies there. Decodes nothing; no Ray here.
 """
 
-import io
 import tarfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dinoray.models.errors import DataError, one_line
+from dinoray.pipeline.storage.positions import Positioned
 
 _BLOCK = tarfile.BLOCKSIZE
 _FAR = 1 << 20
@@ -45,28 +45,14 @@ class Member(NamedTuple):
     left_out: str | None
 
 
-class HeaderFile(io.RawIOBase):
+class HeaderFile(Positioned):
     """A file of which pieces around headers are read: all of it where members are small, else a piece for each."""
 
     def __init__(self, read: ReadRange, num_bytes: int, *, piece_bytes: int = _NEAR_BYTES) -> None:
-        super().__init__()
-        self._read, self._num_bytes, self._piece_bytes = read, num_bytes, piece_bytes
-        self._position = self._start = self._latest = 0
+        super().__init__(num_bytes)
+        self._read, self._piece_bytes = read, piece_bytes
+        self._start = self._latest = 0
         self._piece = b""
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        self._position = max(0, start + offset)
-        return self._position
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next bytes. Raises tarfile.ReadError for more than any header or label has."""

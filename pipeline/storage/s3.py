@@ -6,7 +6,6 @@ request goes through `retrying`. No images, no run directories and no Ray here.
 """
 
 import contextlib
-import io
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from dinoray.pipeline.storage.bodies import read_body
 from dinoray.pipeline.storage.checks import NO_CHECKSUM, UNCHECKED, is_its_md5
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.etags import is_listed_so
+from dinoray.pipeline.storage.positions import Positioned
 from dinoray.pipeline.storage.remedies import ACCESS, OR_ANONYMOUS, SET_CREDENTIALS
 from dinoray.pipeline.storage.retry import (
     LIST_AGAIN,
@@ -240,7 +240,7 @@ def list_pages(bucket: str, prefix: str, *, delimiter: str | None = None) -> Ite
         token = page.token
 
 
-class ObjectFile(io.RawIOBase):
+class ObjectFile(Positioned):
     """One S3 object as a seekable, read-only file for pyarrow: each read is one ranged GET, repeated whole by `retry`.
 
     `num_bytes` is the listed size, so opening needs no request.
@@ -256,24 +256,9 @@ class ObjectFile(io.RawIOBase):
         etag: str | None = None,
         access: Access = SIGNED,
     ) -> None:
-        super().__init__()
-        self._bucket, self._key, self._num_bytes, self._retry = bucket, key, num_bytes, retry
+        super().__init__(num_bytes)
+        self._bucket, self._key, self._retry = bucket, key, retry
         self._etag, self._access = etag, access
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        self._position = max(0, start + offset)
-        return self._position
 
     def read(self, size: int | None = -1, /) -> bytes:
         end = self._num_bytes if size is None or size < 0 else min(self._num_bytes, self._position + size)
