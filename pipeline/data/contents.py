@@ -175,14 +175,12 @@ def look_into(contents: Contents, config: DataConfig, storage: StorageConfig) ->
     )
     if has_images and not contents.images.num_rows:
         found = pc.if_else(pc.equal(found, "parquet"), found, pa.scalar(None, pa.string()))
-    is_image, is_shard = (pc.fill_null(pc.equal(found, what), False) for what in ("image", "parquet"))
-    num_images, num_shards = (pc.sum(one).as_py() for one in (is_image, is_shard))
-    if num_images and num_shards:
-        found = pc.if_else(
-            is_shard if num_images >= num_shards else is_image, pa.scalar(None, pa.string()), found
-        )
-        is_image, is_shard = (pc.fill_null(pc.equal(found, what), False) for what in ("image", "parquet"))
-    images, shards = unknown.filter(is_image), unknown.filter(is_shard)
+    num_images, num_shards = (pc.sum(pc.equal(found, what)).as_py() or 0 for what in ("image", "parquet"))
+    rarer = "parquet" if num_images >= num_shards else "image"
+    found = pc.if_else(pc.equal(found, rarer), pa.scalar(None, pa.string()), found)
+    images, shards = (
+        unknown.filter(pc.fill_null(pc.equal(found, what), False)) for what in ("image", "parquet")
+    )
     if config.from_folders == AUTO:  # a shard's own labels come first, before folders that are none by name
         is_pair = [
             has_label_pair(key[len(contents.prefix) :].split("/")[:-1]) for key in shards["key"].to_pylist()
