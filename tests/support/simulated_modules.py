@@ -56,7 +56,9 @@ class Checkpoint(NamedTuple):
 def _report(
     metrics: dict[str, Any], *, checkpoint: Any, checkpoint_dir_name: str, checkpoint_upload_fn: Any, **_: Any
 ) -> None:
-    """What ray.train.report does: the upload is a thread, and the report arrives after it."""
+    """What ray.train.report does: the upload is a thread, and the report follows. Other ranks upload nothing."""
+    if checkpoint is None:
+        return
     time = _now().time
     process = time.current.process
     workers: Workers = process.values["workers"]

@@ -26,7 +26,7 @@ from simulated_ray import (
 )
 from simulated_store import SimulatedStore
 from simulated_time import Event, Process, Time, join
-from simulated_training import History, StandIn, batches
+from simulated_training import Agreed, History, StandIn, batches
 
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.data.order import Order
@@ -45,7 +45,6 @@ from dinoray.pipeline.storage.run_dir import (
 )
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import CheckpointConfig
-from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.cadence import Cadence
 from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore, take_refusal
 from dinoray.pipeline.worker.saving import Saver
@@ -338,8 +337,10 @@ class Job:
         cadence = Cadence(
             settings.total_steps, log_every=1, eval_every=1000, save_every=(settings.checkpoint_every,)
         )
-        agreement = Agreement(patience_seconds=0, known=lambda _: None)
+        agreement = Agreed()
         saver = Saver(state, quarantine, spec, outputs, agreement)  # type: ignore[arg-type]
+        other = Saver(state, quarantine, spec, None, agreement.of_another_rank())  # type: ignore[arg-type]
+        savers = [saver, other] if workers.world_size > 1 else [saver]
         layout = lay_out(
             range(state.step, settings.total_steps),
             world_size=workers.world_size,
@@ -359,8 +360,13 @@ class Job:
                 world.written[f"{checkpoint_name(state.step)} {world.time.current.process.pid}"] = (
                     state.numbers[1]
                 )
-                saver.save(is_last=due.ends, waits_for_storage=due.ends)
-            saver.check()
+                for one in savers:
+                    one.save(is_last=due.ends, waits_for_storage=due.ends)
+                assert saver.saved_step == other.saved_step or len(savers) == 1, (
+                    "one rank reports, another not"
+                )
+            for one in savers:
+                one.check()
         saver.wait()
         for upload in workers.uploads:
             join(world.time, upload)

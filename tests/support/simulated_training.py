@@ -19,6 +19,7 @@ from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.stream.ray_data import in_step
 from dinoray.pipeline.training.skips import Skips
+from dinoray.pipeline.worker.agreement import Agreement
 
 
 class _Tensors:
@@ -205,3 +206,25 @@ class History:
             is_whole = len(epoch) == size
             assert (np.diff(epoch) > 0).all(), f"the epoch of position {first} repeats an image"
             assert not is_whole or epoch.tolist() == list(range(size)), f"it lacks an image: {epoch}"
+
+
+class Agreed(Agreement):
+    """What the ranks agree on. Rank 0 comes first; another rank hears what it has said."""
+
+    def __init__(self) -> None:
+        super().__init__(patience_seconds=0, known=lambda _: None)
+        self._said: list[bool] = []
+
+    def is_everywhere(self, mine: bool) -> bool:
+        self._said.append(mine)
+        return mine
+
+    def of_another_rank(self) -> Agreement:
+        other = Agreement(patience_seconds=0, known=lambda _: None)
+
+        def is_everywhere(mine: bool) -> bool:
+            assert mine, "only rank 0 writes, so only rank 0 can be busy"
+            return self._said.pop()
+
+        other.is_everywhere = is_everywhere  # type: ignore[method-assign]
+        return other
