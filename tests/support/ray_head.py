@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -117,9 +118,9 @@ class RayNode:
     log: Path
 
     def wait_until_up(self) -> None:
-        """Return once its raylet runs. Of nodes of one machine that start at once, two may take the same port."""
+        """Return once its raylet listens. Before, the next node of this machine may choose the same socket, and end."""
         deadline = time.monotonic() + 300
-        while not self.node_id:
+        while not self._listens():
             assert self.process.poll() is None, f"ray start ended:\n{self.log.read_text()}"
             assert time.monotonic() < deadline, f"the node does not start:\n{self.log.read_text()}"
             time.sleep(0.1)
@@ -134,8 +135,19 @@ class RayNode:
     @property
     def node_id(self) -> str | None:
         """The id of its raylet; None before that has started."""
-        arguments = [word for child in self.processes() for word in child.cmdline()]
-        return next((word.partition("=")[2] for word in arguments if word.startswith("--node_id=")), None)
+        return self._argument("--node_id")
+
+    def _listens(self) -> bool:
+        path = self._argument("--raylet_socket_name")
+        with socket.socket(socket.AF_UNIX) as tried, contextlib.suppress(OSError):
+            tried.connect(path or "")
+            return True
+        return False
+
+    def _argument(self, name: str) -> str | None:
+        """The value of an argument of its raylet."""
+        words = [word for child in self.processes() for word in child.cmdline()]
+        return next((word.partition("=")[2] for word in words if word.startswith(f"{name}=")), None)
 
     def processes(self) -> list[psutil.Process]:
         """Its raylet, and the workers of that."""
