@@ -1,14 +1,16 @@
-"""A Ray head whose autoscaler starts nodes that are processes of this machine: Ray's own fake provider, by its name."""
+"""A Ray head whose autoscaler starts nodes that are processes of this machine: Ray's own fake provider."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from paths import ROOT, SUPPORT
 from ray_head import RayHead, ray_head
 
 HEAD_ID = "f" * 51 + "00000"
 HEAD_TYPE = "ray.head.default"  # the provider knows no other
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+PROVIDER = "fake_nodes.FakeNodes"
 _LISTS = (
     *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
     *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude"),
@@ -70,6 +72,9 @@ def autoscaling_head(
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        "PYTHONPATH": os.pathsep.join(
+            map(str, (ROOT, SUPPORT))
+        ),  # the autoscaler imports the provider by its name
     }
     with ray_head(env, num_cpus=1, autoscaling=config, head_env=head_env) as head:
         yield head
