@@ -51,7 +51,7 @@ def cut(picture: Decoded, params: CropParams, out: Sequence[Iterable[Image]]) ->
 def apply_colour(pixels: Image, crop: OneCrop) -> Image:
     """Apply all colour operations to a crop, uint8 [size,size,3], after its box was resized."""
     if crop.flip:
-        pixels = cv2.flip(pixels, 1)
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
     for operation, factor in crop.jitter:
         pixels = _JITTER[operation](pixels, factor)
     if crop.gray:
