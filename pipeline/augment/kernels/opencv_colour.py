@@ -28,8 +28,9 @@ def adjust_contrast(image: Image, factor: float) -> Image:
 
     Channels that are not RGB have no common gray: each moves away from its own mean.
     """
-    if image.shape[2] != 3:
-        each = [_blend_with_level(one, int(one.mean() + 0.5), factor) for one in np.moveaxis(image, 2, 0)]
+    channels = np.moveaxis(np.atleast_3d(image), 2, 0)
+    if len(channels) != 3:
+        each = [_blend_with_level(one, int(one.mean() + 0.5), factor) for one in channels]
         return np.stack(each, axis=-1)
     mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
     return _blend_with_level(image, int(mean + 0.5), factor)

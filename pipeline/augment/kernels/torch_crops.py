@@ -45,7 +45,7 @@ def cut(picture: Decoded, params: CropParams, out: Sequence[Iterable[Image]]) ->
             if len(pictures) == halvings:
                 pictures.append(_half(pictures[-1]))
         pixels = resize_box(pictures[halvings], crop, interpolation=params.config.interpolation)
-        target[:] = apply_colour(pixels, crop)
+        target[:] = np.atleast_3d(apply_colour(pixels, crop))  # OpenCV drops an axis of one channel
 
 
 def apply_colour(pixels: Image, crop: OneCrop) -> Image:
