@@ -1,7 +1,6 @@
-"""A run on pictures of four channels and 12 bits, without Ray: stream, step, checkpoint, pictures, evaluation, export."""
+"""A run on pictures of four channels and 12 bits, without Ray: from the stream to the export."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -32,7 +31,7 @@ GRAYS = ["crops.saturation=0", "crops.hue=0", "crops.gray_prob=0"]
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The config of a run of four channels, its inputs, and its state after a step."""
     folder = tmp_path_factory.mktemp("channels")
     rng = np.random.default_rng(0)
@@ -55,7 +54,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     state = build_state(algorithm, num_images=NUM_IMAGES)
     metrics = train_step(state, batch)
     save_checkpoint(state, folder, num_images=NUM_IMAGES, quarantine=Quarantine())
-    yield {
+    return {
         "config": config,
         "inputs": inputs,
         "batch": batch,
