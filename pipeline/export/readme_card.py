@@ -80,7 +80,8 @@ def _header(card: Mapping[str, Any], form: str) -> str:
 def _summary(card: Mapping[str, Any]) -> str:
     return (
         f"A vision backbone, pretrained with DINO (self-distillation with no labels) on "
-        f"{card['training']['num_images']:,} images. It maps {_image(card)} to a vector of {card['embed_dim']} features."
+        f"{card['training']['num_images']:,} images. "
+        f"It maps {_image(card)} to a vector of {card['embed_dim']} features."
     )
 
 
@@ -216,8 +217,9 @@ def _loading(card: Mapping[str, Any], form: str) -> Iterator[str]:
         )
     if form == "onnx":
         multiple = card["files"]["onnx"]["multiple_of"]
+        channels = len(card["input"]["mean"])
         yield (
-            f"Input `images`: float32 [batch, {len(card['input']['mean'])}, height, width]. {_onnx_sizes(card, multiple)} "
+            f"Input `images`: float32 [batch, {channels}, height, width]. {_onnx_sizes(card, multiple)} "
             f"Output `features`: float32 [batch, {card['embed_dim']}]. Any batch size is accepted."
         )
     note = position_note(card, form)
