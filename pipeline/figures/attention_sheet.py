@@ -34,6 +34,7 @@ from dinoray.pipeline.figures.drawing import (
     INK,
     PAPER,
     RULE,
+    as_rgb,
     draw_text,
     note_picture,
     paste,
@@ -98,7 +99,7 @@ def compute_attention(
     for key, image in images:
         fitted = fit_image(image, size)
         padded, _ = pad_to_patch(pixels(fitted[None, None], crops, device), patch)
-        yield AttentionResult(key, fitted, cls_attention(backbone, padded)[0].cpu().numpy(), patch)
+        yield AttentionResult(key, as_rgb(fitted), cls_attention(backbone, padded)[0].cpu().numpy(), patch)
 
 
 def attention_figure(

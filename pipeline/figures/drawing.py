@@ -25,11 +25,22 @@ _PLACES = "pictures"
 PAPER, INK, FAINT, RULE = (255, 255, 255), (24, 24, 27), (113, 113, 122), (212, 212, 216)
 
 
+def as_rgb(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return a picture [H,W,C] to look at [H,W,3]: its first three channels, or the first of fewer as gray."""
+    if pixels.shape[2] == 3:
+        return pixels
+    return (
+        np.ascontiguousarray(pixels[..., :3])
+        if pixels.shape[2] > 3
+        else np.repeat(pixels[..., :1], 3, axis=2)
+    )
+
+
 def thumbnail(pixels: npt.NDArray[np.uint8], *, width: int, height: int) -> Image.Image:
-    """Scale a picture [H,W,3] up or down to the largest size that fits into `width` x `height`."""
+    """Scale a picture [H,W,C] up or down to the largest size that fits into `width` x `height`, in RGB."""
     scale = min(width / pixels.shape[1], height / pixels.shape[0])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(as_rgb(pixels)).resize(size, Image.Resampling.BICUBIC)
 
 
 def draw_text(
