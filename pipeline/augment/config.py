@@ -20,6 +20,8 @@ Range = tuple[float, float]
 
 Value = TypeVar("Value")
 
+OF_COLOURS = ("saturation", "hue", "gray_prob")
+"""Settings of what only RGB has."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -138,7 +140,7 @@ class CropsConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_its_channels(self) -> "CropsConfig":
-        asked = {name: getattr(self, name) for name in ("saturation", "hue", "gray_prob")}
+        asked = {name: getattr(self, name) for name in OF_COLOURS}
         of_colours = {name: value for name, value in asked.items() if value not in (0, (0, 0))}
         if of_colours and self.channels != 3:
             shown = " and ".join(f"{name}={value}" for name, value in of_colours.items())

@@ -28,7 +28,7 @@ from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decoder_process import decode_apart
 from dinoray.pipeline.data.jpeg_segments import check_scans
 from dinoray.pipeline.data.netpbm import decode_netpbm
-from dinoray.pipeline.data.npy import is_npy, open_npy
+from dinoray.pipeline.data.npy import is_deep_npy, is_npy, open_npy
 from dinoray.pipeline.data.orientation import (
     orientation_in,
     orientation_of,
@@ -108,7 +108,7 @@ def is_deep(data: bytes) -> bool:
         return False
     try:
         if is_npy(data):
-            return open_npy(data).is_deep
+            return is_deep_npy(data)
         if is_tiff(data):
             return read_pages(data)[0].bits > 8
         header = open_pillow(data)

@@ -1,7 +1,10 @@
-"""Read pictures that are arrays of numpy: [H,W], [H,W,C] or [C,H,W] in a .npy file. No pickles, no Ray here."""
+"""Read pictures that are arrays of numpy: [H,W], [H,W,C] or [C,H,W] in a .npy file. No pickles, no Ray here.
+
+The last axis is that of the channels if it has at most 16, else the first.
+"""
 
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,16 @@ from dinoray.pipeline.data.tiff import MAX_CHANNELS
 Values = npt.NDArray[Any]
 
 _MAGIC = b"\x93NUMPY"
+HEAD_BYTES = 128
+"""Bytes of the header that numpy writes of an array without fields."""
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype[Any]
+    num_bytes: int
+    """Of the header itself."""
 
 
 def is_npy(data: bytes) -> bool:
@@ -21,8 +34,33 @@ def is_npy(data: bytes) -> bool:
     return data.startswith(_MAGIC)
 
 
+def begins_picture(head: bytes) -> bool:
+    """Return True if a file that begins with these bytes holds an array of the shape and type of a picture."""
+    try:
+        _header(head)
+    except BadImage:
+        return False
+    return True
+
+
+def is_deep_npy(data: bytes) -> bool:
+    """Return True if the samples become more than 8 bits. Raises BadImage if the array is no picture."""
+    return _header(data).dtype not in (np.uint8, np.bool_)
+
+
 def open_npy(data: bytes) -> Samples:
     """Return the picture in an array. Raises BadImage if the array is none."""
+    shape, is_fortran, dtype, start = _header(data)
+    num_values = int(np.prod(shape, dtype=object))
+    if len(data) - start < num_values * dtype.itemsize:
+        raise BadImage(f"cut off array: {len(data) - start} of {num_values * dtype.itemsize} bytes")
+    values = np.frombuffer(data, dtype, num_values, start).reshape(shape, order="F" if is_fortran else "C")
+    values = np.ascontiguousarray(_plain(_channels_last(values)))
+    return Samples(values, values.shape[2])
+
+
+def _header(data: bytes) -> _Header:
+    """Read the header of an array that is a picture. Raises BadImage if it is damaged, or of another array."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -32,26 +70,19 @@ def open_npy(data: bytes) -> Samples:
         shape, is_fortran, dtype = read(file)
     except Exception as error:  # a header is Python text
         raise BadImage(f"damaged header: {one_line(error)}") from error
-    if dtype.kind not in "buif" or len(shape) not in (2, 3) or 0 in shape or is_fortran:
+    is_picture = len(shape) == 2 or (len(shape) == 3 and min(shape[0], shape[2]) <= MAX_CHANNELS)
+    if dtype.kind not in "buif" or not is_picture or 0 in shape:
         raise BadImage(
-            f"an array of {dtype} {list(shape)} is no picture; save uint8, uint16 or float32 [H,W,C]"
+            f"an array of {dtype} {list(shape)} is no picture; save uint8, uint16 or float32 [H,W,C] of at most "
+            f"{MAX_CHANNELS} channels"
         )
-    num_values = int(np.prod(shape, dtype=object))
-    if len(data) - file.tell() < num_values * dtype.itemsize:
-        raise BadImage(f"cut off array: {len(data) - file.tell()} of {num_values * dtype.itemsize} bytes")
-    values = _channels_last(np.frombuffer(data, dtype, num_values, file.tell()).reshape(shape))
-    num_channels = values.shape[2]
-    return Samples(_plain(values), num_channels)
+    return _Header(shape, is_fortran, dtype, file.tell())
 
 
 def _channels_last(values: Values) -> Values:
     if values.ndim == 2:
         return values[..., None]
-    if values.shape[2] <= MAX_CHANNELS:
-        return values
-    if values.shape[0] <= MAX_CHANNELS:
-        return np.ascontiguousarray(values.transpose(1, 2, 0))
-    raise BadImage(f"an array of {list(values.shape)} has more than {MAX_CHANNELS} channels")
+    return values if values.shape[2] <= MAX_CHANNELS else values.transpose(1, 2, 0)
 
 
 def _plain(values: Values) -> Values:

@@ -57,6 +57,11 @@ def to_pixels(samples: Samples, config: PixelsConfig) -> Pixels:
     return np.ascontiguousarray(255 - pixels if samples.is_inverted else pixels)
 
 
+def as_rgb(pixels: Pixels) -> Pixels:
+    """Return a picture [H,W,C] to look at [H,W,3]: its first three channels, or the first of fewer as gray."""
+    return pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
+
+
 def _by_bits(values: npt.NDArray[Any]) -> Range | None:
     """Return the range of a picture alone, of which nothing was measured: that of as many bits as it needs."""
     if values.dtype != np.uint16:

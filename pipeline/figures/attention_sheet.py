@@ -16,6 +16,7 @@ from torch import nn
 from dinoray.models.attention import cls_attention, pad_to_patch, patch_size
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.data.samples import as_rgb
 from dinoray.pipeline.figures.attention_maps import (
     coloured_heads,
     default_image_size,
@@ -34,7 +35,6 @@ from dinoray.pipeline.figures.drawing import (
     INK,
     PAPER,
     RULE,
-    as_rgb,
     draw_text,
     note_picture,
     paste,

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from dinoray.pipeline.data.samples import as_rgb
+
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
@@ -23,17 +25,6 @@ _PLACES = "pictures"
 """Key of the boxes, in `Image.info` and in the PNG file."""
 
 PAPER, INK, FAINT, RULE = (255, 255, 255), (24, 24, 27), (113, 113, 122), (212, 212, 216)
-
-
-def as_rgb(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return a picture [H,W,C] to look at [H,W,3]: its first three channels, or the first of fewer as gray."""
-    if pixels.shape[2] == 3:
-        return pixels
-    return (
-        np.ascontiguousarray(pixels[..., :3])
-        if pixels.shape[2] > 3
-        else np.repeat(pixels[..., :1], 3, axis=2)
-    )
 
 
 def thumbnail(pixels: npt.NDArray[np.uint8], *, width: int, height: int) -> Image.Image:

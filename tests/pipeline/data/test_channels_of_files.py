@@ -1,15 +1,24 @@
 """Pictures of 1 to 16 channels from TIFF, PNG and npy; near-infrared is no alpha, and pages may be channels."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from image_files import MAX_PIXELS, encode, picture
 from PIL import Image
+from samples import write_all
+from sources import fetch_all, source_of
+from tars import tar_of
 
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decode import decode, eval_crop, read_samples
+from dinoray.pipeline.data.ignored import Ignored, ignored_line
+from dinoray.pipeline.data.measuring import measure
+from dinoray.pipeline.data.sniffing import content_of
+from dinoray.pipeline.data.tar_file import HeaderFile, TarFile
+from dinoray.pipeline.data.tar_index import TarImages, Wanted, index_tar
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -114,15 +123,78 @@ def test_an_array_has_its_channels_first_or_last(dtype: str, is_first: bool) -> 
         read_samples(data[:-1], max_pixels=MAX_PIXELS)
 
 
+def test_an_array_in_the_order_of_fortran_is_read_and_a_gray_one_is_rgb() -> None:
+    values = bands(3)
+    np.testing.assert_array_equal(decode(npy(np.asfortranarray(values)), max_pixels=MAX_PIXELS), values)
+    gray = decode(npy(values[..., 0].T), max_pixels=MAX_PIXELS)
+    np.testing.assert_array_equal(gray, np.repeat(values[..., :1].swapaxes(0, 1), 3, axis=2))
+
+
 @pytest.mark.parametrize(
-    "values",
-    [np.zeros((2, 3, 4, 5)), np.zeros((30, 40), complex), np.array([None, "a"]), np.zeros((20, 20, 20))],
+    ("values", "what"),
+    [
+        (np.zeros((2, 3, 4, 5)), r"float64 \[2, 3, 4, 5\]"),
+        (np.zeros((30, 40), complex), r"complex128 \[30, 40\]"),
+        (np.zeros(7, "f4"), r"float32 \[7\]"),
+        (np.zeros((20, 20, 20)), r"float64 \[20, 20, 20\]"),
+    ],
 )
-def test_an_array_that_is_no_picture_is_refused(values: np.ndarray) -> None:
+def test_an_array_that_is_no_picture_is_refused_by_shape_and_type(values: np.ndarray, what: str) -> None:
+    data = npy(values)
+    with pytest.raises(BadImage, match=f"an array of {what} is no picture; save uint8, uint16 or float32"):
+        read_samples(data, max_pixels=MAX_PIXELS)
+    assert content_of(data[:128]) is None
+
+
+def test_a_pickle_in_an_array_is_not_opened() -> None:
     file = io.BytesIO()
-    np.save(file, values, allow_pickle=True)
-    with pytest.raises(BadImage, match="array of"):
+    np.save(file, np.array([None, "a"]), allow_pickle=True)
+    with pytest.raises(BadImage, match="array of object"):
         read_samples(file.getvalue(), max_pixels=MAX_PIXELS)
+
+
+def test_a_folder_of_arrays_is_listed_measured_and_read(tmp_path: Path) -> None:
+    write_all(tmp_path, {f"{label}/{n}.npy": npy(bands(5, "u2") + n) for label in "ab" for n in range(6)})
+    write_all(tmp_path, {"a/flat.npy": npy(np.zeros(9, "f4"))})
+    source = source_of(str(tmp_path), channels=5, label_from_parent=True)
+    assert (source.num_images, source.manifest.ignored) == (
+        13,
+        (),
+    )  # the flat one is a bad image, by its name
+    measured = measure(source)
+    assert measured.mean is not None
+    assert len(measured.mean) == 5
+    config = source.config.model_copy(update=measured.settle(source.config))
+    read = {one.key: one for one in fetch_all(source)}
+    pixels = decode(read["b/0.npy"].data or b"", max_pixels=MAX_PIXELS, config=config)
+    assert (pixels.shape, read["b/0.npy"].label) == ((37, 53, 5), "b")
+    assert np.ptp(pixels) > 240
+
+
+def test_arrays_beside_images_are_left_out_unless_they_are_asked_for(tmp_path: Path) -> None:
+    images = {f"{n}.jpg": encode(Image.fromarray(picture()), "JPEG") for n in range(2)}
+    write_all(tmp_path, images | {f"{n}.npy": npy(bands(1)) for n in range(3)} | {"x.npy": npy(np.zeros(2))})
+    listed = source_of(str(tmp_path)).manifest
+    assert (listed.num_images, listed.ignored) == (2, (Ignored(".npy", 4),))
+    line = ignored_line(listed.ignored)
+    assert line is not None
+    assert line.startswith(
+        "ignored: 4 .npy; .npy is read where it holds numbers [H,W] or [H,W,C], C at most 16"
+    )
+    assert source_of(str(tmp_path), include=("*.npy",)).num_images == 3
+
+
+@pytest.mark.parametrize(("image", "names"), [("auto", ["a.jpg"]), ("npy", ["a.npy", "b.npy"])])
+def test_arrays_in_a_tar_file_are_asked_for(image: str, names: list[str]) -> None:
+    members = {"a.jpg": b"x", "a.npy": npy(bands(4)), "b.npy": npy(bands(4))}
+    assert indexed_tar(tar_of(members), image).names.to_pylist() == names
+    arrays = {name: data for name, data in members.items() if name != "a.jpg"}
+    assert indexed_tar(tar_of(arrays), "auto").names.to_pylist() == ["a.npy", "b.npy"]
+
+
+def indexed_tar(data: bytes, image: str) -> TarImages:
+    file = HeaderFile(lambda first, stop: data[first:stop], len(data))
+    return index_tar(TarFile(file, len(data), name="x.tar"), Wanted(image, None))
 
 
 def test_a_page_is_chosen_or_pages_are_channels() -> None:
