@@ -55,8 +55,8 @@ def open_npy(data: bytes) -> Samples:
     if len(data) - start < num_values * dtype.itemsize:
         raise BadImage(f"cut off array: {len(data) - start} of {num_values * dtype.itemsize} bytes")
     values = np.frombuffer(data, dtype, num_values, start).reshape(shape, order="F" if is_fortran else "C")
-    values = np.ascontiguousarray(_plain(_channels_last(values)))
-    return Samples(values, values.shape[2])
+    picture: Values = np.ascontiguousarray(_plain(_channels_last(values)))
+    return Samples(picture, picture.shape[2])
 
 
 def _header(data: bytes) -> _Header:
@@ -70,7 +70,8 @@ def _header(data: bytes) -> _Header:
         shape, is_fortran, dtype = read(file)
     except Exception as error:  # a header is Python text
         raise BadImage(f"damaged header: {one_line(error)}") from error
-    is_picture = len(shape) == 2 or (len(shape) == 3 and min(shape[0], shape[2]) <= MAX_CHANNELS)
+    num_axes = len(shape)
+    is_picture = num_axes == 2 or (num_axes == 3 and min(shape[0], shape[-1]) <= MAX_CHANNELS)
     if dtype.kind not in "buif" or not is_picture or 0 in shape:
         raise BadImage(
             f"an array of {dtype} {list(shape)} is no picture; save uint8, uint16 or float32 [H,W,C] of at most "
