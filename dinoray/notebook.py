@@ -19,7 +19,7 @@ from dinoray.jobs.cli.config import load_config, load_run_config
 from dinoray.jobs.runs.holding import lease_of
 from dinoray.jobs.runs.open_checkpoint import Opened, Step, open_network
 from dinoray.jobs.runs.pretraining import pretrain as run_pretraining
-from dinoray.models.errors import DataError
+from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.config import DataConfig, PixelsConfig
 from dinoray.pipeline.data.decode import decode
@@ -90,6 +90,10 @@ def embed(
     opened = open_network(str(run), step, "teacher")
     model, transform = _teacher(opened)
     pixels = opened.network.config.data
+    if pixels.channels != 3:
+        raise ConfigError(
+            f"{run} takes pictures of data.channels={pixels.channels}, and this function RGB; use `dinoray embed`"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     width: Any = model.num_features

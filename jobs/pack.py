@@ -19,10 +19,13 @@ from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.packing import pack_images
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.augment.config import OF_COLOURS
+from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.export.packing_facts import EXACT, KEEP, NEAR
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.worker.config import Config
 
+_OF_PIXELS = tuple(f"data.{name}=" for name in PixelsConfig.model_fields)
 _RECIPE = "vit_small_imagenet_vanilla"  # its crops are the published ones
 
 
@@ -89,13 +92,18 @@ def _config(arguments: Namespace) -> Config:
         "recipe": arguments.recipe,
         "data": {"path": arguments.source},
     }
-    return validate(apply_overrides(tree, arguments.overrides))
+    tree = apply_overrides(tree, arguments.overrides)
+    if tree["data"].get("channels", 3) != 3:  # no crop is made here
+        tree["crops"] = {**tree.get("crops", {}), **dict.fromkeys(OF_COLOURS, 0)}
+    return validate(tree)
 
 
 def _next_command(arguments: Namespace, out: Directory) -> str:
     """The command that pretrains from what was packed."""
-    crops = [override for override in arguments.overrides if override.startswith("crops.")]
-    return command("pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}", *crops)
+    kept = [one for one in arguments.overrides if one.startswith(("crops.", *_OF_PIXELS))]
+    if any(one.startswith("data.channels=") for one in kept) and not arguments.shrink:
+        kept += [f"crops.{name}=0" for name in OF_COLOURS]
+    return command("pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}", *kept)
 
 
 if __name__ == "__main__":

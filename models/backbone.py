@@ -1,6 +1,6 @@
 """Any timm model as a feature extractor at any crop size.
 
-The first part of the network: pixels [B, 3, H, W] -> features [B, D]. Uses timm; no heads, losses or data
+The first part of the network: pixels [B, C, H, W] -> features [B, D]. Uses timm; no heads, losses or data
 here.
 """
 
@@ -22,13 +22,18 @@ from dinoray.models.errors import ConfigError
 
 
 def build_backbone(
-    config: BackboneConfig, *, crop_sizes: tuple[int, ...], drop_path_rate: float, pretrained: bool = False
+    config: BackboneConfig,
+    *,
+    crop_sizes: tuple[int, ...],
+    drop_path_rate: float,
+    pretrained: bool = False,
+    in_chans: int = 3,
 ) -> nn.Module:
     """Create the timm model without a classifier, able to take square crops of every size in `crop_sizes`.
 
     `crop_sizes`: `crops.global_crop_size`, `crops.local_crop_size` and `eval.image_size`, or the first of
     these. The first size sets the native grid of learned position embeddings; if the model has them, they are
-    interpolated for other sizes (`dynamic_img_size`). The result maps float [B, 3, H, W] to [B, D], D =
+    interpolated for other sizes (`dynamic_img_size`). The result maps float [B, in_chans, H, W] to [B, D], D =
     `embed_dim(model)`. With `pretrained`, timm downloads its weights.
 
     Raises ConfigError for an unknown name, unknown kwargs, or a model that cannot take one of the sizes.
@@ -37,7 +42,8 @@ def build_backbone(
     if not timm.is_model(config.name.split(".")[0]):
         raise ConfigError(f"backbone.name={config.name!r} is not a timm model{name_hint(config.name)}")
 
-    more = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    more: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    more |= {"in_chans": in_chans} if in_chans != 3 else {}
     create = partial(_create, config.name, more)
     try:
         model = create(crop_sizes[0], config.kwargs, pretrained=pretrained)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoray.models.errors import ConfigError, DataError, DinorayError, one_line
+from dinoray.models.input_channels import in_chans
 
 Create = Callable[[int, dict[str, Any]], nn.Module]
 """(native image size, kwargs) -> the model; raises what its constructor raises."""
@@ -31,7 +32,9 @@ def refusal(model: nn.Module, size: int) -> str | None:
     model.eval()
     try:
         with torch.no_grad():
-            features = model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+            features = model(
+                torch.zeros(1, in_chans(model), size, size, device=next(model.parameters()).device)
+            )
     except Exception as failure:  # a model may raise anything for a size that it was not built for
         return one_line(failure) if str(failure) else "its layers do not accept this size"
     finally:

@@ -16,7 +16,7 @@ _DECIDED_ELSEWHERE = {
     "drop_path_rate": "set backbone.drop_path_rate instead",
     "pretrained": "set backbone.pretrained instead",
     "num_classes": "the backbone has no classifier",
-    "in_chans": "images are decoded as RGB, 3 channels",
+    "in_chans": "set data.channels instead",
     "features_only": "the head takes one vector per image",
     "checkpoint_path": "set init.path instead",
 }

@@ -4,6 +4,7 @@ Layers below: backbone, head. The loss is a set of pure functions in loss.py. Th
 pipeline/training/step.py combines them.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -62,12 +63,12 @@ class DINO(nn.Module):
         *,
         crop_sizes: tuple[int, ...],
         pretrained: bool = False,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
-        self.student = _network(
-            backbone, head, crop_sizes, drop_path_rate=backbone.drop_path_rate, pretrained=pretrained
-        )
-        self.teacher = _network(backbone, head, crop_sizes, drop_path_rate=0.0, pretrained=False)
+        build = partial(_network, backbone, head, crop_sizes, in_chans=in_chans)
+        self.student = build(drop_path_rate=backbone.drop_path_rate, pretrained=pretrained)
+        self.teacher = build(drop_path_rate=0.0, pretrained=False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.register_buffer("center", torch.zeros(number(head.out_dim)))
@@ -106,7 +107,7 @@ class DINO(nn.Module):
 
 
 def crop_major(crops: Tensor) -> Tensor:
-    """Convert [B, C, H, W, 3] (rows per image) to [C*B, 3, H, W] (rows per crop), the layout of the loss."""
+    """Convert [B, V, H, W, C] (rows per image) to [V*B, C, H, W] (rows per crop), the layout of the loss."""
     return crops.permute(1, 0, 4, 2, 3).flatten(0, 1)
 
 
@@ -117,8 +118,13 @@ def _network(
     *,
     drop_path_rate: float,
     pretrained: bool,
+    in_chans: int,
 ) -> MultiCropNet:
     body = build_backbone(
-        backbone, crop_sizes=crop_sizes, drop_path_rate=drop_path_rate, pretrained=pretrained
+        backbone,
+        crop_sizes=crop_sizes,
+        drop_path_rate=drop_path_rate,
+        pretrained=pretrained,
+        in_chans=in_chans,
     )
     return MultiCropNet(body, DINOHead(head, in_dim=embed_dim(body)))

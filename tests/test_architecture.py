@@ -31,7 +31,7 @@ ROOMS = {
     "pipeline/tracking": "models storage augment",
     "pipeline/training": "models published storage data augment",
     "pipeline/stream": "models storage cluster data augment ray_private",
-    "pipeline/figures": "models storage augment tracking training",
+    "pipeline/figures": "models storage data augment tracking training",
     "pipeline/planning": "models data augment training",
     "pipeline/evaluation": _PAGES,
     "pipeline/reporting": _PAGES,

@@ -116,7 +116,7 @@ def _read_sample(source: Source) -> tuple[DataStatistics, list[tuple[str, Status
                 bad.append((fetched.key, fetched.status, fetched.reason))
                 continue
             try:
-                image = open_any(fetched.data, max_pixels=source.config.max_pixels)
+                image = open_any(fetched.data, max_pixels=source.config.max_pixels, config=source.config)
                 facts.append(measure_image(image, decode_whole(image)))
             except BadImage as error:
                 bad.append((fetched.key, Status.CORRUPT, error.reason))
@@ -171,7 +171,9 @@ def _next_command(
     chosen = recipe or (
         "vit_small_imagenet_vanilla" if manifest.num_images >= _FEW_IMAGES else "photos_small"
     )
-    about_data = [one for one in overrides if one.startswith("data.") and not one.startswith("data.path=")]
+    about_data = [
+        one for one in overrides if one.startswith(("data.", "crops.")) and not one.startswith("data.path=")
+    ]
     needed = shrink_pixels(config.crops if recipe else CropsConfig(**RECIPES[chosen]().get("crops", {})))
     width, height = sample.median_size()
     reason = ""

@@ -83,7 +83,6 @@ def pack_images(
         next_command=next_command,
         job=job,
     )
-    most = source.config.max_pixels
     two_passes = leaves_out or not (plan.mixes_all(source.manifest) or job.lacks(_ONE_PASS))
     if two_passes:
         job.settle({_ONE_PASS: arguments.one_pass})
@@ -93,7 +92,9 @@ def pack_images(
 
         def finish_one_pass(summary: Mapping[str, Any]) -> Mapping[str, Any]:
             packed = TableFacts(out, summary["num_parts"])
-            return finish(summary, packed=PackedImages(out, packed, plan, most), repeats=packed.repeats())
+            return finish(
+                summary, packed=PackedImages(out, packed, plan, source.config), repeats=packed.repeats()
+            )
 
         _write(job, plan, source, about, finish=finish_one_pass)
         return
@@ -112,7 +113,10 @@ def pack_images(
         _remove_others(out, digest, console)
         second = plan.again(again.manifest, digest=digest, rows_per_file=arguments.rows_per_file)
         finish_two = partial(
-            finish, packed=PackedImages(beside, packed, plan, most), repeats=repeats, left_out=left_out
+            finish,
+            packed=PackedImages(beside, packed, plan, source.config),
+            repeats=repeats,
+            left_out=left_out,
         )
         about_second = "pass 2 of 2: shuffles what pass 1 wrote"
         if left_out is not None:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from dinoray.jobs.runs.parts_job import PartsJob
 from dinoray.models.errors import DataError, one_line
 from dinoray.pipeline.data.classify import PACKED_PAGE
+from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.duplicates import Indices
 from dinoray.pipeline.data.ignored import ignored_line
-from dinoray.pipeline.data.image_facts import as_rgb, decode_whole, open_any
+from dinoray.pipeline.data.image_facts import decode_whole, open_any
+from dinoray.pipeline.data.samples import as_rgb
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.data.statistics import DataStatistics, evenly
 from dinoray.pipeline.export.packing_facts import Repeats, TableFacts
@@ -35,7 +37,7 @@ class PackedImages(NamedTuple):
     out: Directory
     facts: TableFacts
     plan: Plan
-    max_pixels: int
+    config: DataConfig
 
     def picture(self, place: int) -> NDArray[np.uint8]:
         """Return an image, uint8 [H,W,3], reduced if it is a JPEG. Raises DataError if its part cannot be read."""
@@ -51,7 +53,8 @@ class PackedImages(NamedTuple):
         except (pa.ArrowException, OSError) as error:
             name = self.out.join(part_name(part))
             raise DataError(f"{name} cannot be read ({one_line(error)}); delete it and run again") from error
-        return as_rgb(decode_whole(open_any(data, max_pixels=self.max_pixels)).pixels)
+        image = open_any(data, max_pixels=self.config.max_pixels, config=self.config)
+        return as_rgb(decode_whole(image).pixels)
 
 
 def finish_table(

@@ -20,6 +20,8 @@ Range = tuple[float, float]
 
 Value = TypeVar("Value")
 
+OF_COLOURS = ("saturation", "hue", "gray_prob")
+"""Settings of what only RGB has."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -79,6 +81,8 @@ class CropsConfig(Settings):
     """Code that makes the crops: numba (fast, compiled at first use), or torch and OpenCV; auto: numba if installed."""
     photometric: Literal["cpu", "device"] = "cpu"
     """Where jitter, grayscale, blur and solarization run: with the crops on CPUs, or on the device that trains."""
+    channels: int = Field(default=3, ge=1, le=16)
+    """Channels of a crop; it follows data.channels."""
     pixel_mean: Channels | Auto = IMAGENET_MEAN
     """Mean that is subtracted from each channel in [0, 1]; auto, and the default for more than 8 bits: measured."""
     pixel_std: Channels | Auto = IMAGENET_STD
@@ -113,7 +117,7 @@ class CropsConfig(Settings):
     @classmethod
     def _can_divide(cls, value: Channels | Auto) -> Channels | Auto:
         if value != "auto" and not all(0 < channel < math.inf for channel in value):
-            raise ValueError(f"{value} must be three numbers above 0, e.g. [0.229, 0.224, 0.225]")
+            raise ValueError(f"{value} must be numbers above 0, one per channel, e.g. [0.229, 0.224, 0.225]")
         return value
 
     @model_validator(mode="after")
@@ -132,6 +136,25 @@ class CropsConfig(Settings):
                 "num_global_crops=1 with num_local_crops=0 leaves no two crops to compare; "
                 "set crops.num_local_crops=1 or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_channels(self) -> "CropsConfig":
+        asked = {name: getattr(self, name) for name in OF_COLOURS}
+        of_colours = {name: value for name, value in asked.items() if value not in (0, (0, 0))}
+        if of_colours and self.channels != 3:
+            shown = " and ".join(f"{name}={value}" for name, value in of_colours.items())
+            raise ValueError(
+                f"{shown} must be 0 with data.channels={self.channels}, since only RGB has hues; set "
+                f"{' '.join(f'crops.{name}=0' for name in of_colours)}"
+            )
+        for name, default in (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD)):
+            value = getattr(self, name)
+            if value not in ("auto", default) and len(value) != self.channels:
+                raise ValueError(
+                    f"{name}={list(value)} has {len(value)} values for data.channels={self.channels}; give one per "
+                    f"channel, or crops.{name}=auto"
+                )
         return self
 
     @property
@@ -200,11 +223,11 @@ def _kind(
 
 
 def crop_shapes(config: CropsConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of one image's crops: global [G,S,S,3] and local [L,S,S,3]."""
+    """Return the shapes of one image's crops: global [G,S,S,C] and local [L,S,S,C]."""
     c = config
     return (
-        (c.num_global_crops, c.global_crop_size, c.global_crop_size, 3),
-        (c.num_local_crops, c.local_crop_size, c.local_crop_size, 3),
+        (c.num_global_crops, c.global_crop_size, c.global_crop_size, c.channels),
+        (c.num_local_crops, c.local_crop_size, c.local_crop_size, c.channels),
     )
 
 
@@ -215,7 +238,7 @@ NUM_PHOTOMETRIC = 11
 def crop_bytes(config: CropsConfig) -> int:
     """Return the bytes of one image in a block: its crops, and their photometric parameters where these travel."""
     parameters = 4 * NUM_PHOTOMETRIC if config.photometric == "device" else 0
-    return sum(3 * kind.size**2 + parameters for kind in crop_kinds(config))
+    return sum(config.channels * kind.size**2 + parameters for kind in crop_kinds(config))
 
 
 def describe_crops(config: CropsConfig) -> str:

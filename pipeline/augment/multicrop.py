@@ -3,7 +3,7 @@
 This module stands between the encoded image and the batch. params.py draws the parameters of each crop; this
 file applies them and draws no random number. One of two kernels makes the pixels:
 augment/kernels/numba_crops.py where numba is available, else augment/kernels/torch_crops.py. Everything is
-uint8 RGB, height x width x channel; the device normalises later. There is no storage and no Ray here.
+uint8, height x width x channel; the device normalises later. There is no storage and no Ray here.
 
 Axis letters: G global crops, L local crops, H W the image, S the side of a crop.
 """
@@ -41,7 +41,7 @@ Image = npt.NDArray[np.uint8]
 
 
 class Crops(NamedTuple):
-    """The crops of one image: uint8 RGB, globals [G,S,S,3] and locals [L,S,S,3]."""
+    """The crops of one image: uint8, globals [G,S,S,C] and locals [L,S,S,C]."""
 
     global_crops: Image
     local_crops: Image
@@ -93,8 +93,10 @@ def cut(picture: Decoded, params: CropParams, out: Crops | None = None) -> Crops
 
 def _check(picture: Decoded, params: CropParams, out: Crops) -> None:
     pixels, c = picture.pixels, params.config
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"a picture must be uint8 [H,W,3], not {pixels.dtype} {list(pixels.shape)}")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != c.channels:
+        raise ValueError(
+            f"a picture must be uint8 [H,W,{c.channels}], not {pixels.dtype} {list(pixels.shape)}"
+        )
     height, width = pixels.shape[:2]
     if (width, height) != tuple(-(-side // picture.denominator) for side in (params.width, params.height)):
         raise ValueError(
@@ -118,7 +120,7 @@ def _check(picture: Decoded, params: CropParams, out: Crops) -> None:
 
 
 def multi_crop(image: Image, rng: np.random.Generator, config: CropsConfig) -> Crops:
-    """Draw the parameters for a picture (uint8 [H,W,3], C-contiguous, at least 1x1), and make its crops."""
+    """Draw the parameters for a picture (uint8 [H,W,C], C-contiguous, at least 1x1), and make its crops."""
     height, width = image.shape[:2]
     return cut(Decoded(image, 1, 0.0, 0.0), sample(rng, width, height, config))
 
@@ -145,7 +147,7 @@ def prepare_kernel(config: CropsConfig) -> None:
         logger.info("crops are made by the torch kernel%s", why)
         return
     with jit.one_at_a_time():
-        multi_crop(np.zeros((32, 32, 3), np.uint8), crop_rng(0, 0, ""), config)
+        multi_crop(np.zeros((32, 32, config.channels), np.uint8), crop_rng(0, 0, ""), config)
         sample_image(0, 0, "", 32, 32, config)  # the stream draws the same parameters through this function
     logger.info("crops are made by the numba kernel")
 
@@ -159,6 +161,21 @@ def limit_threads() -> None:
 
 
 def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:
+    """Make the crops of three channels at a time, as the kernel does; where some are missing, the last is repeated."""
+    channels = picture.pixels.shape[2]
+    if channels == 3:
+        _cut_three(picture, params, out, is_rgb=True)
+        return
+    for first in range(0, channels, 3):
+        places = [min(first + i, channels - 1) for i in range(3)]
+        three = picture._replace(pixels=np.ascontiguousarray(picture.pixels[..., places]))
+        made = Crops(*(np.empty((*array.shape[:-1], 3), np.uint8) for array in out))
+        _cut_three(three, params, made, is_rgb=False)
+        for target, source in zip(out, made, strict=True):
+            target[..., first : first + 3] = source[..., : channels - first]
+
+
+def _cut_three(picture: Decoded, params: CropParams, out: Crops, *, is_rgb: bool) -> None:
     numba_crops, scratch = _crop_kernel(), _scratch()
     height, width = picture.pixels.shape[:2]
     num_bytes = picture.pixels.nbytes
@@ -178,6 +195,7 @@ def _cut_numba(picture: Decoded, params: CropParams, out: Crops) -> None:
         width,
         table,
         bilinear,
+        is_rgb,
         len(out.global_crops),
         out.global_crops,
         out.local_crops,

@@ -12,8 +12,19 @@ from dinoray.pipeline.storage.addresses import normal_uri
 class PixelsConfig(Settings):
     """What becomes pixels of the samples in an image file: a part of `data` that a checkpoint keeps."""
 
+    channels: int = Field(default=3, ge=1, le=16)
+    """Channels of a picture: 3 makes RGB of gray and of transparency; others are taken as they are in the files."""
+    page: int | Literal["channels"] = Field(default=0)
+    """TIFF: the page that is read, from 0; channels: all pages, as channels of one picture."""
     value_range: tuple[float, float] | Auto | None = "auto"
     """[low, high]: samples of 16 bits or more that become 0 and 255; auto measures; null: the high byte of 16 bits."""
+
+    @field_validator("page")
+    @classmethod
+    def _is_a_page(cls, page: int | Literal["channels"]) -> int | Literal["channels"]:
+        if isinstance(page, int) and page < 0:
+            raise ValueError(f"{page} must be 0 (the first page) or more, or channels")
+        return page
 
     @field_validator("value_range")
     @classmethod

@@ -169,7 +169,7 @@ def look_into(contents: Contents, config: DataConfig, storage: StorageConfig) ->
     unknown = contents.unknown
     if not unknown.num_rows:
         return contents
-    found = contents_of(unknown, contents.root, storage)
+    found = contents_of(unknown, contents.root, storage, beside_images=contents.images.num_rows > 0)
     has_images = contents.tars.num_rows or (
         contents.shards.num_rows and hold_images(ShardFiles(contents.shards, contents.root, storage))
     )

@@ -6,7 +6,8 @@ never by file name, and there is one rule for all who decode:
 
     turbo     JPEG in gray or YCbCr without a flaw
     OpenCV    PNG and WebP without transparency, PNG of 16 bits
-    tiff.py   TIFF of more than 8 bits, of bands, or with channels beside gray or RGB
+    tiff.py   TIFF of more than 8 bits, of bands, or with channels beside gray or RGB; pages as channels
+    npy.py    arrays of numpy
     Pillow    the rest, and a second chance where the others refuse
 
 None of them turns a picture: orientation.py does, for all. Only Pillow turns a TIFF itself.
@@ -27,6 +28,7 @@ from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decoder_process import decode_apart
 from dinoray.pipeline.data.jpeg_segments import check_scans
 from dinoray.pipeline.data.netpbm import decode_netpbm
+from dinoray.pipeline.data.npy import is_deep_npy, is_npy, open_npy
 from dinoray.pipeline.data.orientation import (
     orientation_in,
     orientation_of,
@@ -37,7 +39,7 @@ from dinoray.pipeline.data.orientation import (
 from dinoray.pipeline.data.pillow import decode_pillow, open_pillow
 from dinoray.pipeline.data.png_chunks import bare_png, has_alpha_and_gray, is_16_bit
 from dinoray.pipeline.data.samples import Samples, to_pixels
-from dinoray.pipeline.data.tiff import decode_page, is_pillows
+from dinoray.pipeline.data.tiff import MAX_CHANNELS, decode_page, is_pillows, is_readable
 from dinoray.pipeline.data.tiff_pages import Page, is_tiff, read_pages
 from dinoray.pipeline.data.turbo import decode_turbo, turbo_size
 
@@ -51,28 +53,34 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 def decode(
     data: bytes, *, max_pixels: int, min_side: int = 1, config: PixelsConfig = _DEFAULTS
 ) -> npt.NDArray[np.uint8]:
-    """Decode an image file into uint8 RGB [H,W,3], C-contiguous and upright.
+    """Decode an image file into uint8 [H,W,`config.channels`], C-contiguous and upright; three channels are RGB.
 
     `config` decides what becomes of samples of more than 8 bits. Raises BadImage for anything that is not a whole
     image of at most `max_pixels` pixels whose shorter side has at least `min_side`. Files of more than about 179
     megapixels are refused whatever `max_pixels` is. Raises ResourceError if the machine cannot start a process for
     a file that needs one.
     """
-    size = turbo_size(data)
+    size = turbo_size(data) if config.channels == 3 else None
     if size is not None:
         check_jpeg(data, size, max_pixels=max_pixels, min_side=min_side)
         pixels = decode_turbo(data, *size, 1, lambda num_bytes: np.empty(num_bytes, np.uint8))
         if pixels is not None:
             return turn_upright(pixels, orientation_of_jpeg(data))
-    return to_pixels(read_samples(data, max_pixels=max_pixels, min_side=min_side), config)
+    return to_pixels(read_samples(data, max_pixels=max_pixels, min_side=min_side, config=config), config)
 
 
-def read_samples(data: bytes, *, max_pixels: int, min_side: int = 1) -> Samples:
-    """Decode an image file into its samples of whatever depth, upright. Raises as `decode` does."""
+def read_samples(
+    data: bytes, *, max_pixels: int, min_side: int = 1, config: PixelsConfig = _DEFAULTS
+) -> Samples:
+    """Decode an image file into its samples of whatever depth and channels, upright. Raises as `decode` does."""
+    if is_npy(data):
+        samples = open_npy(data)
+        check_size(samples.values.shape[1], samples.values.shape[0], max_pixels=max_pixels, min_side=min_side)
+        return samples
     if is_tiff(data):
-        page = read_pages(data)[0]
-        if not is_pillows(page):
-            return _decode_tiff(data, page, max_pixels, min_side)
+        pages = _chosen(read_pages(data), config)
+        if config.page != 0 or not is_pillows(pages[0]) or (config.channels != 3 and is_readable(pages[0])):
+            return _joined([_decode_tiff(data, page, max_pixels, min_side) for page in pages])
     header = open_pillow(data)
     width, height = header.size
     check_size(width, height, max_pixels=max_pixels, min_side=min_side)
@@ -99,6 +107,8 @@ def is_deep(data: bytes) -> bool:
     if data[:2] == b"\xff\xd8":
         return False
     try:
+        if is_npy(data):
+            return is_deep_npy(data)
         if is_tiff(data):
             return read_pages(data)[0].bits > 8
         header = open_pillow(data)
@@ -123,7 +133,7 @@ def check_jpeg(data: bytes, size: tuple[int, int], *, max_pixels: int, min_side:
 
 
 def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint8]:
-    """Return the centre crop of an image (uint8 [H,W,3]) for evaluation: uint8 [size,size,3].
+    """Return the centre crop of an image (uint8 [H,W,C]) for evaluation: uint8 [size,size,C].
 
     DINO's protocol: shorter side to size * 256 / 224 (bicubic, antialiased), then the central square.
     """
@@ -136,7 +146,12 @@ def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint
     x_scale, y_scale = width / new_width, height / new_height
     # Only the square is computed: a whole 1 x 5000 image would become 256 x 1,280,000 pixels.
     box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
-    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    groups = [image] if image.shape[2] == 3 else [image[..., i] for i in range(image.shape[2])]
+    crops = [
+        np.array(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC, box=box))
+        for one in groups
+    ]
+    return crops[0] if len(groups) == 1 and crops[0].ndim == 3 else np.stack(crops, axis=-1)
 
 
 def _decode_opened(data: bytes, header: Image.Image) -> Samples:
@@ -161,6 +176,26 @@ def _decode_tiff(data: bytes, page: Page, max_pixels: int, min_side: int) -> Sam
     )
 
 
+def _chosen(pages: list[Page], config: PixelsConfig) -> list[Page]:
+    if config.page == "channels":
+        if len(pages) > MAX_CHANNELS:
+            raise BadImage(f"{len(pages)} pages, of which at most {MAX_CHANNELS} can be channels")
+        return pages
+    if config.page >= len(pages):
+        raise BadImage(f"{len(pages)} pages, but data.page={config.page} counts from 0")
+    return [pages[config.page]]
+
+
+def _joined(pages: list[Samples]) -> Samples:
+    """Return pages as the channels of one picture."""
+    if len(pages) == 1:
+        return pages[0]
+    if len({(page.values.shape[:2], page.values.dtype) for page in pages}) > 1:
+        raise BadImage("its pages differ in size or type, so they cannot be channels of one picture")
+    values = np.concatenate([page.values for page in pages], axis=2)
+    return Samples(values, values.shape[2], is_inverted=pages[0].is_inverted)
+
+
 def _upright(samples: Samples, orientation: int) -> Samples:
     return samples._replace(values=turn_upright(samples.values, orientation))
 
@@ -171,7 +206,9 @@ def _decode_opencv(data: bytes, header: Image.Image) -> Samples | None:
         bare = bare_png(data)
         if bare is None:
             return None
-        return _deep_png(bare) if is_16_bit(data) else _read(bare, cv2.IMREAD_COLOR_RGB)
+        if is_16_bit(data):
+            return _deep_png(bare)
+        return _read(bare, cv2.IMREAD_COLOR_RGB if header.mode == "RGB" else cv2.IMREAD_GRAYSCALE)
     if header.format == "WEBP" and _is_plain(header):
         return _read(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     return None
@@ -183,14 +220,16 @@ def _is_plain(header: Image.Image) -> bool:
 
 def _read(data: bytes, flags: int) -> Samples | None:
     pixels: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    return None if pixels is None else Samples(pixels, 3)
+    if pixels is None:
+        return None
+    return Samples(pixels[..., None], 1) if pixels.ndim == 2 else Samples(pixels, 3)
 
 
 def _deep_png(data: bytes) -> Samples | None:
     """Decode a PNG of 16 bits, of which Pillow keeps 8 if it has colours."""
     samples = _read(data, cv2.IMREAD_UNCHANGED)
-    if samples is None or samples.values.ndim == 2:
-        return samples and Samples(samples.values[..., None], 1)
+    if samples is None or samples.num_colours == 1:
+        return samples
     if samples.values.shape[2] == 3:
         return Samples(cv2.cvtColor(samples.values, cv2.COLOR_BGR2RGB), 3)
     values = cv2.cvtColor(samples.values, cv2.COLOR_BGRA2RGBA)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from dinoray.pipeline.data.names import (
+    ARRAY_SUFFIX,
     BARE,
     CAMERA_RAW,
     FOLDER_MARKER,
@@ -49,6 +50,10 @@ _REMEDIES = {
     ): "pip install 'dinoray[heic]' on all nodes, and {0} is read",
     _ARCHIVE: "unpack {0}, for example with bsdtar -xf FILE -C FOLDER",
     "|".join(map(re.escape, sorted(CAMERA_RAW))): "convert {0} to .tif or .jpg",
+    re.escape(
+        ARRAY_SUFFIX
+    ): "{0} is read where it holds numbers [H,W] or [H,W,C], C at most 16; beside other images, "
+    "set data.include=*.npy (in tar files data.image_column=npy)",
     re.escape(NOT_UTF8): "rename them: convmv -r -f latin1 -t utf8 --notest FOLDER",
     r"\.mds(\..+)?": "copy the images of {0} (MDS): python -c \"import streaming; [r['image'].save(f'OUT/{{i}}.png') "
     "for i, r in enumerate(streaming.StreamingDataset(local='FOLDER', batch_size=1))]\"",

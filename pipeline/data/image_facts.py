@@ -16,11 +16,15 @@ from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decode import is_deep, read_samples
 from dinoray.pipeline.data.jpeg import DENOMINATORS, Decoded, Encoded, Pixels, open_image
+from dinoray.pipeline.data.npy import is_npy, open_npy
 from dinoray.pipeline.data.pillow import open_pillow
-from dinoray.pipeline.data.samples import to_pixels
+from dinoray.pipeline.data.samples import as_rgb, to_pixels
+from dinoray.pipeline.data.tiff import is_pillows
+from dinoray.pipeline.data.tiff_pages import is_tiff, read_pages
 
 SMALL_SIDE, SMALL_BYTES = 8, 192
 """Side in pixels, and bytes, of the RGB picture by which two images with similar hashes are compared."""
+_DEFAULTS = PixelsConfig()
 _DIGEST_BYTES = 16
 _LEAST_SIDE = 32
 """Pixels of the shorter side of a picture that is measured, unless the image has fewer."""
@@ -76,14 +80,15 @@ SCHEMA = pa.schema(
 """Columns of a table of ImageFacts."""
 
 
-def open_any(data: bytes, *, max_pixels: int) -> Encoded:
+def open_any(data: bytes, *, max_pixels: int, config: PixelsConfig = _DEFAULTS) -> Encoded:
     """As `open_image`, but the samples of an image of more than 8 bits are shown in their own range, not in a run's."""
     if not is_deep(data):
-        return open_image(data, max_pixels=max_pixels)
-    samples = read_samples(data, max_pixels=max_pixels)
+        return open_image(data, max_pixels=max_pixels, config=config)
+    samples = read_samples(data, max_pixels=max_pixels, config=config)
     values = samples.values[np.isfinite(samples.values)]
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
-    pixels = to_pixels(samples, PixelsConfig(value_range=(low, high if high > low else low + 1)))
+    shown = config.model_copy(update={"value_range": (low, high if high > low else low + 1)})
+    pixels = to_pixels(samples, shown)
     return Encoded(data, pixels.shape[1], pixels.shape[0], 1, max_pixels, pixels)
 
 
@@ -127,11 +132,6 @@ def measure_image(image: Encoded, picture: Decoded) -> ImageFacts:
     )
 
 
-def as_rgb(pixels: Pixels) -> Pixels:
-    """Return the first three channels of a picture [H,W,C], or its only one as gray: uint8 [H,W,3]."""
-    return pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
-
-
 def facts_table(facts: Sequence[ImageFacts]) -> pa.Table:
     """Return a table of one row for each image, of SCHEMA."""
     columns: Any = zip(*facts, strict=True) if facts else ((),) * len(SCHEMA)
@@ -141,8 +141,17 @@ def facts_table(facts: Sequence[ImageFacts]) -> pa.Table:
 
 def _header(data: bytes, pixels: Pixels) -> tuple[str, str]:
     """Return the format and the channels of a file; those of its pixels if Pillow does not read its header."""
+    if is_npy(data):
+        array = open_npy(data).values
+        return "NPY", f"{_number_of(array.shape[2])}, {array.dtype}"
+    if is_tiff(data) and not is_pillows(page := read_pages(data)[0]):
+        return "TIFF", f"{_number_of(page.num_channels)}, {page.bits} bits"
     try:
         header = open_pillow(data)
     except BadImage:
-        return "other", f"{pixels.shape[2]} channels"
+        return "other", _number_of(pixels.shape[2])
     return header.format or "other", _MODES.get(header.mode, header.mode)
+
+
+def _number_of(channels: int) -> str:
+    return "1 channel" if channels == 1 else f"{channels} channels"

@@ -29,7 +29,7 @@ _MIRRORED_X, _MIRRORED_Y = (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 class Decoded(NamedTuple):
-    """A picture, uint8 RGB [H,W,3]. A pixel x of the whole image lies at x / denominator + shift."""
+    """A picture, uint8 [H,W,C]. A pixel x of the whole image lies at x / denominator + shift."""
 
     pixels: Pixels
     denominator: int
@@ -87,7 +87,7 @@ def open_image(
     data: bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = 1, config: PixelsConfig = _DEFAULTS
 ) -> Encoded:
     """Find the size of an image file, from its header if possible. Raises BadImage as `decode` does."""
-    size = turbo_size(data)
+    size = turbo_size(data) if config.channels == 3 else None
     if size is not None:
         check_jpeg(data, size, max_pixels=max_pixels, min_side=min_side)
         orientation = orientation_of_jpeg(data)

@@ -39,7 +39,8 @@ def load_or_measure(images: Source, directory: Directory, *, normalises: bool) -
     `normalises`: mean and spread are asked for, whatever the images are. Before the run has begun, a measurement with
     other settings is replaced.
     """
-    asked = {"asked": [images.manifest.path, images.config.value_range, normalises]}
+    config = images.config
+    asked = {"asked": [images.manifest.path, config.value_range, config.channels, config.page, normalises]}
     if directory.exists(run_dir.CONFIG):
         return kept_measurement(directory)
     with contextlib.suppress(MissingObject):
@@ -63,13 +64,14 @@ def kept_measurement(directory: Directory) -> Measured:
 def measure(images: Source, *, normalises: bool = False) -> Measured:
     """Measure images spread over the data set, if some have more than 8 bits or mean and spread are asked for."""
     config = images.config
+    normalises = normalises or config.channels != 3
     if not normalises and (config.value_range is None or not _has_deep(images)):
         return NOTHING
     samples = [_thinned(one) for one in _read(images, _spread(images, _NUM_IMAGES))]
     deep = [one for one in samples if one.is_deep]
     value_range = config.value_range if isinstance(config.value_range, tuple) else None
     if deep and config.value_range == "auto":
-        value_range = _range_of(deep)
+        value_range = _range_of(deep, only_colours=config.channels == 3)
     if not deep and not normalises:
         return Measured(value_range)
     mean, std = _mean_and_std(samples, config.model_copy(update={"value_range": value_range}))
@@ -117,7 +119,8 @@ def _read(images: Source, indices: Sequence[int]) -> Iterator[Samples]:
         for fetched in images.fetch(indices[start : start + _AT_ONCE]):
             with contextlib.suppress(BadImage):  # named when the run comes to it
                 if fetched.data is not None:
-                    yield read_samples(fetched.data, max_pixels=images.config.max_pixels)
+                    config = images.config
+                    yield read_samples(fetched.data, max_pixels=config.max_pixels, config=config)
 
 
 def _thinned(samples: Samples) -> Samples:
@@ -127,9 +130,11 @@ def _thinned(samples: Samples) -> Samples:
     return samples._replace(values=np.ascontiguousarray(samples.values[::step, ::step]))
 
 
-def _range_of(deep: Sequence[Samples]) -> Range:
-    """Return the range of the colours, of all channels together."""
-    values = np.concatenate([one.values[..., : one.num_colours].ravel() for one in deep])
+def _range_of(deep: Sequence[Samples], *, only_colours: bool) -> Range:
+    """Return the range of all channels together, or of those that are colours."""
+    values = np.concatenate(
+        [one.values[..., : one.num_colours if only_colours else None].ravel() for one in deep]
+    )
     values = values[np.isfinite(values)] if values.dtype.kind == "f" else values
     low, high = np.percentile(values, _PERCENTILES) if len(values) else (0.0, 1.0)
     if all(one.values.dtype.kind != "f" for one in deep):

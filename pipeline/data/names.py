@@ -24,6 +24,8 @@ IMAGE_SUFFIXES = frozenset(
         *(HEIF_SUFFIXES if HEIF_IS_READ else ()),
     }
 )
+ARRAY_SUFFIX = ".npy"
+"""Of arrays of numpy, which are images or features of images: the content decides, see sniffing.py."""
 _PARQUET = re.compile(r"\.(parquet|parq|pq)(\.(gz|gzip|snappy|zstd|zst|lz4|br|brotli|lzo))?$")
 """Some writers add the codec of the pages."""
 ARCHIVE_SUFFIXES = frozenset({".zip", ".rar", ".7z", ".tgz", ".tbz", ".tbz2", ".txz"})
@@ -38,7 +40,7 @@ OTHER_SUFFIXES = frozenset(
         *(".py", ".ipynb", ".sh", ".js", ".css", ".c", ".cpp", ".h", ".m", ".r", ".cfg", ".lst", ".names"),
         *(".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sum", ".sig", ".asc", ".db", ".sqlite", ".xmp"),
         *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mp3", ".wav", ".flac", ".svg"),
-        *(".npy", ".npz", ".mat", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors", ".onnx"),
+        *(".npz", ".mat", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors", ".onnx"),
         # Copies, thumbnails, and downloads that have not ended: images by content, and none that anybody wants.
         *(
             ".bak",

@@ -55,6 +55,8 @@ def decode_pillow(image: Image.Image) -> Samples:
     image.load()
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return Samples(_deep(image)[..., None], 1)
+    if image.mode in ("LA", "La"):
+        return Samples(np.array(image.convert("LA")), 1, has_alpha=True)
     if image.has_transparency_data:
         pixels = np.array(image.convert("RGBA"))
         # Programs that know no transparency leave the fourth byte of a BMP's pixels 0.

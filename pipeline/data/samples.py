@@ -8,6 +8,7 @@ no Ray here.
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +27,8 @@ class Samples(NamedTuple):
     """Channels that are colours: 1 gray, 3 red, green and blue; or C, where the file does not say what they are."""
     has_alpha: bool = False
     """The channel behind the colours says how opaque they are."""
+    is_multiplied: bool = False
+    """Colours are multiplied by the alpha behind them."""
     is_inverted: bool = False
     """The lowest value is white."""
 
@@ -39,12 +42,24 @@ def to_pixels(samples: Samples, config: PixelsConfig) -> Pixels:
     """Return samples as uint8 [H,W,`config.channels`].
 
     With three channels the picture is RGB: gray is repeated, transparency is laid over white, and what is neither
-    colour nor transparency is left out. Raises BadImage if the samples cannot be that.
+    colour nor transparency is left out. Otherwise all channels are taken as they are. Raises BadImage if the samples
+    cannot be that.
     """
     value_range = config.value_range
     if value_range == "auto":
         value_range = _by_bits(samples.values[..., : samples.num_colours])
-    return _rgb(samples, value_range)
+    if config.channels == 3:
+        return _rgb(samples, value_range)
+    found = samples.values.shape[2]
+    if found != config.channels:
+        raise BadImage(f"{found} channel{'s' * (found > 1)}, but data.channels={config.channels}")
+    pixels = _mapped(samples.values, value_range)
+    return np.ascontiguousarray(255 - pixels if samples.is_inverted else pixels)
+
+
+def as_rgb(pixels: Pixels) -> Pixels:
+    """Return a picture [H,W,C] to look at [H,W,3]: its first three channels, or the first of fewer as gray."""
+    return pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
 
 
 def _by_bits(values: npt.NDArray[Any]) -> Range | None:
@@ -57,14 +72,16 @@ def _by_bits(values: npt.NDArray[Any]) -> Range | None:
 
 def _rgb(samples: Samples, value_range: Range | None) -> Pixels:
     if samples.num_colours not in (1, 3):
-        raise BadImage(f"{samples.num_colours} channels, which are not red, green and blue")
+        found = samples.num_colours
+        raise BadImage(f"{found} channels, which are not red, green and blue; set data.channels={found}")
     pixels = _mapped(samples.values[..., : samples.num_colours], value_range)
     if samples.is_inverted:
         pixels = 255 - pixels
     if samples.has_alpha:
-        pixels = _over_white(pixels, samples.values[..., samples.num_colours])
+        alpha = samples.values[..., samples.num_colours]
+        pixels = _over_white(pixels, alpha, is_multiplied=samples.is_multiplied)
     if samples.num_colours == 1:
-        pixels = np.repeat(pixels, 3, axis=2)
+        return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
     return np.ascontiguousarray(pixels)
 
 
@@ -93,10 +110,12 @@ def _levels(value_range: Range) -> Pixels:
     return _scaled(np.arange(1 << 16, dtype=np.float32), value_range)
 
 
-def _over_white(colours: Pixels, alpha: npt.NDArray[Any]) -> Pixels:
+def _over_white(colours: Pixels, alpha: npt.NDArray[Any], *, is_multiplied: bool) -> Pixels:
     """Lay colours over white with Pillow's rounding; alpha of a float is between 0 and 1."""
     full = 1.0 if alpha.dtype.kind == "f" else float(np.iinfo(alpha.dtype).max)
     eight_bits = alpha >> 8 if alpha.dtype == np.uint16 else alpha * np.float32(255 / full)
     opacity = eight_bits.astype(np.uint16)[..., None]
+    if is_multiplied:
+        return np.minimum(colours + (255 - opacity), 255).astype(np.uint8)
     mixed = colours * opacity + 255 * (255 - opacity) + 128  # at most 65,153
     return (((mixed >> 8) + mixed) >> 8).astype(np.uint8)

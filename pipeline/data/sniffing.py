@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dinoray.pipeline.data.heif import HEIF_IS_READ
-from dinoray.pipeline.data.names import BARE, kinds_of, most_frequent
+from dinoray.pipeline.data.names import ARRAY_SUFFIX, BARE, kinds_of, most_frequent
+from dinoray.pipeline.data.npy import HEAD_BYTES, begins_picture, is_npy
 from dinoray.pipeline.data.others import OtherObjects
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import StorageConfig
@@ -25,7 +26,7 @@ from dinoray.pipeline.storage.waiting import Patient
 
 Content = Literal["image", "parquet"]
 
-_HEAD_BYTES, _THREADS = 32, 16
+_THREADS = 16
 _MOST_KINDS, _SAMPLE = 8, 8
 """Suffixes that are told apart, the most frequent ones, and objects of each that are looked into."""
 _AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -37,20 +38,26 @@ _IMAGE = re.compile(
 
 
 def content_of(head: bytes) -> Content | None:
-    """Return what begins with these bytes (32 suffice): an image that can be read, Parquet, or neither (None)."""
+    """Return what begins with these bytes (128 suffice): an image that can be read, Parquet, or neither (None).
+
+    An array of numpy is an image if its shape and type are those of one.
+    """
     if head.startswith(b"PAR1"):
         return "parquet"
+    if is_npy(head):
+        return "image" if begins_picture(head) else None
     brands = (*_AVIF, *(_HEIF if HEIF_IS_READ else ()))
     is_image = _IMAGE.match(head) or (head[4:8] == b"ftyp" and head[8:12] in brands)
     return "image" if is_image else None
 
 
-def contents_of(table: pa.Table, root: str, storage: StorageConfig) -> pa.Array:
+def contents_of(table: pa.Table, root: str, storage: StorageConfig, *, beside_images: bool) -> pa.Array:
     """Return what each object of a table, with key and size, is taken for: "image", "parquet" or null.
 
     Of a suffix with few objects each is what it begins as; of others, and of those that cannot be read, all are what
     most, or half, of a sample begin as. If none can be read, objects without a suffix are taken for images, which are
-    then named as bad images, and others for nothing.
+    then named as bad images, and others for nothing. Arrays count only where there are no other images, here or
+    beside: they may be features or masks of these.
     """
     kinds = kinds_of(table["key"])
     common = [kind for kind, _ in most_frequent(kinds, _MOST_KINDS)]
@@ -78,6 +85,9 @@ def contents_of(table: pa.Table, root: str, storage: StorageConfig) -> pa.Array:
             found[rows] = most
         else:
             found[rows] = [read.get(row, most if sizes[row] else None) for row in rows.tolist()]
+    is_array = pc.equal(kinds, ARRAY_SUFFIX).to_numpy()
+    if beside_images or (found[~is_array] == "image").any():
+        found[is_array] = None
     return pa.array(found, pa.string())
 
 
@@ -88,7 +98,7 @@ def _spread(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _head(one: dict[str, Any], root: str, others: OtherObjects, storage: StorageConfig) -> bytes | None:
     """Return the first bytes of an object, or None if it cannot be read."""
-    uri, last = f"{root.rstrip('/')}/{one['key']}", min(one["size"], _HEAD_BYTES) - 1
+    uri, last = f"{root.rstrip('/')}/{one['key']}", min(one["size"], HEAD_BYTES) - 1
     if not is_s3(uri):
         try:
             with open(uri, "rb") as file:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dinoray.pipeline.data.detection import AUTO
-from dinoray.pipeline.data.names import role_of
+from dinoray.pipeline.data.names import ARRAY_SUFFIX, role_of
 from dinoray.pipeline.data.tar_file import Member, TarFile
 
 CLASS = "cls"
@@ -33,7 +33,7 @@ class Wanted(NamedTuple):
     """The settings `data.image_column` and `data.label_column`, as extensions of the members of a sample."""
 
     image: str
-    """Extension of the images; auto takes one image of each sample."""
+    """Extension of the images; auto takes one image of each sample, and arrays where there are no images."""
     label: str | None
     """Extension whose text is the label, or `json.FIELD`; auto takes `cls`."""
 
@@ -80,6 +80,7 @@ class TarImages(NamedTuple):
 def index_tar(tar: TarFile, wanted: Wanted) -> TarImages:
     """Return the images of a tar file. Raises CompressedTar, and what reading the file raises."""
     images: dict[str, Member] = {}
+    arrays: dict[str, Member] = {}
     others: list[str] = []
     texts: dict[str, str | None] = {}
     left_out: Counter[str] = Counter()
@@ -91,10 +92,17 @@ def index_tar(tar: TarFile, wanted: Wanted) -> TarImages:
             left_out["replaced members"] += images.pop(member.name, None) is not None
             images[member.name] = member
         else:
-            others.append(member.name)
             sample, extension = split_name(member.name)
+            if extension == ARRAY_SUFFIX[1:]:
+                arrays[member.name] = member
+            else:
+                others.append(member.name)
             if extension == wanted.label_extension:
                 texts[sample] = _label(tar, member, wanted)
+    if not images or wanted.image == ARRAY_SUFFIX[1:]:
+        images = arrays
+    else:
+        others.extend(arrays)
     chosen = list(_chosen(list(images.values()), wanted.image, left_out))
     samples = {split_name(member.name)[0] for member in chosen}
     left_out.update(_suffix(name) for name in others if split_name(name)[0] not in samples)

@@ -27,13 +27,23 @@ MAX_CHANNELS = 16
 _NONE, _LZW, _DEFLATE, _PACKBITS, _OLD_DEFLATE, _LZMA, _ZSTD = 1, 5, 8, 32773, 32946, 34925, 50000
 _BY_PILLOW = (_LZW, _PACKBITS, _LZMA, _ZSTD)
 _DIFFERENCES, _FLOAT_DIFFERENCES = 2, 3
-_ALPHA = (1, 2, 999)
+_MULTIPLIED = 1
+_ALPHA = (_MULTIPLIED, 2, 999)
 """Kinds of extra channel that are alpha; 999 is of an old Corel Draw."""
 _KINDS = {UNSIGNED: "u", SIGNED: "i", FLOAT: "f"}
 
 
+def is_readable(page: Page) -> bool:
+    """Return True if `decode_page` reads such a page with all its channels."""
+    return (
+        page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
+        and page.bits >= 8
+        and page.compression in (_NONE, _DEFLATE, _OLD_DEFLATE, *_BY_PILLOW)
+    )
+
+
 def is_pillows(page: Page) -> bool:
-    """Return True if Pillow decodes such a page correctly: up to 8 bits, with colours that it knows."""
+    """Return True if Pillow decodes such a page correctly as RGB: up to 8 bits, with colours that it knows."""
     if page.bits > 8 or page.bits == 0 or page.sample_format != UNSIGNED:
         return page.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)
     if page.photometric == RGB:
@@ -77,21 +87,13 @@ def _described(values: Values, page: Page) -> Samples:
     has_alpha = page.num_channels > num_colours and page.extra[:1] != () and page.extra[0] in _ALPHA
     if page.photometric != RGB and page.num_channels > 2:
         num_colours = page.num_channels  # bands
-    if has_alpha and page.extra[0] == 1 and num_colours < page.num_channels:
-        values = _divided(values, num_colours)
     return Samples(
-        values, num_colours, has_alpha and num_colours < page.num_channels, page.photometric == WHITE_IS_ZERO
+        values,
+        num_colours,
+        has_alpha=has_alpha and num_colours < page.num_channels,
+        is_multiplied=has_alpha and page.extra[0] == _MULTIPLIED,
+        is_inverted=page.photometric == WHITE_IS_ZERO,
     )
-
-
-def _divided(values: Values, num_colours: int) -> Values:
-    """Return values whose colours are no longer multiplied by their alpha."""
-    alpha = values[..., num_colours].astype(np.float32)
-    full = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
-    factor = np.where(alpha > 0, full / np.maximum(alpha, 1e-6), 0)[..., None]
-    colours = values[..., :num_colours] * factor
-    values[..., :num_colours] = colours if values.dtype.kind == "f" else np.clip(colours + 0.5, 0, full)
-    return values
 
 
 def _dtype(page: Page) -> np.dtype[Any]:

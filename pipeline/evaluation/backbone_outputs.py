@@ -28,7 +28,7 @@ def check_size(network: FrozenBackbone, image_size: int) -> None:
     """Try one square image of `image_size` pixels; raise ConfigError if the network rejects the size."""
     try:
         with torch.no_grad():
-            network.backbone()(torch.zeros(1, 3, image_size, image_size))
+            network.backbone()(torch.zeros(1, network.config.crops.channels, image_size, image_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = one_line(error)
         raise ConfigError(

@@ -82,12 +82,12 @@ def eval_batches(
                 "label, or remove it"
             )
         images = [image.pixels for image in good if image.pixels is not None]
-        pixels = np.stack(images) if images else np.empty((0, size, size, 3), np.uint8)
+        pixels = np.stack(images) if images else np.empty((0, size, size, source.config.channels), np.uint8)
         yield pixels, [image.label or "" for image in good], len(batch) - len(good)
 
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
-"""(backbone, float [n, 3, S, S]) -> [n, E]."""
+"""(backbone, float [n, C, S, S]) -> [n, E]."""
 
 
 @torch.no_grad()

@@ -111,8 +111,9 @@ def measure(network: FrozenBackbone, image_size: int, *, patch_tokens: bool) -> 
         raise ConfigError(
             f"--patch-tokens: {network.config.backbone.name} is not a vision transformer; leave the option out"
         )
+    picture = torch.zeros(1, network.config.crops.channels, image_size, image_size)
     with torch.no_grad():
-        return width, with_patches(backbone, torch.zeros(1, 3, image_size, image_size)).shape[1] // width - 1
+        return width, with_patches(backbone, picture).shape[1] // width - 1
 
 
 def choose_rows_per_file(asked: int | None, *, row_bytes: int, num_images: int) -> int:

@@ -79,8 +79,32 @@ images = ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
 """
 
 
+_OTHER_CHANNELS = """\
+import numpy as np
+import timm
+import torch
+
+{model}
+picture = np.load("photo.npy")  # uint8 [{size}, {size}, {channels}], prepared as above
+mean, std = np.array({mean}, np.float32), np.array({std}, np.float32)
+images = torch.tensor((picture / np.float32(255) - mean) / std).permute(2, 0, 1)[None]
+with torch.inference_mode():
+    features = model(images)  # float32 [1, {embed_dim}]
+"""
+_OTHER_CHANNELS_ONNX = """\
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+picture = np.load("photo.npy")  # uint8 [{size}, {size}, {channels}], prepared as above
+mean, std = np.array({mean}, np.float32), np.array({std}, np.float32)
+images = ((picture / np.float32(255) - mean) / std).transpose(2, 0, 1)[None]
+(features,) = session.run(["features"], {{"images": images}})  # float32 [1, {embed_dim}]
+"""
+
+
 def loading_code(card: Mapping[str, Any], form: str) -> str:
-    """Return code that embeds `photo.jpg` and runs in the export folder.
+    """Return code that embeds `photo.jpg` (`photo.npy`, if it is not RGB) and runs in the export folder.
 
     `card` is the result of `model_card`.
     """
@@ -93,7 +117,21 @@ def loading_code(card: Mapping[str, Any], form: str) -> str:
     }
     if form == "official":
         values["weights"] = _OFFICIAL_WEIGHTS.replace("NETWORK", card["network"])
+    channels = len(values["mean"])
+    if channels != 3:
+        return _of_other_channels(form, values | {"channels": channels})
     return {"timm": _TIMM, "onnx": _ONNX}.get(form, _TORCH).format(**values)
+
+
+def _of_other_channels(form: str, values: Mapping[str, Any]) -> str:
+    """Return code that embeds an array of numpy, since Pillow opens no pictures of any channels."""
+    if form == "onnx":
+        return _OTHER_CHANNELS_ONNX.format(**values)
+    if form == "timm":
+        model = 'model = timm.create_model("local-dir:.", pretrained=True).eval()'
+    else:
+        model = f"{values['weights']}\nmodel = {values['create_model']}\nmodel.load_state_dict(weights)\nmodel.eval()"
+    return _OTHER_CHANNELS.format(model=model, **values)
 
 
 def create_model(card: Mapping[str, Any]) -> str:

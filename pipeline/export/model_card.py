@@ -11,6 +11,7 @@ import torch
 
 from dinoray.models.backbone import embed_dim
 from dinoray.models.errors import redact_credentials
+from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.export.timm_export import evaluation_size, timm_arguments
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, MissingObject
@@ -66,7 +67,7 @@ def model_card(
             "size": size,
             "shorter_side": short,
             "resize": f"shorter side to {short}, bicubic, antialiased; then the centre",
-            "range": "RGB in [0, 1], then (x - mean) / std",
+            "range": f"{_colours(crops)} in [0, 1], then (x - mean) / std",
             "mean": list(crops.pixel_mean),
             "std": list(crops.pixel_std),
         },
@@ -83,6 +84,10 @@ def model_card(
         "license": license_id,
         "versions": {"dinoray": version, "torch": torch.__version__, "timm": timm.__version__},
     }
+
+
+def _colours(crops: CropsConfig) -> str:
+    return "RGB" if crops.channels == 3 else f"{crops.channels} channels"
 
 
 def read_scores(run: Directory, step: int, which: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dinoray.models.errors import ConfigError, DinorayError, one_line
+from dinoray.models.input_channels import in_chans
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 TOLERANCE = 1e-4
@@ -157,7 +158,7 @@ def _sizes(backbone: nn.Module, crop_sizes: tuple[int, ...], patch: int) -> list
     try:
         with torch.no_grad():
             for height, width in others if is_open else []:
-                backbone(torch.zeros(1, 3, height, width))
+                backbone(torch.zeros(1, in_chans(backbone), height, width))
     except Exception:  # a fixed size; each model raises its own error for other sizes
         is_open = False
     return list(dict.fromkeys([(native, native), *others])) if is_open else [(native, native)]
@@ -176,7 +177,7 @@ def _graph(backbone: nn.Module, size: tuple[int, int], *, patch: int, fixed: boo
         with _quiet():
             program = torch.onnx.export(
                 model,
-                (torch.zeros(3, 3, *size),),
+                (torch.zeros(3, in_chans(backbone), *size),),
                 dynamo=True,
                 dynamic_shapes=(dims,),
                 input_names=["images"],
@@ -242,7 +243,7 @@ def _deviation(graph: bytes, backbone: nn.Module, sizes: list[tuple[int, int]]) 
         worst = 0.0
         for height, width in sizes:
             for batch_size in _BATCH_SIZES:
-                images = torch.randn(batch_size, 3, height, width, generator=generator)
+                images = torch.randn(batch_size, in_chans(backbone), height, width, generator=generator)
                 with torch.no_grad():
                     ours = backbone(images)
                 theirs = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

@@ -108,8 +108,9 @@ def _packed(image: Encoded, *, max_pixels: int | None, quality: int = QUALITY) -
     """
     most = image.width * image.height if max_pixels is None else max_pixels
     width, height = shrunk_size(image.width, image.height, most)
-    # A smaller JPEG would have 8 bits.
-    if (width, height) == (image.width, image.height) or is_deep(image.data):
+    # A smaller JPEG would have 8 bits and three channels.
+    is_kept = is_deep(image.data) or (image.pixels is not None and image.pixels.shape[2] != 3)
+    if is_kept or (width, height) == (image.width, image.height):
         return image.data, decode_whole(image)
     # Twice as many pixels as requested leave the filter below all detail that it would use of the full
     # picture.
@@ -198,7 +199,7 @@ def write_part(
             continue
         try:
             if plan.passes == 1:
-                opened = open_any(data, max_pixels=source.config.max_pixels)
+                opened = open_any(data, max_pixels=source.config.max_pixels, config=source.config)
                 data, picture = _packed(opened, max_pixels=plan.max_pixels)
                 facts.add(image, fetched, measure_image(opened, picture))
         except BadImage as error:

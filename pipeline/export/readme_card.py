@@ -80,8 +80,20 @@ def _header(card: Mapping[str, Any], form: str) -> str:
 def _summary(card: Mapping[str, Any]) -> str:
     return (
         f"A vision backbone, pretrained with DINO (self-distillation with no labels) on "
-        f"{card['training']['num_images']:,} images. It maps an RGB image to a vector of {card['embed_dim']} features."
+        f"{card['training']['num_images']:,} images. "
+        f"It maps {_image(card)} to a vector of {card['embed_dim']} features."
     )
+
+
+def _image(card: Mapping[str, Any]) -> str:
+    channels = len(card["input"]["mean"])
+    return "an RGB image" if channels == 3 else f"an image of {channels} channels"
+
+
+def _scale(card: Mapping[str, Any]) -> str:
+    """What becomes of deeper samples, for networks that were trained on such."""
+    value_range = card["training"]["config"].get("data", {}).get("value_range")
+    return "" if value_range is None else ": samples from {:g} to {:g} become 0 to 255".format(*value_range)
 
 
 def _model(card: Mapping[str, Any], form: str) -> Iterator[str]:
@@ -177,7 +189,8 @@ def _score(key: str, value: Any) -> tuple[str, str]:
 
 def _preprocessing(card: Mapping[str, Any]) -> Iterator[str]:
     values = card["input"]
-    yield "1. Turn the image upright (EXIF) and convert it to RGB with 8 bits per channel."
+    as_what = "convert it to RGB" if len(values["mean"]) == 3 else f"take its {len(values['mean'])} channels"
+    yield f"1. Turn the image upright (EXIF) and {as_what} with 8 bits per channel{_scale(card)}."
     yield f"2. Resize the shorter side to {values['shorter_side']} px: bicubic, antialiased."
     yield f"3. Cut the central square of {values['size']} px."
     yield "4. Divide by 255, then normalise each channel:"
@@ -187,11 +200,12 @@ def _preprocessing(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _loading(card: Mapping[str, Any], form: str) -> Iterator[str]:
+    photo = "photo.jpg" if len(card["input"]["mean"]) == 3 else "photo.npy"
     needs = {
         "timm": f"`pip install 'timm>={MIN_TIMM}'`",
         "onnx": "`pip install onnxruntime pillow numpy`",
     }.get(form, "`pip install timm`")
-    yield f"Install what the code needs with {needs}. Run the code in the folder of this file, on any `photo.jpg`:"
+    yield f"Install what the code needs with {needs}. Run the code in the folder of this file, on any `{photo}`:"
     yield f"\n```python\n{loading_code(card, form)}```\n"
     if form == "timm":
         yield "From another folder, write its path after `local-dir:`. For a classifier of 10 classes on top:"
@@ -203,8 +217,9 @@ def _loading(card: Mapping[str, Any], form: str) -> Iterator[str]:
         )
     if form == "onnx":
         multiple = card["files"]["onnx"]["multiple_of"]
+        channels = len(card["input"]["mean"])
         yield (
-            f"Input `images`: float32 [batch, 3, height, width]. {_onnx_sizes(card, multiple)} "
+            f"Input `images`: float32 [batch, {channels}, height, width]. {_onnx_sizes(card, multiple)} "
             f"Output `features`: float32 [batch, {card['embed_dim']}]. Any batch size is accepted."
         )
     note = position_note(card, form)

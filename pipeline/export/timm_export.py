@@ -40,9 +40,10 @@ class TimmExport(NamedTuple):
 
 def timm_arguments(frozen: FrozenBackbone) -> dict[str, Any]:
     """Return keyword arguments for `timm.create_model(name, num_classes=0, ...)` that build this backbone."""
-    config, size = frozen.config.backbone, frozen.config.crops.global_crop_size
+    config, crops = frozen.config.backbone, frozen.config.crops
+    size, channels = crops.global_crop_size, {"in_chans": crops.channels} if crops.channels != 3 else {}
     for extra in ({"img_size": size, "dynamic_img_size": True}, {"img_size": size}, {}):
-        arguments = {**extra, **config.kwargs}
+        arguments = {**extra, **channels, **config.kwargs}
         try:
             timm.create_model(config.name, pretrained=False, num_classes=0, **arguments)
         except TypeError:  # this family lacks the argument
@@ -98,7 +99,7 @@ def evaluation_size(frozen: FrozenBackbone, image_size: int | None) -> int:
     if image_size is not None:
         try:
             with torch.no_grad():
-                frozen.backbone()(torch.zeros(1, 3, image_size, image_size))
+                frozen.backbone()(torch.zeros(1, frozen.config.crops.channels, image_size, image_size))
             return image_size
         except Exception:  # each family rejects sizes in its own way
             pass
@@ -119,7 +120,9 @@ def largest_deviation(frozen: FrozenBackbone, model: nn.Module, sizes: Sequence[
     """Return size -> largest difference of `model` from the backbone, as a share of the largest feature; none if 0."""
     backbone, found = frozen.backbone(), {}
     for size in sizes:
-        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(
+            2, frozen.config.crops.channels, size, size, generator=torch.Generator().manual_seed(0)
+        )
         with torch.no_grad():
             ours, theirs = backbone(images), model(images)
         if not torch.equal(ours, theirs):
@@ -152,7 +155,7 @@ def _pretrained_cfg(
     return PretrainedCfg(
         architecture=frozen.config.backbone.name.split(".")[0],
         tag="dino",
-        input_size=(3, size, size),
+        input_size=(crops.channels, size, size),
         fixed_input_size=bool(published.get("fixed_input_size")) and not arguments.get("dynamic_img_size"),
         interpolation="bicubic",
         crop_pct=crop_share(size),

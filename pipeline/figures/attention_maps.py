@@ -57,7 +57,10 @@ def fit_image(image: Image, short_side: int) -> Image:
     height, width = image.shape[:2]
     scale = min(short_side / min(height, width), _MAX_ASPECT * short_side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.array(Pillow.fromarray(image).resize(size, Pillow.Resampling.BICUBIC))
+    if image.shape[2] == 3:
+        return np.array(Pillow.fromarray(image).resize(size, Pillow.Resampling.BICUBIC))
+    channels = (Pillow.fromarray(one) for one in np.moveaxis(image, 2, 0))
+    return np.stack([np.array(one.resize(size, Pillow.Resampling.BICUBIC)) for one in channels], axis=-1)
 
 
 def upsample(maps: npt.NDArray, patch: int, size: tuple[int, int], *, smooth: bool) -> npt.NDArray:

@@ -16,6 +16,7 @@ from torch import nn
 from dinoray.models.attention import cls_attention, pad_to_patch, patch_size
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.data.samples import as_rgb
 from dinoray.pipeline.figures.attention_maps import (
     coloured_heads,
     default_image_size,
@@ -98,7 +99,7 @@ def compute_attention(
     for key, image in images:
         fitted = fit_image(image, size)
         padded, _ = pad_to_patch(pixels(fitted[None, None], crops, device), patch)
-        yield AttentionResult(key, fitted, cls_attention(backbone, padded)[0].cpu().numpy(), patch)
+        yield AttentionResult(key, as_rgb(fitted), cls_attention(backbone, padded)[0].cpu().numpy(), patch)
 
 
 def attention_figure(

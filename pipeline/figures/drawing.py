@@ -16,6 +16,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from dinoray.pipeline.data.samples import as_rgb
+
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
@@ -26,10 +28,10 @@ PAPER, INK, FAINT, RULE = (255, 255, 255), (24, 24, 27), (113, 113, 122), (212, 
 
 
 def thumbnail(pixels: npt.NDArray[np.uint8], *, width: int, height: int) -> Image.Image:
-    """Scale a picture [H,W,3] up or down to the largest size that fits into `width` x `height`."""
+    """Scale a picture [H,W,C] up or down to the largest size that fits into `width` x `height`, in RGB."""
     scale = min(width / pixels.shape[1], height / pixels.shape[0])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(as_rgb(pixels)).resize(size, Image.Resampling.BICUBIC)
 
 
 def draw_text(

@@ -132,7 +132,9 @@ def memory_of(config: DINOConfig, *, num_images: int, train_workers: int, bf16: 
     calls = [
         images * count * vit.tokens(size) for size, count in sizes
     ]  # tokens of each call of the backbone
-    pixels = images * sum(3 * count * size**2 for size, count in sizes) * (4 + (2 if bf16 else 0))
+    pixels = (
+        images * sum(crops.channels * count * size**2 for size, count in sizes) * (4 + (2 if bf16 else 0))
+    )
     of_head = rows * (half * (2 * sum(widths[1:-1]) + d) + 12 * head.bottleneck_dim) + 4 * prototypes
     casts = 2 * (backbone + head_parameters) if bf16 else 0
     besides = pixels + casts + of_head

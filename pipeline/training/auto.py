@@ -77,11 +77,15 @@ def measures_pixels(crops: CropsConfig) -> bool:
 
 def _measured(config: DINOConfig, measured: Measured) -> dict[str, dict[str, Any]]:
     """Return by section what was measured of the pixels, where it is auto or left at the default."""
-    values = {"pixel_mean": (measured.mean, IMAGENET_MEAN), "pixel_std": (measured.std, IMAGENET_STD)}
+    crops, is_rgb = config.crops, config.crops.channels == 3
+    values = {
+        "pixel_mean": (measured.mean, IMAGENET_MEAN, (0.5,) * crops.channels),
+        "pixel_std": (measured.std, IMAGENET_STD, (0.25,) * crops.channels),
+    }
     changes = {
-        name: found or default
-        for name, (found, default) in values.items()
-        if getattr(config.crops, name) == "auto" or (found and getattr(config.crops, name) == default)
+        name: found or (imagenet if is_rgb else middling)
+        for name, (found, imagenet, middling) in values.items()
+        if getattr(crops, name) == "auto" or ((found or not is_rgb) and getattr(crops, name) == imagenet)
     }
     return {"crops": changes, "data": measured.settle(config.data)}
 

@@ -187,12 +187,13 @@ class FrozenBackbone(NamedTuple):
     weights: dict[str, torch.Tensor]
 
     def backbone(self, device: torch.device | str = "cpu") -> torch.nn.Module:
-        """Return the backbone in eval mode: float [n, 3, H, W] -> [n, D]."""
+        """Return the backbone in eval mode: float [n, C, H, W] -> [n, D]."""
         crops = self.config.crops
         backbone = build_backbone(
             self.config.backbone,
             crop_sizes=crops.crop_sizes,
             drop_path_rate=0.0,
+            in_chans=crops.channels,
         )
         backbone.load_state_dict(self.weights)
         return backbone.to(device).eval()

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoray.models.backbone import build_backbone, embed_dim
 from dinoray.models.head import DINOHead
+from dinoray.models.input_channels import in_chans
 from dinoray.pipeline.training.config import DINOConfig
 
 _SIDES = {"cuda": 8192, "cpu": 512}
@@ -56,7 +57,9 @@ def flops_per_image(config: DINOConfig) -> float:
     """
     crops = config.crops
     with torch.device("meta"):
-        backbone = build_backbone(config.backbone, crop_sizes=crops.crop_sizes, drop_path_rate=0.0)
+        backbone = build_backbone(
+            config.backbone, crop_sizes=crops.crop_sizes, drop_path_rate=0.0, in_chans=crops.channels
+        )
         head = DINOHead(config.head, in_dim=embed_dim(backbone))
         of_head = 2 * sum(p.numel() for p in head.parameters() if p.ndim == 2 and p.shape[1] > 1)
         # In eval mode batch norm needs no second image.
@@ -68,7 +71,7 @@ def flops_per_image(config: DINOConfig) -> float:
 
 def _forward(backbone: nn.Module, size: int) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
-        backbone(torch.empty(1, 3, size, size))
+        backbone(torch.empty(1, in_chans(backbone), size, size))
     return float(counted.get_total_flops())
 
 

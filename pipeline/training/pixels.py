@@ -1,6 +1,6 @@
 """Check a batch, and make pixels of its crops on the device: normalised floats, one row per crop. No Ray here.
 
-Axes: B images, C crops of a kind, H and W their sides.
+Axes: B images, C crops of a kind, H and W their sides, P channels.
 """
 
 import functools
@@ -24,8 +24,8 @@ def check_batch(batch: Mapping[str, Any], crops: CropsConfig) -> None:
         "local_photometric": ("float32", (crops.num_local_crops, NUM_PHOTOMETRIC)),
     }
     columns = {
-        "global_crops": ("uint8", (crops.num_global_crops, g, g, 3)),
-        "local_crops": ("uint8", (crops.num_local_crops, s, s, 3)),
+        "global_crops": ("uint8", (crops.num_global_crops, g, g, crops.channels)),
+        "local_crops": ("uint8", (crops.num_local_crops, s, s, crops.channels)),
         **(later if crops.photometric == "device" else {}),
     }
     for name, (dtype, shape) in columns.items():
@@ -45,7 +45,7 @@ def check_batch(batch: Mapping[str, Any], crops: CropsConfig) -> None:
 
 
 def pixels(crops: Any, config: CropsConfig, device: torch.device, photometric: Any | None = None) -> Tensor:
-    """Convert uint8 [B, C, H, W, 3] to normalised [C*B, 3, H, W] on the device, crop-major.
+    """Convert uint8 [B, C, H, W, P] to normalised [C*B, P, H, W] on the device, crop-major.
 
     The input is not changed. This is the only place where rows per image become rows per crop. Bytes are
     copied to the device, not floats. float32 and contiguous on a CPU. On a GPU channels_last, which convolutions of
@@ -67,22 +67,22 @@ def pixels(crops: Any, config: CropsConfig, device: torch.device, photometric: A
 
 
 def normalised(crops: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (crops - mean) / std of uint8 [B, C, H, W, 3] as channels_last [C*B, 3, H, W], in one kernel.
+    """Return (crops - mean) / std of uint8 [B, C, H, W, P] as channels_last [C*B, P, H, W], in one kernel.
 
-    Computed in float32, rounded to `dtype` at the end; `mean` and `std` [3, 1, 1] float32 are per byte.
+    Computed in float32, rounded to `dtype` at the end; `mean` and `std` [P, 1, 1] float32 are per byte.
     """
-    b, c, h, w, _ = crops.shape
-    out = torch.empty((c, b, h, w, 3), dtype=dtype, device=crops.device)
-    torch.addcmul((-mean / std).view(3), crops.transpose(0, 1), std.reciprocal().view(3), out=out)
+    b, c, h, w, p = crops.shape
+    out = torch.empty((c, b, h, w, p), dtype=dtype, device=crops.device)
+    torch.addcmul((-mean / std).view(p), crops.transpose(0, 1), std.reciprocal().view(p), out=out)
     return out.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache
 def _per_byte(config: CropsConfig, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return mean and std of the channels, each [3, 1, 1] on the device, of values 0 to 255.
+    """Return mean and std of the channels, each [P, 1, 1] on the device, of values 0 to 255.
 
     Kept, since each copy to a GPU makes the host wait.
     """
     values = (config.pixel_mean, config.pixel_std)
-    mean, std = (torch.tensor(each, device=device, dtype=dtype).view(3, 1, 1) * 255 for each in values)
+    mean, std = (torch.tensor(each, device=device, dtype=dtype).view(-1, 1, 1) * 255 for each in values)
     return mean, std

@@ -41,6 +41,7 @@ def fetch_published_weights(config: DINOConfig, *, init_path: str | None = None)
             crop_sizes=config.crops.crop_sizes,
             drop_path_rate=backbone.drop_path_rate,
             pretrained=True,
+            in_chans=config.crops.channels,
         )
 
 

@@ -121,6 +121,7 @@ def build_state(
         config.head,
         crop_sizes=config.crops.crop_sizes,
         pretrained=config.backbone.pretrained and not resumed,
+        in_chans=config.crops.channels,
     ).to(device)
     if weights is not None:
         interop.load(dino, weights)

@@ -1,5 +1,7 @@
 """All settings of a run. Each section is declared beside the thing that it configures; they meet here."""
 
+from typing import Any
+
 import yaml
 from pydantic import Field, field_validator, model_validator
 
@@ -58,6 +60,26 @@ class Config(DINOConfig):
         if is_s3(path):
             split_s3_uri(path)
         return path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _crops_follow_the_data(cls, tree: Any) -> Any:
+        """Let the crops have as many channels as the pictures, unless they are said to have others."""
+        data, crops = (
+            (tree.get(name) for name in ("data", "crops")) if isinstance(tree, dict) else (None, None)
+        )
+        if not isinstance(data, dict) or "channels" not in data or not isinstance(crops, dict | None):
+            return tree
+        return tree | {"crops": {"channels": data["channels"]} | (crops or {})}
+
+    @model_validator(mode="after")
+    def _crops_have_the_channels_of_the_data(self) -> "Config":
+        if self.crops.channels != self.data.channels:
+            raise ValueError(
+                f"crops.channels={self.crops.channels} must be data.channels={self.data.channels}; "
+                f"set crops.channels={self.data.channels}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _evaluator_is_used(self) -> "Config":

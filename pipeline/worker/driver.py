@@ -73,6 +73,7 @@ def check_run(config: Config) -> None:
         config.backbone,
         crop_sizes=(*config.crops.crop_sizes, *eval_sizes),
         drop_path_rate=config.backbone.drop_path_rate,
+        in_chans=config.crops.channels,
     )
 
 

@@ -52,6 +52,17 @@ def mean_luma(red: Plane, green: Plane, blue: Plane, size: int, pitch: int) -> i
 
 
 @compiled
+def mean_level(plane: Plane, size: int, pitch: int) -> int:
+    """Return the mean of one channel of the `size` x `size` pixels, rounded."""
+    total = 0
+    for row in range(0, size * pitch, pitch):
+        values = plane[row : row + size]
+        for i in range(size):
+            total += _I(values[i])
+    return int(total / (size * size) + 0.5)
+
+
+@compiled
 def saturate(red: Plane, green: Plane, blue: Plane, n: int, factor: float) -> None:
     """Blend each pixel with its own gray."""
     slope = _F(factor)

@@ -18,6 +18,7 @@ from dinoray.pipeline.augment.jit import compiled, njit_cached
 from dinoray.pipeline.augment.kernels.numba_colour import (
     blend,
     blur_and_transpose,
+    mean_level,
     mean_luma,
     saturate,
     solarize,
@@ -189,8 +190,8 @@ def resample(
 
 
 @compiled
-def colour(crop: Any, red: Any, green: Any, blue: Any, size: int, pitch: int) -> None:
-    """Apply the colour operations of a crop in their order."""
+def colour(crop: Any, red: Any, green: Any, blue: Any, size: int, pitch: int, is_rgb: bool) -> None:
+    """Apply the colour operations of a crop in their order; without RGB each channel is a gray picture of its own."""
     n = size * pitch
     for i in range(columns.NUM_OPERATIONS):
         operation, factor = int(crop[columns.OPERATIONS + i]), crop[columns.FACTORS + i]
@@ -198,6 +199,10 @@ def colour(crop: Any, red: Any, green: Any, blue: Any, size: int, pitch: int) ->
             blend(red, n, 0.0, factor)
             blend(green, n, 0.0, factor)
             blend(blue, n, 0.0, factor)
+        elif operation == columns.CONTRAST and not is_rgb:
+            blend(red, n, float(mean_level(red, size, pitch)), factor)
+            blend(green, n, float(mean_level(green, size, pitch)), factor)
+            blend(blue, n, float(mean_level(blue, size, pitch)), factor)
         elif operation == columns.CONTRAST:
             level = float(mean_luma(red, green, blue, size, pitch))
             blend(red, n, level, factor)
@@ -224,12 +229,12 @@ def write(red: Any, green: Any, blue: Any, size: int, pitch: int, out: Any) -> N
 
 @njit_cached
 def crop_all(
-    picture: Any, height: int, width: int, table: Any, bilinear: bool, num_global_crops: int,
+    picture: Any, height: int, width: int, table: Any, bilinear: bool, is_rgb: bool, num_global_crops: int,
     global_crops: Any, local_crops: Any,
     tile: Any, turned: Any, planes: Any, blurred: Any,
     places: Any, counts: Any, weights: Any, values: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """Make the crops of `table` [V, ...] from a picture, flat uint8 RGB [height * width * 3 + SLACK]."""
+    """Make the crops of `table` [V, ...] from a picture of three channels, flat uint8 [height * width * 3 + SLACK]."""
     for v in range(len(table)):
         crop = table[v]
         size = int(crop[columns.SIZE])
@@ -240,7 +245,7 @@ def crop_all(
             tile, turned, places, counts, weights, values, sums,
         )  # fmt: skip
         red, green, blue = planes[:plane], planes[plane : 2 * plane], planes[2 * plane : 3 * plane]
-        colour(crop, red, green, blue, size, pitch)
+        colour(crop, red, green, blue, size, pitch, is_rgb)
         gray = crop[columns.GRAY] != 0
         if gray:
             to_gray(red, green, blue, size * pitch)

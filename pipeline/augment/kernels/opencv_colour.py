@@ -1,7 +1,8 @@
 """Pixel operations of a crop: colour jitter, grayscale, blur, solarization.
 
 This module stands between the sampled parameters and the finished crop; augment/multicrop.py selects the
-operations and their order. Every function takes and returns uint8 RGB [H,W,3] and leaves its input unchanged.
+operations and their order. Every function takes and returns uint8 [H,W,C] and leaves its input unchanged; saturation,
+hue and grayscale need RGB.
 Each operation matches torchvision on a PIL image with the same factor, so published settings keep their
 meaning.
 """
@@ -23,7 +24,14 @@ def adjust_brightness(image: Image, factor: float) -> Image:
 
 
 def adjust_contrast(image: Image, factor: float) -> Image:
-    """Move every channel away from the image's mean gray: `factor` 0 is that gray, 1 changes nothing."""
+    """Move every channel away from the image's mean gray: `factor` 0 is that gray, 1 changes nothing.
+
+    Channels that are not RGB have no common gray: each moves away from its own mean.
+    """
+    channels = np.moveaxis(np.atleast_3d(image), 2, 0)
+    if len(channels) != 3:
+        each = [_blend_with_level(one, int(one.mean() + 0.5), factor) for one in channels]
+        return np.stack(each, axis=-1)
     mean = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
     return _blend_with_level(image, int(mean + 0.5), factor)
 

@@ -39,7 +39,7 @@ _UNIT = 1 << 24
 
 
 def adjust(crops: Tensor, photometric: Tensor, config: CropsConfig) -> Tensor:
-    """Apply the sampled operations to `crops`, uint8 [N,3,S,S]; return whole levels as float32 [N,3,S,S].
+    """Apply the sampled operations to `crops`, uint8 [N,C,S,S]; return whole levels as float32 [N,C,S,S].
 
     `photometric` is float32 [N,11], of the same crops in the same order (see `params.split_photometric`), on the same
     device. The crops are not changed.
@@ -88,8 +88,9 @@ def _jitter(x: Tensor, columns: tuple[Tensor, ...]) -> None:
         is_before.append(is_before[-1] & (operation != HUE))
     for i in range(NUM_OPERATIONS - 1):
         _blend(x, operations[i], factors[i], is_before[i])
-    turns = [factor * (operation == HUE) for operation, factor in zip(operations, factors, strict=True)]
-    x.copy_(torch.where(is_before[-1], x, _turned(x, torch.stack(turns).sum(0))))
+    if x.shape[1] == 3:
+        turns = [factor * (operation == HUE) for operation, factor in zip(operations, factors, strict=True)]
+        x.copy_(torch.where(is_before[-1], x, _turned(x, torch.stack(turns).sum(0))))
     for i in range(1, NUM_OPERATIONS):
         _blend(x, operations[i], factors[i], ~is_before[i])
 
@@ -109,13 +110,18 @@ def _blend(x: Tensor, operation: Tensor, factor: Tensor, applies: Tensor) -> Non
 
 
 def _luma(x: Tensor) -> Tensor:
-    """Return the ITU-R 601 luma [N,1,S,S] in PIL's fixed point, whose numbers float32 holds exactly."""
+    """Return the ITU-R 601 luma [N,1,S,S] in PIL's fixed point, whose numbers float32 holds exactly.
+
+    Of other channels than red, green and blue each is its own.
+    """
+    if x.shape[1] != 3:
+        return x  # each channel is a gray picture of its own
     red, green, blue = (x[:, i : i + 1] for i in range(3))
     return (red * 19595 + green * 38470 + blue * 7471 + 32768).mul_(1 / 65536).trunc_()
 
 
 def _rounded_mean(luma: Tensor) -> Tensor:
-    """Return the mean over each crop, rounded half up [N,1,1,1]: in integers, since a sum may exceed 2^24."""
+    """Return the mean over each crop, rounded half up [N,1 or C,1,1]: in integers, since a sum may exceed 2^24."""
     total = luma.sum(3, keepdim=True).to(torch.int64).sum(2, keepdim=True)
     number = luma.shape[2] * luma.shape[3]
     return torch.div(2 * total + number, 2 * number, rounding_mode="floor").to(luma.dtype)

@@ -45,13 +45,13 @@ def cut(picture: Decoded, params: CropParams, out: Sequence[Iterable[Image]]) ->
             if len(pictures) == halvings:
                 pictures.append(_half(pictures[-1]))
         pixels = resize_box(pictures[halvings], crop, interpolation=params.config.interpolation)
-        target[:] = apply_colour(pixels, crop)
+        target[:] = np.atleast_3d(apply_colour(pixels, crop))  # OpenCV drops an axis of one channel
 
 
 def apply_colour(pixels: Image, crop: OneCrop) -> Image:
     """Apply all colour operations to a crop, uint8 [size,size,3], after its box was resized."""
     if crop.flip:
-        pixels = cv2.flip(pixels, 1)
+        pixels = np.ascontiguousarray(pixels[:, ::-1])
     for operation, factor in crop.jitter:
         pixels = _JITTER[operation](pixels, factor)
     if crop.gray:

@@ -76,6 +76,9 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "crops.solarize_threshold": st.integers(0, 256) | st.tuples(st.integers(0, 256), st.integers(0, 256)),
     "crops.global_blur_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
     "crops.global_solarize_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    "data.channels": st.just(3),  # others need crops without hue
+    "data.page": st.sampled_from([0, 7, "channels"]),
+    "crops.channels": st.just(3),
     "data.value_range": st.sampled_from(["auto", None, (0.0, 4095.0), (-1.5, 2.0)]),
     "crops.pixel_mean": st.tuples(*[st.floats(0, 1)] * 3),
     "crops.pixel_std": st.tuples(*[st.floats(0.1, 1)] * 3),

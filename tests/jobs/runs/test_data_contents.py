@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from image_files import encode, scene
@@ -53,6 +54,18 @@ def test_class_folders_are_described_with_what_is_bad_and_ignored(tmp_path: Path
     assert "data.max_bad_fraction=0.01: mend them, or set it to 0.15" in found["bad images"]
     command = f"dinoray pretrain --recipe photos_small data.path={tmp_path} data.label_from_parent=true"
     assert found["next"] == f"ok {command}"
+
+
+def test_arrays_of_other_channels_are_described_and_the_next_command_takes_them(tmp_path: Path) -> None:
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.full((40, 50, 5), number * 1000, np.uint16))
+    unset = look(tmp_path)["bad images"]
+    assert "5 channels, which are not red, green and blue; set data.channels=5" in unset
+    settings = ["data.channels=5", "crops.saturation=0", "crops.hue=0", "crops.gray_prob=0"]
+    found = look(tmp_path, *settings)
+    assert "3 read: 3 NPY (5 channels, uint16); 50 x 40 pixels" in found["images"]
+    assert "bad images" not in found
+    assert found["next"].endswith(f"data.path={tmp_path} {' '.join(settings)}")
 
 
 def test_large_photos_are_to_be_shrunk(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,9 @@ from samples import parquet, put_all, write_all
 from servers import S3Server
 
 from dinoray.jobs import pack
+from dinoray.jobs.cli.config import load_config
 from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Source
 
@@ -239,3 +242,20 @@ def test_a_set_of_one_image_of_one_colour_has_a_page(tmp_path: Path, pool: Pool)
     write_all(tmp_path / "in", {"x.png": encode(Image.new("L", (1, 1), 7), "PNG")})
     pack.main([str(tmp_path / "in"), f"--out={tmp_path}/out"])
     assert "<dt>images of one colour</dt><dd>1</dd>" in (tmp_path / "out/data.html").read_text()
+
+
+def test_arrays_of_four_channels_are_packed_and_the_printed_settings_take_them(
+    tmp_path: Path, pool: Pool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        np.save(tmp_path / "in" / f"{number}.npy", np.full((30, 40, 4), 50 * number, np.uint8))
+    run(tmp_path / "in", tmp_path / "out", "data.channels=4")
+    *_, line = capsys.readouterr().out.strip().split("\n")
+    _, _, _, recipe, *overrides = line.split()
+    config = load_config(recipe, None, overrides)
+    assert (config.data.channels, config.crops.channels, config.crops.hue) == (4, 4, 0)
+    source = Source(config.data, build_manifest(config.data))
+    packed = source.fetch(range(source.num_images))
+    assert sorted(one.key for one in packed) == ["0.npy", "1.npy", "2.npy"]
+    assert decode(packed[0].data or b"", max_pixels=10_000, config=config.data).shape == (30, 40, 4)

@@ -61,6 +61,7 @@ def test_what_is_taken_for_an_image_or_parquet_begins_as_one(head: bytes) -> Non
         b"\0\0\0",
         b"P",
         b"PAR1",
+        b"\x93NUMPY",
     )
     assert content_of(head) is None or head.startswith(known) or head[4:8] == b"ftyp"
     assert (
