@@ -36,6 +36,8 @@ def describe_config(model: type[Config], arguments: Namespace, *, name_suffix: s
     missing = [
         key for key, field in leaf_fields(model).items() if field.is_required() and not _has(tree, key)
     ]
+    if tree.get("data", {}).get("mix"):
+        missing.remove("data.path")  # the mix gives it
     examples = {key: EXAMPLES.get(key, "...") for key in missing}
     complete: dict[str, Any] = {"data": {}, **tree}
     apply_tree(complete, examples)
