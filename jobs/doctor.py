@@ -117,7 +117,8 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
             data = check_data(source, access=config.storage.access)
             yield data
             if data.verdict != "FAIL" and _is_there(source.path):
-                yield from _look_into(config.model_copy(update={"data": source}), arguments)
+                found = _look_into(config.model_copy(update={"data": source}), arguments)
+                yield from (one for one in found if one.name != "next" or not config.data.mix)
         if config.data.mix:
             others = [word for word in arguments.overrides if not word.startswith("data.mix")]
             recipe = arguments.recipe or "photos_small"
@@ -141,10 +142,8 @@ def _is_there(path: str) -> bool:
 
 def _look_into(config: Config, arguments: Namespace) -> Iterator[Finding]:
     try:
-        overrides = [word for word in arguments.overrides if not word.startswith("data.mix")]
-        for line in look_into_data(config, recipe=arguments.recipe, overrides=overrides):
-            if line.name != "next" or len(overrides) == len(arguments.overrides):
-                yield Finding(*line)
+        for line in look_into_data(config, recipe=arguments.recipe, overrides=arguments.overrides):
+            yield Finding(*line)
     except DinorayError as error:
         yield failed("contents", error)
 

@@ -132,8 +132,8 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
         where = f"at {val.manifest.path} by {voters} at {train.manifest.path}"
         return f"evaluation: k-NN of {_count(classified, 'image')} {where}"
     return (
-        f"evaluation: k-NN of {_count(classified, 'held-out image')} by {voters} others of data.path; training uses "
-        "all of them without labels; set eval.val_path=PATH to use other images"
+        f"evaluation: k-NN of {_count(classified, 'held-out image')} by {voters} others of "
+        f"{train.config.setting}; training uses all of them without labels; set eval.val_path=PATH to use other images"
     )
 
 

@@ -96,6 +96,11 @@ class DataConfig(PixelsConfig):
         return f"data.mix={{{', '.join(shown)}}}"
 
     @property
+    def setting(self) -> str:
+        """The setting that gives the images."""
+        return "data.mix" if self.mix else "data.path"
+
+    @property
     def each_source(self) -> "list[DataConfig]":
         """The settings of each source of a mix, or these settings, if there is one source."""
         if not self.mix:

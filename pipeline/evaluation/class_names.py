@@ -93,9 +93,7 @@ def overlap_warnings(labelled: tuple[Source, Source] | None, config: EvalConfig)
 
 def _setting(train: Source, config: EvalConfig) -> str:
     """Return the setting that gave the images that vote."""
-    if config.train_path is not None:
-        return "eval.train_path"
-    return "data.mix" if train.parts else "data.path"
+    return "eval.train_path" if config.train_path is not None else train.config.setting
 
 
 def _real(path: str) -> str:

@@ -175,9 +175,7 @@ class SharedImages:
         assert sizes is not None
         assert num_bytes is not None
         self._ends, self._bytes_per_image = np.cumsum(sizes), num_bytes / np.maximum(1, sizes)
-        self._is_shared = (
-            num_bytes > 0
-        )  # image objects of a mix, which each actor reads itself, count no bytes
+        self._is_shared = num_bytes > 0  # image objects of a mix count no bytes: each actor reads its own
         self._node = ray.get_runtime_context().get_node_id()
         self._lent: dict[int, _Lent] = {}
         self._lock, self._cpu_seconds, self._window, self._begun = threading.Lock(), 0.0, -1, -1
@@ -228,8 +226,7 @@ class SharedImages:
 
         def begin_more() -> None:
             nonlocal under_way
-            limit = self.config.fetch_buffer_bytes
-            while calls and (not pending or under_way + calls[0].num_bytes <= limit):
+            while calls and (not pending or under_way + calls[0].num_bytes <= self.config.fetch_buffer_bytes):
                 call = calls.popleft()
                 pending[self._begin(call)] = call
                 under_way += call.num_bytes
