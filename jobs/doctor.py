@@ -49,6 +49,7 @@ from dinoray.jobs.cluster.node_checks import (
 from dinoray.jobs.cluster.run_checks import check_files
 from dinoray.jobs.cluster.upload import pack, read_runtime_env
 from dinoray.jobs.runs.data_contents import look_into_data
+from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DinorayError, ResourceError, one_line, redact_credentials
 from dinoray.pipeline.storage.files import is_s3, is_shared_path, normal_uri
 from dinoray.pipeline.worker.config import Config
@@ -112,12 +113,19 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
         if address and address.startswith(("http://", "https://")):
             yield from _ask(address, arguments)
             return
-        data = check_data(config.data, access=config.storage.access)
-        yield data
-        if data.verdict != "FAIL" and _is_there(config.data.path):
-            yield from _look_into(config, arguments)
+        for source in config.data.each_source:
+            data = check_data(source, access=config.storage.access)
+            yield data
+            if data.verdict != "FAIL" and _is_there(source.path):
+                found = _look_into(config.model_copy(update={"data": source}), arguments)
+                yield from (one for one in found if one.name != "next" or not config.data.mix)
+        if config.data.mix:
+            others = [word for word in arguments.overrides if not word.startswith("data.mix")]
+            recipe = arguments.recipe or "photos_small"
+            yield Finding("ok", "next", command("pretrain", "--recipe", recipe, config.data.address, *others))
         yield _check_storage(config, is_local=not address)
-        yield from check_clock(config.data.path, config.storage.access)
+        for place in {is_s3(source.path): source.path for source in config.data.each_source}.values():
+            yield from check_clock(place, config.storage.access)
         dashboard = _start_or_join(address, verbose=arguments.verbose)
         try:
             yield from _look_around(config, dashboard, is_local=not address)

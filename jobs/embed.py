@@ -7,7 +7,7 @@ command continues what was interrupted, and does nothing for what is finished.
 from collections.abc import Sequence
 from typing import get_args
 
-from dinoray.jobs.cli.arguments import CommandLine, positive
+from dinoray.jobs.cli.arguments import CommandLine, one_source, positive
 from dinoray.jobs.cli.main import run_main
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.export.config import Dtype, Precision
@@ -18,6 +18,7 @@ _SECTIONS = ("data", "storage", "resources")
 def main(argv: Sequence[str]) -> None:
     """Parse, and embed what is missing."""
     arguments = _parser().parse_args(argv)
+    one_source(arguments.overrides, "embed")
     for override in arguments.overrides:
         if override.partition(".")[0] not in _SECTIONS:
             allowed = ", ".join(f"{section}.*" for section in _SECTIONS)

@@ -8,7 +8,7 @@ that is interrupted is resumed.
 import re
 from collections.abc import Sequence
 
-from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.arguments import CommandLine, one_source
 from dinoray.jobs.cli.main import run_main
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.worker.config import RUN_NAME
@@ -19,6 +19,7 @@ _SECTIONS = ("data", "storage")
 def main(argv: Sequence[str]) -> None:
     """Parse, list, and write a manifest if it differs from the newest one."""
     arguments = _parser().parse_args(argv)
+    one_source(arguments.overrides, "manifest")
     for override in arguments.overrides:
         if override.partition(".")[0] not in _SECTIONS:
             allowed = ", ".join(f"{section}.*" for section in _SECTIONS)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from dinoray.jobs.cli.arguments import CommandLine, positive
+from dinoray.jobs.cli.arguments import CommandLine, one_source, positive
 from dinoray.jobs.cli.config import apply_overrides, validate
 from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cli.recipes import RECIPES
@@ -32,6 +32,7 @@ _RECIPE = "vit_small_imagenet_vanilla"  # its crops are the published ones
 def main(argv: Sequence[str]) -> None:
     """Pack what is missing, and print the command that pretrains from it."""
     arguments = _parser().parse_args(argv)
+    one_source(arguments.overrides, "pack")
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     out = Directory(arguments.out)
     line = _next_command(arguments, out)

@@ -78,7 +78,7 @@ def _is_finished(run: Directory, config: Config, *, resume: bool, typed: Sequenc
         check_run(config)  # what is wrong under any name comes first
         keys = [override.partition("=")[0] for override in typed]
         changed.sort(key=lambda one: one.partition(":")[0] not in keys)  # the others follow from those
-        is_other_data = any(one.startswith(("data.path:", "data.manifest:")) for one in changed)
+        is_other_data = any(one.startswith(("data.path:", "data.mix", "data.manifest:")) for one in changed)
         remedy = "" if is_other_data else ", or pass --resume to continue with the new settings"
         raise ConfigError(
             f"name={config.name} is in use by a run with other settings ({'; '.join(changed[:3])}"

@@ -109,6 +109,15 @@ class Arguments(CommandLine):
         self.add_overrides("optim.base_lr=1e-3")
 
 
+def one_source(overrides: Sequence[str], name: str) -> None:
+    """ConfigError where `overrides` mix several sources: the command `name` takes one, as an argument."""
+    if any(word.startswith("data.mix") for word in overrides):
+        raise ConfigError(
+            f"data.mix: {name} takes one source, which its argument names; leave data.mix out, and run "
+            f"{name} once for each source, each with its own --out"
+        )
+
+
 _FIRST_SETTINGS = """\
   data.path=FOLDER_OR_S3        images; the names of subfolders are labels, used only for evaluation
   storage_path=FOLDER_OR_S3     folder of run directories (default: runs)

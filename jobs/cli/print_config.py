@@ -33,8 +33,11 @@ def describe_config(model: type[Config], arguments: Namespace, *, name_suffix: s
     Settings that must be given may be missing.
     """
     tree, layers = _layers(arguments, name_suffix)
+    named = {"data.path"} if tree.get("data", {}).get("mix") else set()  # by its sources
     missing = [
-        key for key, field in leaf_fields(model).items() if field.is_required() and not _has(tree, key)
+        key
+        for key, field in leaf_fields(model).items()
+        if field.is_required() and not _has(tree, key) and key not in named
     ]
     examples = {key: EXAMPLES.get(key, "...") for key in missing}
     complete: dict[str, Any] = {"data": {}, **tree}

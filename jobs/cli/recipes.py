@@ -184,8 +184,8 @@ def demo_data() -> Tree:
 def starting_point(recipe: str, settings: Mapping[str, Any]) -> Tree:
     """The recipe of this name for these settings.
 
-    The demo comes with its images unless `data.path` is set. Where `backbone.name` differs from the recipe's, the
-    recipe's `backbone.kwargs` are left out: they are arguments of another network.
+    The demo comes with its images unless `data.path` or `data.mix` is set. Where `backbone.name` differs from the
+    recipe's, the recipe's `backbone.kwargs` are left out: they are arguments of another network.
     """
     tree, data, backbone = RECIPES[recipe](), settings.get("data"), settings.get("backbone")
     if (
@@ -193,7 +193,7 @@ def starting_point(recipe: str, settings: Mapping[str, Any]) -> Tree:
         and backbone.get("name", tree["backbone"]["name"]) != tree["backbone"]["name"]
     ):
         tree["backbone"].pop("kwargs", None)
-    if recipe == demo.__name__ and not (isinstance(data, Mapping) and "path" in data):
+    if recipe == demo.__name__ and not (isinstance(data, Mapping) and ("path" in data or data.get("mix"))):
         for section, values in demo_data().items():
             tree[section] = {**tree.get(section, {}), **values}
     return tree

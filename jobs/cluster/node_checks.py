@@ -153,8 +153,7 @@ def look_at_nodes(nodes: Sequence[Node], config: Config, *, is_local: bool) -> l
             found.append(Finding("FAIL", "node", text, _RESOURCES))
         found.append(check_open_files(answer["open_files"], name))
         found += [check_disk(disk, room, name) for disk, room in answer["disks"].items()]
-        if answer["data"]:
-            found.append(Finding(*answer["data"]))
+        found += [Finding(*of_source) for of_source in answer["data"]]
         if not is_local:
             late = max(0.0, began - answer["time"]) or min(0.0, time.time() - answer["time"])
             found.append(judge_clock(late, f"{name}, against here"))
@@ -205,7 +204,7 @@ def _look(data: tuple[DataConfig, Access] | None, where: str) -> dict[str, Any]:
         **machine_facts(_spill_folders()),
         "versions": (ray.__version__, python_version()),
         "time": time.time(),
-        "data": tuple(check_data(data[0], where, data[1])) if data is not None else None,
+        "data": [tuple(check_data(one, where, data[1])) for one in data[0].each_source] if data else [],
     }
 
 

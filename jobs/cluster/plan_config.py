@@ -29,7 +29,7 @@ class PlanConfig(Config):
     @classmethod
     def _looks_at_no_images_if_all_is_given(cls, tree: dict[str, Any]) -> dict[str, Any]:
         data, plan = tree.get("data"), tree.get("plan")
-        if not isinstance(data, dict) or not isinstance(plan, dict) or "path" in data:
+        if not isinstance(data, dict) or not isinstance(plan, dict) or "path" in data or data.get("mix"):
             return tree
         missing = [f"plan.{name}" for name in OF_IMAGES if plan.get(name) is None]
         if missing and len(missing) < len(OF_IMAGES):

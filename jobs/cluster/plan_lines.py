@@ -267,7 +267,7 @@ def run_command(arguments: Namespace, config: PlanConfig, settings: dict[str, An
     words += [*([] if "name" in named else [f"name={config.name}"]), *kept]
     if settings:
         shared = is_shared_path(config.storage_path)
-        asked = {"data.path": config.data.path}
+        asked = dict([config.data.address.split("=", 1)])
         asked |= {"storage_path": config.storage_path if shared else "s3://BUCKET/runs"}
         words += [f"{key}={value}" for key, value in asked.items() if key not in named]
         words += [f"{key}={value}" for key, value in settings.items()]

@@ -20,9 +20,30 @@ _FEW_GROUPS = 10
 
 
 def data_lines(images: Source) -> list[str]:
-    """`data: 7390 images in 37 class folders at /photos (labels from folder names; ...)`, and what is ignored there."""
+    """`data: 7390 images in 37 class folders at /photos (labels from folder names; ...)`, and what is ignored there.
+
+    Of a mix, its shares, and these lines of each source.
+    """
+    if images.parts:
+        lines = [mixing_line(images)]
+        for part, name in zip(images.parts, images.manifest.names, strict=True):
+            described, *ignored = data_lines(part)
+            lines += [described, *(one.replace("ignored:", f"ignored in {name}:", 1) for one in ignored)]
+        return lines
     line = ignored_line(images.manifest.ignored)
     return [_describe_images(images), *([] if line is None else [line])]
+
+
+def mixing_line(images: Source) -> str:
+    """`mixing: photos 70% (1,200 images, 2.3 passes an epoch), web 30% (4,000 images, 0.3 passes an epoch)`."""
+    weights, names = images.manifest.weights, images.manifest.names
+    shares = [weight / sum(weights) for weight in weights]
+    shown = (
+        f"{name} {100 * share:.3g}% ({part.num_images:,} images, "
+        f"{share * images.num_images / part.num_images:.2g} passes an epoch)"
+        for part, name, share in zip(images.parts, names, shares, strict=True)
+    )
+    return f"mixing: {', '.join(shown)}"
 
 
 def _describe_images(images: Source) -> str:
@@ -55,6 +76,8 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
     `reading: windows of 2400 images (264 MB), shuffled; a batch of 512 is from 16 row groups, about 32 neighbours of
     each; each byte is read 1.01 times`
     """
+    if images.parts:
+        return []  # a batch has images of all sources
     order, manifest = images.order(config.train.seed), images.manifest
     window, sizes, num_bytes = order.window(0), manifest.group_sizes, manifest.group_bytes
     if window is None or sizes is None or num_bytes is None:
@@ -109,8 +132,8 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
         where = f"at {val.manifest.path} by {voters} at {train.manifest.path}"
         return f"evaluation: k-NN of {_count(classified, 'image')} {where}"
     return (
-        f"evaluation: k-NN of {_count(classified, 'held-out image')} by {voters} others of data.path; training uses "
-        "all of them without labels; set eval.val_path=PATH to use other images"
+        f"evaluation: k-NN of {_count(classified, 'held-out image')} by {voters} others of "
+        f"{train.config.setting}; training uses all of them without labels; set eval.val_path=PATH to use other images"
     )
 
 

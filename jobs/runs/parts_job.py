@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _NOT_IN_ROWS = {
     *("fetch_concurrency", "fetch_buffer_bytes"),
-    *("row_group_cache_bytes", "max_bad_fraction", "if_overwritten", "manifest"),
+    *("row_group_cache_bytes", "max_bad_fraction", "if_overwritten", "manifest", "mix"),
     *(
         "include",
         "exclude",

@@ -63,7 +63,7 @@ def check_images(config: Config, num_images: int) -> None:
     )
     if num_images < 2:
         raise ConfigError(
-            f"data.path={config.data.path} holds 1 image, but pretraining needs at least 2; add images"
+            f"{config.data.address} holds 1 image, but pretraining needs at least 2; add images"
         )
     if batch <= num_images:
         return
@@ -76,7 +76,7 @@ def check_images(config: Config, num_images: int) -> None:
     changes = {"train.global_batch_size": _batch_that_fits(unit, num_images), **changes}
     remedy = " ".join(f"{key}={value}" for key, value in changes.items())
     raise ConfigError(
-        f"train.global_batch_size={batch} is more than the {num_images} images of data.path={config.data.path}, so "
+        f"train.global_batch_size={batch} is more than the {num_images} images of {config.data.address}, so "
         f"a batch would hold an image up to {math.ceil(batch / num_images)} times; set {remedy}, or add images"
     )
 
@@ -87,7 +87,7 @@ def length_warnings(config: Config, num_images: int, *, epochs_setting: str = "t
     batch, found = config.train.global_batch_size, []
     if num_images < FEW_IMAGES and config.init.path is None and not config.backbone.pretrained:
         found.append(
-            f"data.path={config.data.path} holds {num_images} images, fewer than {FEW_IMAGES}: too few to train from "
+            f"{config.data.address} holds {num_images} images, fewer than {FEW_IMAGES}: too few to train from "
             "random weights; add images, or start from trained weights with --init-from"
         )
     if total_steps < FEW_STEPS:

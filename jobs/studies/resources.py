@@ -36,7 +36,7 @@ def check_study_size(config: StudyConfig, space: Space, num_images: int) -> list
     if largest > num_images:
         raise ConfigError(
             f"tune.space: train.global_batch_size={largest} is more than the {num_images} images of "
-            f"data.path={config.data.path}; leave out values above {num_images}"
+            f"{config.data.address}; leave out values above {num_images}"
         )
     trial = trial_config(config, {}, name="0", storage_path="trials", seed=0, num_images=num_images)
     return length_warnings(trial, num_images, epochs_setting="tune.epochs")

@@ -203,7 +203,7 @@ class Augmenter:
             else:
                 raise DataError(
                     f"{self._source.config.path}: {fetched.key} and the {_MAX_SUBSTITUTES} images after it are "
-                    f"unreadable ({reason}); check data.path"
+                    f"unreadable ({reason}); check {self._source.config.setting}"
                 )
             columns["status"][row] = fetched.status if fetched.data is None else Status.CORRUPT
             size = None if fetched.data is None else len(fetched.data)

@@ -1,12 +1,22 @@
 """Settings of the images of a run: where they are, how they are fetched and decoded, and when one is bad."""
 
+import json
 import math
+import re
+from collections import Counter
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dinoray.models.settings import Auto, Settings
 from dinoray.pipeline.storage.addresses import normal_uri
+
+PLUS = " + "
+"""Between the sources of a mix, where they stand in place of a path."""
+_LEAST_SHARE = 1e-5
+"""Of a source in a mix: one image in 100,000."""
+_PLAIN = re.compile(r"(s3://)?[\w./+@-]+")
+"""Paths that YAML reads as they stand, in a mapping too."""
 
 
 class PixelsConfig(Settings):
@@ -39,6 +49,8 @@ class DataConfig(PixelsConfig):
 
     path: str = Field(min_length=1)
     """A folder or s3://bucket/prefix of images, of Parquet shards or of tar files, or one file of these."""
+    mix: dict[str, float] = Field(default={})
+    """Several sources instead of `path`, {path: weight}: the weight is the share of a source in each step's images."""
     manifest: str | None = Field(default=None, min_length=1)
     """A file of the command manifest, local or s3://, whose list of images is used; null lists `path`."""
     include: tuple[str, ...] = ()
@@ -83,6 +95,68 @@ class DataConfig(PixelsConfig):
         """True if folder names are labels by the settings, auto if that is to be detected."""
         return self.label_from_parent if self.label_level == -1 else True
 
+    @property
+    def address(self) -> str:
+        """What gives the images, as a setting: data.path=photos, or data.mix={photos: 0.7, web: 0.3}."""
+        if not self.mix:
+            return f"data.path={self.path}"
+        shown = (
+            f"{path if _PLAIN.fullmatch(path) else json.dumps(path)}: {weight:.12g}"
+            for path, weight in self.mix.items()
+        )
+        return f"data.mix={{{', '.join(shown)}}}"
+
+    @property
+    def setting(self) -> str:
+        """The setting that gives the images."""
+        return "data.mix" if self.mix else "data.path"
+
+    @property
+    def each_source(self) -> "list[DataConfig]":
+        """The settings of each source of a mix, or these settings, if there is one source."""
+        if not self.mix:
+            return [self]
+        return [self.model_copy(update={"path": path, "mix": {}}) for path in self.mix]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_or_mix(cls, tree: Any) -> Any:
+        """Name a mix by its sources where a path is shown, as `photos + web`."""
+        if not isinstance(tree, dict) or "mix" not in tree:
+            return tree
+        mix, path = tree["mix"] or {}, tree.get("path")
+        if not mix or not isinstance(mix, dict):
+            return {**tree, "mix": mix}
+        if path is not None and PLUS not in str(path):
+            raise ValueError(
+                f"data.path={path} and data.mix name images both; leave out data.path, or set data.mix=null"
+            )
+        return {**tree, "path": PLUS.join(sorted(map(str, mix)))}
+
+    @model_validator(mode="after")
+    def _mixes_sources(self) -> "DataConfig":
+        if not self.mix:
+            return self
+        paths = Counter(map(normal_uri, self.mix))
+        if len(paths) < len(self.mix):
+            twice = paths.most_common(1)[0][0]
+            raise ValueError(f"{self.address} names {twice} twice; leave out one of them")
+        if len(paths) < 2:
+            raise ValueError(f"{self.address} names one source; set data.path={self.path} and data.mix=null")
+        for path, weight in self.mix.items():
+            if not weight >= _LEAST_SHARE * sum(self.mix.values()):
+                raise ValueError(
+                    f"{self.address}: {path} has the weight {weight:g}, but must have at least {_LEAST_SHARE:g} of "
+                    "all; raise it, or leave the source out"
+                )
+        for name in ("manifest", "image_list"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)} is of one source, but data.mix has {len(paths)}; leave it out, "
+                    "or set data.path to one source and data.mix=null"
+                )
+        return self
+
     @field_validator("include", "exclude", mode="before")
     @classmethod
     def _one_pattern_is_a_list_too(cls, patterns: Any) -> Any:
@@ -95,6 +169,14 @@ class DataConfig(PixelsConfig):
                 f"data.label_level={self.label_level} with data.label_from_parent=false: leave out one of them"
             )
         return self
+
+    @field_validator("mix")
+    @classmethod
+    def _paths_are_addresses(cls, mix: dict[str, float]) -> dict[str, float]:
+        for path in mix:
+            cls._holds_no_keys(path)
+            normal_uri(path)
+        return dict(sorted(mix.items()))  # the same run, however it is written
 
     @field_validator("path", "manifest", "image_list")
     @classmethod

@@ -3,6 +3,7 @@
     images    a row per image, which is an object or file of its own
     parquet   a row per row group, which is read as a whole
     tar       a row per image, which is a member of a tar file; a chunk of neighbours is read as a whole
+    mixture   a row per source, whose images stand in a manifest of its own
 
 A row group and a chunk are both a group: the order shuffles groups in windows, and readers read a group at a time.
 """
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-KindName = Literal["images", "parquet", "tar"]
+KindName = Literal["images", "parquet", "tar", "mixture"]
 
 
 class Kind:
@@ -62,7 +63,11 @@ class _Tar(Kind):
         return _once_each(table)
 
 
-KINDS: dict[KindName, Kind] = {"images": Kind(), "parquet": _Parquet(), "tar": _Tar()}
+class _Mixture(Kind):
+    file, group = "source", "row group or chunk"
+
+
+KINDS: dict[KindName, Kind] = {"images": Kind(), "parquet": _Parquet(), "tar": _Tar(), "mixture": _Mixture()}
 
 
 def first_of_groups(table: pa.Table) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ Columns of the table, sorted by key in byte order:
     kind images    key  size  etag  label
     kind parquet   key  size  etag  row_group  num_rows  num_bytes  num_unlabelled  label?
     kind tar       key  size  etag  member  offset  num_bytes  chunk  label
+    kind mixture   path  name  weight, and the manifest of each source
 
 Key, size and etag are those of the object: the image, the Parquet file or the tar file. A chunk of a tar file is a
 number of neighbouring images that are read together (kinds.py).
@@ -87,7 +88,8 @@ def load_or_build(
         else:
             # A file of data.manifest may list other images of the same path; a run that has begun keeps its own.
             if has_begun or config.manifest is None:
-                check_bucket(manifest.root, storage.access)
+                for source in manifest.sources or (manifest,):
+                    check_bucket(source.root, storage.access)
                 return manifest
     with resumable(directory) as parts:
         manifest = build_manifest(config, storage, setting=setting, parts=parts)
@@ -117,6 +119,9 @@ def build_manifest(
     """
     if config.manifest is not None:
         return _written_before(config, config.manifest, storage)
+    if config.mix:
+        listed = [_list_source(one, storage, parts) for one in config.each_source]
+        return Manifest.mixture(config, listed)
     patient = Patient(storage.give_up_after_seconds)
     path = normal_uri(config.path)
     contents = list_contents(
@@ -170,6 +175,25 @@ def build_manifest(
     manifest = Manifest(kept.table, kept.kind, *found, kept.rows_per_group, ignored)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
+
+
+def _list_source(config: DataConfig, storage: StorageConfig, parts: ListingParts | None) -> Manifest:
+    """List one source of a mix. Settings of columns are for those of its sources that have columns."""
+
+    def listed(settings: DataConfig) -> Manifest:
+        with contextlib.nullcontext() if parts is None else parts.of_source() as own:
+            return build_manifest(settings, storage, setting="data.mix", parts=own)
+
+    without = config.model_copy(update=dict.fromkeys(("key_column", "label_column", "uri_column"), AUTO))
+    try:
+        return listed(config)
+    except ConfigError:
+        if config == without:
+            raise
+        manifest = listed(without)
+        if manifest.of_kind.has_columns:
+            raise
+        return manifest
 
 
 def _written_before(config: DataConfig, file: str, storage: StorageConfig) -> Manifest:

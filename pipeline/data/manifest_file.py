@@ -1,7 +1,7 @@
 """The manifest as a table and as a file: all images of a data set in one fixed order. Lists nothing; no Ray here."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError, DataError, one_line
-from dinoray.pipeline.data.config import DataConfig
+from dinoray.pipeline.data.config import PLUS, DataConfig
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.ignored import OTHER_KINDS, Ignored
 from dinoray.pipeline.data.kinds import KINDS, Kind, KindName, plain, with_texts_once
@@ -22,6 +22,8 @@ _VERSION = 1
 _METADATA = b"dinoray.manifest"
 DETECTABLE = ("image_column", "key_column", "label_column", "label_from_parent", "uri_column")
 _LISTED_AS = ("path", *DETECTABLE, "include", "exclude", "image_list", "label_level")
+_OF_SOURCE = "manifest"
+"""Column of a mixture's file: the bytes of each source's own manifest."""
 UNKNOWN_BYTES = 1 << 20
 """Of an image whose size is not listed."""
 
@@ -35,6 +37,7 @@ class Manifest:
     values found for its auto settings, `notes` messages about them. `damaged` are keys of Parquet or tar files that
     could not be read and are left out. `rows_per_group` is set for a packed set, whose rows lie shuffled in row
     groups of that many, or fewer at the ends of shards. `ignored` has those objects by kind, of a bounded number.
+    `sources` are the manifests of a mixture, whose images are numbered one source after the other; it has no root.
     """
 
     table: pa.Table
@@ -47,6 +50,7 @@ class Manifest:
     damaged: tuple[str, ...] = ()
     rows_per_group: int | None = None
     ignored: tuple[Ignored, ...] = ()
+    sources: "tuple[Manifest, ...]" = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", with_texts_once(self.table, self.of_kind.texts_once))
@@ -77,13 +81,18 @@ class Manifest:
 
     @property
     def num_images(self) -> int:
-        """Number of images: of rows, or of images in all groups."""
+        """Number of images: of rows, or of images in all groups, or of all sources."""
+        if self.sources:
+            return sum(one.num_images for one in self.sources)
         sizes = self.group_sizes
         return self.table.num_rows if sizes is None else int(sizes.sum())
 
     @property
     def group_sizes(self) -> NDArray[np.int64] | None:
-        """Images per group, int64 [num_groups]: a row group, or a chunk of a tar file; None for image objects."""
+        """Images per group, int64 [num_groups]: a row group, or a chunk of a tar file; None for image objects.
+
+        In a mixture, image objects of a source stand as one group of no bytes: each of them is read alone.
+        """
         return None if self._groups is None else self._groups[0]
 
     @property
@@ -93,12 +102,34 @@ class Manifest:
 
     @cached_property
     def _groups(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-        return self.of_kind.groups(self.table)
+        if not self.sources:
+            return self.of_kind.groups(self.table)
+        groups = [one._groups or (np.array([one.num_images]), np.array([0])) for one in self.sources]
+        if all(one.group_sizes is None for one in self.sources):
+            return None
+        sizes, num_bytes = (np.concatenate(each).astype(np.int64) for each in zip(*groups, strict=True))
+        return sizes, num_bytes
+
+    @property
+    def group_ends(self) -> NDArray[np.int64]:
+        """The number after the last group of each source, int64 [num_sources]; of one, unless this is a mixture."""
+        each = (1 if one.group_sizes is None else len(one.group_sizes) for one in self.sources or (self,))
+        return np.cumsum([*each])
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each source of a mixture."""
+        return list(self.table["weight"].to_pylist())
+
+    @property
+    def names(self) -> list[str]:
+        """A short name of each source of a mixture, with which the keys of its images begin."""
+        return list(self.table["name"].to_pylist())
 
     @property
     def labels(self) -> pa.ChunkedArray | None:
-        """The label of each image, null without one; None for Parquet, where the table has no row per image."""
-        return None if self.of_kind.has_columns else self.table["label"]
+        """The label of each image, null without one; None for Parquet and mixtures, which have no row per image."""
+        return None if self.of_kind.has_columns or self.sources else self.table["label"]
 
     @property
     def objects(self) -> pa.Table:
@@ -140,7 +171,11 @@ class Manifest:
             "ignored": self.ignored,
         }
         sink = pa.BufferOutputStream()
-        table = plain(self.table).replace_schema_metadata({_METADATA: json.dumps(about)})
+        table = plain(self.table)
+        if self.sources:
+            of_sources = pa.array([one.to_bytes() for one in self.sources], pa.large_binary())
+            table = table.append_column(_OF_SOURCE, of_sources)
+        table = table.replace_schema_metadata({_METADATA: json.dumps(about)})
         pq.write_table(table, sink, compression="zstd")
         return sink.getvalue().to_pybytes()
 
@@ -182,9 +217,30 @@ class Manifest:
         if about["version"] != _VERSION:
             raise DataError(f"{what} has version {about['version']}, this program reads {_VERSION}; {remedy}")
         listed, detected = about["listed_as"], about.get("detected", {})
+        sources: tuple[Manifest, ...] = ()
+        if _OF_SOURCE in table.column_names:
+            sources = tuple(cls.read(one.as_py(), what, remedy) for one in table[_OF_SOURCE])
+            table = table.drop_columns(_OF_SOURCE)
         kept = (table, about["kind"], about["root"], about["num_ignored"])
         notes, damaged = (tuple(about.get(name, ())) for name in ("notes", "damaged"))
-        return cls(*kept, listed, detected, notes, damaged, about.get("rows_per_group"), _ignored(about))
+        rows = about.get("rows_per_group")
+        return cls(*kept, listed, detected, notes, damaged, rows, _ignored(about), sources)
+
+    @classmethod
+    def mixture(cls, config: DataConfig, sources: Sequence["Manifest"]) -> "Manifest":
+        """Return the manifest of a mix of `sources`, in the order of `config.mix`, whose weights it keeps."""
+        weights, paths = list(config.mix.values()), [one.path for one in sources]
+        table = pa.table(
+            {"path": pa.array(paths), "name": _names(paths), "weight": pa.array(weights, pa.float64())}
+        )
+        num_ignored = sum(one.num_ignored for one in sources)
+        return cls(table, "mixture", "", num_ignored, listed_as(config), sources=tuple(sources))
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Return a short name for each source: the last part of its path, unless others end in it too."""
+    last = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
 
 
 def _ignored(about: dict[str, Any]) -> tuple[Ignored, ...]:
@@ -199,7 +255,11 @@ def _ignored(about: dict[str, Any]) -> tuple[Ignored, ...]:
 def listed_as(config: DataConfig) -> dict[str, Any]:
     """Return the settings that decide the table of a manifest, as JSON gives them back."""
     values = config.model_dump(mode="json", include=set(_LISTED_AS))
-    return {name: values[name] for name in _LISTED_AS} | {"path": normal_uri(config.path)}
+    listed = {name: values[name] for name in _LISTED_AS}
+    if not config.mix:
+        return listed | {"path": normal_uri(config.path)}
+    mix = {normal_uri(path): weight for path, weight in config.mix.items()}
+    return listed | {"path": PLUS.join(mix), "mix": mix}
 
 
 def default_of(name: str) -> Any:

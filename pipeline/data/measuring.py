@@ -95,6 +95,10 @@ def _spread(images: Source, number: int, *, only_unsure: bool = False) -> list[i
 
     Of Parquet they are of a few row groups; to look at, of those that the run reads first.
     """
+    if images.parts:
+        each = math.ceil(number / len(images.parts))
+        found = [_spread(part, each, only_unsure=only_unsure) for part in images.parts]
+        return [first + one for first, some in zip(images.firsts, found, strict=True) for one in some]
     sizes = images.manifest.group_sizes
     if sizes is not None:
         if only_unsure:

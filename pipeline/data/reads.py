@@ -46,6 +46,8 @@ def count_reads(
 
     They are the same in any number of streams.
     """
+    if manifest.sources:
+        return _reads_of_mixture(manifest)
     sizes, group_bytes = manifest.group_sizes, manifest.group_bytes
     if sizes is None or group_bytes is None:
         return Reads(1.0, float(manifest.object_sizes.mean()), 1.0)
@@ -77,6 +79,17 @@ def count_reads(
     used = (group_bytes / np.maximum(1, sizes))[_groups_of(np.cumsum(sizes), images)].sum()
     num_bytes = int(group_bytes[read].sum())
     return Reads(len(images) / len(read), num_bytes / len(images), num_bytes / max(1.0, float(used)))
+
+
+def _reads_of_mixture(manifest: Manifest) -> Reads:
+    """Return what an image costs on average, if readers read each row group once in each pass."""
+    requests, num_bytes = 0.0, 0.0
+    for one, weight in zip(manifest.sources, manifest.weights, strict=True):
+        share, group_bytes = weight / sum(manifest.weights), one.group_bytes
+        of_source = one.object_sizes if group_bytes is None else group_bytes
+        requests += share * len(of_source) / one.num_images
+        num_bytes += share * float(of_source.sum()) / one.num_images
+    return Reads(1 / requests, num_bytes, 1.0)
 
 
 def read_by_blocks(order: Order, layout: Layout, sizes: NDArray[np.int64]) -> NDArray[np.int64]:

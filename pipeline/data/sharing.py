@@ -59,9 +59,18 @@ def share_reading(
     if window is None or group_bytes is None:
         return None
     total, largest = int(group_bytes.sum()), int(group_bytes.max())
+    # As many row groups as are in the window, each as large as the largest of its source.
+    sources, numbers = np.unique(
+        np.searchsorted(manifest.group_ends, window.groups, side="right"), return_counts=True
+    )
+    of_sources = np.split(group_bytes, manifest.group_ends[:-1])
+    window_bytes = sum(
+        number * int(of_sources[source].max())
+        for source, number in zip(sources.tolist(), numbers.tolist(), strict=True)
+    )
     num_readers = min(math.ceil(most_actors * cpus_per_actor / _CPUS_PER_READER), len(group_bytes))
     num_windows = _WINDOWS + (_WINDOWS_APART if num_streams > 1 else 0)
-    in_use = num_windows * len(window.groups) * largest
+    in_use = num_windows * window_bytes
     of_actors = _BLOCKS_PER_ACTOR * most_actors * rows_per_block * total / order.num_images
     each = (in_use + of_actors) / num_readers
     if num_readers > 1:

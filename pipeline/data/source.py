@@ -21,6 +21,9 @@ from dinoray.pipeline.data.fetched import Fetched, Status
 from dinoray.pipeline.data.image_reader import ImageReader
 from dinoray.pipeline.data.kinds import KindName
 from dinoray.pipeline.data.manifest import DataConfig, Manifest
+from dinoray.pipeline.data.manifest_file import DETECTABLE
+from dinoray.pipeline.data.mixed_images import MixedImages
+from dinoray.pipeline.data.mixture import MixedOrder
 from dinoray.pipeline.data.objects import Objects
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.others import OtherObjects
@@ -70,7 +73,15 @@ class Source:
             OtherObjects(manifest.table, manifest.root, storage.access),
             threading.local(),
         )
-        self._reader = _READERS[manifest.kind](config, manifest, self.read, storage.access)
+        self.parts = tuple(_part(config, one, storage, len(manifest.sources)) for one in manifest.sources)
+        """The sources of a mix; none of a single source."""
+        self.firsts: list[int] = np.cumsum([0, *(part.num_images for part in self.parts[:-1])]).tolist()
+        """The number of the first image of each part: they are numbered one part after the other."""
+        self._reader: ImageReader = (
+            MixedImages(self.parts, manifest)
+            if self.parts
+            else _READERS[manifest.kind](config, manifest, self.read, storage.access)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _source, (self.config, self.manifest, self.storage, self._selected)
@@ -82,7 +93,9 @@ class Source:
 
     @property
     def has_labels(self) -> bool:
-        """True if the settings or the detected values define labels."""
+        """True if the settings or the detected values define labels, of a mix those of a source."""
+        if self.parts:
+            return any(part.has_labels for part in self.parts)
         return self.config.label_column is not None or self.config.label_from_parent is True
 
     def select(self, indices: NDArray[np.int64]) -> "Source":
@@ -93,8 +106,12 @@ class Source:
     def with_cache(self, cache: RecentlyUsed[int, Any]) -> "Source":
         """Return a source of the same images that keeps its groups in `cache`, as long as it is in this process."""
         source = _source(self.config, self.manifest, self.storage, self._selected)
-        source._reader.cache = cache
+        source.keep_in(cache)
         return source
+
+    def keep_in(self, cache: Any) -> None:
+        """Keep groups in `cache`, as long as this source is in this process."""
+        self._reader.cache = cache
 
     def read(self, key: str, operation: Callable[[Retry], Result]) -> Result:
         """Return `operation(retry)`, which reads the object or shard `key`; its `retry` waits for the storage.
@@ -139,18 +156,38 @@ class Source:
 
     def order(self, seed: int) -> Order:
         """Return the order of these images with this seed."""
+        cache_bytes = self.config.row_group_cache_bytes
+        if not self.parts:
+            return self._order(seed, cache_bytes, rows_per_group=self.manifest.rows_per_group)
+        weights, ends = self.manifest.weights, self.manifest.group_ends
+        shares = [weight / sum(weights) for weight in weights]
+        # A block has a few images of each row group, also of a packed set, whose groups are thus shuffled in windows.
+        orders = [
+            part._order(seed + number, int(cache_bytes * share))
+            for number, (part, share) in enumerate(zip(self.parts, shares, strict=True))
+        ]
+        return MixedOrder(orders, weights, np.diff(ends, prepend=0).tolist(), seed=seed)
+
+    def _order(self, seed: int, cache_bytes: int, *, rows_per_group: int | None = None) -> Order:
         manifest = self.manifest
         # Groups among which images are shuffled: as many as fit the cache.
         window = 1
         if manifest.group_bytes is not None:
-            window = max(1, int(self.config.row_group_cache_bytes // max(1, manifest.group_bytes.max())))
+            window = max(1, int(cache_bytes // max(1, manifest.group_bytes.max())))
         return Order(
             self.num_images,
             seed=seed,
             group_sizes=manifest.group_sizes,
             window_groups=window,
-            rows_per_group=manifest.rows_per_group,
+            rows_per_group=rows_per_group,
         )
+
+    def divided(self, rows: NDArray[np.int64]) -> "list[tuple[Source, NDArray[np.int64]]]":
+        """Return the sources that rows of the manifest [n] belong to, each with the rows of its own manifest."""
+        if not self.parts:
+            return [(self, rows)]
+        numbers = np.searchsorted(self.firsts, rows, side="right") - 1
+        return [(part, rows[numbers == n] - self.firsts[n]) for n, part in enumerate(self.parts)]
 
     def in_manifest(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the manifest's indices [n] of these images; the manifest may have more images."""
@@ -164,7 +201,7 @@ class Source:
         """Return the CPU time spent on fetching since the last call, in seconds."""
         with self._lock:
             seconds, self._cpu_seconds = self._cpu_seconds, 0.0
-        return seconds
+        return seconds + sum(part.take_cpu_seconds() for part in self.parts)
 
     def _begin(
         self, work: Callable[[Item], Result], items: Sequence[Item], sizes: Sequence[int]
@@ -215,6 +252,14 @@ class Source:
                     future.cancel()
 
         return ended(num_bytes)
+
+
+def _part(config: DataConfig, manifest: Manifest, storage: StorageConfig, num_sources: int) -> Source:
+    """Return one source of a mix, which has its share of the memory for images that are fetched ahead."""
+    listed = {name: manifest.listed_as[name] for name in ("path", *DETECTABLE)}
+    ahead = max(1, config.fetch_buffer_bytes // num_sources)
+    own = config.model_copy(update={**listed, "mix": {}, "fetch_buffer_bytes": ahead})
+    return Source(own, manifest, storage)
 
 
 def _source(

@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dinoray.pipeline.data.detection import AUTO, other_label_column
 from dinoray.pipeline.data.fetched import BAD_OBJECT
@@ -50,7 +51,7 @@ def class_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismatch |
         missing -= known
         if not missing:
             return None
-    setting = "data.path" if config.train_path is None else "eval.train_path"
+    setting = _setting(train, config)
     train_path = f"{setting}={train.config.path}"
     val_path = f"eval.val_path={val.config.path}"
     if len(missing) == len(classified):
@@ -76,16 +77,23 @@ def overlap_warnings(labelled: tuple[Source, Source] | None, config: EvalConfig)
     """Return a warning if images of `eval.val_path` also vote, because one address is or holds the other."""
     if labelled is None or config.val_path == AUTO:
         return []
-    train, val = (_real(side.manifest.path) for side in labelled)
-    if not (f"{train}/".startswith(f"{val}/") or f"{val}/".startswith(f"{train}/")):
+    voters, val = (labelled[0].manifest, _real(labelled[1].manifest.path))
+    trains = [_real(one.path) for one in voters.sources or (voters,)]
+    train = next((t for t in trains if f"{t}/".startswith(f"{val}/") or f"{val}/".startswith(f"{t}/")), None)
+    if train is None:
         return []
-    setting = "data.path" if config.train_path is None else "eval.train_path"
+    setting = _setting(labelled[0], config)
     where = "is" if train == val else "holds images of" if train.startswith(f"{val}/") else "lies in"
     return [
         f"k-NN accuracy is too high, because images vote for themselves: eval.val_path={labelled[1].manifest.path} "
-        f"{where} {setting}={labelled[0].manifest.path}; leave eval.val_path out to hold out a part of data.path, "
+        f"{where} {setting}={voters.path}; leave eval.val_path out to hold out a part of data.path, "
         "or move the images of eval.val_path into a folder outside"
     ]
+
+
+def _setting(train: Source, config: EvalConfig) -> str:
+    """Return the setting that gave the images that vote."""
+    return "eval.train_path" if config.train_path is not None else train.config.setting
 
 
 def _real(path: str) -> str:
@@ -108,7 +116,7 @@ def _held_out_mismatch(train: Source, val: Source, config: EvalConfig) -> Mismat
     wrong = sum(count for name, count in classified.items() if name not in known)
     if 2 * wrong <= classified.total():
         return None
-    column = train.config.label_column
+    column = next((part for part in train.parts if part.has_labels), train).config.label_column
     setting, remedy = "data.label_from_parent=true", "data.label_from_parent=false"
     if column is not None:
         setting, remedy = (
@@ -159,7 +167,12 @@ def _some(names: Iterable[str]) -> str:
 
 def _names(source: Source, limit: int) -> Iterator[list[str]]:
     """Yield the labels of the subset that an evaluation takes, in parts; omit images without a label."""
-    indices = source.in_manifest(subset(source.num_images, limit))
+    for part, rows in source.divided(source.in_manifest(subset(source.num_images, limit))):
+        yield from _names_of(part, rows)
+
+
+def _names_of(source: Source, indices: NDArray[np.int64]) -> Iterator[list[str]]:
+    """Yield the labels of these rows of the manifest of one source."""
     of_images, sizes = source.manifest.labels, source.manifest.group_sizes
     if of_images is not None or sizes is None:
         labels = [] if of_images is None else of_images.take(indices).to_pylist()

@@ -83,13 +83,26 @@ def open_labelled(
 
 
 def with_labels(source: Source) -> Source:
-    """Return the source without images outside of class folders and without rows that lack a label."""
+    """Return the source without images outside of class folders and without rows that lack a label.
+
+    Of a mix, sources that have labels stay; classes of one name are one class.
+    """
+    if source.parts:
+        sides = [
+            (first, part) for first, part in zip(source.firsts, source.parts, strict=True) if part.has_labels
+        ]
+        rows = [first + _rows_of(with_labels(part)) for first, part in sides]
+        return source.select(np.concatenate([np.empty(0, np.int64), *rows]))
     labels = source.manifest.labels
     if labels is None and source.config.label_column is not None:
         return _rows_with_labels(source, source.config.label_column)
     if labels is None or not labels.null_count:
         return source
     return source.select(np.flatnonzero(labels.is_valid().to_numpy()))
+
+
+def _rows_of(source: Source) -> NDArray[np.int64]:
+    return source.in_manifest(np.arange(source.num_images))
 
 
 def _rows_with_labels(source: Source, column: str) -> Source:
@@ -145,7 +158,7 @@ def labelled_sources(
         return None
 
     def source(path: str, name: str, setting: str) -> Source:
-        of_path = {"manifest": None, "image_list": None, "include": (), "exclude": ()}
+        of_path = {"manifest": None, "image_list": None, "include": (), "exclude": (), "mix": {}}
         if normal_uri(path) == normal_uri(data.path):
             of_path = {}
         at = DataConfig.model_validate(data.model_dump() | {"path": path} | of_path)

@@ -193,7 +193,10 @@ def next_commands(run: Directory, found: Course, records: Records, values: Mappi
 
 
 def _commands(run: Directory, found: Course, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    place, images = run.uri, values.get("data.path")
+    place = run.uri
+    # Of a mix the first source: commands take one.
+    images = next((key.removeprefix("data.mix.") for key in values if key.startswith("data.mix.")), None)
+    images = images or values.get("data.path")
     where = [images] if isinstance(images, str) and images else []
     if not found.is_done:
         yield "resume", _resume(run, values)

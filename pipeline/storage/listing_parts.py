@@ -107,8 +107,16 @@ class ListingParts:
         self._opened = self._begun = 0.0
         self.stretches: list[Stretch] = []
         """What an earlier attempt has read, sorted, without overlaps."""
+        self._of_sources: list[ListingParts] = []
         self.is_complete = False
         """Set once the listing has come to its end."""
+
+    @contextlib.contextmanager
+    def of_source(self) -> Iterator["ListingParts"]:
+        """Give the parts of the listing of one of several sources, which are forgotten with these, as `resumable`."""
+        with resumable(self._directory) as parts:
+            self._of_sources.append(parts)
+            yield parts
 
     def open(self, what: str) -> None:
         """Read what there is of the listing of `what`: a store, a bucket and a prefix, as text.
@@ -162,6 +170,8 @@ class ListingParts:
 
     def forget(self) -> None:
         """Keep nothing more, and delete all parts. Files that cannot be deleted stay, and are not read again."""
+        for parts in self._of_sources:
+            parts.forget()
         with self._lock:
             self._pending = None
         self._is_over, self.stretches = True, []

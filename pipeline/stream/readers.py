@@ -175,6 +175,7 @@ class SharedImages:
         assert sizes is not None
         assert num_bytes is not None
         self._ends, self._bytes_per_image = np.cumsum(sizes), num_bytes / np.maximum(1, sizes)
+        self._is_shared = num_bytes > 0  # image objects of a mix count no bytes: each actor reads its own
         self._node = ray.get_runtime_context().get_node_id()
         self._lent: dict[int, _Lent] = {}
         self._lock, self._cpu_seconds, self._window, self._begun = threading.Lock(), 0.0, -1, -1
@@ -213,16 +214,19 @@ class SharedImages:
 
     def arrivals(self, indices: Sequence[int]) -> Iterator[tuple[int, Fetched]]:
         """As `Source.arrivals`; expected bytes under way are limited by `data.fetch_buffer_bytes`."""
-        groups = np.searchsorted(self._ends, self._source.in_manifest(indices), side="right")
-        readers = self._readers.sharing.reader_of(groups)
-        calls = deque(cut_in_calls(np.asarray(indices, np.int64), readers, self._bytes_per_image[groups]))
+        wanted = np.asarray(indices, np.int64)
+        groups = np.searchsorted(self._ends, self._source.in_manifest(wanted), side="right")
+        shared = np.flatnonzero(self._is_shared[groups])
+        readers = self._readers.sharing.reader_of(groups[shared])
+        calls = deque(cut_in_calls(wanted[shared], readers, self._bytes_per_image[groups[shared]]))
+        others = np.flatnonzero(~self._is_shared[groups])
+        alone = self._source.arrivals(wanted[others].tolist()) if len(others) else iter(())
         pending: dict[ray.ObjectRef, _Call] = {}
         under_way = 0.0
 
         def begin_more() -> None:
             nonlocal under_way
-            limit = self.config.fetch_buffer_bytes
-            while calls and (not pending or under_way + calls[0].num_bytes <= limit):
+            while calls and (not pending or under_way + calls[0].num_bytes <= self.config.fetch_buffer_bytes):
                 call = calls.popleft()
                 pending[self._begin(call)] = call
                 under_way += call.num_bytes
@@ -231,6 +235,7 @@ class SharedImages:
 
         def ended() -> Iterator[tuple[int, Fetched]]:
             nonlocal under_way
+            yield from ((int(others[place]), image) for place, image in alone)
             while pending:
                 (answer,), _ = ray.wait(list(pending), num_returns=1)
                 call = pending.pop(answer)
@@ -249,15 +254,15 @@ class SharedImages:
                     raise reply.images
                 with self._lock:
                     self._cpu_seconds += reply.cpu_seconds
-                yield from zip(call.places, reply.images, strict=True)
+                yield from zip(shared[call.places].tolist(), reply.images, strict=True)
 
         return ended()
 
     def take_cpu_seconds(self) -> float:
-        """Return the readers' CPU time for this process since the last call, in seconds."""
+        """Return the readers' CPU time for this process since the last call, and its own, in seconds."""
         with self._lock:
             seconds, self._cpu_seconds = self._cpu_seconds, 0.0
-        return seconds
+        return seconds + self._source.take_cpu_seconds()
 
     def _begin(self, call: "_Call") -> ray.ObjectRef:
         call.lent = self._reader(call.reader)

@@ -1,11 +1,13 @@
 """The images of a run: those that it learns from, and those that it is evaluated on."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.detection import AUTO
@@ -39,6 +41,7 @@ class Inputs:
         """List them, or read the manifests that `directory` keeps of an earlier listing."""
         manifest = load_or_build(config.data, directory, storage=config.storage)
         images = Source(config.data, manifest, config.storage)
+        check_mix(config, images)
         measured = load_or_measure(images, directory, normalises=measures_pixels(config.crops))
         settled = config.data.model_copy(update=measured.settle(config.data))
         config = config.model_copy(update={"data": settled})
@@ -58,6 +61,34 @@ class Inputs:
                     image = decode(fetched.data, max_pixels=shown.config.max_pixels, config=shown.config)
                     pictures.append((fetched.key, image))
         return pictures
+
+
+def check_mix(config: Config, images: Source) -> None:
+    """ConfigError where a batch would hold an image of a source of `data.mix` more than once, or streams cannot be kept
+    together."""
+    if not images.parts:
+        return
+    if config.data.streams > 1 and images.manifest.group_sizes is not None:
+        raise ConfigError(
+            f"data.streams={config.data.streams} with Parquet or tar files in data.mix, whose windows streams would "
+            "read apart from each other; set data.streams=1"
+        )
+    batch, weights = config.train.global_batch_size, images.manifest.weights
+    for part, weight in zip(images.parts, weights, strict=True):
+        drawn, number = batch * weight / sum(weights), part.num_images
+        if drawn > number:
+            most = (sum(weights) - weight) * number / (batch - number)
+            raise ConfigError(
+                f"train.global_batch_size={batch} draws {drawn:.0f} images a step from the {number} of "
+                f"{part.manifest.path}, so a batch would hold an image more than once; lower its weight in data.mix "
+                f"from {weight:g} to {_rounded_down(most)}, or train.global_batch_size, or add images"
+            )
+
+
+def _rounded_down(number: float) -> str:
+    """To two digits."""
+    digits = 1 - math.floor(math.log10(number))
+    return f"{math.floor(number * 10**digits) / 10**digits:g}"
 
 
 def evaluated_images(
