@@ -151,7 +151,7 @@ class CropsConfig(Settings):
         if of_colours and self.channels != 3:
             shown = " and ".join(f"{name}={value}" for name, value in of_colours.items())
             raise ValueError(
-                f"{shown} must be 0 with data.channels={self.channels}, since it needs RGB; set "
+                f"{shown} must be 0 with data.channels={self.channels}, since only RGB has that; set "
                 f"{' '.join(f'crops.{name}=0' for name in of_colours)}"
             )
         if self.hed_jitter and self.photometric == "device":
