@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> None:
     one_source(arguments.overrides, "pack")
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     out = Directory(arguments.out)
-    line = _next_command(arguments, out)
-    pack_images(arguments, _config(arguments), out, console, next_command=line)
+    config = _config(arguments)
+    line = _next_command(arguments, config, out)
+    pack_images(arguments, config, out, console, next_command=line)
     console.print(f"command that pretrains on the packed images:\n{line}")
 
 
@@ -99,11 +100,12 @@ def _config(arguments: Namespace) -> Config:
     return validate(tree)
 
 
-def _next_command(arguments: Namespace, out: Directory) -> str:
+def _next_command(arguments: Namespace, config: Config, out: Directory) -> str:
     """The command that pretrains from what was packed."""
     kept = [one for one in arguments.overrides if one.startswith(("crops.", *_OF_PIXELS))]
-    if any(one.startswith("data.channels=") for one in kept) and not arguments.shrink:
-        kept += [f"crops.{name}=0" for name in OF_COLOURS]
+    if config.data.channels != 3:
+        given = {one.partition("=")[0] for one in kept}
+        kept += [f"crops.{name}=0" for name in OF_COLOURS if f"crops.{name}" not in given]
     return command("pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}", *kept)
 
 

@@ -16,6 +16,7 @@ classifies all 50,000 others (here eval.max_train_images and eval.max_val_images
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dinoray.jobs.cli.domain_recipes import industrial, microscopy, pathology, satellite
 from dinoray.pipeline.data.demo_images import demo_folder
 
 Tree = dict[str, Any]
@@ -208,6 +209,10 @@ RECIPES: dict[str, Callable[[], Tree]] = {
         vit_small_imagenet_boost,
         vit_base_imagenet,
         resnet50_imagenet,
+        pathology,
+        satellite,
+        microscopy,
+        industrial,
     )
 }
 """Name -> recipe."""

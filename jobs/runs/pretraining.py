@@ -17,7 +17,7 @@ from dinoray.jobs.runs.result import describe_result, write_result
 from dinoray.jobs.runs.run_files import draw_demo, note_hardware, write_about
 from dinoray.jobs.runs.run_size import check_images, check_workers, length_warnings, warmup_warnings
 from dinoray.models.errors import DinorayError
-from dinoray.pipeline.augment.config import describe_crops
+from dinoray.pipeline.augment.crops_table import describe_crops
 from dinoray.pipeline.augment.multicrop import kernel_name
 from dinoray.pipeline.cluster.channel import Event, RunChannel
 from dinoray.pipeline.cluster.lost_ray import leave_ray

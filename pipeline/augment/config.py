@@ -1,4 +1,4 @@
-"""Settings of multi-crop and their table: number and size of the crops, and the changes to their pixels.
+"""Settings of multi-crop: number and size of the crops, and the changes to their pixels.
 
 This module stands before params.py, which draws the parameters of each crop of one image. It uses no pixels,
 random numbers, files or Ray.
@@ -20,7 +20,7 @@ Range = tuple[float, float]
 
 Value = TypeVar("Value")
 
-OF_COLOURS = ("saturation", "hue", "gray_prob")
+OF_COLOURS = ("saturation", "hue", "gray_prob", "hed_jitter")
 """Settings of what only RGB has."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -47,6 +47,12 @@ class CropsConfig(Settings):
     """Width over height of the region that is cut out, lowest and highest; or such a pair for either group of crops."""
     flip_prob: Probability | tuple[Probability, Probability] = 0.5
     """Probability of a horizontal flip; one value, or one for global and one for local crops."""
+    vertical_flip_prob: Probability = 0.0
+    """Probability of a vertical flip, for images without an up and a down."""
+    quarter_turn_prob: Probability = 0.0
+    """Probability of a turn by 90 degrees; with 0.5 here and for both flips, all eight orientations are as frequent."""
+    hed_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """H&E slides: each stain is multiplied by 1 plus or minus up to this, and shifted by up to this optical density."""
     jitter_prob: Probability | tuple[Probability, Probability] = 0.8
     """Probability of colour jitter: brightness, contrast, saturation and hue in a random order; one value or two."""
     brightness: Strength | tuple[Strength, Strength] = 0.4
@@ -145,8 +151,13 @@ class CropsConfig(Settings):
         if of_colours and self.channels != 3:
             shown = " and ".join(f"{name}={value}" for name, value in of_colours.items())
             raise ValueError(
-                f"{shown} must be 0 with data.channels={self.channels}, since only RGB has hues; set "
+                f"{shown} must be 0 with data.channels={self.channels}, since only RGB has that; set "
                 f"{' '.join(f'crops.{name}=0' for name in of_colours)}"
+            )
+        if self.hed_jitter and self.photometric == "device":
+            raise ValueError(
+                f"hed_jitter={self.hed_jitter:g} runs on CPUs alone, not with photometric=device; set "
+                "crops.photometric=cpu"
             )
         for name, default in (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD)):
             value = getattr(self, name)
@@ -239,46 +250,6 @@ def crop_bytes(config: CropsConfig) -> int:
     """Return the bytes of one image in a block: its crops, and their photometric parameters where these travel."""
     parameters = 4 * NUM_PHOTOMETRIC if config.photometric == "device" else 0
     return sum(config.channels * kind.size**2 + parameters for kind in crop_kinds(config))
-
-
-def describe_crops(config: CropsConfig) -> str:
-    """Format the settings in effect: one row for each run of equal crops, then the strengths."""
-    kinds = crop_kinds(config)
-    rows: list[tuple[str, ...]] = [("crop", "size", "scale", "flip", "jitter", "gray", "blur", "solarize")]
-    first = 0
-    for i, kind in enumerate(kinds):
-        group = kind.name.split()[0]
-        last = i + 1 == len(kinds) or kinds[i + 1][1:] != kind[1:] or not kinds[i + 1].name.startswith(group)
-        if last:
-            numbers = [k.name.split()[1] for k in kinds[first : i + 1]]
-            name = f"{group} {numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
-            probabilities = (
-                kind.flip_prob, kind.jitter_prob, kind.gray_prob, kind.blur_prob, kind.solarize_prob
-            )  # fmt: skip
-            scale = "{:g} to {:g}".format(*kind.scale)
-            rows.append((name, f"{kind.size} px", scale, *(f"{p:g}" for p in probabilities)))
-            first = i + 1
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    strengths: dict[tuple[str, ...], str] = {}
-    for kind in kinds:
-        strengths.setdefault(_describe_strengths(kind), kind.name.split()[0])
-    for text, group in strengths.items():
-        lines += [(f"{group} crops: " if len(strengths) > 1 else "") + line for line in text]
-    lines[-1] += f", {crop_bytes(config):,} bytes an image"
-    if config.photometric == "device":
-        lines.append("jitter, gray, blur and solarize run on the device that trains")
-    return "\n".join(lines)
-
-
-def _describe_strengths(kind: CropKind) -> tuple[str, str]:
-    return (
-        f"jitter, in random order: brightness {kind.brightness:g}, contrast {kind.contrast:g}, "
-        f"saturation {kind.saturation:g}, hue {kind.hue:g}",
-        "aspect ratio {:.3g} to {:.3g}, ".format(*kind.aspect_ratio)
-        + "blur sigma {:g} to {:g} px, ".format(*kind.blur_sigma)
-        + f"solarize from {kind.solarize_threshold}",
-    )
 
 
 def _of(value: Value | tuple[Value, ...], index: int) -> Value:

@@ -32,6 +32,8 @@ _SOURCES = (
     "kernels/numba_crops.py",
     "kernels/numba_colour.py",
     "params.py",
+    "later_draws.py",
+    "stains.py",
     "rng.py",
     "jit.py",
 )

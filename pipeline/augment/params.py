@@ -16,16 +16,23 @@ import numpy.typing as npt
 
 from dinoray.pipeline.augment.config import NUM_PHOTOMETRIC, CropsConfig, crop_kinds
 from dinoray.pipeline.augment.jit import MISSING, compiled, njit_cached
+from dinoray.pipeline.augment.later_draws import (
+    NUM_COLUMNS,
+    NUM_STAINS,
+    QUARTER_TURN,
+    STAINS,
+    VERTICAL_FLIP,
+    draw_later,
+)
 from dinoray.pipeline.augment.rng import crop_rng, fill_uniform, image_digest
 
 Table = npt.NDArray[np.float64]
 Photometric = npt.NDArray[np.float32]
 
-# Columns of CropParams.table.
+# Columns of CropParams.table; those of later_draws.py follow.
 TOP, LEFT, HEIGHT, WIDTH, FLIP, OPERATIONS, FACTORS, GRAY, SIGMA, SOLARIZE, SIZE = (
     0, 1, 2, 3, 4, 5, 9, 13, 14, 15, 16
 )  # fmt: skip
-_NUM_COLUMNS = 17
 
 NUM_OPERATIONS = 4
 _UNCHANGED = (0.0,) * (NUM_PHOTOMETRIC - 2) + (-1.0, 256.0)
@@ -56,13 +63,19 @@ class OneCrop(NamedTuple):
     """The level from which values are inverted, or None."""
     size: int
     """Side of the finished crop."""
+    vertical_flip: bool = False
+    quarter_turn: bool = False
+    """Turned by 90 degrees against the clock, after the flips."""
+    stains: tuple[float, ...] | None = None
+    """Factors of the amounts of hematoxylin, eosin and DAB, then shifts of these; applied before the jitter."""
 
 
 class CropParams(NamedTuple):
     """All parameters of the crops of one `width` x `height` image.
 
-    Use `crops` for reading; kernels use `table`. It is float64 [V, 17] with box, flip, four operations (0 is
-    none) and their factors, gray, sigma (-1 is none), level of solarization (256 is none), size.
+    Use `crops` for reading; kernels use `table`. It is float64 [V, 25] with box, flip, four operations (0 is
+    none) and their factors, gray, sigma (-1 is none), level of solarization (256 is none), size, vertical flip,
+    quarter turn, three factors of stains (0 is none) and three shifts.
     """
 
     width: int
@@ -109,7 +122,7 @@ def sample(rng: np.random.Generator, width: int, height: int, config: CropsConfi
     if min(width, height) < 1:
         raise ValueError(f"an image has at least one pixel, not {width}x{height}")
     kinds = _kinds_table(config)
-    table = np.zeros((len(kinds), _NUM_COLUMNS))
+    table = np.zeros((len(kinds), NUM_COLUMNS))
     _draw(rng.random((len(kinds), _NUM_UNIFORMS)), width, height, kinds, _ORDERS, table)
     return CropParams(width, height, table, config)
 
@@ -119,7 +132,7 @@ def sample_image(seed: int, epoch: int, key: str, width: int, height: int, confi
     if MISSING:
         return sample(crop_rng(seed, epoch, key), width, height, config)
     kinds = _kinds_table(config)
-    table = np.zeros((len(kinds), _NUM_COLUMNS))
+    table = np.zeros((len(kinds), NUM_COLUMNS))
     digest = np.frombuffer(image_digest(seed, epoch, key), "<u8")
     _draw_from(digest, width, height, kinds, _ORDERS, table)
     return CropParams(width, height, table, config)
@@ -128,8 +141,8 @@ def sample_image(seed: int, epoch: int, key: str, width: int, height: int, confi
 # Columns of the table that _draw reads: the settings of each crop.
 (
     _SCALE, _LOG_ASPECT, _ASPECT, _FLIP_PROB, _JITTER_PROB, _SPANS, _GRAY_PROB, _BLUR_PROB, _BLUR_SIGMA,
-    _SOLARIZE_PROB, _THRESHOLD, _SIDE,
-) = (0, 2, 4, 6, 7, 8, 16, 17, 18, 20, 21, 22)  # fmt: skip
+    _SOLARIZE_PROB, _THRESHOLD, _SIDE, _VERTICAL_PROB, _TURN_PROB, _STAINS,
+) = (0, 2, 4, 6, 7, 8, 16, 17, 18, 20, 21, 22, 23, 24, 25)  # fmt: skip
 
 
 @lru_cache(maxsize=16)
@@ -143,7 +156,7 @@ def _kinds_table(config: CropsConfig) -> Table:
                 *(max(0.0, 1 - kind.saturation), 1 + kind.saturation),
                 *(-kind.hue, kind.hue),
                 kind.gray_prob, kind.blur_prob, *kind.blur_sigma, kind.solarize_prob, kind.solarize_threshold,
-                kind.size,
+                kind.size, config.vertical_flip_prob, config.quarter_turn_prob, config.hed_jitter,
             ]
             for kind in crop_kinds(config)
         ]
@@ -203,6 +216,7 @@ def _draw(
         crop[SIGMA] = _between(kind[_BLUR_SIGMA], kind[_BLUR_SIGMA + 1], u[9]) if blurred else -1.0
         crop[SOLARIZE] = kind[_THRESHOLD] if u[10] < kind[_SOLARIZE_PROB] else 256.0
         crop[SIZE] = kind[_SIDE]
+        draw_later(u, kind[_VERTICAL_PROB], kind[_TURN_PROB], kind[_STAINS], crop)
 
 
 @njit_cached
@@ -262,6 +276,9 @@ def _one_crop(row: list[float]) -> OneCrop:
         blur_sigma=row[SIGMA] if row[SIGMA] >= 0 else None,
         solarize=int(row[SOLARIZE]) if row[SOLARIZE] < 256 else None,
         size=int(row[SIZE]),
+        vertical_flip=bool(row[VERTICAL_FLIP]),
+        quarter_turn=bool(row[QUARTER_TURN]),
+        stains=tuple(row[STAINS:NUM_COLUMNS]) if row[STAINS] else None,
     )
 
 
@@ -282,4 +299,7 @@ def _row(crop: OneCrop) -> list[float]:
         sigma,
         level,
         crop.size,
+        crop.vertical_flip,
+        crop.quarter_turn,
+        *(crop.stains or [0.0] * 2 * NUM_STAINS),
     ]

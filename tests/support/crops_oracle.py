@@ -4,6 +4,7 @@ Also the pictures that both are tried on, and ways to ask a kernel for one crop.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import cv2
@@ -69,6 +70,12 @@ def oracle_crop(image: Pixels, params: OneCrop, *, interpolation: str = "bicubic
     crop = oracle_box(image, params, interpolation=interpolation)
     if params.flip:
         crop = F.hflip(crop)
+    if params.vertical_flip:
+        crop = F.vflip(crop)
+    if params.quarter_turn:
+        crop = crop.transpose(Image.Transpose.ROTATE_90)
+    if params.stains is not None:
+        crop = Image.fromarray(oracle_stains(np.asarray(crop), params.stains))
     for operation, factor in params.jitter:
         crop = oracle_colour(crop, operation, factor)
     if params.gray:
@@ -107,6 +114,17 @@ def oracle_colour(crop: Image.Image, operation: str, factor: float) -> Image.Ima
         return F.adjust_saturation(crop, factor)
     assert operation == "hue"
     return F.adjust_hue(crop, factor)
+
+
+def oracle_stains(crop: Pixels, changes: Sequence[float]) -> Pixels:
+    """Deconvolution into hematoxylin, eosin and DAB as scikit-image's rgb2hed has it, but of logarithms to base 10,
+    without setting negative amounts to 0; and back."""
+    rgb_from_hed = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    densities = -np.log10(np.maximum(crop, 0.25) / 255)
+    amounts = np.linalg.solve(rgb_from_hed.T, densities.reshape(-1, 3).T).T
+    changed = amounts * changes[:3] + changes[3:]
+    levels = 255 * 10 ** -(changed @ rgb_from_hed)
+    return np.clip(levels.round(), 0, 255).astype(np.uint8).reshape(crop.shape)
 
 
 @lru_cache

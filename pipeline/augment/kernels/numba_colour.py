@@ -10,11 +10,14 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from dinoray.pipeline.augment import stains
 from dinoray.pipeline.augment.jit import compiled
 from dinoray.pipeline.augment.kernels.simd import BOX_BYTES, LANES, box, transpose_bytes
 
 Plane = npt.NDArray[np.uint8]
 
+_AMOUNTS, _STAINS, _DENSITIES, _LEVELS = stains.AMOUNTS, stains.STAINS, stains.DENSITIES, stains.LEVELS
+_LAST_STEP = len(_LEVELS) - 1
 _F, _I, _U8, _U32 = np.float32, np.int32, np.uint8, np.uint32
 
 
@@ -71,6 +74,27 @@ def saturate(red: Plane, green: Plane, blue: Plane, n: int, factor: float) -> No
         red[i] = _U8(_I(min(max(gray + slope * (_F(red[i]) - gray), _F(0)), _F(255))))
         green[i] = _U8(_I(min(max(gray + slope * (_F(green[i]) - gray), _F(0)), _F(255))))
         blue[i] = _U8(_I(min(max(gray + slope * (_F(blue[i]) - gray), _F(0)), _F(255))))
+
+
+@compiled
+def jitter_stains(red: Plane, green: Plane, blue: Plane, n: int, changes: Plane) -> None:
+    """Multiply the amounts of the three stains by `changes[:3]`, and add `changes[3:]`."""
+    mixed = np.zeros((4, 3), _F)
+    for j in range(3):
+        for k in range(3):
+            for i in range(3):
+                mixed[i, j] += _F(_AMOUNTS[i, k] * changes[k] * _STAINS[k, j])
+            mixed[3, j] += _F(changes[3 + k] * _STAINS[k, j])
+    for i in range(n):
+        r, g, b = _DENSITIES[red[i]], _DENSITIES[green[i]], _DENSITIES[blue[i]]
+        red[i] = _LEVELS[_step(r * mixed[0, 0] + g * mixed[1, 0] + b * mixed[2, 0] + mixed[3, 0])]
+        green[i] = _LEVELS[_step(r * mixed[0, 1] + g * mixed[1, 1] + b * mixed[2, 1] + mixed[3, 1])]
+        blue[i] = _LEVELS[_step(r * mixed[0, 2] + g * mixed[1, 2] + b * mixed[2, 2] + mixed[3, 2])]
+
+
+@compiled
+def _step(density: float) -> int:
+    return _I(min(max(density * _F(stains.STEPS) + _F(0.5), _F(0)), _F(_LAST_STEP)))
 
 
 @compiled

@@ -18,6 +18,8 @@ from dinoray.pipeline.augment.jit import compiled, njit_cached
 from dinoray.pipeline.augment.kernels.numba_colour import (
     blend,
     blur_and_transpose,
+    copy,
+    jitter_stains,
     mean_level,
     mean_luma,
     saturate,
@@ -36,6 +38,7 @@ from dinoray.pipeline.augment.kernels.simd import (
     weigh_half_columns,
     weigh_rows,
 )
+from dinoray.pipeline.augment.later_draws import QUARTER_TURN, STAINS, VERTICAL_FLIP
 
 SLACK = 2 * ROW_BYTES
 """Bytes that must be readable after a picture and writable after a plane."""
@@ -145,8 +148,12 @@ def resample(
     picture_at: int, stride: int, height: int, width: int, crop: Any, pitch: int, plane_bytes: int, planes: Any,
     bilinear: bool, tile: Any, turned: Any, places: Any, counts: Any, weights: Any, values: Any, sums: Any,
 ) -> None:  # fmt: skip
-    """Filter a box of the picture into three planes, x over rows; mirror it if the crop is flipped."""
+    """Filter a box of the picture into three planes, x over rows; mirror it if the crop is flipped.
+
+    A quarter turn is a flip here, and a transposition later.
+    """
     size = int(crop[columns.SIZE])
+    is_mirrored, is_upside_down = crop[columns.FLIP] != crop[QUARTER_TURN], crop[VERTICAL_FLIP] != 0
     tops, lefts, row_taps, taps = places[:pitch], places[pitch:], counts[:pitch], counts[pitch:]
     half = len(weights) // 2
     row_weights, column_weights = weights[:half], weights[half:]
@@ -168,6 +175,7 @@ def resample(
             end = min(group + GROUP_BYTES, 3 * (right - left))
             for i in range(rows):
                 y = min(strip + i, size - 1)
+                y = size - 1 - y if is_upside_down else y
                 for chunk in range(group, end, ROW_BYTES):
                     weigh_rows(
                         source_at + tops[y] * stride + chunk, stride, row_weights_at + 2 * y, 2 * pitch,
@@ -180,7 +188,7 @@ def resample(
                         turned_at + 2 * (j * STRIP + i), 2 * STRIP,
                     )  # fmt: skip
         for x in range(size):
-            row = size - 1 - x if crop[columns.FLIP] else x
+            row = size - 1 - x if is_mirrored else x
             source, out = turned_at + (lefts[x] - left) * 3 * 2 * STRIP, planes_at + row * pitch + strip
             weights_at, bias = column_weights_at + 2 * x, (taps[x] >> 1) + 16
             if rows == STRIP:
@@ -245,6 +253,13 @@ def crop_all(
             tile, turned, places, counts, weights, values, sums,
         )  # fmt: skip
         red, green, blue = planes[:plane], planes[plane : 2 * plane], planes[2 * plane : 3 * plane]
+        if crop[QUARTER_TURN] != 0:
+            for channel in range(3):
+                source = planes[channel * plane : (channel + 1) * plane]
+                copy(source, blurred, pitch * pitch)
+                transpose(blurred.ctypes.data, source.ctypes.data, pitch)
+        if crop[STAINS] != 0:
+            jitter_stains(red, green, blue, size * pitch, crop[STAINS:])
         colour(crop, red, green, blue, size, pitch, is_rgb)
         gray = crop[columns.GRAY] != 0
         if gray:

@@ -8,10 +8,13 @@ meaning.
 """
 
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+
+from dinoray.pipeline.augment import stains
 
 Image = npt.NDArray[np.uint8]
 
@@ -51,6 +54,14 @@ def adjust_hue(image: Image, shift: float) -> Image:
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # wraps around, as hue does
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def jitter_stains(image: Image, changes: Sequence[float]) -> Image:
+    """Multiply the amounts of the three stains of H&E by `changes[:3]`, and add `changes[3:]`."""
+    mixed = (stains.AMOUNTS * changes[:3] @ stains.STAINS).astype(np.float32)
+    densities = stains.DENSITIES[image] @ mixed + (changes[3:] @ stains.STAINS).astype(np.float32)
+    steps = np.clip(densities * stains.STEPS + np.float32(0.5), 0, len(stains.LEVELS) - 1)
+    return stains.LEVELS[steps.astype(np.int32)]
 
 
 def to_grayscale(image: Image) -> Image:

@@ -52,6 +52,12 @@ def apply_colour(pixels: Image, crop: OneCrop) -> Image:
     """Apply all colour operations to a crop, uint8 [size,size,3], after its box was resized."""
     if crop.flip:
         pixels = np.ascontiguousarray(pixels[:, ::-1])
+    if crop.vertical_flip:
+        pixels = np.ascontiguousarray(pixels[::-1])
+    if crop.quarter_turn:
+        pixels = np.ascontiguousarray(np.rot90(pixels))
+    if crop.stains is not None:
+        pixels = opencv_colour.jitter_stains(pixels, crop.stains)
     for operation, factor in crop.jitter:
         pixels = _JITTER[operation](pixels, factor)
     if crop.gray:

@@ -13,6 +13,7 @@ from dinoray.jobs.cli.arguments import Arguments
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.models.backbone import build_backbone, embed_dim
+from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.partition import batch_size_per_worker
@@ -28,6 +29,7 @@ IMAGENET = [
     "vit_base_imagenet",
     "resnet50_imagenet",
 ]
+DOMAINS = ["pathology", "satellite", "microscopy", "industrial"]
 
 
 def config_of(recipe: str) -> Config:
@@ -287,7 +289,8 @@ def test_a_recipe_has_a_receipt(recipe: str) -> None:
     assert ("Published: k-NN " in receipt or "Published (README of DINO's code): k-NN " in receipt) == (
         recipe in IMAGENET
     )
-    assert ("unverified" in receipt) == (recipe in ("vit_base_imagenet", "resnet50_imagenet"))
+    unverified = ("vit_base_imagenet", "resnet50_imagenet", "pathology")
+    assert ("unverified" in receipt.lower()) == (recipe in unverified)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -299,7 +302,20 @@ def test_the_command_on_a_receipt_runs_the_recipe(recipe: str) -> None:
 
 
 def test_the_recipes_are_these() -> None:
-    assert list(RECIPES) == ["demo", "photos_small", *IMAGENET]
+    assert list(RECIPES) == ["demo", "photos_small", *IMAGENET, *DOMAINS]
+
+
+@pytest.mark.parametrize("recipe", DOMAINS)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_recipe_of_a_domain_takes_the_channels_that_its_images_have(recipe: str, channels: int) -> None:
+    overrides = ["data.path=/data", f"data.channels={channels}"]
+    if recipe != "pathology":  # whose stains need RGB
+        assert load_config(recipe, None, overrides).crops.channels == channels
+        return
+    with pytest.raises(ConfigError, match=r"hed_jitter=0.05 must be 0 .* crops\.hed_jitter=0") as refused:
+        load_config(recipe, None, overrides)
+    remedy = re.findall(r"crops\.\w+=0\b", str(refused.value).partition("set ")[2])
+    assert load_config(recipe, None, [*overrides, *remedy]).crops.channels == channels
 
 
 def test_a_recipe_is_made_anew_each_time() -> None:

@@ -67,6 +67,8 @@ def test_a_crop_has_as_many_bytes_as_channels() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"hed_jitter": 0.1, "photometric": "device"}, r"hed_jitter=0.1 runs on CPUs .* set crops.photometric=cpu"),
+        ({"channels": 4, **NO_COLOURS, "hed_jitter": 0.1}, r"hed_jitter=0.1 must be 0 .* set crops.hed_jitter=0"),
         ({"channels": 4}, r"saturation=0.2 and hue=0.1 and gray_prob=0.2 must be 0 with data.channels=4.*"
          "set crops.saturation=0 crops.hue=0 crops.gray_prob=0"),
         ({"channels": 4, **NO_COLOURS, "pixel_mean": [0.1, 0.2]}, "2 values for data.channels=4"),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import zlib
 from functools import lru_cache
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
 from dinoray.pipeline.augment.config import CropsConfig
+from dinoray.pipeline.augment.later_draws import NUM_STAINS, QUARTER_TURN, STAINS, VERTICAL_FLIP
 from dinoray.pipeline.augment.multicrop import crop_rng
 from dinoray.pipeline.augment.params import (
     BRIGHTNESS,
@@ -62,6 +64,8 @@ def draws() -> np.ndarray:
 
 APPLIED = {
     "flip": lambda t: t[..., FLIP] == 1,
+    "vertical flip": lambda t: t[..., VERTICAL_FLIP] == 1,
+    "quarter turn": lambda t: t[..., QUARTER_TURN] == 1,
     "jitter": lambda t: t[..., OPERATIONS] > 0,
     "gray": lambda t: t[..., GRAY] == 1,
     "blur": lambda t: t[..., SIGMA] >= 0,
@@ -114,6 +118,30 @@ def test_how_much_is_independent_between_operations_and_crops() -> None:
     areas = drawn[..., HEIGHT] * drawn[..., WIDTH]
     columns = [areas, *(drawn[..., c] for c in (FLIP, GRAY, SIGMA)), *np.moveaxis(factors, -1, 0)]
     assert largest_correlation(np.concatenate(columns, axis=1)) < 5.5 / math.sqrt(len(drawn))
+
+
+ALL_ON = {"vertical_flip_prob": 0.5, "quarter_turn_prob": 0.5, "hed_jitter": 0.2}
+
+
+def test_later_draws_are_independent_of_the_earlier_ones_and_change_none() -> None:
+    drawn = tables(CropsConfig(**ALL_ON, num_local_crops=2), 20_000)
+    plain = tables(CropsConfig(num_local_crops=2), 2_000)
+    np.testing.assert_array_equal(drawn[:2_000, :, :VERTICAL_FLIP], plain[..., :VERTICAL_FLIP])
+    assert not plain[..., VERTICAL_FLIP:].any()
+    assert_uniform(drawn[..., STAINS : STAINS + NUM_STAINS].ravel(), 0.8, 1.2)
+    assert_uniform(drawn[..., STAINS + NUM_STAINS :].ravel(), -0.2, 0.2)
+    areas = drawn[..., HEIGHT] * drawn[..., WIDTH]
+    columns = [
+        areas,
+        *(drawn[..., c] for c in (FLIP, GRAY, SIGMA)),
+        *np.moveaxis(drawn[..., VERTICAL_FLIP:], -1, 0),
+    ]
+    assert largest_correlation(np.concatenate(columns, axis=1)) < 5.5 / math.sqrt(len(drawn))
+
+
+def test_crops_without_them_are_those_of_runs_before_them() -> None:
+    drawn = [sample_image(1, 2, str(n), 30 * n + 1, 500, CropsConfig()).table for n in range(100)]
+    assert zlib.crc32(np.stack(drawn)[..., :VERTICAL_FLIP].copy()) == 2649122453
 
 
 def largest_correlation(columns: np.ndarray) -> float:
@@ -195,6 +223,9 @@ def test_boxes_are_distributed_as_torchvisions(width: int, height: int, scale: t
     ("operation", "changes", "probabilities"),
     [
         ("flip", {"flip_prob": (0.5, 0.1)}, [0.5, 0.5, 0.1, 0.1, 0.1]),
+        ("vertical flip", {"vertical_flip_prob": 0.3}, [0.3] * 5),
+        ("quarter turn", {"quarter_turn_prob": 0.5}, [0.5] * 5),
+        ("quarter turn", {}, [0] * 5),
         ("jitter", {"jitter_prob": (0.3, 0.9)}, [0.3, 0.3, 0.9, 0.9, 0.9]),
         ("gray", {"gray_prob": (0, 1)}, [0, 0, 1, 1, 1]),
         ("blur", {"local_blur_prob": (0.1, 0, 0.7)}, [1, 0.1, 0.1, 0, 0.7]),

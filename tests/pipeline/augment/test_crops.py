@@ -14,7 +14,8 @@ from fresh_python import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, describe_crops
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
+from dinoray.pipeline.augment.crops_table import describe_crops
 from dinoray.pipeline.augment.multicrop import Crops, crop_rng, cut, multi_crop
 from dinoray.pipeline.augment.params import sample
 from dinoray.pipeline.data.jpeg import Decoded
@@ -85,6 +86,9 @@ def configs(draw) -> CropsConfig:
         local_crop_scale=span(0.01, 1),
         aspect_ratio=span(0.1, 10),
         flip_prob=draw(probability),
+        vertical_flip_prob=draw(probability),
+        quarter_turn_prob=draw(probability),
+        hed_jitter=draw(st.floats(0, 0.9)),
         jitter_prob=draw(probability),
         brightness=draw(st.floats(0, 3)),
         contrast=draw(st.floats(0, 3)),

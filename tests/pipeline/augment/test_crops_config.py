@@ -5,7 +5,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, crop_kinds, describe_crops
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, crop_kinds
+from dinoray.pipeline.augment.crops_table import describe_crops
 
 
 @pytest.mark.parametrize(

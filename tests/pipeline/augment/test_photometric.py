@@ -18,7 +18,8 @@ from samples import write_all
 from sources import source_of
 
 from dinoray.pipeline.augment.augmenter import Augmenter
-from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, describe_crops
+from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
+from dinoray.pipeline.augment.crops_table import describe_crops
 from dinoray.pipeline.augment.kernels import torch_colour
 from dinoray.pipeline.augment.kernels.torch_colour import adjust, finished
 from dinoray.pipeline.augment.multicrop import crop_rng, cut
@@ -67,6 +68,9 @@ crops = st.builds(
     blur_sigma=st.none() | st.floats(0, 6),
     solarize=st.none() | st.integers(0, 255),
     size=st.just(17),
+    vertical_flip=st.booleans(),
+    quarter_turn=st.booleans(),
+    stains=st.none(),
 )
 
 
