@@ -120,7 +120,7 @@ class Quarantine:
         """Raise TooManyBadImagesError if a share above `limit` is bad, of the latest one to two windows.
 
         A window is an epoch, of large sets 100,000 positions. The first check is at 1000 images, or an epoch. A single
-        bad image of a small set never ends a run, unless `limit` is 0, however often it comes: `most_passes` times in an
+        bad image of a small set never ends a run, unless `limit` is 0, however often it comes: `most_passes` times an
         epoch.
         """
         total, first = self.counts.total(), self._marks[0]
