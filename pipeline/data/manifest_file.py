@@ -240,7 +240,7 @@ class Manifest:
 def _names(paths: Sequence[str]) -> list[str]:
     """Return a short name for each source: the last part of its path, unless others end in it too."""
     last = [path.rstrip("/").rpartition("/")[2] for path in paths]
-    return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
+    return [name if name and last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]
 
 
 def _ignored(about: dict[str, Any]) -> tuple[Ignored, ...]:

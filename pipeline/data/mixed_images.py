@@ -1,8 +1,8 @@
 """The images of several sources, numbered one source after the other. Each source reads its own; no Ray here."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -15,7 +15,10 @@ from dinoray.pipeline.data.recently_used import Held, RecentlyUsed
 class Part(Protocol):
     """What is asked of a source."""
 
-    num_images: int
+    @property
+    def num_images(self) -> int:
+        """As `Source.num_images`."""
+        ...
 
     def key(self, index: int) -> str:
         """As `Source.key`."""
@@ -75,8 +78,8 @@ class _Numbered:
     def __init__(self, cache: RecentlyUsed[int, Any], first: int) -> None:
         self._cache, self._first = cache, first
 
-    def get_or_read(self, group: int, read: Any) -> Held:
-        return self._cache.get_or_read(self._first + group, read)
+    def get_or_read(self, group: int, read: Callable[[], Held]) -> Held:
+        return cast(Held, self._cache.get_or_read(self._first + group, read))
 
 
 def _in_turn(turns: "deque[Iterator[tuple[int, Fetched]]]") -> Iterator[tuple[int, Fetched]]:

@@ -59,7 +59,7 @@ class Mixture:
         number, slot = divmod(position, BLOCK)
         period, place = divmod(number, _BLOCKS)
         inside = np.bincount(self._block(number)[0][:slot], minlength=len(self.shares))
-        return (period * self.shares + self._before[place] + inside).tolist()  # type: ignore[no-any-return]
+        return (period * self.shares + self._before[place] + inside).tolist()
 
     def after(self, source: int, number: int) -> int:
         """Return the position at which the first `number` images of a source have all come."""
@@ -99,6 +99,11 @@ class MixedOrder(Order):
         self._mixture, self._orders = Mixture(weights, seed=seed), orders
         self._firsts = np.cumsum([0, *(order.num_images for order in orders)])
         self._first_groups = np.cumsum([0, *num_groups]).tolist()
+        shares = np.asarray(weights) / sum(weights)
+        self.most_passes = max(
+            share * self.num_images / order.num_images
+            for share, order in zip(shares.tolist(), orders, strict=True)
+        )
         self._made_from = partial(_mixed_order, orders, weights, num_groups, seed)
 
     def __reduce__(self) -> tuple[Callable[[], Order], tuple[()]]:  # type: ignore[override]
@@ -116,7 +121,8 @@ class MixedOrder(Order):
 
     def window(self, position: int) -> Window | None:
         """Return the row groups that all sources are at, and between which positions none of them is at others."""
-        first, stop, groups = 0, 0, []
+        first, stop = 0, 0
+        groups: list[NDArray[np.int64]] = []
         for source, number in enumerate(self._mixture.before(position)):
             window = self._orders[source].window(number)
             if window is None:

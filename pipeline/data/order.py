@@ -72,6 +72,9 @@ class Order:
     the readers of different positions then share no group.
     """
 
+    most_passes: float = 1
+    """How often an image comes in an epoch, on average; of a mix, one of the source for which that is most."""
+
     def __init__(
         self,
         num_images: int,

@@ -6,6 +6,7 @@ This module stands between sources and the evaluation. It reads at most labels, 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,7 +159,13 @@ def labelled_sources(
         return None
 
     def source(path: str, name: str, setting: str) -> Source:
-        of_path = {"manifest": None, "image_list": None, "include": (), "exclude": (), "mix": {}}
+        of_path: dict[str, Any] = {
+            "manifest": None,
+            "image_list": None,
+            "include": (),
+            "exclude": (),
+            "mix": {},
+        }
         if normal_uri(path) == normal_uri(data.path):
             of_path = {}
         at = DataConfig.model_validate(data.model_dump() | {"path": path} | of_path)

@@ -114,15 +114,18 @@ class Quarantine:
             )
         return records
 
-    def check(self, *, num_seen: int, num_images: int, limit: float, file: str) -> None:
+    def check(
+        self, *, num_seen: int, num_images: int, limit: float, file: str, most_passes: float = 1
+    ) -> None:
         """Raise TooManyBadImagesError if a share above `limit` is bad, of the latest one to two windows.
 
         A window is an epoch, of large sets 100,000 positions. The first check is at 1000 images, or an epoch. A single
-        bad image of a small set never ends a run, unless `limit` is 0.
+        bad image of a small set never ends a run, unless `limit` is 0, however often it comes: `most_passes` times an
+        epoch.
         """
         total, first = self.counts.total(), self._marks[0]
         seen, bad = num_seen - first.positions, total - first.bad
-        of_one = math.ceil(seen / num_images) if limit else 0  # once an epoch
+        of_one = math.ceil(seen * most_passes / num_images) if limit else 0
         if seen >= min(FIRST_CHECK, num_images) and bad > max(limit * seen, of_one):
             raise TooManyBadImagesError(
                 f"{bad} of the last {seen} images could not be used, more than data.max_bad_fraction={limit}; "

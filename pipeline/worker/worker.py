@@ -284,6 +284,7 @@ class _Worker:
         self.quarantine.check(
             num_seen=self._num_seen,
             num_images=self.spec.num_images,
+            most_passes=self.spec.stream.order.most_passes,
             limit=self.spec.max_bad_fraction,
             file=self.spec.run.join(run_dir.QUARANTINE),
         )

@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +72,12 @@ def test_a_resume_at_any_position_has_the_rest_of_the_order(
     for all_of_it, tail in zip(whole, rest, strict=True):
         np.testing.assert_array_equal(all_of_it[30:], tail)
     assert order.locate([]) is not None
+
+
+def test_the_most_passes_are_those_of_the_source_with_the_least_images_for_its_weight() -> None:
+    assert mixed([1, 1, 2]).most_passes == pytest.approx(
+        0.5 * (OBJECTS + sum(GROUPS) + sum(SMALL)) / sum(SMALL)
+    )
 
 
 def test_another_seed_is_another_order() -> None:

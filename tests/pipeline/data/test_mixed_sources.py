@@ -21,7 +21,7 @@ from dinoray.pipeline.data.sharing import groups_ahead, share_reading
 from dinoray.pipeline.data.source import Source, Status
 from dinoray.pipeline.evaluation.class_names import overlap_warnings
 from dinoray.pipeline.evaluation.config import EvalConfig
-from dinoray.pipeline.evaluation.labels import held_out, with_labels
+from dinoray.pipeline.evaluation.labels import held_out, labelled_sources, with_labels
 from dinoray.pipeline.storage.files import Directory
 
 MORE = {f"{'bc'[number % 2]}/{number:03}.jpg": bytes([65 + number]) * 60 for number in range(40)}
@@ -134,6 +134,10 @@ def test_labels_of_one_name_are_one_class_and_images_without_them_are_not_evalua
     sides = held_out(source, max_train_images=100, max_val_images=100)
     assert sides is not None
     assert {image.label for side in sides for image in side.fetch(range(side.num_images))} == set("abc")
+    config = EvalConfig(val_path=next(iter(mix)))
+    named = labelled_sources(source.config, config)
+    assert named is not None
+    assert [side.num_images for side in named] == [18 + 40, 18]
     photos, tars = next(iter(mix)), [*mix][2]
     assert held_out(source_of({tars: 1, f"{tars}/a.tar": 1}), max_train_images=9, max_val_images=9) is None
     val = Source(DataConfig(path=photos), build_manifest(DataConfig(path=photos)))

@@ -34,8 +34,16 @@ def seen(quarantine: Quarantine, good: int, *bad: Status, positions: int, reason
     quarantine.share(positions=positions)
 
 
-def check(quarantine: Quarantine, *, num_seen: int, num_images: int = 5000, limit: float = 0.01) -> None:
-    quarantine.check(num_seen=num_seen, num_images=num_images, limit=limit, file="runs/demo/quarantine.jsonl")
+def check(
+    quarantine: Quarantine,
+    *,
+    num_seen: int,
+    num_images: int = 5000,
+    limit: float = 0.01,
+    most_passes: float = 1,
+) -> None:
+    size = {"num_seen": num_seen, "num_images": num_images}
+    quarantine.check(**size, limit=limit, file="runs/demo/quarantine.jsonl", most_passes=most_passes)
 
 
 def of(bad: int, num_seen: int) -> Quarantine:
@@ -173,6 +181,9 @@ def test_one_bad_image_of_a_small_set_ends_no_run() -> None:
     check(of(2, 84), num_seen=84, num_images=42)  # the same one in each epoch
     with pytest.raises(DataError, match=r"2 of the last 42 images"):
         check(of(2, 42), num_seen=42, num_images=42)
+    check(of(3, 42), num_seen=42, num_images=42, most_passes=2.5)  # one of a source that comes more often
+    with pytest.raises(DataError, match=r"4 of the last 42 images"):
+        check(of(4, 42), num_seen=42, num_images=42, most_passes=2.5)
 
 
 def test_a_limit_of_zero_allows_none() -> None:
