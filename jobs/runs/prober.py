@@ -14,6 +14,7 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.actors import EmbedTask, embed_on_actors
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_blocks
+from dinoray.pipeline.evaluation.clid import MIN_IMAGES, learnability_and_dimension
 from dinoray.pipeline.evaluation.features import Features, embed_source, merge
 from dinoray.pipeline.evaluation.knn import KnnProblem, class_numbers
 from dinoray.pipeline.evaluation.labels import subset
@@ -53,7 +54,7 @@ class Prober:
             forward = blocks if "linear" in probes else None
             tasks["train"] = self._features(labelled[0], config.max_train_images, forward=forward)
             tasks["val"] = self._features(labelled[1], config.max_val_images, forward=forward)
-        if images is not None and {"rankme", "std"} & set(probes):
+        if images is not None and {"rankme", "clid", "std"} & set(probes):
             tasks["images"] = self._features(images, probe.max_images, labelled=False)
         if images is not None and "lidar" in probes:
             tasks["views"] = self._views(images)
@@ -95,6 +96,8 @@ class Prober:
         result: dict[str, Any] = {"num_images": len(found.labels), "num_images_unreadable": found.num_bad}
         if "rankme" in probes:
             result["rankme"] = rankme(found.features)
+        if "clid" in probes and len(found.features) >= MIN_IMAGES:
+            result |= learnability_and_dimension(found.features)
         if "std" in probes:
             result["feature_std"] = feature_std(found.features)
             result["feature_std_healthy"] = 1 / math.sqrt(self._dim)

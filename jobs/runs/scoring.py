@@ -111,6 +111,11 @@ def summary(result: Mapping[str, Any], *, where: str) -> list[str]:
     ranks = [f"{name} {result[name.lower()]:.1f}" for name in ("RankMe", "LiDAR") if name.lower() in result]
     if "feature_std" in result:
         ranks.append(f"feature std {result['feature_std']:.3g} (healthy {result['feature_std_healthy']:.3g})")
+    if "intrinsic_dim" in result:
+        ranks.append(
+            f"cluster learnability {result['cluster_learnability']:.2f}, intrinsic dimension "
+            f"{result['intrinsic_dim']:.1f}"
+        )
     if ranks:
         lines.append(f"features {', '.join(ranks)}")
     lines.append(f"images   {', '.join(_counts(result))}")

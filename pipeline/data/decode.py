@@ -122,13 +122,19 @@ def check_jpeg(data: bytes, size: tuple[int, int], *, max_pixels: int, min_side:
     check_scans(data, *size)
 
 
-def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint8]:
+def eval_crop(
+    image: npt.NDArray[np.uint8],
+    *,
+    size: int,
+    short: int | None = None,
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
+) -> npt.NDArray[np.uint8]:
     """Return the centre crop of an image (uint8 [H,W,3]) for evaluation: uint8 [size,size,3].
 
-    DINO's protocol: shorter side to size * 256 / 224 (bicubic, antialiased), then the central square.
+    The shorter side is resized to `short` (antialiased), None: DINO's size * 256 / 224; then the central square is cut.
     """
     height, width = image.shape[:2]
-    short = round(size * 256 / 224)
+    short = short or round(size * 256 / 224)
     new_width, new_height = (
         (short, short * height // width) if width <= height else (short * width // height, short)
     )
@@ -136,7 +142,7 @@ def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint
     x_scale, y_scale = width / new_width, height / new_height
     # Only the square is computed: a whole 1 x 5000 image would become 256 x 1,280,000 pixels.
     box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
-    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.array(Image.fromarray(image).resize((size, size), resampling, box=box))
 
 
 def _decode_opened(data: bytes, header: Image.Image) -> Samples:

@@ -14,7 +14,7 @@ import numpy as np
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.reporting.bad_images import bad_images, near_limit_warning, share
-from dinoray.pipeline.reporting.charts import Chart, drawn
+from dinoray.pipeline.reporting.charts import Chart, drawn, with_start
 from dinoray.pipeline.reporting.health import health
 from dinoray.pipeline.reporting.page import (
     Html,
@@ -40,6 +40,7 @@ from dinoray.pipeline.tracking.records import (
     read_mapping,
     read_records,
 )
+from dinoray.pipeline.tracking.start import start_of
 from dinoray.pipeline.training.verdict import Verdict
 
 _MAX_FIGURES = 6
@@ -203,7 +204,8 @@ def _curves(records: Records, values: dict[str, Any]) -> Html:
         Chart("Teacher momentum", {"teacher_momentum": "teacher momentum"}),
         Chart("Teacher temperature", {"teacher_temp": "teacher temp"}),
     ]
-    return drawn(wanted, records.series)
+    start = start_of(records.lines)
+    return drawn([with_start(one, start) for one in wanted], records.series)
 
 
 def _uniform_entropy(records: Records, values: dict[str, Any]) -> float | None:

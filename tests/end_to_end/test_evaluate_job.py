@@ -216,12 +216,12 @@ def refused(*arguments: str) -> str:
 def test_classifying_without_labelled_images_says_what_to_set(run: Path) -> None:
     message = refused(str(run), "eval.val_path=null", "--probes=rankme,knn")
     assert "eval.val_path is not set" in message
-    assert "--probes rankme,lidar,std" in message
+    assert "--probes rankme,clid,lidar,std" in message
 
 
 def test_without_labelled_images_what_needs_no_labels_is_left() -> None:
-    assert chosen_probes(None, labelled=False) == ["rankme", "lidar", "std"]
-    assert chosen_probes(None, labelled=True) == ["knn", "linear", "rankme", "lidar", "std"]
+    assert chosen_probes(None, labelled=False) == ["rankme", "clid", "lidar", "std"]
+    assert chosen_probes(None, labelled=True) == ["knn", "linear", "rankme", "clid", "lidar", "std"]
     assert chosen_probes("std, knn", labelled=True) == ["std", "knn"]
 
 
