@@ -41,7 +41,7 @@ class EvalConfig(Settings):
     label_free: bool = True
     """Without labels, measure RankMe and CLID on `max_val_images` images of `data.path`."""
     lidar: bool = False
-    """Also LiDAR, of `probe.lidar_images` images, `probe.lidar_views` crops each; without labels from weights always."""
+    """LiDAR too, of `probe.lidar_images` images with `probe.lidar_views` crops; from weights without labels always."""
     image_size: int | None = Field(default=None, ge=8)
     """Side of the centre crop in pixels; None: the global crop size."""
 

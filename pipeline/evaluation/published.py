@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dinoray.models.published.checkpoint import Weights
 from dinoray.pipeline.augment.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
 from dinoray.pipeline.tracking.scalar_names import PUBLISHED
 from dinoray.pipeline.tracking.scores import in_words, score_in_words
@@ -64,24 +63,23 @@ class Cut(NamedTuple):
     resampling: Image.Resampling
 
 
-def published_preprocessing(config: DINOConfig, weights: Weights | None) -> Preprocessing | None:
+def published_preprocessing(config: DINOConfig, *, from_file: bool) -> Preprocessing | None:
     """Return what the initial weights of a run were published with; None if that is the run's own, or not known.
 
-    For weights that timm publishes, timm's data config; for a file it is that of `backbone.name` if the name has a tag
-    (`vit_small_patch14_dinov2.lvd142m`), and else ImageNet's mean and standard deviation with DINO's crop. Weights of
-    a run, and random ones, were not published.
+    For weights that timm publishes, timm's data config; for those of a file (`from_file`, not of a run) it is that of
+    `backbone.name` if the name has a tag (`vit_small_patch14_dinov2.lvd142m`), and else ImageNet's mean and standard
+    deviation with DINO's crop. Others were not published.
     """
     import timm  # takes seconds
 
     backbone, found = config.backbone, None
-    is_file = weights is not None and not weights.is_own
-    if backbone.pretrained or (is_file and "." in backbone.name):
+    if backbone.pretrained or (from_file and "." in backbone.name):
         cfg = timm.get_pretrained_cfg(backbone.name)
         if cfg is not None:
             source = f"timm's data config of {backbone.name}"
             share = cfg.crop_pct or _DINO_SHARE
             found = Preprocessing(source, tuple(cfg.mean), tuple(cfg.std), share, cfg.interpolation)
-    elif is_file:
+    elif from_file:
         found = Preprocessing("ImageNet's, as DINO and most others use it", IMAGENET_MEAN, IMAGENET_STD)
     if found is None or len(config.crops.pixel_mean) != len(found.mean):
         return None

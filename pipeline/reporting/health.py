@@ -80,7 +80,8 @@ def _about_rankme(records: Records) -> Iterator[str]:
     if any(not math.isnan(records.series(name).last) for name in records.names(r"knn_\d+")):
         yield (
             "The evaluation images have labels: judge this run by k-NN accuracy. RankMe need not follow it: it may "
-            "fall while k-NN rises. A RankMe near 1, or a k-NN accuracy that falls together with RankMe, is a warning sign."
+            "fall while k-NN rises. A RankMe near 1, or a k-NN accuracy that falls together with RankMe, is a warning "
+            "sign."
         )
     else:
         yield (

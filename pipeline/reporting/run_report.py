@@ -248,6 +248,14 @@ def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:
             ]
         )
     evaluations = run_dir.evaluation_names(run)
-    yield table([{"file": name, **read_mapping(run, name)} for name in evaluations])
+    found = {name: read_mapping(run, name) for name in evaluations}
+    tables = ("by_class", "confusions")
+    yield table(
+        [{"file": n, **{k: v for k, v in one.items() if k not in tables}} for n, one in found.items()]
+    )
+    for name, one in found.items():
+        for key, title in (("by_class", "by class"), ("confusions", "most confused pairs")):
+            if isinstance(rows := one.get(key), list) and all(isinstance(row, dict) for row in rows):
+                yield details(f"{name}: k-NN {title}", table(rows)) if rows else Html("")
     if result:
         yield details(run_dir.RESULT, json.dumps(result, indent=1, ensure_ascii=False))

@@ -260,7 +260,7 @@ def run_training(
         resources=config.resources,
         init=config.init,
         init_weights=None if weights is None else ray.put(weights),
-        published=published_preprocessing(algorithm, weights),
+        published=published_preprocessing(algorithm, from_file=weights is not None and not weights.is_own),
         pictures=ray.put(inputs.pictures() if shows_images else []),
         eval_sources=(ray.put(inputs.labelled[0]), ray.put(inputs.labelled[1])) if inputs.labelled else None,
         num_images=inputs.images.num_images,

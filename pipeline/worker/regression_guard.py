@@ -6,6 +6,7 @@ tracking/start.py has the rule.
 from dinoray.pipeline.training import distributed
 from dinoray.pipeline.training.config import HealthConfig
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
+from dinoray.pipeline.worker.cadence import Due
 from dinoray.pipeline.worker.outputs import Outputs
 
 
@@ -16,16 +17,18 @@ class RegressionGuard:
         self._stops, self._outputs = health.on_regression == "stop", outputs
         self._is_known = False
 
-    def look(self, *, may_stop: bool) -> None:
-        """Print a warning once evaluations are worse than the start. All ranks call it alike, at logged steps.
+    def look(self, due: Due) -> None:
+        """At a logged step, print a warning once evaluations are worse than the start. All ranks call it alike.
 
-        Raises UnhealthyError on all ranks if the run is to stop; after the last step it only warns (`may_stop`).
+        Raises UnhealthyError on all ranks if the run is to stop; after the last step it only warns.
         """
+        if not due.logs:
+            return
         found = self._outputs.regression if self._outputs else None
         text = None
         if found is not None:
             text = f"{Verdict.WORSE.value} since step {found.since}: {found.what}; {Verdict.WORSE.remedy}"
-        if self._stops and may_stop and (text := distributed.gather(text)[0]):
+        if self._stops and not due.ends and (text := distributed.gather(text)[0]):
             raise UnhealthyError(f"{text}; to continue anyway, set health.on_regression=warn", Verdict.WORSE)
         if self._outputs and text and not self._is_known:
             self._outputs.note(f"warning: {text}")

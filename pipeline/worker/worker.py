@@ -127,8 +127,7 @@ class _Worker:
             last_checkpoint=lambda: self.saver.saved_step,
         )
         self.guard = RegressionGuard(spec.health, self.outputs)
-        self.verdict = Verdict.HEALTHY
-        self.stopped = False
+        self.verdict, self.stopped = Verdict.HEALTHY, False
 
     def run(self) -> None:
         """Train from the restored step to the last step."""
@@ -246,8 +245,7 @@ class _Worker:
             self._save(is_last=False, waits_for_storage=True)
         if due.evaluates:
             self._evaluate()
-        if due.logs:
-            self.guard.look(may_stop=not due.ends)
+        self.guard.look(due)
         saves = due.saves
         if due.logs and not due.ends:
             is_decided = due.evaluates and self.spec.waits_for_decision

@@ -135,7 +135,8 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[TrialRecor
             "Candidates",
             table([candidate_row(candidate, found) for candidate in found.candidates]),
             note="Mean ± standard deviation over seeds; above the start: points of k-NN accuracy. Ties and "
-            "differences are reported only between candidates with several seeds. The first seed selected the candidates for reruns, so the means are biased upwards.",
+            "differences are reported only between candidates with several seeds. The first seed selected the "
+            "candidates for reruns, so the means are biased upwards.",
         ),
         section("Collapsed trials", table(list(collapsed_rows(tried, found)))),
         section("Errors", table(list(error_rows(tried)))),

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from tiny import tiny_config
 
-from dinoray.models.published.checkpoint import Weights
 from dinoray.pipeline.augment.config import IMAGENET_MEAN, IMAGENET_STD
 from dinoray.pipeline.evaluation.published import Preprocessing, published_preprocessing, start_warnings
 
@@ -13,33 +12,30 @@ HALF = Preprocessing("timm's data config of one", (0.5, 0.5, 0.5), (0.5, 0.5, 0.
 CROPS = tiny_config().crops.model_copy(update={"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD})
 
 
-def weights(*, is_own: bool = False) -> Weights:
-    return Weights({}, {}, None, None, None, {}, official=False, is_own=is_own)
-
-
-def found(name: str, given: Weights | None = None, *, pretrained: bool = False, **crops: Any) -> Any:
+def found(name: str, *, from_file: bool = False, pretrained: bool = False, **crops: Any) -> Any:
     config = tiny_config()
     backbone = config.backbone.model_copy(update={"name": name, "pretrained": pretrained})
     changed = config.model_copy(update={"backbone": backbone, "crops": CROPS.model_copy(update=crops)})
-    return published_preprocessing(changed, given)
+    return published_preprocessing(changed, from_file=from_file)
 
 
 def test_what_timm_publishes_has_timms_data_config() -> None:
     theirs = found("vit_tiny_patch16_224.augreg_in21k", pretrained=True)
     assert theirs[1:] == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.9, "bicubic")
-    assert found("vit_tiny_patch16_224.augreg_in21k", weights()) == theirs  # a file, with the tag in the name
+    assert (
+        found("vit_tiny_patch16_224.augreg_in21k", from_file=True) == theirs
+    )  # a file, with the tag in the name
     assert theirs.cut(96) == (106, 3)  # floor(96 / 0.9); Pillow's bicubic
 
 
 def test_a_file_without_a_tag_is_taken_to_expect_imagenets_mean_and_std() -> None:
-    assert found("vit_tiny_patch16_224", weights()) is None  # which is the run's own
-    theirs = found("vit_tiny_patch16_224", weights(), pixel_mean=(0.1, 0.1, 0.1))
+    assert found("vit_tiny_patch16_224", from_file=True) is None  # which is the run's own
+    theirs = found("vit_tiny_patch16_224", from_file=True, pixel_mean=(0.1, 0.1, 0.1))
     assert (theirs.mean, theirs.std, theirs.share) == (IMAGENET_MEAN, IMAGENET_STD, 224 / 256)
 
 
 def test_random_weights_and_those_of_a_run_were_not_published() -> None:
     assert found("vit_tiny_patch16_224.augreg_in21k") is None
-    assert found("vit_tiny_patch16_224.augreg_in21k", weights(is_own=True)) is None
     assert found("resnet10t.c3_in1k", pretrained=True) is None  # the same mean, std, share and filter
 
 
@@ -47,7 +43,9 @@ def start(ours: float, theirs: float, *, name: str = "knn_20", **more: Any) -> d
     return {"step": 0, name: ours, f"published_{name}": theirs, "num_val": 1000, **more}
 
 
-def warned(scores: dict[str, Any], *, published: Preprocessing | None = HALF, from_weights: bool = True) -> list[str]:
+def warned(
+    scores: dict[str, Any], *, published: Preprocessing | None = HALF, from_weights: bool = True
+) -> list[str]:
     return list(start_warnings(scores, published, CROPS, from_weights=from_weights))
 
 

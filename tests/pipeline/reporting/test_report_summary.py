@@ -294,7 +294,11 @@ def test_each_curve_of_an_evaluation_has_a_line_at_the_start(tmp_path: Path) -> 
         metrics_dot_jsonl=jsonl(*start_run((0.3, 90, 8), (0.4, 80, 9), (0.5, 70, 10)), step_record(20)),
     )
     text = build_report(run)
-    for title in ("k-NN accuracy of the teacher", "RankMe: effective rank", "Intrinsic dimension, half of CLID"):
+    for title in (
+        "k-NN accuracy of the teacher",
+        "RankMe: effective rank",
+        "Intrinsic dimension, half of CLID",
+    ):
         assert ">start<" in text.split(f"<figcaption>{title}")[1].split("</svg>")[0], title
     assert ">start<" not in text.split("<figcaption>Loss")[1].split("</svg>")[0]
 
@@ -310,7 +314,8 @@ def test_the_page_shows_how_each_metric_without_labels_agreed_with_knn(tmp_path:
     scores = [(0.3, 90, 8), (0.4, 80, 9), (0.5, 70, 10), (0.6, 60, 11)]
     section = page_of(tmp_path, *start_run(*scores)).text.split("Health")[-1]
     assert (
-        "Agreement with k-NN over the evaluations of this run (Kendall's tau): RankMe -1.00, CLID +1.00." in section
+        "Agreement with k-NN over the evaluations of this run (Kendall's tau): RankMe -1.00, CLID +1.00."
+        in section
     )
     assert "RankMe need not follow it: it may fall while k-NN rises." in section
     assert "Agreement" not in page_of(tmp_path / "b", *start_run(*scores[:3])).text
