@@ -30,7 +30,7 @@ def by_class(truth: Labels, guesses: Labels, bank: Labels, names: Sequence[str])
     """
     num_train, num_val = Counter(bank.tolist()), Counter(truth.tolist())
     num_guessed, right = Counter(guesses.tolist()), Counter(truth[truth == guesses].tolist())
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "class": names[label],
             "num_train": num_train[label],
@@ -46,7 +46,7 @@ def by_class(truth: Labels, guesses: Labels, bank: Labels, names: Sequence[str])
         for (t, g), number in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:_MAX_PAIRS]
     ]
     rows.sort(key=lambda row: (row["recall"], row["class"]))
-    balanced = sum(row["recall"] for row in rows) / len(rows)
+    balanced = sum(right[label] / number for label, number in num_val.items()) / len(num_val)
     return {"balanced_accuracy": balanced, "by_class": rows, "confusions": confusions}
 
 

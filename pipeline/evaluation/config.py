@@ -45,6 +45,10 @@ class EvalConfig(Settings):
     image_size: int | None = Field(default=None, ge=8)
     """Side of the centre crop in pixels; None: the global crop size."""
 
+    def measures_lidar(self, *, labelled: bool, from_weights: bool) -> bool:
+        """Return whether evaluations measure LiDAR: of labelled images, and from trained weights?"""
+        return self.lidar or (self.label_free and from_weights and not labelled)
+
     @field_validator("val_path", "train_path")
     @classmethod
     def _path_is_an_address(cls, path: str | None) -> str | None:

@@ -31,7 +31,7 @@ def with_start(wanted: Chart, start: Mapping[str, Any] | None) -> Chart:
     """The chart with a line at the score of the initial weights: that of its last metric, if it has one."""
     for name, label in reversed(wanted.names.items()):
         value = None if start is None else start.get(name)
-        if type(value) in (int, float) and np.isfinite(value):
+        if isinstance(value, int | float) and np.isfinite(value):
             words = f"start, {label}" if len(wanted.names) > 1 else "start"
             return wanted._replace(levels=(*wanted.levels, Level(words, value)))
     return wanted

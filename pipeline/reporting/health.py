@@ -115,7 +115,7 @@ def _about_clid(records: Records) -> Iterator[str]:
         )
 
 
-def _by_step(records: Records) -> dict[str, dict[float, float]]:
+def _by_step(records: Records) -> dict[str, dict[int, float]]:
     """Name -> step -> value, of the metrics without labels; CLID compares the evaluations with one another."""
     found = {name: _finite(records, name) for name in LABEL_FREE if name not in CLID}
     learnability, dimension = (_finite(records, name) for name in CLID)
@@ -125,6 +125,6 @@ def _by_step(records: Records) -> dict[str, dict[float, float]]:
     return {**named, "CLID": dict(zip(steps, sums, strict=True))}
 
 
-def _finite(records: Records, name: str) -> dict[float, float]:
+def _finite(records: Records, name: str) -> dict[int, float]:
     steps, values = records.series(name)
-    return {s: v for s, v in zip(steps.tolist(), values.tolist(), strict=True) if math.isfinite(v)}
+    return {int(s): v for s, v in zip(steps.tolist(), values.tolist(), strict=True) if math.isfinite(v)}

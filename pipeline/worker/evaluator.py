@@ -60,16 +60,15 @@ def published_scores(spec: WorkerSpec, backbone: nn.Module) -> dict[str, float]:
 
 
 def _evaluate(spec: WorkerSpec, backbone: nn.Module, pictures: Any, **how: Any) -> Evaluation | None:
-    labelled, config = spec.eval_sources, spec.eval
-    if labelled is None and config.label_free and spec.starts_from_weights:
-        config = config.model_copy(update={"lidar": True})
+    labelled = spec.eval_sources
+    lidar = spec.eval.measures_lidar(labelled=labelled is not None, from_weights=spec.starts_from_weights)
     return evaluate(
         backbone,
         (ray.get(labelled[0]), ray.get(labelled[1])) if labelled else None,
         ray.get(spec.stream.source),
         pictures,
         algorithm=spec.config,
-        config=config,
+        config=spec.eval.model_copy(update={"lidar": lidar}),
         probe=spec.probe,
         **how,
     )
