@@ -12,7 +12,7 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
 from dinoray.pipeline.tracking.scores import best_checkpoint, decline, evaluations, scores_of
-from dinoray.pipeline.tracking.start import LABEL_FREE, against_start, start_of
+from dinoray.pipeline.tracking.start import LABEL_FREE_NAMES, against_start, start_of
 from dinoray.pipeline.training.verdict import Verdict
 
 
@@ -77,8 +77,8 @@ def _label_free(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     if start is None or len(scored) < 2:
         return []
     last = scored[-1]
-    both = [name for name in LABEL_FREE if name in start and name in last]
-    parts = (f"{LABEL_FREE[name]} {start[name]:.3g}, now {last[name]:.3g}" for name in both)
+    both = [name for name in LABEL_FREE_NAMES if name in start and name in last]
+    parts = (f"{LABEL_FREE_NAMES[name]} {start[name]:.3g}, now {last[name]:.3g}" for name in both)
     return [f"without labels, at the start: {'; '.join(parts)}; none of them alone measures quality"]
 
 

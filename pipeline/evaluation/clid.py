@@ -4,7 +4,9 @@ From "Using Representation Expressiveness and Learnability to Evaluate Self-Supe
 arXiv 2206.01251). Neither needs labels or augmented views. Features are good that spread images over many directions
 (a high intrinsic dimension) and still form groups that a simple classifier learns (a high learnability). Each alone is
 misled: equal features are perfectly learnable and have dimension 0, noise has a high dimension and nothing to learn.
-There are no images, files or Ray here. Axes: n images, D feature, K clusters.
+K = sqrt(n) clusters, unit length, one neighbour and two halves are what public implementations take from the paper; the
+sum of the two parts is in tracking/rankings.py, because it compares networks. There are no images, files or Ray
+here. Axes: n images, D feature, K clusters.
 """
 
 import math

@@ -12,7 +12,7 @@ from PIL import Image
 from dinoray.pipeline.augment.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig
 from dinoray.pipeline.tracking.scalar_names import PUBLISHED
 from dinoray.pipeline.tracking.scores import in_words, score_in_words
-from dinoray.pipeline.tracking.start import LABEL_FREE, Line, gain_of, standard_error
+from dinoray.pipeline.tracking.start import LABEL_FREE_NAMES, Line, gain_of, standard_error
 from dinoray.pipeline.training.config import DINOConfig
 
 _DINO_SHARE = 224 / 256
@@ -125,7 +125,7 @@ def _difference(ours: Line, theirs: Line) -> str:
             return ""
         both = in_words(gain.metric, gain.start), score_in_words(gain.metric, gain.score)
         return f"{both[0]} with this run's preprocessing and {both[1]}"
-    for name, label in LABEL_FREE.items():
+    for name, label in LABEL_FREE_NAMES.items():
         a, b = ours.get(name), theirs.get(name)
         if a is not None and b is not None and abs(a - b) > _MUCH * max(a, b):
             return f"{label} {a:.3g} with this run's preprocessing and {b:.3g}"

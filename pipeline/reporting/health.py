@@ -10,7 +10,7 @@ from dinoray.pipeline.reporting.page import Html, explained, section, table
 from dinoray.pipeline.tracking.rankings import CLID, clid, kendall
 from dinoray.pipeline.tracking.records import Records
 from dinoray.pipeline.tracking.scores import scores_of
-from dinoray.pipeline.tracking.start import LABEL_FREE, start_of
+from dinoray.pipeline.tracking.start import LABEL_FREE_NAMES, start_of
 from dinoray.pipeline.training.verdict import Verdict
 
 _MAX_VERDICTS = 20
@@ -117,11 +117,11 @@ def _about_clid(records: Records) -> Iterator[str]:
 
 def _by_step(records: Records) -> dict[str, dict[int, float]]:
     """Name -> step -> value, of the metrics without labels; CLID compares the evaluations with one another."""
-    found = {name: _finite(records, name) for name in LABEL_FREE if name not in CLID}
+    found = {name: _finite(records, name) for name in LABEL_FREE_NAMES if name not in CLID}
     learnability, dimension = (_finite(records, name) for name in CLID)
     steps = [step for step in learnability if step in dimension]
     sums = clid([learnability[step] for step in steps], [dimension[step] for step in steps])
-    named = {LABEL_FREE[name]: values for name, values in found.items()}
+    named = {LABEL_FREE_NAMES[name]: values for name, values in found.items()}
     return {**named, "CLID": dict(zip(steps, sums, strict=True))}
 
 

@@ -19,7 +19,7 @@ from dinoray.pipeline.tracking.scores import (
     scores_of,
 )
 
-LABEL_FREE = {
+LABEL_FREE_NAMES = {
     "rankme": "RankMe",
     "lidar": "LiDAR",
     "cluster_learnability": "cluster learnability",
@@ -128,12 +128,12 @@ def is_worse(start: Line, line: Line, *, from_weights: bool) -> str:
     gain = gain_of(start, line)
     if gain is not None:
         return str(gain) if gain.difference < 0 and gain.is_beyond_noise else ""
-    both = [name for name in LABEL_FREE if _is_finite(start.get(name)) and _is_finite(line.get(name))]
+    both = [name for name in LABEL_FREE_NAMES if _is_finite(start.get(name)) and _is_finite(line.get(name))]
     if not from_weights or len(both) < _LEAST_METRICS:
         return ""
     if any(line[name] >= _LEAST_SHARE * start[name] for name in both):
         return ""
-    parts = (f"{LABEL_FREE[name]} {line[name]:.3g}, the start's {start[name]:.3g}" for name in both)
+    parts = (f"{LABEL_FREE_NAMES[name]} {line[name]:.3g}, the start's {start[name]:.3g}" for name in both)
     return f"each metric at step {line['step']} is below 90 % of the start's: {'; '.join(parts)}"
 
 

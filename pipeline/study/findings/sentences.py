@@ -13,13 +13,13 @@ from dinoray.pipeline.study.findings.statistics import chance_share, sample_std
 from dinoray.pipeline.study.space import Domain
 from dinoray.pipeline.study.trials import TrialRecord
 from dinoray.pipeline.tracking.rankings import chance_tau
-from dinoray.pipeline.tracking.start import LABEL_FREE
+from dinoray.pipeline.tracking.start import LABEL_FREE_NAMES
 from dinoray.pipeline.training.verdict import Verdict
 
 _EDGE = 0.02
 _MAX_NAMES = 8
 _MAX_MESSAGE = 200
-_NAMES = {**LABEL_FREE, "clid": "CLID", "loss": "loss", "entropy_ratio": "teacher entropy / ln K"}
+_NAMES = {**LABEL_FREE_NAMES, "clid": "CLID", "loss": "loss", "entropy_ratio": "teacher entropy / ln K"}
 _PART_OF_THE_LOSS = ("loss.", "head.out_dim")
 
 

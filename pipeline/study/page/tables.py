@@ -15,7 +15,7 @@ from dinoray.pipeline.study.findings.sentences import gain_text, metric_name, re
 from dinoray.pipeline.study.findings.summary import Findings
 from dinoray.pipeline.study.trials import Trial, TrialRecord
 from dinoray.pipeline.tracking.rankings import chance_tau
-from dinoray.pipeline.tracking.start import LABEL_FREE
+from dinoray.pipeline.tracking.start import LABEL_FREE_NAMES
 
 _MARKS = {"best": "best", "tie": "tied with the best", "collapsed": "collapsed with another seed"}
 _MAX_CELL = 34
@@ -91,7 +91,7 @@ def trial_row(one: TrialRecord, found: Findings) -> dict[str, Any]:
         "step": outcome.step if outcome else one.records.last_step or 0,
     }
     row |= _params(one, found)
-    for metric in LABEL_FREE:
+    for metric in LABEL_FREE_NAMES:
         value = number_of(outcome.scores.get(metric)) if outcome else None
         if value is not None and metric != found.objective:
             row[metric_name(metric)] = f"{value:.4g}"

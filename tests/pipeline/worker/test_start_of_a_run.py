@@ -1,5 +1,6 @@
 """The initial weights are evaluated as the line to beat: what is measured, logged and told of them."""
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -47,6 +48,31 @@ def test_later_evaluations_are_logged_beside_the_start_and_judged_by_it() -> Non
     outputs.log_evaluation(35, Evaluation({"knn_20": 0.3, "num_val": 100}, None, None))
     assert outputs.regression is not None
     assert outputs.regression.since == 35
+
+
+@pytest.mark.parametrize(
+    ("knn", "verdict", "logged"),
+    [
+        (0.3, "healthy", "worse than the start"),
+        (0.3, "uniform collapse", "uniform collapse"),
+        (0.5, "healthy", "healthy"),
+    ],
+)
+def test_logged_steps_have_the_verdict_unless_the_run_has_collapsed(
+    knn: float, verdict: str, logged: str
+) -> None:
+    outputs = outputs_from(0, num_images=10, run=SimpleNamespace(uri="s3://bucket/run"))
+    for step, score in ((0, 0.5), (20, knn)):
+        outputs.log_evaluation(step, Evaluation({"knn_20": score, "num_val": 100}, None, None))
+    outputs._checked_at, outputs._images_per_step, outputs._staged = 0.0, 4, {}
+    outputs._utilisation = None
+    for name, read in (("_meter", "read"), ("_nodes", "read"), ("_pool", "metrics")):
+        setattr(outputs, name, SimpleNamespace(**{read: dict}))
+    state: Any = SimpleNamespace(step=30, skipped=0, schedule=SimpleNamespace(total_steps=40))
+    outputs._meter = SimpleNamespace(read=lambda: {"images_per_second": 1.0})  # type: ignore[assignment]
+    quarantine: Any = SimpleNamespace(trained=0, counts=Counter())
+    outputs.log_step(state, {"verdict": verdict}, quarantine)
+    assert outputs._log.log.call_args.args[1]["verdict"] == logged  # type: ignore[attr-defined]
 
 
 def test_the_start_is_evaluated_with_both_preprocessings_and_a_difference_is_told(
