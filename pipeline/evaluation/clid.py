@@ -58,7 +58,7 @@ def cluster_learnability(features: Tensor, *, seed: int = 0) -> float:
     clusters = _kmeans(x, round(math.sqrt(len(x))), seed=seed)
     bank, queries = x[::2], x[1::2]
     nearest = torch.cat([(block @ bank.T).argmax(dim=1) for block in queries.split(_BLOCK)])
-    return float((clusters[::2][nearest] == clusters[1::2]).float().mean())
+    return float((clusters[::2][nearest] == clusters[1::2]).double().mean())
 
 
 def intrinsic_dim(features: Tensor) -> float:
