@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `dinoray evaluate RUN_OR_CHECKPOINT [--step N] [--probes LIST] [key=value ...]`.
 
 Ray Data embeds images with the frozen backbone on a pool of actors. k-NN and a linear probe classify labelled
-ones; RankMe, LiDAR and feature std need no labels.
+ones; RankMe, CLID, LiDAR and feature std need no labels.
 """
 
 from collections.abc import Sequence

@@ -22,9 +22,9 @@ _KINDS = ("head", "cpu", "gpu")
 class Display:
     """Shows events of a run as they come; use as a context manager."""
 
-    def __init__(self, console: Console, *, title: str = "") -> None:
-        """`title`: what the view is headed with."""
-        self._console, self._title = console, title
+    def __init__(self, console: Console, *, title: str = "", start: Mapping[str, Any] | None = None) -> None:
+        """`title`: what the view is headed with. `start`: the first line of the log, if there is one."""
+        self._console, self._title, self._start = console, title, start
         self._knn = ""
         self._last_plain = 0.0
         self._first: tuple[int, float] | None = None
@@ -56,9 +56,13 @@ class Display:
 
     def eval(self, facts: dict[str, Any]) -> None:
         """Scores of an evaluation."""
+        if self._start is None:
+            self._start = facts
         for name, score in facts.items():
             if name.startswith("knn_"):
                 self._knn = f"{score:.1%} k={name.removeprefix('knn_')}"
+                if self._start["step"] != facts["step"] and name in self._start:
+                    self._knn += f" (start {self._start[name]:.1%})"
                 break
         if scores := describe_scores(facts):  # without labelled images there are none
             self.note(f"evaluation after step {facts['step']}: {scores}")
@@ -162,6 +166,9 @@ def describe_calibration(scores: Mapping[str, Any]) -> str:
 
 
 def describe_scores(scores: dict[str, Any]) -> str:
-    """`knn_10 61.2%, knn_20 60.8%, majority 8.3%`; without labels `rankme 31.2`."""
+    """`knn_10 61.2%, knn_20 60.8%, majority 8.3%`; without labels `rankme 31.2, cluster_learnability 0.61`."""
     shown = [f"{k} {v:.1%}" for k, v in scores.items() if k.startswith("knn_") or k == "majority"]
-    return ", ".join(shown or [f"{k} {scores[k]:.1f}" for k in ("rankme", "lidar") if k in scores])
+    if shown:
+        return ", ".join(shown)
+    forms = {"rankme": ".1f", "lidar": ".1f", "cluster_learnability": ".2f", "intrinsic_dim": ".1f"}
+    return ", ".join(f"{name} {scores[name]:{form}}" for name, form in forms.items() if name in scores)

@@ -197,12 +197,14 @@ def forwards_per_image(crops: CropsConfig) -> float:
 
 def _images_per_evaluation(config: PlanConfig, num_images: int, *, has_labels: bool) -> int:
     """At most so many are embedded; how many labelled ones there are is not looked at."""
-    found = 0
+    found, labelled = 0, True
     if config.eval.val_path == AUTO and has_labels:
         val = min(round(HELD_OUT_SHARE * num_images), config.eval.max_val_images)
         found = min(num_images, val + config.eval.max_train_images)
     elif config.eval.val_path not in (None, AUTO):
         found = min(num_images, config.eval.max_train_images) + config.eval.max_val_images
-    elif config.eval.label_free:
-        found = min(num_images, config.eval.max_val_images)
-    return found + (config.probe.lidar_images * config.probe.lidar_views if config.eval.lidar else 0)
+    else:
+        labelled, found = False, min(num_images, config.eval.max_val_images) if config.eval.label_free else 0
+    from_weights = config.init.path is not None or config.backbone.pretrained
+    lidar = config.eval.measures_lidar(labelled=labelled, from_weights=from_weights)
+    return found + (config.probe.lidar_images * config.probe.lidar_views if lidar else 0)

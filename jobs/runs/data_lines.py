@@ -122,7 +122,7 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
             remedy = "for k-NN start a run with another name and labels that repeat"
         if not config.label_free:
             return f"evaluation: none (eval.label_free=false); {remedy}"
-        return f"evaluation: RankMe, which needs no labels; {remedy}"
+        return f"evaluation: RankMe and CLID, which need no labels; {remedy}"
     train, val = inputs.labelled
     voters, classified = (
         min(train.num_images, config.max_train_images),

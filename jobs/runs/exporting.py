@@ -14,6 +14,7 @@ import timm
 from dinoray.jobs.cli.config import load_run_config
 from dinoray.jobs.runs.open_checkpoint import best_or_newest, number_of
 from dinoray.models.errors import ConfigError, DinorayError
+from dinoray.models.settings import flatten
 from dinoray.pipeline.export.loading_code import FILES, create_model, quoted
 from dinoray.pipeline.export.model_card import RunFacts, model_card, read_scores
 from dinoray.pipeline.export.onnx_export import export_onnx
@@ -29,7 +30,10 @@ from dinoray.pipeline.export.timm_export import (
 )
 from dinoray.pipeline.export.weights import export_official, export_state_dict
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
-from dinoray.pipeline.storage.run_dir import checkpoint_name
+from dinoray.pipeline.storage.run_dir import CONFIG, checkpoint_name
+from dinoray.pipeline.tracking.records import read_mapping, read_records
+from dinoray.pipeline.tracking.scores import best_checkpoint
+from dinoray.pipeline.tracking.start import against_start, best_gain
 from dinoray.pipeline.training.checkpoint import (
     FrozenBackbone,
     download_checkpoint,
@@ -56,6 +60,8 @@ def export(arguments: Namespace) -> None:
         step, chosen = best_or_newest(arguments.run)
     if chosen:
         print(f"exporting {chosen}")
+        if line := beside_start(Directory(arguments.run)):
+            print(line)
     found = find_checkpoint(arguments.run, step)
     if found.run is None and arguments.out is None:
         raise ConfigError(f"{found.folder.uri} is a checkpoint outside a run directory; pass --out FOLDER")
@@ -99,6 +105,24 @@ def export(arguments: Namespace) -> None:
     print(f"facts: {out.join(name)}.json; model card: README.md in each folder")
     if license_id == "unknown":
         print("licence: unknown; choose one with --license, e.g. --license apache-2.0")
+
+
+def beside_start(run: Directory) -> str:
+    """Return a line on the best checkpoint of a run beside its start; empty if the two cannot be compared.
+
+    Raises ConfigError if the run started from trained weights that are better than all its checkpoints.
+    """
+    records = read_records(run)
+    best = best_checkpoint(run, records)
+    gain, words = best_gain(records.lines, best), against_start(records.lines, best)
+    config = dict(flatten(read_mapping(run, CONFIG)))
+    weights = config.get("init.path") or (config.get("backbone.pretrained") and config.get("backbone.name"))
+    if weights and gain is not None and gain.difference < 0 and gain.is_beyond_noise:
+        raise ConfigError(
+            f"{run.uri}: {words}. Take the weights that it started from, {weights}; or pass --step {gain.step} to "
+            "export the best checkpoint all the same"
+        )
+    return words
 
 
 def _export(

@@ -26,6 +26,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, check_writable
 from dinoray.pipeline.storage.lease_keeper import LeaseKeeper
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
+from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.training.published_weights import fetch_published_weights
 from dinoray.pipeline.worker.config import Config
@@ -85,7 +86,8 @@ def _pretrain(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     report = LiveReport(run)
     try:
-        with Display(console, title=run.uri) as display:
+        first = next(iter(read_records(run).lines), None)
+        with Display(console, title=run.uri, start=first) as display:
 
             def show(event: Event, _: RunChannel) -> None:
                 if event.kind == "step":

@@ -14,8 +14,9 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.actors import EmbedTask, embed_on_actors
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_blocks
+from dinoray.pipeline.evaluation.clid import MIN_IMAGES, learnability_and_dimension
 from dinoray.pipeline.evaluation.features import Features, embed_source, merge
-from dinoray.pipeline.evaluation.knn import KnnProblem, class_numbers
+from dinoray.pipeline.evaluation.knn import Answers, KnnProblem, class_numbers, detailed_scores
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.probes import (
     LinearScores,
@@ -53,7 +54,7 @@ class Prober:
             forward = blocks if "linear" in probes else None
             tasks["train"] = self._features(labelled[0], config.max_train_images, forward=forward)
             tasks["val"] = self._features(labelled[1], config.max_val_images, forward=forward)
-        if images is not None and {"rankme", "std"} & set(probes):
+        if images is not None and {"rankme", "clid", "std"} & set(probes):
             tasks["images"] = self._features(images, probe.max_images, labelled=False)
         if images is not None and "lidar" in probes:
             tasks["views"] = self._views(images)
@@ -81,7 +82,8 @@ class Prober:
         }
         if "knn" in probes:
             outputs = [side._replace(features=side.features[:, : self._dim]) for side in (train, val)]
-            result |= sharded_knn(KnnProblem.of(outputs[0], outputs[1], self._config.eval))
+            problem = KnnProblem.of(outputs[0], outputs[1], self._config.eval)
+            result |= detailed_scores(problem, sharded_knn(problem), classes)
         if "linear" in probes:
             result |= self._linear((train, val), classes)
         return result
@@ -95,6 +97,8 @@ class Prober:
         result: dict[str, Any] = {"num_images": len(found.labels), "num_images_unreadable": found.num_bad}
         if "rankme" in probes:
             result["rankme"] = rankme(found.features)
+        if "clid" in probes and len(found.features) >= MIN_IMAGES:
+            result |= learnability_and_dimension(found.features)
         if "std" in probes:
             result["feature_std"] = feature_std(found.features)
             result["feature_std_healthy"] = 1 / math.sqrt(self._dim)
@@ -177,11 +181,11 @@ def _task(work: Callable[..., Any], source: Source, limit: int, size: int) -> Em
     return EmbedTask(work, source, [indices[start : start + size] for start in range(0, len(indices), size)])
 
 
-def sharded_knn(problem: KnnProblem) -> dict[str, float]:
-    """The problem's scores, its blocks of queries counted by Ray tasks that share one copy of the bank per node."""
+def sharded_knn(problem: KnnProblem) -> list[Answers]:
+    """The answers to the problem's blocks of queries, by Ray tasks that share one copy of the bank per node."""
     shared = ray.put(problem)
-    count = ray.remote(num_cpus=1)(KnnProblem.hits)
-    return problem.scores(ray.get([count.remote(shared, block) for block in problem.blocks]))
+    answer = ray.remote(num_cpus=1)(KnnProblem.answers)
+    return ray.get([answer.remote(shared, block) for block in problem.blocks])
 
 
 def _on_copies(fit: Callable[..., Any], *arrays: Any) -> Any:

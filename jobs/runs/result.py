@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dinoray.jobs.cli.display import describe_calibration
@@ -10,7 +11,8 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
-from dinoray.pipeline.tracking.scores import best_checkpoint, decline, scores_of
+from dinoray.pipeline.tracking.scores import best_checkpoint, decline, evaluations, scores_of
+from dinoray.pipeline.tracking.start import LABEL_FREE_NAMES, against_start, start_of
 from dinoray.pipeline.training.verdict import Verdict
 
 
@@ -45,8 +47,12 @@ def describe_result(run: Directory) -> str:
             f"  {'majority guess':17} {result['after']['majority']:.1%}",
         ]
     records = read_records(run)
+    if "after" not in result:
+        lines += _label_free(records.lines)
     if best := best_checkpoint(run, records):
         lines.append(f"best checkpoint: {best}")
+    if words := against_start(records.lines, best):
+        lines.append(words)
     if fall := decline(scores_of(records.lines)):
         lines.append(str(fall))
     lines += [
@@ -63,6 +69,17 @@ def describe_result(run: Directory) -> str:
     if result["last"]["bad_images"]:
         lines.append(f"bad images    {_accounts(result['last'])}, listed in {run.join('quarantine.jsonl')}")
     return "\n".join(lines)
+
+
+def _label_free(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics without labels before and after training."""
+    start, scored = start_of(lines), evaluations(lines)
+    if start is None or len(scored) < 2:
+        return []
+    last = scored[-1]
+    both = [name for name in LABEL_FREE_NAMES if name in start and name in last]
+    parts = (f"{LABEL_FREE_NAMES[name]} {start[name]:.3g}, now {last[name]:.3g}" for name in both)
+    return [f"without labels, at the start: {'; '.join(parts)}; none of them alone measures quality"]
 
 
 def _accounts(last: dict[str, Any]) -> str:

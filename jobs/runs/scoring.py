@@ -1,5 +1,6 @@
 """Evaluating a checkpoint: the probes that its images allow, and the file of scores."""
 
+import contextlib
 import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from dinoray.jobs.cli.main import start_ray
 from dinoray.jobs.runs.data_lines import unlabelled_warnings
 from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.jobs.runs.prober import Prober
-from dinoray.models.errors import ConfigError
+from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import build_manifest
@@ -18,6 +19,7 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import check_size
 from dinoray.pipeline.evaluation.class_names import class_mismatch, overlap_warnings
 from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
+from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.worker.config import Config
@@ -79,6 +81,9 @@ def score(arguments: Namespace) -> None:
     kept = before if all(before.get(name, path) == path for name, path in paths.items()) else {}
     folder.write(file, json.dumps(kept | result, indent=1).encode())
     print("\n".join(summary(result, where=folder.join(file))))
+    if found.run is not None:
+        with contextlib.suppress(DinorayError):  # the scores are written; a page may come later
+            write_report(found.run)
 
 
 def chosen_probes(text: str | None, *, labelled: bool) -> list[str]:
@@ -99,22 +104,40 @@ def chosen_probes(text: str | None, *, labelled: bool) -> list[str]:
 
 
 def summary(result: Mapping[str, Any], *, where: str) -> list[str]:
-    """At most five lines; the file at `where` has all scores."""
+    """At most six lines; the file at `where` has all scores."""
     lines = []
     accuracies = {key: value for key, value in result.items() if key.startswith("knn_")}
     if accuracies:
         best = max(accuracies, key=accuracies.__getitem__)
         guess = f"majority guess {result['majority']:.1%}"
         lines.append(f"k-NN     {accuracies[best]:.1%}  best k={best.removeprefix('knn_')}, {guess}")
+    if "by_class" in result:
+        lines.append(f"classes  {', '.join(_classes(result))}")
     if "linear" in result:
         lines.append(f"linear   {result['linear']:.1%}  learning rate {result['linear_lr']:g}")
     ranks = [f"{name} {result[name.lower()]:.1f}" for name in ("RankMe", "LiDAR") if name.lower() in result]
     if "feature_std" in result:
         ranks.append(f"feature std {result['feature_std']:.3g} (healthy {result['feature_std_healthy']:.3g})")
+    if "intrinsic_dim" in result:
+        ranks.append(
+            f"cluster learnability {result['cluster_learnability']:.2f}, intrinsic dimension "
+            f"{result['intrinsic_dim']:.1f}"
+        )
     if ranks:
         lines.append(f"features {', '.join(ranks)}")
     lines.append(f"images   {', '.join(_counts(result))}")
     return [*lines, f"scores   {where}"]
+
+
+def _classes(result: Mapping[str, Any]) -> Iterator[str]:
+    """What the k-NN line averages: classes that are alike in weight, the worst, the most confused; and retrieval."""
+    yield f"balanced accuracy {result['balanced_accuracy']:.1%}"
+    worst = result["by_class"][0]
+    yield f"lowest recall {worst['recall']:.1%} ({worst['class']})"
+    for pair in result["confusions"][:1]:
+        yield f"{pair['images']} of {pair['class']} taken for {pair['taken_for']}"
+    if "retrieval_map" in result:
+        yield f"retrieval mAP {result['retrieval_map']:.1%}"
 
 
 def _counts(result: Mapping[str, Any]) -> Iterator[str]:

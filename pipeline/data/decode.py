@@ -132,13 +132,19 @@ def check_jpeg(data: bytes, size: tuple[int, int], *, max_pixels: int, min_side:
     check_scans(data, *size)
 
 
-def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint8]:
+def eval_crop(
+    image: npt.NDArray[np.uint8],
+    *,
+    size: int,
+    short: int | None = None,
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
+) -> npt.NDArray[np.uint8]:
     """Return the centre crop of an image (uint8 [H,W,C]) for evaluation: uint8 [size,size,C].
 
-    DINO's protocol: shorter side to size * 256 / 224 (bicubic, antialiased), then the central square.
+    The shorter side is resized to `short` (antialiased), None: DINO's size * 256 / 224; then the central square is cut.
     """
     height, width = image.shape[:2]
-    short = round(size * 256 / 224)
+    short = short or round(size * 256 / 224)
     new_width, new_height = (
         (short, short * height // width) if width <= height else (short * width // height, short)
     )
@@ -148,7 +154,7 @@ def eval_crop(image: npt.NDArray[np.uint8], *, size: int) -> npt.NDArray[np.uint
     box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
     groups = [image] if image.shape[2] == 3 else [image[..., i] for i in range(image.shape[2])]
     crops = [
-        np.array(Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC, box=box))
+        np.array(Image.fromarray(one).resize((size, size), resampling, box=box))
         for one in groups
     ]
     return crops[0] if len(groups) == 1 and crops[0].ndim == 3 else np.stack(crops, axis=-1)

@@ -9,7 +9,7 @@ from dinoray.pipeline.storage.addresses import normal_uri
 
 LABELLED = ("knn", "linear")
 """Probes that classify."""
-LABEL_FREE = ("rankme", "lidar", "std")
+LABEL_FREE = ("rankme", "clid", "lidar", "std")
 """Probes of the features alone."""
 
 
@@ -39,11 +39,15 @@ class EvalConfig(Settings):
     max_val_images: int = Field(default=10_000, ge=1)
     """Maximum number of images that are classified: a fixed random subset."""
     label_free: bool = True
-    """Without labels, measure RankMe on `max_val_images` images of `data.path`."""
+    """Without labels, measure RankMe and CLID on `max_val_images` images of `data.path`."""
     lidar: bool = False
-    """Measure LiDAR too, on `probe.lidar_images` images of `data.path` with `probe.lidar_views` crops each."""
+    """LiDAR too, of `probe.lidar_images` images with `probe.lidar_views` crops; from weights without labels always."""
     image_size: int | None = Field(default=None, ge=8)
     """Side of the centre crop in pixels; None: the global crop size."""
+
+    def measures_lidar(self, *, labelled: bool, from_weights: bool) -> bool:
+        """Return whether evaluations measure LiDAR: of labelled images, and from trained weights?"""
+        return self.lidar or (self.label_free and from_weights and not labelled)
 
     @field_validator("val_path", "train_path")
     @classmethod

@@ -19,6 +19,7 @@ from dinoray.pipeline.data.loader import load_batches
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
+from dinoray.pipeline.evaluation.published import Cut, Preprocessing
 from dinoray.pipeline.training import distributed
 from dinoray.pipeline.training.pixels import pixels
 from dinoray.pipeline.training.step import autocast
@@ -63,15 +64,22 @@ BatchCallback = Callable[[NDArray[np.uint8], Features], None]
 
 
 def eval_batches(
-    source: Source, indices: Sequence[int], *, size: int, batch_size: int, labelled: bool = True
+    source: Source,
+    indices: Sequence[int],
+    *,
+    size: int,
+    batch_size: int,
+    labelled: bool = True,
+    cut: Cut | None = None,
 ) -> Iterator[tuple[NDArray[np.uint8], list[str], int]]:
     """Yield batches of (uint8 [n, size, size, 3], labels, number of unreadable images omitted).
 
-    A missing label is "". If `labelled`, raises DataError for a readable image without a label.
+    `cut`: the resizing, if not DINO's. A missing label is "". If `labelled`, raises DataError for a readable image
+    without a label.
     """
 
     def prepare(image: NDArray[np.uint8], _: str) -> NDArray[np.uint8]:
-        return eval_crop(image, size=size)
+        return eval_crop(image, size=size, **cut._asdict() if cut else {})
 
     for batch in load_batches(source, indices, prepare, batch_size=batch_size):
         good = [image for image in batch if image.pixels is not None]
@@ -129,12 +137,17 @@ def embed_source(
     forward: Forward | None = None,
     labelled: bool = True,
     on_batch: BatchCallback | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Features:
-    """Return features and labels of the readable images at `indices`; if `labelled`, all need a label."""
+    """Return features and labels of the readable images at `indices`; if `labelled`, all need a label.
+
+    `preprocessing`: in place of DINO's and of that of `crops`.
+    """
     size = config.image_size or crops.global_crop_size
+    cut, crops = (preprocessing.cut(size), preprocessing.normalise(crops)) if preprocessing else (None, crops)
     parts: list[Features] = []
     for images, labels, num_bad in eval_batches(
-        source, indices.tolist(), size=size, batch_size=config.batch_size, labelled=labelled
+        source, indices.tolist(), size=size, batch_size=config.batch_size, labelled=labelled, cut=cut
     ):
         rows = embed(backbone, images, crops, precision=precision, forward=forward)
         parts.append(Features(rows, labels, num_bad))
@@ -161,6 +174,7 @@ def embed_sharded(
     labelled: bool = True,
     on_batch: Sequence[BatchCallback] | None = None,
     shares: Shares | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Features:
     """Run `embed_source` on a `subset`: each process embeds its shares and gets all features.
 
@@ -178,6 +192,7 @@ def embed_sharded(
             precision=precision,
             labelled=labelled,
             on_batch=on_batch[place] if on_batch else None,
+            preprocessing=preprocessing,
         )
         for place, share in enumerate(shares.mine)
     ]

@@ -1,4 +1,4 @@
-"""Evaluate the teacher during training: k-NN, RankMe, LiDAR and attention maps. No Ray here."""
+"""Evaluate the teacher during training: k-NN, RankMe, CLID, LiDAR and attention maps. No Ray here."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,11 +11,13 @@ from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views
 from dinoray.pipeline.evaluation.batch_statistics import calibrated
+from dinoray.pipeline.evaluation.clid import MIN_IMAGES, learnability_and_dimension
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
 from dinoray.pipeline.evaluation.features import BatchCallback, Features, Shares, embed_sharded
 from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.probes import lidar, rankme
+from dinoray.pipeline.evaluation.published import Preprocessing
 from dinoray.pipeline.figures.attention_sheet import attention_figure
 from dinoray.pipeline.figures.drawing import thumbnail
 from dinoray.pipeline.tracking.sink import Embedding
@@ -49,15 +51,16 @@ def evaluate(
     config: EvalConfig,
     probe: ProbeConfig,
     shares: Shares | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Evaluation | None:
     """Evaluate a backbone and leave it unchanged.
 
     Call on all ranks: each embeds its share, the first rank scores. Or call in one process that is no rank, with the
     `shares` of all of them: the result is the same. `labelled` is the result of
-    `labelled_sources`. Without it, RankMe is measured on `images`; LiDAR always takes augmented views of
+    `labelled_sources`. Without it, RankMe and CLID are measured on `images`; LiDAR always takes augmented views of
     `images`. `pictures` are a few (key, image) of any size, drawn under `title`; without them nothing is
-    drawn. Returns None on other ranks. A backbone whose batch norm has not trained is first calibrated on
-    `calibration_images` of `images`.
+    drawn. `preprocessing`: in place of the run's. Returns None on other ranks. A backbone whose batch norm has not
+    trained is first calibrated on `calibration_images` of `images`.
     """
     crops, precision = algorithm.crops, algorithm.train.precision
     backbone, num_calibration_images = calibrated(backbone, images, algorithm)
@@ -79,6 +82,7 @@ def evaluate(
             labelled=labelled is not None,
             on_batch=shown.on_batch if shown and number == len(limited) else None,
             shares=shares,
+            preprocessing=preprocessing,
         )
         for number, (source, limit) in enumerate(limited, start=1)
     ]
@@ -89,8 +93,12 @@ def evaluate(
     result = None
     if distributed.rank() == 0:
         scores = knn_accuracy(sides[0], sides[1], config) if labelled is not None else {}
+        if labelled is not None:
+            scores["num_val"] = len(sides[1].labels)
         if sides and len(sides[0].features):
             scores["rankme"] = rankme(sides[0].features)
+        if sides and len(sides[0].features) >= MIN_IMAGES:
+            scores |= learnability_and_dimension(sides[0].features)
         if views is not None and len(views) > 1:
             scores["lidar"] = lidar(views)
         if num_calibration_images and scores:

@@ -1,8 +1,9 @@
 """Weighted k-NN accuracy of features, as in DINO's evaluation. Pure functions; no images, files or Ray here."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoray.models.errors import DataError
+from dinoray.pipeline.evaluation.by_class import Retrieved, by_class, retrieval, retrieve
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features
 
@@ -72,15 +74,29 @@ class KnnProblem:
 
     def hits(self, block: int) -> list[int]:
         """Return the correct answers per k among the queries of the block that starts at `block`."""
+        return (self.guesses(block) == self._truth(block)).sum(dim=1).tolist()
+
+    def guesses(self, block: int) -> Tensor:
+        """Return the labels by k-NN, int64 [len(k), b], of the queries of the block that starts at `block`."""
         part = slice(block, block + self._block_size)
-        guesses = knn_vote(
+        return knn_vote(
             torch.from_numpy(self.queries[part] @ self.bank.T),
             torch.tensor(self.bank_labels),
             ks=self.config.k,
             temperature=self.config.temperature,
             num_classes=self.num_classes,
         )
-        return (guesses == torch.tensor(self.truth[part])).sum(dim=1).tolist()
+
+    def answers(self, block: int) -> "Answers":
+        """Return the guesses of a block, and what its queries retrieve from the bank."""
+        part = slice(block, block + self._block_size)
+        rows = [
+            torch.tensor(rows) for rows in (self.queries[part], self.truth[part], self.bank, self.bank_labels)
+        ]
+        return Answers(self.guesses(block).numpy(), retrieve(*rows))
+
+    def _truth(self, block: int) -> Tensor:
+        return torch.tensor(self.truth[block : block + self._block_size])
 
     def scores(self, hits: Iterable[Sequence[int]]) -> dict[str, float]:
         """Return top-1 accuracy per k (`knn_10`, ...) in [0, 1]; `majority` always guesses one label.
@@ -91,6 +107,29 @@ class KnnProblem:
         scores = {f"knn_{k}": int(n) / len(self.truth) for k, n in zip(self.config.k, totals, strict=True)}
         commonest = Counter(self.bank_labels.tolist()).most_common(1)[0][0]
         return scores | {"majority": int((self.truth == commonest).sum()) / len(self.truth)}
+
+
+class Answers(NamedTuple):
+    """Of a block of queries: the labels by k-NN for each k, int64 [len(k), b], and the sums of retrieval."""
+
+    guesses: NDArray[np.int64]
+    retrieved: Retrieved
+
+
+def detailed_scores(
+    problem: KnnProblem, answers: Sequence[Answers], classes: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the `scores` of a problem from the answers to all its blocks, in order; by class; and of retrieval.
+
+    By class at the largest k, as in the report.
+    """
+    guesses = np.concatenate([answer.guesses for answer in answers], axis=1)
+    largest = guesses[int(np.argmax(problem.config.k))]
+    return {
+        **problem.scores([(guesses == problem.truth).sum(axis=1).tolist()]),
+        **by_class(problem.truth, largest, problem.bank_labels, list(classes)),
+        **retrieval(answer.retrieved for answer in answers),
+    }
 
 
 def class_numbers(train: Features, val: Features) -> dict[str, int]:

@@ -20,7 +20,7 @@ from dinoray.pipeline.tracking.records import read_records
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 
 CARD_FORMAT = 2
-_SCORES = ("knn_", "majority", "linear", "rankme", "lidar")
+_SCORES = ("knn_", "majority", "linear", "rankme", "lidar", "cluster_learnability", "intrinsic_dim")
 _NO_SCORES = ("linear_table",)
 
 

@@ -179,6 +179,8 @@ def _score(key: str, value: Any) -> tuple[str, str]:
         "linear": "linear probe accuracy",
         "rankme": "RankMe (effective rank of the features)",
         "lidar": "LiDAR (effective rank between images)",
+        "cluster_learnability": "cluster learnability (half of CLID)",
+        "intrinsic_dim": "intrinsic dimension (half of CLID)",
     }
     name = f"k-NN accuracy, k={key.removeprefix('knn_')}" if key.startswith("knn_") else names.get(key, key)
     is_share = key.startswith(("knn_", "majority", "linear"))

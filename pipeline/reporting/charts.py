@@ -1,7 +1,7 @@
 """Charts of a report: what changes is drawn, what stays the same over the whole run is one line below. No Ray here."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,16 @@ class Chart(NamedTuple):
     levels: tuple[Level, ...] = ()
     always: bool = False
     """Drawn also where it is constant, because that means something."""
+
+
+def with_start(wanted: Chart, start: Mapping[str, Any] | None) -> Chart:
+    """The chart with a line at the score of the initial weights: that of its last metric, if it has one."""
+    for name, label in reversed(wanted.names.items()):
+        value = None if start is None else start.get(name)
+        if isinstance(value, int | float) and np.isfinite(value):
+            words = f"start, {label}" if len(wanted.names) > 1 else "start"
+            return wanted._replace(levels=(*wanted.levels, Level(words, value)))
+    return wanted
 
 
 def drawn(wanted: Sequence[Chart], series_of: Callable[[str], Series], *, span: Span | None = None) -> Html:

@@ -14,7 +14,7 @@ import numpy as np
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.reporting.bad_images import bad_images, near_limit_warning, share
-from dinoray.pipeline.reporting.charts import Chart, drawn
+from dinoray.pipeline.reporting.charts import Chart, drawn, with_start
 from dinoray.pipeline.reporting.health import health
 from dinoray.pipeline.reporting.page import (
     Html,
@@ -40,6 +40,7 @@ from dinoray.pipeline.tracking.records import (
     read_mapping,
     read_records,
 )
+from dinoray.pipeline.tracking.start import start_of
 from dinoray.pipeline.training.verdict import Verdict
 
 _MAX_FIGURES = 6
@@ -203,7 +204,8 @@ def _curves(records: Records, values: dict[str, Any]) -> Html:
         Chart("Teacher momentum", {"teacher_momentum": "teacher momentum"}),
         Chart("Teacher temperature", {"teacher_temp": "teacher temp"}),
     ]
-    return drawn(wanted, records.series)
+    start = start_of(records.lines)
+    return drawn([with_start(one, start) for one in wanted], records.series)
 
 
 def _uniform_entropy(records: Records, values: dict[str, Any]) -> float | None:
@@ -246,6 +248,14 @@ def _scores(run: Directory, result: dict[str, Any]) -> Iterator[Html]:
             ]
         )
     evaluations = run_dir.evaluation_names(run)
-    yield table([{"file": name, **read_mapping(run, name)} for name in evaluations])
+    found = {name: read_mapping(run, name) for name in evaluations}
+    tables = ("by_class", "confusions")
+    yield table(
+        [{"file": n, **{k: v for k, v in one.items() if k not in tables}} for n, one in found.items()]
+    )
+    for name, one in found.items():
+        for key, title in (("by_class", "by class"), ("confusions", "most confused pairs")):
+            if isinstance(rows := one.get(key), list) and all(isinstance(row, dict) for row in rows):
+                yield details(f"{name}: k-NN {title}", table(rows)) if rows else Html("")
     if result:
         yield details(run_dir.RESULT, json.dumps(result, indent=1, ensure_ascii=False))

@@ -20,6 +20,7 @@ from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.tracking.records import Records, attention_figures, read_mapping
 from dinoray.pipeline.tracking.scores import best_checkpoint, decline, missing_evaluations, scores_of
+from dinoray.pipeline.tracking.start import against_start
 from dinoray.pipeline.training.verdict import Verdict
 
 _NEWEST = 20
@@ -93,6 +94,8 @@ def header(name: str, run: Directory, found: Course, records: Records) -> Html:
     ):  # none of them can be used; the page is of the run's course all the same
         if best := best_checkpoint(run, records):
             lines.append(f'<p class="state">Best checkpoint: {escape(str(best))}.</p>')
+        if words := against_start(records.lines, best):
+            lines.append(f'<p class="state">{escape(words[0].upper() + words[1:])}.</p>')
     if fall := decline(scores_of(records.lines)):
         words = str(fall)
         lines.append(f'<p class="state">{escape(words[0].upper() + words[1:])}.</p>')
@@ -117,6 +120,8 @@ def finding(found: Course, records: Records) -> str:
         words = f"The run fails: loss or gradients have not been finite since step {since}."
     elif verdict in (Verdict.UNIFORM.value, Verdict.SINGLE.value):
         words = f"The run collapsed: {verdict} since step {since}. Its features are of little use."
+    elif verdict == Verdict.WORSE.value:
+        words = f"The run is worse than its start since step {since}."
     elif found.ending:
         words = f"The run ended early, after {count(found.step, 'step')}."
     elif found.is_done:

@@ -146,7 +146,7 @@ def _read(kind: type[Record], run: Directory, name: str) -> Record | None:
 def evaluations(records: Records) -> dict[int, dict[str, float]]:
     """Return metrics and loss by step of evaluation, in order; omit values that are not finite."""
     found: dict[int, dict[str, float]] = {}
-    for name in records.names(r"knn_\d+|majority|rankme|lidar"):
+    for name in records.names(r"knn_\d+|majority|num_val|rankme|lidar|cluster_learnability|intrinsic_dim"):
         series = records.series(name)
         for step, value in zip(series.steps.tolist(), series.values.tolist(), strict=True):
             if math.isfinite(value):

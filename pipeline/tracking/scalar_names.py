@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from dinoray.pipeline.augment.augmenter import STAGES
 
+PUBLISHED = "published_"
+"""Before a score of the start: measured with the preprocessing that its weights were published with."""
 BAD_IMAGES_OF = "bad_images_"
 """Before a status: how many images with that status were replaced."""
 
@@ -35,8 +37,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "eval": (
         r"knn_\d+",
         "majority",
+        "above_start",
+        "num_val",
         "rankme",
         "lidar",
+        "cluster_learnability",
+        "intrinsic_dim",
+        rf"{PUBLISHED}\w+",
         "calibration_images",
         "evaluations_under_way",
         "attention",

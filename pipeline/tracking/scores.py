@@ -35,9 +35,7 @@ class Best(NamedTuple):
 
     def __str__(self) -> str:
         """`step 800, k-NN 57.9% (k=20)`, or without labels `step 800, rankme 31.2`."""
-        if knn := _KNN.fullmatch(self.metric):
-            return f"step {self.step}, k-NN {self.score:.1%} (k={knn[1]})"
-        return f"step {self.step}, {self.metric} {self.score:.1f}"
+        return f"step {self.step}, {in_words(self.metric, self.score)}"
 
 
 class Decline(NamedTuple):
@@ -48,12 +46,32 @@ class Decline(NamedTuple):
 
     def __str__(self) -> str:
         """`quality peaked at step 800 and has fallen by 2.1 points since: k-NN 57.9% (k=20), now 55.8%`."""
-        step, (_, words) = self.best.step, str(self.best).split(", ")
-        fall = self.best.score - self.last_score
-        by, now = f"{fall:.1f}", f"{self.last_score:.1f}"
-        if _KNN.fullmatch(self.best.metric):
-            by, now = f"{100 * fall:.1f} points", f"{self.last_score:.1%}"
+        step, metric, best = self.best
+        by, words = difference_in_words(metric, best - self.last_score), in_words(metric, best)
+        now = score_in_words(metric, self.last_score)
         return f"quality peaked at step {step} and has fallen by {by} since: {words}, now {now}"
+
+
+def is_knn(metric: str) -> bool:
+    """Return True for an accuracy of k-NN."""
+    return bool(_KNN.fullmatch(metric))
+
+
+def in_words(metric: str, score: float) -> str:
+    """`k-NN 57.9% (k=20)`, or without labels `rankme 31.2`."""
+    if knn := _KNN.fullmatch(metric):
+        return f"k-NN {score:.1%} (k={knn[1]})"
+    return f"{metric} {score_in_words(metric, score)}"
+
+
+def score_in_words(metric: str, score: float) -> str:
+    """`57.9%`, or without labels `31.2`."""
+    return f"{score:.1%}" if is_knn(metric) else f"{score:.1f}"
+
+
+def difference_in_words(metric: str, difference: float) -> str:
+    """`2.1 points`, or without labels `2.1`."""
+    return f"{100 * difference:.1f} points" if is_knn(metric) else f"{difference:.1f}"
 
 
 def evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -96,13 +114,13 @@ def decline(scores: Scores) -> Decline | None:
 
     Of a network that has not trained, RankMe says nothing about quality: without labels step 0 does not count.
     """
-    is_knn = bool(_KNN.fullmatch(scores.metric))
-    steps = sorted(step for step in scores.by_step if step or is_knn)
+    has_labels = is_knn(scores.metric)
+    steps = sorted(step for step in scores.by_step if step or has_labels)
     if not steps:
         return None
     best = max(steps, key=lambda step: (scores.by_step[step], step))
     found = Decline(Best(best, scores.metric, scores.by_step[best]), scores.by_step[steps[-1]])
-    least = 0.0005 if is_knn else 0.05
+    least = 0.0005 if has_labels else 0.05
     return found if found.best.score - found.last_score >= least else None
 
 

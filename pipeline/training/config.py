@@ -169,8 +169,12 @@ class HealthConfig(Settings):
 
     on_collapse: Literal["warn", "stop"] = "warn"
     """warn: print one warning and continue; stop: end the run with exit code 1."""
+    on_regression: Literal["warn", "stop"] = "warn"
+    """The same for evaluations that are worse than that of the initial weights, by more than the standard error."""
+    regression_persistence: int = Field(default=2, ge=1)
+    """Number of consecutive evaluations that must be worse than the start."""
     grace_steps: int | None = Field(default=None, ge=0)
-    """Steps before uniform targets count as collapse; None: until all warm-ups and 10 % of the run are over."""
+    """Steps before uniform targets or a regression count; None: until all warm-ups and 10 % of the run are over."""
     persistence: int = Field(default=5, ge=1)
     """Number of consecutive logged steps that must look collapsed."""
     window: int = Field(default=10, ge=1)

@@ -62,7 +62,7 @@ class Health:
     """Health of a run: call `add` every step and `read` once per logged step, on all ranks."""
 
     def __init__(self, config: HealthConfig, *, grace_steps: int) -> None:
-        self.config = config
+        self.config, self.grace_steps = config, grace_steps
         self._judge = CollapseDetector(config, grace_steps=grace_steps)
         self._sums: Sums | None = None
         self._window: deque[tuple[Tensor, Tensor, float, float]] = deque(maxlen=config.window)

@@ -1,4 +1,7 @@
-"""Verdicts on the health of a run, and the remedy for each. No torch here."""
+"""Verdicts on the health of a run, and the remedy for each. No torch here.
+
+health.py finds collapse, tracking/start.py that a run is worse than its start.
+"""
 
 from enum import Enum
 
@@ -12,6 +15,7 @@ class Verdict(str, Enum):
     UNIFORM = "uniform collapse"
     SINGLE = "single-prototype collapse"
     NON_FINITE = "non-finite"
+    WORSE = "worse than the start"
 
     @property
     def remedy(self) -> str:
@@ -31,6 +35,10 @@ _REMEDIES = {
     ),
     Verdict.NON_FINITE: (
         "loss or gradients are not finite; lower optim.base_lr or optim.clip_grad, or set train.precision=fp32"
+    ),
+    Verdict.WORSE: (
+        "training makes the features worse than those of the initial weights; lower optim.base_lr, lengthen "
+        "optim.warmup_epochs, raise teacher.teacher_momentum, or set optim.layer_decay=0.9"
     ),
 }
 

@@ -29,6 +29,7 @@ from dinoray.pipeline.data.partition import (
 )
 from dinoray.pipeline.data.sharing import share_reading
 from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.evaluation.published import published_preprocessing
 from dinoray.pipeline.ray_private.train_controller import ControllerCallback
 from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.storage.checkpoint_files import newest_meta
@@ -260,6 +261,7 @@ def run_training(
         resources=config.resources,
         init=config.init,
         init_weights=None if weights is None else ray.put(weights),
+        published=published_preprocessing(algorithm, from_file=weights is not None and not weights.is_own),
         pictures=ray.put(inputs.pictures() if shows_images else []),
         eval_sources=(ray.put(inputs.labelled[0]), ray.put(inputs.labelled[1])) if inputs.labelled else None,
         num_images=inputs.images.num_images,

@@ -1,12 +1,14 @@
 """The evaluations of a run: by its train workers, which stand meanwhile, or by an evaluator beside them."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import ray
 
 from dinoray.models.errors import DinorayError, one_line
+from dinoray.pipeline.evaluation.published import start_warnings
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
@@ -14,7 +16,13 @@ from dinoray.pipeline.training.checkpoint import download_checkpoint, read_froze
 from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.ending import Ending
-from dinoray.pipeline.worker.evaluator import SideEvaluations, Weights, copy_of, evaluate_step
+from dinoray.pipeline.worker.evaluator import (
+    SideEvaluations,
+    Weights,
+    copy_of,
+    evaluate_step,
+    published_scores,
+)
 from dinoray.pipeline.worker.outputs import Outputs
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.under_way import due_between
@@ -64,13 +72,27 @@ class Evaluations:
         """Return the number of evaluations under way, where they are made beside training."""
         return {"evaluations_under_way": len(self.under_way)} if self.are_beside else {}
 
-    def evaluate_here(self) -> None:
-        """Evaluate on the train workers, which wait for it."""
+    def evaluate_start(self) -> None:
+        """Evaluate the initial weights: the line that the run is to beat, also with their published preprocessing."""
+        backbone = self._state.dino.teacher.backbone
+        published = published_scores(self._spec, backbone)
+        self.evaluate_here(published)
+        if self._outputs and (start := self._outputs.start):
+            for line in start_warnings(
+                start,
+                self._spec.published,
+                self._spec.config.crops,
+                from_weights=self._spec.starts_from_weights,
+            ):
+                self._outputs.note(f"warning: {line}")
+
+    def evaluate_here(self, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Evaluate on the train workers, which wait for it; `more` scores are logged with those found."""
         step = self._state.step
         evaluation = evaluate_step(self._spec, self._state.dino.teacher.backbone, step)
         if self._outputs:
             if evaluation:
-                self._outputs.log_evaluation(step, evaluation)
+                self._outputs.log_evaluation(step, evaluation._replace(scores={**evaluation.scores, **more}))
             self._outputs.restart_meters()
 
     def evaluate(self) -> None:

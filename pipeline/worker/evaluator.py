@@ -25,6 +25,7 @@ from dinoray.pipeline.evaluation.features import Shares
 from dinoray.pipeline.evaluation.in_training import Evaluation, evaluate
 from dinoray.pipeline.ray_private.nodes import staying_nodes
 from dinoray.pipeline.storage.waiting import report_outages
+from dinoray.pipeline.tracking.scalar_names import PUBLISHED
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 from dinoray.pipeline.training.distributed import set_up_device
 from dinoray.pipeline.worker.spec import WorkerSpec
@@ -44,17 +45,32 @@ def evaluate_step(
     spec: WorkerSpec, backbone: nn.Module, step: int, *, shares: Shares | None = None
 ) -> Evaluation | None:
     """Evaluate the teacher's backbone after `step`, as `evaluate` does: what every evaluation of a run is."""
+    return _evaluate(spec, backbone, ray.get(spec.pictures), title=f"step {step}", shares=shares)
+
+
+def published_scores(spec: WorkerSpec, backbone: nn.Module) -> dict[str, float]:
+    """Evaluate the initial weights with the preprocessing they were published with; none if it is the run's own.
+
+    Call on all ranks; the first one gets the scores, their names prefixed.
+    """
+    if spec.published is None:
+        return {}
+    found = _evaluate(spec, backbone, [], title="", preprocessing=spec.published)
+    return {f"{PUBLISHED}{name}": score for name, score in found.scores.items()} if found else {}
+
+
+def _evaluate(spec: WorkerSpec, backbone: nn.Module, pictures: Any, **how: Any) -> Evaluation | None:
     labelled = spec.eval_sources
+    lidar = spec.eval.measures_lidar(labelled=labelled is not None, from_weights=spec.starts_from_weights)
     return evaluate(
         backbone,
         (ray.get(labelled[0]), ray.get(labelled[1])) if labelled else None,
         ray.get(spec.stream.source),
-        ray.get(spec.pictures),
-        title=f"step {step}",
+        pictures,
         algorithm=spec.config,
-        config=spec.eval,
+        config=spec.eval.model_copy(update={"lidar": lidar}),
         probe=spec.probe,
-        shares=shares,
+        **how,
     )
 
 

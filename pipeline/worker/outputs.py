@@ -23,12 +23,14 @@ from dinoray.pipeline.tracking.run_log import MetricsLog
 from dinoray.pipeline.tracking.scalar_names import BAD_IMAGES_OF
 from dinoray.pipeline.tracking.scores import MISSING, Scores, evaluations, missing_evaluations, scores_of
 from dinoray.pipeline.tracking.services import open_trackers
+from dinoray.pipeline.tracking.start import Regression, gain_of, regression, start_of
 from dinoray.pipeline.tracking.write_thread import WriteThread
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.distributed import world_size
 from dinoray.pipeline.training.flops import Utilisation
 from dinoray.pipeline.training.staging import STAGED_BYTES
 from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.training.verdict import Verdict
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import PoolThroughput, ThroughputMeter
 
@@ -53,6 +55,9 @@ class Outputs:
         # Later steps are repeated.
         lines = [line for line in records.lines if line["step"] <= state.step]
         self._evaluations = evaluations(lines)
+        self.start = start_of(lines)
+        """The evaluation before the first step, if it had scores: the line to beat."""
+        self._grace_steps = state.health.grace_steps
         self.begun_at = lines[0]["step"] if lines else state.step
         """The step at which the run began, or the first one that it has logged."""
         self._missing = missing_evaluations(lines)
@@ -101,6 +106,8 @@ class Outputs:
         self._check_appends()
         epoch = state.step * self._images_per_step / self._spec.num_images
         logged = {**metrics, "epoch": epoch, "time": time.time(), **self._meter.read(), **self._staged}
+        if metrics["verdict"] == Verdict.HEALTHY.value and self.regression:
+            logged["verdict"] = Verdict.WORSE.value
         if self._utilisation:
             logged |= self._utilisation.at(logged["images_per_second"])
         logged |= {"trained_images": quarantine.trained, "bad_images": quarantine.counts.total()}
@@ -120,7 +127,10 @@ class Outputs:
             self._log.embedding(step, evaluated.embedding)
         if evaluated.scores:
             self._evaluations.append({"step": step, **evaluated.scores})
-            self._log.log(step, evaluated.scores)
+            if step == self.begun_at:
+                self.start = self._evaluations[-1]
+            gain = gain_of(self.start, self._evaluations[-1]) if self.start else None
+            self._log.log(step, evaluated.scores | ({"above_start": gain.difference} if gain else {}))
         # The report is made from the files in the run directory.
         self._log.sync(then=lambda: self._channel.post("eval", step=step, **evaluated.scores))
 
@@ -135,6 +145,18 @@ class Outputs:
     def evaluated(self) -> set[int]:
         """The steps that an earlier start, or this one, has evaluated, or has told to be missing."""
         return {line["step"] for line in self._evaluations} | self._missing.keys()
+
+    @property
+    def regression(self) -> Regression | None:
+        """How the newest evaluations are worse than the start; None if they are not."""
+        health = self._spec.health
+        return regression(
+            self.start,
+            self._evaluations,
+            grace_steps=self._grace_steps,
+            persistence=health.regression_persistence,
+            from_weights=self._spec.starts_from_weights,
+        )
 
     @property
     def scores(self) -> Scores:

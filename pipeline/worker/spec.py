@@ -13,6 +13,7 @@ from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
+from dinoray.pipeline.evaluation.published import Preprocessing
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.lease import LostLeaseError
 from dinoray.pipeline.storage.lease_keeper import Fence
@@ -45,6 +46,8 @@ class WorkerSpec:
     resources: ResourcesConfig
     init: InitConfig
     init_weights: "ObjectRef[Weights] | None"
+    published: Preprocessing | None
+    """What the initial weights were published with, if they were; the start is also evaluated with it."""
     pictures: "ObjectRef[list[tuple[str, NDArray[np.uint8]]]]"
     eval_sources: "tuple[ObjectRef[Source], ObjectRef[Source]] | None"
     num_images: int
@@ -59,6 +62,11 @@ class WorkerSpec:
     """Checked before the workers write into the run directory; None: nothing keeps two drivers apart."""
     waits_for_decision: bool = False
     """If True, the workers wait after each evaluation for the decision, on the channel, to continue or end."""
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether the run starts from trained weights, not random ones."""
+        return self.init.path is not None or self.config.backbone.pretrained
 
     @property
     def has_scores(self) -> bool:

@@ -36,6 +36,7 @@ from dinoray.pipeline.worker.capture import Capture
 from dinoray.pipeline.worker.ending import Ending
 from dinoray.pipeline.worker.evaluations import Evaluations
 from dinoray.pipeline.worker.outputs import Outputs
+from dinoray.pipeline.worker.regression_guard import RegressionGuard
 from dinoray.pipeline.worker.restoring import RefusedCheckpointError, post_refusal, restore
 from dinoray.pipeline.worker.saving import Saver
 from dinoray.pipeline.worker.signs import Signs
@@ -125,15 +126,15 @@ class _Worker:
             source=lambda: ray.get(spec.stream.source),
             last_checkpoint=lambda: self.saver.saved_step,
         )
-        self.verdict = Verdict.HEALTHY
-        self.stopped = False
+        self.guard = RegressionGuard(spec.health, self.outputs)
+        self.verdict, self.stopped = Verdict.HEALTHY, False
 
     def run(self) -> None:
         """Train from the restored step to the last step."""
         state, total = self.state, self.state.schedule.total_steps
         self.signs.does(state.step, "evaluates")
         if self.is_new:
-            self.evaluations.evaluate_here()
+            self.evaluations.evaluate_start()
         else:
             self.evaluations.resume()
         self.signs.does(state.step, "waits for images")
@@ -244,6 +245,7 @@ class _Worker:
             self._save(is_last=False, waits_for_storage=True)
         if due.evaluates:
             self._evaluate()
+        self.guard.look(due)
         saves = due.saves
         if due.logs and not due.ends:
             is_decided = due.evaluates and self.spec.waits_for_decision

@@ -24,7 +24,7 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views, with_blocks
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features, embed_source
-from dinoray.pipeline.evaluation.knn import KnnProblem, class_numbers, knn_accuracy
+from dinoray.pipeline.evaluation.knn import KnnProblem, class_numbers, detailed_scores, knn_accuracy
 from dinoray.pipeline.evaluation.labels import labelled_sources, subset
 from dinoray.pipeline.evaluation.probes import collapsed_dims, feature_std, lidar, linear_probe, rankme
 from dinoray.pipeline.storage.files import Directory
@@ -121,9 +121,16 @@ def test_every_score_is_that_of_the_probe_without_ray(run: Path, run_here: Calla
         precision="fp32",
     )
     close_to(found, {"lidar": lidar(views), "lidar_images": len(views), "lidar_views": 3})
-    lines = output.splitlines()[-5:]
+    lines = output.splitlines()[-6:]
     best = max(found["knn_1"], found["knn_5"])
     assert re.match(rf"k-NN     {best:.1%}  best k=[15], majority guess {found['majority']:.1%}$", lines[0])
+    worst = found["by_class"][0]
+    assert lines[1].startswith(
+        f"classes  balanced accuracy {found['balanced_accuracy']:.1%}, lowest recall {worst['recall']:.1%} "
+        f"({worst['class']})"
+    )
+    assert lines[1].endswith(f"retrieval mAP {found['retrieval_map']:.1%}")
+    lines = [lines[0], *lines[2:]]
     assert lines[1] == f"linear   {found['linear']:.1%}  learning rate {found['linear_lr']:g}"
     assert lines[2].startswith(
         f"features RankMe {found['rankme']:.1f}, LiDAR {found['lidar']:.1f}, feature std "
@@ -201,7 +208,9 @@ def test_votes_counted_by_tasks_are_those_counted_here() -> None:
     config = EvalConfig(k=(1, 10, 20))
     problem = KnnProblem.of(train, val, config)
     assert len(problem.blocks) == 3
-    assert sharded_knn(problem) == knn_accuracy(train, val, config)
+    found = detailed_scores(problem, sharded_knn(problem), class_numbers(train, val))
+    wanted = knn_accuracy(train, val, config)
+    assert {name: found[name] for name in wanted} == wanted
 
 
 # What is refused before anything starts
@@ -216,12 +225,12 @@ def refused(*arguments: str) -> str:
 def test_classifying_without_labelled_images_says_what_to_set(run: Path) -> None:
     message = refused(str(run), "eval.val_path=null", "--probes=rankme,knn")
     assert "eval.val_path is not set" in message
-    assert "--probes rankme,lidar,std" in message
+    assert "--probes rankme,clid,lidar,std" in message
 
 
 def test_without_labelled_images_what_needs_no_labels_is_left() -> None:
-    assert chosen_probes(None, labelled=False) == ["rankme", "lidar", "std"]
-    assert chosen_probes(None, labelled=True) == ["knn", "linear", "rankme", "lidar", "std"]
+    assert chosen_probes(None, labelled=False) == ["rankme", "clid", "lidar", "std"]
+    assert chosen_probes(None, labelled=True) == ["knn", "linear", "rankme", "clid", "lidar", "std"]
     assert chosen_probes("std, knn", labelled=True) == ["std", "knn"]
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dinoray.pipeline.study.findings.ranking import metric_of
-from dinoray.pipeline.study.findings.statistics import kendall
 from dinoray.pipeline.study.trials import TrialRecord
+from dinoray.pipeline.tracking.rankings import CLID, clid, kendall
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ def agreement(tried: Sequence[TrialRecord], objective: str) -> list[Agreement]:
     ended = [*finished, *(one for one in tried if one.status == "collapsed")]
     judge = _judge(finished, objective)
     found = []
-    for metric in ("rankme", "lidar", "loss"):
-        if metric == judge or not any(metric_of(one, metric) is not None for one in finished):
+    for metric in ("rankme", "lidar", "clid", "loss"):
+        if metric == judge or not any(value is not None for value in _values(finished, metric)):
             continue
         found.append(_agreement(finished, metric, judge, gated=False))
         if metric != "loss" and len(ended) > len(finished):
@@ -48,12 +48,22 @@ def _judge(finished: Sequence[TrialRecord], objective: str) -> str:
     return "knn_20" if "knn_20" in knn else knn[-1]
 
 
+def _values(tried: Sequence[TrialRecord], metric: str) -> list[float | None]:
+    """Return a metric of each trial; CLID compares these trials with one another."""
+    if metric != "clid":
+        return [metric_of(one, metric) for one in tried]
+    parts = [tuple(metric_of(one, part) for part in CLID) for one in tried]
+    known = [(a, b) for a, b in parts if a is not None and b is not None]
+    sums = iter(clid([a for a, _ in known], [b for _, b in known]))
+    return [None if None in pair else next(sums) for pair in parts]
+
+
 def _agreement(tried: Sequence[TrialRecord], metric: str, against: str, *, gated: bool) -> Agreement:
     pairs = []
-    for one in tried:
+    for one, measured in zip(tried, _values(tried, metric), strict=True):
         has_collapsed = one.status == "collapsed"
         truth = -math.inf if has_collapsed else metric_of(one, against)
-        value = -math.inf if has_collapsed and gated else metric_of(one, metric)
+        value = -math.inf if has_collapsed and gated else measured
         if truth is not None and value is not None:
             pairs.append((truth, value))
     tau = kendall([truth for truth, _ in pairs], [value for _, value in pairs])

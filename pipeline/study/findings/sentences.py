@@ -9,15 +9,17 @@ from typing import Any
 from dinoray.pipeline.study.findings.agreement import Agreement
 from dinoray.pipeline.study.findings.ranking import Candidate, place_in, searched
 from dinoray.pipeline.study.findings.regions import collapse_regions, good_trials, ranges, short
-from dinoray.pipeline.study.findings.statistics import chance_share, chance_tau
+from dinoray.pipeline.study.findings.statistics import chance_share, sample_std
 from dinoray.pipeline.study.space import Domain
 from dinoray.pipeline.study.trials import TrialRecord
+from dinoray.pipeline.tracking.rankings import chance_tau
+from dinoray.pipeline.tracking.start import LABEL_FREE_NAMES
 from dinoray.pipeline.training.verdict import Verdict
 
 _EDGE = 0.02
 _MAX_NAMES = 8
 _MAX_MESSAGE = 200
-_NAMES = {"rankme": "RankMe", "lidar": "LiDAR", "loss": "loss", "entropy_ratio": "teacher entropy / ln K"}
+_NAMES = {**LABEL_FREE_NAMES, "clid": "CLID", "loss": "loss", "entropy_ratio": "teacher entropy / ln K"}
 _PART_OF_THE_LOSS = ("loss.", "head.out_dim")
 
 
@@ -46,6 +48,22 @@ def result_text(metric: str, candidate: Candidate) -> str:
     if candidate.std is None:
         return score
     return f"{score} ± {spread_text(metric, candidate.std)} over {len(candidate.scores)} seeds"
+
+
+def gain_text(gains: Sequence[float]) -> str:
+    """Format the k-NN above the start, over seeds: `+3.2 ± 0.8`, of one seed `+3.2`; empty if there is none."""
+    if not gains:
+        return ""
+    std = sample_std(gains)
+    return f"{100 * sum(gains) / len(gains):+.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def gain(best: Candidate | None, gains: Mapping[int, float]) -> Iterator[str]:
+    """Yield by how much the best parameters beat the weights that their runs started from, and over how many seeds."""
+    if best is None or not (found := [gains[number] for number in best.trials if number in gains]):
+        return
+    seeds = "with one seed" if len(found) == 1 else f"over {len(found)} seeds (mean ± standard deviation)"
+    yield f"The last k-NN of trial {best.name} minus that of its start is {gain_text(found)} points, {seeds}."
 
 
 def params_text(params: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Statistics of small samples: agreement of rankings, spread over seeds, variance explained by a setting.
+"""Statistics of small samples: spread over seeds, variance explained by a setting.
 
 Numbers in, numbers out; there are no trials here.
 """
@@ -7,34 +7,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-
-
-def kendall(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Kendall's tau-b of two rankings of the same items, -1 to 1; None if a ranking has only ties.
-
-    It is the number of pairs in the same order minus pairs in the opposite order. The divisor is the
-    geometric mean of the numbers of pairs that each ranking separates. Infinities are values; remove NaN
-    before.
-    """
-    from scipy.stats import kendalltau  # takes a second
-
-    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    known = ~(np.isnan(a) | np.isnan(b))
-    if known.sum() < 2:
-        return None
-    tau = float(kendalltau(_ranks(a[known]), _ranks(b[known])).statistic)
-    return None if math.isnan(tau) else tau
-
-
-def chance_tau(num: int) -> float:
-    """Return the bound of |tau| for 9 of 10 pairs of unrelated rankings of `num` items.
-
-    Normal approximation.
-    """
-    return min(1.0, 1.645 * math.sqrt(2 * (2 * num + 5) / (9 * num * (num - 1)))) if num > 1 else 1.0
+from dinoray.pipeline.tracking.rankings import ranks_of
 
 
 def student_t95(df: int) -> float:
@@ -72,7 +46,7 @@ def explained(groups: Sequence[int], scores: Sequence[float]) -> float:
     It is corrected for the number of groups, so that a setting without influence gives about 0 also in few
     trials.
     """
-    ranks = _ranks(np.asarray(scores, np.float64))
+    ranks = ranks_of(np.asarray(scores, np.float64))
     labels = np.asarray(groups)
     present = np.unique(labels)
     total = float(((ranks - ranks.mean()) ** 2).sum())
@@ -101,11 +75,4 @@ def quantile_groups(places: Sequence[float]) -> list[int]:
     Groups have about equal sizes; equal places stay together.
     """
     num = num_groups(len(places))
-    return [min(num - 1, int(rank * num / len(places))) for rank in _ranks(np.asarray(places, np.float64))]
-
-
-def _ranks(values: Floats) -> Floats:
-    """Return ranks from 0; equal values get the mean of their ranks."""
-    from scipy.stats import rankdata
-
-    return rankdata(values) - 1
+    return [min(num - 1, int(rank * num / len(places))) for rank in ranks_of(np.asarray(places, np.float64))]

@@ -25,6 +25,7 @@ from dinoray.pipeline.study.findings.ranking import (
 from dinoray.pipeline.study.findings.statistics import explained, quantile_groups
 from dinoray.pipeline.study.space import Domain
 from dinoray.pipeline.study.trials import TrialRecord
+from dinoray.pipeline.tracking.start import gain_of, start_of
 
 _MIN_FOR_IMPORTANCE = 8
 _STATUSES = ("finished", "stopped", "collapsed", "failed", "unfinished")
@@ -86,6 +87,8 @@ class Findings:
     """Number of trials by status, and `all` and `reruns`."""
     verdicts: dict[str, int]
     """Number of collapsed trials by verdict."""
+    gains: dict[int, float]
+    """Number of a finished trial -> its last k-NN accuracy minus that before its first step."""
     words: list[str]
     """Findings as plain sentences."""
     is_population: bool = False
@@ -102,11 +105,12 @@ def findings(tried: Sequence[TrialRecord], study: Mapping[str, Any]) -> Findings
     counts |= {"all": len(tried), "reruns": len(tried) - len(searched(tried))}
     verdicts = Counter(one.outcome.verdict for one in tried if one.outcome and one.status == "collapsed")
     agreements = agreement(tried, objective)
-    importance = importance_of(tried, space)
+    importance, gains = importance_of(tried, space), gains_of(tried)
     saving = saving_of(tried, _count(study.get("total_steps")))
     scored = len(_scored(tried))
     words = [
         *in_words.best(tried, candidates, objective),
+        *in_words.gain(best, gains),
         *in_words.counted(counts, dict(verdicts.most_common()), is_population=is_population(tried)),
         *in_words.regions(tried, space),
         *in_words.agreements([a for a in agreements if not a.with_collapsed], objective),
@@ -127,9 +131,27 @@ def findings(tried: Sequence[TrialRecord], study: Mapping[str, Any]) -> Findings
         cost=cost_of(tried, _hours(study.get("seconds"))),
         counts=counts,
         verdicts=dict(verdicts.most_common()),
+        gains=gains,
         words=words,
         is_population=is_population(tried),
     )
+
+
+def gains_of(tried: Sequence[TrialRecord]) -> dict[int, float]:
+    """Return how far the k-NN accuracy of finished trials is above the weights that each started from."""
+    found = {}
+    for one in tried:
+        start = start_of(one.records.lines)
+        if (
+            start is None
+            or one.outcome is None
+            or one.status != "finished"
+            or one.trial.continues is not None
+        ):
+            continue
+        if (above := gain_of(start, {"step": one.outcome.step, **one.outcome.scores})) is not None:
+            found[one.trial.number] = above.difference
+    return found
 
 
 def _scored(tried: Sequence[TrialRecord]) -> list[tuple[TrialRecord, float]]:

@@ -12,13 +12,14 @@ import numpy as np
 
 from dinoray.pipeline.figures.palette import LIGHT, TOKENS, Palette, scale
 from dinoray.pipeline.reporting.plots import STEPS, as_svg, dress, sheet
-from dinoray.pipeline.study.findings.ranking import place_in, score_of
+from dinoray.pipeline.study.findings.ranking import number_of, place_in, score_of
 from dinoray.pipeline.study.findings.sentences import metric_name, score_text
 from dinoray.pipeline.study.findings.summary import Findings
 from dinoray.pipeline.study.page.axes import Range, plain, score_range, shown, ticks
 from dinoray.pipeline.study.page.score_map import draw_map, map_keys
 from dinoray.pipeline.study.trials import TrialRecord
 from dinoray.pipeline.tracking.records import Series
+from dinoray.pipeline.tracking.start import start_of
 
 _MAX_AXES = 9
 
@@ -56,12 +57,33 @@ def draw_curves(
         if len(series.steps):
             _draw_curve(axes, series, one, scores, palette, is_best=_is_best(one, found))
     dress(axes, palette)
+    _draw_start(axes, tried, metric, palette)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     if metric.startswith("knn_") or metric == "entropy_ratio":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.margins(x=0.02, y=0.08)
+
+
+def _draw_start(axes: Any, tried: Sequence[TrialRecord], metric: str, palette: Palette) -> None:
+    """The line to beat: what the trials' initial weights scored, on average."""
+    starts = [start_of(one.records.lines) or {} for one in tried if one.trial.continues is None]
+    known = [value for start in starts if (value := number_of(start.get(metric))) is not None]
+    if not known:
+        return
+    height = sum(known) / len(known)
+    axes.axhline(height, color=palette["faint"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        "start",
+        (1, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=7,
+        color=palette["faint"],
+    )
 
 
 def _finite(series: Series) -> Series:

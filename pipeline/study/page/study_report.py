@@ -104,7 +104,8 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[TrialRecor
         "Agreement of metrics",
         table(list(agreement_rows(found))),
         note="Kendall's tau-b: 1 means the same order of trials, -1 the opposite order. A lower loss counts as better, "
-        "so a positive tau always means agreement. A tau within the chance range may be chance.",
+        "so a positive tau always means agreement. A tau within the chance range may be chance. CLID is cluster "
+        "learnability plus intrinsic dimension, each scaled over the trials.",
     )
     is_alone = not (importance or agreement)
     sections = [
@@ -121,7 +122,8 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[TrialRecor
             "Curves",
             charts(curve_charts(tried, found)),
             note="The x-axis shows steps. Finished trials are coloured by score, and the best trial is outlined. "
-            "Collapsed trials end in a cross. Early-stopped, failed and unfinished trials are dashed.",
+            "Collapsed trials end in a cross. Early-stopped, failed and unfinished trials are dashed. The horizontal "
+            "line is the mean score of the initial weights, before the first step.",
         ),
         section(
             "Parallel coordinates",
@@ -132,8 +134,9 @@ def _page(study: Directory, about: Mapping[str, Any], tried: Sequence[TrialRecor
         section(
             "Candidates",
             table([candidate_row(candidate, found) for candidate in found.candidates]),
-            note="Mean ± standard deviation over seeds. Ties and differences are reported only between candidates with "
-            "several seeds. The first seed selected the candidates for reruns, so the means are biased upwards.",
+            note="Mean ± standard deviation over seeds; above the start: points of k-NN accuracy. Ties and "
+            "differences are reported only between candidates with several seeds. The first seed selected the "
+            "candidates for reruns, so the means are biased upwards.",
         ),
         section("Collapsed trials", table(list(collapsed_rows(tried, found)))),
         section("Errors", table(list(error_rows(tried)))),

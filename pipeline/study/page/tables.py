@@ -11,10 +11,11 @@ from typing import Any
 
 from dinoray.pipeline.study.findings.ranking import Candidate, number_of, score_of
 from dinoray.pipeline.study.findings.regions import short
-from dinoray.pipeline.study.findings.sentences import metric_name, result_text, score_text
-from dinoray.pipeline.study.findings.statistics import chance_tau
+from dinoray.pipeline.study.findings.sentences import gain_text, metric_name, result_text, score_text
 from dinoray.pipeline.study.findings.summary import Findings
 from dinoray.pipeline.study.trials import Trial, TrialRecord
+from dinoray.pipeline.tracking.rankings import chance_tau
+from dinoray.pipeline.tracking.start import LABEL_FREE_NAMES
 
 _MARKS = {"best": "best", "tie": "tied with the best", "collapsed": "collapsed with another seed"}
 _MAX_CELL = 34
@@ -28,10 +29,18 @@ def candidate_row(candidate: Candidate, found: Findings) -> dict[str, str]:
     return {
         "trial": candidate.name,
         metric_name(found.objective): score,
+        **gain_cells(candidate, found),
         "seeds": ", ".join(map(str, candidate.seeds)),
         "standing": _MARKS.get(candidate.standing, candidate.standing),
         **{key: short(candidate.params[key]) for key in found.space if key in candidate.params},
     }
+
+
+def gain_cells(candidate: Candidate, found: Findings) -> dict[str, str]:
+    """By how much its seeds are above the weights they started from; nothing in a study without such a start."""
+    if not found.gains:
+        return {}
+    return {"above the start": gain_text([found.gains[n] for n in candidate.trials if n in found.gains])}
 
 
 def agreement_rows(found: Findings) -> Iterator[dict[str, str]]:
@@ -82,7 +91,7 @@ def trial_row(one: TrialRecord, found: Findings) -> dict[str, Any]:
         "step": outcome.step if outcome else one.records.last_step or 0,
     }
     row |= _params(one, found)
-    for metric in ("rankme", "lidar"):
+    for metric in LABEL_FREE_NAMES:
         value = number_of(outcome.scores.get(metric)) if outcome else None
         if value is not None and metric != found.objective:
             row[metric_name(metric)] = f"{value:.4g}"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_run import write_run
 
 from dinoray.jobs.cli.arguments import CommandLine
@@ -97,3 +98,71 @@ def test_a_step_is_a_number_or_best(wrong: str) -> None:
     assert [parser.parse_args(["--step", one]).step for one in right] == [4, "best", "last"]
     with pytest.raises(ConfigError, match=rf"--step: invalid step value: '{wrong}'"):
         parser.parse_args(["--step", wrong])
+
+
+def run_from(folder: Path, *, start: float, init_path: str | None = None, num_val: int = 1000) -> Path:
+    """A finished run whose checkpoints score 50, 60 and 40 %, from weights at `init_path`, if any."""
+    run = write_run(folder / "tiny", steps=STEPS)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["init"]["path"] = init_path
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    scores = dict(zip((0, *STEPS), (start, 0.5, 0.6, 0.4), strict=True))
+    step = {"loss": 1.0, "verdict": "healthy", "skipped_steps": 0, "bad_images": 0}
+    lines = [
+        {"step": at, "knn_20": score, "majority": 0.1, "num_val": num_val} for at, score in scores.items()
+    ]
+    lines += [{"step": at, **step} for at in STEPS]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return run
+
+
+BEATEN = (
+    "the start was better than every checkpoint: nothing to export but the start; k-NN 60.0% (k=20) at step 4 is 30.0 "
+    "points below the start, 90.0% (standard error 1.8); one seed"
+)
+
+
+def test_a_start_that_is_not_beaten_is_the_only_thing_to_export(tmp_path: Path) -> None:
+    run = run_from(tmp_path, start=0.9, init_path="/weights/dinov2.pth")
+    write_result(Directory(str(run)))
+    assert BEATEN in describe_result(Directory(str(run))).splitlines()
+    assert f"T{BEATEN[1:]}." in build_report(Directory(str(run)))
+    with pytest.raises(ConfigError, match="nothing to export but the start") as error:
+        export([str(run), "--format", "state_dict"])
+    remedy = "Take the weights that it started from, /weights/dinov2.pth; or pass --step 4 to export"
+    assert remedy in str(error.value)
+    assert not (run / "export").exists()
+    export([str(run), "--step", "4", "--format", "state_dict"])
+    assert (run / "export" / "teacher_step_00000004.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "num_val", "init_path", "words"),
+    [
+        (0.9, 1000, None, BEATEN),  # random weights are nothing to take instead
+        (
+            0.61,
+            1000,
+            "w.pth",
+            "no checkpoint differs from the start by more than noise: k-NN 60.0% (k=20) at step 4",
+        ),
+        (
+            0.2,
+            1000,
+            "w.pth",
+            "the best checkpoint beats the start: k-NN 60.0% (k=20) at step 4 is 40.0 points above",
+        ),
+    ],
+)
+def test_otherwise_export_says_how_the_checkpoint_stands_beside_the_start(
+    start: float,
+    num_val: int,
+    init_path: str | None,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export(
+        [str(run_from(tmp_path, start=start, init_path=init_path, num_val=num_val)), "--format", "state_dict"]
+    )
+    assert capsys.readouterr().out.splitlines()[1].startswith(words)

@@ -146,7 +146,9 @@ def test_settings_override_what_was_detected(start: Start, tmp_path: Path) -> No
     arguments = [f"data.path={tmp_path}/classes", *SMALL, *NETWORK["demo"]]
     assert "evaluation: RankMe" in start(*arguments, "name=a", "data.label_from_parent=false")
     output = start(*arguments, "name=b", "eval.val_path=null")
-    assert "evaluation: RankMe, which needs no labels; for k-NN start a run with another name" in output
+    assert (
+        "evaluation: RankMe and CLID, which need no labels; for k-NN start a run with another name" in output
+    )
     assert "evaluation: k-NN of 2 held-out images" in start(*arguments, "name=c", "eval.val_path=auto")
     output = start(*arguments, "name=d", f"eval.val_path={tmp_path}/nested")
     assert f"evaluation: k-NN of 8 images at {tmp_path}/nested by 8 at {tmp_path}/classes" in output

@@ -4,18 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from ranks import eval_config, labelled_source, seeded_backbone
 from tiny import tiny_config
 
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation import in_training
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views
+from dinoray.pipeline.evaluation.clid import learnability_and_dimension
 from dinoray.pipeline.evaluation.config import ProbeConfig
-from dinoray.pipeline.evaluation.features import Features, Shares, embed_source, eval_batches
+from dinoray.pipeline.evaluation.features import Features, Shares, embed, embed_source, eval_batches
 from dinoray.pipeline.evaluation.in_training import Evaluation, evaluate
 from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.probes import lidar, rankme
+from dinoray.pipeline.evaluation.published import Cut, Preprocessing
 
 CROPS = tiny_config().crops
 PROBE = ProbeConfig(lidar_images=6, lidar_views=3)
@@ -29,7 +32,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 PICTURES = [("a.jpg", np.zeros((40, 40, 3), np.uint8))]
 
 
-def found(source: Source, *, labelled: bool, draws: bool = False, **changes: bool) -> Evaluation:
+def found(
+    source: Source,
+    *,
+    labelled: bool,
+    draws: bool = False,
+    preprocessing: Preprocessing | None = None,
+    **changes: bool,
+) -> Evaluation:
     result = evaluate(
         seeded_backbone(),
         (source, source) if labelled else None,
@@ -39,6 +49,7 @@ def found(source: Source, *, labelled: bool, draws: bool = False, **changes: boo
         algorithm=tiny_config(),
         config=eval_config().model_copy(update=changes),
         probe=PROBE,
+        preprocessing=preprocessing,
     )
     assert result is not None
     return result
@@ -52,12 +63,28 @@ def features(source: Source) -> Features:
 def test_with_labels_there_are_accuracies_and_the_rank_of_the_voters(source: Source) -> None:
     scores = found(source, labelled=True).scores
     side = features(source)
-    assert scores == knn_accuracy(side, side, eval_config()) | {"rankme": rankme(side.features)}
+    label_free = {"rankme": rankme(side.features), **learnability_and_dimension(side.features)}
+    assert scores == knn_accuracy(side, side, eval_config()) | {"num_val": 9, **label_free}
 
 
-def test_without_labels_there_is_the_rank_alone_unless_it_is_switched_off(source: Source) -> None:
-    assert found(source, labelled=False).scores == {"rankme": rankme(features(source).features)}
+def test_without_labels_there_are_rank_and_clid_unless_they_are_switched_off(source: Source) -> None:
+    rows = features(source).features
+    assert found(source, labelled=False).scores == {
+        "rankme": rankme(rows),
+        **learnability_and_dimension(rows),
+    }
     assert found(source, labelled=False, label_free=False).scores == {}
+
+
+def test_another_preprocessing_takes_its_own_cut_mean_and_std(source: Source) -> None:
+    theirs = Preprocessing("timm's", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), share=0.5, interpolation="bilinear")
+    rows = found(source, labelled=False, preprocessing=theirs).scores["rankme"]
+    crops = CROPS.model_copy(update={"pixel_mean": theirs.mean, "pixel_std": theirs.std})
+    cut = Cut(64, Image.Resampling.BILINEAR)
+    batches = eval_batches(source, range(9), size=32, batch_size=9, cut=cut)
+    side = [embed(seeded_backbone(), images, crops, precision="fp32") for images, _, _ in batches]
+    assert rows == pytest.approx(rankme(np.concatenate(side)), rel=1e-5)
+    assert rows != pytest.approx(rankme(features(source).features), rel=1e-3)
 
 
 def test_lidar_takes_augmented_views_of_a_fixed_subset(source: Source) -> None:

@@ -274,3 +274,48 @@ def test_the_line_that_resumes_a_run_on_s3_asks_for_the_same_config(bucket: str)
     assert resumed(run) == config
     run.write("environment.json", b"{}")
     assert "repeat the command that started the run" in build_report(run)
+
+
+# The line to beat
+
+
+def start_run(*scores: tuple[float, float, float]) -> list[dict[str, Any]]:
+    """Evaluations at steps 0, 10, 20, ...: k-NN, RankMe and intrinsic dimension."""
+    return [
+        {"step": 10 * i, "knn_20": knn, "majority": 0.1, "num_val": 500, "rankme": rank}
+        | {"cluster_learnability": 0.5, "intrinsic_dim": dim}
+        for i, (knn, rank, dim) in enumerate(scores)
+    ]
+
+
+def test_each_curve_of_an_evaluation_has_a_line_at_the_start(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path,
+        metrics_dot_jsonl=jsonl(*start_run((0.3, 90, 8), (0.4, 80, 9), (0.5, 70, 10)), step_record(20)),
+    )
+    text = build_report(run)
+    for title in (
+        "k-NN accuracy of the teacher",
+        "RankMe: effective rank",
+        "Intrinsic dimension, half of CLID",
+    ):
+        assert ">start<" in text.split(f"<figcaption>{title}")[1].split("</svg>")[0], title
+    assert ">start<" not in text.split("<figcaption>Loss")[1].split("</svg>")[0]
+
+
+def test_a_run_that_is_worse_than_its_start_says_so_first(tmp_path: Path) -> None:
+    records = [*start_run((0.5, 90, 8), (0.3, 80, 8)), step_record(20, verdict="worse than the start")]
+    text = page_of(tmp_path, *records).text
+    assert "The run is worse than its start since step 20." in text
+    assert "worse than the start since step 20: training makes the features worse" in text
+
+
+def test_the_page_shows_how_each_metric_without_labels_agreed_with_knn(tmp_path: Path) -> None:
+    scores = [(0.3, 90, 8), (0.4, 80, 9), (0.5, 70, 10), (0.6, 60, 11)]
+    section = page_of(tmp_path, *start_run(*scores)).text.split("Health")[-1]
+    assert (
+        "Agreement with k-NN over the evaluations of this run (Kendall's tau): RankMe -1.00, CLID +1.00."
+        in section
+    )
+    assert "RankMe need not follow it: it may fall while k-NN rises." in section
+    assert "Agreement" not in page_of(tmp_path / "b", *start_run(*scores[:3])).text

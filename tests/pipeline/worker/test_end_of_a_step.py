@@ -32,6 +32,7 @@ def what_is_done(due: Due, *, asked_to_end: bool, skipped: int = 0) -> list[str]
         "quarantine": Mock(),
         "signs": Mock(),
         "evaluations": Mock(),
+        "guard": Mock(),
         "saver": saver,
         "cadence": SimpleNamespace(due=lambda step, fails: due),
         "agreement": SimpleNamespace(ends=asked_to_end),

@@ -1,7 +1,9 @@
 """What a study says: the ranking, its ties, agreement of metrics, borders of collapse, savings, and the words."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,8 +12,10 @@ from studies import SPACE, STEPS, about, tried, write_whole_study
 
 from dinoray.pipeline.study.findings.regions import collapse_regions
 from dinoray.pipeline.study.findings.summary import findings, importance_of
+from dinoray.pipeline.study.page.tables import candidate_row
 from dinoray.pipeline.study.space import CENTER_MOMENTUM, TEACHER_TEMP, Domain
 from dinoray.pipeline.study.trials import TrialRecord, read_study, read_trials
+from dinoray.pipeline.tracking.records import Records
 
 
 def said(trials: list[TrialRecord], **changes: object) -> str:
@@ -107,6 +111,32 @@ def test_agreement_with_k_nn_is_positive_where_a_metric_would_pick_the_same() ->
     assert "Agreement with k-NN (k=20) over 5 trials (Kendall's tau): RankMe +1.00, loss +1.00" in "\n".join(
         found.words
     )
+
+
+def test_clid_ranks_trials_by_learnability_and_dimension_scaled_over_them() -> None:
+    parts = [(0.5, 9.0), (0.6, 10.0), (0.4, 14.0), (0.7, 12.0)]  # sums -1.6, -0.2, 0.1, 1.7
+    trials = [
+        tried(i, 0.1 * i, scores={"knn_20": 0.1 * i, "cluster_learnability": a, "intrinsic_dim": b})
+        for i, (a, b) in enumerate(parts)
+    ]
+    (found,) = findings(trials, about()).kendall
+    assert (found.metric, found.tau, found.num_trials) == ("clid", pytest.approx(1), 4)
+
+
+def from_start(number: int, start: float, end: float, **changes: Any) -> TrialRecord:
+    """A finished trial whose initial weights score `start`."""
+    record = Records(f'{{"step": 0, "knn_20": {start}, "num_val": 100}}\n'.encode())
+    return replace(tried(number, end, scores={"knn_20": end}, **changes), records=record)
+
+
+def test_the_best_is_told_with_its_gain_over_the_start_and_the_number_of_seeds() -> None:
+    trials = [from_start(0, 0.4, 0.5), from_start(1, 0.42, 0.5, confirms=0, seed=1), from_start(2, 0.4, 0.3)]
+    words = "\n".join(findings(trials, about()).words)
+    assert "The last k-NN of trial 0000 minus that of its start is +9.0 ± 1.4 points, over 2 seeds" in words
+    assert "is +10.0 points, with one seed." in "\n".join(findings(trials[:1], about()).words)
+    found = findings(trials, about())
+    assert [candidate_row(c, found)["above the start"] for c in found.candidates] == ["+9.0 ± 1.4", "-10.0"]
+    assert "above the start" not in candidate_row(found.candidates[0], findings([tried(0, 0.5)], about()))
 
 
 def test_gates_put_collapsed_trials_last_whatever_rankme_says_of_them() -> None:

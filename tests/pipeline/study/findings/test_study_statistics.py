@@ -8,14 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinoray.pipeline.study.findings.statistics import (
-    chance_tau,
     difference_margin,
     explained,
-    kendall,
     pooled_std,
     quantile_groups,
     student_t95,
 )
+from dinoray.pipeline.tracking.rankings import chance_tau, kendall
 
 
 def slow_kendall(x: list[float], y: list[float]) -> float | None:
