@@ -14,12 +14,14 @@ from dinoray.pipeline.data.names import (
     CAMERA_RAW,
     FOLDER_MARKER,
     HEIF_SUFFIXES,
+    UNREAD_IMAGES,
     kinds_of,
     most_frequent,
 )
 
 NOT_UTF8, BROKEN_LINK, LOOP = "not UTF-8", "broken link", "loop"
 OFTEN_LINKED, SPECIAL_FILE = "often linked", "special file"
+HIDDEN_FILE, CLOSED_FOLDER = "hidden file", "closed folder"
 EXCLUDED, UNNAMED, UNADDRESSED, OTHER_KINDS = "excluded", "unnamed", "unaddressed", "other kinds"
 _NOUNS = {
     BARE: ("file without a suffix", "files without a suffix"),
@@ -29,6 +31,8 @@ _NOUNS = {
     LOOP: ("link to a folder that it lies in", "links to folders that they lie in"),
     OFTEN_LINKED: ("link to a folder with too many links", "links to folders with too many links"),
     SPECIAL_FILE: ("pipe, socket or device", "pipes, sockets and devices"),
+    HIDDEN_FILE: ("file in a hidden folder", "files in hidden folders"),
+    CLOSED_FOLDER: ("folder that cannot be read", "folders that cannot be read"),
     EXCLUDED: ("left out by data.include and data.exclude",) * 2,
     UNNAMED: ("not in data.image_list",) * 2,
     UNADDRESSED: ("not in data.uri_column",) * 2,
@@ -48,7 +52,7 @@ _REMEDIES = {
         map(re.escape, sorted(HEIF_SUFFIXES))
     ): "pip install 'dinoray[heic]' on all nodes, and {0} is read",
     _ARCHIVE: "unpack {0}, for example with bsdtar -xf FILE -C FOLDER",
-    "|".join(map(re.escape, sorted(CAMERA_RAW))): "convert {0} to .tif or .jpg",
+    "|".join(map(re.escape, sorted(CAMERA_RAW | UNREAD_IMAGES))): "convert {0} to .tif or .jpg",
     re.escape(NOT_UTF8): "rename them: convmv -r -f latin1 -t utf8 --notest FOLDER",
     r"\.mds(\..+)?": "copy the images of {0} (MDS): python -c \"import streaming; [r['image'].save(f'OUT/{{i}}.png') "
     "for i, r in enumerate(streaming.StreamingDataset(local='FOLDER', batch_size=1))]\"",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
-from samples import parquet, write_all
+from samples import parquet, put_all, write_all
 
 from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.models.errors import DataError
@@ -110,6 +110,7 @@ REMEDIES = {
     ".lance": "lance.dataset('FOLDER')",
     ".arrow": "load_from_disk('FOLDER')",
     ".cr2": "convert .cr2 to .tif or .jpg",
+    ".jxl": "convert .jxl to .tif or .jpg",
 }
 
 
@@ -167,3 +168,28 @@ def test_images_beside_everything_else_that_a_bucket_holds(tmp_path: Path) -> No
     assert images.num_images == 20
     line = "ignored: 1 .json, 1 .parquet, 3 files without a suffix, 1 folder marker"
     assert data_lines(images)[1:] == [line]
+
+
+HIDDEN = (
+    ".ipynb_checkpoints/a-checkpoint.jpg",
+    ".git/annex/a.jpg",
+    "@eaDir/a.jpg/THUMB_M.jpg",
+    "$RECYCLE.BIN/b.jpg",
+)
+
+
+@pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+def test_copies_in_hidden_folders_are_no_images_unless_they_are_asked_for(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = ".hidden data"  # in the path itself it hides nothing
+    files = {f"{folder}/{key}": JPEG for key in (*HIDDEN, "a.jpg", "b/.c.jpg")}
+    if store == "s3":
+        s3, bucket = request.getfixturevalue("s3"), request.getfixturevalue("bucket")
+        put_all(s3, bucket, files)
+    else:
+        write_all(tmp_path, files)
+    config = DataConfig(path=f"s3://{bucket}/{folder}" if store == "s3" else f"{tmp_path}/{folder}")
+    assert data_lines(Source(config, build_manifest(config)))[1:] == ["ignored: 4 files in hidden folders"]
+    chosen = config.model_copy(update={"include": (".git/**",)})
+    assert build_manifest(chosen).num_images == 1
