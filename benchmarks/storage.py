@@ -5,9 +5,10 @@
 
 The store is a real one (SeaweedFS) on this machine, behind the proxy of the tests, which counts requests and bytes
 and holds each answer to a GET back for `--latency` seconds. The same images lie there in several layouts: one object
-each (objects), packed by `jobs.pack` (packed), Parquet of other people in row groups of 100 (others), tar files as
-WebDataset's (tars), and the formats of other libraries, where these are installed: pip install webdataset litdata
-mosaicml-streaming. They also lie in a folder on the disk. `--only ours` compares the sources that we read.
+each (objects), named by their addresses in Parquet (addresses), packed by `jobs.pack` (packed), Parquet of other people
+in row groups of 100 (others), tar files as WebDataset's (tars), and the formats of other libraries, where these are
+installed: pip install webdataset litdata mosaicml-streaming. They also lie in a folder on the disk. `--only ours`
+compares the sources that we read.
 
 The candidates (benchmarks/storage_candidates.py) take turns. Each is a process of its own with `--workers` processes
 that fetch and decode. What is measured begins once some images have arrived and ends seconds later, while the stream
@@ -40,7 +41,7 @@ import augment_images
 from faults import FaultProxy, fault_proxy
 from servers import S3Server, aws_environment, s3_server
 from storage_candidates import CANDIDATES, IN_LUMPS, Spec
-from storage_sets import PUTS, Images, missing_module, write_folder
+from storage_sets import ADDRESSES, PUTS, Images, missing_module, write_folder
 from storage_tables import Results, Row, kept, table
 
 from dinoray.jobs.cli.arguments import CommandLine
@@ -171,7 +172,7 @@ def put_sets(images: Images, server: S3Server, chosen: list[tuple[str, str]]) ->
     missing = {name: module for name in chosen if (module := missing_module(name)) is not None}
     wanted = {layout for layout, name in chosen if (layout, name) not in missing}
     for layout, put in PUTS.items():
-        if layout in wanted or (layout == "objects" and "packed" in wanted):
+        if layout in wanted or (layout == "objects" and wanted & {"packed", ADDRESSES}):
             put(images, client, BUCKET)
     return {name: f"{module} is not installed" for name, module in missing.items()}
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from storage_sets import FOLDER
+from storage_sets import ADDRESSES, FOLDER
 
 from dinoray.pipeline.augment.augmenter import CropThreadPool
 from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Source
 
@@ -57,7 +58,11 @@ def pixels(data: bytes) -> int:
 
 def ours(spec: Spec) -> Iterator[int]:
     """Augmentation actors without their crops: blocks in turn, two under way in each, one thread that decodes."""
-    config = DataConfig(path=spec.uri, row_group_cache_bytes=spec.cache_bytes)
+    config = DataConfig(
+        path=spec.uri,
+        uri_column="url" if spec.prefix == ADDRESSES else AUTO,
+        row_group_cache_bytes=spec.cache_bytes,
+    )
     source = Source(config, build_manifest(config))
     context = multiprocessing.get_context("spawn")
     arrived: Any = context.Queue()
@@ -274,6 +279,7 @@ CANDIDATES: dict[tuple[str, str], Candidate] = {
     ("others", "DataLoader, pyarrow"): loader_parquet,
     ("tars", "ours"): ours,
     ("tars", "WebDataset"): webdataset,
+    (ADDRESSES, "ours"): ours,
     ("litdata", "LitData"): litdata,
     ("mds", "MosaicML Streaming"): mosaic,
 }

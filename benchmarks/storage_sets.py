@@ -89,6 +89,13 @@ def put_tars(images: Images, client: Any, bucket: str) -> None:
     _put(client, bucket, files())
 
 
+def put_addresses(images: Images, client: Any, bucket: str) -> None:
+    """Write Parquet of the addresses of the objects."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"url": [f"s3://{bucket}/objects/{name}" for name, _ in images]}), sink)
+    _put(client, bucket, iter([(f"{ADDRESSES}/all.parquet", sink.getvalue())]))
+
+
 def put_litdata(images: Images, client: Any, bucket: str) -> None:
     """Write the chunks of LitData."""
     from litdata.streaming.writer import BinaryWriter
@@ -114,15 +121,18 @@ def put_mds(images: Images, client: Any, bucket: str) -> None:
         _put_folder(client, bucket, "mds", Path(out))
 
 
+ADDRESSES = "addresses"
+"""The set that names the objects by their addresses."""
 PUTS: dict[str, Callable[[Images, Any, str], None]] = {
     "objects": put_objects,
     "packed": put_packed,
     "others": put_others,
     "tars": put_tars,
+    ADDRESSES: put_addresses,
     "litdata": put_litdata,
     "mds": put_mds,
 }
-"""How each set is written, by its prefix in the bucket; `packed` is made from `objects`."""
+"""How each set is written, by its prefix in the bucket; `packed` and `addresses` are made from `objects`."""
 FOLDER = "folder"
 """The set that is no prefix of the bucket, but a folder on the disk."""
 NEEDS = {

@@ -172,7 +172,9 @@ def _next_command(
         "vit_small_imagenet_vanilla" if manifest.num_images >= _FEW_IMAGES else "photos_small"
     )
     about_data = [
-        one for one in overrides if one.startswith(("data.", "crops.")) and not one.startswith("data.path=")
+        one
+        for one in overrides
+        if one.startswith(("data.", "crops.", "storage.")) and not one.startswith("data.path=")
     ]
     needed = shrink_pixels(config.crops if recipe else CropsConfig(**RECIPES[chosen]().get("crops", {})))
     width, height = sample.median_size()

@@ -22,9 +22,9 @@ from dinoray.pipeline.data.detection import (
     label_at,
     part_of,
 )
-from dinoray.pipeline.data.ignored import EXCLUDED
+from dinoray.pipeline.data.ignored import EXCLUDED, HIDDEN_FILE
 from dinoray.pipeline.data.listing import Entry, EntryTable
-from dinoray.pipeline.data.names import PLAIN_IMAGE, PLAIN_OTHER, Role, role_of
+from dinoray.pipeline.data.names import HIDDEN, PLAIN_IMAGE, PLAIN_OTHER, Role, role_of
 from dinoray.pipeline.storage.listing_parts import PART
 from dinoray.pipeline.storage.run_dir import LEASE_FILE
 
@@ -49,9 +49,12 @@ class Classifier:
         label_from_parent: bool | Auto,
         label_level: int | str = -1,
         patterns: Patterns = _ALL,
+        *,
+        with_hidden: bool = False,
     ) -> None:
         self._prefix, self._label_from_parent, self._level = prefix, label_from_parent, label_level
         self._patterns, self._is_automatic = patterns, label_from_parent == AUTO and label_level == -1
+        self._with_hidden = with_hidden
         self._tables: dict[Role, EntryTable] = {
             role: EntryTable() for role in ("image", "unknown", "parquet", "tar", "other")
         }
@@ -74,6 +77,8 @@ class Classifier:
         for batch in _joined(batches):
             if self._patterns:
                 batch = self._chosen(batch)
+            if not self._with_hidden:
+                batch = self._without_hidden(batch)
             is_image = pc.match_substring_regex(batch["key"], PLAIN_IMAGE)
             self._add_images(batch.filter(is_image))
             batch = batch.filter(pc.invert(is_image))
@@ -95,6 +100,15 @@ class Classifier:
             *folders, name = key[len(self._prefix) :].split("/")
             self._mark(folders, name)
         return batch.filter(is_chosen)
+
+    def _without_hidden(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Return the objects that lie in no hidden folder below the prefix, and those of the log of a Hudi table."""
+        if not pc.any(pc.match_substring_regex(batch["key"], HIDDEN)).as_py():
+            return batch
+        names = pc.utf8_slice_codeunits(batch["key"], len(self._prefix))
+        is_hidden = pc.and_not(pc.match_substring_regex(names, HIDDEN), pc.match_substring(names, ".hoodie/"))
+        self.left_out[HIDDEN_FILE] += pc.sum(is_hidden).as_py()
+        return batch.filter(pc.invert(is_hidden))
 
     def _add_images(self, batch: pa.RecordBatch) -> None:
         names = pc.utf8_slice_codeunits(batch["key"], len(self._prefix))

@@ -25,8 +25,7 @@ from dinoray.pipeline.data.classify import (
     Classifier,
 )
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.detection import AUTO, has_label_pair, is_split
-from dinoray.pipeline.data.first_shard import hold_images
+from dinoray.pipeline.data.detection import AUTO, is_split
 from dinoray.pipeline.data.ignored import (
     EXCLUDED,
     OUTPUT,
@@ -37,9 +36,6 @@ from dinoray.pipeline.data.ignored import (
     ignored_line,
 )
 from dinoray.pipeline.data.listing import Listing, list_entries
-from dinoray.pipeline.data.names import kinds_of, most_frequent
-from dinoray.pipeline.data.shards import ShardFiles
-from dinoray.pipeline.data.sniffing import contents_of
 from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import normal_uri
 from dinoray.pipeline.storage.listing_parts import ListingParts, OutdatedPartsError
@@ -103,7 +99,17 @@ def list_contents(
             parts=parts,
         )
         patterns = Patterns(config.include, config.exclude)
-        found = Classifier(listing.prefix, config.label_from_parent, config.label_level, patterns)
+        # A pattern, a list or a column may name them.
+        are_named = (
+            bool(config.include) or config.image_list is not None or config.uri_column not in (AUTO, None)
+        )
+        found = Classifier(
+            listing.prefix,
+            config.label_from_parent,
+            config.label_level,
+            patterns,
+            with_hidden=are_named,
+        )
         found.add(bound.cut(listing.batches) if bound else listing.batches)
         return listing, found
 
@@ -157,44 +163,6 @@ def list_contents(
         others,
         known_parts,
         tuple(left_out),
-    )
-
-
-def look_into(contents: Contents, config: DataConfig, storage: StorageConfig) -> Contents:
-    """Return the contents with the objects whose names say nothing as what a few of them begin as.
-
-    Images of that sort are not taken beside tar files and Parquet of images, unless others have names of images. Of
-    images and Parquet of that sort the more frequent ones are taken.
-    """
-    unknown = contents.unknown
-    if not unknown.num_rows:
-        return contents
-    found = contents_of(unknown, contents.root, storage, beside_images=contents.images.num_rows > 0)
-    has_images = contents.tars.num_rows or (
-        contents.shards.num_rows and hold_images(ShardFiles(contents.shards, contents.root, storage))
-    )
-    if has_images and not contents.images.num_rows:
-        found = pc.if_else(pc.equal(found, "parquet"), found, pa.scalar(None, pa.string()))
-    num_images, num_shards = (pc.sum(pc.equal(found, what)).as_py() or 0 for what in ("image", "parquet"))
-    rarer = "parquet" if num_images >= num_shards else "image"
-    found = pc.if_else(pc.equal(found, rarer), pa.scalar(None, pa.string()), found)
-    images, shards = (
-        unknown.filter(pc.fill_null(pc.equal(found, what), False)) for what in ("image", "parquet")
-    )
-    if config.from_folders == AUTO:  # a shard's own labels come first, before folders that are none by name
-        is_pair = [
-            has_label_pair(key[len(contents.prefix) :].split("/")[:-1]) for key in shards["key"].to_pylist()
-        ]
-        labels = pc.if_else(pa.array(is_pair, pa.bool_()), shards["label"], pa.scalar(None, pa.string()))
-        shards = shards.set_column(shards.schema.get_field_index("label"), "label", labels)
-    counts = most_frequent(kinds_of(images["key"]), _MOST_NAMED) if images.num_rows else []
-    taken = ", ".join(f"{number} {kind or 'without a suffix'}" for kind, number in counts)
-    notes = [f"images by their content: {taken}"] if taken else []
-    return contents._replace(
-        images=pa.concat_tables([contents.images, images]),
-        shards=pa.concat_tables([contents.shards, shards]),
-        unknown=unknown.filter(found.is_null()),
-        notes=(*contents.notes, *notes),
     )
 
 

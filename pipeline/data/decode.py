@@ -153,10 +153,7 @@ def eval_crop(
     # Only the square is computed: a whole 1 x 5000 image would become 256 x 1,280,000 pixels.
     box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
     groups = [image] if image.shape[2] == 3 else [image[..., i] for i in range(image.shape[2])]
-    crops = [
-        np.array(Image.fromarray(one).resize((size, size), resampling, box=box))
-        for one in groups
-    ]
+    crops = [np.array(Image.fromarray(one).resize((size, size), resampling, box=box)) for one in groups]
     return crops[0] if len(groups) == 1 and crops[0].ndim == 3 else np.stack(crops, axis=-1)
 
 

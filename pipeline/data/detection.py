@@ -23,6 +23,7 @@ from dinoray.pipeline.data.columns import (
     is_text,
     once,
 )
+from dinoray.pipeline.data.signatures import begins_as_an_image
 
 AUTO = "auto"
 SPLIT_FOLDERS = frozenset(
@@ -44,17 +45,6 @@ LABEL_COLUMNS = (
     *("class_label", "class_id", "label_id", "fine_label"),
 )
 _KEY_COLUMNS = ("key", "__key__", "image_id", "id", "file_name", "filename", "path")
-_IMAGE_STARTS = (
-    b"\xff\xd8\xff",
-    b"\x89PNG",
-    b"GIF8",
-    b"RIFF",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-    b"\xff\x4f\xff\x51",
-)
-_BOX_TYPES = (b"ftyp", b"jP  ")  # of AVIF and JPEG 2000, after 4 bytes of length
 _NO_CLASSES = re.compile(r"[\d\s_.-]{4,}")
 """Folder names that are no classes: years, dates and numbered shards."""
 _YEAR = re.compile(r"(19|20)\d\d")
@@ -234,9 +224,9 @@ def _image_column(
             image_leaf(schema, name, uri)  # raises: it is there twice
         kinds = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "no column"
         raise MisfitShard(
-            f"{uri} has no column of image bytes; it has {kinds}; write the encoded images into a binary column "
-            f"(`{command('pack')}` does so), set data.uri_column to a column of addresses of images, or point "
-            "data.path at the images themselves"
+            f"{uri} has no column of image bytes; it has {kinds}; write the encoded images into a binary column, one "
+            f"per row (`{command('pack')}` does so for image files), set data.uri_column to a column of addresses of "
+            "images, or point data.path at the images themselves"
         )
     marked = [name for name in columns if _is_marked(schema, name)]
     best = _named(schema, _IMAGE_COLUMNS, marked or columns) or next(iter(marked), None)
@@ -256,11 +246,6 @@ def is_named_as_images(schema: pa.Schema, column: str) -> bool:
 
 def _is_marked(schema: pa.Schema, column: str) -> bool:
     return features(schema).get(column, {}).get("_type") == "Image"
-
-
-def begins_as_an_image(data: bytes) -> bool:
-    """Return True if the first bytes are those of an image file."""
-    return data.startswith(_IMAGE_STARTS) or data[4:8] in _BOX_TYPES
 
 
 def _all_named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | None = None) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.columns import (
@@ -20,7 +21,6 @@ from dinoray.pipeline.data.columns import (
 from dinoray.pipeline.data.detection import (
     AUTO,
     Columns,
-    begins_as_an_image,
     detect_columns,
     is_named_as_images,
 )
@@ -28,6 +28,7 @@ from dinoray.pipeline.data.parquet import PartFooter
 from dinoray.pipeline.data.parquet_faults import UNREADABLE
 from dinoray.pipeline.data.parquet_rows import first_bytes, growth, read_column
 from dinoray.pipeline.data.shards import ShardFiles
+from dinoray.pipeline.data.signatures import begins_as_an_image
 
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 """What Hive and Spark write in a folder's name for null."""
@@ -96,7 +97,10 @@ def check_columns(
 
 
 def hold_images(files: ShardFiles) -> bool:
-    """Return True if one of some Parquet shards has a column of images by its name or bytes, or all are damaged."""
+    """Return True if one of some Parquet shards has a column of images by its name or bytes, or all are damaged.
+
+    Empty files hold none.
+    """
     is_any_whole = False
     for shard, footer in files.candidates():
         is_any_whole = True
@@ -110,7 +114,7 @@ def hold_images(files: ShardFiles) -> bool:
                 return True
             if data and begins_as_an_image(data):
                 return True
-    return not is_any_whole
+    return not is_any_whole and pc.max(files.shards["size"]).as_py() > 0
 
 
 def _columns(

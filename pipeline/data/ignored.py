@@ -15,12 +15,14 @@ from dinoray.pipeline.data.names import (
     CAMERA_RAW,
     FOLDER_MARKER,
     HEIF_SUFFIXES,
+    UNREAD_IMAGES,
     kinds_of,
     most_frequent,
 )
 
 NOT_UTF8, BROKEN_LINK, LOOP = "not UTF-8", "broken link", "loop"
 OFTEN_LINKED, SPECIAL_FILE = "often linked", "special file"
+HIDDEN_FILE, CLOSED_FOLDER = "hidden file", "closed folder"
 EXCLUDED, UNNAMED, UNADDRESSED, OTHER_KINDS = "excluded", "unnamed", "unaddressed", "other kinds"
 _NOUNS = {
     BARE: ("file without a suffix", "files without a suffix"),
@@ -30,6 +32,8 @@ _NOUNS = {
     LOOP: ("link to a folder that it lies in", "links to folders that they lie in"),
     OFTEN_LINKED: ("link to a folder with too many links", "links to folders with too many links"),
     SPECIAL_FILE: ("pipe, socket or device", "pipes, sockets and devices"),
+    HIDDEN_FILE: ("file in a hidden folder", "files in hidden folders"),
+    CLOSED_FOLDER: ("folder that cannot be read", "folders that cannot be read"),
     EXCLUDED: ("left out by data.include and data.exclude",) * 2,
     UNNAMED: ("not in data.image_list",) * 2,
     UNADDRESSED: ("not in data.uri_column",) * 2,
@@ -43,31 +47,41 @@ OUTPUT = ("run", "study", "embeddings", "packed")
 """Kinds of folders that this program writes."""
 _MOST_COUNTED = 200
 _MOST_SUFFIXES, _MOST_REMEDIES, _MOST_NAMES = 6, 2, 5
-_ARCHIVE = r"\.(zip|rar|7z|tar|tgz|tbz2?|txz|tar\.\w+)"
+_COMPRESSED_TAR = r"\.(tar\.(gz|zst|xz|bz2)|tgz|txz|tbz2?)"
 _REMEDIES = {
     "|".join(
         map(re.escape, sorted(HEIF_SUFFIXES))
     ): "pip install 'dinoray[heic]' on all nodes, and {0} is read",
-    _ARCHIVE: "unpack {0}, for example with bsdtar -xf FILE -C FOLDER",
-    "|".join(map(re.escape, sorted(CAMERA_RAW))): "convert {0} to .tif or .jpg",
+    r"\.tar": "data.include='*.tar' reads {0}",
+    _COMPRESSED_TAR: "decompress {0} with gunzip, unzstd, unxz or bunzip2: .tar is read as it is",
+    r"\.zip": "unpack {0}: python -m zipfile -e FILE FOLDER",
+    r"\.(rar|7z)": "unpack {0}: bsdtar -xf FILE -C FOLDER",
+    "|".join(map(re.escape, sorted(CAMERA_RAW | UNREAD_IMAGES))): "convert {0} to .tif or .jpg",
     re.escape(
         ARRAY_SUFFIX
     ): "{0} is read where it holds numbers [H,W] or [H,W,C], C at most 16; beside other images, "
     "set data.include=*.npy (in tar files data.image_column=npy)",
     re.escape(NOT_UTF8): "rename them: convmv -r -f latin1 -t utf8 --notest FOLDER",
-    r"\.mds(\..+)?": "copy the images of {0} (MDS): python -c \"import streaming; [r['image'].save(f'OUT/{{i}}.png') "
+    r"\.mds(\..+)?": "copy the images of {0} (MDS): mkdir OUT && python -c \"import streaming; [r['image'].save("
+    "f'OUT/{{i}}.png') if hasattr(r['image'], 'save') else open(f'OUT/{{i}}', 'wb').write(r['image']) "
     "for i, r in enumerate(streaming.StreamingDataset(local='FOLDER', batch_size=1))]\"",
-    r"\.l?mdb": "copy the images of {0} (LMDB): python -c \"import lmdb; [open(f'OUT/{{i}}', 'wb').write(v) for i, "
-    "(k, v) in enumerate(lmdb.open('FOLDER').begin().cursor())]\"",
-    r"\.tfrec(ords?)?": 'copy the images of {0} (TFRecord): python -c "import glob, tensorflow as t; '
-    "[open(f'OUT/{{i}}', 'wb').write(t.train.Example.FromString(r.numpy()).features.feature['image/encoded']"
-    ".bytes_list.value[0]) for i, r in enumerate(t.data.TFRecordDataset(glob.glob('FOLDER/*')))]\"",
-    r"\.lance": 'write {0} as Parquet: python -c "import lance, pyarrow.parquet as p; '
-    "p.write_table(lance.dataset('FOLDER').to_table(), 'OUT/a.parquet')\"",
-    r"\.arrow": 'write {0} as Parquet: python -c "import datasets; '
-    "datasets.load_from_disk('FOLDER').to_parquet('OUT/a.parquet')\"",
+    r"\.l?mdb": "copy the images of {0} (LMDB): mkdir OUT && python -c \"import lmdb, os; [open(f'OUT/{{i}}', 'wb')"
+    ".write(v) for i, (k, v) in enumerate(lmdb.open('FOLDER', subdir=os.path.isdir('FOLDER'), readonly=True, "
+    'lock=False).begin().cursor())]"',
+    r"\.tfrec(ords?)?": 'copy the images of {0} (TFRecord): mkdir OUT && python -c "import glob, tensorflow as t; '
+    "[open(f'OUT/{{i}}', 'wb').write(next(f[k].bytes_list.value[0] for k in ('image/encoded', 'image', 'jpg') "
+    "if k in f)) for i, r in enumerate(t.data.TFRecordDataset(sorted(glob.glob('FOLDER/*tfrec*')))) "
+    'for f in [t.train.Example.FromString(r.numpy()).features.feature]]"',
+    r"\.lance": 'write {0} as Parquet: python -c "import lance, pyarrow.dataset as d; '
+    "d.write_dataset(lance.dataset('FOLDER').scanner().to_reader(), 'OUT', format='parquet')\"",
+    r"\.arrow": 'write {0} as Parquet: mkdir OUT && python -c "import datasets, glob; [datasets.Dataset.from_file(f)'
+    ".to_parquet(f'OUT/{{f.split(chr(47))[-2]}}-{{i}}.parquet') for i, f in "
+    "enumerate(sorted(glob.glob('FOLDER/**/*.arrow', recursive=True)))]\"",
 }
-"""Pattern of kinds -> how their images can be used. What is written into OUT is read as any folder."""
+"""Pattern of kinds -> how their images can be used. What is written into OUT is read as any folder.
+
+FOLDER is the folder of the set: that with MDS's index.json, LMDB's data.mdb (or the file), `x.lance`.
+"""
 
 
 class Ignored(NamedTuple):

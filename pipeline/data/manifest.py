@@ -34,7 +34,6 @@ from dinoray.pipeline.data.contents import (
     choose_listed,
     labelled_parts,
     list_contents,
-    look_into,
     no_images,
     note_on_archived,
     without_shards,
@@ -49,6 +48,7 @@ from dinoray.pipeline.data.listed_objects import list_objects
 from dinoray.pipeline.data.listed_shards import list_shards, shards_of
 from dinoray.pipeline.data.listed_tars import list_members
 from dinoray.pipeline.data.manifest_file import Manifest, default_of, listed_as
+from dinoray.pipeline.data.nameless import look_into
 from dinoray.pipeline.data.shard_files import note_on_logs, without_logs
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig

@@ -33,13 +33,33 @@ CAMERA_RAW = frozenset(
     {".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".dng", ".raf", ".orf", ".rw2", ".pef"}
 )
 """Most begin as a TIFF, which holds a thumbnail."""
+UNREAD_IMAGES = frozenset(
+    {
+        *(
+            ".jxl",
+            ".jxr",
+            ".tga",
+            ".pcx",
+            ".psd",
+            ".psb",
+            ".xcf",
+            ".exr",
+            ".hdr",
+            ".pfm",
+            ".pam",
+            ".dds",
+            ".qoi",
+        ),
+        *(".ico", ".icns", ".cur", ".sgi", ".bpg", ".dcm", ".fits", ".svg"),
+    }
+)
 OTHER_SUFFIXES = frozenset(
     {
         *(".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".ini"),
         *(".md", ".rst", ".html", ".htm", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".log", ".lock", ".url"),
         *(".py", ".ipynb", ".sh", ".js", ".css", ".c", ".cpp", ".h", ".m", ".r", ".cfg", ".lst", ".names"),
         *(".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sum", ".sig", ".asc", ".db", ".sqlite", ".xmp"),
-        *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mp3", ".wav", ".flac", ".svg"),
+        *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mp3", ".wav", ".flac"),
         *(".npz", ".mat", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors", ".onnx"),
         # Copies, thumbnails, and downloads that have not ended: images by content, and none that anybody wants.
         *(
@@ -63,6 +83,7 @@ OTHER_SUFFIXES = frozenset(
     }
     | ARCHIVE_SUFFIXES
     | CAMERA_RAW
+    | UNREAD_IMAGES
     | (HEIF_SUFFIXES - IMAGE_SUFFIXES)
 )
 """Of objects that are no images, or not read; others are looked into."""
@@ -90,6 +111,9 @@ PLAIN_IMAGE = rf"(?s)(?:^|/)[^./][^/]*(?:{_any_of(IMAGE_SUFFIXES)})(?:[?!][^/]*)
 """Matches only keys that `role_of` takes for images, and most of these."""
 PLAIN_OTHER = rf"(?s)(?:^|/)[^./][^/{_STYLES}]*(?:{_any_of(OTHER_SUFFIXES)})$"
 """Matches only keys that `role_of` takes for none, and most of these."""
+
+HIDDEN = r"(?:^|/)(?:\.[^./][^/]*|__MACOSX|@eaDir|\$RECYCLE\.BIN|System Volume Information|lost\+found)/"
+"""Matches keys in folders of thumbnails, copies and deleted files that programs make beside images, or of git."""
 
 _KIND = r"(?P<kind>(?:\.(?:tar|mds|parquet|tfrecords?|jpe?g|png))?\.[A-Za-z0-9_+-]{1,16})$"
 _NUMBER = r"^\.\d+$"

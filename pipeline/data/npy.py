@@ -17,8 +17,6 @@ from dinoray.pipeline.data.tiff import MAX_CHANNELS
 Values = npt.NDArray[Any]
 
 _MAGIC = b"\x93NUMPY"
-HEAD_BYTES = 128
-"""Bytes of the header that numpy writes of an array without fields."""
 
 
 class _Header(NamedTuple):
@@ -35,7 +33,7 @@ def is_npy(data: bytes) -> bool:
 
 
 def begins_picture(head: bytes) -> bool:
-    """Return True if a file that begins with these bytes holds an array of the shape and type of a picture."""
+    """Return True if a file that begins with these bytes (128 suffice) holds an array of the shape and type of a picture."""
     try:
         _header(head)
     except BadImage:

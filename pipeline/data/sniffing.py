@@ -4,55 +4,31 @@ Stands between the names and the contents of a data set. A fixed number of small
 are. No image is decoded; no Ray here.
 """
 
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dinoray.pipeline.data.heif import HEIF_IS_READ
 from dinoray.pipeline.data.names import ARRAY_SUFFIX, BARE, kinds_of, most_frequent
-from dinoray.pipeline.data.npy import HEAD_BYTES, begins_picture, is_npy
 from dinoray.pipeline.data.others import OtherObjects
+from dinoray.pipeline.data.signatures import HEAD_BYTES, content_of
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri
 from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.retry import ArchivedObject, DeniedObject, FailingObject, MissingObject
 from dinoray.pipeline.storage.s3 import read_object
 from dinoray.pipeline.storage.waiting import Patient
 
-Content = Literal["image", "parquet"]
-
 _THREADS = 16
 _MOST_KINDS, _SAMPLE = 8, 8
 """Suffixes that are told apart, the most frequent ones, and objects of each that are looked into."""
-_AVIF, _HEIF = (b"avif", b"avis"), (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-_IMAGE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|II\+\0|MM\0\+"
-    rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n|P[1-6][ \t\r\n#]",
-    re.DOTALL,
-)
-
-
-def content_of(head: bytes) -> Content | None:
-    """Return what begins with these bytes (128 suffice): an image that can be read, Parquet, or neither (None).
-
-    An array of numpy is an image if its shape and type are those of one.
-    """
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    if is_npy(head):
-        return "image" if begins_picture(head) else None
-    brands = (*_AVIF, *(_HEIF if HEIF_IS_READ else ()))
-    is_image = _IMAGE.match(head) or (head[4:8] == b"ftyp" and head[8:12] in brands)
-    return "image" if is_image else None
 
 
 def contents_of(table: pa.Table, root: str, storage: StorageConfig, *, beside_images: bool) -> pa.Array:
-    """Return what each object of a table, with key and size, is taken for: "image", "parquet" or null.
+    """Return what each object of a table, with key and size, is taken for: "image", "parquet", "tar" or null.
 
     Of a suffix with few objects each is what it begins as; of others, and of those that cannot be read, all are what
     most, or half, of a sample begin as. If none can be read, objects without a suffix are taken for images, which are

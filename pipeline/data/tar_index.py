@@ -6,11 +6,11 @@ the rest of each name is the member's extension. `dogs/017.jpg`, `dogs/017.cls` 
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dinoray.pipeline.data.detection import AUTO
@@ -25,6 +25,8 @@ _CHUNK_BYTES = 4 << 20
 _GAP_BYTES = 256 << 10
 """Bytes between two images that are read for nothing rather than asked for around."""
 _MOST_LABEL_BYTES = {CLASS: 1 << 10, JSON: 1 << 20}
+_BATCH_ROWS = 65_536
+_ARRAY = ARRAY_SUFFIX[1:]
 _FIRST = ("jpg", "jpeg", "png", "webp")
 """Extensions of images, of which the first is taken if a sample has several."""
 
@@ -77,40 +79,86 @@ class TarImages(NamedTuple):
         return numbers
 
 
+class _Rows:
+    """Rows that become Arrow columns a batch at a time: a Python object for each would take far more memory."""
+
+    def __init__(self, **columns: pa.DataType) -> None:
+        self._schema = pa.schema(list(columns.items()))
+        self._batches: list[pa.RecordBatch] = []
+        self._pending: list[tuple[Any, ...]] = []
+
+    def add(self, *row: Any) -> None:
+        self._pending.append(row)
+        if len(self._pending) == _BATCH_ROWS:
+            self._flush()
+
+    def columns(self) -> list[pa.Array]:
+        """Return all rows so far, as columns."""
+        if self._pending:
+            self._flush()
+        table = pa.Table.from_batches(self._batches, self._schema)
+        self._batches = []
+        return [column.combine_chunks() for column in table.columns]
+
+    def _flush(self) -> None:
+        columns = zip(*self._pending, strict=True)
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, self._schema.types, strict=True)]
+        self._batches.append(pa.record_batch(arrays, self._schema))
+        self._pending = []
+
+
 def index_tar(tar: TarFile, wanted: Wanted) -> TarImages:
-    """Return the images of a tar file. Raises CompressedTar, and what reading the file raises."""
-    images: dict[str, Member] = {}
-    arrays: dict[str, Member] = {}
-    others: list[str] = []
-    texts: dict[str, str | None] = {}
+    """Return the images of a tar file; takes some 300 bytes of memory per member meanwhile.
+
+    Raises CompressedTar, and what reading the file raises.
+    """
+    text = pa.large_string()
+    images, arrays = (_Rows(name=text, offset=pa.int64(), num_bytes=pa.int64()) for _ in range(2))
+    others = _Rows(name=text)
+    texts = _Rows(sample=text, label=pa.string())
     left_out: Counter[str] = Counter()
     for member in tar.members():
         if member.left_out is not None:
             left_out[member.left_out] += member.left_out != "folders"
         elif role_of(member.name) == "image":
-            # A member that was added again replaces the earlier one, as where the file is unpacked.
-            left_out["replaced members"] += images.pop(member.name, None) is not None
-            images[member.name] = member
+            images.add(member.name, member.offset, member.num_bytes)
         else:
             sample, extension = split_name(member.name)
-            if extension == ARRAY_SUFFIX[1:]:
-                arrays[member.name] = member
+            if extension == _ARRAY:
+                arrays.add(member.name, member.offset, member.num_bytes)
             else:
-                others.append(member.name)
+                others.add(member.name)
             if extension == wanted.label_extension:
-                texts[sample] = _label(tar, member, wanted)
-    if not images or wanted.image == ARRAY_SUFFIX[1:]:
-        images = arrays
-    else:
-        others.extend(arrays)
-    chosen = list(_chosen(list(images.values()), wanted.image, left_out))
-    samples = {split_name(member.name)[0] for member in chosen}
-    left_out.update(_suffix(name) for name in others if split_name(name)[0] not in samples)
+                texts.add(sample, _label(tar, member, wanted))
+    names, offsets, num_bytes, names_of_others = *images.columns(), *others.columns()
+    of_arrays = arrays.columns()
+    if not len(names) or wanted.image == _ARRAY:
+        names, offsets, num_bytes = map(
+            pa.concat_arrays, zip((names, offsets, num_bytes), of_arrays, strict=True)
+        )
+    else:  # features or masks of the images
+        names_of_others = pa.concat_arrays([names_of_others, of_arrays[0]])
+    samples, extensions = _split_names(names)
+    # A member that was added again replaces the earlier one, as where the file is unpacked.
+    is_latest = _is_latest(names)
+    is_chosen = _is_chosen(samples.filter(is_latest), extensions.filter(is_latest), wanted.image)
+    unchosen = extensions.filter(is_latest).filter(pc.invert(is_chosen))
+    left_out["replaced members"] += pc.sum(pc.invert(is_latest)).as_py() or 0
+    left_out.update(
+        {
+            f"other images of samples (.{one['values']})": one["counts"]
+            for one in unchosen.value_counts().to_pylist()
+        }
+    )
+    names, offsets, num_bytes, samples = (
+        column.filter(is_latest).filter(is_chosen) for column in (names, offsets, num_bytes, samples)
+    )
+    _count_suffixes(names_of_others, samples, left_out)
     return TarImages(
-        pa.array([member.name for member in chosen], pa.large_string()),
-        np.array([member.offset for member in chosen], np.int64),
-        np.array([member.num_bytes for member in chosen], np.int64),
-        pa.array([texts.get(split_name(member.name)[0]) for member in chosen], pa.string()),
+        names,
+        offsets.to_numpy(),
+        num_bytes.to_numpy(),
+        _labels_of(samples, *texts.columns()),
         +left_out,
         tar.damage,
     )
@@ -123,22 +171,51 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{key}", extension.lower()
 
 
-def _chosen(images: Sequence[Member], extension: str, left_out: Counter[str]) -> Iterator[Member]:
-    """Yield the images that are used: one of each sample, or all where no extension of a sample is a plain one.
+def _split_names(names: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Return `split_name` of many names."""
+    parts = pc.extract_regex(names, r"(?s)^(?P<sample>(?:.*/)?[^/.]*)(?:\.(?P<extension>[^/]*))?$")
+    extensions = pc.utf8_lower(pc.fill_null(pc.struct_field(parts, "extension"), ""))
+    return pc.struct_field(parts, "sample"), extensions
+
+
+def _is_latest(names: pa.Array) -> pa.Array:
+    """Return True for the last of each name."""
+    encoded = names.dictionary_encode()
+    which, rows = encoded.indices.to_numpy(), np.arange(len(names))
+    last = np.zeros(len(encoded.dictionary), np.int64)
+    last[which] = rows
+    return pa.array(last[which] == rows)
+
+
+def _is_chosen(samples: pa.Array, extensions: pa.Array, extension: str) -> pa.Array:
+    """Return True for the images that are used: one of each sample, or all if no extension of a sample is a plain one.
 
     Names with dots in them, as `2020.01.jpg` and `2020.02.jpg`, are thus not taken for two images of a sample.
     """
-    best: dict[str, str] = {}
-    for member in images:
-        sample, own = split_name(member.name)
-        if "." not in own and (sample not in best or _rank(own) < _rank(best[sample])):
-            best[sample] = own
-    for member in images:
-        sample, own = split_name(member.name)
-        if own == (best.get(sample, own) if extension == AUTO else extension.lower()):
-            yield member
-        else:
-            left_out[f"other images of samples (.{own})"] += 1
+    if extension != AUTO:
+        return pc.equal(extensions, extension.lower())
+    of_samples, of_extensions = samples.dictionary_encode(), extensions.dictionary_encode()
+    found = of_extensions.dictionary.to_pylist()
+    plain = sorted((one for one in found if "." not in one), key=_rank)
+    places = {one: place for place, one in enumerate(plain)}
+    place_of = np.array([places.get(one, len(plain)) for one in found], np.int64)
+    place, sample = place_of[of_extensions.indices.to_numpy()], of_samples.indices.to_numpy()
+    best = np.full(len(of_samples.dictionary), len(plain))
+    np.minimum.at(best, sample, place)
+    return pa.array((best[sample] == len(plain)) | (place == best[sample]))
+
+
+def _count_suffixes(names: pa.Array, samples: pa.Array, left_out: Counter[str]) -> None:
+    """Count the members beside no image of `samples` by their suffixes."""
+    alone = names.filter(pc.invert(pc.is_in(_split_names(names)[0], samples)))
+    for first in range(0, len(alone), _BATCH_ROWS):
+        left_out.update(map(_suffix, alone.slice(first, _BATCH_ROWS).to_pylist()))
+
+
+def _labels_of(samples: pa.Array, labelled: pa.Array, labels: pa.Array) -> pa.Array:
+    """Return the label of each of `samples`, the last that `labelled` has of it; null without one."""
+    latest_first = np.arange(len(labelled))[::-1]
+    return labels.take(latest_first).take(pc.index_in(samples, labelled.take(latest_first)))
 
 
 def _rank(extension: str) -> tuple[int, str]:

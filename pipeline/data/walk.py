@@ -3,6 +3,7 @@
 The part of listing.py for disks. Opens no file; no Ray here.
 """
 
+import logging
 import os
 import stat
 from collections import Counter
@@ -10,11 +11,21 @@ from collections.abc import Iterator, Set
 from typing import NamedTuple, TypeAlias
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.data.ignored import BROKEN_LINK, LOOP, NOT_UTF8, OFTEN_LINKED, SPECIAL_FILE
+from dinoray.pipeline.data.ignored import (
+    BROKEN_LINK,
+    CLOSED_FOLDER,
+    LOOP,
+    NOT_UTF8,
+    OFTEN_LINKED,
+    SPECIAL_FILE,
+)
+
+logger = logging.getLogger(__name__)
 
 MOST_NAMES = 16
 """Links to one folder that are followed. Folders that link to each other would have more names than can be listed."""
 
+_MOST_WARNINGS = 5
 
 _Identity: TypeAlias = tuple[int, int]
 """Of a folder on this machine: device and inode."""
@@ -34,7 +45,8 @@ def walk(root: str, left_out: Counter[str]) -> Iterator[File]:
     Links are followed, also to folders, which so may have several names; a link to a folder that it lies in is a loop,
     and is left out. A link that leads nowhere is yielded with size 0 if it has a suffix, so that its image counts as
     missing. Names that are not UTF-8 are left out, since no manifest and no log can hold them; so are pipes, sockets
-    and devices. Raises DataError if a folder cannot be read.
+    and devices, and folders below `root` that may not be read or that have just been removed, with a warning. Raises
+    DataError if `root` cannot be read, or a disk fails.
     """
     folders, names = [""], Counter[_Identity]()
     while folders:
@@ -43,8 +55,15 @@ def walk(root: str, left_out: Counter[str]) -> Iterator[File]:
         try:
             with os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
+        except (PermissionError, FileNotFoundError) as error:
+            if not inner:
+                raise _unreadable(folder, error) from error
+            left_out[CLOSED_FOLDER] += 1
+            if left_out[CLOSED_FOLDER] <= _MOST_WARNINGS:
+                logger.warning("%s; it is left out", _unreadable(folder, error))
+            continue
         except OSError as error:
-            raise DataError(f"{folder}: {error.strerror}; make the folder readable") from error
+            raise _unreadable(folder, error) from error
         for entry in entries:
             key = f"{inner}{entry.name}"
             if not _is_folder(entry):
@@ -103,8 +122,12 @@ def _identity(folder: str) -> _Identity:
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; make the folder readable") from error
+        raise _unreadable(folder, error) from error
     return status.st_dev, status.st_ino
+
+
+def _unreadable(folder: str, error: OSError) -> DataError:
+    return DataError(f"{folder}: {error.strerror}; make the folder readable")
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -116,6 +116,9 @@ def _new_client(access: Access, read_seconds: float | None) -> tuple[Any, Any]:
             # The metadata service of a node throttles many actors that start at once. botocore makes one
             # attempt only and would then report missing credentials.
             session.set_config_variable("metadata_service_num_attempts", 3)
+        # botocore reads AWS_DEFAULT_REGION alone, and without a region takes this one for S3, but none for a role.
+        region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
+        session.set_config_variable("region", region or "us-east-1")
         # The search for credentials may take seconds: an anonymous client has none.
         credentials = None if access.anonymous else session.get_credentials()
         if credentials is None and not access.anonymous:

@@ -40,7 +40,7 @@ def test_class_folders_are_described_with_what_is_bad_and_ignored(tmp_path: Path
     files = {f"{label}/{n}.jpg": SMALL[n] for label in "ab" for n in range(4)}
     files |= {"a/9.png": encode(Image.new("L", (30, 20)), "PNG"), "b/8.jpg": SMALL[0][:-200]}
     write_all(tmp_path, files | {"a/x.csv": b"x"})
-    found = look(tmp_path, "data.label_from_parent=true")
+    found = look(tmp_path, "data.label_from_parent=true", "storage.requester_pays=true", "train.epochs=1")
     assert found.keys() == {"contents", "left out", "images", "bad images", "next"}
     assert "10 images in 2 class folders" in found["contents"]
     assert "labels from folder names" in found["contents"]
@@ -52,7 +52,10 @@ def test_class_folders_are_described_with_what_is_bad_and_ignored(tmp_path: Path
     assert found["bad images"].startswith("warn 1 of 10 that were read cannot be used (1 damaged or cut off")
     assert "e.g. b/8.jpg: " in found["bad images"]
     assert "data.max_bad_fraction=0.01: mend them, or set it to 0.15" in found["bad images"]
-    command = f"dinoray pretrain --recipe photos_small data.path={tmp_path} data.label_from_parent=true"
+    command = (
+        f"dinoray pretrain --recipe photos_small data.path={tmp_path} data.label_from_parent=true "
+        "storage.requester_pays=true"
+    )
     assert found["next"] == f"ok {command}"
 
 

@@ -16,7 +16,7 @@ from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decode import decode, eval_crop, read_samples
 from dinoray.pipeline.data.ignored import Ignored, ignored_line
 from dinoray.pipeline.data.measuring import measure
-from dinoray.pipeline.data.sniffing import content_of
+from dinoray.pipeline.data.signatures import content_of
 from dinoray.pipeline.data.tar_file import HeaderFile, TarFile
 from dinoray.pipeline.data.tar_index import TarImages, Wanted, index_tar
 

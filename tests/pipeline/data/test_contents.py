@@ -91,11 +91,11 @@ def test_flat_validation_folder_is_not_proposed(tmp_path: Path) -> None:
 def test_archives_and_patterns_are_named_with_a_remedy(tmp_path: Path) -> None:
     write_all(tmp_path, {"a.zip": b"x", "b.tar.gz": b"x"})
     for path in (tmp_path, tmp_path / "a.zip"):
-        with pytest.raises(DataError, match=r"ignored: .*1 .zip; unpack .*.zip"):
+        with pytest.raises(DataError, match=r"ignored: .*1 .zip; .*unpack .zip: "):
             build_manifest(DataConfig(path=str(path)))
     with pytest.raises(DataError, match=r"data.include='/\*.jpg'$"):
         build_manifest(DataConfig(path=f"{tmp_path}/*.jpg"))
-    assert "ignored: 1 .tar.gz, 1 .zip; unpack .tar.gz and .zip" in text_of(opened(tmp_path, PHOTOS))
+    assert "ignored: 1 .tar.gz, 1 .zip; decompress .tar.gz with gunzip" in text_of(opened(tmp_path, PHOTOS))
 
 
 def test_keys_that_repeat_are_refused_with_counts(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ WRONG = {
     "a run directory": Wrong({"path": "run"}, "set it to a folder of images", elsewhere("photos")),
     "runs alone": Wrong({"path": "runs"}, "set it to a folder of images", elsewhere("photos")),
     "no image": Wrong({"path": "texts"}, "check data.path", elsewhere("photos")),
-    "archives": Wrong({"path": "zips"}, "unpack .zip, for example with bsdtar -xf FILE -C FOLDER", unpacked),
+    "archives": Wrong({"path": "zips"}, "unpack .zip: python -m zipfile -e FILE FOLDER", unpacked),
     "a pattern": Wrong(
         {"path": "photos/*.jpg"},
         "data.include='/*.jpg'",

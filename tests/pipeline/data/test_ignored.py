@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
-from samples import parquet, write_all
+from samples import parquet, put_all, write_all
+from tars import tar_of
 
 from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.models.errors import DataError
@@ -102,14 +103,17 @@ def test_a_million_suffixes_are_counted_in_few_kinds() -> None:
 
 REMEDIES = {
     ".heic": "pip install 'dinoray[heic]'",
-    ".tar.gz": "unpack .tar.gz",
-    ".zip": "unpack .zip",
+    ".tar.gz": "decompress .tar.gz with gunzip",
+    ".tgz": "decompress .tgz with gunzip",
+    ".zip": "unpack .zip: python -m zipfile -e FILE FOLDER",
+    ".rar": "unpack .rar: bsdtar",
     ".mds": "streaming.StreamingDataset(local='FOLDER'",
-    ".mdb": "lmdb.open('FOLDER')",
+    ".mdb": "lmdb.open('FOLDER', subdir=",
     ".tfrecord": "TFRecordDataset",
     ".lance": "lance.dataset('FOLDER')",
-    ".arrow": "load_from_disk('FOLDER')",
+    ".arrow": "glob('FOLDER/**/*.arrow'",
     ".cr2": "convert .cr2 to .tif or .jpg",
+    ".jxl": "convert .jxl to .tif or .jpg",
 }
 
 
@@ -122,7 +126,10 @@ def test_what_can_be_used_in_another_way_is_named_with_it(suffix: str, tmp_path:
         build_manifest(DataConfig(path=str(tmp_path)))
     assert str(caught.value).startswith(f"no images under {tmp_path}; ignored: 24 {suffix}, 1 .txt; ")
     assert REMEDIES[suffix] in str(caught.value)
-    assert "{" not in str(caught.value).replace("{i}", "")
+    assert "{{" not in str(caught.value)
+    _, quote, code = str(caught.value).partition('python -c "')
+    if quote:
+        compile(code[:-1], "command", "exec")
     line = str(caught.value).partition("; ")[2]
 
     write_all(tmp_path, {"a.jpg": JPEG})
@@ -167,3 +174,36 @@ def test_images_beside_everything_else_that_a_bucket_holds(tmp_path: Path) -> No
     assert images.num_images == 20
     line = "ignored: 1 .json, 1 .parquet, 3 files without a suffix, 1 folder marker"
     assert data_lines(images)[1:] == [line]
+
+
+def test_tar_files_that_lie_beside_images_are_read_as_the_line_says(tmp_path: Path) -> None:
+    write_all(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG, "c.tar": tar_of({"0.jpg": JPEG})})
+    config = DataConfig(path=str(tmp_path))
+    line = "ignored: 1 .tar; data.include='*.tar' reads .tar"
+    assert data_lines(Source(config, build_manifest(config)))[1:] == [line]
+    assert build_manifest(config.model_copy(update={"include": ("*.tar",)})).kind == "tar"
+
+
+HIDDEN = (
+    ".ipynb_checkpoints/a-checkpoint.jpg",
+    ".git/annex/a.jpg",
+    "@eaDir/a.jpg/THUMB_M.jpg",
+    "$RECYCLE.BIN/b.jpg",
+)
+
+
+@pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+def test_copies_in_hidden_folders_are_no_images_unless_they_are_asked_for(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = ".hidden data"  # in the path itself it hides nothing
+    files = {f"{folder}/{key}": JPEG for key in (*HIDDEN, "a.jpg", "b/.c.jpg")}
+    if store == "s3":
+        s3, bucket = request.getfixturevalue("s3"), request.getfixturevalue("bucket")
+        put_all(s3, bucket, files)
+    else:
+        write_all(tmp_path, files)
+    config = DataConfig(path=f"s3://{bucket}/{folder}" if store == "s3" else f"{tmp_path}/{folder}")
+    assert data_lines(Source(config, build_manifest(config)))[1:] == ["ignored: 4 files in hidden folders"]
+    chosen = config.model_copy(update={"include": (".git/**",)})
+    assert build_manifest(chosen).num_images == 1

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from samples import parquet, put_all, write_all
 from servers import S3Server
+from tars import tar_of
 
 from dinoray.pipeline.data import sniffing
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.heif import HEIF_IS_READ
 from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
-from dinoray.pipeline.data.sniffing import content_of
+from dinoray.pipeline.data.signatures import begins_as_an_image, content_of
 
 
 def image(kind: str) -> bytes:
@@ -42,6 +43,11 @@ def test_heic_is_told_and_decoded_where_it_can_be() -> None:
     pixels = decode(data, max_pixels=1000)
     assert pixels.shape == (12, 16, 3)
     assert abs(int(pixels[5, 5, 0]) - 200) < 9
+
+
+def test_a_column_of_heic_is_one_of_images_wherever_it_can_be_read() -> None:
+    assert begins_as_an_image(b"\0\0\0\x18ftypheic")
+    assert not begins_as_an_image(b"\0\0\0\x18ftypmp42")
 
 
 @given(
@@ -112,6 +118,28 @@ def test_parquet_without_its_suffix_is_known_by_its_content(tmp_path: Path) -> N
     )
     manifest = build_manifest(DataConfig(path=str(tmp_path)))
     assert (manifest.kind, manifest.num_images, manifest.num_ignored) == ("parquet", 6, 1)
+
+
+@pytest.mark.parametrize("name", ["shard-000", "a.wds"])
+def test_tar_files_without_their_suffix_are_known_by_their_content(name: str, tmp_path: Path) -> None:
+    write_all(tmp_path, {name: tar_of({"0.jpg": JPEG, "1.jpg": JPEG}), "VERSION": b"1"})
+    manifest = build_manifest(DataConfig(path=str(tmp_path)))
+    assert (manifest.kind, manifest.num_images, manifest.num_ignored) == ("tar", 2, 1)
+    write_all(tmp_path, {f"{number}.jpg": JPEG for number in range(3)})
+    manifest = build_manifest(DataConfig(path=str(tmp_path)))  # it is an archive of them
+    assert (manifest.kind, manifest.num_images, manifest.num_ignored) == ("images", 3, 2)
+
+
+def test_beside_tar_files_nothing_else_is_taken_for_what_it_begins_as(tmp_path: Path) -> None:
+    write_all(tmp_path, {"a.tar": tar_of({"0.jpg": JPEG}), "b": SHARD, "c": SHARD, "d": JPEG})
+    manifest = build_manifest(DataConfig(path=str(tmp_path)))
+    assert (manifest.kind, manifest.num_images, manifest.num_ignored) == ("tar", 1, 3)
+
+
+def test_empty_parquet_beside_images_holds_none(tmp_path: Path) -> None:
+    write_all(tmp_path, {"a.jpg": JPEG, "a.parquet": b""})
+    manifest = build_manifest(DataConfig(path=str(tmp_path)))
+    assert (manifest.kind, manifest.num_images, manifest.num_ignored) == ("images", 1, 1)
 
 
 def test_the_number_of_looks_does_not_grow_with_the_objects(

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import write_all
 
+from dinoray.models.errors import DataError
 from dinoray.pipeline.data import walk as module
 from dinoray.pipeline.data.ignored import ignored_line
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
@@ -41,6 +42,28 @@ def test_links_are_followed_and_loops_are_left_out(tmp_path: Path) -> None:
         **{f"{name}/more/c.jpg": 1 for name in ("dog", "hound")},
     }
     assert left_out == {"loop": 6}
+
+
+def test_a_folder_that_may_not_be_read_is_left_out_and_the_root_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_all(tmp_path, {"a/1.jpg": b"1", "b/1.jpg": b"1"})
+    closed, scandir = f"{tmp_path}/b/", os.scandir
+
+    def refusing(path: str) -> object:  # root, who may run the tests, may read all
+        if path == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert found_in(tmp_path) == ({"a/1.jpg": 1}, {"closed folder": 1})
+    assert f"{closed}: Permission denied; make the folder readable; it is left out" in caplog.text
+    assert ignored_line(build_manifest(DataConfig(path=str(tmp_path))).ignored) == (
+        "ignored: 1 folder that cannot be read"
+    )
+    closed = f"{tmp_path}/"
+    with pytest.raises(DataError, match="make the folder readable"):
+        found_in(tmp_path)
 
 
 def test_a_root_that_is_a_link_and_one_that_does_not_end_are_walked(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from servers import ACCESS_KEY, SECRET_KEY, S3Server, use_aws
 from dinoray.models.errors import DataError
 from dinoray.pipeline.storage.arrow_s3 import RenewedS3
 from dinoray.pipeline.storage.files import Directory, filesystem
+from dinoray.pipeline.storage.s3 import s3_client
 
 pytestmark = pytest.mark.s3
 
@@ -112,9 +113,21 @@ def test_a_role_that_a_profile_assumes_writes_as_it_reads(
     base = "[profile base]\naws_access_key_id = of-base\naws_secret_access_key = of-base\n"
     (tmp_path / "config").write_text(role + base)
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", token_service)
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)  # stores other than AWS have none
     storage, path = filesystem(f"s3://{bucket}/run")
     write(storage, f"{path}/x")
     assert Directory(f"s3://{bucket}/run").read("x") == b"data"
+
+
+def test_the_region_is_that_of_the_variable_which_messages_name(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-2")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    assert s3_client().meta.region_name == "eu-west-1"
+    monkeypatch.delenv("AWS_REGION")
+    assert s3_client().meta.region_name == "eu-west-2"
 
 
 def test_keys_that_last_are_asked_for_once(issuer: Issuer, bucket: str) -> None:
