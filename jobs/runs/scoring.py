@@ -71,7 +71,7 @@ def score(arguments: Namespace) -> None:
     try:
         prober = Prober(config, network, actors=actors, use_gpu=use_gpu)
         labelled = None if set(LABELLED).isdisjoint(probes) else sides
-        is_scored = probes != [NEIGHBOURS]
+        is_scored = set(probes) != {NEIGHBOURS}
         scores = prober.scores(probes, labelled=labelled, images=images) if is_scored else {}
         page = None
         if NEIGHBOURS in probes:

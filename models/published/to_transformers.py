@@ -10,8 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dinoray.models.errors import ConfigError
 from dinoray.models.published.programs import timms_names
+
+
+class AnotherNetworkError(ValueError):
+    """The tensors are not those of the model; the message says which is the first that differs."""
+
 
 _PARTS = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1}
 _IN_TIMM = (
@@ -31,7 +35,7 @@ def in_transformers_names(own: Mapping[str, Tensor], wanted: Mapping[str, torch.
     The file has all that the library expects: mask tokens, which only masked training uses, are 0, layer scales that
     the backbone lacks are 1, and a pooling layer passes on the class token.
 
-    Raises ConfigError, without a remedy, if a tensor is left over, missing, or of another shape.
+    Raises AnotherNetworkError if a tensor is left over, missing, or of another shape.
     """
     used: set[str] = set()
     made: dict[str, Tensor] = {}
@@ -42,12 +46,14 @@ def in_transformers_names(own: Mapping[str, Tensor], wanted: Mapping[str, torch.
         if tensor is None and ".ls" in timms:
             tensor = torch.ones(wanted[name])
         if tensor is None:
-            raise ConfigError(f"the backbone has no {timms}")
+            raise AnotherNetworkError(f"the backbone has no {timms}")
         if tensor.numel() != wanted[name].numel():
-            raise ConfigError(f"{timms} has the shape {tuple(tensor.shape)}, not {tuple(wanted[name])}")
+            raise AnotherNetworkError(
+                f"{timms} has the shape {tuple(tensor.shape)}, not {tuple(wanted[name])}"
+            )
         made[name] = tensor.reshape(wanted[name]).contiguous()
     if left := [name for name in own if name not in used]:
-        raise ConfigError(f"it has no {left[0]}")
+        raise AnotherNetworkError(f"it has no {left[0]}")
     return made
 
 

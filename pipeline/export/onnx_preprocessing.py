@@ -74,7 +74,8 @@ def _deviation(
 ) -> float:
     noise = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
     side = (shape[1], shape[0])  # of noise no order of directions would give the same pixels
-    images = np.stack([Image.fromarray(one).resize(side, Image.Resampling.BICUBIC) for one in noise])
+    photos = [Image.fromarray(one).resize(side, Image.Resampling.BICUBIC) for one in noise]
+    images = np.stack([np.asarray(photo) for photo in photos])
     crops = np.stack([eval_crop(image, size=size) for image in images])
     ours = embed(backbone, crops, frozen.config.crops, precision="fp32")
     (theirs,) = session.run(None, {"images": images})
@@ -91,15 +92,17 @@ class _FromImages(nn.Module):
             backbone = resizing_by_products(backbone, frozen.config.backbone.pos_embed)
         self.backbone, self._size = backbone, size
         crops = frozen.config.crops
-        for name, values in (("mean", crops.pixel_mean), ("std", crops.pixel_std)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
+        self._mean, self._std = (
+            nn.Buffer(torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1))
+            for values in (crops.pixel_mean, crops.pixel_std)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[1:3]
         x = images.permute(0, 3, 1, 2).float()
         x = _eight_bits(x @ crop_matrix(width, height, self._size).T)
         x = _eight_bits(crop_matrix(height, width, self._size) @ x)
-        features: Tensor = self.backbone((x / 255 - self.mean) / self.std)
+        features: Tensor = self.backbone((x / 255 - self._mean) / self._std)
         return features
 
 

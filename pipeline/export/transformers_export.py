@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinoray.models.backbone import embed_dim
 from dinoray.models.errors import ConfigError, DinorayError, one_line
-from dinoray.models.published.to_transformers import in_transformers_names
+from dinoray.models.published.to_transformers import AnotherNetworkError, in_transformers_names
 from dinoray.pipeline.export.onnx_export import quiet, require
 from dinoray.pipeline.export.timm_export import evaluation_size
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
@@ -77,7 +77,7 @@ def export_transformers(frozen: FrozenBackbone, *, image_size: int | None = None
             model.load_state_dict(weights, assign=True)
             model.save_pretrained(scratch, max_shard_size="1TB")
             loaded, report = transformers.AutoModel.from_pretrained(scratch, output_loading_info=True)
-        except ConfigError as error:
+        except AnotherNetworkError as error:
             raise _refused(frozen, f"{name} is another network: {error}") from error
         except Exception as error:  # the library raises many types
             raise DinorayError(
