@@ -18,6 +18,7 @@ from dinoray.models.settings import flatten
 from dinoray.pipeline.export.loading_code import FILES, create_model, quoted
 from dinoray.pipeline.export.model_card import RunFacts, model_card, read_scores
 from dinoray.pipeline.export.onnx_export import export_onnx
+from dinoray.pipeline.export.onnx_preprocessing import export_onnx_preprocessing
 from dinoray.pipeline.export.readme_card import position_note, readme
 from dinoray.pipeline.export.timm_export import (
     CONFIG_FILE,
@@ -28,6 +29,7 @@ from dinoray.pipeline.export.timm_export import (
     other_sizes,
     timm_arguments,
 )
+from dinoray.pipeline.export.transformers_export import export_transformers
 from dinoray.pipeline.export.weights import export_official, export_state_dict
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3
 from dinoray.pipeline.storage.run_dir import CONFIG, checkpoint_name
@@ -138,9 +140,9 @@ def _export(
     file = FILES[form]
     facts: dict[str, Any]
     if form == "timm":
-        made = export_timm(frozen, image_size=image_size, license_id=license_id)
-        files = {CONFIG_FILE: made.config, WEIGHTS_FILE: made.weights}
-        return Exported(f"{name}_timm", files, {"deviations": made.deviations})
+        folder_of_timm = export_timm(frozen, image_size=image_size, license_id=license_id)
+        files = {CONFIG_FILE: folder_of_timm.config, WEIGHTS_FILE: folder_of_timm.weights}
+        return Exported(f"{name}_timm", files, {"deviations": folder_of_timm.deviations})
     if form == "state_dict":
         facts = {"deviations": _deviations_in_timm(frozen, image_size)}
         return Exported(f"{name}_state_dict", {file: export_state_dict(frozen)}, facts)
@@ -148,6 +150,14 @@ def _export(
         step = name.partition("_")[2]
         facts = {"deviations": _deviations_in_timm(frozen, image_size)}
         return Exported(f"official_{step}", {file: export_official(folder, address=address)}, facts)
+    if form == "transformers":
+        made = export_transformers(frozen, image_size=image_size)
+        facts = {"model": made.model, "features": made.features, "max_deviation": made.deviation}
+        return Exported(f"{name}_transformers", made.files, {**facts, "deviations": made.deviations})
+    if form == "onnx_preprocessing":
+        whole = export_onnx_preprocessing(frozen, image_size=image_size)
+        facts = {"max_deviation": whole.deviation, "checked_sizes": whole.sizes}
+        return Exported(f"{name}_onnx_preprocessing", {file: whole.data}, facts)
     onnx = export_onnx(frozen)
     facts = {"max_deviation": onnx.deviation, "checked_sizes": onnx.sizes, "multiple_of": onnx.multiple_of}
     return Exported(f"{name}_onnx", {file: onnx.data}, facts)
@@ -175,7 +185,9 @@ def _loading_lines(card: dict[str, Any], form: str, address: str, folder: str) -
     load = {
         "timm": f"timm.create_model({quoted(f'local-dir:{local}')}, pretrained=True)",
         "state_dict": f"model = {create_model(card)}; model.load_state_dict(torch.load({quoted(file)}))",
-        "onnx": f"onnxruntime.InferenceSession({quoted(file)})",
+        "transformers": f"transformers.AutoModel.from_pretrained({quoted(local)})",
+        "onnx": (session := f"onnxruntime.InferenceSession({quoted(file)})"),
+        "onnx_preprocessing": session,
         "official": f"cp {shlex.quote(file)} OUTPUT/checkpoint.pth && python main_dino.py --output_dir OUTPUT ...",
     }[form]
     return [*lines, f"{load}  # {note}" if note else load]

@@ -10,7 +10,6 @@ import torch
 from dinoray.jobs.cli.config import apply_overrides, load_run_config, validate_as
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.manifest import Manifest, build_manifest
-from dinoray.pipeline.data.measured import Measured
 from dinoray.pipeline.data.measuring import kept_measurement
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.checkpoint_files import DamagedCheckpointError
@@ -99,8 +98,7 @@ def open_start(run: Directory, options: StartOptions, *, num_images: int) -> Sta
             f"no checkpoint of {run.uri} before step {options.step} is left{why}; {later}pass --checkpoint "
             f"{INITIAL} to repeat all {options.step} steps from the weights that the run began with"
         )
-    measured = kept_measurement(_where(run, run_dir.PIXELS))
-    state = _begin(kept, options.device, num_images=num_images, measured=measured)
+    state = begin(run, kept, options.device, num_images=num_images)
     return Start(state, kept.with_pixels_of(state.config), INITIAL, refused)
 
 
@@ -131,8 +129,9 @@ def _restore(
     return Start(state, config, name, refused)
 
 
-def _begin(config: Config, device: torch.device, *, num_images: int, measured: Measured) -> TrainState:
-    """Build the networks and load the weights that a new run of these settings begins with."""
+def begin(run: Directory, config: Config, device: torch.device, *, num_images: int) -> TrainState:
+    """Build the networks and load the weights that the run, of these settings, began with."""
+    measured = kept_measurement(_where(run, run_dir.PIXELS))
     algorithm = resolve(config.algorithm(), num_images=num_images, measured=measured).config
     weights = None if config.init.path is None else read_weights(config.init.path)
     if weights is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from dinoray.jobs.cli.config import load_run_config
 from dinoray.jobs.cli.main import start_ray
 from dinoray.jobs.runs.data_lines import unlabelled_warnings
+from dinoray.jobs.runs.neighbours import Images, Where, write_neighbours
 from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.jobs.runs.prober import Prober
 from dinoray.models.errors import ConfigError, DinorayError
@@ -18,7 +19,7 @@ from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import check_size
 from dinoray.pipeline.evaluation.class_names import class_mismatch, overlap_warnings
-from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED
+from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED, NEIGHBOURS
 from dinoray.pipeline.reporting.run_report import write_report
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
@@ -39,7 +40,8 @@ def score(arguments: Namespace) -> None:
     here = Directory(arguments.checkpoint)
     # Of a run the settings come first: where they are missing, it is no run.
     config = None if here.exists(run_dir.META) else load_run_config(here, arguments.overrides)
-    found, network, _ = open_network(arguments.checkpoint, arguments.step, arguments.which)
+    opened = open_network(arguments.checkpoint, arguments.step, arguments.which)
+    found, network = opened.found, opened.network
     if config is None and found.run is not None and found.run.exists(run_dir.CONFIG):
         config = load_run_config(found.run, arguments.overrides)
     if config is None:
@@ -49,13 +51,13 @@ def score(arguments: Namespace) -> None:
     config = config.with_pixels_of(network.config)
     check_size(network, config.eval.image_size or network.config.crops.global_crop_size)
     asked = set(chosen_probes(arguments.probes, labelled=True))
-    wants_images = not asked.isdisjoint(LABEL_FREE)
+    wants_images = not asked.isdisjoint((*LABEL_FREE, NEIGHBOURS))
     images = (
         Source(config.data, build_manifest(config.data, config.storage), config.storage)
         if wants_images or config.eval.val_path == AUTO
         else None
     )
-    sides = None if asked.isdisjoint(LABELLED) else evaluated_images(config, images)
+    sides = None if asked.isdisjoint((*LABELLED, NEIGHBOURS)) else evaluated_images(config, images)
     for line in [*unlabelled_warnings(sides, config.eval), *overlap_warnings(sides, config.eval)]:
         print(f"warning: {line}", flush=True)
     paths = {"train_path": sides[0].config.path, "val_path": sides[1].config.path} if sides else {}
@@ -63,27 +65,44 @@ def score(arguments: Namespace) -> None:
     mismatch = class_mismatch(*sides, config.eval) if sides else None
     if mismatch:
         print(f"warning: {mismatch.text}", flush=True)
-    if mismatch and mismatch.is_disjoint and arguments.probes is None:
-        sides = None
-    probes = chosen_probes(arguments.probes, labelled=sides is not None)
+    scored = None if mismatch and mismatch.is_disjoint else sides
+    probes = chosen_probes(arguments.probes, labelled=(sides if arguments.probes else scored) is not None)
 
     no_training = config.resources.model_copy(update={"train_workers": 1, "cpus_per_train_worker": 0})
     use_gpu, (_, actors) = start_ray(no_training, verbose=arguments.verbose)
     try:
         prober = Prober(config, network, actors=actors, use_gpu=use_gpu)
-        scores = prober.scores(probes, labelled=sides, images=images if wants_images else None)
+        labelled = None if set(LABELLED).isdisjoint(probes) else sides
+        is_scored = set(probes) != {NEIGHBOURS}
+        scores = prober.scores(probes, labelled=labelled, images=images) if is_scored else {}
+        page = None
+        if NEIGHBOURS in probes:
+            compared = _compared(config, scored, images)
+            where = Where(actors, use_gpu)
+            page = write_neighbours(opened, config, compared, which=arguments.which, where=where)
     finally:
         leave_ray()
-    result = {"checkpoint": found.name, "which": arguments.which, **paths, **scores}
-    file, folder = run_dir.evaluation_name(found.name, arguments.which), found.run or found.folder
-    # Scores of other probes stay, unless they are of other images.
-    before = json.loads(folder.read(file)) if folder.exists(file) else {}
-    kept = before if all(before.get(name, path) == path for name, path in paths.items()) else {}
-    folder.write(file, json.dumps(kept | result, indent=1).encode())
-    print("\n".join(summary(result, where=folder.join(file))))
-    if found.run is not None:
+    lines = []
+    if is_scored:
+        result = {"checkpoint": found.name, "which": arguments.which, **paths, **scores}
+        file, folder = run_dir.evaluation_name(found.name, arguments.which), found.run or found.folder
+        # Scores of other probes stay, unless they are of other images.
+        before = json.loads(folder.read(file)) if folder.exists(file) else {}
+        kept = before if all(before.get(name, path) == path for name, path in paths.items()) else {}
+        folder.write(file, json.dumps(kept | result, indent=1).encode())
+        lines = summary(result, where=folder.join(file))
+    print("\n".join([*lines, *([] if page is None else [f"page     {page}"])]))
+    if is_scored and found.run is not None:
         with contextlib.suppress(DinorayError):  # the scores are written; a page may come later
             write_report(found.run)
+
+
+def _compared(config: Config, sides: tuple[Source, Source] | None, images: Source | None) -> Images:
+    """Return the images of the page about neighbours: those of k-NN, or without labels those of `data.path`."""
+    if sides is not None:
+        return Images(sides[1], sides[0], config.eval.max_train_images)
+    assert images is not None
+    return Images(images, images, config.probe.max_images)
 
 
 def chosen_probes(text: str | None, *, labelled: bool) -> list[str]:
@@ -91,9 +110,10 @@ def chosen_probes(text: str | None, *, labelled: bool) -> list[str]:
     if text is None:
         return [*(LABELLED if labelled else ()), *LABEL_FREE]
     probes = [probe.strip() for probe in text.split(",")]
+    known = (*LABELLED, *LABEL_FREE, NEIGHBOURS)
     for probe in probes:
-        if probe not in LABELLED + LABEL_FREE:
-            raise ConfigError(f"--probes: {probe!r} must be one of {', '.join(LABELLED + LABEL_FREE)}")
+        if probe not in known:
+            raise ConfigError(f"--probes: {probe!r} must be one of {', '.join(known)}")
     if not labelled and set(probes) & set(LABELLED):
         raise ConfigError(
             "eval.val_path is not set, or the images of data.path have no labels; give labelled images, e.g. "

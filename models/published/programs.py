@@ -144,8 +144,7 @@ def in_timms_names(network: dict[str, Tensor]) -> dict[str, Tensor]:
     `backbone.` stands before the names inside the backbone. Query, key and value of each attention become one
     tensor `attn.qkv`, and the two parts of a gated layer become `mlp.fc1`, as in timm.
     """
-    inside = (name.removeprefix("backbone.") for name in network if name.startswith("backbone."))
-    rules = next((program.rules for program in programs_of(inside, ())), ())
+    rules = _rules(name.removeprefix("backbone.") for name in network if name.startswith("backbone."))
     if not rules:
         return network
     named = {_renamed(name, rules): tensor for name, tensor in network.items()}
@@ -163,6 +162,18 @@ def in_timms_names(network: dict[str, Tensor]) -> dict[str, Tensor]:
                 named, [f"{match[1]}{part}.{match[3]}" for part in parts], f"{match[1]}{whole}.{match[3]}"
             )
     return joined
+
+
+def timms_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the names inside a backbone of a program -> timm's; query, key, value and gates are still apart."""
+    listed = list(names)
+    rules = _rules(listed)
+    return {name: _renamed(name, rules).removeprefix("backbone.") for name in listed}
+
+
+def _rules(inside: Iterable[str]) -> Rules:
+    """Return the rules for a backbone with these names inside; none if the table has none."""
+    return next((program.rules for program in programs_of(inside, ())), ())
 
 
 def _joined(named: Mapping[str, Tensor], parts: list[str], whole: str) -> dict[str, Tensor]:

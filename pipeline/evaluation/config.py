@@ -11,6 +11,8 @@ LABELLED = ("knn", "linear")
 """Probes that classify."""
 LABEL_FREE = ("rankme", "clid", "lidar", "std")
 """Probes of the features alone."""
+NEIGHBOURS = "neighbours"
+"""Not a score but a page, only if it is asked for: it needs the features of the start too."""
 
 
 class EvalConfig(Settings):

@@ -11,7 +11,9 @@ from typing import Any
 FILES = {
     "timm": "model.safetensors",
     "state_dict": "model.pth",
+    "transformers": "model.safetensors",
     "onnx": "model.onnx",
+    "onnx_preprocessing": "model.onnx",
     "official": "checkpoint.pth",
 }
 """Format -> name of the weights file in the export folder."""
@@ -52,6 +54,18 @@ transform = transforms.Compose(
 {open}with torch.inference_mode():
     features = model(transform(image)[None])  # float32 [1, {embed_dim}]
 """
+_TRANSFORMERS = """\
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained(".").eval()
+processor = AutoImageProcessor.from_pretrained(".")
+
+{open}with torch.inference_mode():
+    outputs = model(**processor(image, return_tensors="pt"))
+features = outputs.{features}  # float32 [1, {embed_dim}]
+"""
 _STATE_DICT_WEIGHTS = """\
 weights = torch.load("model.pth", map_location="cpu", weights_only=True)"""
 _OFFICIAL_WEIGHTS = """\
@@ -77,6 +91,22 @@ mean, std = np.array({mean}, np.float32), np.array({std}, np.float32)
 images = ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
 (features,) = session.run(["features"], {{"images": images}})  # float32 [1, {embed_dim}]
 """
+
+_ONNX_PREPROCESSING = """\
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+
+{open}(features,) = session.run(["features"], {{"images": np.asarray(image)[None]}})  # float32 [1, {embed_dim}]
+"""
+_CODE = {
+    "timm": _TIMM,
+    "transformers": _TRANSFORMERS,
+    "onnx": _ONNX,
+    "onnx_preprocessing": _ONNX_PREPROCESSING,
+}
 
 
 _OTHER_CHANNELS = """\
@@ -120,7 +150,9 @@ def loading_code(card: Mapping[str, Any], form: str) -> str:
     channels = len(values["mean"])
     if channels != 3:
         return _of_other_channels(form, values | {"channels": channels})
-    return {"timm": _TIMM, "onnx": _ONNX}.get(form, _TORCH).format(**values)
+    if form == "transformers":
+        values["features"] = card["files"][form]["features"]
+    return _CODE.get(form, _TORCH).format(**values)
 
 
 def _of_other_channels(form: str, values: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import logging
 import math
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +47,7 @@ def export_onnx(frozen: FrozenBackbone) -> Onnx:
 
     Raises ConfigError without the packages, DinorayError if the export or the comparison fails.
     """
-    _require("onnx", "onnxscript", "onnxruntime")
+    require("onnx", "onnxscript", "onnxruntime", form="onnx")
     backbone = frozen.backbone()
     crops = frozen.config.crops
     patch = patch_size(backbone)
@@ -86,15 +86,15 @@ def resize_matrix(length: int, grid: int, *, pos_embed: str) -> Tensor:
     if pos_embed == "timm":
         centers = (rows + 0.5) * (grid / ends)
         widening = (grid / ends).clamp(min=1.0)  # of the kernel, if there are fewer rows than values
-        weights = _cubic((torch.arange(grid) + 0.5 - centers) / widening, -0.5)
+        weights = cubic((torch.arange(grid) + 0.5 - centers) / widening, -0.5)
         return weights / weights.sum(1, keepdim=True)
     centers = (rows + 0.5) * (grid / (ends + 0.1)) - 0.5
     beyond = torch.arange(-2, grid + 2)  # reached by four taps; beyond the edge, the edge counts
     edge = (beyond.clamp(0, grid - 1)[:, None] == torch.arange(grid)).float()
-    return _cubic(beyond - centers, -0.75) @ edge
+    return cubic(beyond - centers, -0.75) @ edge
 
 
-def _cubic(distance: Tensor, a: float) -> Tensor:
+def cubic(distance: Tensor, a: float) -> Tensor:
     """Return the cubic convolution kernel (Keys 1981)."""
     x = distance.abs()
     near = ((a + 2) * x - (a + 3)) * x * x + 1
@@ -102,7 +102,7 @@ def _cubic(distance: Tensor, a: float) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def _resizing_by_products(vit: VisionTransformer, pos_embed: str) -> VisionTransformer:
+def resizing_by_products(vit: VisionTransformer, pos_embed: str) -> VisionTransformer:
     """Return a copy that resizes its position embeddings by `resize_matrix`; otherwise the same function."""
 
     def with_pos_embed(self: Any, x: Tensor) -> Tensor:
@@ -169,15 +169,29 @@ def _graph(backbone: nn.Module, size: tuple[int, int], *, patch: int, fixed: boo
     model = backbone
     if not fixed and isinstance(backbone, VisionTransformer) and backbone.pos_embed is not None:
         pos_embed = "timm" if type(backbone) is VisionTransformer else "official"
-        model = _resizing_by_products(backbone, pos_embed)
+        model = resizing_by_products(backbone, pos_embed)
         dims |= {2: patch * torch.export.Dim("rows"), 3: patch * torch.export.Dim("columns")}
     elif not fixed:
         dims |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    names = ["batch"] if fixed else ["batch", None, "height", "width"]
+    return converted(
+        model, torch.zeros(3, in_chans(backbone), *size), dims, names, of=type(backbone).__name__
+    )
+
+
+def converted(
+    model: nn.Module, example: Tensor, dims: dict[int, Any], names: Sequence[str | None], *, of: str
+) -> bytes:
+    """Return the graph `images` -> `features` of a model.
+
+    `dims`: which dimensions of the input vary, for torch.export; `names`: what they are called in the file.
+    Raises DinorayError, which names the network `of`.
+    """
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 model,
-                (torch.zeros(3, in_chans(backbone), *size),),
+                (example,),
                 dynamo=True,
                 dynamic_shapes=(dims,),
                 input_names=["images"],
@@ -186,7 +200,6 @@ def _graph(backbone: nn.Module, size: tuple[int, int], *, patch: int, fixed: boo
             )
         proto = program.model_proto  # type: ignore[union-attr]
         del proto.graph.value_info[:]  # holds sizes under the exporter's names
-        names = ["batch"] if fixed else ["batch", None, "height", "width"]
         for dim, name in zip(proto.graph.input[0].type.tensor_type.shape.dim, names, strict=False):
             if name:
                 dim.dim_param = name
@@ -194,7 +207,7 @@ def _graph(backbone: nn.Module, size: tuple[int, int], *, patch: int, fixed: boo
     except Exception as error:  # the exporter raises many types
         reason = one_line(error.__cause__ or error)
         raise DinorayError(
-            f"{type(backbone).__name__} cannot be exported to ONNX: {reason}; export it with --format timm"
+            f"{of} cannot be exported to ONNX: {reason}; export it with --format timm"
         ) from error
 
 
@@ -232,13 +245,18 @@ def _refusing_other_sizes(graph: bytes, patch: int) -> bytes:
     return proto.SerializeToString()
 
 
-def _deviation(graph: bytes, backbone: nn.Module, sizes: list[tuple[int, int]]) -> float:
+def session_of(graph: bytes) -> Any:
+    """Return a session of onnxruntime on the CPU that logs errors alone."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _deviation(graph: bytes, backbone: nn.Module, sizes: list[tuple[int, int]]) -> float:
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = session_of(graph)
         generator = torch.Generator().manual_seed(0)
         worst = 0.0
         for height, width in sizes:
@@ -250,15 +268,19 @@ def _deviation(graph: bytes, backbone: nn.Module, sizes: list[tuple[int, int]]) 
                 scale = float(ours.abs().max()) or 1.0
                 worst = max(worst, float((ours - theirs).abs().max()) / scale)
     except Exception as error:  # onnxruntime's own types
-        reason = one_line(error)
-        raise DinorayError(
-            f"the ONNX file of {type(backbone).__name__} does not run: {reason}; export it with --format timm"
-        ) from error
+        raise does_not_run(type(backbone).__name__, error) from error
     return worst
 
 
+def does_not_run(of: str, error: Exception) -> DinorayError:
+    """Return the error for a graph that onnxruntime refuses."""
+    return DinorayError(
+        f"the ONNX file of {of} does not run: {one_line(error)}; export it with --format timm"
+    )
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporter, which logs its progress in pages; an error still names the cause."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -274,11 +296,12 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str, form: str) -> None:
+    """Raise ConfigError unless the packages that a format needs are installed."""
     for package in packages:
         try:
             __import__(package)
         except ImportError as error:
             raise ConfigError(
-                f"--format onnx needs {package}, which is not installed: pip install 'dinoray[export]'"
+                f"--format {form} needs {package}, which is not installed: pip install 'dinoray[export]'"
             ) from error

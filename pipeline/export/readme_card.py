@@ -15,7 +15,15 @@ from dinoray.pipeline.export.loading_code import loading_code
 MIN_TIMM = "1.0.26"
 """The first version of timm whose `local-dir:` reads safetensors."""
 
-_LIBRARIES = {"timm": "timm", "state_dict": "timm", "onnx": "onnx", "official": "pytorch"}
+_LIBRARIES = {
+    "timm": "timm",
+    "state_dict": "timm",
+    "transformers": "transformers",
+    "onnx": "onnx",
+    "onnx_preprocessing": "onnx",
+    "official": "pytorch",
+}
+_RUNTIME = "`pip install onnxruntime pillow numpy`"
 _CITATION = """\
 @inproceedings{caron2021emerging,
   title     = {Emerging Properties in Self-Supervised Vision Transformers},
@@ -52,8 +60,9 @@ def position_note(card: Mapping[str, Any], form: str) -> str:
         worst = max(deviations, key=lambda size: deviations[size])
         exact = card["input"]["size"]
         where = "" if str(exact) in map(str, deviations) else f"exact at {exact} px; "
+        library = "transformers" if form == "transformers" else "timm"
         return (
-            f"{where}timm resizes position embeddings differently from this run: features differ by up to "
+            f"{where}{library} resizes position embeddings differently from this run: features differ by up to "
             f"{deviations[worst]:.0e} of the largest one at {worst} px; --format onnx has no such difference"
         )
     if form == "official" and card["pos_embed"] == "timm":
@@ -205,7 +214,9 @@ def _loading(card: Mapping[str, Any], form: str) -> Iterator[str]:
     photo = "photo.jpg" if len(card["input"]["mean"]) == 3 else "photo.npy"
     needs = {
         "timm": f"`pip install 'timm>={MIN_TIMM}'`",
-        "onnx": "`pip install onnxruntime pillow numpy`",
+        "transformers": "`pip install 'transformers>=5' torchvision pillow`",
+        "onnx": _RUNTIME,
+        "onnx_preprocessing": _RUNTIME,
     }.get(form, "`pip install timm`")
     yield f"Install what the code needs with {needs}. Run the code in the folder of this file, on any `{photo}`:"
     yield f"\n```python\n{loading_code(card, form)}```\n"
@@ -224,6 +235,24 @@ def _loading(card: Mapping[str, Any], form: str) -> Iterator[str]:
             f"Input `images`: float32 [batch, {channels}, height, width]. {_onnx_sizes(card, multiple)} "
             f"Output `features`: float32 [batch, {card['embed_dim']}]. Any batch size is accepted."
         )
+    if form == "onnx_preprocessing":
+        yield (
+            "Input `images`: uint8 [batch, height, width, 3], RGB and upright, of any height and width; images of one "
+            "batch have the same. All other steps of the preprocessing are inside the graph. "
+            f"Output `features`: float32 [batch, {card['embed_dim']}]. Any batch size is accepted."
+        )
+    if form == "transformers":
+        model = card["files"][form]["model"]
+        yield f"`AutoModel` returns a `{model}`. Its features are those of the training run within rounding."
+        yield (
+            "Where the margin around the central square is odd, the image processor may cut it one pixel nearer to the "
+            "top or the left than the evaluations."
+        )
+        if model == "ViTModel":
+            yield (
+                "Images of another size need `interpolate_pos_encoding=True`. The pooling layer of this model passes "
+                "on the class token unchanged."
+            )
     note = position_note(card, form)
     if note:
         yield f"\n**Note:** {note}."

@@ -19,6 +19,7 @@ A run directory (local or S3):
     result.json                 written last: the run is finished
     lease.json                  the driver that trains, or was last to (storage/lease.py); locally lease-00000001.json
     evaluation_step_00001000.json    what the command evaluate found
+    neighbours.html             pictures and their nearest neighbours before and after, if evaluate was asked for it
     checkpoints/
       checkpoint_manager_snapshot.json    the committed checkpoints (Ray Train's file)
       step_00001000/
@@ -52,6 +53,7 @@ MANIFEST, METRICS, QUARANTINE = "manifest.parquet", "metrics.jsonl", "quarantine
 PIXELS = "pixels.json"
 CROPS, ATTENTION, TENSORBOARD = "crops.png", "attention", "tensorboard"
 REPORT, TRACKING, LEASE = "report.html", "tracking.json", "lease.json"
+NEIGHBOURS = "neighbours.html"
 LEASE_FILE = re.compile(r"lease(?:-(\d{8,}))?\.json")
 """Names of the lease: as an object, and as the files of a folder, which have numbers."""
 CAPTURE, CAPTURE_COUNTS = "capture", "counts.json"

@@ -56,8 +56,8 @@ CONFIGS = {
     "vit with published position embeddings": tiny_config(backbone={"pos_embed": "official"}),
     "resnet": tiny_config(backbone=TINY_RESNET),
 }
-FORMS = {  # the published code knows no resnet10t; onnx takes long
-    "vit": list(FILES),
+FORMS = {  # the published code knows no resnet10t; onnx takes long; of transformers test_transformers_export.py
+    "vit": [form for form in FILES if form != "transformers"],
     "vit with published position embeddings": ["timm", "state_dict", "official"],
     "resnet": ["timm", "state_dict"],
 }
@@ -95,12 +95,15 @@ def test_the_code_of_each_readme_embeds_an_image_as_the_run_does(
     kept = np.load(tmp_path / "kept.npz")
     assert set(kept) == set(FORMS[kind])
     for form in FORMS[kind]:
-        np.testing.assert_allclose(kept[form], expected, atol=0.02 * np.abs(expected).max(), err_msg=form)
+        # That graph rounds pixels as we do, the others' preprocessing does not.
+        share = 0.002 if form == "onnx_preprocessing" else 0.02
+        np.testing.assert_allclose(kept[form], expected, atol=share * np.abs(expected).max(), err_msg=form)
 
 
 def test_the_hub_reads_the_header_of_each_readme(exported: tuple[str, Path]) -> None:
     kind, run = exported
-    libraries = {"timm": "timm", "state_dict": "timm", "onnx": "onnx", "official": "pytorch"}
+    libraries = {"timm": "timm", "state_dict": "timm", "official": "pytorch"}
+    libraries |= dict.fromkeys(("onnx", "onnx_preprocessing"), "onnx")
     for form in FORMS[kind]:
         card = ModelCard.load(run / "export" / FOLDERS[form] / "README.md")
         assert (card.data.license, card.data.library_name) == ("apache-2.0", libraries[form])
