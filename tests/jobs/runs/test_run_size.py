@@ -90,7 +90,7 @@ def test_400_photos_for_100_epochs_are_few_steps() -> None:
     )
 
 
-@pytest.mark.parametrize("setting", ["init.path=/weights.pth", "backbone.pretrained=true"])
+@pytest.mark.parametrize("setting", ["init.from=/weights.pth", "backbone.pretrained=true"])
 def test_who_starts_from_weights_is_not_told_of_few_images(setting: str) -> None:
     assert length_warnings(config_of("train.epochs=999", setting), 100) == []
 

@@ -1,0 +1,111 @@
+"""The first stage of a run that starts from weights: the backbone is frozen while fresh heads converge. No Ray here.
+
+The stage ends by `init.freeze_steps`. With auto, it ends once the loss is flat, which this module decides from the
+loss of each step: a mean over all processes, so all of them end the stage at the same step. The loss is read every
+`window` steps, whatever is logged, so logging does not change what is learnt.
+
+- Least length: 1,000 steps, but at most a tenth of the run. Window: a tenth of the least length.
+- Flat: the mean of the last three windows is within 1 % of the mean of the three before.
+- Greatest length: five times the least, which is at most half of a run; then the stage ends, flat or not.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinoray.models.settings import Auto
+
+_LEAST_STEPS = 1000
+_LEAST_SHARE, _GREATEST = 10, 5
+"""The least length is at most a run's steps by the first, the greatest is the least times the second."""
+_WINDOWS = 3
+_FLAT = 0.01
+
+
+class Limits(NamedTuple):
+    """Least and greatest length of the stage, and the steps whose mean loss is one value; in steps."""
+
+    least: int
+    greatest: int
+    window: int
+
+
+def limits(freeze_steps: int | Auto, total_steps: int) -> Limits:
+    """Return the limits of the stage in a run of `total_steps`."""
+    if freeze_steps != "auto":
+        return Limits(freeze_steps, freeze_steps, max(1, freeze_steps))
+    least = max(1, min(_LEAST_STEPS, total_steps // _LEAST_SHARE))
+    return Limits(least, _GREATEST * least, max(1, least // 10))
+
+
+def is_flat(means: Sequence[float]) -> bool:
+    """Return True if the mean losses of windows, in their order, have stopped to change; False for few windows."""
+    if len(means) < 2 * _WINDOWS:
+        return False
+    before, last = fmean(means[-2 * _WINDOWS : -_WINDOWS]), fmean(means[-_WINDOWS:])
+    return abs(last - before) <= _FLAT * abs(before)
+
+
+class FrozenStage:
+    """What a run knows of the stage: call `add` after each of its steps, on all ranks."""
+
+    def __init__(self, freeze_steps: int | Auto, *, total_steps: int, device: torch.device) -> None:
+        self._limits = limits(freeze_steps, total_steps)
+        self.is_configured = freeze_steps != 0
+        self.ended_at: int | None = None if self.is_configured else 0
+        """The step of the schedules at which the backbone begins to learn; None: it is frozen."""
+        self.ending = ""
+        """Why the stage ended, for a person; empty unless that was in this process."""
+        self._num_steps = 0
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        """Of the window under way: losses, and steps that are not skipped."""
+        self._means: list[float] = []
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the backbone is frozen."""
+        return self.ended_at is None
+
+    def add(self, loss: Tensor, is_finite: Tensor) -> bool:
+        """Count a step; return whether the stage is over. `loss`: the step's mean over all processes.
+
+        A step that is not `is_finite`, a 0-d bool on the device, counts but its loss does not. Only the end of a
+        window waits for the device.
+        """
+        least, greatest, window = self._limits
+        self._num_steps += 1
+        if self._num_steps >= greatest:
+            self.ending = f"after {self._num_steps} steps, the most that init.freeze_steps allows"
+            return True
+        self._sums += torch.stack([torch.where(is_finite, loss, 0.0), is_finite.to(loss)]).double()
+        if self._num_steps % window:
+            return False
+        total, count = self._sums.tolist()
+        self._sums.zero_()
+        if count:
+            self._means.append(total / count)
+        if self._num_steps < least or not is_flat(self._means):
+            return False
+        self.ending = f"after {self._num_steps} steps: the loss is flat, {self._means[-1]:.4g}"
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as tensors and numbers."""
+        return {
+            "ended_at": self.ended_at,
+            "num_steps": self._num_steps,
+            "sums": self._sums,
+            "means": self._means,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restore what `state_dict` returned. None: of a run that had no such stage, which is past it."""
+        if state is None:
+            self.ended_at = 0
+            return
+        self.ended_at, self._num_steps = state["ended_at"], state["num_steps"]
+        self._sums.copy_(state["sums"])
+        self._means = list(state["means"])
