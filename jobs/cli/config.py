@@ -189,9 +189,9 @@ def _without_replaced(tree: dict[str, Any]) -> dict[str, Any]:
     for key in (*REPLACED, *RENAMED):
         section, _, leaf = key.rpartition(".")
         if isinstance(tree.get(section), dict) and leaf in tree[section]:
-            value = tree[section].pop(leaf)
-            if key in RENAMED:
-                tree[section].setdefault(RENAMED[key].rpartition(".")[2], value)
+            value, now = tree[section].pop(leaf), RENAMED.get(key, "").rpartition(".")[2]
+            if now and tree[section].get(now) is None:
+                tree[section][now] = value
     return tree
 
 

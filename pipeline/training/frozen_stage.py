@@ -57,8 +57,7 @@ class FrozenStage:
         self.is_configured = freeze_steps != 0
         self.ended_at: int | None = None if self.is_configured else 0
         """The step of the schedules at which the backbone begins to learn; None: it is frozen."""
-        self.ending = ""
-        """Why the stage ended, for a person; empty unless that was in this process."""
+        self._why = ""
         self._num_steps = 0
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         """Of the window under way: losses, and steps that are not skipped."""
@@ -78,7 +77,7 @@ class FrozenStage:
         least, greatest, window = self._limits
         self._num_steps += 1
         if self._num_steps >= greatest:
-            self.ending = f"after {self._num_steps} steps, the most that init.freeze_steps allows"
+            self._why = "init.freeze_steps allows no more"
             return True
         self._sums += torch.stack([torch.where(is_finite, loss, 0.0), is_finite.to(loss)]).double()
         if self._num_steps % window:
@@ -89,8 +88,14 @@ class FrozenStage:
             self._means.append(total / count)
         if self._num_steps < least or not is_flat(self._means):
             return False
-        self.ending = f"after {self._num_steps} steps: the loss is flat, {self._means[-1]:.4g}"
+        self._why = f"the loss is flat, {self._means[-1]:.4g}"
         return True
+
+    def take_ending(self) -> str:
+        """Return once, in the process in which the stage ended, a line about that; otherwise nothing."""
+        why, self._why = self._why, ""
+        text = f"the backbone learns from now on, after {self._num_steps} steps of the heads alone: {why}"
+        return text if why else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as tensors and numbers."""

@@ -91,12 +91,12 @@ def timm_weights(start: str) -> Weights:
 def _check_published(name: str) -> None:
     arch = name.partition(".")[0]
     if not timm.is_model(arch):
-        hint = name_hint(name)
-        if "--init-from" not in hint:  # which names a file, and a backbone for it
-            hint = hint.replace(" backbone.pretrained=true", "").replace(
+        near = name_hint(name)
+        if "--init-from" not in near:  # which names a file, and a backbone for it
+            near = near.replace(" backbone.pretrained=true", "").replace(
                 "backbone.name=", f"init.from={TIMM}"
             )
-        raise ConfigError(f"init.from={TIMM}{name}: timm has no such model{hint}")
+        raise ConfigError(f"init.from={TIMM}{name}: timm has no such model{near}")
     published = timm.list_pretrained(f"{arch}.*") + timm.list_pretrained(arch)
     if not published:
         raise ConfigError(

@@ -225,9 +225,6 @@ class _Worker:
         if self.cadence.due(step, fails=self.agreement.ends).logs:
             state.skips.settle()  # the host reads the step's metrics anyway
         skips = state.skips.take()
-        if self.outputs and state.stage.ending:
-            self.outputs.note(f"the backbone learns from step {step + 1} on, {state.stage.ending}")
-            state.stage.ending = ""
         self.capture.after_step(metrics, skips)
         if self.outputs:
             self.outputs.count_step(batch, wait_seconds)

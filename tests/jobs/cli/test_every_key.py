@@ -92,6 +92,7 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "head.out_dim": st.integers(2, 99) | st.just("auto"),
     "loss.teacher_temp": st.floats(0.01, 1) | st.just("auto"),
     "teacher.teacher_momentum": st.floats(0, 1) | st.just("auto"),
+    "init.freeze_steps": st.integers(0, 99) | st.just("auto"),
     "init.from": st.none() | st.from_regex(r"/[a-z]{1,9}", fullmatch=True),
     "probe.linear_lrs": st.lists(st.floats(0.01, 1), min_size=1).map(tuple),
     "resources.use_gpu": st.booleans() | st.just("auto"),

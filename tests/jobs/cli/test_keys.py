@@ -69,9 +69,12 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_replacement() -> None:
             "train.batch_size=1",
             "train.global_batch_size or eval.batch_size or train.max_batch_size_per_worker",
         ),
-        ("momentum_teacher=1", "teacher.teacher_momentum or teacher.final_teacher_momentum"),
+        (
+            "momentum_teacher=1",
+            "teacher.teacher_momentum or init.freeze_teacher_momentum or teacher.final_teacher_momentum",
+        ),
         ("loss.center_momemtum=1", "loss.center_momentum"),
-        ("dta.path=1", "data.path or init.from"),
+        ("dta.path=1", "data.path"),
         ("storge_path=1", "storage_path"),
     ],
 )

@@ -287,7 +287,7 @@ def test_a_recipe_has_a_receipt(recipe: str) -> None:
     assert ("Published: k-NN " in receipt or "Published (README of DINO's code): k-NN " in receipt) == (
         recipe in IMAGENET
     )
-    assert ("unverified" in receipt) == (recipe in ("vit_base_imagenet", "resnet50_imagenet"))
+    assert ("unverified" in receipt) == (recipe in ("vit_base_imagenet", "resnet50_imagenet", "adapt"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -299,7 +299,7 @@ def test_the_command_on_a_receipt_runs_the_recipe(recipe: str) -> None:
 
 
 def test_the_recipes_are_these() -> None:
-    assert list(RECIPES) == ["demo", "photos_small", *IMAGENET]
+    assert list(RECIPES) == ["demo", "photos_small", *IMAGENET, "adapt"]
 
 
 def test_a_recipe_is_made_anew_each_time() -> None:
