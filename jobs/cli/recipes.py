@@ -13,6 +13,7 @@ train.precision is auto, bf16 on a GPU), and the published k-NN votes with all 1
 classifies all 50,000 others (here eval.max_train_images and eval.max_val_images bound both).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -176,7 +177,8 @@ def resnet50_imagenet() -> Tree:
 def adapt() -> Tree:
     """Continue from good weights, slowly: first fresh heads alone, then all of any backbone.
 
-    `init.from=timm:NAME` also names the backbone, with the crops that patches of 14 px need.
+    `init.from=timm:NAME` also names the backbone. It gets the crops that patches of 14 px need. Of DINOv3's ViTs it takes
+    the class token, which DINOv3 trains; timm averages patch tokens.
 
     Source: layer decay 0.9 and the patch embedding at 0.2 of the rate are defaults of DINOv2's code
     (ssl_default_config.yaml; DINOv3 has 0.2 as well); the teacher momentum of 0.999 and the weight decay of 0.04 are
@@ -244,8 +246,11 @@ def starting_point(recipe: str, settings: Mapping[str, Any]) -> Tree:
         name = backbone.get("name", name)
     if name != own:
         tree["backbone"].pop("kwargs", None)
-    if recipe == adapt.__name__ and "patch14" not in str(name):
-        del tree["crops"]
+    if recipe == adapt.__name__:
+        if "patch14" not in str(name):
+            del tree["crops"]
+        if re.match(r"vit_\w+_dinov3", str(name)):
+            tree["backbone"]["kwargs"] = {"global_pool": "token"}
     if recipe == demo.__name__ and not (isinstance(data, Mapping) and "path" in data):
         for section, values in demo_data().items():
             tree[section] = {**tree.get(section, {}), **values}

@@ -23,6 +23,8 @@ def test_weights_of_timm_name_the_backbone_and_its_crops() -> None:
     assert (config.backbone.name, config.crops.local_crop_size) == (DINOV2, 98)
     config = config_of("init.from=timm:convnext_small.dinov3_lvd1689m")
     assert (config.backbone.name, config.crops.local_crop_size) == ("convnext_small.dinov3_lvd1689m", 96)
+    config = config_of("init.from=timm:vit_small_plus_patch16_dinov3.lvd1689m")
+    assert config.backbone.kwargs == {"global_pool": "token"}
     demo = config_of("init.from=timm:resnet50", recipe="demo")
     assert (demo.backbone.name, demo.backbone.kwargs) == ("resnet50", {})
 
