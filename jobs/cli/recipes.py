@@ -177,8 +177,8 @@ def resnet50_imagenet() -> Tree:
 def adapt() -> Tree:
     """Continue from good weights, slowly: first fresh heads alone, then all of any backbone.
 
-    `init.from=timm:NAME` also names the backbone. It gets the crops that patches of 14 px need. Of DINOv3's ViTs it takes
-    the class token, which DINOv3 trains; timm averages patch tokens.
+    `init.from=timm:NAME` also names the backbone. Patches of 14 px get crops that they divide. DINOv3's ViTs give their
+    class token, which DINOv3 trains; timm averages patch tokens.
 
     Source: layer decay 0.9 and the patch embedding at 0.2 of the rate are defaults of DINOv2's code
     (ssl_default_config.yaml; DINOv3 has 0.2 as well); the teacher momentum of 0.999 and the weight decay of 0.04 are

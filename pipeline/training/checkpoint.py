@@ -173,8 +173,10 @@ def _restore_stage(state: TrainState, saved: Mapping[str, Any] | None) -> None:
     was_on = state.stage.is_on
     if state.stage.is_configured:
         state.stage.load_state_dict(saved)
-    if state.stage.is_on != was_on:
-        state.thaw() if was_on else state.dino.freeze_backbone()
+    if state.stage.is_on and not was_on:
+        state.dino.freeze_backbone()
+    if was_on and not state.stage.is_on:
+        state.thaw()
 
 
 def _changed(then: Mapping[str, Any], now: DINOConfig) -> list[str]:

@@ -21,12 +21,11 @@ from dinoray.models.config import (
     TeacherConfig,
     timm_name,
 )
-from dinoray.models.schedules import scaled_lr
+from dinoray.models.schedules import frozen_limits, scaled_lr
 from dinoray.models.settings import Auto, Settings, number
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.storage.addresses import normal_uri
-from dinoray.pipeline.training.frozen_stage import limits
 
 _DAY_SECONDS = 86_400
 
@@ -103,7 +102,7 @@ class Schedule:
             config.loss.warmup_teacher_temp_epochs, math.ceil(config.train.epochs)
         )
         self.freeze_steps = round(self.steps(config.optim.freeze_last_layer_epochs))
-        self.most_frozen_steps = limits(config.init.freeze_steps, self.total_steps).greatest
+        self.most_frozen_steps = frozen_limits(config.init.freeze_steps, self.total_steps).greatest
 
     def epoch(self, step: int) -> int:
         """Return the epoch of the first image of `step`."""

@@ -4,41 +4,23 @@ The stage ends by `init.freeze_steps`. With auto, it ends once the loss is flat,
 loss of each step: a mean over all processes, so all of them end the stage at the same step. The loss is read every
 `window` steps, whatever is logged, so logging does not change what is learnt.
 
-- Least length: 1,000 steps, but at most a tenth of the run. Window: a tenth of the least length.
 - Flat: the mean of the last three windows is within 1 % of the mean of the three before.
-- Greatest length: five times the least, which is at most half of a run; then the stage ends, flat or not.
+- `models/schedules.py` has the least and the greatest length, and that of a window. At the greatest length the stage
+  ends, flat or not.
 """
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinoray.models.schedules import frozen_limits
 from dinoray.models.settings import Auto
 
-_LEAST_STEPS = 1000
-_LEAST_SHARE, _GREATEST = 10, 5
-"""The least length is at most a run's steps by the first, the greatest is the least times the second."""
 _WINDOWS = 3
 _FLAT = 0.01
-
-
-class Limits(NamedTuple):
-    """Least and greatest length of the stage, and the steps whose mean loss is one value; in steps."""
-
-    least: int
-    greatest: int
-    window: int
-
-
-def limits(freeze_steps: int | Auto, total_steps: int) -> Limits:
-    """Return the limits of the stage in a run of `total_steps`."""
-    if freeze_steps != "auto":
-        return Limits(freeze_steps, freeze_steps, max(1, freeze_steps))
-    least = max(1, min(_LEAST_STEPS, total_steps // _LEAST_SHARE))
-    return Limits(least, _GREATEST * least, max(1, least // 10))
 
 
 def is_flat(means: Sequence[float]) -> bool:
@@ -53,7 +35,7 @@ class FrozenStage:
     """What a run knows of the stage: call `add` after each of its steps, on all ranks."""
 
     def __init__(self, freeze_steps: int | Auto, *, total_steps: int, device: torch.device) -> None:
-        self._limits = limits(freeze_steps, total_steps)
+        self._limits = frozen_limits(freeze_steps, total_steps)
         self.is_configured = freeze_steps != 0
         self.ended_at: int | None = None if self.is_configured else 0
         """The step of the schedules at which the backbone begins to learn; None: it is frozen."""

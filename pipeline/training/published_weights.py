@@ -75,7 +75,7 @@ def timm_weights(start: str) -> Weights:
             f"init.from={start}: the weights cannot be had: {one_line(failure)}; connect this machine to the network, "
             f"or name a local file of them: init.from=FILE backbone.name={name}"
         ) from failure
-    state = {f"backbone.{name}": value for name, value in network.state_dict().items()}
+    state = {f"backbone.{key}": value for key, value in network.state_dict().items()}
     return Weights(
         student=state,
         teacher=state,

@@ -11,11 +11,12 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch, tiny_config
 from tiny_states import save
 from torch import Tensor
 
+from dinoray.models.schedules import FrozenLimits, frozen_limits
 from dinoray.pipeline.training import frozen_stage
 from dinoray.pipeline.training.checkpoint import load_checkpoint
 from dinoray.pipeline.training.config import DINOConfig, Schedule
 from dinoray.pipeline.training.ddp import distribute
-from dinoray.pipeline.training.frozen_stage import FrozenStage, Limits, is_flat, limits
+from dinoray.pipeline.training.frozen_stage import FrozenStage, is_flat
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
 FREEZE = 3
@@ -141,10 +142,10 @@ def test_auto_ends_when_the_loss_is_flat_within_its_limits(losses: list[float], 
 
 
 def test_limits_follow_the_length_of_the_run() -> None:
-    assert limits("auto", 100_000) == Limits(1000, 5000, 100)
-    assert limits("auto", 800) == Limits(80, 400, 8)
-    assert limits("auto", 5) == Limits(1, 5, 1)
-    assert limits(7, 5)[:2] == (7, 7)
+    assert frozen_limits("auto", 100_000) == FrozenLimits(1000, 5000, 100)
+    assert frozen_limits("auto", 800) == FrozenLimits(80, 400, 8)
+    assert frozen_limits("auto", 5) == FrozenLimits(1, 5, 1)
+    assert frozen_limits(7, 5)[:2] == (7, 7)
 
 
 def test_few_windows_are_not_flat() -> None:
