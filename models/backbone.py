@@ -125,6 +125,18 @@ def layer_depths(backbone: nn.Module) -> dict[str, int]:
     return group_parameters(backbone, matcher, reverse=True)
 
 
+def image_layers(backbone: nn.Module) -> list[str]:
+    """Return the names of the parameters that take the image: a ViT's patch embedding, or the first convolution.
+
+    [] if timm does not name that layer.
+    """
+    first = (getattr(backbone, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    layers = ("patch_embed", *([first] if isinstance(first, str) else first))
+    return [
+        name for name, _ in backbone.named_parameters() if name.startswith(tuple(f"{x}." for x in layers))
+    ]
+
+
 def embed_dim(backbone: nn.Module) -> int:
     """Return the width D of the backbone's features."""
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]

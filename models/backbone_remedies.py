@@ -111,7 +111,7 @@ def _explain_weights(name: str, kwargs: Mapping[str, Any], failure: Exception) -
         )
     return DataError(
         f"{what} cannot be had: {cause}; connect this machine to the network, or {noise} and name a local file of "
-        "weights in timm's names: init.path=FILE"
+        "weights in timm's names: init.from=FILE"
     )
 
 

@@ -51,6 +51,10 @@ class Compilation:
         if self.is_on and self._graphs_of_first_step is None:
             self._graphs_of_first_step = num_graphs()
 
+    def restart(self) -> None:
+        """Make the next step a first one, which compiles blocks: what learns has changed."""
+        self._graphs_of_first_step = None
+
     @property
     def num_recompiled(self) -> int:
         """The graphs compiled after the first step: 0, as all its shapes come again."""

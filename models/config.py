@@ -18,8 +18,17 @@ _DECIDED_ELSEWHERE = {
     "num_classes": "the backbone has no classifier",
     "in_chans": "set data.channels instead",
     "features_only": "the head takes one vector per image",
-    "checkpoint_path": "set init.path instead",
+    "checkpoint_path": "set init.from instead",
 }
+
+
+TIMM = "timm:"
+"""Prefix of a start from weights that timm publishes; the model's name follows, with or without a tag."""
+
+
+def timm_name(start: str | None) -> str | None:
+    """Return NAME of `init.from=timm:NAME`; None for another start."""
+    return start.removeprefix(TIMM) if start is not None and start.startswith(TIMM) else None
 
 
 class BackboneConfig(Settings):
@@ -28,7 +37,7 @@ class BackboneConfig(Settings):
     name: str = "vit_small_patch16_224"
     """Any name that `timm.list_models()` knows, with or without a tag of its weights (`.lvd142m`)."""
     pretrained: bool = False
-    """Start from the weights that timm publishes under this name, downloaded once."""
+    """As init.from=timm:NAME with NAME of backbone.name, but each node downloads the weights."""
     pos_embed: Literal["timm", "official"] = "timm"
     """Resizing of position embeddings in ViTs: as timm does (antialiased), or as the published DINO code does."""
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
@@ -140,3 +149,5 @@ class OptimConfig(Settings):
     """Epochs at the start without updates of the prototype layer."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of each backbone block, as a factor of the next block's; 1: the same for all."""
+    patch_embed_lr_scale: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of the layer that takes the image, as a further factor; DINOv2 and DINOv3 have 0.2."""

@@ -26,6 +26,9 @@ class Output(NamedTuple):
 class MultiCropNet(nn.Module):
     """Backbone and head applied to crops of several sizes."""
 
+    backbone_is_frozen = False
+    """True: the backbone is in eval mode and its forward keeps nothing for a backward pass."""
+
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
@@ -43,8 +46,15 @@ class MultiCropNet(nn.Module):
                 groups[-1].append(x)
             else:
                 groups.append([x])
-        features = torch.cat([self.backbone(torch.cat(g) if len(g) > 1 else g[0]) for g in groups])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_is_frozen):
+            features = torch.cat([self.backbone(torch.cat(g) if len(g) > 1 else g[0]) for g in groups])
         return Output(self.head(features), features)
+
+    def train(self, mode: bool = True) -> "MultiCropNet":
+        """Set the network to `mode`, and a frozen backbone to eval mode: no draws, no new batch statistics."""
+        super().train(mode)
+        self.backbone.train(mode and not self.backbone_is_frozen)
+        return self
 
 
 class DINO(nn.Module):
@@ -55,6 +65,8 @@ class DINO(nn.Module):
     """
 
     center: Tensor
+    _frozen: list[nn.Parameter]
+    """Of the student's backbone, frozen for now."""
 
     def __init__(
         self,
@@ -72,6 +84,7 @@ class DINO(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.register_buffer("center", torch.zeros(number(head.out_dim)))
+        self._frozen = []
         self.train()
 
     def train(self, mode: bool = True) -> "DINO":
@@ -82,6 +95,22 @@ class DINO(nn.Module):
         super().train(mode)
         self.teacher.train(mode and has_batch_norm(self.teacher))
         return self
+
+    def freeze_backbone(self) -> None:
+        """Let only the heads learn, until `thaw_backbone`: no bit of either backbone changes, its buffers included."""
+        self._frozen = [p for p in self.student.backbone.parameters() if p.requires_grad]
+        self._set_frozen(True)
+
+    def thaw_backbone(self) -> None:
+        """Let the backbone learn again: what learnt before it was frozen."""
+        self._set_frozen(False)
+        self._frozen = []
+
+    def _set_frozen(self, is_frozen: bool) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(not is_frozen)
+        self.student.backbone_is_frozen = self.teacher.backbone_is_frozen = is_frozen
+        self.train(self.training)
 
     @torch.no_grad()
     def teacher_output(self, global_crops: Tensor) -> Output:
@@ -95,10 +124,12 @@ class DINO(nn.Module):
     def update_teacher(self, momentum: float, is_finite: Tensor) -> None:
         """Set teacher <- momentum * teacher + (1 - momentum) * student, over parameters, in float32.
 
-        Only if `is_finite`, a 0-d bool on the device which the host does not read.
+        Only if `is_finite`, a 0-d bool on the device which the host does not read. A frozen backbone is left out.
         """
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = list(self.student.parameters())
+        networks = (self.teacher, self.student)
+        teacher, student = (
+            list[Tensor]((net.head if net.backbone_is_frozen else net).parameters()) for net in networks
+        )
         # Selected, not weighted with 0: a student with NaN would make the teacher NaN.
         for new, old in zip(
             torch._foreach_lerp(teacher, student, weight=1.0 - momentum), teacher, strict=True

@@ -3,25 +3,38 @@
 import torch
 from torch import Tensor, nn
 
-from dinoray.models.backbone import layer_depths
+from dinoray.models.backbone import image_layers, layer_depths
 from dinoray.models.config import OptimConfig
+from dinoray.models.errors import ConfigError
 from dinoray.models.lars import LARS
 
 
-def param_groups(student: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
+def param_groups(
+    student: nn.Module, *, layer_decay: float = 1.0, patch_embed_lr_scale: float = 1.0
+) -> list[dict]:
     """Return parameter groups, each with one `lr_scale`; groups with weight decay (`decays`) come first.
 
     Biases and 1-D parameters are not decayed; frozen parameters are left out. With a `layer_decay` of 1 there
     are the two groups of the published optimiser, in its order. Otherwise block i of the N blocks of
     `student.backbone` has the scale `layer_decay ** (N + 1 - i)`: the stem is block 0, the final norm belongs
-    to the last block, and the head has the scale 1.
+    to the last block, and the head has the scale 1. `patch_embed_lr_scale` is a further factor for the layer that
+    takes the image.
     """
-    scales = {}
+    scales: dict[str, float] = {}
     if layer_decay != 1:
         depths = layer_depths(student.backbone)  # type: ignore[arg-type]
         scales = {
             f"backbone.{k}": layer_decay ** (max(depths.values()) + 1 - depth) for k, depth in depths.items()
         }
+    if patch_embed_lr_scale != 1:
+        layers = image_layers(student.backbone)  # type: ignore[arg-type]
+        if not layers:
+            raise ConfigError(
+                f"optim.patch_embed_lr_scale={patch_embed_lr_scale:g} needs a backbone whose first layer timm names, "
+                f"{type(student.backbone).__name__} is none; set optim.patch_embed_lr_scale=1"
+            )
+        for layer in layers:
+            scales[f"backbone.{layer}"] = scales.get(f"backbone.{layer}", 1.0) * patch_embed_lr_scale
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for name, p in student.named_parameters():
         if p.requires_grad:
@@ -37,7 +50,9 @@ def param_groups(student: nn.Module, *, layer_decay: float = 1.0) -> list[dict]:
 
 def build_optimizer(config: OptimConfig, student: nn.Module) -> torch.optim.Optimizer:
     """Build the optimiser over `param_groups(student)`; lr and weight decay are set before each step."""
-    groups = param_groups(student, layer_decay=config.layer_decay)
+    groups = param_groups(
+        student, layer_decay=config.layer_decay, patch_embed_lr_scale=config.patch_embed_lr_scale
+    )
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)  # one pass over the parameters instead of ten
     if config.name == "sgd":
@@ -54,7 +69,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     theirs = saved["param_groups"]
     if [len(g["params"]) for g in own] != [len(g["params"]) for g in theirs]:
         raise ValueError(
-            "the optimizer's parameter groups differ from those saved; was optim.layer_decay changed?"
+            "the optimizer's parameter groups differ from those saved; was optim.layer_decay or "
+            "optim.patch_embed_lr_scale changed?"
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 

@@ -4,6 +4,12 @@ Steps past the end keep the last value, so a run that is extended or restarted n
 """
 
 import math
+from typing import NamedTuple
+
+from dinoray.models.settings import Auto
+
+_LEAST_FROZEN, _LEAST_SHARE, _GREATEST = 1000, 10, 5
+"""Steps; the least length is at most a run's steps by the second, the greatest is the least times the third."""
 
 
 def warmup_cosine(step: int, *, base: float, final: float, total_steps: int, warmup_steps: int = 0) -> float:
@@ -27,6 +33,25 @@ def teacher_temp(epoch: int, *, base: float, warmup: float, warmup_epochs: int) 
     if epoch >= warmup_epochs:
         return base
     return warmup + (base - warmup) * epoch / max(1, warmup_epochs - 1)
+
+
+class FrozenLimits(NamedTuple):
+    """Least and greatest length of the stage with a frozen backbone, and of a window of its loss; in steps."""
+
+    least: int
+    greatest: int
+    window: int
+
+
+def frozen_limits(freeze_steps: int | Auto, total_steps: int) -> FrozenLimits:
+    """Return the limits of the stage in a run of `total_steps`.
+
+    auto: at least 1,000 steps, but at most a tenth of the run; at most five times that; windows of a tenth of it.
+    """
+    if freeze_steps != "auto":
+        return FrozenLimits(freeze_steps, freeze_steps, max(1, freeze_steps))
+    least = max(1, min(_LEAST_FROZEN, total_steps // _LEAST_SHARE))
+    return FrozenLimits(least, _GREATEST * least, max(1, least // 10))
 
 
 def cap_warmup(warmup: int, total: int) -> int:

@@ -157,7 +157,7 @@ class PretrainArguments(Arguments):
             "--init-from",
             metavar="PATH",
             default=None,
-            help="weights to start from; the same as init.path=PATH",
+            help="weights to start from: timm:NAME, a file or a run; the same as init.from=PATH",
         )
         self.add_argument(
             "--from-study", metavar="DIR", default=None, help="start from the best config of the study in DIR"
@@ -178,7 +178,7 @@ class PretrainArguments(Arguments):
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
     """The overrides of a command line, with those that options stand for."""
     init_from = getattr(arguments, "init_from", None)
-    return [*arguments.overrides, *([f"init.path={init_from}"] if init_from else [])]
+    return [*arguments.overrides, *([f"init.from={init_from}"] if init_from else [])]
 
 
 def pretrain_config(arguments: argparse.Namespace) -> Config:

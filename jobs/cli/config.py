@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from dinoray.jobs.cli.keys import REPLACED, did_you_mean, explain, keep_detected, leaf_fields
+from dinoray.jobs.cli.keys import RENAMED, REPLACED, did_you_mean, explain, keep_detected, leaf_fields
 from dinoray.jobs.cli.recipes import RECIPES, starting_point
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
@@ -110,6 +110,7 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     mistakes = []
     for override in overrides:
         key, separator, text = override.partition("=")
+        key = RENAMED.get(key, key)
         path = key.split(".")
         if not separator or not all(path):
             mistakes.append(
@@ -184,11 +185,13 @@ _FIELDS = leaf_fields(Config)
 
 
 def _without_replaced(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree of a file without settings that earlier versions had."""
-    for key in REPLACED:
+    """The tree of a file without settings that earlier versions had, and with others under their names now."""
+    for key in (*REPLACED, *RENAMED):
         section, _, leaf = key.rpartition(".")
-        if isinstance(tree.get(section), dict):
-            tree[section].pop(leaf, None)
+        if isinstance(tree.get(section), dict) and leaf in tree[section]:
+            value, now = tree[section].pop(leaf), RENAMED.get(key, "").rpartition(".")[2]
+            if now and tree[section].get(now) is None:
+                tree[section][now] = value
     return tree
 
 

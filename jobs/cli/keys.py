@@ -24,6 +24,8 @@ EXAMPLES = {"data.path": "s3://bucket/train"}
 """A value for settings that must be given."""
 REPLACED = {"data.fetch_attempts": "storage.give_up_after_seconds"}
 """Settings of earlier versions -> those that have taken their place. A file may still hold them; they do nothing."""
+RENAMED = {"init.path": "init.from"}
+"""Settings of earlier versions -> their names now. Files and command lines may still have the former."""
 _RULES = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -63,7 +65,7 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             leaves |= leaf_fields(field.annotation, f"{prefix}{name}.")
         else:
-            leaves[prefix + name] = field
+            leaves[prefix + (field.alias or name)] = field
     return leaves
 
 
@@ -149,7 +151,7 @@ def _instead(name: str, value: str, known: Iterable[str]) -> str:
 def _in_section(section: str, value: str, known: Iterable[str]) -> str:
     """What to write where a section itself was given a value."""
     keys = [key for key in known if key.startswith(f"{section}.")]
-    main = next((key for key in keys if key.rpartition(".")[2] in ("path", "name")), None)
+    main = next((key for key in keys if key.rpartition(".")[2] in ("path", "name", "from")), None)
     if main and value[0] in "'\"":
         return f"; did you mean {main}={value[1:-1]}?"
     return f": {', '.join(keys[:3])}, ..."

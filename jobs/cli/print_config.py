@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from dinoray.jobs.cli.arguments import overrides_of, pretrain_config
 from dinoray.jobs.cli.config import apply_overrides, apply_tree, read_file, resolve, validate_as
 from dinoray.jobs.cli.keys import EXAMPLES, leaf_fields
-from dinoray.jobs.cli.recipes import starting_point
+from dinoray.jobs.cli.recipes import backbone_of_start, starting_point
 from dinoray.models.settings import flatten
 from dinoray.pipeline.storage.yaml_text import Dumper
 from dinoray.pipeline.worker.config import Config
@@ -62,8 +62,10 @@ def _layers(arguments: Namespace, name_suffix: str) -> tuple[Mapping[str, Any], 
     file = read_file(arguments.config, "--config") if arguments.config else {}
     if file:
         layers.append((f"file {arguments.config}", file))
-    start = starting_point(recipe, apply_overrides(file, overrides))
-    return tree, [*layers, (f"recipe {recipe}", {"name": recipe, **start})]
+    asked = apply_overrides(file, overrides)
+    if name := backbone_of_start(recipe, asked):
+        layers.append(("init.from", {"backbone": {"name": name}}))
+    return tree, [*layers, (f"recipe {recipe}", {"name": recipe, **starting_point(recipe, asked)})]
 
 
 def _section(
@@ -78,6 +80,7 @@ def _section(
             lines += ["", *_comment(_summary(type(value)), indent), f"{indent}{name}:"]
             lines += _section(value, layers, tree, missing, f"{prefix}{name}.")
             continue
+        name = field.alias or name
         key = prefix + name
         lines += _comment(_described(field), indent)
         if key in missing:

@@ -13,10 +13,12 @@ train.precision is auto, bf16 on a GPU), and the published k-NN votes with all 1
 classifies all 50,000 others (here eval.max_train_images and eval.max_val_images bound both).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dinoray.jobs.cli.domain_recipes import industrial, microscopy, pathology, satellite
+from dinoray.models.config import TIMM, timm_name
 from dinoray.pipeline.data.demo_images import demo_folder
 
 Tree = dict[str, Any]
@@ -173,6 +175,38 @@ def resnet50_imagenet() -> Tree:
     }
 
 
+def adapt() -> Tree:
+    """Continue from good weights, slowly: first fresh heads alone, then all of any backbone.
+
+    `init.from=timm:NAME` also names the backbone. Patches of 14 px get crops that they divide. DINOv3's ViTs give their
+    class token, which DINOv3 trains; timm averages patch tokens.
+
+    Source: layer decay 0.9 and the patch embedding at 0.2 of the rate are defaults of DINOv2's code
+    (ssl_default_config.yaml; DINOv3 has 0.2 as well); the teacher momentum of 0.999 and the weight decay of 0.04 are
+    those of DINOv3's own adaptation (dinov3_vit7b16_high_res_adapt.yaml). The frozen stage of at least 1,000 steps and
+    the peak of 5e-5 are quoted from the FINO branch of DINOv3's code, unverified at the source. Rate and momentum of
+    the frozen stage are DINO's defaults; the epochs are ours. Toy experiment: benchmarks/adapt.py.
+    Command: dinoray pretrain --recipe adapt data.path=PHOTOS init.from=timm:vit_small_patch14_dinov2.lvd142m
+    """
+    name = "vit_small_patch14_dinov2.lvd142m"
+    return {
+        "init": {"from": f"{TIMM}{name}", "load": "backbone", "freeze_steps": "auto"},
+        "crops": {"local_crop_size": 98},
+        "backbone": {"name": name, "drop_path_rate": 0.0},  # not every backbone has stochastic depth
+        "head": {"out_dim": "auto"},
+        "teacher": {"teacher_momentum": 0.999, "final_teacher_momentum": 0.999},
+        "optim": {
+            "base_lr": 5e-5,
+            "warmup_epochs": 2,
+            "final_weight_decay": 0.04,
+            "freeze_last_layer_epochs": 0,
+            "layer_decay": 0.9,
+            "patch_embed_lr_scale": 0.2,
+        },
+        "train": {"epochs": 20, "global_batch_size": 256},
+    }
+
+
 def demo_data() -> Tree:
     """The images of the demo: where they are drawn, and their own validation set."""
     folder = demo_folder()
@@ -182,18 +216,42 @@ def demo_data() -> Tree:
     }
 
 
+def backbone_of_start(recipe: str, settings: Mapping[str, Any]) -> str | None:
+    """The backbone's name that the weights to start from decide: NAME of `init.from=timm:NAME`.
+
+    None where `backbone.name` is set, or `init.from` is not or has no name in it. A file in place of the weights of
+    `adapt` has the published ViT-S/16, until its own error says which backbone it fits.
+    """
+    init, backbone = settings.get("init"), settings.get("backbone")
+    if not isinstance(init, Mapping) or (isinstance(backbone, Mapping) and "name" in backbone):
+        return None
+    start = init.get("from")
+    if not isinstance(start, str):
+        return None
+    return timm_name(start) or ("vit_small_patch16_224" if recipe == adapt.__name__ else None)
+
+
 def starting_point(recipe: str, settings: Mapping[str, Any]) -> Tree:
     """The recipe of this name for these settings.
 
-    The demo comes with its images unless `data.path` or `data.mix` is set. Where `backbone.name` differs from the
-    recipe's, the recipe's `backbone.kwargs` are left out: they are arguments of another network.
+    The demo comes with its images unless `data.path` or `data.mix` is set. `init.from=timm:NAME` names the backbone,
+    unless `backbone.name` is set. Where it differs from the recipe's, the recipe's `backbone.kwargs` are left out: they
+    are arguments of another network.
     """
     tree, data, backbone = RECIPES[recipe](), settings.get("data"), settings.get("backbone")
-    if (
-        isinstance(backbone, Mapping)
-        and backbone.get("name", tree["backbone"]["name"]) != tree["backbone"]["name"]
-    ):
+    own = tree["backbone"]["name"]
+    if found := backbone_of_start(recipe, settings):
+        tree["backbone"]["name"] = found
+    name = tree["backbone"]["name"]
+    if isinstance(backbone, Mapping):
+        name = backbone.get("name", name)
+    if name != own:
         tree["backbone"].pop("kwargs", None)
+    if recipe == adapt.__name__:
+        if "patch14" not in str(name):
+            del tree["crops"]
+        if re.match(r"vit_\w+_dinov3", str(name)):
+            tree["backbone"]["kwargs"] = {"global_pool": "token"}
     if recipe == demo.__name__ and not (isinstance(data, Mapping) and ("path" in data or data.get("mix"))):
         for section, values in demo_data().items():
             tree[section] = {**tree.get(section, {}), **values}
@@ -213,6 +271,7 @@ RECIPES: dict[str, Callable[[], Tree]] = {
         satellite,
         microscopy,
         industrial,
+        adapt,
     )
 }
 """Name -> recipe."""

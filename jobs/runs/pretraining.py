@@ -16,6 +16,7 @@ from dinoray.jobs.runs.data_lines import (
 from dinoray.jobs.runs.result import describe_result, write_result
 from dinoray.jobs.runs.run_files import draw_demo, note_hardware, write_about
 from dinoray.jobs.runs.run_size import check_images, check_workers, length_warnings, warmup_warnings
+from dinoray.models.config import timm_name
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.augment.crops_table import describe_crops
 from dinoray.pipeline.augment.multicrop import kernel_name
@@ -41,7 +42,8 @@ def pretrain(config: Config, lease: LeaseKeeper, *, verbose: bool) -> None:
     """
     console, run = Console(), Directory(config.storage_path).child(config.name)
     check_run(config)
-    if config.backbone.pretrained and not committed_checkpoints(run):
+    is_published = config.backbone.pretrained or timm_name(config.init.path) is not None
+    if is_published and not committed_checkpoints(run):
         fetch_published_weights(config, init_path=config.init.path)
     warnings = check_workers(config)
     check_writable(config.storage_path, setting="storage_path")

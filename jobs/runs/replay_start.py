@@ -116,7 +116,10 @@ def _restore(
 ) -> Start:
     """Build the networks that the checkpoint is of, with the overrides, and load it."""
     tree, learnt = load_run_config(run).model_dump(mode="json"), parts.meta["config"]
-    tree |= learnt | {"data": {**tree["data"], **learnt.get("data", {"value_range": None})}}
+    tree |= learnt | {
+        "data": {**tree["data"], **learnt.get("data", {"value_range": None})},
+        "init": {**tree["init"], **learnt.get("init", {})},
+    }
     config = validate_as(Config, apply_overrides(tree, options.overrides), defaults=tree)
     state = build_state(
         config.algorithm(),

@@ -90,6 +90,11 @@ def length_warnings(config: Config, num_images: int, *, epochs_setting: str = "t
             f"{config.data.address} holds {num_images} images, fewer than {FEW_IMAGES}: too few to train from "
             "random weights; add images, or start from trained weights with --init-from"
         )
+    if (frozen := config.init.freeze_steps) != "auto" and frozen >= total_steps:
+        found.append(
+            f"init.freeze_steps={frozen} leaves none of {total_steps} steps for the backbone, which stays as it is; "
+            f"set init.freeze_steps=auto, or {total_steps // 5} or fewer"
+        )
     if total_steps < FEW_STEPS:
         found.append(
             f"{epochs_setting}={config.train.epochs:g} makes {total_steps} steps of {batch} images, fewer than "

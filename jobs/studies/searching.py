@@ -70,8 +70,7 @@ def _search(
         console.print(f"{directory.uri} is finished; {more}choose another name=... to start a new study")
     else:
         check_growth(config, is_local=is_local())
-        if config.backbone.pretrained:
-            fetch_published_weights(config, init_path=config.init.path)
+        fetch_published_weights(config, init_path=config.init.path)
         study.run(verbose=verbose)
     lease.fence.check()
     study.write_findings()

@@ -244,7 +244,7 @@ def _check_finite(name: str, which: str, state: Mapping[str, Tensor]) -> None:
     if not wrong:
         return
     some = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    remedy = "start from an earlier checkpoint of that training, or without init.path (--init-from)"
+    remedy = "start from an earlier checkpoint of that training, or without init.from (--init-from)"
     if all(k.startswith("head.") for k in wrong):
         remedy = "set init.load=backbone to leave the head out"
     raise DataError(f"{name} has NaN or infinite values in the {which}'s {some}; {remedy}")

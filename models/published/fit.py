@@ -15,9 +15,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dinoray.models.backbone import embed_dim
+from dinoray.models.backbone import embed_dim, image_layers
 from dinoray.models.errors import ConfigError
 from dinoray.models.published.candidates import candidates, known_heads, vit_shape
+from dinoray.models.published.image_shape import check_grid, inflate_layers
 
 _NOT_OF_BACKBONE = re.compile(
     r"(fc|head|head_dist|classifier|last_linear|pooler|decoder|predictor|projector|projection_head)\."
@@ -56,14 +57,17 @@ def fit_backbone(
     dropped = [k for k in named if k not in own and _NOT_OF_BACKBONE.match(k)]
     if dropped:
         notes.append(f"left out, not part of the backbone: {_some(dropped)}")
-    bare = _matched(named, backbone)
+    bare, inflated = inflate_layers(_matched(named, backbone), own, image_layers(backbone))
+    notes.extend(inflated)
     before, after = state.get("pos_embed"), bare.get("pos_embed")
     if before is not None and after is not None and abs(before.shape[1] - after.shape[1]) > 1:
         notes.append(
             f"position embeddings resized from {before.shape[1]} to {after.shape[1]} tokens, timm's way: the "
             "backbone's own grid is another"
         )
-    if any(_differences(bare, own)):
+    if any(differences := _differences(bare, own)):
+        if not differences[0] and not differences[1]:
+            check_grid(bare, own, differences[2])
         raise ConfigError(_misfit(named, bare, backbone, args or {}, kwargs or {}))
     if lost := _lost_key_biases(named, own):
         notes.append(
@@ -240,7 +244,7 @@ def _remedy(named: State, backbone: nn.Module, args: Mapping[str, Any], kwargs: 
         why = f"its names are those of {program}, and no model of timm's that was tried fits"
     else:
         why = "no model of timm's that was tried fits"
-    return f"{why}: start from other weights, or without init.path (--init-from)"
+    return f"{why}: start from other weights, or without init.from (--init-from)"
 
 
 def _num_heads(backbone: nn.Module) -> int | None:

@@ -33,7 +33,7 @@ def is_npy(data: bytes) -> bool:
 
 
 def begins_picture(head: bytes) -> bool:
-    """Return True if a file that begins with these bytes (128 suffice) holds an array that is a picture by its shape."""
+    """Return True for an array of the shape and type of a picture, by the first bytes of its file (128 suffice)."""
     try:
         _header(head)
     except BadImage:

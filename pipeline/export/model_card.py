@@ -10,6 +10,7 @@ import timm
 import torch
 
 from dinoray.models.backbone import embed_dim
+from dinoray.models.config import timm_name
 from dinoray.models.errors import redact_credentials
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.export.timm_export import evaluation_size, timm_arguments
@@ -123,12 +124,13 @@ def _scores_in(record: Any) -> dict[str, Any]:
 def _initial_weights(frozen: FrozenBackbone, run: RunFacts) -> dict[str, Any] | None:
     """Return the source of the networks' initial weights; None if the run is unknown."""
     backbone = frozen.config.backbone
-    if run.init_path is not None:
+    name = backbone.name if backbone.pretrained else timm_name(run.init_path)
+    if run.init_path is not None and name is None:
         return {"path": redact_credentials(run.init_path), "load": run.init_load}
-    if backbone.pretrained:
-        published = timm.get_pretrained_cfg(backbone.name)
+    if name is not None:
+        published = timm.get_pretrained_cfg(name)
         return {
-            "timm": getattr(published, "hf_hub_id", None) or backbone.name,
+            "timm": getattr(published, "hf_hub_id", None) or name,
             "license": getattr(published, "license", None),
         }
     return {"random": True, "seed": frozen.config.train.seed} if run.name is not None else None

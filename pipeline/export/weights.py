@@ -47,6 +47,7 @@ def export_official(folder: Path, *, address: str | None = None) -> bytes:
     config = DINOConfig.model_validate(meta["config"])
     state = build_state(config, num_images=meta["num_images"], resumed=True)
     load_checkpoint(state, folder, address=address)
+    state.dino.thaw_backbone()  # the published optimiser has a place for each parameter that learns some time
     strange = [k for k in state.dino.student.backbone.state_dict() if not _OFFICIAL_NAMES.fullmatch(k)]
     if strange:  # the published code would silently leave them out
         raise ConfigError(

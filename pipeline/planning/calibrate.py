@@ -21,7 +21,7 @@ from dinoray.pipeline.augment.multicrop import limit_threads, prepare_kernel
 from dinoray.pipeline.augment.params import photometric_columns, sample
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.config import DINOConfig, FreezeConfig
 from dinoray.pipeline.training.distributed import set_up_device
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
@@ -111,7 +111,7 @@ def measure_step(
         drawn = [sample(rng, 500, 375, config.crops).split_photometric()[1] for _ in range(batch_size)]
         columns |= photometric_columns(np.stack(drawn), config.crops)
     batch = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
-    state = build_state(config, num_images=num_images, device=device, resumed=True)
+    state = build_state(_all_learns(config), num_images=num_images, device=device, resumed=True)
     state.compile()
     times = _step_times(state, batch, seconds)
     name = f"one {torch.cuda.get_device_name(device)}" if on_gpu else "one CPU"
@@ -141,7 +141,12 @@ def _step_times(state: TrainState, batch: dict[str, torch.Tensor], seconds: floa
     return times
 
 
+def _all_learns(config: DINOConfig) -> DINOConfig:
+    """Return the settings without a frozen stage, whose steps are fewer and take less."""
+    return config.model_copy(update={"init": FreezeConfig()})
+
+
 def gradient_bytes(config: DINOConfig, *, num_images: int) -> int:
     """Return the bytes of one step's gradients, which GPUs on different nodes exchange."""
-    student = build_state(config, num_images=num_images, resumed=True).dino.student
+    student = build_state(_all_learns(config), num_images=num_images, resumed=True).dino.student
     return sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)

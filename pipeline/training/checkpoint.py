@@ -33,7 +33,7 @@ from dinoray.pipeline.training.state_copy import StateCopy, is_finite
 from dinoray.pipeline.training.step import TrainState
 
 _ANOTHER = (
-    "take another checkpoint: of its run by --step, for training by init.path=CHECKPOINT init.load=run under another "
+    "take another checkpoint: of its run by --step, for training by init.from=CHECKPOINT init.load=run under another "
     "name=..."
 )
 _GLOBAL = re.compile(r"GLOBAL\s+`?([\w.]+)")
@@ -157,6 +157,7 @@ def load_parts(state: TrainState, parts: CheckpointParts, address: str) -> dict[
         state.dino.center.copy_(train_state["center"])
         state.health.load_state_dict(train_state["health"], device=state.device)
         state.step, state.skips = meta["step"], Skips.restored(meta, state.device)
+        _restore_stage(state, train_state.get("stage"))
     except ConfigError:
         raise
     except Exception as error:  # contents of another network may raise anything
@@ -168,9 +169,19 @@ def load_parts(state: TrainState, parts: CheckpointParts, address: str) -> dict[
     return meta
 
 
+def _restore_stage(state: TrainState, saved: Mapping[str, Any] | None) -> None:
+    was_on = state.stage.is_on
+    if state.stage.is_configured:
+        state.stage.load_state_dict(saved)
+    if state.stage.is_on and not was_on:
+        state.dino.freeze_backbone()
+    if was_on and not state.stage.is_on:
+        state.thaw()
+
+
 def _changed(then: Mapping[str, Any], now: DINOConfig) -> list[str]:
     """Return settings of the checkpoint that decide which tensors it holds, where they are others now."""
-    shapes = ("backbone.", "head.", "optim.layer_decay")
+    shapes = ("backbone.", "head.", "optim.layer_decay", "optim.patch_embed_lr_scale")
     old, new = dict(flatten(then)), dict(flatten(now.model_dump(mode="json")))
     changed = {k: v for k, v in old.items() if k.startswith(shapes) and new.get(k) != v}
     return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()]

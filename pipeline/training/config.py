@@ -6,9 +6,9 @@ converts epochs to steps and `auto` to numbers.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import ConfigDict, Field, PositiveFloat, field_validator, model_validator
 
 from dinoray.models import schedules
 from dinoray.models.config import (
@@ -19,9 +19,10 @@ from dinoray.models.config import (
     LossConfig,
     OptimConfig,
     TeacherConfig,
+    timm_name,
 )
-from dinoray.models.schedules import scaled_lr
-from dinoray.models.settings import Settings, number
+from dinoray.models.schedules import frozen_limits, scaled_lr
+from dinoray.models.settings import Auto, Settings, number
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.storage.addresses import normal_uri
@@ -52,6 +53,17 @@ class TrainConfig(Settings):
     """Seed of weights, image order, crops and stochastic depth."""
 
 
+class FreezeConfig(Settings):
+    """First stage of a run that starts from weights: the backbone is frozen while fresh heads converge."""
+
+    freeze_steps: Annotated[int, Field(ge=0)] | Auto = 0
+    """Steps at the start in which only heads learn; auto: until the loss is flat, at least 1,000 or 10 %; 0: none."""
+    freeze_base_lr: float = Field(default=5e-4, gt=0)
+    """Learning rate of the heads in these steps at a global batch of 256, constant; DINO's default for fresh heads."""
+    freeze_teacher_momentum: float = Field(default=0.996, ge=0, le=1)
+    """EMA coefficient of the teacher's head in these steps; DINO's default for fresh heads."""
+
+
 class DINOConfig(Settings):
     """All settings that define what is learnt."""
 
@@ -63,6 +75,7 @@ class DINOConfig(Settings):
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    init: FreezeConfig = FreezeConfig()
 
 
 @dataclass(frozen=True)
@@ -83,13 +96,13 @@ class Schedule:
         self._config = config
         self._num_images = num_images
         self.total_steps = max(1, math.floor(self.steps(config.train.epochs)))
-        self.warmup_steps = schedules.cap_warmup(
-            round(self.steps(config.optim.warmup_epochs)), self.total_steps
-        )
+        self._asked_warmup_steps = round(self.steps(config.optim.warmup_epochs))
+        self.warmup_steps = schedules.cap_warmup(self._asked_warmup_steps, self.total_steps)
         self.warmup_temp_epochs = schedules.cap_warmup(
             config.loss.warmup_teacher_temp_epochs, math.ceil(config.train.epochs)
         )
         self.freeze_steps = round(self.steps(config.optim.freeze_last_layer_epochs))
+        self.most_frozen_steps = frozen_limits(config.init.freeze_steps, self.total_steps).greatest
 
     def epoch(self, step: int) -> int:
         """Return the epoch of the first image of `step`."""
@@ -100,23 +113,37 @@ class Schedule:
         return epochs * self._num_images / self._config.train.global_batch_size
 
     def settled_step(self) -> int:
-        """Return the first step after the warm-ups of both the learning rate and the teacher temperature."""
-        return max(self.warmup_steps, math.ceil(self.steps(self.warmup_temp_epochs)))
+        """Return the first step after the warm-ups of both the learning rate and the teacher temperature.
 
-    def at(self, step: int) -> StepSettings:
-        """Return the settings of `step`, the step about to run."""
+        While the backbone is frozen, no learning rate warms up; that may last `most_frozen_steps`.
+        """
+        return max(self.most_frozen_steps + self.warmup_steps, math.ceil(self.steps(self.warmup_temp_epochs)))
+
+    def at(self, step: int, *, thawed_at: int | None = 0) -> StepSettings:
+        """Return the settings of `step`, the step about to run.
+
+        `thawed_at`: the step from which the backbone learns, at which the courses of learning rate, weight decay and
+        momentum begin; None while it is frozen.
+        """
         c = self._config
+        lr, weight_decay, momentum = (
+            scaled_lr(c.init.freeze_base_lr, c.train.global_batch_size),
+            c.optim.weight_decay,
+            c.init.freeze_teacher_momentum,
+        )
+        if thawed_at is not None:
+            span = step - thawed_at, self.total_steps - thawed_at
+            peak = scaled_lr(c.optim.base_lr, c.train.global_batch_size)
+            warmup_steps = schedules.cap_warmup(self._asked_warmup_steps, span[1])
+            lr = self._course(*span, peak, c.optim.min_lr, warmup_steps=warmup_steps)
+            weight_decay = self._course(*span, c.optim.weight_decay, c.optim.final_weight_decay)
+            momentum = self._course(
+                *span, number(c.teacher.teacher_momentum), c.teacher.final_teacher_momentum
+            )
         return StepSettings(
-            lr=self._course(
-                step,
-                scaled_lr(c.optim.base_lr, c.train.global_batch_size),
-                c.optim.min_lr,
-                warmup_steps=self.warmup_steps,
-            ),
-            weight_decay=self._course(step, c.optim.weight_decay, c.optim.final_weight_decay),
-            teacher_momentum=self._course(
-                step, number(c.teacher.teacher_momentum), c.teacher.final_teacher_momentum
-            ),
+            lr=lr,
+            weight_decay=weight_decay,
+            teacher_momentum=momentum,
             teacher_temp=schedules.teacher_temp(
                 self.epoch(step),
                 base=number(c.loss.teacher_temp),
@@ -126,11 +153,13 @@ class Schedule:
             freeze_last_layer=step < self.freeze_steps,
         )
 
-    def _course(self, step: int, base: float, final: float, *, warmup_steps: int = 0) -> float:
+    def _course(
+        self, step: int, total_steps: int, base: float, final: float, *, warmup_steps: int = 0
+    ) -> float:
         if self._config.train.schedule == "constant":
             return schedules.warmup_constant(step, base=base, warmup_steps=warmup_steps)
         return schedules.warmup_cosine(
-            step, base=base, final=final, total_steps=self.total_steps, warmup_steps=warmup_steps
+            step, base=base, final=final, total_steps=total_steps, warmup_steps=warmup_steps
         )
 
 
@@ -183,17 +212,29 @@ class HealthConfig(Settings):
     """Consecutive non-finite (skipped) steps that restart the run from its last checkpoint; the second time, end it."""
 
 
-class InitConfig(Settings):
-    """Initial weights."""
+class InitConfig(FreezeConfig):
+    """Initial weights, and the stage after them in which the backbone is frozen."""
 
-    path: str | None = Field(default=None, min_length=1)
-    """A .pth, .ckpt or .safetensors file, local or s3://, or a dinoray run or checkpoint; None: random weights."""
+    # `from` is a keyword of Python. Files and command lines have it, and may have `path`, as earlier versions wrote.
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    path: str | None = Field(default=None, min_length=1, alias="from")
+    """timm:NAME, a .pth, .ckpt or .safetensors file, local or s3://, a dinoray run or checkpoint; None: random."""
     load: Literal["backbone", "weights", "run"] = "weights"
     """backbone: the backbone alone; weights: all weights and the centre; run: optimiser and epoch too."""
 
     @field_validator("path")
     @classmethod
     def _path_is_an_address(cls, path: str | None) -> str | None:
-        if path is not None:
+        if path is not None and timm_name(path) is None:
             normal_uri(path)
         return path
+
+    @model_validator(mode="after")
+    def _heads_are_fresh(self) -> "InitConfig":
+        if self.load == "run" and self.freeze_steps != 0:
+            raise ValueError(
+                f"init.freeze_steps={self.freeze_steps} is for fresh heads, but init.load=run continues with those of "
+                "the run; set init.freeze_steps=0, or init.load=backbone"
+            )
+        return self

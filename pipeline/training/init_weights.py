@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load as load_safetensors
 
+from dinoray.models.config import timm_name
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.published import checkpoint as interop
@@ -24,6 +25,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, normal_uri
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_parts
+from dinoray.pipeline.training.published_weights import timm_weights
 from dinoray.pipeline.training.step import TrainState
 
 _NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
@@ -34,13 +36,17 @@ _FILE_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 _MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 """File names that timm and transformers give to the weights in a model's folder."""
 _CONFIG = "config.json"
+_OF_OPTIMIZER = ("name", "layer_decay", "patch_embed_lr_scale")
+"""Settings that decide what an optimizer's state holds."""
 _SHARD = re.compile(r"^(model|pytorch_model)-\d+-of-\d+\.")
 INIT_LINE = "init: "
 """Prefix of each line about a run's initial weights, in the output and in its environment.json."""
 
 
 def read_weights(path: str) -> Weights:
-    """Read the weights at `path`: a file, a dinoray run (its newest checkpoint) or a checkpoint."""
+    """Read the weights at `path`: timm:NAME, a file, a dinoray run (its newest checkpoint) or a checkpoint."""
+    if timm_name(path) is not None:
+        return timm_weights(path)
     uri = normal_uri(path)
     folder, _, name = uri.rpartition("/")
     here = Directory(folder or "/")
@@ -48,7 +54,7 @@ def read_weights(path: str) -> Weights:
         return _read_folder(path, Directory(uri))
     if _NOT_WEIGHTS.search(uri):
         raise ConfigError(
-            f"init.path={path} is not a file of weights that training can start from; pass the .pth or .safetensors "
+            f"init.from={path} is not a file of weights that training can start from; pass the .pth or .safetensors "
             "file that it was made from, a run directory or a checkpoint folder"
         )
     state, may_be_official = _read_state(here, name)  # the file's bytes are freed before names are converted
@@ -160,7 +166,7 @@ def _continue_from(state: TrainState, weights: Weights) -> tuple[str, int]:
         if fresh:
             why = why_fresh(state.optimizer, student, weights.optimizer, weights.name)
     else:
-        changed = [key for key in ("name", "layer_decay") if then[key] != getattr(optim, key)]
+        changed = [key for key in _OF_OPTIMIZER if then[key] != getattr(optim, key)]
         if changed:
             why = ", ".join(f"optim.{key}={getattr(optim, key)} is {then[key]} there" for key in changed)
             why += f"; set {' '.join(f'optim.{key}={then[key]}' for key in changed)} to restore it"
@@ -198,9 +204,9 @@ def _read_folder(path: str, folder: Directory) -> Weights:
     """Read the weights of a run, of a checkpoint, or of another library's model folder."""
     names = folder.list()
     if not names and Path(folder.uri).is_dir():
-        raise DataError(f"init.path={path} is an empty folder; pass a file of weights, or a run directory")
+        raise DataError(f"init.from={path} is an empty folder; pass a file of weights, or a run directory")
     if not names:
-        raise DataError(f"init.path={path}: there is no such file or folder; check the path")
+        raise DataError(f"init.from={path}: there is no such file or folder; check the path")
     if run_dir.META in names or run_dir.CHECKPOINTS in names:
         return _read_run(folder.uri)
     for name in _MODEL_FILES:
@@ -208,19 +214,19 @@ def _read_folder(path: str, folder: Directory) -> Weights:
             return read_weights(folder.join(name))
     if any(name.endswith(".distcp") for name in names):
         raise ConfigError(
-            f"init.path={path} is a sharded checkpoint of torch.distributed, as DINOv3 writes while it trains; "
+            f"init.from={path} is a sharded checkpoint of torch.distributed, as DINOv3 writes while it trains; "
             "pass weights.pth, which this writes: python -m torch.distributed.checkpoint.format_utils "
             f"dcp_to_torch {path} weights.pth"
         )
     if shards := [name for name in names if _SHARD.search(name)]:
         raise ConfigError(
-            f"init.path={path} has its weights in {len(shards)} files; save the model anew as one, with "
+            f"init.from={path} has its weights in {len(shards)} files; save the model anew as one, with "
             "save_pretrained(FOLDER, max_shard_size='1TB'), and pass FOLDER"
         )
     files = [name for name in names if name.lower().endswith(_FILE_SUFFIXES)]
     remedy = f"pass one of its files, such as {folder.join(files[0])}" if files else "pass a file of weights"
     raise ConfigError(
-        f"init.path={path} is a folder but no dinoray run or checkpoint; {remedy}, or a run directory"
+        f"init.from={path} is a folder but no dinoray run or checkpoint; {remedy}, or a run directory"
     )
 
 
@@ -229,7 +235,7 @@ def _read_run(address: str) -> Weights:
     here = Directory(address)
     if not here.exists(run_dir.META) and not committed_checkpoints(here):
         raise DataError(
-            f"init.path={address} is a run that has no checkpoint yet; wait for its first, or pass another run"
+            f"init.from={address} is a run that has no checkpoint yet; wait for its first, or pass another run"
         )
     with tempfile.TemporaryDirectory(prefix="dinoray-init-") as scratch:
         found = find_checkpoint(address)
@@ -243,7 +249,8 @@ def _read_run(address: str) -> Weights:
             center=state["center"],
             optimizer=state["optimizer"],
             epoch=meta["positions"] / meta["num_images"],
-            args={key: config["optim"][key] for key in ("name", "layer_decay")} | {"backbone": backbone},
+            # Earlier versions had a scale of 1.
+            args={key: config["optim"].get(key, 1.0) for key in _OF_OPTIMIZER} | {"backbone": backbone},
             official=config["backbone"]["pos_embed"] == "official",
             name=found.folder.uri,
             places=("student", "teacher", "center"),

@@ -43,6 +43,7 @@ class StateCopy:
                 "optimizer": state.optimizer.state_dict(),
                 "center": state.dino.center,
                 "health": state.health.state_dict(),
+                **({"stage": state.stage.state_dict()} if state.stage.is_configured else {}),
             },
         }
         self._contents = {name: self._copied(part, name, used) for name, part in contents.items()}

@@ -6,6 +6,7 @@ process. Axes: B images per process, G global crops, L local crops, V = G + L, K
 """
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,9 @@ from dinoray.models.recompute import recompute_blocks
 from dinoray.pipeline.data.partition import num_microbatches
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig, HealthConfig, Schedule, StepSettings
+from dinoray.pipeline.training.ddp import wrapped
 from dinoray.pipeline.training.distributed import all_reduce_max, all_reduce_sum, rank
+from dinoray.pipeline.training.frozen_stage import FrozenStage
 from dinoray.pipeline.training.health import Health, Sums, sums_of
 from dinoray.pipeline.training.match_weights import adapt
 from dinoray.pipeline.training.pixels import check_batch, pixels
@@ -60,6 +63,7 @@ class TrainState:
     health: Health
     student: nn.Module = field(init=False)
     skips: Skips = field(init=False)
+    stage: FrozenStage = field(init=False)
     compilation: Compilation = field(default_factory=Compilation, init=False)
     step: int = 0
     has_stepped: bool = field(default=False, init=False)
@@ -68,6 +72,11 @@ class TrainState:
     def __post_init__(self) -> None:
         self.student = self.dino.student
         self.skips = Skips(self.device)
+        self.stage = FrozenStage(
+            self.config.init.freeze_steps, total_steps=self.schedule.total_steps, device=self.device
+        )
+        if self.stage.is_on:
+            self.dino.freeze_backbone()
 
     def compile(self, *, backend: Backend = "inductor") -> None:
         """Compile blocks as train.compile asks for. Raises as `compile_blocks`."""
@@ -91,7 +100,23 @@ class TrainState:
 
     def settings(self) -> StepSettings:
         """Return the schedules' values for the step about to run."""
-        return self.schedule.at(self.step - self.skips.before_lag)
+        return self.schedule.at(self.step - self.skips.before_lag, thawed_at=self.stage.ended_at)
+
+    def end_stage(self) -> None:
+        """Let the backbone learn from the next step on, and begin its schedules there. All ranks call it alike."""
+        self.stage.ended_at = self.step - self.skips.before_lag
+        self.thaw()
+
+    def thaw(self) -> None:
+        """Let the backbone learn; the next step is a first one: it compiles blocks and takes more memory."""
+        self.dino.thaw_backbone()
+        self.compilation.restart()
+        self.has_stepped = False
+        if isinstance(self.student, DistributedDataParallel):
+            # DDP adds up what could learn when it was made. The former wrapper gives its hooks back when it is freed.
+            self.student = self.dino.student
+            gc.collect()
+            self.student = wrapped(self.dino.student, self.device)
 
 
 def build_state(
@@ -207,6 +232,8 @@ def _step(state: TrainState, batch: Mapping[str, Any]) -> dict[str, Tensor | flo
         state.health.add(counted.health.where(is_finite))
     statistics.give_back_unless(is_finite)
     state.skips.add(state.step, is_finite)
+    if state.stage.is_on and state.stage.add(loss, is_finite):
+        state.end_stage()
     return {
         "loss": loss,
         "teacher_entropy": entropy,

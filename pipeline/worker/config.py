@@ -13,7 +13,13 @@ from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import is_s3, split_s3_uri
 from dinoray.pipeline.storage.yaml_text import Dumper
 from dinoray.pipeline.tracking.config import LogConfig, TrackConfig
-from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig, HealthConfig, InitConfig
+from dinoray.pipeline.training.config import (
+    CheckpointConfig,
+    DINOConfig,
+    FreezeConfig,
+    HealthConfig,
+    InitConfig,
+)
 
 MUTABLE_ON_RESUME = frozenset(
     {
@@ -95,7 +101,10 @@ class Config(DINOConfig):
         """The part that defines what is learnt, without where and how it runs."""
         sections = {k: getattr(self, k) for k in DINOConfig.model_fields}
         pixels = {k: getattr(self.data, k) for k in PixelsConfig.model_fields}
-        return DINOConfig.model_validate(sections | {"data": PixelsConfig(**pixels)})
+        freeze = {k: getattr(self.init, k) for k in FreezeConfig.model_fields}
+        return DINOConfig.model_validate(
+            sections | {"data": PixelsConfig(**pixels), "init": FreezeConfig(**freeze)}
+        )
 
     def with_pixels_of(self, learnt: DINOConfig) -> "Config":
         """The settings with what `data` leaves to be measured as a network was trained with it."""

@@ -45,6 +45,7 @@ from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.init_weights import INIT_LINE, load_initial_weights, read_weights
 from dinoray.pipeline.training.match_weights import adapt
+from dinoray.pipeline.training.published_weights import check_start
 from dinoray.pipeline.training.step import build_state
 from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.fit import CONTROLLER, fit
@@ -62,6 +63,7 @@ def check_run(config: Config) -> None:
     """ConfigError when the batch or the stream cannot be divided, the network cannot be built or take the crops, or a
     tracker is not there."""
     check_trackers(config.track)
+    check_start(config.init, config.backbone)
     resources = config.resources
     check_streams(
         config.data.streams, train_workers=resources.least_workers, most_actors=resources.actor_range[1]
@@ -239,7 +241,7 @@ def run_training(
         remove_leftovers(run)
     note(mended)
     images = ray.put(inputs.images)
-    settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json", exclude={"data"})
+    settings = config.model_dump(mode="json") | algorithm.model_dump(mode="json", exclude={"data", "init"})
     stream = stream_plan(
         config, inputs, images, channel, augment_actors=augment_actors, is_read=shared is None
     )

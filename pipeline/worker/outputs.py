@@ -115,6 +115,8 @@ class Outputs:
         logged |= {"skipped_steps": state.skipped, "unchecked_reads": self._channel.get(UNCHECKED_READS) or 0}
         logged |= {**self._nodes.read(), "train_workers": world_size(), **self._pool.metrics()}
         self._log.log(state.step, logged)
+        if ending := state.stage.take_ending():
+            self.note(ending)
         facts = {**logged, "unsaved": UNSAVED.unsaved()}
         self._channel.post("step", step=state.step, total_steps=state.schedule.total_steps, **facts)
 

@@ -64,7 +64,7 @@ def test_lines_on_initial_weights_are_printed_before_ray_starts(
 @pytest.mark.parametrize(
     ("name", "content", "code", "words"),
     [
-        ("x.onnx", b"\x08\x08", CONFIG, ["init.path=", "x.onnx is not a file of weights", "pass the .pth"]),
+        ("x.onnx", b"\x08\x08", CONFIG, ["init.from=", "x.onnx is not a file of weights", "pass the .pth"]),
         ("x.ckpt", b"no weights", DATA, ["x.ckpt was not written by torch.save", "save or download it anew"]),
         ("x.pth", b"", DATA, ["x.pth is empty"]),
         (

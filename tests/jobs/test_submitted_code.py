@@ -129,7 +129,7 @@ def test_files_that_the_command_names_are_sent_even_if_excluded(tmp_path: Path) 
     write(tmp_path, "tests/mine.yaml", "other.parquet")
     (tmp_path / "tests/mine.yaml").write_text("data: {path: lists/labels.parquet}\ntrain: {epochs: 3}\n")
     excludes = ["*.parquet", "*.pth"]
-    words = ["jobs.pretrain", "--config", f"{tmp_path}/tests/mine.yaml", "init.path=./tests/weights.pth"]
+    words = ["jobs.pretrain", "--config", f"{tmp_path}/tests/mine.yaml", "init.from=./tests/weights.pth"]
     words += ["--from-study=runs/s", "data.x=.env", "../outside", "x" * 5000, "a\0b"]
     named = named_files(words)
     assert pack(tmp_path, excludes, tmp_path.parent / "code.zip", named=named).names == {

@@ -4,11 +4,13 @@ import copy
 from typing import Any, Literal
 
 import pytest
+import timm
 import torch
 from oracles import clip_one_by_one
 from tiny import tiny_config
 from torch import Tensor, nn
 
+from dinoray.models.backbone import image_layers
 from dinoray.models.config import OptimConfig
 from dinoray.models.dino import DINO
 from dinoray.models.errors import ConfigError
@@ -251,10 +253,29 @@ def test_a_backbone_whose_blocks_timm_does_not_tell_apart_is_refused() -> None:
         param_groups(module, layer_decay=0.5)
 
 
+def test_patch_embedding_has_a_scale_of_its_own_beside_the_decay() -> None:
+    groups = param_groups(tiny_student(), layer_decay=0.5, patch_embed_lr_scale=0.2)
+    stem = {p.shape: group["lr_scale"] for group in groups for p in group["params"] if p.ndim == 4}
+    assert stem == {(32, 3, 4, 4): 0.125 * 0.2}
+
+
+@pytest.mark.parametrize(("name", "first"), [("test_convnext", "stem.0"), ("resnet10t", "conv1.0")])
+def test_first_convolution_is_the_patch_embedding_of_other_networks(name: str, first: str) -> None:
+    layers = image_layers(timm.create_model(name, num_classes=0))
+    assert {layer.rpartition(".")[0] for layer in layers} == {first}
+
+
+def test_a_backbone_whose_first_layer_timm_does_not_name_is_refused() -> None:
+    module = nn.Module()
+    module.backbone = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"patch_embed_lr_scale=0.2 .* set optim.patch_embed_lr_scale=1$"):
+        param_groups(module, patch_embed_lr_scale=0.2)
+
+
 def test_an_optimizer_of_other_groups_is_not_restored() -> None:
     student = tiny_student()
     saved = build_optimizer(OptimConfig(layer_decay=0.5), student).state_dict()
-    with pytest.raises(ValueError, match=r"was optim.layer_decay changed"):
+    with pytest.raises(ValueError, match=r"was optim.layer_decay or .* changed"):
         restore_optimizer(build_optimizer(OptimConfig(), student), saved)
 
 

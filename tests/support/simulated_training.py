@@ -18,6 +18,7 @@ from torch import Tensor
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout
 from dinoray.pipeline.stream.ray_data import in_step
+from dinoray.pipeline.training.frozen_stage import FrozenStage
 from dinoray.pipeline.training.skips import Skips
 from dinoray.pipeline.worker.agreement import Agreement
 
@@ -62,6 +63,7 @@ class StandIn:
         self.device = torch.device("cpu")
         self.step = 0
         self.skips = Skips(torch.device("cpu"))
+        self.stage = FrozenStage(0, total_steps=total_steps, device=torch.device("cpu"))
         self.schedule = SimpleNamespace(total_steps=total_steps)
         self.config = SimpleNamespace(
             train=SimpleNamespace(global_batch_size=global_batch_size),

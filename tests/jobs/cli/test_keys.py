@@ -69,9 +69,12 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_replacement() -> None:
             "train.batch_size=1",
             "train.global_batch_size or eval.batch_size or train.max_batch_size_per_worker",
         ),
-        ("momentum_teacher=1", "teacher.teacher_momentum or teacher.final_teacher_momentum"),
+        (
+            "momentum_teacher=1",
+            "teacher.teacher_momentum or init.freeze_teacher_momentum or teacher.final_teacher_momentum",
+        ),
         ("loss.center_momemtum=1", "loss.center_momentum"),
-        ("dta.path=1", "data.path or init.path"),
+        ("dta.path=1", "data.path"),
         ("storge_path=1", "storage_path"),
     ],
 )
@@ -217,7 +220,7 @@ def test_what_must_be_set_is_named_as_one_sets_it() -> None:
     [
         "data.path=s3://AKIA:MARKER@bucket/images",
         "storage_path=s3://AKIA:MARKER@bucket/runs",
-        "init.path=https://me:MARKER@host/weights.pth",
+        "init.from=https://me:MARKER@host/weights.pth",
         "data.aws_secret_access_key=MARKER",
         "data={password: MARKER, path: s3://b/i}",
         "wandb_api_key=MARKER",
@@ -225,7 +228,7 @@ def test_what_must_be_set_is_named_as_one_sets_it() -> None:
         "name=s3://AKIA:MARKER@b",
         "train.seed=s3://AKIA:MARKER@b",
         "data.path=s3://AKIA:MAR/MARKER@bucket/images",
-        "init.path=https://me:p@MARKER@host/weights.pth",
+        "init.from=https://me:p@MARKER@host/weights.pth",
     ],
 )
 def test_what_looks_like_a_secret_is_refused_and_not_repeated(override: str) -> None:

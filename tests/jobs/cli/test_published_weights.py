@@ -68,10 +68,10 @@ def test_a_local_file_in_their_place_is_the_remedy_that_it_names(tmp_path: Path)
 
     ended = run(tmp_path, "backbone.pretrained=true", HF_HUB_OFFLINE="1")
     assert "set backbone.pretrained=false" in ended.stderr
-    assert "init.path=FILE" in ended.stderr
+    assert "init.from=FILE" in ended.stderr
     torch.manual_seed(0)
     save_file(timm.create_model(NAME.partition(".")[0]).state_dict(), tmp_path / "weights.safetensors")
     mended = run(
-        tmp_path, "backbone.pretrained=false", f"init.path={tmp_path}/weights.safetensors", HF_HUB_OFFLINE="1"
+        tmp_path, "backbone.pretrained=false", f"init.from={tmp_path}/weights.safetensors", HF_HUB_OFFLINE="1"
     )
     assert mended.stderr.splitlines()[-1] == "Ray was started"

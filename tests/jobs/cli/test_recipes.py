@@ -289,7 +289,7 @@ def test_a_recipe_has_a_receipt(recipe: str) -> None:
     assert ("Published: k-NN " in receipt or "Published (README of DINO's code): k-NN " in receipt) == (
         recipe in IMAGENET
     )
-    unverified = ("vit_base_imagenet", "resnet50_imagenet", "pathology")
+    unverified = ("vit_base_imagenet", "resnet50_imagenet", "adapt", "pathology")
     assert ("unverified" in receipt.lower()) == (recipe in unverified)
 
 
@@ -302,7 +302,7 @@ def test_the_command_on_a_receipt_runs_the_recipe(recipe: str) -> None:
 
 
 def test_the_recipes_are_these() -> None:
-    assert list(RECIPES) == ["demo", "photos_small", *IMAGENET, *DOMAINS]
+    assert list(RECIPES) == ["demo", "photos_small", *IMAGENET, *DOMAINS, "adapt"]
 
 
 @pytest.mark.parametrize("recipe", DOMAINS)

@@ -90,7 +90,16 @@ def test_400_photos_for_100_epochs_are_few_steps() -> None:
     )
 
 
-@pytest.mark.parametrize("setting", ["init.path=/weights.pth", "backbone.pretrained=true"])
+def test_a_stage_as_long_as_the_run_is_told() -> None:
+    (line,) = length_warnings(
+        config_of("train.epochs=999", "init.from=/w.pth", "init.freeze_steps=1560"), 100
+    )
+    assert line.startswith("init.freeze_steps=1560 leaves none of 1560 steps for the backbone")
+    (setting,) = settings_to_set(line)
+    assert length_warnings(config_of("train.epochs=999", "init.from=/w.pth", setting), 100) == []
+
+
+@pytest.mark.parametrize("setting", ["init.from=/weights.pth", "backbone.pretrained=true"])
 def test_who_starts_from_weights_is_not_told_of_few_images(setting: str) -> None:
     assert length_warnings(config_of("train.epochs=999", setting), 100) == []
 

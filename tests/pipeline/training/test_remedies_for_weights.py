@@ -36,7 +36,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         with pytest.raises(
             DataError,
             match=r"bad.pth has NaN or infinite values in the teacher's backbone.blocks.1.attn.qkv.weight; start from "
-            r"an earlier checkpoint of that training, or without init.path \(--init-from\)$",
+            r"an earlier checkpoint of that training, or without init.from \(--init-from\)$",
         ):
             started(tmp_path / "bad.pth")
     (tmp_path / "good.pth").write_bytes(saved(good.state()))
@@ -105,7 +105,7 @@ def test_head_of_another_kind_can_be_left_out(tmp_path: Path) -> None:
 def test_files_of_other_kinds_are_named_as_such(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(
-        ConfigError, match=rf"^init.path=.*{name} is not a file of weights .*; pass the .pth or"
+        ConfigError, match=rf"^init.from=.*{name} is not a file of weights .*; pass the .pth or"
     ):
         read_path(str(tmp_path / name))
 
@@ -167,7 +167,7 @@ def test_weights_that_no_setting_fits_are_no_reason_to_set_one(
 ) -> None:
     torch.save(net().state_dict(), tmp_path / "x.pth")
     with pytest.raises(
-        ConfigError, match=rf"{reason}.*: start from other weights, or without init.path"
+        ConfigError, match=rf"{reason}.*: start from other weights, or without init.from"
     ) as caught:
         started(tmp_path / "x.pth")
     assert "set backbone" not in str(caught.value)
@@ -221,7 +221,7 @@ def test_pretrained_and_a_file_are_not_both_taken(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     config = tiny_config(backbone={"pretrained": True})
     with pytest.raises(
-        ConfigError, match=r"^backbone.pretrained=true and init.path=/x.pth both .*pretrained=false"
+        ConfigError, match=r"^backbone.pretrained=true and init.from=/x.pth both .*pretrained=false"
     ):
         fetch_published_weights(config, init_path="/x.pth")
 

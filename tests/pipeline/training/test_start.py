@@ -121,7 +121,7 @@ def test_backbone_of_another_run_is_proposed_as_it_was(tmp_path: Path) -> None:
 
 def test_run_without_a_checkpoint_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"^init.path=.*run is a run that has no checkpoint yet; "):
+    with pytest.raises(DataError, match=r"^init.from=.*run is a run that has no checkpoint yet; "):
         read_weights(str(tmp_path / "run"))
 
 
