@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 
 from dinoray.models.errors import ConfigError, DataError, one_line
+from dinoray.models.lora import merged
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.published import checkpoint as interop
 from dinoray.models.published.checkpoint import Loaded, Weights
@@ -98,6 +99,8 @@ def load_initial_weights(
     Raises ConfigError if the weights do not fit.
     """
     kwargs = state.config.backbone.kwargs
+    if load != "run" or weights.args.get("train") != state.config.backbone.train:
+        weights = _with_merged_adapters(weights)
     loaded = interop.load(state.dino, weights, backbone_only=load == "backbone", kwargs=kwargs)
     lines = _network_lines(state, weights, loaded)
     notes = [*weights.notes, *loaded.notes]
@@ -123,6 +126,13 @@ def load_initial_weights(
     lines.append(f"skipped: {_listed(skipped)}")
     lines.append(f"new: {_listed(new)}")
     return lines + notes
+
+
+def _with_merged_adapters(weights: Weights) -> Weights:
+    """Return the weights of a run with adapters as those of one without; of other files the same."""
+    teacher = merged(weights.teacher)
+    student = teacher if weights.student is weights.teacher else merged(weights.student)
+    return weights._replace(student=student, teacher=teacher)
 
 
 def _network_lines(state: TrainState, weights: Weights, loaded: Loaded) -> list[str]:
@@ -160,10 +170,13 @@ def _continue_from(state: TrainState, weights: Weights) -> tuple[str, int]:
         if fresh:
             why = why_fresh(state.optimizer, student, weights.optimizer, weights.name)
     else:
-        changed = [key for key in ("name", "layer_decay") if then[key] != getattr(optim, key)]
+        now = {f"optim.{key}": getattr(optim, key) for key in ("name", "layer_decay")}
+        now["backbone.train"] = state.config.backbone.train
+        changed = {key: then[key.partition(".")[2]] for key in now}
+        changed = {key: value for key, value in changed.items() if value != now[key]}
         if changed:
-            why = ", ".join(f"optim.{key}={getattr(optim, key)} is {then[key]} there" for key in changed)
-            why += f"; set {' '.join(f'optim.{key}={then[key]}' for key in changed)} to restore it"
+            why = ", ".join(f"{key}={now[key]} is {value} there" for key, value in changed.items())
+            why += f"; set {' '.join(f'{key}={value}' for key, value in changed.items())} to restore it"
         else:
             restore_optimizer(state.optimizer, weights.optimizer)
         restored = len(state.optimizer.state)
@@ -234,16 +247,17 @@ def _read_run(address: str) -> Weights:
     with tempfile.TemporaryDirectory(prefix="dinoray-init-") as scratch:
         found = find_checkpoint(address)
         folder = download_checkpoint(found.folder, Path(scratch))
-        meta, student, teacher, state = read_parts(folder, address=found.folder.uri)
-        config = meta["config"]
+        parts = read_parts(folder, address=found.folder.uri)
+        meta, state, config = parts.meta, parts.train_state, parts.meta["config"]
         backbone = {"name": config["backbone"]["name"].split(".")[0], "kwargs": config["backbone"]["kwargs"]}
         return Weights(
-            student=student,
-            teacher=teacher,
+            student=parts.whole_student,
+            teacher=parts.teacher,
             center=state["center"],
             optimizer=state["optimizer"],
             epoch=meta["positions"] / meta["num_images"],
-            args={key: config["optim"][key] for key in ("name", "layer_decay")} | {"backbone": backbone},
+            args={key: config["optim"][key] for key in ("name", "layer_decay")}
+            | {"train": config["backbone"].get("train", "all"), "backbone": backbone},
             official=config["backbone"]["pos_embed"] == "official",
             name=found.folder.uri,
             places=("student", "teacher", "center"),

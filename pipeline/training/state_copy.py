@@ -36,7 +36,7 @@ class StateCopy:
         used = self._buffers
         self._buffers = {}
         contents: dict[str, Any] = {
-            run_dir.STUDENT: state.dino.student.state_dict(),
+            run_dir.STUDENT: state.dino.student_state(),
             run_dir.TEACHER: state.dino.teacher.state_dict(),
             run_dir.TRAIN_STATE: {
                 "step": state.step,
