@@ -258,7 +258,8 @@ def _head_settings(state: State) -> dict[str, int | bool | None]:
         "out_dim": None if prototypes is None else prototypes.shape[0],
         "bottleneck_dim": None if prototypes is None else prototypes.shape[1],
         "num_layers": len(linear) or None,
-        "hidden_dim": linear[0].shape[0] if len(linear) > 1 else None,
+        # By name, since a file may hold its tensors in any order.
+        "hidden_dim": state["mlp.0.weight"].shape[0] if len(linear) > 1 and "mlp.0.weight" in state else None,
         # Batch norm is between layers only, so a single layer never has it.
         "use_bn": any(k.endswith("running_mean") for k in state) if len(linear) > 1 else None,
     }
