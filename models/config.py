@@ -32,7 +32,7 @@ class TrainedPart(NamedTuple):
         if found is None:
             raise ValueError(
                 f"backbone.train={text} must be all, last_n(BLOCKS) or lora(RANK), a whole number from 1 on; "
-                "set backbone.train=last_n(4), in quotes for a shell"
+                "set backbone.train=last_n(1), in quotes for a shell"
             )
         return cls("lora" if found[1] == "lora" else "last_n", int(found[2]))
 

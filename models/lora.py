@@ -50,9 +50,7 @@ def add_adapters(backbone: nn.Module, rank: int, *, name: str, crop_size: int) -
     layers = {
         key: layer
         for key, layer in backbone.named_modules()
-        if type(layer) is nn.Linear
-        and layer in inside
-        and (_IN_ATTENTION.search(key) or _IN_MLP.search(key))
+        if type(layer) is nn.Linear and layer in inside and (_IN_ATTENTION.search(key) or _IN_MLP.search(key))
     }
     if not any(map(_IN_ATTENTION.search, layers)):
         raise ConfigError(

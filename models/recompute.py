@@ -25,7 +25,8 @@ def recompute_blocks(backbone: nn.Module, mode: Checkpointing) -> None:
     """Have every second block (selective) or every block (full) of a timm model recompute its activations.
 
     Only in training mode and with gradients. State-dict names stay the same. Frozen blocks keep no activations, and are
-    passed over. The first block is among the chosen, and of an odd number of blocks the last. Raises ConfigError if timm does not tell the blocks of the backbone apart.
+    passed over. The first block is among the chosen, and of an odd number of blocks the last. Raises ConfigError if
+    timm does not tell the blocks of the backbone apart.
     """
     if mode == "none":
         return

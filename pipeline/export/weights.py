@@ -62,7 +62,7 @@ def export_official(folder: Path, *, address: str | None = None) -> bytes:
 
 
 def _trained_in_full(state: TrainState, *, num_images: int) -> TrainState:
-    """Return a state of the same step and weights in which the whole backbone trains, with the moments that there are."""
+    """Return a state of the same step, weights and moments in which the whole backbone trains."""
     backbone = state.config.backbone.model_copy(update={"train": "all"})
     config = state.config.model_copy(update={"backbone": backbone})
     whole = build_state(config, num_images=num_images, resumed=True)

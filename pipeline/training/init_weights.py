@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 
 from dinoray.models.errors import ConfigError, DataError, one_line
-from dinoray.models.lora import merged
+from dinoray.models.lora import merged, without_adapters
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.published import checkpoint as interop
 from dinoray.models.published.checkpoint import Loaded, Weights
@@ -25,6 +25,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory, normal_uri
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_parts
+from dinoray.pipeline.training.state_copy import FROZEN_PART
 from dinoray.pipeline.training.step import TrainState
 
 _NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
@@ -72,8 +73,13 @@ def _read_state(folder: Directory, name: str) -> tuple[Mapping[str, Any], bool]:
         raise DataError(
             f"{uri} is not a safetensors file: {one_line(error)}; save or download it anew"
         ) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return state, header.get("__metadata__", {}).get(interop.POS_EMBED_KEY) == "official"
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    if FROZEN_PART in header:
+        raise ConfigError(
+            f"init.path={uri} lacks the part of the network that did not train, which lies in {header[FROZEN_PART]} "
+            f"beside it; pass the checkpoint's folder, {folder.uri}"
+        )
+    return state, header.get(interop.POS_EMBED_KEY) == "official"
 
 
 def _heads_beside(folder: Directory, weights: Weights) -> dict[str, int]:
@@ -140,7 +146,7 @@ def _network_lines(state: TrainState, weights: Weights, loaded: Loaded) -> list[
     student, teacher, center = (
         f"'{place}' of {weights.name}" if place else weights.name for place in weights.places
     )
-    num_tensors = len(state.dino.teacher.backbone.state_dict())
+    num_tensors = len(without_adapters(state.dino.teacher.backbone.state_dict()))
     parts = f"backbone ({num_tensors} tensors)"
     if loaded.head:
         parts += f", head ({len(state.dino.teacher.head.state_dict())} tensors)"

@@ -16,6 +16,9 @@ from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.step import TrainState
 
+FROZEN_PART = "frozen_part"
+"""Key, in the header of a student's file that lacks its frozen part, of the file that has it."""
+
 
 class StateCopy:
     """The copy, whose memory the next copy takes again: some 0.7 GB for a ViT-S. Not for two threads at once."""
@@ -84,7 +87,8 @@ class StateCopy:
             if name == run_dir.TRAIN_STATE:
                 torch.save(part, file)  # type: ignore[arg-type]
             else:
-                file.write(save(part))
+                lacks = name == run_dir.STUDENT and self._meta["config"]["backbone"]["train"] != "all"
+                file.write(save(part, {FROZEN_PART: run_dir.TEACHER} if lacks else None))
             return file
 
         return to.write_pieces(name, produce, num_bytes=num_bytes)

@@ -181,7 +181,7 @@ def follow(message: str, words: list[str]) -> list[str]:
     if tried := re.search(r"try (\d+)", remedy):
         return put(words, subject, tried[1])
     asked = re.search(r"\b(?:set|take|choose|e\.g\.|add it:?) (.*)", remedy)
-    setting = r"([a-z_]+(?:\.[a-z_]+)+|name)=(\{.*\}|\[[^]]*\]|[\w./:-]+)"
+    setting = r"([a-z_]+(?:\.[a-z_]+)+|name)=(\{.*\}|\[[^]]*\]|\w+\(\d+\)|[\w./:-]+)"
     if settings := re.findall(setting, asked[1] if asked else ""):
         chosen = (
             settings
