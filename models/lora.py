@@ -116,7 +116,7 @@ def _not_called(backbone: nn.Module, layers: Mapping[str, nn.Module], crop_size:
     ]
     was_training, device = backbone.training, next(backbone.parameters()).device
     backbone.eval()
-    with torch.no_grad():
+    with torch.enable_grad():  # the meta device, on which FLOPs are counted, has no autocast
         backbone(torch.zeros(1, 3, crop_size, crop_size, device=device))
     backbone.train(was_training)
     for hook in hooks:

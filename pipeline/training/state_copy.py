@@ -27,6 +27,8 @@ class StateCopy:
         self._buffers: dict[str, torch.Tensor] = {}
         self._contents: dict[str, Any] = {}
         self._meta: dict[str, Any] = {}
+        self._is_shared = False
+        """Whether the student lacks a part that is in the teacher."""
         self.num_bytes = 0
 
     @property
@@ -38,6 +40,7 @@ class StateCopy:
         """Copy all that a checkpoint holds. Call on one rank; all ranks hold the same values."""
         used = self._buffers
         self._buffers = {}
+        self._is_shared = bool(state.dino.shared)
         contents: dict[str, Any] = {
             run_dir.STUDENT: state.dino.student_state(),
             run_dir.TEACHER: state.dino.teacher.state_dict(),
@@ -87,7 +90,7 @@ class StateCopy:
             if name == run_dir.TRAIN_STATE:
                 torch.save(part, file)  # type: ignore[arg-type]
             else:
-                lacks = name == run_dir.STUDENT and self._meta["config"]["backbone"]["train"] != "all"
+                lacks = name == run_dir.STUDENT and self._is_shared
                 file.write(save(part, {FROZEN_PART: run_dir.TEACHER} if lacks else None))
             return file
 
