@@ -1,6 +1,7 @@
 """Settings of networks, loss and optimiser. No torch here, since commands without training read them too."""
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +12,30 @@ Checkpointing = Literal["none", "selective", "full"]
 
 Compile = Literal["auto", "on", "off"]
 """Whether blocks are compiled by torch.compile; auto: on a GPU, where PyTorch can."""
+
+_PART = re.compile(r"(last_n|lora)\(([1-9]\d{0,4})\)")
+
+
+class TrainedPart(NamedTuple):
+    """The part of the backbone that trains, as `backbone.train` names it."""
+
+    kind: Literal["all", "last_n", "lora"] = "all"
+    number: int = 0
+    """Blocks of last_n, rank of lora."""
+
+    @classmethod
+    def parse(cls, text: str) -> "TrainedPart":
+        """Read `all`, `last_n(4)` or `lora(8)`. Raises ValueError for any other text."""
+        if text == "all":
+            return cls()
+        found = _PART.fullmatch(text)
+        if found is None:
+            raise ValueError(
+                f"backbone.train={text} must be all, last_n(BLOCKS) or lora(RANK), a whole number from 1 on; "
+                "set backbone.train=last_n(1), in quotes for a shell"
+            )
+        return cls("lora" if found[1] == "lora" else "last_n", int(found[2]))
+
 
 _DECIDED_ELSEWHERE = {
     "drop_path_rate": "set backbone.drop_path_rate instead",
@@ -42,8 +67,21 @@ class BackboneConfig(Settings):
     """Resizing of position embeddings in ViTs: as timm does (antialiased), or as the published DINO code does."""
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the student, linear from 0 to this rate over the blocks; the teacher has none."""
+    train: str = "all"
+    """Part that trains: all, last_n(k) its last k blocks, or lora(r) adapters of rank r; the rest stays as it is."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments for `timm.create_model`, e.g. `{patch_size: 8}`."""
+
+    @property
+    def trained_part(self) -> TrainedPart:
+        """The part that trains."""
+        return TrainedPart.parse(self.train)
+
+    @field_validator("train")
+    @classmethod
+    def _names_a_part(cls, train: str) -> str:
+        TrainedPart.parse(train)
+        return train
 
     @field_validator("kwargs")
     @classmethod

@@ -4,6 +4,7 @@ Layers below: backbone, head. The loss is a set of pure functions in loss.py. Th
 pipeline/training/step.py combines them.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from dinoray.models.backbone import build_backbone, embed_dim, has_batch_norm
 from dinoray.models.config import BackboneConfig, HeadConfig
 from dinoray.models.head import DINOHead
+from dinoray.models.partial import freeze, share, shared_names
 from dinoray.models.settings import number
 
 
@@ -60,6 +62,9 @@ class MultiCropNet(nn.Module):
 class DINO(nn.Module):
     """Student, teacher and centre. The two networks are bit-identical at the start.
 
+    With `backbone.train` other than all, the frozen part of the backbones is one in memory. `shared` has its names in
+    the networks' state dicts.
+
     `center` [K] float32 is a buffer here and outside of `student`, so wrapping the student in DDP never
     broadcasts it.
     """
@@ -81,8 +86,12 @@ class DINO(nn.Module):
         build = partial(_network, backbone, head, crop_sizes, in_chans=in_chans)
         self.student = build(drop_path_rate=backbone.drop_path_rate, pretrained=pretrained)
         self.teacher = build(drop_path_rate=0.0, pretrained=False)
+        for network in (self.student, self.teacher):
+            freeze(network.backbone, backbone, crop_size=min(crop_sizes))
+        self.shared = frozenset(f"backbone.{name}" for name in shared_names(self.student.backbone))
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        share(self.student, self.teacher, self.shared)
         self.register_buffer("center", torch.zeros(number(head.out_dim)))
         self._frozen = []
         self.train()
@@ -122,19 +131,29 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, is_finite: Tensor) -> None:
-        """Set teacher <- momentum * teacher + (1 - momentum) * student, over parameters, in float32.
+        """Set teacher <- momentum * teacher + (1 - momentum) * student, over parameters not shared, in float32.
 
         Only if `is_finite`, a 0-d bool on the device which the host does not read. A frozen backbone is left out.
         """
-        networks = (self.teacher, self.student)
-        teacher, student = (
-            list[Tensor]((net.head if net.backbone_is_frozen else net).parameters()) for net in networks
-        )
+        learn = (net.head if net.backbone_is_frozen else net for net in (self.teacher, self.student))
+        pairs = zip(*(net.parameters() for net in learn), strict=True)
+        apart = [(own, theirs) for own, theirs in pairs if own is not theirs]
+        teacher: list[Tensor] = [own for own, _ in apart]
+        student: list[Tensor] = [theirs for _, theirs in apart]
         # Selected, not weighted with 0: a student with NaN would make the teacher NaN.
         for new, old in zip(
             torch._foreach_lerp(teacher, student, weight=1.0 - momentum), teacher, strict=True
         ):
             torch.where(is_finite, new, old, out=old)
+
+    def student_state(self) -> dict[str, Tensor]:
+        """Return the student's state dict without the part that is in the teacher's too."""
+        return {name: x for name, x in self.student.state_dict().items() if name not in self.shared}
+
+    def load_states(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        """Load a `student_state` and a teacher's state dict strictly. Raises as `load_state_dict`."""
+        self.teacher.load_state_dict(teacher)
+        self.student.load_state_dict({**{name: teacher[name] for name in self.shared}, **student})
 
 
 def crop_major(crops: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ _recomputed_now = 0
 def recompute_blocks(backbone: nn.Module, mode: Checkpointing) -> None:
     """Have every second block (selective) or every block (full) of a timm model recompute its activations.
 
-    Only in training mode and with gradients. State-dict names stay the same. The first block is among the chosen, and
-    of an odd number of blocks the last. Raises ConfigError if timm does not tell the blocks of the backbone apart.
+    Only in training mode and with gradients. State-dict names stay the same. Frozen blocks keep no activations, and are
+    passed over. The first block is among the chosen, and of an odd number of blocks the last. Raises ConfigError if
+    timm does not tell the blocks of the backbone apart.
     """
     if mode == "none":
         return
@@ -35,7 +36,8 @@ def recompute_blocks(backbone: nn.Module, mode: Checkpointing) -> None:
             f"train.activation_checkpointing={mode} needs a backbone whose blocks timm tells apart, "
             f"{type(backbone).__name__} is none; set train.activation_checkpointing=none"
         )
-    for block in found[:: 2 if mode == "selective" else 1]:
+    training = [block for block in found if any(p.requires_grad for p in block.parameters())]
+    for block in training[:: 2 if mode == "selective" else 1]:
         kind: Any = type(block)
         block.__class__ = _recomputing(kind)
 

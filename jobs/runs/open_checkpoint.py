@@ -18,6 +18,7 @@ from dinoray.pipeline.training.checkpoint import (
     Which,
     download_checkpoint,
     find_checkpoint,
+    network_files,
     read_frozen,
     read_meta,
 )
@@ -72,9 +73,10 @@ def open_network(address: str, step: Step | None, which: Which) -> Opened:
     step = number_of(step, address)
     found = find_checkpoint(address, step)
     with tempfile.TemporaryDirectory(prefix="dinoray-network-") as scratch:
-        files = (f"{which}.safetensors", run_dir.META)
-        folder = download_checkpoint(found.folder, Path(scratch), files)
         address = found.folder.uri
+        folder = download_checkpoint(found.folder, Path(scratch), (run_dir.META,))
+        files = network_files(read_meta(folder, address=address), which)
+        download_checkpoint(found.folder, folder, files)
         network = read_frozen(folder, which, address=address)
         opened = Opened(found, network, read_meta(folder, address=address)["step"])
     if step is not None and step != opened.step:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dinoray.models.backbone import has_batch_norm
 from dinoray.models.dino import DINO
 from dinoray.models.errors import DataError
+from dinoray.models.lora import is_adapter, without_adapters
 from dinoray.models.published.fit import fit_backbone, fit_head
 from dinoray.models.published.networks_in_files import find_networks
 from dinoray.models.published.optimizer import load_optimizer, official_state
@@ -190,7 +191,9 @@ def load(
             fitted.append(fitted[0])
             break
         body = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-        parts = fit_backbone(body, network.backbone, args=weights.args, kwargs=kwargs, notes=notes)
+        adapters = {k: v for k, v in body.items() if is_adapter(k)}
+        body = without_adapters(body)
+        parts = fit_backbone(body, network.backbone, args=weights.args, kwargs=kwargs, notes=notes) | adapters
         fitted.append({f"backbone.{k}": v for k, v in parts.items()})
         if loads_head:
             head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
@@ -202,6 +205,9 @@ def load(
             f"the centre in {weights.name} has {len(weights.center)} values for {len(dino.center)} prototypes; "  # type: ignore[arg-type]
             "set init.load=backbone"
         )
+    if any(not torch.equal(fitted[0][name], fitted[1][name]) for name in dino.shared & fitted[0].keys()):
+        fitted[0] |= {k: v for k, v in fitted[1].items() if k.startswith("backbone.")}
+        notes.append("the student's backbone begins as the teacher's, since both share what is frozen")
     for which, state in zip(("student", "teacher"), fitted, strict=True):
         _check_finite(weights.name, which, state)
     if loads_center:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dinoray.models.backbone import embed_dim, image_layers
 from dinoray.models.errors import ConfigError
+from dinoray.models.lora import without_adapters
 from dinoray.models.published.candidates import candidates, known_heads, vit_shape
 from dinoray.models.published.image_shape import check_grid, inflate_layers
 
@@ -51,7 +52,7 @@ def fit_backbone(
     networks are different.
     """
     notes = [] if notes is None else notes
-    own = backbone.state_dict()
+    own = without_adapters(backbone.state_dict())
     named = _chunks_joined(state)
     _check_vit(named, backbone, args or {}, kwargs or {})
     dropped = [k for k in named if k not in own and _NOT_OF_BACKBONE.match(k)]
@@ -138,7 +139,7 @@ def _chunks_joined(state: State) -> dict[str, Tensor]:
 
 def _matched(named: State, backbone: nn.Module) -> dict[str, Tensor]:
     """Return the tensors in the backbone's names, as far as timm can convert them, without other modules."""
-    own = backbone.state_dict()
+    own = without_adapters(backbone.state_dict())
     bare = {k: v for k, v in named.items() if k in own or not _NOT_OF_BACKBONE.match(k)}
     if any(_differences(bare, own)):
         renamed = _in_timms_names(named, backbone)  # all tensors: timm recognises files by the others
@@ -199,7 +200,7 @@ def _misfit(
     """Return the error message for tensors that do not fit the backbone."""
     return (
         f"the checkpoint{_origin(args)} does not fit backbone.name={_name(backbone)}: it "
-        f"{_problems(bare, backbone.state_dict())}; {_remedy(named, backbone, args, kwargs)}"
+        f"{_problems(bare, without_adapters(backbone.state_dict()))}; {_remedy(named, backbone, args, kwargs)}"
     )
 
 
@@ -261,7 +262,8 @@ def _head_settings(state: State) -> dict[str, int | bool | None]:
         "out_dim": None if prototypes is None else prototypes.shape[0],
         "bottleneck_dim": None if prototypes is None else prototypes.shape[1],
         "num_layers": len(linear) or None,
-        "hidden_dim": linear[0].shape[0] if len(linear) > 1 else None,
+        # By name, since a file may hold its tensors in any order.
+        "hidden_dim": state["mlp.0.weight"].shape[0] if len(linear) > 1 and "mlp.0.weight" in state else None,
         # Batch norm is between layers only, so a single layer never has it.
         "use_bn": any(k.endswith("running_mean") for k in state) if len(linear) > 1 else None,
     }

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from dinoray.models.errors import ConfigError
+from dinoray.models.lora import merged
 from dinoray.models.published.checkpoint import POS_EMBED_KEY, to_official
 from dinoray.models.settings import number
 from dinoray.pipeline.training.checkpoint import FrozenBackbone, load_checkpoint, read_meta
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.step import TrainState, build_state
 
 _OFFICIAL_NAMES = re.compile(
     r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))\.(weight|bias)"
@@ -38,7 +39,8 @@ def export_official(folder: Path, *, address: str | None = None) -> bytes:
     """Return the whole checkpoint in the local `folder` in the format of the published code, which resumes
     it.
 
-    `address`: of the checkpoint, if `folder` is a copy of it.
+    `address`: of the checkpoint, if `folder` is a copy of it. After partial training it has no moments of what did not
+    train, and adapters are merged.
 
     Raises ConfigError for a backbone that the published code lacks: it supports plain ViTs and torchvision's
     ResNets.
@@ -47,6 +49,8 @@ def export_official(folder: Path, *, address: str | None = None) -> bytes:
     config = DINOConfig.model_validate(meta["config"])
     state = build_state(config, num_images=meta["num_images"], resumed=True)
     load_checkpoint(state, folder, address=address)
+    if config.backbone.train != "all":
+        state = _trained_in_full(state, num_images=meta["num_images"])
     state.dino.thaw_backbone()  # the published optimiser has a place for each parameter that learns some time
     strange = [k for k in state.dino.student.backbone.state_dict() if not _OFFICIAL_NAMES.fullmatch(k)]
     if strange:  # the published code would silently leave them out
@@ -56,6 +60,21 @@ def export_official(folder: Path, *, address: str | None = None) -> bytes:
         )
     epoch = round(state.step / state.schedule.steps(1))  # the published code resumes at whole epochs
     return _saved(to_official(state.dino, state.optimizer, epoch=epoch, args=official_args(config)))
+
+
+def _trained_in_full(state: TrainState, *, num_images: int) -> TrainState:
+    """Return a state of the same step, weights and moments in which the whole backbone trains."""
+    backbone = state.config.backbone.model_copy(update={"train": "all"})
+    config = state.config.model_copy(update={"backbone": backbone})
+    whole = build_state(config, num_images=num_images, resumed=True)
+    whole.dino.load_states(merged(state.dino.student.state_dict()), merged(state.dino.teacher.state_dict()))
+    whole.dino.center.copy_(state.dino.center)
+    whole.step = state.step
+    theirs = dict(whole.dino.student.named_parameters())
+    for name, parameter in state.dino.student.named_parameters():
+        if name in theirs and parameter in state.optimizer.state:
+            whole.optimizer.state[theirs[name]] = state.optimizer.state[parameter]
+    return whole
 
 
 def official_args(config: DINOConfig) -> dict[str, Any]:

@@ -23,8 +23,8 @@ A run directory (local or S3):
     checkpoints/
       checkpoint_manager_snapshot.json    the committed checkpoints (Ray Train's file)
       step_00001000/
-        student.safetensors     backbone.* and head.*
-        teacher.safetensors
+        student.safetensors     backbone.* and head.*; without the frozen part (backbone.train)
+        teacher.safetensors     the same, with the frozen part, which both networks share
         train_state.pt          step, optimizer, center, health: tensors and numbers, loads with weights_only=True
         meta.json               written last: step, config and all else that is needed to rebuild the model; checksums
 

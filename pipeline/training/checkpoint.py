@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from dinoray.models.backbone import build_backbone
 from dinoray.models.errors import ConfigError, DataError, one_line
+from dinoray.models.lora import merged
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.settings import flatten
 from dinoray.pipeline.storage import checkpoint_files, run_dir
@@ -67,6 +68,11 @@ class CheckpointParts(NamedTuple):
     student: dict[str, torch.Tensor]
     teacher: dict[str, torch.Tensor]
     train_state: dict[str, Any]
+
+    @property
+    def whole_student(self) -> dict[str, torch.Tensor]:
+        """The student with the frozen part, which only the teacher's file has (`backbone.train`)."""
+        return {**self.teacher, **self.student}
 
     def non_finite(self) -> str | None:
         """Return which part has NaN or infinite values, for a sentence; None if all are finite."""
@@ -151,8 +157,7 @@ def load_parts(state: TrainState, parts: CheckpointParts, address: str) -> dict[
         then, now = meta["config"]["optim"]["name"], state.config.optim.name
         if then != now:
             raise ConfigError(f"optim.name={now} cannot continue a run of {then}; set optim.name={then}")
-        state.dino.student.load_state_dict(parts.student)
-        state.dino.teacher.load_state_dict(parts.teacher)
+        state.dino.load_states(parts.student, parts.teacher)
         restore_optimizer(state.optimizer, train_state["optimizer"])
         state.dino.center.copy_(train_state["center"])
         state.health.load_state_dict(train_state["health"], device=state.device)
@@ -192,7 +197,7 @@ Which = Literal["teacher", "student"]
 
 
 class FrozenBackbone(NamedTuple):
-    """A checkpoint's backbone in picklable form, with all that is needed to rebuild it."""
+    """A checkpoint's backbone in picklable form, with all that is needed to rebuild it. Adapters are merged."""
 
     config: DINOConfig
     weights: dict[str, torch.Tensor]
@@ -215,13 +220,24 @@ def read_frozen(folder: Path, which: Which = "teacher", *, address: str | None =
 
     Raises DamagedCheckpointError if its weights or meta.json are not as they were written.
     """
-    prefix, file = "backbone.", f"{which}.safetensors"
-    meta = verify(Directory(str(folder)), (file,), address=address)
-    weights = _read_weights(folder, file, address or str(folder))
-    return FrozenBackbone(
-        DINOConfig.model_validate(meta["config"]),
-        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)},
-    )
+    prefix, address = "backbone.", address or str(folder)
+    files = network_files(read_meta(folder, address=address), which)
+    meta = verify(Directory(str(folder)), files, address=address)
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        weights |= _read_weights(folder, file, address)
+    body = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    return FrozenBackbone(DINOConfig.model_validate(meta["config"]), merged(body))
+
+
+def network_files(meta: Mapping[str, Any], which: Which) -> tuple[str, ...]:
+    """Return the files that hold a network of the checkpoint with this `meta`, what replaces others' tensors last.
+
+    The student's file lacks what both networks share (`backbone.train`).
+    """
+    if which == "student" and meta["config"]["backbone"].get("train", "all") != "all":
+        return run_dir.TEACHER, run_dir.STUDENT
+    return (f"{which}.safetensors",)
 
 
 def read_meta(folder: Path, *, address: str | None = None) -> dict[str, Any]:

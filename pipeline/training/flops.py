@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinoray.models.backbone import build_backbone, embed_dim
 from dinoray.models.head import DINOHead
 from dinoray.models.input_channels import in_chans
+from dinoray.models.partial import freeze
 from dinoray.pipeline.training.config import DINOConfig
 
 _SIDES = {"cuda": 8192, "cpu": 512}
@@ -52,8 +53,9 @@ def flops_per_image(config: DINOConfig) -> float:
     """Return the FLOPs of one training step per image, a multiplication and an addition counted as two.
 
     A forward of the teacher for each global crop, and of the student for each crop; a backward takes as many as two
-    forwards. Matrix products, convolutions and attention count; the rest of a step is below a hundredth. Counted
-    on networks without memory, on the meta device. `head.out_dim` must be a number.
+    forwards, or what is counted if a part of the backbone is frozen. Matrix products, convolutions and attention count;
+    the rest of a step is below a hundredth. Counted on networks without memory, on the meta device. `head.out_dim`
+    must be a number.
     """
     crops = config.crops
     with torch.device("meta"):
@@ -63,15 +65,25 @@ def flops_per_image(config: DINOConfig) -> float:
         head = DINOHead(config.head, in_dim=embed_dim(backbone))
         of_head = 2 * sum(p.numel() for p in head.parameters() if p.ndim == 2 and p.shape[1] > 1)
         # In eval mode batch norm needs no second image.
-        of_crops = {size: of_head + _forward(backbone.eval(), size) for size in crops.crop_sizes}
-    of_globals = crops.num_global_crops * of_crops[crops.global_crop_size]
-    of_locals = crops.num_local_crops * of_crops.get(crops.local_crop_size, 0.0)
-    return of_globals + 3 * (of_globals + of_locals)
+        forward = {size: of_head + _forward(backbone.eval(), size) for size in crops.crop_sizes}
+        both = {size: 3 * flops for size, flops in forward.items()}
+        if config.backbone.train != "all":
+            freeze(backbone, config.backbone, crop_size=min(crops.crop_sizes))
+            both = {size: 3 * of_head + _both_ways(backbone.eval(), size) for size in crops.crop_sizes}
+    of_globals = crops.num_global_crops * (forward[crops.global_crop_size] + both[crops.global_crop_size])
+    return of_globals + crops.num_local_crops * both.get(crops.local_crop_size, 0.0)
 
 
 def _forward(backbone: nn.Module, size: int) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         backbone(torch.empty(1, in_chans(backbone), size, size))
+    return float(counted.get_total_flops())
+
+
+def _both_ways(backbone: nn.Module, size: int) -> float:
+    """Return the FLOPs of a forward and of the backward to all that trains."""
+    with FlopCounterMode(display=False) as counted:
+        backbone(torch.empty(1, 3, size, size)).sum().backward()
     return float(counted.get_total_flops())
 
 

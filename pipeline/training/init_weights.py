@@ -17,6 +17,7 @@ from safetensors.torch import load as load_safetensors
 
 from dinoray.models.config import timm_name
 from dinoray.models.errors import ConfigError, DataError, one_line
+from dinoray.models.lora import merged, without_adapters
 from dinoray.models.optim import restore_optimizer
 from dinoray.models.published import checkpoint as interop
 from dinoray.models.published.checkpoint import Loaded, Weights
@@ -26,6 +27,7 @@ from dinoray.pipeline.storage.files import Directory, normal_uri
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_parts
 from dinoray.pipeline.training.published_weights import timm_weights
+from dinoray.pipeline.training.state_copy import FROZEN_PART
 from dinoray.pipeline.training.step import TrainState
 
 _NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
@@ -77,8 +79,13 @@ def _read_state(folder: Directory, name: str) -> tuple[Mapping[str, Any], bool]:
         raise DataError(
             f"{uri} is not a safetensors file: {one_line(error)}; save or download it anew"
         ) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return state, header.get("__metadata__", {}).get(interop.POS_EMBED_KEY) == "official"
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    if FROZEN_PART in header:
+        raise ConfigError(
+            f"init.from={uri} lacks the part of the network that did not train, which lies in {header[FROZEN_PART]} "
+            f"beside it; pass the checkpoint's folder, {folder.uri}"
+        )
+    return state, header.get(interop.POS_EMBED_KEY) == "official"
 
 
 def _heads_beside(folder: Directory, weights: Weights) -> dict[str, int]:
@@ -104,6 +111,8 @@ def load_initial_weights(
     Raises ConfigError if the weights do not fit.
     """
     kwargs = state.config.backbone.kwargs
+    if load != "run" or weights.args.get("train") != state.config.backbone.train:
+        weights = _with_merged_adapters(weights)
     loaded = interop.load(state.dino, weights, backbone_only=load == "backbone", kwargs=kwargs)
     lines = _network_lines(state, weights, loaded)
     notes = [*weights.notes, *loaded.notes]
@@ -131,12 +140,19 @@ def load_initial_weights(
     return lines + notes
 
 
+def _with_merged_adapters(weights: Weights) -> Weights:
+    """Return the weights of a run with adapters as those of one without; of other files the same."""
+    teacher = merged(weights.teacher)
+    student = teacher if weights.student is weights.teacher else merged(weights.student)
+    return weights._replace(student=student, teacher=teacher)
+
+
 def _network_lines(state: TrainState, weights: Weights, loaded: Loaded) -> list[str]:
     """Return lines with the part of the file that each network was loaded from."""
     student, teacher, center = (
         f"'{place}' of {weights.name}" if place else weights.name for place in weights.places
     )
-    num_tensors = len(state.dino.teacher.backbone.state_dict())
+    num_tensors = len(without_adapters(state.dino.teacher.backbone.state_dict()))
     parts = f"backbone ({num_tensors} tensors)"
     if loaded.head:
         parts += f", head ({len(state.dino.teacher.head.state_dict())} tensors)"
@@ -166,10 +182,13 @@ def _continue_from(state: TrainState, weights: Weights) -> tuple[str, int]:
         if fresh:
             why = why_fresh(state.optimizer, student, weights.optimizer, weights.name)
     else:
-        changed = [key for key in _OF_OPTIMIZER if then[key] != getattr(optim, key)]
+        now = {f"optim.{key}": getattr(optim, key) for key in _OF_OPTIMIZER}
+        now["backbone.train"] = state.config.backbone.train
+        changed = {key: then[key.partition(".")[2]] for key in now}
+        changed = {key: value for key, value in changed.items() if value != now[key]}
         if changed:
-            why = ", ".join(f"optim.{key}={getattr(optim, key)} is {then[key]} there" for key in changed)
-            why += f"; set {' '.join(f'optim.{key}={then[key]}' for key in changed)} to restore it"
+            why = ", ".join(f"{key}={now[key]} is {value} there" for key, value in changed.items())
+            why += f"; set {' '.join(f'{key}={value}' for key, value in changed.items())} to restore it"
         else:
             restore_optimizer(state.optimizer, weights.optimizer)
         restored = len(state.optimizer.state)
@@ -240,17 +259,18 @@ def _read_run(address: str) -> Weights:
     with tempfile.TemporaryDirectory(prefix="dinoray-init-") as scratch:
         found = find_checkpoint(address)
         folder = download_checkpoint(found.folder, Path(scratch))
-        meta, student, teacher, state = read_parts(folder, address=found.folder.uri)
-        config = meta["config"]
+        parts = read_parts(folder, address=found.folder.uri)
+        meta, state, config = parts.meta, parts.train_state, parts.meta["config"]
         backbone = {"name": config["backbone"]["name"].split(".")[0], "kwargs": config["backbone"]["kwargs"]}
         return Weights(
-            student=student,
-            teacher=teacher,
+            student=parts.whole_student,
+            teacher=parts.teacher,
             center=state["center"],
             optimizer=state["optimizer"],
             epoch=meta["positions"] / meta["num_images"],
             # Earlier versions had a scale of 1.
-            args={key: config["optim"].get(key, 1.0) for key in _OF_OPTIMIZER} | {"backbone": backbone},
+            args={key: config["optim"].get(key, 1.0) for key in _OF_OPTIMIZER}
+            | {"train": config["backbone"].get("train", "all"), "backbone": backbone},
             official=config["backbone"]["pos_embed"] == "official",
             name=found.folder.uri,
             places=("student", "teacher", "center"),

@@ -16,6 +16,9 @@ from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.step import TrainState
 
+FROZEN_PART = "frozen_part"
+"""Key, in the header of a student's file that lacks its frozen part, of the file that has it."""
+
 
 class StateCopy:
     """The copy, whose memory the next copy takes again: some 0.7 GB for a ViT-S. Not for two threads at once."""
@@ -24,6 +27,8 @@ class StateCopy:
         self._buffers: dict[str, torch.Tensor] = {}
         self._contents: dict[str, Any] = {}
         self._meta: dict[str, Any] = {}
+        self._is_shared = False
+        """Whether the student lacks a part that is in the teacher."""
         self.num_bytes = 0
 
     @property
@@ -35,8 +40,9 @@ class StateCopy:
         """Copy all that a checkpoint holds. Call on one rank; all ranks hold the same values."""
         used = self._buffers
         self._buffers = {}
+        self._is_shared = bool(state.dino.shared)
         contents: dict[str, Any] = {
-            run_dir.STUDENT: state.dino.student.state_dict(),
+            run_dir.STUDENT: state.dino.student_state(),
             run_dir.TEACHER: state.dino.teacher.state_dict(),
             run_dir.TRAIN_STATE: {
                 "step": state.step,
@@ -85,7 +91,8 @@ class StateCopy:
             if name == run_dir.TRAIN_STATE:
                 torch.save(part, file)  # type: ignore[arg-type]
             else:
-                file.write(save(part))
+                lacks = name == run_dir.STUDENT and self._is_shared
+                file.write(save(part, {FROZEN_PART: run_dir.TEACHER} if lacks else None))
             return file
 
         return to.write_pieces(name, produce, num_bytes=num_bytes)

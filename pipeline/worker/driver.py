@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import ray
 
 from dinoray.models.backbone import build_backbone
-from dinoray.models.errors import one_line
+from dinoray.models.errors import ConfigError, one_line
+from dinoray.models.partial import freeze
 from dinoray.models.published.checkpoint import Weights
 from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.config import crop_bytes
@@ -72,12 +73,19 @@ def check_run(config: Config) -> None:
         per_worker = batch_size_per_worker(config.train.global_batch_size, workers)
         check_accumulation(per_worker, config.train.accumulate_steps)
     eval_sizes = [config.eval.image_size] if config.eval.image_size else []
-    build_backbone(
+    backbone = build_backbone(
         config.backbone,
         crop_sizes=(*config.crops.crop_sizes, *eval_sizes),
         drop_path_rate=config.backbone.drop_path_rate,
         in_chans=config.crops.channels,
     )
+    part = config.backbone.train
+    if part != "all" and config.init.path is None and not config.backbone.pretrained:
+        raise ConfigError(
+            f"backbone.train={part} leaves most weights as they are, and they are random; set "
+            "backbone.pretrained=true or init.path=FILE, or set backbone.train=all"
+        )
+    freeze(backbone, config.backbone, crop_size=min(config.crops.crop_sizes))
 
 
 def what_is_learnt(

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from dinoray.models.errors import DinorayError, one_line
+from dinoray.models.lora import merged
 from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.evaluation.features import Shares
 from dinoray.pipeline.evaluation.in_training import Evaluation, evaluate
@@ -75,8 +76,9 @@ def _evaluate(spec: WorkerSpec, backbone: nn.Module, pictures: Any, **how: Any) 
 
 
 def copy_of(backbone: nn.Module) -> "ray.ObjectRef[Weights]":
-    """Copy a backbone's weights to the object store: all that training waits for."""
-    weights = {name: value.detach().cpu().numpy() for name, value in backbone.state_dict().items()}
+    """Copy a backbone's weights, with adapters merged, to the object store: all that training waits for."""
+    state = merged(backbone.state_dict())
+    weights = {name: value.detach().cpu().numpy() for name, value in state.items()}
     return ray.put(weights)
 
 

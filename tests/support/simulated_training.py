@@ -59,6 +59,8 @@ class StandIn:
             center=torch.zeros(1),
         )
         self.dino.state_dict = lambda: {"center": self.dino.center}
+        self.dino.shared, self.dino.student_state = frozenset(), self.dino.student.state_dict
+        self.dino.load_states = self._load_states
         self.optimizer, self.health = _Optimizer(), _Tensors()
         self.device = torch.device("cpu")
         self.step = 0
@@ -70,6 +72,10 @@ class StandIn:
             optim=SimpleNamespace(name="adamw"),
             model_dump=lambda **_: {"optim": {"name": "adamw"}},
         )
+
+    def _load_states(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+        self.dino.student.load_state_dict(student)
+        self.dino.teacher.load_state_dict(teacher)
 
     @property
     def parts(self) -> list[Tensor]:

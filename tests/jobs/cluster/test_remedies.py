@@ -59,6 +59,13 @@ RUNS: dict[str, list[str]] = {
     "global size that patches do not divide": [*RUN, "crops.global_crop_size=223"],
     "evaluation size that patches do not divide": [*RUN, "eval.image_size=100"],
     "published positions elsewhere": [*CNN, "backbone.name=resnet10t", "backbone.pos_embed=official"],
+    "no part of a backbone": [*RUN, "backbone.pretrained=true", "backbone.train=last(4)"],
+    "blocks that there are not": [*RUN, "backbone.pretrained=true", "backbone.train=last_n(4)"],
+    "rank above the width": [*RUN, "backbone.pretrained=true", "backbone.train=lora(17)"],
+    "adapters without attention": [
+        *(*CNN, "backbone.name=resnet10t", "backbone.pretrained=true", "backbone.train=lora(8)"),
+    ],
+    "frozen noise": [*RUN, "backbone.train=last_n(1)"],
     "indivisible batch": [*RUN, "train.global_batch_size=9", "resources.train_workers=2"],
     "more streams than train workers": [
         *(*RUN, "resources.train_workers=2", "train.global_batch_size=16"),
@@ -174,7 +181,7 @@ def follow(message: str, words: list[str]) -> list[str]:
     if tried := re.search(r"try (\d+)", remedy):
         return put(words, subject, tried[1])
     asked = re.search(r"\b(?:set|take|choose|e\.g\.|add it:?) (.*)", remedy)
-    setting = r"([a-z_]+(?:\.[a-z_]+)+|name)=(\{.*\}|\[[^]]*\]|[\w./:-]+)"
+    setting = r"([a-z_]+(?:\.[a-z_]+)+|name)=(\{.*\}|\[[^]]*\]|\w+\(\d+\)|[\w./:-]+)"
     if settings := re.findall(setting, asked[1] if asked else ""):
         chosen = (
             settings

@@ -12,6 +12,7 @@ from tiny import tiny_config
 from torch import Tensor, nn
 
 from dinoray.models.published.checkpoint import fit_backbone, load, read_weights
+from dinoray.models.published.fit import fit_head
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,12 @@ def test_every_kind_of_head_comes_in(theirs: dict[str, Any], ours: dict[str, Any
     run, networks = Run(**theirs).train(), dino(**ours)
     assert load(networks, read(run.state())).notes == []
     assert_same_networks(networks, run, 16)
+
+
+def test_a_head_comes_in_whatever_the_order_of_its_tensors() -> None:
+    head = dino().teacher.head
+    backwards = dict(reversed(head.state_dict().items()))
+    assert list(fit_head(backwards, head)) == list(head.state_dict())
 
 
 def test_a_published_resnet_comes_in_with_its_batch_statistics() -> None:

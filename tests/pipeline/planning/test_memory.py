@@ -50,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "microbatches": {"train": {"accumulate_steps": 4, "global_batch_size": 16}},
     "logits": {"head": {"out_dim": 16384, "bottleneck_dim": 32}},
     "parameters": {"train": {"global_batch_size": 1}, "head": {"out_dim": 32, "hidden_dim": 1024}},
+    "last_n": {"backbone": {"train": "last_n(2)"}},
+    "lora": {"backbone": {"train": "lora(8)"}},
 }
 
 
@@ -61,11 +63,12 @@ def test_the_peak_of_a_step_is_as_computed(name: str) -> None:
     assert found.total - found.held == pytest.approx(measured(config), rel=TOLERANCE)
 
 
-def test_what_is_held_is_the_networks_and_the_moments() -> None:
-    state = build_state(config_of(), num_images=NUM_IMAGES)
+@pytest.mark.parametrize("train", ["all", "last_n(2)", "lora(8)"])
+def test_what_is_held_is_the_networks_and_the_moments(train: str) -> None:
+    state = build_state(config_of(backbone={"train": train}), num_images=NUM_IMAGES)
     train_step(state, tiny_batch(state.config, num_images=8))
     moments = [x for one in state.optimizer.state_dict()["state"].values() for x in one.values() if x.ndim]
-    held = sum(x.nbytes for x in (*state.dino.state_dict().values(), *moments))
+    held = sum(x.nbytes for x in (*state.dino.parameters(), *moments))  # what is shared counts once
     found = memory_of(state.config, num_images=NUM_IMAGES, train_workers=1, bf16=False)
     assert found is not None
     assert found.held == pytest.approx(held, rel=0.02)  # without the frozen magnitudes' moments

@@ -36,6 +36,18 @@ def test_flops_add_up_over_crops_and_layers() -> None:
     assert flops_per_image(tiny_config()) == 2 * of_global + 3 * (2 * of_global + 2 * of_local)
 
 
+def test_a_frozen_part_costs_a_forward() -> None:
+    """No backward before the last block; adapters need gradients of all inputs, but of no frozen weight."""
+    crops, head = {"num_local_crops": 0}, {"out_dim": 2, "hidden_dim": 2, "bottleneck_dim": 2}
+    whole, last, lora = (
+        flops_per_image(tiny_config(crops=crops, head=head, backbone={"train": part}))
+        for part in ("all", "last_n(1)", "lora(1)")
+    )
+    # Of the 4 forwards of two blocks, a backward through one block saves that of the other; lora half a backward.
+    assert last / whole == pytest.approx(3 / 4, abs=0.03)
+    assert lora / whole == pytest.approx(3 / 4, abs=0.05)
+
+
 def test_a_device_has_a_rate() -> None:
     assert 1e8 < matmul_rate(CPU, torch.float32) < 1e15
 
