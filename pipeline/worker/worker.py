@@ -275,9 +275,8 @@ class _Worker:
         mine = (False, False)
         if self.rank == 0:
             mine = (step is not None and not self.spec.channel.decision(step), self.saver.is_due())
-        ends, saves = all_reduce_max(
-            torch.tensor(mine, dtype=torch.float32, device=self.state.device)
-        ).tolist()
+        answers = torch.tensor(mine, dtype=torch.float32, device=self.state.device)
+        ends, saves = all_reduce_max(answers).tolist()
         return not ends, bool(saves)
 
     def _log_step(self, metrics: dict[str, Any], skipped_in_a_row: int) -> None:
