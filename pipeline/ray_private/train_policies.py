@@ -25,7 +25,8 @@ except ImportError:
     DefaultFailurePolicy = ElasticScalingPolicy = None
 
 _AGAIN_SECONDS = 1800.0
-"""Before a number of workers is tried again that did not start: each try takes a minute or two of training."""
+"""Before a number of workers is tried again that did not start, on the same nodes: each try takes a minute or two of
+training."""
 
 
 class Trainer(TorchTrainer):
@@ -70,6 +71,10 @@ def _failure_policy(failure_config: Any, progress: Callable[[], object]) -> Any:
     return Policy(failure_config)
 
 
+def _staying() -> set[str]:
+    return {node["NodeID"] for node in staying_nodes()}
+
+
 def _scaling_policy(scaling_config: Any, sizes: list[int], grows: Callable[[int, int], None]) -> Any:
     class Policy(ElasticScalingPolicy):
         _starting: int | None = None
@@ -77,22 +82,25 @@ def _scaling_policy(scaling_config: Any, sizes: list[int], grows: Callable[[int,
 
         def __init__(self) -> None:
             super().__init__(scaling_config)
-            self._failed: dict[int, float] = {}
+            self._failed: dict[int, tuple[float, set[str]]] = {}
+            """Number of workers that did not start -> when that was, and the nodes that there were."""
 
         def _count_possible_workers(self, reserved: Any) -> int:
+            there = _staying()
             if isinstance(reserved, Mapping):  # in Ray 2.58 a list, which does not name nodes
-                staying = {node["NodeID"] for node in staying_nodes()}
-                reserved = {node: has for node, has in reserved.items() if node in staying}
+                reserved = {node: has for node, has in reserved.items() if node in there}
             room, since = super()._count_possible_workers(reserved), time.monotonic() - _AGAIN_SECONDS
-            # The least number is not given up: there is no other.
-            return max(
-                (n for n in sizes if n <= room and (n == sizes[0] or self._failed.get(n, since) <= since)),
-                default=0,
-            )
+
+            def may_start(number: int) -> bool:
+                failed, nodes = self._failed.get(number, (since, there))
+                # The least number is not given up: there is no other. A node that has joined since may be the room.
+                return number == sizes[0] or failed <= since or not there <= nodes
+
+            return max((n for n in sizes if n <= room and may_start(n)), default=0)
 
         def make_decision_for_non_running_worker_group(self) -> Any:
             if self._starting is not None:
-                self._failed[self._starting] = time.monotonic()
+                self._failed[self._starting] = time.monotonic(), _staying()
             decision = super().make_decision_for_non_running_worker_group()
             self._starting = getattr(decision, "num_workers", None)
             return decision

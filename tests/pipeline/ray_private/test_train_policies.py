@@ -94,6 +94,19 @@ def test_a_number_that_does_not_start_is_left_for_a_while_and_a_smaller_one_trai
     assert cluster.grown == [(1, 4)]
 
 
+def test_a_number_that_did_not_start_is_tried_again_once_another_node_has_joined(cluster: Cluster) -> None:
+    """Right after a loss Ray may still count the lost node, whose workers then do not start."""
+    cluster.has(2)
+    assert cluster.start() == 2
+    cluster.gone = {"n1"}
+    assert cluster.start() == 1
+    cluster.train(1)
+    assert cluster.grown == []
+    cluster.has(3)
+    cluster.train(1)
+    assert cluster.grown == [(1, 2)]
+
+
 def test_workers_that_trained_and_are_lost_start_again_in_the_same_number(cluster: Cluster) -> None:
     cluster.has(2)
     for _ in range(3):
