@@ -5,12 +5,14 @@ densities are the sum of the amounts of hematoxylin, eosin and DAB, each times t
 kernels read the tables here. No pixels, no random numbers and no Ray here.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 STAINS: npt.NDArray[np.float64] = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 """Densities of hematoxylin, eosin and DAB in red, green and blue."""
-AMOUNTS: npt.NDArray[np.float64] = np.linalg.inv(STAINS)
+AMOUNTS: npt.NDArray[Any] = np.linalg.inv(STAINS)
 """Amounts of the three stains for a density of 1 in red, green and blue."""
 
 STEPS = 4096
