@@ -28,6 +28,7 @@ from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.detection import AUTO, is_split
 from dinoray.pipeline.data.ignored import (
     EXCLUDED,
+    HIDDEN_FILE,
     OUTPUT,
     UNNAMED,
     Ignored,
@@ -201,6 +202,8 @@ def no_images(contents: Contents, path: str, *, setting: str) -> DataError:
     remedy = pattern_remedy(setting, path) or f"check {setting}"
     if any(one.kind == EXCLUDED for one in ignored):
         remedy = "check data.include and data.exclude"
+    elif any(one.kind == HIDDEN_FILE for one in ignored):
+        remedy = f"point {setting} at the hidden folder, or name it in data.include"
     line = ignored_line(ignored, otherwise=remedy) or f"nothing is there; {remedy}"
     return DataError(f"no images under {path}; {line}")
 

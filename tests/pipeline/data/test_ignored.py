@@ -197,13 +197,17 @@ def test_copies_in_hidden_folders_are_no_images_unless_they_are_asked_for(
     store: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = ".hidden data"  # in the path itself it hides nothing
-    files = {f"{folder}/{key}": JPEG for key in (*HIDDEN, "a.jpg", "b/.c.jpg")}
+    files = {f"{folder}/{key}": JPEG for key in (*HIDDEN, "a.jpg", "b/.c.jpg", "c/.d/a.jpg")}
     if store == "s3":
         s3, bucket = request.getfixturevalue("s3"), request.getfixturevalue("bucket")
         put_all(s3, bucket, files)
     else:
         write_all(tmp_path, files)
     config = DataConfig(path=f"s3://{bucket}/{folder}" if store == "s3" else f"{tmp_path}/{folder}")
-    assert data_lines(Source(config, build_manifest(config)))[1:] == ["ignored: 4 files in hidden folders"]
+    assert data_lines(Source(config, build_manifest(config)))[1:] == ["ignored: 5 files in hidden folders"]
     chosen = config.model_copy(update={"include": (".git/**",)})
     assert build_manifest(chosen).num_images == 1
+    with pytest.raises(
+        DataError, match=r"1 file in a hidden folder; point data.path at the hidden folder, or"
+    ):
+        build_manifest(DataConfig(path=f"{config.path}/c"))

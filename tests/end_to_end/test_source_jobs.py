@@ -1,4 +1,7 @@
-"""Tar files on a disk and on S3: a killed run ends with the weights of one that was not, and images are embedded."""
+"""Tar files, Parquet of Hugging Face and images by address: a killed run ends with the weights of one that was not.
+
+Their images are embedded then.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,51 +13,42 @@ from jobs_processes import TINY, losses, start_job
 from safetensors.torch import load_file
 from samples import put_all, write_all
 from servers import S3Server
-from tars import tar_of
+from source_sets import LABELS, Set, addresses, hugging_face, tar_files
 
-from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.nightly]
 
-LABELS = tuple(PATTERNS)[:3]
 STEPS = 40
 
 
-def tar_files() -> dict[str, bytes]:
-    """24 images with their classes, in three files."""
-    tars = {}
-    for number in range(3):
-        members: dict[str, bytes] = {}
-        for i in range(8):
-            label = LABELS[i % 3]
-            members |= {
-                f"{i:02}.jpg": draw_demo_image(label, "train", 8 * number + i),
-                f"{i:02}.cls": label.encode(),
-            }
-        tars[f"{number}.tar"] = tar_of(members)
-    return tars
-
-
-@pytest.mark.parametrize("store", ["local", "s3"])
-def test_a_run_on_tar_files_resumes_bit_for_bit_and_its_images_are_embedded(
-    store: str, s3: S3Server, bucket: str, tmp_path: Path, run_here: Callable[..., str]
+@pytest.mark.parametrize(
+    ("make", "store"), [(tar_files, "local"), (tar_files, "s3"), (hugging_face, "s3"), (addresses, "local")]
+)
+def test_a_killed_run_resumes_bit_for_bit_and_its_images_are_embedded(
+    make: Callable[[], Set],
+    store: str,
+    s3: S3Server,
+    bucket: str,
+    tmp_path: Path,
+    run_here: Callable[..., str],
 ) -> None:
-    path = str(tmp_path / "tars") if store == "local" else f"s3://{bucket}/tars"
+    data = make()
+    path = str(tmp_path / "images") if store == "local" else f"s3://{bucket}/images"
     if store == "local":
-        write_all(tmp_path / "tars", tar_files())
+        write_all(tmp_path / "images", data.files)
     else:
-        put_all(s3, bucket, {f"tars/{name}": data for name, data in tar_files().items()})
+        put_all(s3, bucket, {f"images/{name}": body for name, body in data.files.items()})
 
     def arguments(name: str) -> list[str]:
         return [
             *TINY,
+            *data.settings,
             f"name={name}",
             f"data.path={path}",
             f"storage_path={tmp_path}",
             f"train.epochs={STEPS / 3}",
-            "train.global_batch_size=8",
             "resources.train_workers=1",
             "optim.warmup_epochs=0",
             "head.use_bn=false",
@@ -62,8 +56,7 @@ def test_a_run_on_tar_files_resumes_bit_for_bit_and_its_images_are_embedded(
             "eval.every_steps=1000",
         ]
 
-    output = run_here("jobs.pretrain", *arguments("whole"))
-    assert "24 images in 3 tar files" in output
+    assert data.line in run_here("jobs.pretrain", *arguments("whole"))
     run = Directory(str(tmp_path / "killed"))
     with start_job("jobs.pretrain", *arguments("killed"), env=s3.env) as job:
         job.wait_until(lambda: run.exists("checkpoints") and committed_steps(run))
@@ -81,13 +74,9 @@ def test_a_run_on_tar_files_resumes_bit_for_bit_and_its_images_are_embedded(
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     out = tmp_path / "vectors"
-    output = run_here(
-        "jobs.embed", str(tmp_path / "whole"), path, f"--out={out}", "resources.augment_actors=1"
-    )
-    assert "24 images in = 24 vectors out + 0 quarantined" in output
+    embed = (str(tmp_path / "whole"), path, f"--out={out}", "resources.augment_actors=1", *data.settings)
+    assert "24 images in = 24 vectors out + 0 quarantined" in run_here("jobs.embed", *embed)
     table = pq.read_table(out, columns=["key", "label"])
-    prefix = "" if store == "local" else "tars/"
-    assert table["key"].to_pylist() == [
-        f"{prefix}{number}.tar#{i:02}.jpg" for number in range(3) for i in range(8)
-    ]
-    assert table["label"].to_pylist() == [LABELS[i % 3] for _ in range(3) for i in range(8)]
+    prefix = "" if store == "local" else "images/"
+    assert table["key"].to_pylist() == [f"{prefix}{key}" for key in data.keys]
+    assert table["label"].to_pylist() == LABELS

@@ -1,0 +1,61 @@
+"""The same 24 images with labels as tar files, as Parquet of Hugging Face, and named by addresses in Parquet."""
+
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from paths import ROOT
+from samples import parquet
+from tars import tar_of
+
+from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
+
+LABELS = [tuple(PATTERNS)[i % 3] for i in range(24)]
+IMAGES = [draw_demo_image(label, "train", i) for i, label in enumerate(LABELS)]
+
+
+class Set(NamedTuple):
+    """The files of a data set, what is printed of it, the settings that it needs, and its keys in order."""
+
+    files: dict[str, bytes]
+    line: str
+    keys: list[str]
+    settings: tuple[str, ...] = ()
+
+
+def tar_files() -> Set:
+    tars = {}
+    for first in (0, 8, 16):
+        members: dict[str, bytes] = {}
+        for i in range(first, first + 8):
+            members |= {f"{i:02}.jpg": IMAGES[i], f"{i:02}.cls": LABELS[i].encode()}
+        tars[f"{first:02}.tar"] = tar_of(members)
+    return Set(tars, "24 images in 3 tar files", [f"{i // 8 * 8:02}.tar#{i:02}.jpg" for i in range(24)])
+
+
+def hugging_face() -> Set:
+    """Two shards of the schema, with its notes, that `datasets` wrote into the recorded file."""
+    schema = pq.read_schema(ROOT / "tests/pipeline/data/huggingface_dataset.parquet")
+    classes = sorted(set(LABELS))
+    note = schema.metadata[b"huggingface"].replace(
+        b'["cat", "dog", "owl"]', str(classes).replace("'", '"').encode()
+    )
+    rows = [
+        {"image": {"bytes": data, "path": None}, "label": classes.index(label), "caption": "a picture"}
+        for data, label in zip(IMAGES, LABELS, strict=True)
+    ]
+    table = pa.Table.from_pylist(rows, schema.with_metadata({b"huggingface": note}))
+    files = {}
+    for number, first in enumerate((0, 12)):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.slice(first, 12), sink, row_group_size=4)
+        files[f"data/train-{number:05}-of-00002.parquet"] = sink.getvalue().to_pybytes()
+    keys = [f"data/train-{i // 12:05}-of-00002.parquet#{i % 12}" for i in range(24)]
+    return Set(files, "24 images in 2 Parquet files", keys)
+
+
+def addresses() -> Set:
+    names = [f"pictures/{i:02}.jpg" for i in range(24)]
+    table = parquet({"url": [f"../{name}" for name in names], "label": LABELS})
+    files = {"table/all.parquet": table, **dict(zip(names, IMAGES, strict=True))}
+    return Set(files, "24 images", names, ("data.uri_column=url",))
