@@ -65,9 +65,9 @@ def add_adapters(backbone: nn.Module, rank: int, *, name: str, crop_size: int) -
         )
     for layer in layers.values():
         layer.__class__ = _AdaptedLinear
-        layer.lora_a = nn.Parameter(layer.weight.new_empty(rank, layer.in_features))
+        down = layer.weight.new_empty(rank, layer.in_features)
+        layer.lora_a = nn.Parameter(nn.init.kaiming_uniform_(down, a=math.sqrt(5)))
         layer.lora_b = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
-        nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
     if unused := _not_called(backbone, layers, crop_size):
         raise ConfigError(
             f"backbone.train=lora({rank}): {name} reads the weights of {unused[0]} itself, past an adapter; "
