@@ -4,6 +4,8 @@ A receipt says where the settings come from, what accuracy was published for the
 top-1 of the teacher), on which hardware, and the command. What was not read in the paper or its code but
 quoted by third parties is marked unverified.
 
+The recipe auto is no function here, because its settings follow from the images and the devices: auto_recipe.py.
+
 A recipe holds no addresses of images: `data.path` says what to train on, whatever the recipe. Where it is not set, the
 demo draws its own images (`demo_data`).
 
@@ -16,6 +18,7 @@ classifies all 50,000 others (here eval.max_train_images and eval.max_val_images
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dinoray.jobs.cli.auto_recipe import AUTO, TYPICAL, as_tree, choose
 from dinoray.pipeline.data.demo_images import demo_folder
 
 Tree = dict[str, Any]
@@ -181,19 +184,28 @@ def demo_data() -> Tree:
     }
 
 
-def starting_point(recipe: str, settings: Mapping[str, Any]) -> Tree:
-    """The recipe of this name for these settings.
+def has_images(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings name images."""
+    data = settings.get("data")
+    return isinstance(data, Mapping) and "path" in data
+
+
+def starting_point(recipe: str, settings: Mapping[str, Any], chosen: Mapping[str, Any] | None = None) -> Tree:
+    """The recipe of this name for these settings. `chosen`: what auto has chosen for the images of a run; None: typical
+    images on one GPU.
 
     The demo comes with its images unless `data.path` is set. Where `backbone.name` differs from the recipe's, the
     recipe's `backbone.kwargs` are left out: they are arguments of another network.
     """
-    tree, data, backbone = RECIPES[recipe](), settings.get("data"), settings.get("backbone")
+    if recipe == AUTO:
+        return dict(as_tree(choose(TYPICAL, settings)) if chosen is None else chosen)
+    tree, backbone = RECIPES[recipe](), settings.get("backbone")
     if (
         isinstance(backbone, Mapping)
         and backbone.get("name", tree["backbone"]["name"]) != tree["backbone"]["name"]
     ):
         tree["backbone"].pop("kwargs", None)
-    if recipe == demo.__name__ and not (isinstance(data, Mapping) and "path" in data):
+    if recipe == demo.__name__ and not has_images(settings):
         for section, values in demo_data().items():
             tree[section] = {**tree.get(section, {}), **values}
     return tree
@@ -211,3 +223,5 @@ RECIPES: dict[str, Callable[[], Tree]] = {
     )
 }
 """Name -> recipe."""
+RECIPE_NAMES = (AUTO, *RECIPES)
+"""What `--recipe` takes."""

@@ -49,7 +49,7 @@ from dinoray.pipeline.storage.files import Directory, MissingObject
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
 MANIFEST, METRICS, QUARANTINE = "manifest.parquet", "metrics.jsonl", "quarantine.jsonl"
-PIXELS = "pixels.json"
+PIXELS, CHOICES = "pixels.json", "choices.json"
 CROPS, ATTENTION, TENSORBOARD = "crops.png", "attention", "tensorboard"
 REPORT, TRACKING, LEASE = "report.html", "tracking.json", "lease.json"
 LEASE_FILE = re.compile(r"lease(?:-(\d{8,}))?\.json")
