@@ -71,13 +71,18 @@ def _described(arguments: Namespace) -> str:
     if asked is None or not has_images(asked.settings()):
         return describe_config(Config, arguments, looks=True)
     config = pretrain_config(arguments)
-    run = Directory(config.storage_path).child(config.name)
     if config.recipe != AUTO:
-        return describe_config(Config, arguments, looks=True)
-    chosen = choose_briefly(config, asked) if is_to_choose(config, run) else kept_choices(run)
-    if chosen is None:
-        return describe_config(Config, arguments, looks=True)
-    return describe_config(Config, arguments, looks=True, chosen=chosen.tree, notes=chosen.lines)
+        return describe_config(Config, arguments)
+    run = Directory(config.storage_path).child(config.name)
+    if is_to_choose(config, run):
+        chosen = choose_briefly(config, asked)
+        return describe_config(Config, arguments, looks=True, chosen=chosen.tree, notes=chosen.lines)
+    config = as_begun(config, asked, run)
+    found = kept_choices(config, run)
+    tree = found.tree if found else None
+    return describe_config(
+        Config, arguments, looks=True, default=config.recipe, chosen=tree, notes=found.lines if found else ()
+    )
 
 
 def _settle(run: Directory, config: Config, arguments: Namespace) -> tuple[Config, bool]:

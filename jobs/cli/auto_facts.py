@@ -3,7 +3,7 @@
 Plain values, which a run keeps in choices.json. No images, devices or Ray here: jobs/runs/looking.py collects facts.
 """
 
-import re
+import contextlib
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from operator import attrgetter
@@ -86,9 +86,11 @@ class Choices:
         """Return the user's number; None if there is none above 0, which the validation of settings then says."""
         value = self._given.get(key)
         if isinstance(value, str):
-            value = float(value) if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", value) else None
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return value if is_number and 0 < value < float("inf") else None
+            with contextlib.suppress(ValueError):  # a number that YAML takes for text, such as 1e-3
+                value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return value if 0 < value < float("inf") else None
 
     def take(self, key: str, value: Any, reason: str) -> None:
         """Choose `value`, unless the user has set `key`."""

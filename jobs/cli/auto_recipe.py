@@ -5,7 +5,8 @@ groups below is the order in which they depend on each other; numbers that are r
 pipeline/training/auto.py, sizes of networks, crops and batches in auto_sizes.py.
 
 Sources: the defaults, ablations and README of DINO (arXiv 2104.14294) for ViTs; lightly's benchmarks for ResNet-18 on
-9,469 and on 50,000 images; our runs on 2,853 photos for CPUs (benchmarks/RESULTS.md).
+9,469 and on 50,000 images; for CPUs our runs of some minutes on 2,853 photos of 20 classes at a batch of 64: the narrow
+ResNet that is chosen raised k-NN from 37.3 to 44.9 %, a ViT of width 96 and depth 3 from 33.0 to 36.9 %.
 """
 
 import math
@@ -42,7 +43,7 @@ def choose(facts: Facts, settings: Mapping[str, Any]) -> list[Choice]:
     _choose_optimiser(choices, network, batch=batch, epochs=epochs)
     _choose_head(choices, network, batch=batch)
     _choose_loss(choices, batch=batch, epochs=epochs)
-    _choose_teacher(choices, batch=batch, total_steps=total_steps)
+    _choose_teacher(choices, network, batch=batch, total_steps=total_steps)
     _choose_evaluation(choices, total_steps=total_steps)
     return choices.made
 
@@ -63,7 +64,7 @@ def _choose_colours(choices: Choices) -> None:
         for name in ("saturation", "hue", "gray_prob"):
             choices.take(f"crops.{name}", 0.0, reason)
     elif facts.num_images < SMALL:
-        reason = f"{facts.images}; below {SMALL:,} of them weaker changes of colour keep what it says"
+        reason = f"{facts.images}; below {SMALL:,} colours are changed less"
         choices.take("crops.hue", 0.05, reason)
         choices.take("crops.gray_prob", 0.1, reason)
 
@@ -112,7 +113,7 @@ def _choose_optimiser(choices: Choices, network: sizes.Network, *, batch: int, e
         choices.take(
             "optim.final_weight_decay", 0.04, f"{reason}the weight decay stays what it is at the start"
         )
-        choices.take("optim.freeze_last_layer_epochs", 0, f"{reason}an epoch is too few steps to wait for")
+        choices.take("optim.freeze_last_layer_epochs", 0, f"{reason}the prototypes train from the first step")
 
 
 def _choose_head(choices: Choices, network: sizes.Network, *, batch: int) -> None:
@@ -161,8 +162,9 @@ def _choose_loss(choices: Choices, *, batch: int, epochs: float) -> None:
         choices.take("loss.center_momentum", momentum.value, momentum.reason)
 
 
-def _choose_teacher(choices: Choices, *, batch: int, total_steps: int) -> None:
-    momentum = auto.teacher_momentum(global_batch_size=batch, total_steps=total_steps)
+def _choose_teacher(choices: Choices, network: sizes.Network, *, batch: int, total_steps: int) -> None:
+    least = 0.98 if network.is_small else 0.99 if network.is_convolutional else 0.996
+    momentum = auto.teacher_momentum(global_batch_size=batch, total_steps=total_steps, least=least)
     choices.take("teacher.teacher_momentum", momentum.value, momentum.reason)
     is_short = total_steps < 2 * _SHORT_STEPS
     choices.take(

@@ -27,7 +27,7 @@ _USABLE = 0.8
 
 
 class Network(NamedTuple):
-    """What else depends on of the network."""
+    """The network, as far as other choices depend on it."""
 
     name: str
     is_convolutional: bool
@@ -49,7 +49,7 @@ def choose_network(choices: Choices) -> Network:
     elif not gpus:
         name, is_small = "resnet10t", True
         where = f"{facts.images} and no GPU"
-        choices.take(key, name, f"{where}; of the small networks that CPUs train in minutes it learned most")
+        choices.take(key, name, f"{where}; of the networks that CPUs train in minutes it learned most")
         choices.take(
             "backbone.kwargs", {"channels": [32, 64, 128, 256], "stem_width": 16}, f"{where}; half the width"
         )
@@ -79,7 +79,7 @@ def _for_gpus(choices: Choices, gpus: int) -> str:
     elif facts.num_images >= LARGE and gpus >= _GPUS_FOR_A_BASE:
         name, why = "vit_base_patch16_224", f"enough of both for a ViT-B: {LARGE:,} and {_GPUS_FOR_A_BASE}"
     else:
-        limit = f"a ViT-B wants {LARGE:,} images and {_GPUS_FOR_A_BASE} GPUs"
+        limit = f"a ViT-B is for {LARGE:,} images and {_GPUS_FOR_A_BASE} GPUs"
         name, why = "vit_small_patch16_224", f"DINO's usual network; {limit}"
     choices.take("backbone.name", name, f"{where}; {why}")
     return name
@@ -133,7 +133,7 @@ def choose_batch(choices: Choices, network: Network) -> int:
     if (by_images := max(2, _power_of_two(facts.num_images / 4))) < usual:
         batch, reason = (
             by_images,
-            f"{facts.images}; at most a quarter of them, so that a batch is a choice among many",
+            f"{facts.images}; at most a quarter of them, so that batches differ",
         )
     asked = choices.given_number("resources.train_workers")
     parts = int(choices.given_number("train.accumulate_steps") or 1)

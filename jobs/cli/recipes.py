@@ -223,5 +223,5 @@ RECIPES: dict[str, Callable[[], Tree]] = {
     )
 }
 """Name -> recipe."""
-RECIPE_NAMES = (AUTO, *RECIPES)
+RECIPE_NAMES = (*RECIPES, AUTO)
 """What `--recipe` takes."""

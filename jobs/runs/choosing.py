@@ -111,13 +111,15 @@ def as_begun(config: Config, asked: Asked | None, run: Directory) -> Config:
     kept = load_run_config(run)
     if kept.recipe != AUTO:  # begun by a version that took another one where none is named
         return asked.config(default=kept.recipe) if kept.recipe in RECIPE_NAMES else config
-    chosen = kept_choices(run)
+    chosen = kept_choices(kept, run)
     # Without the file, all that the run has is what was chosen.
     return asked.config(chosen.tree if chosen else kept.model_dump(mode="json", exclude={"name", "recipe"}))
 
 
-def kept_choices(run: Directory) -> Chosen | None:
-    """Return what the recipe has chosen for a run; None where it was another recipe."""
+def kept_choices(config: Config, run: Directory) -> Chosen | None:
+    """Return what the recipe has chosen for a run; None where it is another recipe."""
+    if config.recipe != AUTO:
+        return None
     try:
         kept = json.loads(run.read(run_dir.CHOICES))
     except MissingObject:

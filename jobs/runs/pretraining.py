@@ -80,7 +80,7 @@ def _pretrain(
     about_data = [*data_lines(inputs.images), describe_evaluation(inputs, config.eval)]
     write_about(run, config, inputs, [*about_data, *reasons])
     schedule = Schedule(algorithm, num_images=num_images)
-    by_recipe = kept_choices(run)
+    by_recipe = kept_choices(config, run)
     chosen = "".join(f"{line}\n" for line in [*(by_recipe.lines if by_recipe else []), *reasons])
     console.print(
         "".join(f"{line}\n" for line in about_data)

@@ -67,7 +67,7 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
     before = read_mapping(run, run_dir.ENVIRONMENT)
     earlier = [] if is_new else before.get("automatic") or []
     kept = [line for line in earlier if str(line).startswith(INIT_LINE)]
-    chosen = kept_choices(run)
+    chosen = kept_choices(config, run)
     names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
     names += ["numba", "simplejpeg", "opencv-python-headless"]
     about = {

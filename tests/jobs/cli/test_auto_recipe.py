@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from dinoray.jobs.cli.auto_facts import Facts, choice_lines
@@ -37,30 +38,26 @@ def lines(facts: Facts, *overrides: str) -> str:
 
 def test_lines_for_seven_images_on_a_laptop() -> None:
     assert lines(Facts(7, **LAPTOP)) == (
-        "backbone.name=resnet10t: 7 images and no GPU; of the small networks that CPUs train in minutes it learned "
-        "most\n"
+        "backbone.name=resnet10t: 7 images and no GPU; of the networks that CPUs train in minutes it learned most\n"
         "backbone.kwargs={channels: [32, 64, 128, 256], stem_width: 16}: 7 images and no GPU; half the width\n"
         "backbone.drop_path_rate=0: a convolutional network; stochastic depth is for ViTs on 10,000 images and more\n"
         "crops.global_crop_size=48: no GPU; small crops are what CPUs train on in minutes\n"
         "crops.num_local_crops=0: global crops of 48 pixels; local crops of 3/7 of that show too little\n"
         "crops.global_crop_scale=[0.2, 1]: no local crops; global crops show details too\n"
         "crops.blur_sigma=[0.1, 0.43]: 2 pixels at 224, in proportion to 48\n"
-        "crops.hue=0.05 crops.gray_prob=0.1: 7 images; below 20,000 of them weaker changes of colour keep "
-        "what it says\n"
-        "train.global_batch_size=2: 7 images; at most a quarter of them, so that a batch is a choice among many\n"
+        "crops.hue=0.05 crops.gray_prob=0.1: 7 images; below 20,000 colours are changed less\n"
+        "train.global_batch_size=2: 7 images; at most a quarter of them, so that batches differ\n"
         "train.epochs=286: 7 images; about 100,000 images for each of 2 CPU cores, at most 200 epochs, and at least "
         "1,000 steps\n"
         "optim.base_lr=0.04: batch 2; a peak of 0.00031: 1e-3 at a batch of 512, to the cube root below, "
-        "twice that for "
-        "a network of half the width\n"
+        "twice that for a network of half the width\n"
         "optim.warmup_epochs=10: 286 epochs; a tenth, at most 10, and at least 10 steps of them\n"
         "optim.final_weight_decay=0.04: 7 images; below 20,000 the weight decay stays what it is at the start\n"
-        "optim.freeze_last_layer_epochs=0: 7 images; below 20,000 an epoch is too few steps to wait for\n"
+        "optim.freeze_last_layer_epochs=0: 7 images; below 20,000 the prototypes train from the first step\n"
         "head.out_dim=512: 7 images; the power of 2 nearest to a prototype for each 16, 512 to 65536\n"
         "head.use_bn=false: batch 2; the statistics of fewer than 16 images are noise\n"
         "head.hidden_dim=512 head.bottleneck_dim=64: a network of half the width; a head of 2048 would "
-        "take longer than "
-        "the network\n"
+        "take longer than the network\n"
         "loss.warmup_teacher_temp_epochs=0: 7 images; none up to 20,000: 0.05 is safe at once\n"
         "loss.teacher_temp=0.05: 7 images; 0.05 up to 20,000, where 0.03 is too sharp, 0.07 from 1,000,000 on\n"
         "loss.center_momentum=0.99: batch 2; 0.9 from 64 on, slower below, so that the centre is the mean of more "
@@ -77,30 +74,25 @@ GOLDEN = {
     "70, labels, laptop": (
         Facts(70, num_classes=7, **LAPTOP),
         [
-            "train.global_batch_size=16: 70 images; at most a quarter of them, so that a batch is a choice among many",
+            "train.global_batch_size=16: 70 images; at most a quarter of them, so that batches differ",
             "optim.base_lr=0.01: batch 16; a peak of 0.00063: 1e-3 at a batch of 512, to the cube root "
-            "below, twice that "
-            "for a network of half the width",
+            "below, twice that for a network of half the width",
             "head.use_bn=true: a convolutional network; batch norm leaves the plateau of the first steps soon",
             "loss.center_momentum=0.975: batch 16; 0.9 from 64 on, slower below, so that the centre is "
-            "the mean of more "
-            "images",
+            "the mean of more images",
             "eval.k=[2]: 7 classes of about 10 images; as many neighbours as a fifth of them",
         ],
     ),
     "700, gray, one GPU": (
         Facts(700, channels=1, **CARD),
         [
-            "backbone.name=resnet18: 700 images and 1 GPU; below 10,000 images a convolutional network "
-            "learns more than "
-            "a ViT",
+            "backbone.name=resnet18: 700 images and 1 GPU; below 10,000 images a convolutional network learns "
+            "more than a ViT",
             "crops.global_crop_size=128 crops.num_local_crops=6: as in lightly's benchmarks of ResNets",
             "crops.local_crop_size=64: 3/7 of the global crops' 128 pixels, as published",
             "crops.saturation=0 crops.hue=0 crops.gray_prob=0: images of 1 channel; gray stays gray "
-            "whatever its hue and "
-            "saturation",
-            "train.global_batch_size=128: 700 images; at most a quarter of them, so that a batch is a "
-            "choice among many",
+            "whatever its hue and saturation",
+            "train.global_batch_size=128: 700 images; at most a quarter of them, so that batches differ",
             "resources.train_workers=1: 1 GPU, 128 images of the batch on each",
         ],
     ),
@@ -110,6 +102,8 @@ GOLDEN = {
             "train.global_batch_size=256: 8 GPUs; usual for resnet18",
             "resources.train_workers=8: 8 GPUs, 32 images of the batch on each",
             "train.epochs=200: 7,000 images; 200 below 100,000 images, 100 from there on",
+            "teacher.teacher_momentum=0.996342: batch 256, 5,468 steps; 0.996 from a batch of 512 on, slower in "
+            "proportion below, but within a twentieth of the run, at least 0.99",
         ],
     ),
     "70, eight GPUs": (
@@ -119,9 +113,8 @@ GOLDEN = {
     "12,000, one GPU of 24 GB": (
         Facts(12_000, **CARD),
         [
-            "backbone.name=vit_small_patch16_224: 12,000 images and 1 GPU; DINO's usual network; a ViT-B "
-            "wants 1,000,000 "
-            "images and 8 GPUs",
+            "backbone.name=vit_small_patch16_224: 12,000 images and 1 GPU; DINO's usual network; a ViT-B is for "
+            "1,000,000 images and 8 GPUs",
             "crops.global_crop_size=224 crops.num_local_crops=8: as published for ViTs",
             "train.global_batch_size=64: 1 GPU of 24 GB; 64 images fit each",
         ],
@@ -130,8 +123,7 @@ GOLDEN = {
         Facts(2_000_000, **NODE),
         [
             "backbone.name=vit_base_patch16_224: 2,000,000 images and 8 GPUs; enough of both for a ViT-B: "
-            "1,000,000 and "
-            "8",
+            "1,000,000 and 8",
             "head.use_bn=false: a ViT on 2,000,000 images; as published, 69.7 % k-NN against 68.6 %",
             "loss.warmup_teacher_temp_epochs=30: 2,000,000 images; 30 % of 100 epochs",
             "loss.teacher_temp=0.07: 2,000,000 images; 0.05 up to 20,000, where 0.03 is too sharp, 0.07 from 1,000,000 "
@@ -173,7 +165,7 @@ def test_a_setting_of_the_user_wins_and_the_rest_follows() -> None:
     plain, mine = (chosen(facts, *overrides) for overrides in ([], ["train.global_batch_size=256"]))
     assert "train.global_batch_size" not in mine
     assert (plain["optim.base_lr"], mine["optim.base_lr"]) == (0.004, 0.0016)
-    assert mine["teacher.teacher_momentum"] < plain["teacher.teacher_momentum"]
+    assert (plain["teacher.teacher_momentum"], mine["teacher.teacher_momentum"]) == (0.99359, 0.98)
     config = config_of(facts, "train.global_batch_size=256", "train.epochs=5")
     assert (config.train.global_batch_size, config.train.epochs, config.optim.warmup_epochs) == (256, 5, 0.9)
 
@@ -204,6 +196,7 @@ def test_settings_of_the_loss_stay_consistent() -> None:
     assert config_of(Facts(7, **LAPTOP), "optim.name=lars").optim.base_lr == 0.3
 
 
+@hypothesis_settings(max_examples=40)
 @given(
     st.integers(2, 10**8),
     st.integers(0, 4000),
