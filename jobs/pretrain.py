@@ -1,6 +1,7 @@
 """Pretrain a backbone with DINO: `dinoray pretrain [--recipe NAME] [--config FILE] [key=value ...]`.
 
-Images -> manifest -> Ray Data multi-crop -> Ray Train DINO -> checkpoints -> k-NN. The same command continues a
+Images -> manifest -> Ray Data multi-crop -> Ray Train DINO -> checkpoints -> k-NN. Where no recipe is
+named, the recipe auto chooses settings for own images (jobs/cli/auto_recipe.py). The same command continues a
 run that was killed, and does nothing for a run that is finished. While one command trains a run, another one of the
 same name is refused.
 """

@@ -231,7 +231,7 @@ def _is_done(job: _Job, last: Attempt | None) -> bool:
 
 def _begun(job: _Job, config: Config, run: Directory) -> Config:
     """The job's config with what the recipe auto chose when the run began."""
-    if job.words[0] != "jobs.pretrain":
+    if job.words[0].removeprefix("jobs.") != "pretrain":
         return config
     return as_begun(config, Asked.of(PretrainArguments().parse_args(job.words[1:])), run)
 
