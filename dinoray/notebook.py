@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dinoray.jobs.cli.config import load_config, load_run_config
+from dinoray.jobs.cli.config import load_run_config
+from dinoray.jobs.runs.choosing import Asked, as_begun
 from dinoray.jobs.runs.holding import lease_of
 from dinoray.jobs.runs.open_checkpoint import Opened, Step, open_network
 from dinoray.jobs.runs.pretraining import pretrain as run_pretraining
@@ -35,9 +36,12 @@ def pretrain(*overrides: str, recipe: str | None = None, config: str | Path | No
     `overrides` are settings as on the command line, e.g. "data.path=photos"; `config` is a YAML file of settings.
     Raises ConfigError (a ValueError), DataError or ResourceError with a one-line remedy.
     """
-    settings = load_config(recipe, None if config is None else Path(config), list(overrides))
+    asked = Asked(recipe, None if config is None else Path(config), list(overrides))
+    settings = asked.config()
     run = Directory(settings.storage_path).child(settings.name)
-    run_pretraining(settings, lease_of(run), verbose=False)
+    if run.exists(run_dir.CONFIG):
+        settings = as_begun(settings, asked, run)
+    run_pretraining(settings, lease_of(run), verbose=False, asked=asked)
     return run.uri
 
 

@@ -23,6 +23,7 @@ from dinoray.jobs.cli.main import run_main
 from dinoray.jobs.cluster import job_server
 from dinoray.jobs.cluster.job_server import Attempt
 from dinoray.jobs.cluster.upload import check_config_file, describe, named_files, pack, read_runtime_env
+from dinoray.jobs.runs.choosing import Asked, as_begun
 from dinoray.jobs.runs.commit import COMMIT, commit_of
 from dinoray.jobs.studies.config import StudyArguments, study_config
 from dinoray.models.commands import command, command_words
@@ -217,13 +218,22 @@ def _is_done(job: _Job, last: Attempt | None) -> bool:
         return False
     run = Directory(job.config.storage_path).child(job.config.name)
     try:
-        is_done = run.exists(run_dir.RESULT) and not differences(load_run_config(run), job.config)
+        is_done = run.exists(run_dir.RESULT) and not differences(
+            load_run_config(run), _begun(job, job.config, run)
+        )
     except DinorayError as error:
         print(f"warning: cannot check from this machine whether {run.uri} is finished: {error}", flush=True)
         return False
     if is_done:
         print(f"{job.run} is done: {run.join(run_dir.RESULT)} exists; choose another name=... to train again")
     return is_done
+
+
+def _begun(job: _Job, config: Config, run: Directory) -> Config:
+    """The job's config with what the recipe auto chose when the run began."""
+    if job.words[0].removeprefix("jobs.") != "pretrain":
+        return config
+    return as_begun(config, Asked.of(PretrainArguments().parse_args(job.words[1:])), run)
 
 
 def _submit(

@@ -41,7 +41,7 @@ ROOMS = {
     "pipeline/study/findings": "study tracking training",
     "pipeline/study/page": "models storage tracking figures reporting study findings",
     "pipeline/study/search": "models storage cluster training study findings ray_private",
-    "jobs/cli": "models storage cluster data worker study ray_private",
+    "jobs/cli": "models storage cluster data training worker study ray_private",
     "jobs/runs": "models storage cluster data augment tracking training stream figures planning evaluation reporting "
     "worker export study cli",
     "jobs/studies": f"{_RUN} reporting worker study findings page search cli runs",

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from dinoray.jobs.cli.config import load_config, load_kept
-from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.jobs.cli.config import load, load_kept
+from dinoray.jobs.cli.recipes import RECIPE_NAMES
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import Settings
@@ -61,7 +61,9 @@ class CommandLine(argparse.ArgumentParser):
     def add_recipe(self) -> None:
         """Add the options that settings start from."""
         self.add_argument(
-            "--recipe", default=None, help="named set of settings to start from (default: demo)"
+            "--recipe",
+            default=None,
+            help="named set of settings to start from (default: demo; auto for pretrain with data.path)",
         )
         self.add_argument(
             "--config", type=Path, default=None, help="YAML file of settings that override the recipe"
@@ -143,7 +145,7 @@ def _settings_help(config: type[Config]) -> str:
             "sections of settings, set as section.key=value; --print-config describes every setting:",
             *sections,
             "",
-            "recipes: " + ", ".join(RECIPES),
+            "recipes: " + ", ".join(RECIPE_NAMES),
         ]
     )
 
@@ -185,7 +187,7 @@ def pretrain_config(arguments: argparse.Namespace) -> Config:
     """The config that a parsed command line of jobs.pretrain asks for."""
     overrides = overrides_of(arguments)
     if arguments.from_study is None:
-        return load_config(arguments.recipe, arguments.config, overrides)
+        return load(Config, arguments.recipe, arguments.config, overrides, looks=True)
     if arguments.recipe or arguments.config:
         raise ConfigError("--from-study sets the whole config; leave out --recipe and --config")
     study = Directory(arguments.from_study)

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from dinoray.jobs.cli.auto_recipe import AUTO
 from dinoray.jobs.cli.keys import RENAMED, REPLACED, did_you_mean, explain, keep_detected, leaf_fields
-from dinoray.jobs.cli.recipes import RECIPES, starting_point
+from dinoray.jobs.cli.recipes import RECIPE_NAMES, RECIPES, has_images, starting_point
+from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.storage import run_dir
@@ -36,26 +38,51 @@ def load(
     overrides: Sequence[str],
     *,
     name_suffix: str = "",
+    looks: bool = False,
+    chosen: Mapping[str, Any] | None = None,
+    default: str = AUTO,
 ) -> AnyConfig:
-    """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake."""
-    tree = resolve(recipe, file, overrides, name_suffix=name_suffix)
-    return validate_as(model, tree, defaults=RECIPES[tree["recipe"]]())
+    """Resolve recipe, file and overrides into one validated config. ConfigError holds one line per mistake.
+
+    `looks`, `chosen`, `default`: as in `resolve`.
+    """
+    options: dict[str, Any] = {"looks": looks, "chosen": chosen, "default": default}
+    tree = resolve(recipe, file, overrides, name_suffix=name_suffix, **options)
+    is_plain = tree["recipe"] in RECIPES
+    return validate_as(model, tree, defaults=RECIPES[tree["recipe"]]() if is_plain else chosen)
 
 
 def resolve(
-    recipe: str | None, file: Path | None, overrides: Sequence[str], *, name_suffix: str = ""
+    recipe: str | None,
+    file: Path | None,
+    overrides: Sequence[str],
+    *,
+    name_suffix: str = "",
+    looks: bool = False,
+    chosen: Mapping[str, Any] | None = None,
+    default: str = AUTO,
 ) -> dict[str, Any]:
     """The tree of recipe, file and overrides, not validated.
 
-    The recipe is the one given, else the one that the overrides or the file name, else demo.
+    The recipe is the one given, else the one that the overrides or the file name, else the demo's. `looks`: the caller
+    looks at the images, so that for own images `default` takes the demo's place; `chosen` is what auto then chose.
+    Until then the choices for typical images stand in; ConfigError where they would be taken for the real ones.
     """
     tree = apply_overrides(read_file(file, "--config") if file else {}, overrides)
-    name = tree.pop("recipe", "demo") if recipe is None else recipe
+    otherwise = default if looks and has_images(tree) else "demo"
+    name = tree.pop("recipe", otherwise) if recipe is None else recipe
     tree.pop("recipe", None)
-    if not isinstance(name, str) or name not in RECIPES:
-        near = did_you_mean(str(name), RECIPES)
-        raise ConfigError(f"recipe={name!r} must be one of {', '.join(RECIPES)}{near}")
-    merged: dict[str, Any] = {"name": name + name_suffix, **starting_point(name, tree), "recipe": name}
+    if not isinstance(name, str) or name not in RECIPE_NAMES:
+        near = did_you_mean(str(name), RECIPE_NAMES)
+        raise ConfigError(f"recipe={name!r} must be one of {', '.join(RECIPE_NAMES)}{near}")
+    start = starting_point(name, tree, chosen)
+    if name == AUTO and start and chosen is None and not looks:
+        written = command("pretrain", "data.path=IMAGES", "--print-config")
+        raise ConfigError(
+            f"recipe={AUTO} looks at the images, which of the commands with recipes pretrain alone does; name another "
+            f"recipe, or write what it chooses to a file, `{written} > auto.yaml`, and pass --config auto.yaml"
+        )
+    merged: dict[str, Any] = {"name": name + name_suffix, **start, "recipe": name}
     _merge(merged, tree)
     return merged
 
@@ -177,7 +204,7 @@ def json_schema(model: type[Config] = Config) -> str:
     schema = model.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         section.pop("required", None)
-    schema["properties"]["recipe"]["enum"] = list(RECIPES)
+    schema["properties"]["recipe"]["enum"] = list(RECIPE_NAMES)
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1)
 
 

@@ -27,12 +27,19 @@ Layers = Sequence[tuple[str, Mapping[str, Any]]]
 """(source, what it gives), the first in force."""
 
 
-def describe_config(model: type[Config], arguments: Namespace, *, name_suffix: str = "") -> str:
+def describe_config(
+    model: type[Config],
+    arguments: Namespace,
+    *,
+    name_suffix: str = "",
+    notes: Sequence[str] = (),
+    **options: Any,
+) -> str:
     """The config that a parsed command line asks for, as commented YAML. ConfigError for what is wrong in it.
 
-    Settings that must be given may be missing.
+    Settings that must be given may be missing. `notes` are comments at the top, `options` those of `resolve`.
     """
-    tree, layers = _layers(arguments, name_suffix)
+    tree, layers = _layers(arguments, name_suffix, options)
     named = {"data.path"} if tree.get("data", {}).get("mix") else set()  # by its sources
     missing = [
         key
@@ -44,17 +51,20 @@ def describe_config(model: type[Config], arguments: Namespace, *, name_suffix: s
     apply_tree(complete, examples)
     config = validate_as(model, complete)
     lines = ["# Every setting, followed by the source of its value. `--config FILE` reads this file back."]
+    lines += [line for note in notes for line in _comment(note, "")]
     return "\n".join([*lines, *_section(config, layers, tree, examples, "")]) + "\n"
 
 
-def _layers(arguments: Namespace, name_suffix: str) -> tuple[Mapping[str, Any], Layers]:
+def _layers(
+    arguments: Namespace, name_suffix: str, options: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Layers]:
     """What is configured, not validated, and the layers that it comes from."""
     overrides = overrides_of(arguments)
     given = ("command line", apply_overrides({}, overrides))
     if getattr(arguments, "from_study", None) is not None:
         tree = pretrain_config(arguments).model_dump(mode="json")
         return tree, [given, (f"study {arguments.from_study}", tree)]
-    tree = resolve(arguments.recipe, arguments.config, overrides, name_suffix=name_suffix)
+    tree = resolve(arguments.recipe, arguments.config, overrides, name_suffix=name_suffix, **options)
     recipe = tree["recipe"]
     layers: list[tuple[str, Mapping[str, Any]]] = [given]
     if arguments.recipe:
@@ -65,7 +75,8 @@ def _layers(arguments: Namespace, name_suffix: str) -> tuple[Mapping[str, Any], 
     asked = apply_overrides(file, overrides)
     if name := backbone_of_start(recipe, asked):
         layers.append(("init.from", {"backbone": {"name": name}}))
-    return tree, [*layers, (f"recipe {recipe}", {"name": recipe, **starting_point(recipe, asked)})]
+    start = starting_point(recipe, asked, options.get("chosen"))
+    return tree, [*layers, (f"recipe {recipe}", {"name": recipe, **start})]
 
 
 def _section(

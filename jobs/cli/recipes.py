@@ -4,6 +4,8 @@ A receipt says where the settings come from, what accuracy was published for the
 top-1 of the teacher), on which hardware, and the command. What was not read in the paper or its code but
 quoted by third parties is marked unverified.
 
+The recipe auto is no function here, because its settings follow from the images and the devices: auto_recipe.py.
+
 A recipe holds no addresses of images: `data.path` says what to train on, whatever the recipe. Where it is not set, the
 demo draws its own images (`demo_data`).
 
@@ -17,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dinoray.jobs.cli.auto_recipe import AUTO, TYPICAL, as_tree, choose
 from dinoray.jobs.cli.domain_recipes import industrial, microscopy, pathology, satellite
 from dinoray.models.config import TIMM, timm_name
 from dinoray.pipeline.data.demo_images import demo_folder
@@ -231,16 +234,35 @@ def backbone_of_start(recipe: str, settings: Mapping[str, Any]) -> str | None:
     return timm_name(start) or ("vit_small_patch16_224" if recipe == adapt.__name__ else None)
 
 
-def starting_point(recipe: str, settings: Mapping[str, Any]) -> Tree:
-    """The recipe of this name for these settings.
+def has_images(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings name images."""
+    data = settings.get("data")
+    return isinstance(data, Mapping) and ("path" in data or bool(data.get("mix")))
+
+
+def with_backbone_of_start(recipe: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings, and the backbone's name that the weights to start from decide."""
+    found, backbone = backbone_of_start(recipe, settings), settings.get("backbone") or {}
+    return {**settings, "backbone": {**backbone, "name": found}} if found else settings
+
+
+def starting_point(recipe: str, settings: Mapping[str, Any], chosen: Mapping[str, Any] | None = None) -> Tree:
+    """The recipe of this name for these settings. `chosen`: what auto has chosen for the images of a run; None: typical
+    images on one GPU.
 
     The demo comes with its images unless `data.path` or `data.mix` is set. `init.from=timm:NAME` names the backbone,
     unless `backbone.name` is set. Where it differs from the recipe's, the recipe's `backbone.kwargs` are left out: they
     are arguments of another network.
     """
-    tree, data, backbone = RECIPES[recipe](), settings.get("data"), settings.get("backbone")
+    found = backbone_of_start(recipe, settings)
+    if recipe == AUTO:
+        made = (
+            as_tree(choose(TYPICAL, with_backbone_of_start(recipe, settings))) if chosen is None else chosen
+        )
+        return {**made, "backbone": {**made.get("backbone", {}), **({"name": found} if found else {})}}
+    tree, backbone = RECIPES[recipe](), settings.get("backbone")
     own = tree["backbone"]["name"]
-    if found := backbone_of_start(recipe, settings):
+    if found:
         tree["backbone"]["name"] = found
     name = tree["backbone"]["name"]
     if isinstance(backbone, Mapping):
@@ -252,7 +274,7 @@ def starting_point(recipe: str, settings: Mapping[str, Any]) -> Tree:
             del tree["crops"]
         if re.match(r"vit_\w+_dinov3", str(name)):
             tree["backbone"]["kwargs"] = {"global_pool": "token"}
-    if recipe == demo.__name__ and not (isinstance(data, Mapping) and ("path" in data or data.get("mix"))):
+    if recipe == demo.__name__ and not has_images(settings):
         for section, values in demo_data().items():
             tree[section] = {**tree.get(section, {}), **values}
     return tree
@@ -275,3 +297,5 @@ RECIPES: dict[str, Callable[[], Tree]] = {
     )
 }
 """Name -> recipe."""
+RECIPE_NAMES = (*RECIPES, AUTO)
+"""What `--recipe` takes."""

@@ -64,7 +64,7 @@ def look_into_data(
     yield Line("ok", "contents", described)
     for line in ignored:
         yield Line("ok", "left out", line)
-    sample, bad = _read_sample(source)
+    sample, bad = read_sample(source)
     if sample.num_images:
         yield Line("ok", "images", _describe_sample(sample))
     if bad:
@@ -104,7 +104,7 @@ def _rounded(number: float) -> int:
     return round(number / 10**digits) * 10**digits
 
 
-def _read_sample(source: Source) -> tuple[DataStatistics, list[tuple[str, Status, str]]]:
+def read_sample(source: Source) -> tuple[DataStatistics, list[tuple[str, Status, str]]]:
     """Read and decode some images; return what the usable ones are, and key, status and reason of the others."""
     found, bad = DataStatistics(), []
     rows = _sample_rows(source.manifest)

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from dinoray.jobs.cli.display import Display
 from dinoray.jobs.cli.main import start_ray
+from dinoray.jobs.runs.choosing import Asked, choose_for_run, is_to_choose, kept_choices, listed_anew
 from dinoray.jobs.runs.data_lines import (
     data_lines,
     describe_evaluation,
@@ -35,20 +36,31 @@ from dinoray.pipeline.worker.driver import check_run, run_training, what_is_lear
 from dinoray.pipeline.worker.inputs import Inputs
 
 
-def pretrain(config: Config, lease: LeaseKeeper, *, verbose: bool) -> None:
+def pretrain(config: Config, lease: LeaseKeeper, *, verbose: bool, asked: Asked | None = None) -> None:
     """Check, run to the end or from where the run was left, and say where the results are.
 
-    `lease`: of the run's directory; held from the first file that is written to the last.
+    `lease`: of the run's directory; held from the first file that is written to the last. `asked`: what `config`
+    follows from, once the recipe auto has looked at the images.
     """
     console, run = Console(), Directory(config.storage_path).child(config.name)
+    is_open = asked is not None and is_to_choose(config, run)
+    warnings = [] if is_open else _check(config, run)
+    check_writable(config.storage_path, setting="storage_path")
+    with lease:
+        draw_demo(config, console)
+        if is_open and asked is not None:
+            config = choose_for_run(config, asked, run)
+            warnings = _check(config, run)
+        _pretrain(config, lease, console, run, warnings, verbose=verbose)
+
+
+def _check(config: Config, run: Directory) -> list[str]:
+    """Return warnings about the train workers. Raises what `check_run` and `check_workers` raise."""
     check_run(config)
     is_published = config.backbone.pretrained or timm_name(config.init.path) is not None
     if is_published and not committed_checkpoints(run):
         fetch_published_weights(config, init_path=config.init.path)
-    warnings = check_workers(config)
-    check_writable(config.storage_path, setting="storage_path")
-    with lease:
-        _pretrain(config, lease, console, run, warnings, verbose=verbose)
+    return check_workers(config)
 
 
 def _pretrain(
@@ -60,18 +72,19 @@ def _pretrain(
     *,
     verbose: bool,
 ) -> None:
-    draw_demo(config, console)
     inputs = Inputs.open(config, run)
     warnings += evaluation_warnings(inputs, config.eval)
     num_images = inputs.images.num_images
     if not run.exists(run_dir.CONFIG):
-        check_images(config, num_images)
+        with listed_anew(run):
+            check_images(config, num_images)
     warnings += [*length_warnings(config, num_images), *warmup_warnings(config, num_images)]
     algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images, measured=inputs.measured)
     about_data = [*data_lines(inputs.images), describe_evaluation(inputs, config.eval)]
     write_about(run, config, inputs, [*about_data, *reasons])
     schedule = Schedule(algorithm, num_images=num_images)
-    chosen = "".join(f"{reason}\n" for reason in reasons)
+    by_recipe = kept_choices(config, run)
+    chosen = "".join(f"{line}\n" for line in [*(by_recipe.lines if by_recipe else []), *reasons])
     console.print(
         "".join(f"{line}\n" for line in about_data)
         + "".join(f"warning: {line}\n" for line in warnings)

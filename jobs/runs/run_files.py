@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dinoray.jobs.cli.auto_recipe import AUTO
 from dinoray.jobs.cli.config import load
 from dinoray.jobs.cli.main import is_local
 from dinoray.jobs.cli.recipes import demo_data
+from dinoray.jobs.runs.choosing import kept_choices
 from dinoray.jobs.runs.commit import COMMIT, commit_of
 from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
@@ -65,6 +67,7 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
     before = read_mapping(run, run_dir.ENVIRONMENT)
     earlier = [] if is_new else before.get("automatic") or []
     kept = [line for line in earlier if str(line).startswith(INIT_LINE)]
+    chosen = kept_choices(config, run)
     names = ["dinoray", "ray", "torch", "timm", "numpy", "pyarrow", "boto3"]
     names += ["numba", "simplejpeg", "opencv-python-headless"]
     about = {
@@ -76,17 +79,23 @@ def write_environment(run: Directory, config: Config, reasons: Sequence[str]) ->
         "processor": processor(),
         "cpus": os.cpu_count(),
         "cuda": torch.version.cuda,
-        "recipe": {"name": config.recipe, "changed": recipe_changes(config)},
-        "automatic": [*reasons, *kept],
+        "recipe": {"name": config.recipe, "changed": recipe_changes(config, chosen.tree if chosen else {})},
+        "automatic": [*(chosen.lines if chosen else []), *reasons, *kept],
     }
     run.write(run_dir.ENVIRONMENT, json.dumps(about, indent=1).encode())
 
 
-def recipe_changes(config: Config) -> dict[str, dict[str, Any]]:
-    """Settings that are not as the recipe of that name has them: dotted key -> `recipe`'s value and the `run`'s."""
+def recipe_changes(config: Config, chosen: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Settings that are not as the recipe of that name has them: dotted key -> `recipe`'s value and the `run`'s.
+
+    `chosen`: what the recipe auto chose for the run. A setting that it did not choose has its default.
+    """
     # Recipes have no path, but for the demo with its own images; the run's stands in for it.
     is_open = config.recipe != "demo" or config.data.path != demo_data()["data"]["path"]
-    given = load(type(config), config.recipe, None, [f"data.path={config.data.path}"] if is_open else [])
+    paths = [f"data.path={config.data.path}"] if is_open else []
+    given = load(
+        type(config), config.recipe, None, paths, chosen=chosen or {} if config.recipe == AUTO else None
+    )
     recipe, run = (
         dict(flatten(one.model_dump(mode="json", exclude={"name", "recipe"}))) for one in (given, config)
     )

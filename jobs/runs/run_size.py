@@ -54,6 +54,14 @@ def check_workers(config: Config) -> list[str]:
     return [line]
 
 
+def check_more_than_one(config: Config, num_images: int) -> None:
+    """ConfigError for a single image."""
+    if num_images < 2:
+        raise ConfigError(
+            f"{config.data.address} holds 1 image, but pretraining needs at least 2; add images"
+        )
+
+
 def check_images(config: Config, num_images: int) -> None:
     """ConfigError where a batch holds an image more than once."""
     batch, workers, parts = (
@@ -61,10 +69,7 @@ def check_images(config: Config, num_images: int) -> None:
         config.resources.most_workers,
         config.train.accumulate_steps,
     )
-    if num_images < 2:
-        raise ConfigError(
-            f"{config.data.address} holds 1 image, but pretraining needs at least 2; add images"
-        )
+    check_more_than_one(config, num_images)
     if batch <= num_images:
         return
     unit = workers * parts

@@ -6,6 +6,7 @@ A run directory (local or S3):
     environment.json            versions, hardware, git commit
     manifest.parquet            the images, listed once
     pixels.json                 which samples become black and white, measured once
+    choices.json                what the recipe auto saw, and its choices with their reasons; resumed runs take them
     listing-0123456789ab/       what has been listed on S3, until the manifest is written
     metrics.jsonl               one line per logged step and per evaluation
     quarantine.jsonl            one line per image that could not be used
@@ -50,7 +51,7 @@ from dinoray.pipeline.storage.files import Directory, MissingObject
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "environment.json", "result.json"
 MANIFEST, METRICS, QUARANTINE = "manifest.parquet", "metrics.jsonl", "quarantine.jsonl"
-PIXELS = "pixels.json"
+PIXELS, CHOICES = "pixels.json", "choices.json"
 CROPS, ATTENTION, TENSORBOARD = "crops.png", "attention", "tensorboard"
 REPORT, TRACKING, LEASE = "report.html", "tracking.json", "lease.json"
 NEIGHBOURS = "neighbours.html"

@@ -42,7 +42,7 @@ from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.stream.readers import Readers
 from dinoray.pipeline.stream.shared_stream import SharedStream
 from dinoray.pipeline.tracking.services import check_trackers
-from dinoray.pipeline.training.auto import resolve
+from dinoray.pipeline.training.auto import has_auto, resolve
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.init_weights import INIT_LINE, load_initial_weights, read_weights
 from dinoray.pipeline.training.match_weights import adapt
@@ -96,13 +96,15 @@ def what_is_learnt(
     A run that has checkpoints continues with what it began with, whatever has become of the file it began from.
     `measured`: of the samples in its images.
     """
-    resolved = resolve(config.algorithm(), num_images=num_images, measured=measured)
+    algorithm, began = config.algorithm(), None
+    if has_auto(algorithm) or config.init.path is not None:
+        meta = newest_meta(run)
+        began = None if meta is None else DINOConfig.model_validate(meta["config"])
+    resolved = resolve(algorithm, num_images=num_images, measured=measured, began=began)
     if config.init.path is None:
         return resolved.config, None, resolved.reasons
-    meta = newest_meta(run)
-    if meta is not None:
-        began = DINOConfig.model_validate(meta["config"]).backbone
-        return resolved.config.model_copy(update={"backbone": began}), None, resolved.reasons
+    if began is not None:
+        return resolved.config.model_copy(update={"backbone": began.backbone}), None, resolved.reasons
     weights = read_weights(config.init.path)
     algorithm = adapt(resolved.config, weights)
     # Load here, where a person sees at once what does not fit.

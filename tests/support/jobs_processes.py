@@ -39,6 +39,7 @@ TINY = [
     "loss.warmup_teacher_temp=0.02",
     "loss.warmup_teacher_temp_epochs=3",
     "resources.augment_actors=1",
+    "recipe=demo",
 ]
 """Overrides that make a run a matter of seconds and still use every part of it."""
 

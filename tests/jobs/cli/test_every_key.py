@@ -14,7 +14,7 @@ from run_configs import config_of
 
 from dinoray.jobs.cli.config import json_schema, load_config, validate
 from dinoray.jobs.cli.keys import leaf_fields
-from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.jobs.cli.recipes import RECIPE_NAMES, RECIPES
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.worker.config import Config
@@ -28,7 +28,7 @@ FIELDS = leaf_fields(Config)
 def test_the_schema_describes_every_key_in_its_own_words() -> None:
     schema = json.loads(json_schema())
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert schema["properties"]["recipe"]["enum"] == list(RECIPES)
+    assert schema["properties"]["recipe"]["enum"] == list(RECIPE_NAMES)
     sections = {"": schema} | {
         name: schema["$defs"][about["$ref"].rpartition("/")[2]]
         for name, about in schema["properties"].items()

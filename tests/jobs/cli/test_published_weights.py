@@ -14,7 +14,13 @@ from safetensors.torch import save_file
 from tiny_run import write_images
 
 NAME = "vit_tiny_patch16_224.augreg_in21k"
-SETTINGS = [*TINY[:3], f"backbone.name={NAME}", "backbone.kwargs={}", "backbone.drop_path_rate=0"]
+SETTINGS = [
+    "recipe=demo",
+    *TINY[:3],
+    f"backbone.name={NAME}",
+    "backbone.kwargs={}",
+    "backbone.drop_path_rate=0",
+]
 SETTINGS += ["train.global_batch_size=8"]
 PROGRAM = """
 import sys, ray

@@ -12,12 +12,13 @@ from no_ray import RayStarted, forbid_ray
 from samples import parquet, write_all
 
 from dinoray.jobs import pretrain
-from dinoray.jobs.cli.config import load_config, load_run_config
+from dinoray.jobs.cli.config import load, load_config, load_run_config
 from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.data.demo_images import demo_folder, draw_demo_image
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.worker.config import Config
 
 SMALL = [
     "crops.global_crop_size=32",
@@ -29,6 +30,7 @@ SMALL = [
 NETWORK = {
     name: ["backbone.kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}"] for name in RECIPES
 } | {"resnet50_imagenet": ["backbone.name=resnet10t", "backbone.kwargs={}"]}
+DEMO = ["recipe=demo", *NETWORK["demo"]]
 IMAGES = [draw_demo_image(label, "train", i) for label in ("dots", "rings") for i in range(4)]
 LABELS = [label for label in ("dots", "rings") for _ in range(4)]
 FORMS: dict[str, tuple[dict[str, bytes], str, str]] = {
@@ -99,7 +101,7 @@ def test_a_recipe_has_no_address_and_no_rule_for_labels(recipe: str) -> None:
 def test_own_images_in_a_file_are_own_images_too(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.dump({"data": {"path": f"{tmp_path}/loose"}}))
-    output = start(f"--config={file}", "name=a", *SMALL, *NETWORK["demo"])
+    output = start(f"--config={file}", "name=a", *SMALL, *DEMO)
     assert f"data: 8 images at {tmp_path}/loose (no labels" in output
     kept = load_run_config(Directory(str(tmp_path / "runs" / "a")))
     assert (kept.data.path, kept.eval.val_path) == (f"{tmp_path}/loose", "auto")
@@ -109,7 +111,7 @@ def test_own_images_in_a_file_are_own_images_too(start: Start, tmp_path: Path) -
 
 def test_without_own_images_the_demo_has_its_own() -> None:
     for recipe in (None, "demo"):
-        config = load_config(recipe, None, ["train.epochs=1"])
+        config = load(Config, recipe, None, ["train.epochs=1"], looks=True)
         assert config.data.path == str(demo_folder() / "train")
         assert config.eval.val_path == str(demo_folder() / "val")
         assert config.data.label_from_parent is True
@@ -123,7 +125,7 @@ def test_any_other_recipe_wants_images(recipe: str) -> None:
 
 
 def test_a_resumed_run_keeps_what_was_detected_and_how_it_is_evaluated(start: Start, tmp_path: Path) -> None:
-    arguments = [f"data.path={tmp_path}/classes", "name=r", *SMALL, *NETWORK["demo"]]
+    arguments = [f"data.path={tmp_path}/classes", "name=r", *SMALL, *DEMO]
     first = start(*arguments)
     write_all(tmp_path / "classes", {f"{i}.jpg": data for i, data in enumerate(IMAGES * 3)})
     assert start(*arguments) == first
@@ -131,7 +133,7 @@ def test_a_resumed_run_keeps_what_was_detected_and_how_it_is_evaluated(start: St
 
 
 def test_a_run_of_an_older_version_goes_on_as_it_began(start: Start, tmp_path: Path) -> None:
-    arguments = [f"data.path={tmp_path}/classes", "name=old", *SMALL, *NETWORK["demo"]]
+    arguments = [f"data.path={tmp_path}/classes", "name=old", *SMALL, *DEMO]
     old = ["data.image_column=image", "data.key_column=null", "data.label_column=null"]
     old += ["data.label_from_parent=false", "eval.val_path=null"]  # the defaults of that time, written out
     start(*arguments, *old)
@@ -143,7 +145,7 @@ def test_a_run_of_an_older_version_goes_on_as_it_began(start: Start, tmp_path: P
 
 
 def test_settings_override_what_was_detected(start: Start, tmp_path: Path) -> None:
-    arguments = [f"data.path={tmp_path}/classes", *SMALL, *NETWORK["demo"]]
+    arguments = [f"data.path={tmp_path}/classes", *SMALL, *DEMO]
     assert "evaluation: RankMe" in start(*arguments, "name=a", "data.label_from_parent=false")
     output = start(*arguments, "name=b", "eval.val_path=null")
     assert (
@@ -155,7 +157,7 @@ def test_settings_override_what_was_detected(start: Start, tmp_path: Path) -> No
 
 
 def test_the_remedy_for_missing_labels_gives_them(start: Start, tmp_path: Path) -> None:
-    arguments = [f"data.path={tmp_path}/loose", *SMALL, *NETWORK["demo"]]
+    arguments = [f"data.path={tmp_path}/loose", *SMALL, *DEMO]
     output = start(*arguments, "name=a")
     assert "for k-NN set eval.val_path and eval.train_path to images in one folder per class" in output
     paths = [f"eval.val_path={tmp_path}/nested", f"eval.train_path={tmp_path}/classes"]
