@@ -50,7 +50,7 @@ UNREAD_IMAGES = frozenset(
             ".dds",
             ".qoi",
         ),
-        *(".ico", ".icns", ".cur", ".sgi", ".bpg", ".dcm", ".fits", ".svg"),
+        *(".ico", ".icns", ".cur", ".sgi", ".bpg", ".dcm", ".fits"),
     }
 )
 OTHER_SUFFIXES = frozenset(
@@ -59,7 +59,7 @@ OTHER_SUFFIXES = frozenset(
         *(".md", ".rst", ".html", ".htm", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".log", ".lock", ".url"),
         *(".py", ".ipynb", ".sh", ".js", ".css", ".c", ".cpp", ".h", ".m", ".r", ".cfg", ".lst", ".names"),
         *(".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sum", ".sig", ".asc", ".db", ".sqlite", ".xmp"),
-        *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mp3", ".wav", ".flac"),
+        *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".mp3", ".wav", ".flac", ".svg"),
         *(".npz", ".mat", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors", ".onnx"),
         # Copies, thumbnails, and downloads that have not ended: images by content, and none that anybody wants.
         *(
