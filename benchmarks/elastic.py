@@ -1,6 +1,6 @@
 """Loss curves of 1, 2 and 4 train workers, and of a run whose train workers follow its nodes: they are one curve.
 
-    python benchmarks/elastic.py [--steps 1600] [--json FILE] [--picture benchmarks/elastic.png]
+    python benchmarks/elastic.py [--steps 1000] [--json FILE] [--picture benchmarks/elastic.png]
 
 The demo's network and images on a Ray whose head has no room for train workers, and whose nodes, processes of this
 machine, have room for one each. The run that changes begins with one node; a second one joins, then two more, and then
@@ -119,7 +119,7 @@ def draw(curves: dict[str, dict[int, float]], changes: list[Resume]) -> Figure:
     below.set(
         title="difference from the loss of 1 train worker (none: 1e-8)", xlabel="step", ylim=(5e-9, 2e-4)
     )
-    above.legend(loc="center")
+    above.legend(loc="lower right")
     below.legend(loc="upper right")
     return figure
 
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument(
         "--picture", type=Path, default=Path(__file__).parent / "elastic.png", metavar="FILE.png"
