@@ -16,6 +16,7 @@ from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.recipes import RECIPE_NAMES
 from dinoray.jobs.studies.config import StudyArguments, first_points, objective_of, space_of, study_config
 from dinoray.models.errors import DinorayError, ResourceError
+from dinoray.pipeline.training.verdict import Verdict
 
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "jobs" / "README.md").read_text()
@@ -189,10 +190,9 @@ def messages() -> list[str]:
 @pytest.mark.parametrize("message", messages())
 def test_each_message_that_is_explained_is_one_that_the_code_has(message: str) -> None:
     pattern = ".*".join(re.escape(part.strip()) for part in message.split("…"))
-    if "collapse" in message:  # a verdict's name, and what is said of each
-        name, _, rest = message.partition(" at ")
-        assert name in sentences()
-        pattern = f"… at {rest.replace(' …', '')}"
+    for verdict in Verdict:  # the code fills its name in
+        if message.startswith(verdict.value):
+            pattern = f"…{message.removeprefix(verdict.value).replace(' …', '')}"
     assert any(re.search(pattern, text, flags=re.DOTALL) for text in sentences())
 
 

@@ -164,7 +164,7 @@ class CropsConfig(Settings):
             if value not in ("auto", default) and len(value) != self.channels:
                 raise ValueError(
                     f"{name}={list(value)} has {len(value)} values for data.channels={self.channels}; give one per "
-                    f"channel, or crops.{name}=auto"
+                    f"channel, or set crops.{name}=auto"
                 )
         return self
 

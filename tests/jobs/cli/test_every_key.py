@@ -76,6 +76,7 @@ _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "crops.solarize_threshold": st.integers(0, 256) | st.tuples(st.integers(0, 256), st.integers(0, 256)),
     "crops.global_blur_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
     "crops.global_solarize_prob": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    "backbone.train": st.sampled_from(["all", "last_n(2)", "lora(4)"]),
     "data.channels": st.just(3),  # others need crops without hue
     "data.page": st.sampled_from([0, 7, "channels"]),
     "crops.channels": st.just(3),
@@ -131,7 +132,8 @@ def values_of(key: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     return st.floats(low, high, exclude_min=True, exclude_max=True)
 
 
-SETTABLE = [key for key in FIELDS if key not in ("recipe", "backbone.kwargs")]
+SETTABLE = [key for key in FIELDS if key not in ("recipe", "backbone.kwargs", "data.mix")]
+"""`data.mix` takes the place of `data.path`."""
 
 
 @settings(deadline=None, max_examples=300)

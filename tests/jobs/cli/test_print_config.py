@@ -93,7 +93,7 @@ def test_the_source_of_each_value_is_named(tmp_path: Path, capsys: pytest.Captur
     assert line_of(text, "out_dim") == "out_dim: 8  # command line"
     assert line_of(text, "kwargs") == "kwargs: {depth: 3}  # command line"
     assert line_of(text, "max_pixels") == "max_pixels: 1000000  # command line"
-    assert "path: w.pth  # command line" in text
+    assert line_of(text, "from") == "from: w.pth  # command line"
     assert line_of(text, "teacher_temp") == "teacher_temp: 0.07  # recipe vit_small_imagenet_boost"
     assert line_of(text, "base_lr") == "base_lr: 0.0005  # default"
     assert line_of(printed(capsys, "--recipe", "photos_small"), "recipe").endswith("# command line")
