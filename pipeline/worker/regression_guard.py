@@ -3,11 +3,22 @@
 tracking/start.py has the rule.
 """
 
+from typing import Protocol
+
+from dinoray.pipeline.tracking.start import Regression
 from dinoray.pipeline.training import distributed
 from dinoray.pipeline.training.config import HealthConfig
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 from dinoray.pipeline.worker.cadence import Due
-from dinoray.pipeline.worker.outputs import Outputs
+
+
+class Outputs(Protocol):
+    """What is asked of the outputs of rank 0."""
+
+    @property
+    def regression(self) -> Regression | None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 class RegressionGuard:

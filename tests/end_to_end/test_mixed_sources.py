@@ -19,7 +19,7 @@ from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.nightly]
 
 LABELS = tuple(PATTERNS)[:3]
-STEPS, BATCH = 60, 8
+STEPS, BATCH = 300, 8
 NUM_PHOTOS, NUM_WEB = 24, 48
 
 
@@ -56,7 +56,7 @@ def test_a_run_on_a_mix_resumes_bit_for_bit_and_its_images_are_embedded(
             "resources.train_workers=1",
             "optim.warmup_epochs=0",
             "head.use_bn=false",
-            "checkpoint.every_steps=4",
+            "checkpoint.every_steps=10",
             "eval.every_steps=1000",
         ]
 

@@ -20,7 +20,7 @@ from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.nightly]
 
-STEPS = 40
+STEPS = 300
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_images_are_embedded(
             "resources.train_workers=1",
             "optim.warmup_epochs=0",
             "head.use_bn=false",
-            "checkpoint.every_steps=4",
+            "checkpoint.every_steps=10",
             "eval.every_steps=1000",
         ]
 

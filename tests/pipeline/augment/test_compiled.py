@@ -218,7 +218,8 @@ def test_every_source_of_machine_code_is_among_those_that_name_the_folder() -> N
         if re.search(r"^@(compiled|njit_cached|intrinsic)\b", path.read_text(), re.MULTILINE)
     }
     assert len(compiled_sources) >= 4
-    assert compiled_sources | {"jit.py"} == set(jit._SOURCES)
+    of_constants = {"stains.py"}  # its numbers are in the machine code
+    assert compiled_sources | of_constants | {"jit.py"} == set(jit._SOURCES)
 
 
 def test_preparing_compiles_all_that_the_stream_calls() -> None:

@@ -1,5 +1,6 @@
 """Roles, labels and parts of whole batches are what one entry after the other gives."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,6 +60,8 @@ def one_by_one(
     parts: set[Any] = set()
     for key in keys:
         *above, name = key[len(prefix) :].split("/")
+        if any(re.fullmatch(r"\.[^.].*", folder, re.DOTALL) for folder in above):
+            continue  # hidden
         role = role_of(key)
         if name in ("config.yaml", "study.json", "environment.json", "manifest.parquet", "trial.json"):
             marks["/".join(above)].add(name)

@@ -30,6 +30,7 @@ SMALL = [
 NETWORK = {
     name: ["backbone.kwargs={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}"] for name in RECIPES
 } | {"resnet50_imagenet": ["backbone.name=resnet10t", "backbone.kwargs={}"]}
+NETWORK["adapt"] += ["backbone.name=vit_tiny_patch16_224", "init.from=null", "init.freeze_steps=0"]
 DEMO = ["recipe=demo", *NETWORK["demo"]]
 IMAGES = [draw_demo_image(label, "train", i) for label in ("dots", "rings") for i in range(4)]
 LABELS = [label for label in ("dots", "rings") for _ in range(4)]

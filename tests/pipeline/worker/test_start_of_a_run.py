@@ -6,17 +6,22 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.in_training import Evaluation
 from dinoray.pipeline.evaluation.published import Preprocessing
 from dinoray.pipeline.training.config import HealthConfig
+from dinoray.pipeline.training.frozen_stage import FrozenStage
 from dinoray.pipeline.worker import evaluations, evaluator
 from dinoray.pipeline.worker.evaluations import Evaluations
 from dinoray.pipeline.worker.outputs import Outputs
 
 HALF = Preprocessing("timm's", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+_NO_STAGE = FrozenStage(0, total_steps=40, device=torch.device("cpu"))
 
 
 def outputs_from(step: int, **spec: Any) -> Outputs:
@@ -68,7 +73,9 @@ def test_logged_steps_have_the_verdict_unless_the_run_has_collapsed(
     outputs._utilisation = None
     for name, read in (("_meter", "read"), ("_nodes", "read"), ("_pool", "metrics")):
         setattr(outputs, name, SimpleNamespace(**{read: dict}))
-    state: Any = SimpleNamespace(step=30, skipped=0, schedule=SimpleNamespace(total_steps=40))
+    state: Any = SimpleNamespace(
+        step=30, skipped=0, schedule=SimpleNamespace(total_steps=40), stage=_NO_STAGE
+    )
     outputs._meter = SimpleNamespace(read=lambda: {"images_per_second": 1.0})  # type: ignore[assignment]
     quarantine: Any = SimpleNamespace(trained=0, counts=Counter())
     outputs.log_step(state, {"verdict": verdict}, quarantine)
