@@ -63,20 +63,23 @@ class Cut(NamedTuple):
     resampling: Image.Resampling
 
 
-def published_preprocessing(config: DINOConfig, *, from_file: bool) -> Preprocessing | None:
+def published_preprocessing(
+    config: DINOConfig, *, from_file: bool, timm_weights: str | None = None
+) -> Preprocessing | None:
     """Return what the initial weights of a run were published with; None if that is the run's own, or not known.
 
-    For weights that timm publishes, timm's data config; for those of a file (`from_file`, not of a run) it is that of
-    `backbone.name` if the name has a tag (`vit_small_patch14_dinov2.lvd142m`), and else ImageNet's mean and standard
-    deviation with DINO's crop. Others were not published.
+    For weights that timm publishes (`timm_weights` is their name, None: `backbone.name`), timm's data config. For those
+    of a file (`from_file`, not of a run) it is that of `backbone.name` if the name has a tag
+    (`vit_small_patch14_dinov2.lvd142m`), and else ImageNet's mean and standard deviation with DINO's crop. Others were
+    not published.
     """
     import timm  # takes seconds
 
-    backbone, found = config.backbone, None
-    if backbone.pretrained or (from_file and "." in backbone.name):
-        cfg = timm.get_pretrained_cfg(backbone.name)
+    name, found = timm_weights or config.backbone.name, None
+    if config.backbone.pretrained or timm_weights or (from_file and "." in name):
+        cfg = timm.get_pretrained_cfg(name)
         if cfg is not None:
-            source = f"timm's data config of {backbone.name}"
+            source = f"timm's data config of {name}"
             share = cfg.crop_pct or _DINO_SHARE
             found = Preprocessing(source, tuple(cfg.mean), tuple(cfg.std), share, cfg.interpolation)
     elif from_file:
@@ -96,7 +99,7 @@ def start_warnings(
     """
     if from_weights and (guess := _guesses(start)):
         yield (
-            f"the initial weights classify no better than the commonest class: {guess}; check that init.path or "
+            f"the initial weights classify no better than the commonest class: {guess}; check that init.from or "
             "backbone.name has the weights you mean, and that class folders are classes"
         )
     theirs = {name.removeprefix(PUBLISHED): v for name, v in start.items() if name.startswith(PUBLISHED)}

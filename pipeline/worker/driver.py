@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import ray
 
 from dinoray.models.backbone import build_backbone
+from dinoray.models.config import timm_name
 from dinoray.models.errors import ConfigError, one_line
 from dinoray.models.partial import freeze
 from dinoray.models.published.checkpoint import Weights
@@ -83,7 +84,7 @@ def check_run(config: Config) -> None:
     if part != "all" and config.init.path is None and not config.backbone.pretrained:
         raise ConfigError(
             f"backbone.train={part} leaves most weights as they are, and they are random; set "
-            "backbone.pretrained=true or init.path=FILE, or set backbone.train=all"
+            "backbone.pretrained=true or init.from=FILE, or set backbone.train=all"
         )
     freeze(backbone, config.backbone, crop_size=min(config.crops.crop_sizes))
 
@@ -273,7 +274,11 @@ def run_training(
         resources=config.resources,
         init=config.init,
         init_weights=None if weights is None else ray.put(weights),
-        published=published_preprocessing(algorithm, from_file=weights is not None and not weights.is_own),
+        published=published_preprocessing(
+            algorithm,
+            from_file=weights is not None and not weights.is_own,
+            timm_weights=None if weights is None else timm_name(config.init.path),
+        ),
         pictures=ray.put(inputs.pictures() if shows_images else []),
         eval_sources=(ray.put(inputs.labelled[0]), ray.put(inputs.labelled[1])) if inputs.labelled else None,
         num_images=inputs.images.num_images,

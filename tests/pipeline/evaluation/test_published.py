@@ -12,11 +12,13 @@ HALF = Preprocessing("timm's data config of one", (0.5, 0.5, 0.5), (0.5, 0.5, 0.
 CROPS = tiny_config().crops.model_copy(update={"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD})
 
 
-def found(name: str, *, from_file: bool = False, pretrained: bool = False, **crops: Any) -> Any:
+def found(
+    name: str, *, from_file: bool = False, pretrained: bool = False, timm: str | None = None, **crops: Any
+) -> Any:
     config = tiny_config()
     backbone = config.backbone.model_copy(update={"name": name, "pretrained": pretrained})
     changed = config.model_copy(update={"backbone": backbone, "crops": CROPS.model_copy(update=crops)})
-    return published_preprocessing(changed, from_file=from_file)
+    return published_preprocessing(changed, from_file=from_file, timm_weights=timm)
 
 
 def test_what_timm_publishes_has_timms_data_config() -> None:
@@ -25,6 +27,7 @@ def test_what_timm_publishes_has_timms_data_config() -> None:
     assert (
         found("vit_tiny_patch16_224.augreg_in21k", from_file=True) == theirs
     )  # a file, with the tag in the name
+    assert found("vit_tiny_patch16_224", timm="vit_tiny_patch16_224.augreg_in21k") == theirs
     assert theirs.cut(96) == (106, 3)  # floor(96 / 0.9); Pillow's bicubic
 
 
