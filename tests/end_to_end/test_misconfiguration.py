@@ -277,7 +277,7 @@ def test_a_name_in_use_by_a_run_with_other_settings(run: Job, started: Directory
 def test_a_mistake_is_named_before_the_name_that_is_in_use(run: Job, started: Directory) -> None:
     again = ["storage_path=WORLD/runs", "data.path=WORLD/images"]
     run(pretrain.main, *TINY, *again, "crops.local_crop_size=9").check(CONFIG, ["crops of 9 px"])
-    run(pretrain.main, *TINY[1:], *again, "optim.name=sgd").check(
+    run(pretrain.main, "--recipe=demo", *TINY[1:], *again, "optim.name=sgd").check(
         CONFIG, ["other settings (optim.name: adamw -> sgd; "]
     )
 
