@@ -32,17 +32,17 @@ class Facts(NamedTuple):
     @property
     def images(self) -> str:
         """`1 image`, `12,000 images`."""
-        return f"{self.num_images:,} image{'' if self.num_images == 1 else 's'}"
+        return count(self.num_images, "image")
 
     @property
     def line(self) -> str:
         """One line for a person."""
         size = f" of {self.width} x {self.height} pixels (median)" if self.width else ""
         classes = f", {self.num_classes} classes" if self.num_classes else ""
-        channels = f"{self.channels} channel{'' if self.channels == 1 else 's'}"
         memory = f" of {self.gpu_bytes / 1e9:.0f} GB" if self.gpu_bytes else ""
         gpus = count(self.gpus, "GPU") if self.gpus else "no GPU"
-        return f"{self.images}{size}, {channels}{classes}; {gpus}{memory}, {count(self.cpus, 'CPU core')}"
+        images = f"{self.images}{size}, {count(self.channels, 'channel')}{classes}"
+        return f"{images}; {gpus}{memory}, {count(self.cpus, 'CPU core')}"
 
 
 class Choice(NamedTuple):

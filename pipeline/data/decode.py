@@ -152,9 +152,12 @@ def eval_crop(
     x_scale, y_scale = width / new_width, height / new_height
     # Only the square is computed: a whole 1 x 5000 image would become 256 x 1,280,000 pixels.
     box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
-    groups = [image] if image.shape[2] == 3 else [image[..., i] for i in range(image.shape[2])]
-    crops = [np.array(Image.fromarray(one).resize((size, size), resampling, box=box)) for one in groups]
-    return crops[0] if len(groups) == 1 and crops[0].ndim == 3 else np.stack(crops, axis=-1)
+
+    def crop(samples: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return np.array(Image.fromarray(samples).resize((size, size), resampling, box=box))
+
+    num_channels = image.shape[2]
+    return crop(image) if num_channels == 3 else np.dstack([crop(image[..., i]) for i in range(num_channels)])
 
 
 def _decode_opened(data: bytes, header: Image.Image) -> Samples:
