@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from jobs_processes import TINY, losses, start_job
-from safetensors.torch import load_file
+from jobs_processes import TINY
+from killed_runs import kill_and_resume
 from samples import parquet, put_all, write_all
 from servers import S3Server
 
 from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
 from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.nightly]
 
@@ -67,26 +65,14 @@ def test_a_run_on_a_mix_resumes_bit_for_bit_and_its_images_are_embedded(
     )
     assert "ignored in photos: 1 .txt" in output
     assert "others of data.mix" in output  # labels of both, for k-NN
-    run, whole = Directory(str(tmp_path / "killed")), Directory(str(tmp_path / "whole"))
+    whole = Directory(str(tmp_path / "whole"))
     bad = [json.loads(line) for line in whole.read("quarantine.jsonl").splitlines()]
     assert {one["key"] for one in bad} == {f"photos: {LABELS[0]}/3.jpg"}
     report = whole.read("report.html").decode()
     assert "mixing: photos 50%" in report
     assert f"dinoray embed {whole.uri} {folder}" in report
 
-    with start_job("jobs.pretrain", *arguments("killed"), env=s3.env) as job:
-        job.wait_until(lambda: committed_steps(run))
-        job.kill_driver()
-    assert committed_steps(run)[-1] < STEPS, "killed too late to prove anything"
-    assert "resuming from step" in run_here("jobs.pretrain", *arguments("killed"))
-    assert losses(run.read("metrics.jsonl")) == losses(whole.read("metrics.jsonl"))
-    for file in ("student.safetensors", "teacher.safetensors"):
-        ours, theirs = (
-            load_file(tmp_path / name / "checkpoints" / checkpoint_name(STEPS) / file)
-            for name in ("killed", "whole")
-        )
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    kill_and_resume(tmp_path, arguments, run_here, steps=STEPS, env=s3.env)
 
     embed = ["jobs.embed", str(tmp_path / "whole")]
     more = ["resources.augment_actors=1", "data.max_bad_fraction=0.1"]

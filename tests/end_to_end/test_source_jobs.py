@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from jobs_processes import TINY, losses, start_job
-from safetensors.torch import load_file
+from jobs_processes import TINY
+from killed_runs import kill_and_resume
 from samples import put_all, write_all
 from servers import S3Server
 from source_sets import LABELS, Set, addresses, hugging_face, tar_files
-
-from dinoray.pipeline.storage.files import Directory
-from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.nightly]
 
@@ -57,21 +53,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_images_are_embedded(
         ]
 
     assert data.line in run_here("jobs.pretrain", *arguments("whole"))
-    run = Directory(str(tmp_path / "killed"))
-    with start_job("jobs.pretrain", *arguments("killed"), env=s3.env) as job:
-        job.wait_until(lambda: committed_steps(run))
-        job.kill_driver()
-    assert committed_steps(run)[-1] < STEPS, "killed too late to prove anything"
-    assert "resuming from step" in run_here("jobs.pretrain", *arguments("killed"))
-    whole = Directory(str(tmp_path / "whole"))
-    assert losses(run.read("metrics.jsonl")) == losses(whole.read("metrics.jsonl"))
-    for file in ("student.safetensors", "teacher.safetensors"):
-        ours, theirs = (
-            load_file(tmp_path / name / "checkpoints" / checkpoint_name(STEPS) / file)
-            for name in ("killed", "whole")
-        )
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    kill_and_resume(tmp_path, arguments, run_here, steps=STEPS, env=s3.env)
 
     out = tmp_path / "vectors"
     embed = (str(tmp_path / "whole"), path, f"--out={out}", "resources.augment_actors=1", *data.settings)
