@@ -71,7 +71,7 @@ class DataConfig(PixelsConfig):
     """The name of the folder that holds an image, or a Parquet shard, is its label; auto looks at the folders."""
     label_level: int | str = -1
     """The folder whose name is the label: -1 the parent, 0 the top one below `path`; NAME is for folders NAME=LABEL."""
-    fetch_concurrency: int = Field(default=32, ge=16, le=512)
+    fetch_concurrency: int = Field(default=64, ge=16, le=512)
     """Images that each augmentation actor, or row groups and chunks of tar that each reader, requests at once."""
     fetch_buffer_bytes: int = Field(default=256 << 20, ge=1)
     """Bytes of images, or row groups, that are fetched ahead for a block; an augmentation actor has two blocks."""

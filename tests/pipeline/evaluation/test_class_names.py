@@ -39,7 +39,7 @@ def shards(at: Path, *groups: Sequence[str | int | None]) -> Source:
     for number, labels in enumerate(groups):
         table = pa.table({"image": [b"no picture"] * len(labels), "label": pa.array(labels)})
         pq.write_table(table, at / f"{number}.parquet", row_group_size=2)
-    config = DataConfig(path=str(at), label_column="label")
+    config = DataConfig(path=str(at), label_column="label", fetch_concurrency=16)
     return Source(config, build_manifest(config))
 
 
@@ -124,7 +124,7 @@ def test_labels_of_parquet_are_read_until_all_classes_are_found(
 
     monkeypatch.setattr(class_names, "read_column", counted)
     assert class_mismatch(train, val, EvalConfig(val_path="val")) is None
-    assert len(read) <= 1 + 32  # data.fetch_concurrency
+    assert len(read) <= 1 + 16  # data.fetch_concurrency
 
 
 def test_images_without_a_label_have_no_class(tmp_path: Path) -> None:
