@@ -5,8 +5,8 @@
 A small ViT learns half of the demo's classes until its features serve the other half, too. Its backbone then continues
 on that other half, without heads, as published weights come: naively (NAIVE) and with `adapt`. Each is classified by
 k-NN on the other half. Without Ray. Prints a table for RESULTS.md, with the step at which `health.on_regression=stop`
-would end a run, "-" for never; draws the curves, and exits with 1 unless in every seed the naive run is stopped and ends
-worse than its start by the guard's rule, and the recipe neither.
+would end a run, "-" for never; draws the curves, and exits with 1 unless in every seed the naive run is stopped, and
+ends worse than its start by the guard's rule, and the recipe neither.
 """
 
 import argparse
