@@ -5,7 +5,8 @@
 A small ViT learns half of the demo's classes. Its backbone then continues on the other half, without heads, as
 published weights come: naively, with the demo recipe that it learnt with, and with `adapt`. Each is classified by k-NN
 on the other half, whose images and labels no network has trained on before. Without Ray. Prints a table for RESULTS.md,
-draws the curves, and exits with 1 unless in every seed the naive run ends below its start and the recipe does not.
+with the step at which `health.on_regression=stop` would end a run, "-" for never; draws the curves, and exits with 1
+unless in every seed the naive run ends below its start and the recipe does not.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features, embed
 from dinoray.pipeline.evaluation.knn import knn_accuracy
+from dinoray.pipeline.tracking.start import regression
 from dinoray.pipeline.training.auto import resolve
+from dinoray.pipeline.training.config import HealthConfig
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
@@ -72,8 +75,10 @@ def main(argv: list[str]) -> None:
     images = {half[0]: draw_images(half, "train", NUM_TRAIN) for half in (FIRST, OTHERS)}
     other, val = images[OTHERS[0]], draw_images(OTHERS, "val", NUM_VAL)
     curves: dict[str, list[Curve]] = {"naive": [], "adapt": []}
-    print(f"| seed | start | naive, least | naive, step {arguments.steps} | adapt, least | adapt, end |")
-    print("|---|---|---|---|---|---|")
+    columns = [
+        f"{name}, {what}" for name in curves for what in ("least", f"step {arguments.steps}", "stopped at")
+    ]
+    print(f"| seed | start | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
         for seed in arguments.seeds:
@@ -88,7 +93,8 @@ def main(argv: list[str]) -> None:
                 curves[name].append(curve)
                 start, end, least = curve[0][1], curve[-1][1], min(score for _, score in curve)
                 wrong += end < start if name == "adapt" else end >= start
-                cells += [f"{least:.1%}", f"{end:.1%} ({100 * (end - start):+.1f})"]
+                stop = stopped_at(curve, grace_steps=state.health.grace_steps, num_val=len(val))
+                cells += [f"{least:.1%}", f"{end:.1%} ({100 * (end - start):+.1f})", str(stop or "-")]
             print(f"| {seed} | {start:.1%} | {' | '.join(cells)} |", flush=True)
     draw(curves).savefig(arguments.picture, dpi=110)
     print(f"\n{wrong} of {2 * len(arguments.seeds)} runs ended on the other side of their start")
@@ -130,6 +136,18 @@ def train(state: TrainState, images: Images, val: Images | None = None) -> Curve
         if state.step == state.schedule.total_steps:
             break
     return curve
+
+
+def stopped_at(curve: Curve, *, grace_steps: int, num_val: int) -> int | None:
+    """Return the step at which the guard would stop a run with this curve; None if it would not."""
+    lines = [{"step": step, "knn_20": score, "num_val": num_val} for step, score in curve]
+    persistence = HealthConfig().regression_persistence
+    for i in range(1, len(lines) - 1):  # after the last step it only warns
+        if regression(
+            lines[0], lines[: i + 1], grace_steps=grace_steps, persistence=persistence, from_weights=True
+        ):
+            return curve[i][0]
+    return None
 
 
 def accuracy(state: TrainState, train: Images, val: Images) -> float:
