@@ -22,9 +22,11 @@ import requests
 from ray.exceptions import AuthenticationError
 
 from dinoray.jobs.cli.arguments import CommandLine
+from dinoray.jobs.cli.auto_facts import Facts
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.main import not_started, run_main, wants_token
 from dinoray.jobs.cli.quiet import quiet_ray
+from dinoray.jobs.cli.recipes import has_images
 from dinoray.jobs.cluster.job_server import attempts_at, connect, dashboard_address, finish, submit
 from dinoray.jobs.cluster.machine_checks import (
     Finding,
@@ -48,6 +50,7 @@ from dinoray.jobs.cluster.node_checks import (
 )
 from dinoray.jobs.cluster.run_checks import check_files
 from dinoray.jobs.cluster.upload import pack, read_runtime_env
+from dinoray.jobs.runs.choosing import Asked, choose_by
 from dinoray.jobs.runs.data_contents import look_into_data
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DinorayError, ResourceError, one_line, redact_credentials
@@ -57,6 +60,14 @@ from dinoray.pipeline.worker.config import Config
 _RUNTIME_ENV = Path("deploy/runtime_env.yaml")
 _SETTING = re.compile(r"[\w.]+=")
 """How a setting begins; the address of a run does not."""
+_TOLD = (
+    "backbone.name",
+    "crops.global_crop_size",
+    "train.global_batch_size",
+    "train.epochs",
+    "optim.base_lr",
+)
+"""Settings that are named of all that the recipe auto would choose."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -103,6 +114,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _findings(arguments: Namespace) -> Iterator[Finding]:
     config = load_config(arguments.recipe, arguments.config, arguments.overrides)
+    asked = Asked(arguments.recipe, arguments.config, arguments.overrides)
+    recipe = _recipe(asked)
+    on_images: Facts | None = None
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     yield from check_packages()
     try:
@@ -117,18 +131,20 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
             data = check_data(source, access=config.storage.access)
             yield data
             if data.verdict != "FAIL" and _is_there(source.path):
-                found = _look_into(config.model_copy(update={"data": source}), arguments)
+                found, on_images = _look_into(config.model_copy(update={"data": source}), asked, recipe)
                 yield from (one for one in found if one.name != "next" or not config.data.mix)
         if config.data.mix:
             others = [word for word in arguments.overrides if not word.startswith("data.mix")]
-            recipe = arguments.recipe or "photos_small"
-            yield Finding("ok", "next", command("pretrain", "--recipe", recipe, config.data.address, *others))
+            named = ["--recipe", recipe] if recipe else []
+            yield Finding("ok", "next", command("pretrain", *named, config.data.address, *others))
         yield _check_storage(config, is_local=not address)
         for place in {is_s3(source.path): source.path for source in config.data.each_source}.values():
             yield from check_clock(place, config.storage.access)
         dashboard = _start_or_join(address, verbose=arguments.verbose)
         try:
             yield from _look_around(config, dashboard, is_local=not address)
+            if on_images and recipe is None and not config.data.mix:
+                yield _what_auto_chooses(on_images, asked)
         finally:
             ray.shutdown()
     except DinorayError as error:
@@ -140,12 +156,28 @@ def _is_there(path: str) -> bool:
     return is_s3(path) or Path(normal_uri(path)).exists()
 
 
-def _look_into(config: Config, arguments: Namespace) -> Iterator[Finding]:
+def _recipe(asked: Asked) -> str | None:
+    """Return the recipe that is named, or the demo's for its own images; None: auto is to choose."""
+    settings = asked.settings()
+    return asked.recipe or settings.get("recipe") or (None if has_images(settings) else "demo")
+
+
+def _look_into(config: Config, asked: Asked, recipe: str | None) -> tuple[list[Finding], Facts | None]:
     try:
-        for line in look_into_data(config, recipe=arguments.recipe, overrides=arguments.overrides):
-            yield Finding(*line)
+        lines, facts = look_into_data(config, recipe=recipe, overrides=asked.overrides)
     except DinorayError as error:
-        yield failed("contents", error)
+        return [failed("contents", error)], None
+    return [Finding(*line) for line in lines], facts
+
+
+def _what_auto_chooses(facts: Facts, asked: Asked) -> Finding:
+    """What the recipe auto would choose for these images on the nodes that are up; a GPU's memory is not known."""
+    have = ray.cluster_resources()
+    facts = facts._replace(gpus=int(have.get("GPU", 0)), cpus=max(1, int(have.get("CPU", 1))))
+    typed = " ".join(one.typed for one in choose_by(facts, asked).choices if one.key in _TOLD)
+    config = ["--config", str(asked.file)] if asked.file else []
+    every = command("pretrain", *config, *asked.overrides, "--print-config")
+    return Finding("ok", "auto", f"{facts.line}: {typed}; `{every}` prints all choices")
 
 
 def _check_storage(config: Config, *, is_local: bool) -> Finding:

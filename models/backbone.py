@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dinoray.models.backbone_names import name_hint
 from dinoray.models.backbone_remedies import explain_failure, explain_refusal, refusal
 from dinoray.models.config import BackboneConfig
-from dinoray.models.errors import ConfigError
+from dinoray.models.errors import ConfigError, one_line
+from dinoray.models.input_channels import inflate_layers
 
 
 def build_backbone(
@@ -34,7 +35,7 @@ def build_backbone(
     `crop_sizes`: `crops.global_crop_size`, `crops.local_crop_size` and `eval.image_size`, or the first of
     these. The first size sets the native grid of learned position embeddings; if the model has them, they are
     interpolated for other sizes (`dynamic_img_size`). The result maps float [B, in_chans, H, W] to [B, D], D =
-    `embed_dim(model)`. With `pretrained`, timm downloads its weights.
+    `embed_dim(model)`. With `pretrained`, timm downloads its weights; other than three channels get inflated filters.
 
     Raises ConfigError for an unknown name, unknown kwargs, or a model that cannot take one of the sizes.
     Raises DataError if weights cannot be downloaded. Each message has a remedy that was tried.
@@ -43,12 +44,16 @@ def build_backbone(
         raise ConfigError(f"backbone.name={config.name!r} is not a timm model{name_hint(config.name)}")
 
     more: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
-    more |= {"in_chans": in_chans} if in_chans != 3 else {}
-    create = partial(_create, config.name, more)
+    create = partial(_create, config.name, more | ({"in_chans": in_chans} if in_chans != 3 else {}))
+    rgb = None
     try:
-        model = create(crop_sizes[0], config.kwargs, pretrained=pretrained)
+        if pretrained and in_chans != 3:
+            rgb = _create(config.name, more, crop_sizes[0], config.kwargs, pretrained=True)
+        model = create(crop_sizes[0], config.kwargs, pretrained=pretrained and rgb is None)
     except Exception as failure:  # a model's constructor or a download may raise anything
         raise explain_failure(create, config.name, config.kwargs, crop_sizes[0], failure) from failure
+    if rgb is not None:
+        _load_inflated(rgb.state_dict(), model, config.name, in_chans)
     for size in dict.fromkeys(crop_sizes):
         if cause := refusal(model, size):
             raise explain_refusal(create, model, config.name, config.kwargs, crop_sizes, size, cause)
@@ -72,6 +77,18 @@ def _create(
         with contextlib.suppress(TypeError):
             return timm.create_model(name, **{**base, **extra, **kwargs})
     return timm.create_model(name, **{**base, **kwargs})
+
+
+def _load_inflated(state: dict[str, Tensor], model: nn.Module, name: str, in_chans: int) -> None:
+    """Load the weights of the same model for RGB. Raises ConfigError where more than `image_layers` depends on that."""
+    inflated, _ = inflate_layers(state, model.state_dict(), image_layers(model))
+    try:
+        model.load_state_dict(inflated)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"backbone.pretrained=true: the weights of {name}, which are for three channels, do not fit data.channels="
+            f"{in_chans}: {one_line(error)}; set backbone.pretrained=false, or another backbone.name"
+        ) from error
 
 
 def official_pos_embed(pos_embed: Tensor, height: int, width: int, *, num_prefix: int) -> Tensor:

@@ -38,7 +38,7 @@ ROOMS = {
     "pipeline/worker": f"{_TRAINING} cluster tracking stream evaluation reporting ray_private",
     "pipeline/export": f"{_TRAINING} tracking evaluation",
     "pipeline/study": "models storage tracking training",
-    "pipeline/study/findings": "study tracking training",
+    "pipeline/study/findings": "models study tracking training",
     "pipeline/study/page": "models storage tracking figures reporting study findings",
     "pipeline/study/search": "models storage cluster training study findings ray_private",
     "jobs/cli": "models storage cluster data training worker study ray_private",

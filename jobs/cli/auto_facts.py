@@ -9,6 +9,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from dinoray.models.counts import count
 from dinoray.models.settings import flatten
 
 
@@ -109,11 +110,6 @@ def choice_lines(choices: Iterable[Choice]) -> list[str]:
     """`backbone.name=resnet18: 7,000 images and 1 GPU; ...`; neighbours of one reason stand on one line."""
     groups = groupby(choices, key=attrgetter("reason"))
     return [f"{' '.join(choice.typed for choice in group)}: {reason}" for reason, group in groups]
-
-
-def count(number: int, what: str) -> str:
-    """`1 GPU`, `8 GPUs`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dinoray.jobs.cli import auto_sizes as sizes
-from dinoray.jobs.cli.auto_facts import Choice, Choices, Facts, count
+from dinoray.jobs.cli.auto_facts import Choice, Choices, Facts
+from dinoray.models.counts import count
 from dinoray.pipeline.training import auto
 from dinoray.pipeline.training.auto import SMALL
 from dinoray.pipeline.training.config import CheckpointConfig

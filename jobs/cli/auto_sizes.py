@@ -6,7 +6,8 @@ Pure functions. A network of the user's own is taken as it is; its name says the
 import re
 from typing import NamedTuple
 
-from dinoray.jobs.cli.auto_facts import Choices, count
+from dinoray.jobs.cli.auto_facts import Choices
+from dinoray.models.counts import count
 from dinoray.pipeline.training.auto import LARGE
 
 _FEW_FOR_A_VIT = 10_000

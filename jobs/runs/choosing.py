@@ -81,7 +81,7 @@ def choose_for_run(config: Config, asked: Asked, run: Directory) -> Config:
     manifest = load_or_build(config.data, run, storage=config.storage)
     with listed_anew(run):
         check_more_than_one(config, manifest.num_images)
-    chosen = _choose(look(config, manifest), asked)
+    chosen = choose_by(look(config, manifest), asked)
     kept = {"facts": chosen.facts._asdict(), "choices": [choice._asdict() for choice in chosen.choices]}
     run.write(run_dir.CHOICES, json.dumps(kept, indent=1).encode())
     return asked.config(chosen.tree)
@@ -97,11 +97,16 @@ def listed_anew(run: Directory) -> Iterator[None]:
         raise
 
 
+def choose_by(facts: Facts, asked: Asked) -> Chosen:
+    """Choose what the command line leaves open."""
+    return Chosen(facts, choose(facts, with_backbone_of_start(AUTO, asked.settings())))
+
+
 def choose_briefly(config: Config, asked: Asked) -> Chosen:
     """Look at what can be listed in some seconds, and choose; nothing is kept."""
     from dinoray.jobs.runs.looking import look_briefly
 
-    return _choose(look_briefly(config), asked)
+    return choose_by(look_briefly(config), asked)
 
 
 def as_begun(config: Config, asked: Asked | None, run: Directory) -> Config:
@@ -125,7 +130,3 @@ def kept_choices(config: Config, run: Directory) -> Chosen | None:
     except MissingObject:
         return None
     return Chosen(Facts(**kept["facts"]), [Choice(**choice) for choice in kept["choices"]])
-
-
-def _choose(facts: Facts, asked: Asked) -> Chosen:
-    return Chosen(facts, choose(facts, with_backbone_of_start(AUTO, asked.settings())))

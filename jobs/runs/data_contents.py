@@ -1,17 +1,19 @@
 """What lies at `data.path`, from a sample: for a person who has not looked into it yet. No Ray here.
 
 Lists for a few seconds, reads some images, and answers in lines: how many there are and where labels come from, their
-formats and sizes, which could not be used, what is ignored, and the command to go on with.
+formats and sizes, which could not be used, what is ignored, and the command to go on with. The facts are those by which
+the recipe auto chooses, too.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
-from dinoray.jobs.cli.recipes import RECIPES
+from dinoray.jobs.cli.auto_facts import Facts
 from dinoray.jobs.runs.data_lines import data_lines, describe_reading
 from dinoray.models.commands import command
 from dinoray.pipeline.augment.config import CropsConfig
@@ -36,7 +38,8 @@ _LARGE = 4.0
 _MANY_OBJECTS = 100_000
 """Objects on S3 from which on requests are worth saving."""
 _LEAST_FOLDERS = 4
-_FEW_IMAGES = 100_000
+_GRAY = ("gray", "black and white")
+"""How the names of channels begin in files whose channels do not differ."""
 
 
 class Line(NamedTuple):
@@ -50,40 +53,64 @@ class Line(NamedTuple):
 
 def look_into_data(
     config: Config, *, recipe: str | None, overrides: Sequence[str], bound: Bound | None = None
-) -> Iterator[Line]:
-    """Yield what lies at `config.data.path`. Raises what `build_manifest` raises."""
+) -> tuple[list[Line], Facts]:
+    """Return what lies at `config.data.path`, and the facts on the images. Raises what `build_manifest` raises.
+
+    `recipe`: the one that is named; None: auto is to choose.
+    """
     bound = bound or Bound(seconds=_SECONDS)
     storage = config.storage.model_copy(update={"give_up_after_seconds": _GIVE_UP_SECONDS})
     manifest = build_manifest(config.data, storage, bound=bound)
     source = Source(config.data, manifest, storage)
-    number, is_exact = _num_images(manifest, bound, storage.access)
+    number, about, is_exact = _num_images(manifest, bound, storage.access)
     images, *ignored = data_lines(source)
     described = images.removeprefix("data: ")
     if not is_exact:
         described = f"{number}; the part that was looked into: {described}"
-    yield Line("ok", "contents", described)
-    for line in ignored:
-        yield Line("ok", "left out", line)
+    lines = [Line("ok", "contents", described), *(Line("ok", "left out", line) for line in ignored)]
     sample, bad = read_sample(source)
     if sample.num_images:
-        yield Line("ok", "images", _describe_sample(sample))
+        lines.append(Line("ok", "images", _describe_sample(sample)))
     if bad:
-        yield _describe_bad(bad, sample.num_images + len(bad), config.data.max_bad_fraction)
-    yield Line("ok", "next", _next_command(config, source, sample, recipe=recipe, overrides=overrides))
+        lines.append(_describe_bad(bad, sample.num_images + len(bad), config.data.max_bad_fraction))
+    following = _next_command(config, source, sample, recipe=recipe, overrides=overrides)
+    return [*lines, Line("ok", "next", following)], facts_on_images(source, sample, num_images=about)
 
 
-def _num_images(manifest: Manifest, bound: Bound, access: Access) -> tuple[str, bool]:
-    """Return the number of images in words, and whether it is exact."""
+def facts_on_images(source: Source, sample: DataStatistics, *, num_images: int) -> Facts:
+    """Return the facts on the images of a source, of which `sample` was read; those on devices are not known."""
+    width, height = sample.median_size()
+    is_gray = bool(sample.kinds) and all(channels.startswith(_GRAY) for _, channels in sample.kinds)
+    return Facts(
+        num_images=num_images,
+        width=width,
+        height=height,
+        channels=1 if is_gray else source.config.channels,
+        num_classes=_num_classes(source),
+    )
+
+
+def _num_classes(source: Source) -> int:
+    """Return the number of labels that the listing has; 0 where they stand in columns of Parquet."""
+    table = source.manifest.table
+    if not source.has_labels or "label" not in table.column_names:
+        return 0
+    return int(pc.count_distinct(table["label"], mode="only_valid").as_py())
+
+
+def _num_images(manifest: Manifest, bound: Bound, access: Access) -> tuple[str, int, bool]:
+    """Return the number of images in words and as it is estimated, and whether it is exact."""
     number = manifest.num_images
     if bound.is_listed_whole:
         if bound.share_of_files == 1:
-            return f"{number:,} images", True
-        return f"about {_rounded(number / bound.share_of_files):,} images, by the bytes of the files", False
+            return f"{number:,} images", number, True
+        in_all = _rounded(number / bound.share_of_files)
+        return f"about {in_all:,} images, by the bytes of the files", in_all, False
     share = _share_of_folders(manifest, bound, access)
     if share is None:
-        return f"more than {number:,} images; the listing was ended after {_SECONDS:g} s", False
+        return f"more than {number:,} images; the listing was ended after {_SECONDS:g} s", number, False
     in_all = _rounded(number / share / bound.share_of_files)
-    return f"about {in_all:,} images: {number:,} in the first {share:.0%} of the folders", False
+    return f"about {in_all:,} images: {number:,} in the first {share:.0%} of the folders", in_all, False
 
 
 def _share_of_folders(manifest: Manifest, bound: Bound, access: Access) -> float | None:
@@ -168,15 +195,13 @@ def _next_command(
 ) -> str:
     """Return the command to go on with, and why."""
     manifest = source.manifest
-    chosen = recipe or (
-        "vit_small_imagenet_vanilla" if manifest.num_images >= _FEW_IMAGES else "photos_small"
-    )
+    named = ["--recipe", recipe] if recipe else []
     about_data = [
         one
         for one in overrides
         if one.startswith(("data.", "crops.", "storage.")) and not one.startswith("data.path=")
     ]
-    needed = shrink_pixels(config.crops if recipe else CropsConfig(**RECIPES[chosen]().get("crops", {})))
+    needed = shrink_pixels(config.crops if recipe else CropsConfig())  # auto's crops are no larger
     width, height = sample.median_size()
     reason = ""
     if manifest.rows_per_group is not None:
@@ -193,7 +218,7 @@ def _next_command(
     elif is_s3(manifest.root) and manifest.kind == "images" and manifest.num_images >= _MANY_OBJECTS:
         reason = "each image is a request per epoch: packed, 16 images are one"
     if not reason:
-        return command("pretrain", "--recipe", chosen, f"data.path={manifest.path}", *about_data)
+        return command("pretrain", *named, f"data.path={manifest.path}", *about_data)
     shrink = ["--shrink"] if width * height > _LARGE * needed else []
-    pack = command("pack", manifest.path, "--out", "FOLDER", *shrink, "--recipe", chosen, *about_data)
-    return f"{reason}; `{pack}`, then `{command('pretrain', '--recipe', chosen, 'data.path=FOLDER')}`"
+    pack = command("pack", manifest.path, "--out", "FOLDER", *shrink, *named, *about_data)
+    return f"{reason}; `{pack}`, then `{command('pretrain', *named, 'data.path=FOLDER')}`"

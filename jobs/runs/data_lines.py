@@ -5,6 +5,7 @@ import math
 import pyarrow as pa
 
 from dinoray.models.commands import command
+from dinoray.models.counts import count
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.ignored import ignored_line, some_names
@@ -20,7 +21,7 @@ _FEW_GROUPS = 10
 
 
 def data_lines(images: Source) -> list[str]:
-    """`data: 7390 images in 37 class folders at /photos (labels from folder names; ...)`, and what is ignored there.
+    """`data: 7,390 images in 37 class folders at /photos (labels from folder names; ...)`, and what is ignored there.
 
     Of a mix, its shares, and these lines of each source.
     """
@@ -50,7 +51,7 @@ def _describe_images(images: Source) -> str:
     manifest, notes = images.manifest, list(images.manifest.notes)
     where = ""
     if manifest.group_sizes is not None:
-        where = f" in {_count(manifest.objects.num_rows, manifest.of_kind.file)}"
+        where = f" in {count(manifest.objects.num_rows, manifest.of_kind.file)}"
     if manifest.of_kind.has_columns:
         columns = {"images": images.config.image_column, "keys": images.config.key_column}
         shown = ", ".join(
@@ -61,19 +62,19 @@ def _describe_images(images: Source) -> str:
         notes = notes or [_labels(images)]
     labels = manifest.table["label"] if "label" in manifest.table.column_names else None
     if labels is not None and images.config.label_from_parent is True:
-        folders = _count(_num_different(labels), "class folder")
+        folders = count(_num_different(labels), "class folder")
         outside = f" ({labels.null_count} outside of them)" if labels.null_count else ""
         where += f" in {folders}{outside}"
     if manifest.damaged:
-        unreadable = _count(len(manifest.damaged), f"unreadable {manifest.of_kind.file}")
+        unreadable = count(len(manifest.damaged), f"unreadable {manifest.of_kind.file}")
         notes.append(f"{unreadable} left out: {some_names(manifest.damaged)}")
-    return f"data: {_count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
+    return f"data: {count(images.num_images, 'image')}{where} at {manifest.path} ({'; '.join(notes)})"
 
 
 def describe_reading(images: Source, config: Config, *, most_actors: int) -> list[str]:
     """A line on images that are shuffled in windows: how well, and what up to `most_actors` augment actors read.
 
-    `reading: windows of 2400 images (264 MB), shuffled; a batch of 512 is from 16 row groups, about 32 neighbours of
+    `reading: windows of 2,400 images (264 MB), shuffled; a batch of 512 is from 16 row groups, about 32 neighbours of
     each; each byte is read 1.01 times`
     """
     if images.parts:
@@ -98,15 +99,15 @@ def describe_reading(images: Source, config: Config, *, most_actors: int) -> lis
     if manifest.labels is None and images.config.label_from_parent is True:
         labels = manifest.table["label"]  # of each row group
         here = _num_different(labels.take(window.groups))
-        mixed = f"{here} of {_count(_num_different(labels), 'class folder')}"
+        mixed = f"{here} of {count(_num_different(labels), 'class folder')}"
     remedy = ""
     if num_groups < min(_FEW_GROUPS, len(sizes)):
         pack = command("pack", manifest.path, "--out", "FOLDER")
         remedy = f"; `{pack}` writes Parquet whose rows are shuffled further"
     return [
-        f"reading: windows of {_count(num_images, 'image')} "
+        f"reading: windows of {count(num_images, 'image')} "
         f"({num_bytes[window.groups].sum() / 1e6:.3g} MB), shuffled; a batch of {batch} is from up to "
-        f"{_count(num_groups, manifest.of_kind.group)}, {mixed}; each byte is read {reads.times_read:.2f} times{remedy}"
+        f"{count(num_groups, manifest.of_kind.group)}, {mixed}; each byte is read {reads.times_read:.2f} times{remedy}"
     ]
 
 
@@ -129,10 +130,10 @@ def describe_evaluation(inputs: Inputs, config: EvalConfig) -> str:
         min(val.num_images, config.max_val_images),
     )
     if config.val_path != AUTO:
-        where = f"at {val.manifest.path} by {voters} at {train.manifest.path}"
-        return f"evaluation: k-NN of {_count(classified, 'image')} {where}"
+        where = f"at {val.manifest.path} by {voters:,} at {train.manifest.path}"
+        return f"evaluation: k-NN of {count(classified, 'image')} {where}"
     return (
-        f"evaluation: k-NN of {_count(classified, 'held-out image')} by {voters} others of "
+        f"evaluation: k-NN of {count(classified, 'held-out image')} by {voters:,} others of "
         f"{train.config.setting}; training uses all of them without labels; set eval.val_path=PATH to use other images"
     )
 
@@ -143,7 +144,7 @@ def unlabelled_warnings(labelled: tuple[Source, Source] | None, config: EvalConf
         return []
     left_out = {side.manifest.path: side.manifest.num_images - side.num_images for side in labelled}
     return [
-        f"{_count(number, 'image')} at {path} without a label: not evaluated; move them into class folders, or "
+        f"{count(number, 'image')} at {path} without a label: not evaluated; move them into class folders, or "
         "remove them"
         for path, number in left_out.items()
         if number
@@ -166,7 +167,3 @@ def _labels(images: Source) -> str:
 
 def _num_different(labels: pa.ChunkedArray) -> int:
     return len(labels.unique().drop_null())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

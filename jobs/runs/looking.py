@@ -6,21 +6,17 @@ machine Ray does not start.
 
 from collections.abc import Callable
 
-import pyarrow.compute as pc
 import ray
 
 from dinoray.jobs.cli.auto_facts import Facts
 from dinoray.jobs.cli.main import is_local, join_ray
-from dinoray.jobs.runs.data_contents import read_sample
+from dinoray.jobs.runs.data_contents import facts_on_images, read_sample
 from dinoray.jobs.runs.run_size import available_cores
 from dinoray.pipeline.cluster.lost_ray import leave_ray
 from dinoray.pipeline.data.bounds import Bound
 from dinoray.pipeline.data.manifest import Manifest, build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.worker.config import Config
-
-_GRAY = ("gray", "black and white")
-"""How the names of channels begin in files whose channels do not differ."""
 
 
 def look(config: Config, manifest: Manifest, *, num_images: int | None = None) -> Facts:
@@ -31,19 +27,9 @@ def look(config: Config, manifest: Manifest, *, num_images: int | None = None) -
     """
     source = Source(config.data, manifest, config.storage)
     sample, _ = read_sample(source)
-    width, height = sample.median_size()
-    is_gray = bool(sample.kinds) and all(channels.startswith(_GRAY) for _, channels in sample.kinds)
     gpus, gpu_bytes, cpus = _devices()
-    return Facts(
-        num_images=num_images or source.num_images,
-        width=width,
-        height=height,
-        channels=1 if is_gray else config.data.channels,
-        num_classes=_num_classes(source),
-        gpus=gpus,
-        gpu_bytes=gpu_bytes,
-        cpus=cpus,
-    )
+    facts = facts_on_images(source, sample, num_images=num_images or source.num_images)
+    return facts._replace(gpus=gpus, gpu_bytes=gpu_bytes, cpus=cpus)
 
 
 def look_briefly(config: Config, *, bound: Callable[[], Bound] = Bound) -> Facts:
@@ -51,14 +37,6 @@ def look_briefly(config: Config, *, bound: Callable[[], Bound] = Bound) -> Facts
     limits = bound()
     manifest = build_manifest(config.data, config.storage, bound=limits)
     return look(config, manifest, num_images=round(manifest.num_images / limits.share_of_files))
-
-
-def _num_classes(source: Source) -> int:
-    """Return the number of labels that the listing has; 0 where they stand in columns of Parquet."""
-    table = source.manifest.table
-    if not source.has_labels or "label" not in table.column_names:
-        return 0
-    return int(pc.count_distinct(table["label"], mode="only_valid").as_py())
 
 
 def _devices() -> tuple[int, int, int]:

@@ -17,15 +17,13 @@ from dinoray.pipeline.data.decode import eval_crop
 from dinoray.pipeline.data.loader import load_batches
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.actors import EmbedTask, embed_on_actors
+from dinoray.pipeline.evaluation.features import Features, embed_source, merge
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.neighbours import (
     Change,
-    Indexed,
     Nearest,
     change,
     chosen_queries,
-    embed_indexed,
-    joined,
     nearest,
     same_label,
 )
@@ -46,7 +44,7 @@ from dinoray.pipeline.worker.config import Config
 _MOST_QUERIES, _EACH = 1000, 10
 """Queries that are compared, and how many of them a section of the page shows."""
 
-Sides = tuple[Indexed, Indexed]
+Sides = tuple[Features, Features]
 """Queries and bank."""
 
 
@@ -143,7 +141,11 @@ def _images_line(images: Images) -> str:
 def _embedded(network: FrozenBackbone, config: Config, images: Images, where: Where) -> Sides:
     """Return features of queries and bank; of one source they are embedded once."""
     work = partial(
-        embed_indexed, crops=network.config.crops, config=config.eval, precision=config.train.precision
+        embed_source,
+        crops=network.config.crops,
+        config=config.eval,
+        precision=config.train.precision,
+        labelled=False,
     )
     size = config.eval.batch_size
     bank = subset(images.bank.num_images, images.max_bank)
@@ -153,11 +155,11 @@ def _embedded(network: FrozenBackbone, config: Config, images: Images, where: Wh
         EmbedTask(work, source, [indices[start : start + size] for start in range(0, len(indices), size)])
         for source, indices in wanted
     ]
-    parts: list[list[Indexed]] = [[] for _ in tasks]
+    parts: list[list[Features]] = [[] for _ in tasks]
     embedded = embed_on_actors(ray.put(network), tasks, actors=where.actors, use_gpu=where.use_gpu)
     for number, part in embedded:
         parts[number].append(part)
-    *others, all_of_bank = (joined(of_task) for of_task in parts)
+    *others, all_of_bank = (merge(of_task) for of_task in parts)
     if others:
         return others[0], all_of_bank
     return all_of_bank.only(all_of_bank.indices[subset(len(all_of_bank.indices), _MOST_QUERIES)]), all_of_bank

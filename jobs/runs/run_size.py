@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from dinoray.jobs.cli.main import check_gpus, is_local
+from dinoray.models.counts import count
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.cluster.resources import ResourcesConfig
 from dinoray.pipeline.training.config import Schedule
@@ -46,7 +47,7 @@ def check_workers(config: Config) -> list[str]:
     parts = config.train.accumulate_steps
     fitting = _workers_that_fit(config.train.global_batch_size, parts, cores)
     line = (
-        f"resources.train_workers={workers} on {cores} CPU core{'' if cores == 1 else 's'} without a GPU: "
+        f"resources.train_workers={workers} on {count(cores, 'CPU core')} without a GPU: "
         f"workers share cores, which makes them slower; set resources.train_workers={fitting}"
     )
     if workers > 2 * cores:

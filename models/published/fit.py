@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from dinoray.models.backbone import embed_dim, image_layers
 from dinoray.models.errors import ConfigError
+from dinoray.models.input_channels import inflate_layers
 from dinoray.models.lora import without_adapters
 from dinoray.models.published.candidates import candidates, known_heads, vit_shape
-from dinoray.models.published.image_shape import check_grid, inflate_layers
+from dinoray.models.published.image_shape import check_grid
 
 _NOT_OF_BACKBONE = re.compile(
     r"(fc|head|head_dist|classifier|last_linear|pooler|decoder|predictor|projector|projection_head)\."

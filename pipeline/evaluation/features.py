@@ -51,12 +51,23 @@ class Shares(NamedTuple):
         return [part for of_rank in distributed.gather(list(parts)) for part in of_rank]
 
 
+_NO_INDICES = np.empty(0, np.int64)
+
+
 class Features(NamedTuple):
-    """Features float32 [n, D], their labels, and the number of unreadable images."""
+    """Features float32 [n, D], their labels, the number of unreadable images, and the images' indices int64 [n]."""
 
     features: NDArray[np.float32]
     labels: list[str]
     num_bad: int
+    indices: NDArray[np.int64] = _NO_INDICES
+    """In their source; empty where they are not known."""
+
+    def only(self, indices: NDArray[np.int64]) -> "Features":
+        """Return those of the images at `indices`."""
+        rows = np.flatnonzero(np.isin(self.indices, indices))
+        labels = [self.labels[row] for row in rows]
+        return Features(self.features[rows], labels, self.num_bad, self.indices[rows])
 
 
 BatchCallback = Callable[[NDArray[np.uint8], Features], None]
@@ -71,8 +82,8 @@ def eval_batches(
     batch_size: int,
     labelled: bool = True,
     cut: Cut | None = None,
-) -> Iterator[tuple[NDArray[np.uint8], list[str], int]]:
-    """Yield batches of (uint8 [n, size, size, 3], labels, number of unreadable images omitted).
+) -> Iterator[tuple[NDArray[np.uint8], list[str], int, NDArray[np.int64]]]:
+    """Yield batches of (uint8 [n, size, size, 3], labels, number of unreadable images omitted, indices of the others).
 
     `cut`: the resizing, if not DINO's. A missing label is "". If `labelled`, raises DataError for a readable image
     without a label.
@@ -81,7 +92,9 @@ def eval_batches(
     def prepare(image: NDArray[np.uint8], _: str) -> NDArray[np.uint8]:
         return eval_crop(image, size=size, **cut._asdict() if cut else {})
 
+    rest = iter(indices)
     for batch in load_batches(source, indices, prepare, batch_size=batch_size):
+        readable = [index for image, index in zip(batch, rest, strict=False) if image.pixels is not None]
         good = [image for image in batch if image.pixels is not None]
         unlabelled = [image.key for image in good if not (image.label or "").strip()]
         if unlabelled and labelled:
@@ -91,7 +104,8 @@ def eval_batches(
             )
         images = [image.pixels for image in good if image.pixels is not None]
         pixels = np.stack(images) if images else np.empty((0, size, size, source.config.channels), np.uint8)
-        yield pixels, [image.label or "" for image in good], len(batch) - len(good)
+        labels = [image.label or "" for image in good]
+        yield pixels, labels, len(batch) - len(good), np.array(readable, np.int64)
 
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -146,11 +160,11 @@ def embed_source(
     size = config.image_size or crops.global_crop_size
     cut, crops = (preprocessing.cut(size), preprocessing.normalise(crops)) if preprocessing else (None, crops)
     parts: list[Features] = []
-    for images, labels, num_bad in eval_batches(
+    for images, labels, num_bad, readable in eval_batches(
         source, indices.tolist(), size=size, batch_size=config.batch_size, labelled=labelled, cut=cut
     ):
         rows = embed(backbone, images, crops, precision=precision, forward=forward)
-        parts.append(Features(rows, labels, num_bad))
+        parts.append(Features(rows, labels, num_bad, readable))
         if on_batch:
             on_batch(images, parts[-1])
     return merge(parts)
@@ -160,7 +174,8 @@ def merge(parts: Sequence[Features]) -> Features:
     """Concatenate parts in their order."""
     rows = [p.features for p in parts if len(p.features)]
     features = np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
-    return Features(features, [x for p in parts for x in p.labels], sum(p.num_bad for p in parts))
+    labels, num_bad = [x for p in parts for x in p.labels], sum(p.num_bad for p in parts)
+    return Features(features, labels, num_bad, np.concatenate([_NO_INDICES, *(p.indices for p in parts)]))
 
 
 def embed_sharded(

@@ -5,36 +5,16 @@ and the images among which neighbours are sought (the bank) may be the same sour
 own. Axes: m queries, n bank images, D features, k neighbours.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.decode import eval_crop
-from dinoray.pipeline.data.loader import load_batches
-from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.evaluation.config import EvalConfig
-from dinoray.pipeline.evaluation.features import embed
+from dinoray.pipeline.evaluation.features import Features
 
 NUM_NEIGHBOURS = 8
 """k: as many as a row of the page has room for."""
 _BLOCK = 256  # queries
-
-
-class Indexed(NamedTuple):
-    """Features float32 [n, D] of the readable images of a source: their indices int64 [n], and labels, "" if none."""
-
-    indices: NDArray[np.int64]
-    features: NDArray[np.float32]
-    labels: list[str]
-
-    def only(self, indices: NDArray[np.int64]) -> "Indexed":
-        """Return those of the images at `indices`, which ascend."""
-        rows = np.flatnonzero(np.isin(self.indices, indices))
-        return Indexed(self.indices[rows], self.features[rows], [self.labels[row] for row in rows])
 
 
 class Nearest(NamedTuple):
@@ -53,43 +33,7 @@ class Change(NamedTuple):
     """Geometric mean of the places, from 1, that the neighbours had before, [m]."""
 
 
-def embed_indexed(
-    backbone: nn.Module,
-    source: Source,
-    indices: NDArray[np.int64],
-    *,
-    crops: CropsConfig,
-    config: EvalConfig,
-    precision: str,
-) -> Indexed:
-    """Return features of the readable images at `indices`, in their order."""
-    size = config.image_size or crops.global_crop_size
-    parts = [Indexed(np.empty(0, np.int64), np.empty((0, 0), np.float32), [])]
-    start = 0
-    for batch in load_batches(
-        source, indices.tolist(), lambda image, _: eval_crop(image, size=size), batch_size=config.batch_size
-    ):
-        good = [place for place, image in enumerate(batch) if image.pixels is not None]
-        images = [batch[place].pixels for place in good]
-        if images:
-            rows = embed(backbone, np.stack(images), crops, precision=precision)  # type: ignore[arg-type]
-            labels = [(batch[place].label or "").strip() for place in good]
-            parts.append(Indexed(indices[start + np.array(good)], rows, labels))
-        start += len(batch)
-    return joined(parts)
-
-
-def joined(parts: Sequence[Indexed]) -> Indexed:
-    """Concatenate parts in their order."""
-    rows = [part.features for part in parts if len(part.features)]
-    return Indexed(
-        np.concatenate([part.indices for part in parts]),
-        np.concatenate(rows) if rows else np.empty((0, 0), np.float32),
-        [label for part in parts for label in part.labels],
-    )
-
-
-def nearest(queries: Indexed, bank: Indexed, *, is_same: bool, k: int = NUM_NEIGHBOURS) -> Nearest:
+def nearest(queries: Features, bank: Features, *, is_same: bool, k: int = NUM_NEIGHBOURS) -> Nearest:
     """Return the k nearest images of the bank to each query by cosine, fewer if the bank is smaller.
 
     `is_same`: queries and bank are of one source, whose images are no neighbours of their own.
@@ -103,7 +47,7 @@ def nearest(queries: Indexed, bank: Indexed, *, is_same: bool, k: int = NUM_NEIG
     return Nearest(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
-def change(before: tuple[Indexed, Indexed], first: Nearest, then: Nearest, *, is_same: bool) -> Change:
+def change(before: tuple[Features, Features], first: Nearest, then: Nearest, *, is_same: bool) -> Change:
     """Return how the neighbours `first`, of queries and bank `before`, became `then`."""
     queries, bank = before
     units, places = unit(bank.features), []
@@ -131,10 +75,10 @@ def chosen_queries(
     return sample, moved[:each]
 
 
-def same_label(queries: Indexed, bank: Indexed, found: Nearest) -> NDArray[np.bool_] | None:
+def same_label(queries: Features, bank: Features, found: Nearest) -> NDArray[np.bool_] | None:
     """Return which neighbours [m, k] have the label of their query; None unless all queries and neighbours have one."""
-    labels = np.array(bank.labels)[found.rows]
-    own = np.array(queries.labels)[:, None]
+    labels = np.char.strip(bank.labels)[found.rows]
+    own = np.char.strip(queries.labels)[:, None]
     return labels == own if (labels != "").all() and (own != "").all() else None
 
 
@@ -144,7 +88,7 @@ def unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _cosines(
-    queries: Indexed, bank: Indexed, units: NDArray[np.float32], part: slice, *, is_same: bool
+    queries: Features, bank: Features, units: NDArray[np.float32], part: slice, *, is_same: bool
 ) -> NDArray[np.float32]:
     cosines = unit(queries.features[part]) @ units.T
     if is_same:

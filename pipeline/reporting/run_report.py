@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoray.models.counts import count
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
 from dinoray.pipeline.reporting.bad_images import bad_images, near_limit_warning, share
@@ -29,7 +30,7 @@ from dinoray.pipeline.reporting.page import (
 )
 from dinoray.pipeline.reporting.plots import Level
 from dinoray.pipeline.reporting.settings import settings, versions
-from dinoray.pipeline.reporting.summary import count, course, header, next_commands
+from dinoray.pipeline.reporting.summary import course, header, next_commands
 from dinoray.pipeline.reporting.throughput import cost_tiles, throughput_section
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory

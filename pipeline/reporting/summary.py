@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinoray.models.commands import command
+from dinoray.models.counts import count
 from dinoray.models.errors import DataError
 from dinoray.pipeline.reporting.page import Html, commands, escape, section
 from dinoray.pipeline.storage import run_dir
@@ -233,11 +234,6 @@ def _resume(run: Directory, values: Mapping[str, Any]) -> str:
             settings[key] = two.get("run")
     overrides = (f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())
     return command("pretrain", "--recipe", str(recipe.get("name")), *overrides)
-
-
-def count(number: float, what: str) -> str:
-    """1 step, 2 steps."""
-    return f"{number:.0f} {what}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

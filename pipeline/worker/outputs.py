@@ -61,12 +61,14 @@ class Outputs:
         self.begun_at = lines[0]["step"] if lines else state.step
         """The step at which the run began, or the first one that it has logged."""
         self._missing = missing_evaluations(lines)
+        self._gauges = Gauges(spec.name, total_steps=state.schedule.total_steps)
+        self._gauges.set_start(self.start or {})
         self._log = MetricsLog(
             spec.run,
             num_images=spec.num_images,
             first_step=state.step,
             resume_position=state.step * self._images_per_step,
-            others=[Gauges(spec.name, total_steps=state.schedule.total_steps), *trackers],
+            others=[self._gauges, *trackers],
             tell=self.note,
             writes=self._writes,
         )
@@ -131,6 +133,7 @@ class Outputs:
             self._evaluations.append({"step": step, **evaluated.scores})
             if step == self.begun_at:
                 self.start = self._evaluations[-1]
+                self._gauges.set_start(self.start)
             gain = gain_of(self.start, self._evaluations[-1]) if self.start else None
             self._log.log(step, evaluated.scores | ({"above_start": gain.difference} if gain else {}))
         # The report is made from the files in the run directory.

@@ -321,7 +321,7 @@ def test_an_address_where_nothing_is_fails(
     if not scheme:
         assert "6 images at" in told["contents"]
         assert "6 read: 6 JPEG" in told["images"]
-        assert told["next"].endswith(f"dinoray pretrain --recipe photos_small data.path={tmp_path}")
+        assert told["next"].endswith(f"dinoray pretrain data.path={tmp_path}")
 
 
 @pytest.mark.ray
@@ -335,3 +335,9 @@ def test_without_a_cluster_it_looks_at_this_machine(tmp_path: Path) -> None:
     assert {"open files", "disk", "CPUs", "object store", "CUDA"} <= found.keys()
     assert {Finding(**finding).verdict for finding in told["findings"]} <= {"ok", "warn"}
     assert not (tmp_path / "runs").exists()
+    (auto,) = [finding["text"] for finding in told["findings"] if finding["name"] == "auto"]
+    assert auto.startswith("6 images of 96 x 96 pixels (median), 3 channels; no GPU, ")
+    assert (
+        " backbone.name=resnet10t crops.global_crop_size=48 train.global_batch_size=2 train.epochs=" in auto
+    )
+    assert f"`dinoray pretrain data.path={path} {storage} --print-config` prints all choices" in auto

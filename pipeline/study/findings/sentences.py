@@ -6,6 +6,7 @@ Each function yields the sentences on one subject, or none if there is nothing t
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dinoray.models.counts import count
 from dinoray.pipeline.study.findings.agreement import Agreement
 from dinoray.pipeline.study.findings.ranking import Candidate, place_in, searched
 from dinoray.pipeline.study.findings.regions import collapse_regions, good_trials, ranges, short
@@ -71,11 +72,6 @@ def params_text(params: Mapping[str, Any], keys: Sequence[str]) -> str:
     return ", ".join(f"{key}={short(params[key])}" for key in keys if key in params)
 
 
-def plural(number: int, what: str) -> str:
-    """Format a count with its noun: 1 trial, 2 trials."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def listed(parts: Sequence[str]) -> str:
     """Format a list as `a, b and c`, truncated if it is long."""
     if len(parts) > _MAX_NAMES:
@@ -108,9 +104,9 @@ def counted(
         (counts["failed"], "failed with an error"),
         (counts["unfinished"], "unfinished"),
     ]
-    reruns = f" (including {plural(counts['reruns'], 'rerun')} with another seed)" if counts["reruns"] else ""
+    reruns = f" (including {count(counts['reruns'], 'rerun')} with another seed)" if counts["reruns"] else ""
     told = ", ".join(f"{number} {what}" for number, what in parts if number)
-    yield f"{plural(counts['all'], 'trial')}{reruns}: {told}."
+    yield f"{count(counts['all'], 'trial')}{reruns}: {told}."
 
 
 def best(tried: Sequence[TrialRecord], candidates: Sequence[Candidate], objective: str) -> Iterator[str]:
@@ -259,7 +255,7 @@ def open_questions(
     """Yield the questions that the study leaves open."""
     unfinished = sum(one.status == "unfinished" for one in tried)
     if unfinished:
-        yield f"Unfinished: {plural(unfinished, 'trial')}; these findings may change."
+        yield f"Unfinished: {count(unfinished, 'trial')}; these findings may change."
     if 0 < scored < least:
         yield f"Importance of settings: needs {least} trials with a score; there are {scored} so far."
     for key, domain in space.items() if best else ():

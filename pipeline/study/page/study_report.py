@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dinoray.models.commands import command
+from dinoray.models.counts import count
 from dinoray.models.settings import flatten
 from dinoray.pipeline.reporting.page import (
     Html,
@@ -27,7 +28,7 @@ from dinoray.pipeline.reporting.settings import versions
 from dinoray.pipeline.reporting.summary import duration
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.study.findings.regions import short
-from dinoray.pipeline.study.findings.sentences import metric_name, plural, result_text, score_text
+from dinoray.pipeline.study.findings.sentences import metric_name, result_text, score_text
 from dinoray.pipeline.study.findings.summary import Findings, findings
 from dinoray.pipeline.study.page.plots import (
     curve_charts,
@@ -178,7 +179,7 @@ def _remark(found: Findings) -> str:
     """The result in half a line."""
     counts = found.counts
     parts = [
-        plural(counts["all"], "trial"),
+        count(counts["all"], "trial"),
         f"{counts['stopped']} {'replaced' if found.is_population else 'early-stopped'}",
         f"{counts['collapsed']} collapsed",
     ]
@@ -191,14 +192,14 @@ def _remark(found: Findings) -> str:
 def _tiles(found: Findings) -> Iterator[tuple[str, str, str]]:
     counts, saving = found.counts, found.saving
     if found.best:
-        seeds = plural(len(found.best.scores), "seed")
+        seeds = count(len(found.best.scores), "seed")
         spread = result_text(found.objective, found.best).partition(" ± ")[2].partition(" over ")[0]
         remark = (
             f"± {spread}, {seeds}, trial {found.best.name}" if spread else f"{seeds}, trial {found.best.name}"
         )
         yield f"best {metric_name(found.objective)}", score_text(found.objective, found.best.mean), remark
     ties = (
-        f"{plural(len(found.ties), 'tie')} with the best"
+        f"{count(len(found.ties), 'tie')} with the best"
         if found.best and found.best.is_confirmed
         else "one seed each"
     )

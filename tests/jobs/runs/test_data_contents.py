@@ -30,9 +30,11 @@ class Clock:
         return self.now
 
 
-def look(path: object, *overrides: str, bound: Bound | None = None) -> dict[str, str]:
-    config = load_config("photos_small", None, [f"data.path={path}", *overrides])
-    lines = look_into_data(config, recipe="photos_small", overrides=overrides, bound=bound)
+def look(
+    path: object, *overrides: str, bound: Bound | None = None, recipe: str | None = "photos_small"
+) -> dict[str, str]:
+    config = load_config(recipe, None, [f"data.path={path}", *overrides])
+    lines, _ = look_into_data(config, recipe=recipe, overrides=overrides, bound=bound)
     return {line.name: f"{line.verdict} {line.text}" for line in lines}
 
 
@@ -79,6 +81,14 @@ def test_large_photos_are_to_be_shrunk(tmp_path: Path) -> None:
     assert f"{pack}, then `dinoray pretrain --recipe photos_small data.path=FOLDER`" in found["next"]
 
 
+def test_without_a_recipe_auto_is_to_choose(tmp_path: Path) -> None:
+    write_all(tmp_path, {f"{n}.jpg": encode(scene(900, 600), "JPEG") for n in range(2)})
+    assert look(tmp_path, recipe=None)["next"] == f"ok dinoray pretrain data.path={tmp_path}"
+    write_all(tmp_path, {f"{n}.jpg": encode(scene(1300, 900), "JPEG") for n in range(2)})
+    pack = f"`dinoray pack {tmp_path} --out FOLDER --shrink`, then `dinoray pretrain data.path=FOLDER`"
+    assert look(tmp_path, recipe=None)["next"].endswith(pack)
+
+
 def test_few_parquet_files_of_many_are_read_and_the_rest_is_estimated(tmp_path: Path) -> None:
     shard = parquet({"image": SMALL * 8, "label": ["a", "b"] * 16}, row_group_size=8)
     write_all(tmp_path, {f"{n:02d}.parquet": shard for n in range(10)})
@@ -115,6 +125,6 @@ def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
 def test_a_bucket_whose_listing_takes_too_long_is_estimated_by_its_folders(s3: S3Server, bucket: str) -> None:
     put_all(s3, bucket, {f"train/{n // 100:02d}/{n:04d}.jpg": SMALL[n % 4] for n in range(1100)})
     found = look(f"s3://{bucket}/train", bound=Bound(seconds=600))
-    assert "ok 1100 images in 11 class folders" in found["contents"]
+    assert "ok 1,100 images in 11 class folders" in found["contents"]
     found = look(f"s3://{bucket}/train", bound=Bound(seconds=0.5, clock=Clock()))
     assert "ok about 1,100 images: 1,000 in the first 91% of the folders" in found["contents"]

@@ -40,7 +40,7 @@ def test_how_parquet_of_others_is_shuffled_and_read_is_said_with_a_remedy(tmp_pa
         return found
 
     assert line_of("data.label_from_parent=true") == (
-        "reading: windows of 4000 images (0.43 MB), shuffled; a batch of 64 is from up to 40 row groups, 4 of 4 class "
+        "reading: windows of 4,000 images (0.43 MB), shuffled; a batch of 64 is from up to 40 row groups, 4 of 4 class "
         "folders; each byte is read 1.01 times"
     )
     plain = line_of("data.label_from_parent=false", "data.row_group_cache_bytes=40000")

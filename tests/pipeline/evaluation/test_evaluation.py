@@ -82,7 +82,7 @@ def test_another_preprocessing_takes_its_own_cut_mean_and_std(source: Source) ->
     crops = CROPS.model_copy(update={"pixel_mean": theirs.mean, "pixel_std": theirs.std})
     cut = Cut(64, Image.Resampling.BILINEAR)
     batches = eval_batches(source, range(9), size=32, batch_size=9, cut=cut)
-    side = [embed(seeded_backbone(), images, crops, precision="fp32") for images, _, _ in batches]
+    side = [embed(seeded_backbone(), images, crops, precision="fp32") for images, *_ in batches]
     assert rows == pytest.approx(rankme(np.concatenate(side)), rel=1e-5)
     assert rows != pytest.approx(rankme(features(source).features), rel=1e-3)
 
@@ -120,7 +120,7 @@ def test_with_pictures_some_images_are_embedded_with_labels_and_thumbnails(
     apart = {3: 3, 500: 1}[number]  # of nine
     np.testing.assert_array_equal(embedding.features, side.features[::apart])
     assert embedding.labels == side.labels[::apart]
-    crops = np.concatenate([images for images, _, _ in eval_batches(source, range(9), size=32, batch_size=2)])
+    crops = np.concatenate([images for images, *_ in eval_batches(source, range(9), size=32, batch_size=2)])
     np.testing.assert_array_equal(embedding.thumbnails, crops[::apart])  # 32 px as they are
 
 

@@ -57,7 +57,7 @@ def test_an_embedding_is_that_of_each_image_alone() -> None:
 def test_no_images_have_no_features() -> None:
     none = embed(seeded_backbone(), np.empty((0, 32, 32, 3), np.uint8), CROPS, precision="fp32")
     assert len(none) == 0
-    assert merge([Features(none, [], 2), features([[1.0]], "a", num_bad=1)])[1:] == (["a"], 3)
+    assert merge([Features(none, [], 2), features([[1.0]], "a", num_bad=1)])[1:3] == (["a"], 3)
     assert len(merge([]).features) == 0
 
 
@@ -104,6 +104,10 @@ def test_an_unreadable_image_is_left_out_and_counted(tmp_path: Path) -> None:
     assert result.num_bad == 2
     assert result.labels == ["dots"] * 2 + ["rings"] * 2 + ["stripes"] * 3
     assert len(result.features) == len(result.labels)
+    assert result.indices.tolist() == [1, 2, 3, 5, 6, 7, 8]
+    some = result.only(np.array([2, 4, 8]))  # of 4 there are no features
+    assert (some.indices.tolist(), some.labels) == ([2, 8], ["dots", "stripes"])
+    assert np.array_equal(some.features, result.features[[1, 6]])
 
 
 def test_an_image_without_a_label_is_named(source: Source, tmp_path: Path) -> None:
@@ -111,7 +115,7 @@ def test_an_image_without_a_label_is_named(source: Source, tmp_path: Path) -> No
     unlabelled = Source(config, load_or_build(config, Directory(str(tmp_path))))
     with pytest.raises(DataError, match=r"dots/0\.jpg has no label"):
         next(eval_batches(unlabelled, [0], size=32, batch_size=1))
-    _, labels, _ = next(eval_batches(unlabelled, [0], size=32, batch_size=1, labelled=False))
+    _, labels, *_ = next(eval_batches(unlabelled, [0], size=32, batch_size=1, labelled=False))
     assert labels == [""]
 
 

@@ -3,21 +3,16 @@
 import numpy as np
 import pytest
 
-from dinoray.pipeline.evaluation.neighbours import (
-    Indexed,
-    change,
-    chosen_queries,
-    joined,
-    nearest,
-    same_label,
-)
+from dinoray.pipeline.evaluation.features import Features
+from dinoray.pipeline.evaluation.neighbours import change, chosen_queries, nearest, same_label
 
 
-def at(*degrees: float, labels: str = "") -> Indexed:
+def at(*degrees: float, labels: str = "") -> Features:
     """Images 0, 1, ... whose features point there, each of another length; a letter of `labels` each."""
     angles = np.deg2rad(degrees)
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.arange(1, len(degrees) + 1)[:, None]
-    return Indexed(np.arange(len(degrees)), rows.astype(np.float32), [*labels] or [""] * len(degrees))
+    indices = np.arange(len(degrees))
+    return Features(rows.astype(np.float32), [*labels] or [""] * len(degrees), 0, indices)
 
 
 def test_the_nearest_images_have_the_largest_cosines() -> None:
@@ -63,12 +58,3 @@ def test_neighbours_are_right_where_all_images_have_labels() -> None:
     assert right is not None
     assert right.tolist() == [[True, False], [False, True]]
     assert same_label(at(0, 90), bank, found) is None
-
-
-def test_parts_are_joined_in_their_order() -> None:
-    whole = joined([at(0, 90, labels="ab"), at(), at(45, labels="c")])
-    assert (whole.indices.tolist(), whole.features.shape, whole.labels) == (
-        [0, 1, 0],
-        (3, 2),
-        ["a", "b", "c"],
-    )

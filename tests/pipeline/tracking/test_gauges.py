@@ -31,7 +31,11 @@ class Worker:
     def log(self, step, values):
         self.gauges.log(step, values)
 
+    def set_start(self, scores):
+        self.gauges.set_start(scores)
+
 worker = Worker.remote()
+ray.get(worker.set_start.remote({"step": 0, "knn_10": 0.3, "knn_20": 0.125}))
 ray.get(worker.log.remote(10, {"loss": math.nan, "images_per_second": 1.0}))
 ray.get(worker.log.remote(20, {"loss": 5.5, "images_per_second": 288.5, "verdict": "healthy", "lr": 0.1}))
 ray.get(worker.log.remote(10, {"knn_20": 0.25}))  # an evaluation that arrives after later steps
@@ -65,6 +69,7 @@ def test_prometheus_finds_the_newest_values_at_the_node() -> None:
         "ray_dinoray_loss": 5.5,
         "ray_dinoray_images_per_second": 288.5,
         "ray_dinoray_knn_20": 0.25,
+        "ray_dinoray_start_knn_20": 0.125,
     }
 
 

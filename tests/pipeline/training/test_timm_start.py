@@ -54,6 +54,32 @@ def test_weights_of_timm_are_those_that_timm_loads_for_these_crops(hub: Path, na
     assert len(resized) == ("vit" in name)
 
 
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_convnext.r160_in1k"])
+def test_pretrained_weights_get_other_channels_as_those_of_a_start_do(hub: Path, name: str) -> None:
+    publish(hub, name)
+    crops = {
+        "global_crop_size": 64,
+        "local_crop_size": 32,
+        "channels": 5,
+        "saturation": 0,
+        "hue": 0,
+        "gray_prob": 0,
+    }
+    pretrained, started = (
+        build_state(
+            tiny_config(backbone={"name": name, "kwargs": {}, "pretrained": is_pretrained}, crops=crops),
+            num_images=NUM_IMAGES,
+        )
+        for is_pretrained in (True, False)
+    )
+    load_initial_weights(started, read_weights(f"timm:{name}"), "backbone")
+    for ours, theirs in zip(
+        *((s.dino.student.backbone, s.dino.teacher.backbone) for s in (pretrained, started)), strict=True
+    ):
+        theirs_by_name = theirs.state_dict()
+        assert all(torch.equal(value, theirs_by_name[key]) for key, value in ours.state_dict().items())
+
+
 def test_weights_that_are_not_in_the_cache_are_named_with_a_remedy(hub: Path) -> None:
     with pytest.raises(
         DataError, match=r"^init.from=timm:test_vit: .* init.from=FILE backbone.name=test_vit$"

@@ -31,6 +31,7 @@ def outputs_from(step: int, **spec: Any) -> Outputs:
     values: dict[str, Any] = {
         "_spec": SimpleNamespace(check_fence=Mock(), health=health, starts_from_weights=True, **spec),
         "_log": Mock(),
+        "_gauges": Mock(),
         "_channel": Mock(),
         "_evaluations": [],
         "_grace_steps": 20,
@@ -48,6 +49,7 @@ def test_later_evaluations_are_logged_beside_the_start_and_judged_by_it() -> Non
         outputs.log_evaluation(step, Evaluation({"knn_20": knn, "num_val": 100}, None, None))
         assert outputs.regression is None  # step 15 is before the grace
     logged = [call.args for call in outputs._log.log.call_args_list]  # type: ignore[attr-defined]
+    outputs._gauges.set_start.assert_called_once_with(outputs.start)  # type: ignore[attr-defined]
     assert logged[0] == (5, {"knn_20": 0.5, "num_val": 100, "above_start": 0.0})
     assert [values["above_start"] for _, values in logged[1:]] == pytest.approx([-0.2, 0.25])
     outputs.log_evaluation(35, Evaluation({"knn_20": 0.3, "num_val": 100}, None, None))
