@@ -80,7 +80,7 @@ def choose_for_run(config: Config, asked: Asked, run: Directory) -> Config:
 
     manifest = load_or_build(config.data, run, storage=config.storage)
     with listed_anew(run):
-        check_more_than_one(config, manifest.num_images)
+        check_more_than_one(config, manifest.num_images, manifest.ignored)
     chosen = choose_by(look(config, manifest), asked)
     kept = {"facts": chosen.facts._asdict(), "choices": [choice._asdict() for choice in chosen.choices]}
     run.write(run_dir.CHOICES, json.dumps(kept, indent=1).encode())

@@ -18,7 +18,7 @@ from dinoray.pipeline.data.ignored import ignored_line
 from dinoray.pipeline.data.image_facts import decode_whole, open_any
 from dinoray.pipeline.data.samples import as_rgb
 from dinoray.pipeline.data.source import Source
-from dinoray.pipeline.data.statistics import DataStatistics, evenly
+from dinoray.pipeline.data.statistics import evenly
 from dinoray.pipeline.export.packing_facts import Repeats, TableFacts
 from dinoray.pipeline.export.packing_plan import Plan
 from dinoray.pipeline.export.parquet_parts import LEFT_OUT, QUARANTINE, part_name
@@ -28,7 +28,6 @@ from dinoray.pipeline.storage.files import Directory, filesystem
 
 PAGE, DUPLICATES = PACKED_PAGE, "_about/duplicates.jsonl"
 _SAMPLES, _EXACT_PAIRS, _NEAR_PAIRS = 24, 3, 9
-_COUNTED = ("format", "channels", "width", "height", "num_bytes", "low", "high", "mean", "label")
 
 
 class PackedImages(NamedTuple):
@@ -71,9 +70,6 @@ def finish_table(
 ) -> Mapping[str, Any]:
     """Write the list of duplicates and the page, and return the numbers of duplicates for the summary."""
     table, num_other_label = _list_duplicates(out, packed.facts, repeats, left_out)
-    statistics = DataStatistics()
-    for counted in packed.facts.tables(_COUNTED):
-        statistics.add(counted)
     num_exact = int(repeats.is_exact.sum())
     counts = {"exact_duplicates": num_exact, "near_duplicates": len(repeats.places) - num_exact}
     manifest = source.manifest
@@ -84,7 +80,7 @@ def finish_table(
         about=about,
         num_images=summary["rows_in"],
         num_packed=summary["rows_out"],
-        statistics=statistics,
+        statistics=packed.facts.statistics,
         bad=[json.loads(line) for line in out.read(QUARANTINE).splitlines()],
         bad_file=out.join(QUARANTINE),
         ignored=ignored,

@@ -77,7 +77,7 @@ def _pretrain(
     num_images = inputs.images.num_images
     if not run.exists(run_dir.CONFIG):
         with listed_anew(run):
-            check_images(config, num_images)
+            check_images(config, num_images, inputs.images.manifest.ignored)
     warnings += [*length_warnings(config, num_images), *warmup_warnings(config, num_images)]
     algorithm, weights, reasons = what_is_learnt(config, run, num_images=num_images, measured=inputs.measured)
     about_data = [*data_lines(inputs.images), describe_evaluation(inputs, config.eval)]

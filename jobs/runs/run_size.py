@@ -5,7 +5,7 @@ Every line names a setting, its value, the rule, and a value that ends the error
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from dinoray.jobs.cli.main import check_gpus, is_local
 from dinoray.models.counts import count
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.cluster.resources import ResourcesConfig
+from dinoray.pipeline.data.ignored import Ignored, ignored_line
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.worker.config import Config
 
@@ -55,22 +56,22 @@ def check_workers(config: Config) -> list[str]:
     return [line]
 
 
-def check_more_than_one(config: Config, num_images: int) -> None:
-    """ConfigError for a single image."""
+def check_more_than_one(config: Config, num_images: int, ignored: Sequence[Ignored] = ()) -> None:
+    """ConfigError for a single image, which says what is `ignored` beside it: that may be the images."""
     if num_images < 2:
         raise ConfigError(
-            f"{config.data.address} holds 1 image, but pretraining needs at least 2; add images"
+            f"{config.data.address} holds 1 image, but pretraining needs at least 2; add images{_beside(ignored)}"
         )
 
 
-def check_images(config: Config, num_images: int) -> None:
-    """ConfigError where a batch holds an image more than once."""
+def check_images(config: Config, num_images: int, ignored: Sequence[Ignored] = ()) -> None:
+    """ConfigError where a batch holds an image more than once, which says what is `ignored` beside them."""
     batch, workers, parts = (
         config.train.global_batch_size,
         config.resources.most_workers,
         config.train.accumulate_steps,
     )
-    check_more_than_one(config, num_images)
+    check_more_than_one(config, num_images, ignored)
     if batch <= num_images:
         return
     unit = workers * parts
@@ -84,7 +85,13 @@ def check_images(config: Config, num_images: int) -> None:
     raise ConfigError(
         f"train.global_batch_size={batch} is more than the {num_images} images of {config.data.address}, so "
         f"a batch would hold an image up to {math.ceil(batch / num_images)} times; set {remedy}, or add images"
+        f"{_beside(ignored)}"
     )
+
+
+def _beside(ignored: Sequence[Ignored]) -> str:
+    line = ignored_line(ignored)
+    return "" if line is None else f" ({line})"
 
 
 def length_warnings(config: Config, num_images: int, *, epochs_setting: str = "train.epochs") -> list[str]:

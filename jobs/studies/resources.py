@@ -1,7 +1,7 @@
 """What a study takes of a cluster, or of a Ray of its own, from its config; what a trial that was lost had taken."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dinoray.jobs.cli.main import is_local
 from dinoray.jobs.runs.run_size import check_images, length_warnings
@@ -9,6 +9,7 @@ from dinoray.jobs.studies.config import StudyConfig, trial_config
 from dinoray.jobs.studies.trial import CLOCK
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.pipeline.data.ignored import Ignored
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.study.findings.ranking import number_of
 from dinoray.pipeline.study.search.plan import StudyPlan, local_cpus, plan_study
@@ -28,9 +29,11 @@ def check_growth(config: StudyConfig, *, is_local: bool) -> None:
         )
 
 
-def check_study_size(config: StudyConfig, space: Space, num_images: int) -> list[str]:
+def check_study_size(
+    config: StudyConfig, space: Space, num_images: int, ignored: Sequence[Ignored] = ()
+) -> list[str]:
     """Warnings about trials of few images or steps. ConfigError where a batch would hold an image more than once."""
-    check_images(config, num_images)
+    check_images(config, num_images, ignored)
     batches = space.get("train.global_batch_size")
     largest = 0 if batches is None else max(batches.values)
     if largest > num_images:

@@ -53,7 +53,7 @@ def _search(
     draw_demo(config, console)
     inputs = Inputs.open(config, directory)
     if not directory.exists(run_dir.CONFIG):
-        warnings += check_study_size(config, space, inputs.images.num_images)
+        warnings += check_study_size(config, space, inputs.images.num_images, inputs.images.manifest.ignored)
     has_labels = inputs.labelled is not None or inputs.mismatch is not None
     objective = objective_of(config, space, labelled=has_labels)
     if inputs.mismatch and inputs.mismatch.is_disjoint and objective.metric.startswith("knn"):

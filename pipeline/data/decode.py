@@ -8,6 +8,7 @@ never by file name, and there is one rule for all who decode:
     OpenCV    PNG and WebP without transparency, PNG of 16 bits
     tiff.py   TIFF of more than 8 bits, of bands, or with channels beside gray or RGB; pages as channels
     npy.py    arrays of numpy
+    netpbm.py PGM, PPM and PAM
     Pillow    the rest, and a second chance where the others refuse
 
 None of them turns a picture: orientation.py does, for all. Only Pillow turns a TIFF itself.
@@ -20,14 +21,14 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decoder_process import decode_apart
 from dinoray.pipeline.data.jpeg_segments import check_scans
-from dinoray.pipeline.data.netpbm import decode_netpbm
+from dinoray.pipeline.data.netpbm import decode_netpbm, decode_pam, is_deep_pam, is_pam
 from dinoray.pipeline.data.npy import is_deep_npy, is_npy, open_npy
 from dinoray.pipeline.data.orientation import (
     orientation_in,
@@ -37,9 +38,16 @@ from dinoray.pipeline.data.orientation import (
     valid_orientation,
 )
 from dinoray.pipeline.data.pillow import decode_pillow, open_pillow
-from dinoray.pipeline.data.png_chunks import bare_png, has_alpha_and_gray, is_16_bit
+from dinoray.pipeline.data.png_chunks import bare_png, has_alpha_and_gray, is_16_bit, transparent_gray
 from dinoray.pipeline.data.samples import Samples, to_pixels
-from dinoray.pipeline.data.tiff import MAX_CHANNELS, decode_page, is_pillows, is_readable
+from dinoray.pipeline.data.tiff import (
+    MAX_CHANNELS,
+    decode_page,
+    is_pillows,
+    is_readable,
+    is_subsampled,
+    not_read,
+)
 from dinoray.pipeline.data.tiff_pages import Page, is_tiff, read_pages
 from dinoray.pipeline.data.turbo import decode_turbo, turbo_size
 
@@ -73,15 +81,17 @@ def read_samples(
     data: bytes, *, max_pixels: int, min_side: int = 1, config: PixelsConfig = _DEFAULTS
 ) -> Samples:
     """Decode an image file into its samples of whatever depth and channels, upright. Raises as `decode` does."""
-    if is_npy(data):
-        samples = open_npy(data)
+    if is_npy(data) or is_pam(data):
+        samples = open_npy(data) if is_npy(data) else decode_pam(data)
         check_size(samples.values.shape[1], samples.values.shape[0], max_pixels=max_pixels, min_side=min_side)
         return samples
     if is_tiff(data):
         pages = _chosen(read_pages(data), config)
         if config.page != 0 or not is_pillows(pages[0]) or (config.channels != 3 and is_readable(pages[0])):
             return _joined([_decode_tiff(data, page, max_pixels, min_side) for page in pages])
-    header = open_pillow(data)
+        header = _open_tiff(data, pages[0])
+    else:
+        header = open_pillow(data)
     width, height = header.size
     check_size(width, height, max_pixels=max_pixels, min_side=min_side)
     if header.format in ("JPEG", "MPO"):
@@ -109,6 +119,8 @@ def is_deep(data: bytes) -> bool:
     try:
         if is_npy(data):
             return is_deep_npy(data)
+        if is_pam(data):
+            return is_deep_pam(data)
         if is_tiff(data):
             return read_pages(data)[0].bits > 8
         header = open_pillow(data)
@@ -182,6 +194,20 @@ def _decode_tiff(data: bytes, page: Page, max_pixels: int, min_side: int) -> Sam
     )
 
 
+def _open_tiff(data: bytes, page: Page) -> Image.Image:
+    if is_subsampled(page):  # Pillow takes it for cut off
+        raise BadImage(not_read(page))
+    try:
+        header = open_pillow(data)
+    except BadImage as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            raise BadImage(not_read(page)) from error
+        raise
+    if header.mode == "LAB":
+        raise BadImage(not_read(page))
+    return header
+
+
 def _chosen(pages: list[Page], config: PixelsConfig) -> list[Page]:
     if config.page == "channels":
         if len(pages) > MAX_CHANNELS:
@@ -208,13 +234,16 @@ def _upright(samples: Samples, orientation: int) -> Samples:
 
 def _decode_opencv(data: bytes, header: Image.Image) -> Samples | None:
     """Decode a file that OpenCV decodes correctly, as stored; None for others, and for those that it refuses."""
-    if header.format == "PNG" and (is_16_bit(data) or _is_plain(header)):
+    if header.format == "PNG" and (is_16_bit(data) or _is_plain(header) or header.mode in ("1", "L")):
         bare = bare_png(data)
         if bare is None:
             return None
         if is_16_bit(data):
-            return _deep_png(bare)
-        return _read(bare, cv2.IMREAD_COLOR_RGB if header.mode == "RGB" else cv2.IMREAD_GRAYSCALE)
+            samples = _deep_png(bare)
+        else:
+            samples = _read(bare, cv2.IMREAD_COLOR_RGB if header.mode == "RGB" else cv2.IMREAD_GRAYSCALE)
+        level = transparent_gray(data)
+        return samples if samples is None or level is None else _with_transparent(samples, level)
     if header.format == "WEBP" and _is_plain(header):
         return _read(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     return None
@@ -242,6 +271,13 @@ def _deep_png(data: bytes) -> Samples | None:
     if has_alpha_and_gray(data):
         return Samples(np.ascontiguousarray(values[..., [0, 3]]), 1, has_alpha=True)
     return Samples(values, 3, has_alpha=True)
+
+
+def _with_transparent(gray: Samples, level: int) -> Samples:
+    """Return a gray picture with the alpha that its transparent level means."""
+    full = np.iinfo(gray.values.dtype).max
+    alpha = np.where(gray.values == level, 0, full).astype(gray.values.dtype)
+    return Samples(np.concatenate([gray.values, alpha], axis=2), 1, has_alpha=True)
 
 
 def _may_be_slow(header: Image.Image) -> bool:

@@ -16,10 +16,11 @@ from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decode import is_deep, read_samples
 from dinoray.pipeline.data.jpeg import DENOMINATORS, Decoded, Encoded, Pixels, open_image
+from dinoray.pipeline.data.netpbm import decode_pam, is_pam
 from dinoray.pipeline.data.npy import is_npy, open_npy
 from dinoray.pipeline.data.pillow import open_pillow
 from dinoray.pipeline.data.samples import as_rgb, to_pixels
-from dinoray.pipeline.data.tiff import is_pillows
+from dinoray.pipeline.data.tiff import channels_in_words, is_pillows
 from dinoray.pipeline.data.tiff_pages import is_tiff, read_pages
 
 SMALL_SIDE, SMALL_BYTES = 8, 192
@@ -143,15 +144,14 @@ def _header(data: bytes, pixels: Pixels) -> tuple[str, str]:
     """Return the format and the channels of a file; those of its pixels if Pillow does not read its header."""
     if is_npy(data):
         array = open_npy(data).values
-        return "NPY", f"{_number_of(array.shape[2])}, {array.dtype}"
+        return "NPY", f"{channels_in_words(array.shape[2])}, {array.dtype}"
+    if is_pam(data):
+        array = decode_pam(data).values
+        return "PAM", f"{channels_in_words(array.shape[2])}, {array.dtype}"
     if is_tiff(data) and not is_pillows(page := read_pages(data)[0]):
-        return "TIFF", f"{_number_of(page.num_channels)}, {page.bits} bits"
+        return "TIFF", f"{channels_in_words(page.num_channels)}, {page.bits} bits"
     try:
         header = open_pillow(data)
     except BadImage:
-        return "other", _number_of(pixels.shape[2])
+        return "other", channels_in_words(pixels.shape[2])
     return header.format or "other", _MODES.get(header.mode, header.mode)
-
-
-def _number_of(channels: int) -> str:
-    return "1 channel" if channels == 1 else f"{channels} channels"

@@ -28,9 +28,10 @@ from typing import Any
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.bounds import Bound
-from dinoray.pipeline.data.choosing import read_image_list
+from dinoray.pipeline.data.choosing import ImageList, read_image_list
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import (
+    Contents,
     choose_listed,
     labelled_parts,
     list_contents,
@@ -122,42 +123,16 @@ def build_manifest(
     if config.mix:
         listed = [_list_source(one, storage, parts) for one in config.each_source]
         return Manifest.mixture(config, listed)
-    patient = Patient(storage.give_up_after_seconds)
     path = normal_uri(config.path)
-    contents = list_contents(
-        config, setting=setting, retry_later=patient, storage=storage, parts=parts, bound=bound
-    )
-    contents = without_logs(contents)
-    image_list = None if config.image_list is None else read_image_list(config, config.image_list)
-    if image_list is not None:
-        contents = choose_listed(contents, image_list)
-    else:
-        contents = look_into(contents, config, storage)
-    num_images, num_shards, num_tars = (
-        table.num_rows for table in (contents.images, contents.shards, contents.tars)
-    )
-    beside = num_images or num_tars
-    has_addresses = num_shards > 0 and config.uri_column not in (AUTO, None)
-    if beside and num_shards and not has_addresses and not hold_images(shards_of(contents, storage)):
-        contents, num_shards = without_shards(contents), 0  # they are metadata about the images
-    if has_addresses:
-        num_images = 0  # the shards say which of them
-    kinds = {"images": num_images, "Parquet shards": num_shards, "tar files": num_tars}
-    if len(mixed := [f"{number} {kind}" for kind, number in kinds.items() if number]) > 1:
-        exclude = "*.parquet" if num_shards else "*.tar"
-        raise ConfigError(
-            f"{setting}={path} holds {' and '.join(mixed)}; leave out one kind with data.exclude='{exclude}', or point "
-            f"{setting} at a folder with one kind"
-        )
-    if not beside and not num_shards:
-        raise no_images(contents, path, setting=setting)
+    image_list, contents = _list_chosen(config, storage, setting=setting, parts=parts, bound=bound)
+    contents = _of_one_kind(contents, config, storage, setting=setting)
     ignored, listed_notes = contents.ignored(), [*contents.notes, *note_on_logs(contents)]
-    if num_shards:
+    if contents.shards.num_rows:
         kept = list_shards(config, path, contents, storage)
-        if has_addresses:
+        if _has_addresses(config):
             unnamed = contents.images.num_rows - kept.num_listed
             ignored = (*ignored, *from_counts({UNADDRESSED: unnamed}))
-    elif num_tars:
+    elif contents.tars.num_rows:
         kept = list_members(config, path, contents, storage)
     else:
         columns = dict(zip(contents.images.column_names, contents.images.columns, strict=True))
@@ -175,6 +150,53 @@ def build_manifest(
     manifest = Manifest(kept.table, kept.kind, *found, kept.rows_per_group, ignored)
     logger.info("%s: %d images, %d other objects ignored", path, manifest.num_images, num_ignored)
     return manifest
+
+
+def _list_chosen(
+    config: DataConfig,
+    storage: StorageConfig,
+    *,
+    setting: str,
+    parts: ListingParts | None,
+    bound: Bound | None,
+) -> tuple[ImageList | None, Contents]:
+    """List `config.path`; return `config.image_list`, if it is set, and what it or the content of files chooses."""
+    patient = Patient(storage.give_up_after_seconds)
+    contents = list_contents(
+        config, setting=setting, retry_later=patient, storage=storage, parts=parts, bound=bound
+    )
+    contents = without_logs(contents)
+    if config.image_list is None:
+        return None, look_into(contents, config, storage)
+    image_list = read_image_list(config, config.image_list)
+    return image_list, choose_listed(contents, image_list)
+
+
+def _of_one_kind(contents: Contents, config: DataConfig, storage: StorageConfig, *, setting: str) -> Contents:
+    """Return the contents without Parquet that is about images beside it. Raises if no kind, or several, are left."""
+    path = normal_uri(config.path)
+    num_images, num_tars = contents.images.num_rows, contents.tars.num_rows
+    has_addresses = contents.shards.num_rows > 0 and _has_addresses(config)
+    is_beside = contents.shards.num_rows > 0 and (num_images or num_tars) and not has_addresses
+    if is_beside and not hold_images(shards_of(contents, storage)):
+        contents = without_shards(contents)  # they are metadata about the images
+    num_shards = contents.shards.num_rows
+    if has_addresses:
+        num_images = 0  # the shards say which of them
+    kinds = {"images": num_images, "Parquet shards": num_shards, "tar files": num_tars}
+    if len(mixed := [f"{number} {kind}" for kind, number in kinds.items() if number]) > 1:
+        exclude = "*.parquet" if num_shards else "*.tar"
+        raise ConfigError(
+            f"{setting}={path} holds {' and '.join(mixed)}; leave out one kind with data.exclude='{exclude}', or point "
+            f"{setting} at a folder with one kind"
+        )
+    if not mixed:
+        raise no_images(contents, path, setting=setting)
+    return contents
+
+
+def _has_addresses(config: DataConfig) -> bool:
+    return config.uri_column not in (AUTO, None)
 
 
 def _list_source(config: DataConfig, storage: StorageConfig, parts: ListingParts | None) -> Manifest:

@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif"),
         *(".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif"),
-        *(".ppm", ".pgm", ".pbm", ".pnm"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".pam"),
         *(HEIF_SUFFIXES if HEIF_IS_READ else ()),
     }
 )
@@ -46,7 +46,6 @@ UNREAD_IMAGES = frozenset(
             ".exr",
             ".hdr",
             ".pfm",
-            ".pam",
             ".dds",
             ".qoi",
         ),

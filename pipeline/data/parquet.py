@@ -99,13 +99,11 @@ def row_groups(footer: PartFooter, *, image_column: str, other_columns: Sequence
 
 def text_leaves(schema: pa.Schema, columns: Sequence[str], uri: str) -> dict[str, Leaf]:
     """Return the leaves of those columns that a shard has. Raises MisfitShard if one holds no text."""
-    """Return those of the columns that the shard has. Raises MisfitShard if one is nested or there twice."""
     return {column: text_leaf(schema, column, uri) for column in columns if has_column(schema, column)}
 
 
 def chunks_of(group: pq.RowGroupMetaData, leaves: Sequence[Leaf]) -> list[pq.ColumnChunkMetaData]:
     """Return what a footer says of these leaves in a row group. Raises CorruptShard if its names are no text."""
-    """Return what the footer notes of these columns in a row group. Raises CorruptShard."""
     wanted = {leaf.name for leaf in leaves}
     chunks = (group.column(number) for number in range(group.num_columns))
     try:
@@ -203,7 +201,6 @@ def footer_of(file: Any, uri: str) -> pq.FileMetaData:
 
 def parquet_file(file: Any, metadata: pq.FileMetaData | None = None, **options: Any) -> pq.ParquetFile:
     """Open a file whose pages are checked as they are read; with `metadata`, its footer is not read."""
-    """Return an open shard as pyarrow reads it, with the checksums of its pages compared."""
     return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, **options)
 
 
@@ -212,7 +209,6 @@ def open_shard(
     uri: str, num_bytes: int, retry: Retry, access: Access, etag: str | None = None
 ) -> Iterator[Any]:
     """Open a shard for reading. Errors within the block are raised as what they say of the shard, or of its storage."""
-    """Open a shard. What pyarrow raises within the block is raised as the error that it means."""
     file = None
     try:
         if is_s3(uri):

@@ -20,6 +20,23 @@ def has_alpha_and_gray(data: bytes) -> bool:
     return data[25:26] == b"\x04"
 
 
+def transparent_gray(data: bytes) -> int | None:
+    """Return the level, among 8 or 16 bits, that is transparent in a gray PNG; None without one, or with colours.
+
+    Pillow compares the level of a file of 2 or 4 bits with pixels of 8.
+    """
+    bits = data[24]
+    if data[25] != 0:
+        return None
+    for kind, start, end in _chunks(data):
+        if kind == b"tRNS" and end - start >= 2:
+            level = int.from_bytes(data[start : start + 2], "big") & ((1 << bits) - 1)
+            return level * 255 // ((1 << bits) - 1) if bits < 8 else level
+        if kind == b"IDAT":
+            break
+    return None
+
+
 def bare_png(data: bytes) -> bytes | None:
     """Return a PNG with only the chunks that decide its pixels; None if one of them is missing or damaged.
 

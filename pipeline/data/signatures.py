@@ -12,7 +12,7 @@ HEAD_BYTES = 265
 """Bytes of a file that suffice: the mark of a tar file lies behind its first name."""
 _IMAGE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|II\+\0|MM\0\+"
-    rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n|P[1-6][ \t\r\n#]|.{4}ftypavi[fs]",
+    rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n|P[1-7][ \t\r\n#]|.{4}ftypavi[fs]",
     re.DOTALL,
 )
 _HEIF = re.compile(rb".{4}ftyp(?:hei[cxms]|hevc|mif1|msf1)", re.DOTALL)

@@ -17,7 +17,16 @@ from PIL import Image
 from dinoray.models.errors import one_line
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.samples import Samples
-from dinoray.pipeline.data.tiff_pages import BLACK_IS_ZERO, FLOAT, RGB, SIGNED, UNSIGNED, WHITE_IS_ZERO, Page
+from dinoray.pipeline.data.tiff_pages import (
+    BLACK_IS_ZERO,
+    FLOAT,
+    RGB,
+    SIGNED,
+    UNSIGNED,
+    WHITE_IS_ZERO,
+    YCBCR,
+    Page,
+)
 
 Values = npt.NDArray[Any]
 
@@ -31,6 +40,21 @@ _MULTIPLIED = 1
 _ALPHA = (_MULTIPLIED, 2, 999)
 """Kinds of extra channel that are alpha; 999 is of an old Corel Draw."""
 _KINDS = {UNSIGNED: "u", SIGNED: "i", FLOAT: "f"}
+_PHOTOMETRIC = {
+    WHITE_IS_ZERO: "gray",
+    BLACK_IS_ZERO: "gray",
+    RGB: "RGB",
+    3: "a palette",
+    4: "a mask",
+    5: "CMYK",
+    YCBCR: "YCbCr",
+    8: "CIELab",
+    9: "ICCLab",
+    10: "ITULab",
+    32803: "a colour filter array",
+    32844: "LogL",
+    32845: "LogLuv",
+}
 
 
 def is_readable(page: Page) -> bool:
@@ -55,13 +79,36 @@ def is_pillows(page: Page) -> bool:
     )
 
 
+def channels_in_words(number: int) -> str:
+    """Return the number of channels with its noun."""
+    return "1 channel" if number == 1 else f"{number} channels"
+
+
+def is_subsampled(page: Page) -> bool:
+    """Return True for colours of fewer pixels than the picture, stored without compression."""
+    return (
+        page.photometric == YCBCR
+        and page.compression == _NONE
+        and sum(page.num_bytes) < page.width * page.height * page.num_channels
+    )
+
+
+def not_read(page: Page) -> str:
+    """Return the reason why a page is a bad image that neither `decode_page` nor Pillow reads."""
+    colours = _PHOTOMETRIC.get(page.photometric, f"photometric {page.photometric}")
+    return (
+        f"TIFF of a kind that is not read: {colours}, {channels_in_words(page.num_channels)} of {page.bits} bits, "
+        f"compression {page.compression}; save it as RGB or gray"
+    )
+
+
 def decode_page(data: bytes, page: Page) -> Samples:
     """Decode a page as it is stored, not turned upright. Raises BadImage if it is damaged or of a kind not read."""
     if page.num_channels > MAX_CHANNELS:
         raise BadImage(f"{page.num_channels} channels; at most {MAX_CHANNELS} are read")
     if page.compression not in (_NONE, _DEFLATE, _OLD_DEFLATE, *_BY_PILLOW):
         raise BadImage(
-            f"TIFF of {page.num_channels} channels of {page.bits} bits with compression {page.compression}; "
+            f"TIFF of {channels_in_words(page.num_channels)} of {page.bits} bits with compression {page.compression}; "
             "write it with deflate, LZW or ZSTD"
         )
     dtype = _dtype(page)

@@ -18,11 +18,15 @@ from dinoray.pipeline.data import image_facts
 from dinoray.pipeline.data.duplicates import Indices, find_exact, find_near
 from dinoray.pipeline.data.fetched import Fetched
 from dinoray.pipeline.data.image_facts import ImageFacts, facts_table
+from dinoray.pipeline.data.statistics import DataStatistics
 from dinoray.pipeline.export.parquet_parts import facts_name, part_name
 from dinoray.pipeline.storage.files import Directory, MissingObject
 
 _OF_SOURCE = pa.schema({"row": pa.int64(), "key": pa.string(), "label": pa.string()})
+_SCHEMA = pa.schema([*_OF_SOURCE, *image_facts.SCHEMA])
 _AT_ONCE = 16
+_OF_REPEATS = ("digest", "difference_hash")
+_COUNTED = ("format", "channels", "width", "height", "num_bytes", "low", "high", "mean", "label")
 KEEP, EXACT, NEAR = "keep", "exact", "near"
 """Which duplicates are left out: none, those with the same bytes, or those that nearly are the same picture too."""
 
@@ -44,7 +48,7 @@ class PartFacts:
         columns = zip(*self._images, strict=True) if self._images else ((), (), ())
         arrays = [pa.array(values, field.type) for values, field in zip(columns, _OF_SOURCE, strict=True)]
         facts = facts_table(self._facts)
-        table = pa.table([*arrays, *facts.columns], schema=pa.schema([*_OF_SOURCE, *image_facts.SCHEMA]))
+        table = pa.table([*arrays, *facts.columns], schema=_SCHEMA)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         out.write(facts_name(part), sink.getvalue().to_pybytes())
@@ -64,14 +68,24 @@ class Repeats(NamedTuple):
 
 
 class TableFacts:
-    """The facts about all images of a table. Their places are in the order in which the parts are listed and read."""
+    """The facts about all images of a table. Their places are in the order in which the parts are listed and read.
+
+    All files are read once, at the start; kept are 32 bytes an image, and what is counted.
+    """
 
     def __init__(self, out: Directory, num_parts: int) -> None:
         self._out = out
         self._parts = sorted(range(num_parts), key=part_name)  # as a manifest of the parts is sorted
-        found = [table["row"].to_numpy() for table in self.tables(["row"])]
-        self._ends = np.cumsum([len(rows) for rows in found])
-        self.rows: Indices = np.concatenate(found) if found else np.empty(0, np.int64)
+        self.statistics = DataStatistics()
+        rows, digests, hashes = [], [np.empty((0, 2), np.uint64)], [np.empty(0, np.uint64)]
+        for table in self.tables(["row", *_OF_REPEATS, *_COUNTED]):
+            rows.append(table["row"].to_numpy())
+            digests.append(_as_numbers(table["digest"]))
+            hashes.append(table["difference_hash"].to_numpy())
+            self.statistics.add(table)
+        self._ends = np.cumsum([len(some) for some in rows])
+        self._digests, self._hashes = np.concatenate(digests), np.concatenate(hashes)
+        self.rows: Indices = np.concatenate(rows) if rows else np.empty(0, np.int64)
         """The row of the source's manifest of each image."""
 
     def __len__(self) -> int:
@@ -97,7 +111,7 @@ class TableFacts:
             for number, table in zip(numbers.tolist(), tables, strict=True)
         ]
         if not found:
-            return self._read(self._parts[0], columns).slice(0, 0)
+            return _SCHEMA.empty_table().select(list(columns))
         return pa.concat_tables(found).take(np.searchsorted(wanted, places))
 
     def part_of(self, place: int) -> tuple[int, int]:
@@ -107,20 +121,14 @@ class TableFacts:
 
     def repeats(self) -> Repeats:
         """Find the images that repeat an earlier one of the manifest, byte for byte or nearly."""
-        hashes, digests = [], []
-        for table in self.tables(["digest", "difference_hash"]):
-            digests.append(_as_numbers(table["digest"]))
-            hashes.append(table["difference_hash"].to_numpy())
         if not len(self):
             return Repeats(*(np.empty(0, np.int64),) * 2, np.empty(0, bool))
         order = np.argsort(self.rows)
-        exact = find_exact(np.concatenate(digests)[order])
+        exact = find_exact(self._digests[order])
         firsts = np.ones(len(order), bool)
         firsts[exact.images] = False
         first = np.flatnonzero(firsts)
-        near = find_near(
-            np.concatenate(hashes)[order][first], lambda images: self._small(order[first[images]])
-        )
+        near = find_near(self._hashes[order][first], lambda images: self._small(order[first[images]]))
         images = np.r_[exact.images, first[near.images]]
         originals = np.r_[exact.originals, first[near.originals]]
         in_order = np.argsort(images)

@@ -21,6 +21,7 @@ from dinoray.jobs.runs.run_size import (
 from dinoray.jobs.studies.config import StudyArguments, StudyConfig, space_of, study_config
 from dinoray.jobs.studies.resources import check_study_size
 from dinoray.models.errors import ConfigError, ResourceError
+from dinoray.pipeline.data.ignored import Ignored
 from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.worker.config import Config
@@ -51,6 +52,13 @@ def test_seven_photos_are_no_batch_of_512() -> None:
 def test_a_single_image_is_refused_whatever_the_batch() -> None:
     with pytest.raises(ConfigError, match=r"data\.path=/data holds 1 image.*add images"):
         check_images(config_of("train.global_batch_size=1", "resources.train_workers=1"), 1)
+
+
+def test_few_images_are_told_with_what_is_ignored_beside_them() -> None:
+    config, beside = config_of("resources.train_workers=1"), (Ignored(".heic", 24), Ignored(".zip", 1))
+    for number in (1, 7):
+        with pytest.raises(ConfigError, match=r"add images \(ignored: 24 \.heic, 1 \.zip; .*\)$"):
+            check_images(config, number, beside)
 
 
 @given(

@@ -150,7 +150,9 @@ def test_samples_without_a_fixed_range_are_refused(mode: str, dtype: str) -> Non
 
 
 def test_colours_that_are_not_rgb_are_refused() -> None:
-    assert refused(encode(Image.new("LAB", (8, 8)), "TIFF")) == "neither gray nor colours: Pillow mode LAB"
+    assert refused(encode(Image.new("LAB", (8, 8)), "TIFF")) == (
+        "TIFF of a kind that is not read: CIELab, 3 channels of 8 bits, compression 1; save it as RGB or gray"
+    )
 
 
 def test_a_text_chunk_that_swells_to_64_mib_is_refused() -> None:
