@@ -121,8 +121,8 @@ class Health:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as tensors and numbers. Call it right after `read`."""
         return {
-            "window": [[p.cpu(), c.cpu(), rows, entropy] for p, c, rows, entropy in self._window],
-            "center": None if self._center is None else self._center.cpu(),
+            "window": [list(reading) for reading in self._window],
+            "center": self._center,
             "judge": self._judge.state_dict(),
         }
 
