@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoray.models.compiled import compiled_in_steps
 from dinoray.pipeline.training.config import HealthConfig
 from dinoray.pipeline.training.distributed import all_reduce_sum
 from dinoray.pipeline.training.verdict import Verdict
@@ -48,6 +49,7 @@ class Sums(NamedTuple):
         return Sums(*(torch.where(is_finite, x, 0.0) for x in self))
 
 
+@compiled_in_steps
 @torch.no_grad()
 def sums_of(probs: Tensor, features: Tensor, *, entropy: Tensor, kl: Tensor) -> Sums:
     """Sum over targets [n, K] and teacher features [n, D]; `entropy` and `kl`: the batch's means, in nats."""
