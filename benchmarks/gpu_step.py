@@ -281,14 +281,14 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"{name}, torch {torch.__version__}: {rate / 1e12:.3g} TFLOP/s in large matrix products", flush=True
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    facts = {"device": name, "torch": torch.__version__, "matmul_tflops": rate / 1e12, "rows": rows}
     for row in sweep(options, device, rate):
         rows.append(row)
         print(f"| {' | '.join(cells(row, None))} |", flush=True)
+        if options.json:  # after each row: a later one may not end
+            options.json.write_text(json.dumps(facts, indent=1))
     print("\n" + "\n".join(table(rows)))
-    if options.json:
-        facts = {"device": name, "torch": torch.__version__, "matmul_tflops": rate / 1e12, "rows": rows}
-        options.json.write_text(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What the loss costs, forward and backward: the present one, the former one, and a plain loop over pairs of crops.
 
     python benchmarks/loss.py [--images 4 8] [--out-dim 65536] [--local-crops 8] [--rounds 15]
-                              [--step vit_small_imagenet_vanilla] [--step-rounds 7] [--set KEY=VALUE ...]
+                              [--compile] [--step vit_small_imagenet_vanilla] [--step-rounds 7]
+                              [--set KEY=VALUE ...]
 
 The former loss left the gradient to autograd. The plain one is the published form: a log-softmax of all logits, then
 a product for each pair. All take turns in one process on one thread. Times are CPU milliseconds, medians (least to
 most). Memory is the peak of what torch allocates during forward and backward, gradient included, in units of the
 student's logits as float32 [V, B, K]; the logits and the targets themselves are not counted. Errors are relative to
-float64, of a tensor by its largest entry.
+float64, of a tensor by its largest entry. --compile adds the present loss as train.compile compiles it.
 
 --step adds whole training steps of a recipe, on noise, as they are and with what they had before: the former loss, a
 normalised matrix of prototypes for the teacher too, and AdamW that is not fused. `--step none` leaves them out.
@@ -30,6 +31,7 @@ from torch import Tensor
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.main import run_main
 from dinoray.models import optim
+from dinoray.models.compiled import Compilation
 from dinoray.models.head import PrototypeLayer
 from dinoray.models.loss import CrossEntropy, cross_entropy, teacher_probs
 from dinoray.pipeline.training import step as training
@@ -101,6 +103,12 @@ def backward(loss: Loss, probs: Tensor, student: Tensor) -> tuple[Tensor, Tensor
     return value.detach(), grad
 
 
+def compiled(probs: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `backward` returns of the present loss, by compiled code."""
+    with Compilation("inductor").step():
+        return backward(cross_entropy, probs, student)
+
+
 class Step:
     """Training steps on one batch of noise, with the present parts or the former ones, and what its loss takes."""
 
@@ -165,6 +173,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out-dim", type=int, default=65536)
     parser.add_argument("--local-crops", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="also the present loss, compiled")
     parser.add_argument("--step", default="vit_small_imagenet_vanilla", help="recipe of the steps, or none")
     parser.add_argument("--step-rounds", type=int, default=7)
     parser.add_argument("--set", nargs="+", default=["train.global_batch_size=4"], help="keys of the recipe")
@@ -176,6 +185,8 @@ def main(argv: Sequence[str]) -> None:
         probs, student = logits_of(images, arguments.out_dim, arguments.local_crops)
         value, gradient = backward(cross_entropy, probs.double(), student.detach().double().requires_grad_())
         works = {name: partial(backward, loss, probs, student) for name, loss in LOSSES.items()}
+        if arguments.compile:
+            works["now, compiled"] = partial(compiled, probs, student)
         taken = cpu_ms(works, arguments.rounds)
         for name, work in works.items():
             memory = peak_bytes(work) / (4 * student.numel())

@@ -1,8 +1,8 @@
-"""Compiled blocks: torch.compile of the blocks of a backbone, in training steps alone (regional compilation).
+"""Regional compilation: torch.compile of the blocks of a backbone and of the loss, in training steps alone.
 
 Blocks of one class have one forward, so code is generated once for each shape of its input and not for each block: for
 a ViT with stochastic depth five times, whatever its depth. Names of parameters stay the same. Evaluations have other
-shapes and stay eager.
+shapes and stay eager. Of the loss, functions are compiled that have `compiled_in_steps`.
 """
 
 import os
@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from timm.layers import DropPath
@@ -25,29 +25,38 @@ from dinoray.models.recompute import blocks, replace_class
 Backend = str | Callable[..., Any]
 """As for torch.compile."""
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
 _MOST_GRAPHS = 64
 """Of one forward. PyTorch's own limit, 8, is below what a network of several stages has; beyond it blocks are eager."""
-_compiled_now = False
+_backend_now: Backend | None = None
 
 
 @dataclass
 class Compilation:
     """What is compiled of a training step."""
 
-    is_on: bool = False
+    backend: Backend | None = None
+    """None: nothing is compiled."""
     note: str | None = None
     """Why blocks are not compiled although `auto` would compile them; for a person."""
     _graphs_of_first_step: int | None = None
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is compiled."""
+        return self.backend is not None
+
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Use the compiled blocks meanwhile. The first step compiles them."""
-        global _compiled_now
-        _compiled_now = self.is_on
+        """Use compiled code meanwhile. The first step compiles it."""
+        global _backend_now
+        _backend_now = self.backend
         try:
             yield
         finally:
-            _compiled_now = False
+            _backend_now = None
         if self.is_on and self._graphs_of_first_step is None:
             self._graphs_of_first_step = num_graphs()
 
@@ -64,7 +73,7 @@ class Compilation:
 def compile_blocks(
     backbones: Iterable[nn.Module], mode: Compile, device: torch.device, *, backend: Backend = "inductor"
 ) -> Compilation:
-    """Have the blocks of timm models compiled in training steps: `on`, or `auto` on a GPU.
+    """Have the blocks of timm models, and the loss, compiled in training steps: `on`, or `auto` on a GPU.
 
     Blocks with batch norm stay eager. `auto` tells in the result's note why it compiles nothing; `on` raises
     ConfigError for a backbone without blocks to compile, and ResourceError where PyTorch cannot compile. A trial shows
@@ -87,7 +96,32 @@ def compile_blocks(
                 if type(module) is DropPath and module.drop_prob:
                     _DropPath.take_over(module, device)
             replace_class(block, lambda kind: _compiled(kind, backend))
-    return Compilation(is_on=True)
+    return Compilation(backend)
+
+
+def compiled_in_steps(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Have a function of tensors compiled within `Compilation.step`, for each shape of its arguments.
+
+    There, each argument that is a float becomes a 0-d tensor: a number would be compiled in, and a schedule compiled
+    anew whenever it moves.
+    """
+
+    @wraps(function)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        if _backend_now is None:
+            return function(*args, **kwargs)
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        args = tuple(
+            torch.full((), x, dtype=torch.float64, device=device) if isinstance(x, float) else x for x in args
+        )
+        return _compiled_function(function, _backend_now)(*args, **kwargs)
+
+    return choose
+
+
+def is_compiled_now() -> bool:
+    """Return True within the step of a `Compilation` that is on."""
+    return _backend_now is not None
 
 
 def num_graphs() -> int:
@@ -106,9 +140,14 @@ def _compiled(kind: Any, backend: Backend) -> Any:
     forward = torch.compile(kind.forward, dynamic=False, backend=backend)
 
     def choose(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (forward if _compiled_now else kind.forward)(self, *args, **kwargs)
+        return (kind.forward if _backend_now is None else forward)(self, *args, **kwargs)
 
     return type(f"Compiled{kind.__name__}", (kind,), {"forward": choose})
+
+
+@cache
+def _compiled_function(function: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, backend=backend)
 
 
 class _DropPath(DropPath):

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinoray.models.compiled import compiled_in_steps, is_compiled_now
+from dinoray.models.loss_rows import fill_gradient, row_sums
+
 _SINKHORN_ITERATIONS = 3
 
 
@@ -22,6 +25,7 @@ class CrossEntropy(NamedTuple):
     teacher_entropy: Tensor
 
 
+@compiled_in_steps
 def teacher_probs(teacher_logits: Tensor, center: Tensor, temp: float) -> Tensor:
     """Return sharpened, centred targets softmax((t - c) / temp): [G*B, K] -> [G*B, K] float32, detached."""
     return torch.softmax((teacher_logits.detach().float() - center) / temp, dim=-1)
@@ -61,9 +65,14 @@ def cross_entropy(
         mean over g, v != g, b of  -sum_k probs[g, b, k] * log_softmax(student_logits[v, b] / student_temp)[k]
     """
     loss = _MeanOverPairs.apply(student_logits, probs, student_temp, num_global_crops)
+    return CrossEntropy(loss, _mean_entropy(probs))
+
+
+@compiled_in_steps
+def _mean_entropy(probs: Tensor) -> Tensor:
     # Twice as fast as torch.special.entr on a CPU. A probability of 0 adds 0 * log(tiny) = 0.
     log_probs = probs.clamp_min(torch.finfo(probs.dtype).tiny).log_()
-    return CrossEntropy(loss, -log_probs.mul_(probs).sum(-1).mean())
+    return -log_probs.mul_(probs).sum(-1).mean()
 
 
 class _MeanOverPairs(torch.autograd.Function):
@@ -84,20 +93,9 @@ class _MeanOverPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, probs: Tensor, temp: float, num_global_crops: int) -> Tensor:
         crops = logits.unflatten(0, (-1, len(probs) // num_global_crops))  # [V, B, K]
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        total = crops.sum(0, dtype=dtype)
-        scratch = torch.empty_like(total)
-        dots = total.new_zeros(())  # sum over g, b of  probs[g, b] . (sum over v != g of  logits[v, b])
-        for q, crop in zip(probs.unflatten(0, (num_global_crops, -1)), crops, strict=False):
-            torch.sub(total, crop, out=scratch)
-            dots += scratch.mul_(q).sum(-1).sum()
-        lses = total.new_empty(crops.shape[:2])
-        for crop, lse in zip(crops, lses, strict=True):
-            s = crop.to(dtype)
-            # The largest is subtracted, so that no exponential overflows.
-            most = s.amax(-1, keepdim=True) / temp
-            torch.add(-most, s, alpha=1 / temp, out=scratch)
-            torch.add(scratch.exp_().sum(-1).log_(), most.squeeze(-1), out=lse)
+        lses, dots = (_compiled_row_sums if is_compiled_now() else _row_sums)(
+            crops, probs, temp, num_global_crops
+        )
         ctx.save_for_backward(logits, probs, lses)
         ctx.temp, ctx.num_global_crops = temp, num_global_crops
         ctx.num_pairs = num_global_crops * (lses.numel() - lses.shape[1])
@@ -110,30 +108,67 @@ class _MeanOverPairs(torch.autograd.Function):
         logits, probs, lses = ctx.saved_tensors
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         crops, grads = (x.unflatten(0, lses.shape) for x in (logits, grad))
-        scratch = torch.empty_like(crops[0], dtype=lses.dtype)
         scale = grad_loss / (ctx.num_pairs * ctx.temp)
-        pairs = zip(crops, grads, lses, _targets(probs, ctx.num_global_crops, len(crops)), strict=True)
-        for crop, grad_crop, lse, (targets, num) in pairs:
-            torch.add(-lse.unsqueeze(-1), crop.to(lses.dtype), alpha=1 / ctx.temp, out=scratch)
-            torch.sub(scratch.exp_().mul_(num), targets, out=scratch)
-            torch.mul(scratch, scale, out=grad_crop)
+        fill = fill_gradient if is_compiled_now() else _fill_gradient
+        for group, targets, num in _targets(probs, ctx.num_global_crops, len(crops)):
+            fill(grads[group], crops[group], lses[group], targets, num, scale, ctx.temp)
         return grad, None, None, None
 
 
-def _targets(probs: Tensor, num_global_crops: int, num_crops: int) -> Iterator[tuple[Tensor, int]]:
-    """Yield for each crop the sum [B, K] of the probabilities of the other global crops, and their number."""
+def _row_sums(crops: Tensor, probs: Tensor, temp: float, num_global_crops: int) -> tuple[Tensor, Tensor]:
+    """Return logsumexp(crops / temp) [V, B], and the sum over pairs of the products of targets and logits []."""
+    dtype = torch.promote_types(crops.dtype, torch.float32)
+    total = crops.sum(0, dtype=dtype)
+    scratch = torch.empty_like(total)
+    dots = total.new_zeros(())  # sum over g, b of  probs[g, b] . (sum over v != g of  crops[v, b])
+    for q, crop in zip(probs.unflatten(0, (num_global_crops, -1)), crops, strict=False):
+        torch.sub(total, crop, out=scratch)
+        dots += scratch.mul_(q).sum(-1).sum()
+    lses = total.new_empty(crops.shape[:2])
+    for crop, lse in zip(crops, lses, strict=True):
+        s = crop.to(dtype)
+        # The largest is subtracted, so that no exponential overflows.
+        most = s.amax(-1, keepdim=True) / temp
+        torch.add(-most, s, alpha=1 / temp, out=scratch)
+        torch.add(scratch.exp_().sum(-1).log_(), most.squeeze(-1), out=lse)
+    return lses, dots
+
+
+def _compiled_row_sums(
+    crops: Tensor, probs: Tensor, temp: float, num_global_crops: int
+) -> tuple[Tensor, Tensor]:
+    groups = _targets(probs, num_global_crops, len(crops))
+    lses, dots = zip(*(row_sums(crops[group], targets, temp) for group, targets, _ in groups), strict=True)
+    return torch.cat(lses), torch.stack(dots).sum()
+
+
+def _fill_gradient(
+    grads: Tensor, crops: Tensor, lses: Tensor, targets: Tensor, num: int, scale: Tensor, temp: float
+) -> None:
+    """Set `grads` as `fill_gradient` does, one crop after the other."""
+    scratch = torch.empty_like(crops[0], dtype=lses.dtype)
+    for crop, grad, lse in zip(crops, grads, lses, strict=True):
+        torch.add(-lse.unsqueeze(-1), crop.to(lses.dtype), alpha=1 / temp, out=scratch)
+        torch.sub(scratch.exp_().mul_(num), targets, out=scratch)
+        torch.mul(scratch, scale, out=grad)
+
+
+def _targets(probs: Tensor, num_global_crops: int, num_crops: int) -> Iterator[tuple[slice, Tensor, int]]:
+    """Yield groups of crops with the same targets: the crops, the sum [B, K] of the probabilities of the global crops
+    that they meet, and the number of these."""
     crops = probs.unflatten(0, (num_global_crops, -1))  # [G, B, K]
-    total = crops.sum(0)
-    for v in range(num_crops):
-        if v >= num_global_crops:
-            yield total, num_global_crops
-        elif num_global_crops == 2:
-            yield crops[1 - v], 1  # without a copy
+    for v in range(num_global_crops):
+        if num_global_crops == 2:
+            others = crops[1 - v]  # without a copy
         else:
-            # Not total - crops[v], which would have the rounding error of the larger of the two.
-            yield torch.cat([crops[:v], crops[v + 1 :]]).sum(0), num_global_crops - 1
+            # Not the sum of all minus crops[v], which would have the rounding error of the larger of the two.
+            others = torch.cat([crops[:v], crops[v + 1 :]]).sum(0)
+        yield slice(v, v + 1), others, num_global_crops - 1
+    if num_crops > num_global_crops:
+        yield slice(num_global_crops, num_crops), crops.sum(0), num_global_crops
 
 
+@compiled_in_steps
 def batch_center(teacher_logits: Tensor) -> Tensor:
     """Return the sum of the raw teacher logits and the number of rows, as one float32 vector [K + 1].
 

@@ -48,7 +48,7 @@ class TrainConfig(Settings):
     activation_checkpointing: Checkpointing = "none"
     """Compute activations again in the backward pass, to fit memory: none, those of every second block, or of all."""
     compile: Compile = "auto"
-    """Compile the blocks of student and teacher with torch.compile; auto: on a GPU, unless a compiler is missing."""
+    """Compile blocks of both networks, and the loss, by torch.compile; auto: on a GPU, unless a compiler is missing."""
     seed: int = Field(default=0, ge=0)
     """Seed of weights, image order, crops and stochastic depth."""
 

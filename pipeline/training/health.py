@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoray.models.compiled import compiled_in_steps
 from dinoray.pipeline.training.config import HealthConfig
 from dinoray.pipeline.training.distributed import all_reduce_sum
 from dinoray.pipeline.training.verdict import Verdict
@@ -48,6 +49,7 @@ class Sums(NamedTuple):
         return Sums(*(torch.where(is_finite, x, 0.0) for x in self))
 
 
+@compiled_in_steps
 @torch.no_grad()
 def sums_of(probs: Tensor, features: Tensor, *, entropy: Tensor, kl: Tensor) -> Sums:
     """Sum over targets [n, K] and teacher features [n, D]; `entropy` and `kl`: the batch's means, in nats."""
@@ -121,8 +123,8 @@ class Health:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as tensors and numbers. Call it right after `read`."""
         return {
-            "window": [[p.cpu(), c.cpu(), rows, entropy] for p, c, rows, entropy in self._window],
-            "center": None if self._center is None else self._center.cpu(),
+            "window": [list(reading) for reading in self._window],
+            "center": self._center,
             "judge": self._judge.state_dict(),
         }
 

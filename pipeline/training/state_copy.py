@@ -1,6 +1,12 @@
 """A copy of a run's state in host memory, from which a checkpoint is written while training continues.
 
 Taken between two steps, on the training thread; checksums, files and uploads follow on another thread. No Ray here.
+
+    training thread: queue the copies on a GPU's own stream, mark their end -> queue the next steps
+    writing thread:  wait for the mark -> files
+
+The host waits for none of the copies. The next steps change what is copied, so the GPU makes them after the copies: a
+stream beside it would save nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,6 +35,8 @@ class StateCopy:
         self._meta: dict[str, Any] = {}
         self._is_shared = False
         """Whether the student lacks a part that is in the teacher."""
+        self._end: torch.cuda.Event | None = None
+        """After this event the copy is complete; None: it is, as its state is on a CPU."""
         self.num_bytes = 0
 
     @property
@@ -37,7 +45,10 @@ class StateCopy:
         return int(self._meta["step"])
 
     def take(self, state: TrainState, *, num_images: int, quarantine: Quarantine) -> None:
-        """Copy all that a checkpoint holds. Call on one rank; all ranks hold the same values."""
+        """Copy all that a checkpoint holds; `write` waits until that is done. Not before an earlier `write` has ended.
+
+        Call on one rank; all ranks hold the same values.
+        """
         used = self._buffers
         self._buffers = {}
         self._is_shared = bool(state.dino.shared)
@@ -53,8 +64,7 @@ class StateCopy:
             },
         }
         self._contents = {name: self._copied(part, name, used) for name, part in contents.items()}
-        if state.device.type == "cuda":
-            torch.cuda.synchronize(state.device)
+        self._end = mark(state.device)
         self.num_bytes = sum(buffer.nbytes for buffer in self._buffers.values())
         self._meta = {
             "step": state.step,
@@ -73,6 +83,8 @@ class StateCopy:
         `check` is called before each attempt to change a file, as in Directory.guarded; what it raises ends the save.
         Raises DataError.
         """
+        if self._end is not None:
+            self._end.synchronize()
         to = to.guarded(check)
         to.delete(run_dir.META)
         names = [name for name in FILES if name != run_dir.META]
@@ -124,11 +136,26 @@ class StateCopy:
         return value
 
 
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event that marks the end of what is queued on a GPU; None for a CPU, where nothing is."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def is_finite(values: Mapping[str, Any]) -> bool:
-    """Return True if no tensor in `values`, of any dtype and device, has NaN or infinity."""
+    """Return True if no tensor in `values`, of any dtype, has NaN or infinity. The host waits for one answer.
+
+    Tensors on other devices than the first one's are allowed; each costs another wait.
+    """
     tensors = [v for v in values.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    if not tensors:
+        return True
     # A sum reads each value once. It is finite only if all values are; large values may exceed it.
-    return all(bool(torch.isfinite(v.sum())) or bool(torch.isfinite(v).all()) for v in tensors)
+    sums = torch.stack([torch.isfinite(v.sum()).to(tensors[0].device) for v in tensors])
+    return bool(sums.all()) or all(bool(torch.isfinite(v).all()) for v in tensors)
 
 
 def _plain(value: Any) -> Any:

@@ -135,8 +135,9 @@ class Saver:
 
     def _is_finite(self) -> bool:
         """Return True on all ranks if all that a checkpoint holds is finite."""
-        moments = list(self._state.optimizer.state.values())
-        mine = all(map(is_finite, (self._state.dino.state_dict(), *moments)))
+        states = enumerate(self._state.optimizer.state.values())
+        moments = {f"{number} {name}": value for number, state in states for name, value in state.items()}
+        mine = is_finite({**self._state.dino.state_dict(), **moments})
         return not all_reduce_max(torch.tensor(float(not mine), device=self._state.device))
 
     def _copy(self) -> None:

@@ -9,6 +9,7 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_batch
 from tiny_states import after, save
 
 from dinoray.pipeline.storage.files import Directory
+from dinoray.pipeline.training import state_copy
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import read_parts
 from dinoray.pipeline.training.state_copy import StateCopy, is_finite
@@ -51,6 +52,33 @@ def test_a_second_copy_takes_the_memory_of_the_first(tmp_path: Path) -> None:
     for file in FILES:
         expected = (save(state, tmp_path / "at once") / file).read_bytes()
         assert (tmp_path / "copied" / file).read_bytes() == expected, file
+
+
+def test_files_are_made_of_what_is_there_once_the_device_has_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that copies only while the writing thread waits for it; training queues its next step before."""
+    order: list[str] = []
+
+    class Mark:
+        def synchronize(self) -> None:
+            order.append("copied")
+            for buffer, value in late:
+                buffer.copy_(value)
+
+    late: list[tuple[torch.Tensor, torch.Tensor]] = []
+    at_once = save(after(1), tmp_path / "at once")
+    monkeypatch.setattr(state_copy, "mark", lambda device: order.append(f"marked on {device}") or Mark())
+    state, copy = after(1), StateCopy()
+    copy.take(state, num_images=NUM_IMAGES, quarantine=Quarantine())
+    late = [(buffer, buffer.clone()) for buffer in copy._buffers.values()]
+    for buffer, _ in late:
+        buffer.zero_()
+    order.append("next step")
+    copy.write(Directory(str(tmp_path / "late")))
+    assert order == ["marked on cpu", "next step", "copied"]
+    for file in FILES:
+        assert (tmp_path / "late" / file).read_bytes() == (at_once / file).read_bytes(), file
 
 
 def test_a_copy_shares_no_memory_with_the_state() -> None:
