@@ -29,7 +29,7 @@ from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.ddp import distribute
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
-multiprocessing.set_forkserver_preload(["ranks"])
+multiprocessing.set_forkserver_preload(["ranks", "pytest"])
 start_processes = partial(torch.multiprocessing.start_processes, start_method="forkserver")
 """Start processes as `torch.multiprocessing.spawn` does, but import torch once for all of them, in a process that forks
 them: to import it takes longer than their work, and a process that runs tests has threads, so it cannot be forked."""
