@@ -6,8 +6,8 @@ One test per rule, which lists the files that break it.
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,16 +56,30 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@lru_cache
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    """Later tests of this process do without a million nodes, which each full garbage collection visits."""
+    yield
+    parse.cache_clear()
+    nodes.cache_clear()
+
+
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), name_of(path))
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(parse(path)))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Full names of all modules and names that a file imports, at any depth, under `if` or in functions; ours without
     `dinoray.` before them."""
     found = set()
-    for node in ast.walk(parse(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -204,7 +218,7 @@ def test_each_ray_library_has_its_users_and_no_others(library: str, owners: set[
             and node.attr == library
             and isinstance(node.value, ast.Name)
             and node.value.id == "ray"
-            for node in ast.walk(parse(path))
+            for node in nodes(path)
         )
 
     assert {name_of(path) for path in FILES if uses(path)} == owners
@@ -250,7 +264,7 @@ def test_what_is_public_says_what_it_does() -> None:
 
 def test_nothing_is_left_to_do_and_nothing_is_printed() -> None:
     def left(path: Path) -> set[str]:
-        calls = [node.func for node in ast.walk(parse(path)) if isinstance(node, ast.Call)]
+        calls = [node.func for node in nodes(path) if isinstance(node, ast.Call)]
         printing = {call.id for call in calls if isinstance(call, ast.Name)} & {"print", "breakpoint"}
         return printing | set(re.findall(r"\b(?:TODO|FIXME|XXX|HACK)\b", path.read_text()))
 
@@ -260,10 +274,10 @@ def test_nothing_is_left_to_do_and_nothing_is_printed() -> None:
 # Config
 
 
-@lru_cache(maxsize=1)
+@cache
 def settings_classes() -> dict[str, ast.ClassDef]:
     """All config sections by name: what derives from Settings, directly or not."""
-    classes = [node for path in FILES for node in ast.walk(parse(path)) if isinstance(node, ast.ClassDef)]
+    classes = [node for path in FILES for node in nodes(path) if isinstance(node, ast.ClassDef)]
     found: dict[str, ast.ClassDef] = {}
     known = {"Settings"}
     while True:
@@ -311,7 +325,7 @@ def test_the_tree_of_configs_is_found() -> None:
     assert len(ALL_FIELDS) > 80
 
 
-@lru_cache(maxsize=1)
+@cache
 def reads() -> dict[str, set[str]]:
     """Attribute name -> the classes in which it is read, "" standing for everywhere else."""
     found: dict[str, set[str]] = {}
@@ -356,7 +370,7 @@ def test_private_names_of_ray_are_used_in_their_room_alone() -> None:
         modules = {name for name in imports(path) if name.startswith("ray.") and "._" in name}
         return modules | {
             ast.unparse(node)
-            for node in ast.walk(parse(path))
+            for node in nodes(path)
             if isinstance(node, ast.Attribute)
             and node.attr.startswith("_")
             and not node.attr.endswith("_")

@@ -4,10 +4,13 @@ import json
 from typing import Any
 
 import pytest
+import stream
 import stream_tables
 from image_files import encode, picture
 from jobs_processes import run_job
 from paths import ROOT
+
+from dinoray.models.errors import ConfigError
 
 SMALL = ["crops.global_crop_size=32", "crops.local_crop_size=16", "crops.num_local_crops=3"]
 
@@ -81,7 +84,7 @@ def test_ray_datas_own_account_is_printed(run: Any) -> None:
     assert "| 1x1, 2 consumers | 8 |" in run[0]
 
 
-def test_too_few_images_to_leave_the_ends_out_end_in_one_line() -> None:
+def test_too_few_images_to_leave_the_ends_out_are_refused_with_the_remedy() -> None:
     arguments = [
         "--pools",
         "1x1",
@@ -94,9 +97,8 @@ def test_too_few_images_to_leave_the_ends_out_end_in_one_line() -> None:
         "--block-images",
         "8",
     ]
-    printed = run_job("benchmarks.stream", *SMALL, *arguments, "--rounds", "1", env=BENCHMARKS, code=2)
-    assert len(printed.splitlines()) == 1
-    assert "take --images=96" in printed
+    with pytest.raises(ConfigError, match="take --images=96"):
+        stream.main([*SMALL, *arguments, "--rounds", "1"])
 
 
 def test_serialise_is_what_an_actor_does_beside_its_stages_and_nothing_is_lost() -> None:

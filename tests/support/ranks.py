@@ -1,16 +1,21 @@
 """Two real gloo processes, without Ray: started once a session, and each test looks at what they found."""
 
 import multiprocessing
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
+from paths import SUPPORT
 from tiny import Batch, tiny_batch, tiny_config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,10 +34,19 @@ from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.ddp import distribute
 from dinoray.pipeline.training.step import TrainState, build_state, train_step
 
-multiprocessing.set_forkserver_preload(["ranks"])
-start_processes = partial(torch.multiprocessing.start_processes, start_method="forkserver")
-"""Start processes as `torch.multiprocessing.spawn` does, but import torch once for all of them, in a process that forks
-them: to import it takes longer than their work, and a process that runs tests has threads, so it cannot be forked."""
+multiprocessing.set_forkserver_preload(["ranks", "pytest"])
+
+
+def start_processes(function: Callable[..., None], **how: Any) -> Any:
+    """Start processes as `torch.multiprocessing.spawn` does, but import torch once for all of them, in a process that
+    forks them: to import it takes longer than their work, and a process that runs tests has threads, so it cannot be
+    forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        # That process looks for what it imports beforehand by its environment alone, and goes without what it misses.
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(SUPPORT), *sys.path)))
+        forkserver.ensure_running()
+    return torch.multiprocessing.start_processes(function, start_method="forkserver", **how)
+
 
 WORLD_SIZE = 2
 NUM_STEPS = 5

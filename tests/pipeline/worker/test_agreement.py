@@ -77,21 +77,27 @@ def test_one_worker_alone_ends_with_its_own_error(error: Exception) -> None:
         assert ended.value.error.raised_by_all_ranks
 
 
-def consume_until_asked(rank: int, asked_at: tuple[int | None, int | None]) -> tuple[list[int], bool]:
-    """The batches up to the one that is the last, where the ranks are asked to end before these batches."""
+ASKED = {(None, None): None, (2, None): 2, (None, 0): 0, (3, 1): 1}
+"""Before which batch each rank is asked to end, and the batch that is then the last of both."""
+
+
+def consume_until_asked(
+    rank: int, cases: list[tuple[int | None, int | None]]
+) -> list[tuple[list[int], bool]]:
+    """In each case, the batches up to the last one, and whether the ranks end with it."""
+    return [_consume_until_asked(asked_at[rank]) for asked_at in cases]
+
+
+def _consume_until_asked(asked_at: int | None) -> tuple[list[int], bool]:
     agreement, taken = Agreement(patience_seconds=60, known=known_error), []  # type: Agreement, list[int]
-    for batch in agreement.batches(range(5), lambda: len(taken) == asked_at[rank]):
+    for batch in agreement.batches(range(5), lambda: len(taken) == asked_at):
         taken.append(batch)
         if agreement.ends:
             break
     return taken, agreement.ends
 
 
-@pytest.mark.parametrize(
-    ("asked_at", "last"), [((None, None), None), ((2, None), 2), ((None, 0), 0), ((3, 1), 1)]
-)
-def test_who_is_asked_to_end_ends_all_with_the_same_batch(
-    asked_at: tuple[int | None, int | None], last: int | None
-) -> None:
-    expected = (list(range(5)) if last is None else list(range(last + 1)), last is not None)
-    assert on_two_ranks(consume_until_asked, asked_at) == [expected, expected]
+def test_who_is_asked_to_end_ends_all_with_the_same_batch() -> None:
+    expected = [(list(range(5 if last is None else last + 1)), last is not None) for last in ASKED.values()]
+    for found in on_two_ranks(consume_until_asked, list(ASKED)):
+        assert dict(zip(ASKED, found, strict=True)) == dict(zip(ASKED, expected, strict=True))
