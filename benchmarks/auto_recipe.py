@@ -7,7 +7,7 @@ Two sets of real images: photos, FOLDER/train and FOLDER/val with labels, and th
 scikit-learn (`pip install 'dinoray[pb2]'`), enlarged four times, each fifth for validation. For each set auto chooses,
 without a GPU, for a run of `--images` images. Trials are seeded random draws of learning rate, teacher temperature and
 centre momentum around the other choices, each with the same budget. Auto and the best trial are then compared on
-other seeds: a best of many is lucky, so the seed that chose it does not count. Training is in this process, without Ray.
+other seeds: a best of many is lucky, so the seed that chose it does not count. Training is here, without Ray.
 
 Prints a table for RESULTS.md: k-NN (k=10) beside the untrained network, a colour histogram and small pixels. With the
 defaults that is 42 runs, about 25 minutes on two cores.
