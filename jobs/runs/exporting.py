@@ -118,7 +118,8 @@ def beside_start(run: Directory) -> str:
     best = best_checkpoint(run, records)
     gain, words = best_gain(records.lines, best), against_start(records.lines, best)
     config = dict(flatten(read_mapping(run, CONFIG)))
-    weights = config.get("init.path") or (config.get("backbone.pretrained") and config.get("backbone.name"))
+    weights = config.get("init.from") or config.get("init.path")  # as earlier versions wrote
+    weights = weights or (config.get("backbone.pretrained") and config.get("backbone.name"))
     if weights and gain is not None and gain.difference < 0 and gain.is_beyond_noise:
         raise ConfigError(
             f"{run.uri}: {words}. Take the weights that it started from, {weights}; or pass --step {gain.step} to "

@@ -100,11 +100,13 @@ def test_a_step_is_a_number_or_best(wrong: str) -> None:
         parser.parse_args(["--step", wrong])
 
 
-def run_from(folder: Path, *, start: float, init_path: str | None = None, num_val: int = 1000) -> Path:
+def run_from(
+    folder: Path, *, start: float, init_path: str | None = None, num_val: int = 1000, key: str = "from"
+) -> Path:
     """A finished run whose checkpoints score 50, 60 and 40 %, from weights at `init_path`, if any."""
     run = write_run(folder / "tiny", steps=STEPS)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["init"]["path"] = init_path
+    config["init"][key] = init_path
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     scores = dict(zip((0, *STEPS), (start, 0.5, 0.6, 0.4), strict=True))
     step = {"loss": 1.0, "verdict": "healthy", "skipped_steps": 0, "bad_images": 0}
@@ -122,8 +124,9 @@ BEATEN = (
 )
 
 
-def test_a_start_that_is_not_beaten_is_the_only_thing_to_export(tmp_path: Path) -> None:
-    run = run_from(tmp_path, start=0.9, init_path="/weights/dinov2.pth")
+@pytest.mark.parametrize("key", ["from", "path"])  # path: as earlier versions wrote
+def test_a_start_that_is_not_beaten_is_the_only_thing_to_export(key: str, tmp_path: Path) -> None:
+    run = run_from(tmp_path, start=0.9, init_path="/weights/dinov2.pth", key=key)
     write_result(Directory(str(run)))
     assert BEATEN in describe_result(Directory(str(run))).splitlines()
     assert f"T{BEATEN[1:]}." in build_report(Directory(str(run)))
