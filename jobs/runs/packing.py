@@ -25,7 +25,7 @@ from dinoray.pipeline.export.packing import (
     OF_FIRST_PASS,
     QUALITY,
     check_keys,
-    packed_columns,
+    packed_settings,
     shrink_pixels,
     write_part,
 )
@@ -157,7 +157,7 @@ def _first_pass(beside: Directory, config: Config, left_out: Indices | None) -> 
             f"none of the {summary['rows_in']} images can be used; {beside.join(QUARANTINE)} names them with the "
             "reasons; set data.path to others"
         )
-    data = config.data.model_copy(update={"path": beside.uri, "manifest": None, **packed_columns()})
+    data = config.data.model_copy(update={"path": beside.uri, **packed_settings()})
     source = Source(data, build_manifest(data, config.storage), config.storage)
     manifest = source.manifest
     if manifest.damaged:

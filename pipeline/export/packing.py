@@ -125,10 +125,14 @@ def _packed(image: Encoded, *, max_pixels: int | None, quality: int = QUALITY) -
     return file.getvalue() if file.tell() < len(image.data) else image.data, picture
 
 
-def packed_columns() -> dict[str, Any]:
-    """Return the settings of `data` under which a packed table gives the keys and labels that were packed."""
+def packed_settings() -> dict[str, Any]:
+    """Return the settings of `data` under which a packed table gives all that was packed, with its keys and labels.
+
+    They replace those that chose images and labels of its source.
+    """
     columns = {f"{name}_column": name for name in SCHEMA.names}
-    return {**columns, "label_from_parent": False}
+    all_of_it = {"manifest": None, "include": (), "exclude": (), "image_list": None, "uri_column": None}
+    return {**columns, **all_of_it, "label_from_parent": False, "label_level": -1}
 
 
 def check_keys(source: Source) -> None:

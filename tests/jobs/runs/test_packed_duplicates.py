@@ -203,6 +203,26 @@ def test_rows_of_parquet_lose_their_duplicates_too(source: Path, tmp_path: Path)
     assert keys(out) == {*PHOTOS, *AGAIN}  # in the order of rows, the copies come later
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["data.include=*.jpg", "data.label_level=0", "data.image_list={}/list.csv", "data.uri_column=url"],
+)
+def test_what_chose_images_and_labels_is_not_asked_of_the_first_pass(
+    setting: str, tmp_path: Path, pool: Pool
+) -> None:
+    names, source, out = [*PHOTOS][:5], tmp_path / "in", tmp_path / "out"
+    write_all(source, {key: PHOTOS[key] for key in names})
+    (tmp_path / "list.csv").write_text("key,label\n" + "".join(f"{key},{key[0]}\n" for key in names))
+    if "uri" in setting:
+        columns = {"url": [f"../in/{key}" for key in names], "label": [key[0] for key in names]}
+        source = tmp_path / "table"
+        write_all(source, {"x.parquet": parquet(columns)})
+    run(source, out, "--duplicates=exact", setting.format(tmp_path))
+    table = pq.read_table(sorted(out.glob("part-*")), columns=["key", "label"])
+    found = {key.rpartition("in/")[2]: label for key, label in zip(*table.to_pydict().values(), strict=True)}
+    assert found == {key: key[0] for key in names}
+
+
 def test_what_cannot_be_combined_or_changed_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--one-pass writes each image before .*; leave out one of them"):
         run(source, tmp_path / "out", "--one-pass", "--duplicates=exact")
