@@ -29,7 +29,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _MOST_GRAPHS = 64
-"""Of one forward. PyTorch's own limit, 8, is below what a network of several stages has; beyond it blocks are eager."""
+"""Of a function. PyTorch's own limit, 8, is below what a network of several stages has; beyond it blocks are eager."""
 _backend_now: Backend | None = None
 
 
@@ -42,6 +42,10 @@ class Compilation:
     note: str | None = None
     """Why blocks are not compiled although `auto` would compile them; for a person."""
     _graphs_of_first_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_on:
+            torch._dynamo.config.recompile_limit = _MOST_GRAPHS
 
     @property
     def is_on(self) -> bool:
@@ -87,7 +91,6 @@ def compile_blocks(
         if mode == "on":
             raise refusal.error()
         return Compilation(note=refusal.note())
-    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     # The blocks of some network may fail to compile where the trial did not.
     torch._dynamo.config.suppress_errors = mode == "auto"
     for network in networks:

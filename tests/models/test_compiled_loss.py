@@ -37,11 +37,14 @@ def check(backend: str, G: int, L: int, B: int, K: int, device: str = "cpu") -> 
     oracle = double_loop_loss(teacher, exact, center, num_global_crops=G, **temps)
     oracle.backward()
     ours = student.to(device).requires_grad_()
+    before = num_graphs()
     with Compilation(backend).step():
         probs = teacher_probs(teacher.to(device), center.to(device), TEACHER_TEMP)
         loss, entropy = cross_entropy(probs, ours, student_temp=STUDENT_TEMP, num_global_crops=G)
         (3 * loss).backward()
         total = batch_center(teacher.to(device))
+    # Targets, their entropy, centre; rows of one global crop and of all local ones, forward and backward.
+    assert num_graphs() - before == 3 + 2 * (1 + (L > 0))
     assert ours.grad is not None
     assert exact.grad is not None
     # As for the eager loss in test_loss.py.
@@ -55,8 +58,8 @@ def check(backend: str, G: int, L: int, B: int, K: int, device: str = "cpu") -> 
 
 @pytest.mark.parametrize(
     ("G", "L", "B", "K"),
-    [(1, 2, 2, 17), (2, 0, 1, 32), (2, 3, 2, 96), (3, 2, 1, 64)],
-    ids=["one global crop", "no local crops", "pieces of 32", "three global crops"],
+    [(1, 2, 2, 17), (2, 3, 2, 96), (3, 0, 1, 64)],
+    ids=["one global crop", "pieces of 32", "no local crops"],
 )
 def test_loss_and_gradient_equal_the_double_loop_over_pairs(G: int, L: int, B: int, K: int) -> None:
     check("aot_eager", G, L, B, K)
