@@ -22,7 +22,7 @@ import requests
 from ray.exceptions import AuthenticationError
 
 from dinoray.jobs.cli.arguments import CommandLine
-from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.cli.config import load
 from dinoray.jobs.cli.main import not_started, run_main, wants_token
 from dinoray.jobs.cli.quiet import quiet_ray
 from dinoray.jobs.cluster.job_server import attempts_at, connect, dashboard_address, finish, submit
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _findings(arguments: Namespace) -> Iterator[Finding]:
-    config = load_config(arguments.recipe, arguments.config, arguments.overrides)
+    config = load(Config, arguments.recipe, arguments.config, arguments.overrides, looks=True)
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     yield from check_packages()
     try:
@@ -121,8 +121,8 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
                 yield from (one for one in found if one.name != "next" or not config.data.mix)
         if config.data.mix:
             others = [word for word in arguments.overrides if not word.startswith("data.mix")]
-            recipe = arguments.recipe or "photos_small"
-            yield Finding("ok", "next", command("pretrain", "--recipe", recipe, config.data.address, *others))
+            named = ["--recipe", arguments.recipe] if arguments.recipe else []
+            yield Finding("ok", "next", command("pretrain", *named, config.data.address, *others))
         yield _check_storage(config, is_local=not address)
         for place in {is_s3(source.path): source.path for source in config.data.each_source}.values():
             yield from check_clock(place, config.storage.access)

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.data_lines import data_lines, describe_reading
 from dinoray.models.commands import command
 from dinoray.pipeline.augment.config import CropsConfig
@@ -36,7 +35,6 @@ _LARGE = 4.0
 _MANY_OBJECTS = 100_000
 """Objects on S3 from which on requests are worth saving."""
 _LEAST_FOLDERS = 4
-_FEW_IMAGES = 100_000
 
 
 class Line(NamedTuple):
@@ -168,15 +166,13 @@ def _next_command(
 ) -> str:
     """Return the command to go on with, and why."""
     manifest = source.manifest
-    chosen = recipe or (
-        "vit_small_imagenet_vanilla" if manifest.num_images >= _FEW_IMAGES else "photos_small"
-    )
+    named = ["--recipe", recipe] if recipe else []  # without one, pretrain takes auto, which looks at the images
     about_data = [
         one
         for one in overrides
         if one.startswith(("data.", "crops.", "storage.")) and not one.startswith("data.path=")
     ]
-    needed = shrink_pixels(config.crops if recipe else CropsConfig(**RECIPES[chosen]().get("crops", {})))
+    needed = shrink_pixels(config.crops if recipe else CropsConfig())
     width, height = sample.median_size()
     reason = ""
     if manifest.rows_per_group is not None:
@@ -193,7 +189,7 @@ def _next_command(
     elif is_s3(manifest.root) and manifest.kind == "images" and manifest.num_images >= _MANY_OBJECTS:
         reason = "each image is a request per epoch: packed, 16 images are one"
     if not reason:
-        return command("pretrain", "--recipe", chosen, f"data.path={manifest.path}", *about_data)
+        return command("pretrain", *named, f"data.path={manifest.path}", *about_data)
     shrink = ["--shrink"] if width * height > _LARGE * needed else []
-    pack = command("pack", manifest.path, "--out", "FOLDER", *shrink, "--recipe", chosen, *about_data)
-    return f"{reason}; `{pack}`, then `{command('pretrain', '--recipe', chosen, 'data.path=FOLDER')}`"
+    pack = command("pack", manifest.path, "--out", "FOLDER", *shrink, *named, *about_data)
+    return f"{reason}; `{pack}`, then `{command('pretrain', *named, 'data.path=FOLDER')}`"

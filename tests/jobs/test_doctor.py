@@ -321,7 +321,7 @@ def test_an_address_where_nothing_is_fails(
     if not scheme:
         assert "6 images at" in told["contents"]
         assert "6 read: 6 JPEG" in told["images"]
-        assert told["next"].endswith(f"dinoray pretrain --recipe photos_small data.path={tmp_path}")
+        assert told["next"].endswith(f"dinoray pretrain data.path={tmp_path}")
 
 
 @pytest.mark.ray

@@ -122,6 +122,6 @@ def test_doctor_looks_into_each_source_and_prints_the_command_of_the_mix(tmp_pat
         True,
     ]
     assert [text.partition(" at ")[0] for text in texts["contents"]] == ["3 images"] * 2
-    assert texts["next"] == [f"dinoray pretrain --recipe photos_small '{mix}' data.streams=1"]
+    assert texts["next"] == [f"dinoray pretrain '{mix}' data.streams=1"]
     assert {one.verdict for one in found if one.name in texts} == {"ok"}
     assert json.dumps(texts)
