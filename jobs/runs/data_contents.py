@@ -166,7 +166,9 @@ def _next_command(
 ) -> str:
     """Return the command to go on with, and why."""
     manifest = source.manifest
-    named = ["--recipe", recipe] if recipe else []  # without one, pretrain takes auto, which looks at the images
+    named = (
+        ["--recipe", recipe] if recipe else []
+    )  # without one, pretrain takes auto, which looks at the images
     about_data = [
         one
         for one in overrides
