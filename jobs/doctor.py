@@ -23,7 +23,6 @@ from ray.exceptions import AuthenticationError
 
 from dinoray.jobs.cli.arguments import CommandLine
 from dinoray.jobs.cli.auto_facts import Facts
-from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.main import not_started, run_main, wants_token
 from dinoray.jobs.cli.quiet import quiet_ray
 from dinoray.jobs.cli.recipes import has_images
@@ -113,9 +112,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _findings(arguments: Namespace) -> Iterator[Finding]:
-    config = load_config(arguments.recipe, arguments.config, arguments.overrides)
     asked = Asked(arguments.recipe, arguments.config, arguments.overrides)
-    recipe = _recipe(asked)
+    config, recipe = asked.config(), _recipe(asked)
     on_images: Facts | None = None
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     yield from check_packages()

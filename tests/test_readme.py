@@ -20,13 +20,14 @@ from dinoray.pipeline.training.verdict import Verdict
 
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "jobs" / "README.md").read_text()
+ADAPT = (ROOT / "jobs" / "ADAPT.md").read_text()
 CODE = (ROOT / "pipeline" / "README.md").read_text()
 
 
 def commands() -> list[str]:
-    """Every line of every bash block, of the README and of the guide to the jobs."""
-    blocks = re.findall(r"```bash\n(.*?)```", README + GUIDE, flags=re.DOTALL)
-    return [line for block in blocks for line in block.strip().splitlines()]
+    """Every command of every bash block, of the README and of the guides; one is a line, or several joined by \\."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README + GUIDE + ADAPT, flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", "").strip().splitlines()]
 
 
 def pretrain_commands() -> list[list[str]]:
@@ -41,10 +42,15 @@ def test_the_two_set_up_commands_are_one_line_each() -> None:
 
 
 @pytest.mark.parametrize("arguments", pretrain_commands(), ids=" ".join)
-def test_each_pretrain_command_is_a_valid_config(arguments: list[str]) -> None:
+def test_each_pretrain_command_is_a_valid_config(arguments: list[str], tmp_path: Path) -> None:
     recipe = arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else None
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
-    config = load_config(recipe, None, overrides)
+    file = None
+    if "--config" in arguments:  # which the page writes
+        file = tmp_path / arguments[arguments.index("--config") + 1]
+        (text,) = re.findall(rf'"{file.name}"\)\.write_text\("""(.*?)"""\)', ADAPT, flags=re.DOTALL)
+        file.write_text(text)
+    config = load_config(recipe, file, overrides)
     assert config.recipe == (recipe or "demo")
     for override in overrides:  # and each override is in force
         key, value = override.split("=", 1)
@@ -69,8 +75,8 @@ def takes_a_run(words: list[str]) -> bool:
 def test_each_other_command_is_understood_and_wants_nothing_but_the_run_or_the_photos(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where there is no runs/demo
-    with pytest.raises(DinorayError, match=r"runs/demo|PHOTOS") as error:
+    monkeypatch.chdir(tmp_path)  # where there are no runs
+    with pytest.raises(DinorayError, match=r"runs/(demo|adapted)|PHOTOS") as error:
         importlib.import_module(words[2]).main(words[3:])
     assert "--help" not in str(error.value)
 
@@ -164,7 +170,7 @@ def test_the_readme_is_read_in_one_go() -> None:
 
 
 def test_what_is_linked_and_shown_is_there() -> None:
-    for page, text in ((ROOT, README), (ROOT / "jobs", GUIDE), (ROOT / "pipeline", CODE)):
+    for page, text in ((ROOT, README), (ROOT / "jobs", GUIDE + ADAPT), (ROOT / "pipeline", CODE)):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert (page / target).exists(), target
 

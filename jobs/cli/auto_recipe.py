@@ -16,6 +16,7 @@ from typing import Any
 from dinoray.jobs.cli import auto_sizes as sizes
 from dinoray.jobs.cli.auto_facts import Choice, Choices, Facts
 from dinoray.models.counts import count
+from dinoray.models.settings import flatten
 from dinoray.pipeline.training import auto
 from dinoray.pipeline.training.auto import SMALL
 from dinoray.pipeline.training.config import CheckpointConfig
@@ -47,6 +48,12 @@ def choose(facts: Facts, settings: Mapping[str, Any]) -> list[Choice]:
     _choose_teacher(choices, network, batch=batch, total_steps=total_steps)
     _choose_evaluation(choices, total_steps=total_steps)
     return choices.made
+
+
+def typical(settings: Mapping[str, Any]) -> Facts:
+    """Return `TYPICAL` with the channels that the settings name."""
+    channels = dict(flatten(settings)).get("data.channels")
+    return TYPICAL._replace(channels=channels) if type(channels) is int else TYPICAL
 
 
 def as_tree(choices: Sequence[Choice]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dinoray.jobs.cli.auto_recipe import AUTO, TYPICAL, as_tree, choose
+from dinoray.jobs.cli.auto_recipe import AUTO, as_tree, choose, typical
 from dinoray.jobs.cli.domain_recipes import industrial, microscopy, pathology, satellite
 from dinoray.models.config import TIMM, timm_name
 from dinoray.pipeline.data.demo_images import demo_folder
@@ -256,10 +256,9 @@ def starting_point(recipe: str, settings: Mapping[str, Any], chosen: Mapping[str
     """
     found = backbone_of_start(recipe, settings)
     if recipe == AUTO:
-        made = (
-            as_tree(choose(TYPICAL, with_backbone_of_start(recipe, settings))) if chosen is None else chosen
-        )
-        return {**made, "backbone": {**made.get("backbone", {}), **({"name": found} if found else {})}}
+        if chosen is None:
+            chosen = as_tree(choose(typical(settings), with_backbone_of_start(recipe, settings)))
+        return {**chosen, "backbone": {**chosen.get("backbone", {}), **({"name": found} if found else {})}}
     tree, backbone = RECIPES[recipe](), settings.get("backbone")
     own = tree["backbone"]["name"]
     if found:

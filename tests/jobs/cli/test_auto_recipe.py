@@ -232,3 +232,8 @@ def test_a_wrong_value_is_named_and_does_not_stop_the_choice() -> None:
 def test_a_command_that_does_not_look_refuses_auto_and_takes_what_it_has_chosen() -> None:
     with pytest.raises(ConfigError, match=r"^recipe=auto looks at the images.*--print-config > auto.yaml"):
         load_config(AUTO, None, ["data.path=/x"])
+
+
+def test_before_the_images_are_looked_at_as_many_channels_as_are_set_are_taken_for_typical() -> None:
+    config = load(Config, None, None, ["data.path=/x", "data.channels=5"], looks=True)
+    assert (config.recipe, config.crops.saturation, config.crops.hue) == (AUTO, 0, 0)
