@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from fitted_weights import fitted_weights
 from jobs_processes import TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import write_images, write_run
 
+from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.display import Display
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.demo_images import PATTERNS
+from dinoray.pipeline.training.verdict import Verdict
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -180,3 +184,75 @@ def test_a_run_goes_on_from_where_another_ended_with_its_optimiser(
         for run, step in ((first, STEPS), (tmp_path / "longer", 2 * STEPS))
     ]
     assert moments == [STEPS, 2 * STEPS]
+
+
+NAIVE = [
+    "health.on_regression=stop",
+    "health.grace_steps=0",
+    "eval.every_steps=2",
+    "checkpoint.every_steps=2",
+    "teacher.teacher_momentum=0.5",
+    "optim.base_lr=10",
+]
+"""Of a run that leaves its start within a step."""
+
+
+@pytest.fixture(scope="module")
+def good(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run from weights that tell the classes of all images apart: they were fitted to their labels."""
+    folder = tmp_path_factory.mktemp("good")
+    val = write_images(folder / "val", "val", labels=tuple(PATTERNS)[:3], per_label=16)
+    files = sorted([*images.rglob("*.jpg"), *val.rglob("*.jpg")])
+    config = load_config("demo", None, [*TINY, "head.use_bn=false"]).algorithm()
+    pictures = [decode(file.read_bytes(), max_pixels=10**6) for file in files]
+    weights = fitted_weights(config, pictures, [file.parent.name for file in files])
+    save_file(weights, folder / "good.safetensors")
+    return [f"init.from={folder / 'good.safetensors'}", "init.load=backbone", f"eval.val_path={val}"]
+
+
+@pytest.fixture(scope="module")
+def fallen(
+    images: Path, good: list[str], tmp_path_factory: pytest.TempPathFactory, run_here: Callable[..., str]
+) -> tuple[list[str], Path, str]:
+    """Arguments, directory and error of a run that fell below its start and was stopped."""
+    runs = tmp_path_factory.mktemp("fallen")
+    again = arguments(images, runs, "naive", *good, *NAIVE)
+    output = run_here("jobs.pretrain", *again, code=1)
+    (error,) = (line for line in output.splitlines() if line.startswith("error:"))
+    return again, runs / "naive", error
+
+
+def test_a_run_that_falls_below_its_start_is_stopped_and_not_exported(
+    good: list[str], fallen: tuple[list[str], Path, str], run_here: Callable[..., str]
+) -> None:
+    _, run, error = fallen
+    assert error.startswith("error: worse than the start since step 2: k-NN ")
+    assert f"; {Verdict.WORSE.remedy}; to continue anyway, set health.on_regression=warn" in error
+    assert readings(run)[-1]["step"] == 4
+    assert "Ended by: worse than the start since step 2" in (run / "report.html").read_text()
+    refused = run_here("jobs.export", str(run), "--format", "state_dict", code=2)
+    assert "the start was better than every checkpoint: nothing to export but the start; k-NN " in refused
+    start = good[0].removeprefix("init.from=")
+    assert f"Take the weights that it started from, {start}; or pass --step 2 to export" in refused
+    run_here("jobs.export", str(run), "--format", "state_dict", "--step", "2")
+
+
+@pytest.mark.nightly  # beside tests/pipeline/worker/test_regression_guard.py
+def test_each_remedy_for_a_run_below_its_start_ends_the_error(
+    images: Path,
+    good: list[str],
+    fallen: tuple[list[str], Path, str],
+    tmp_path: Path,
+    run_here: Callable[..., str],
+) -> None:
+    again, run, _ = fallen
+    output = run_here("jobs.pretrain", *again, "health.on_regression=warn")
+    assert "resuming from step 2" in output
+    assert output.count("warning: worse than the start since step 2: ") == 1
+    assert readings(run)[-1]["step"] == STEPS
+    assert "worse than the start" in {reading["verdict"] for reading in readings(run)}
+    assert "The start was better than every checkpoint" in (run / "report.html").read_text()
+    slow = arguments(images, tmp_path, "slow", *good, *NAIVE, "optim.base_lr=1e-4")
+    assert "worse than the start" not in run_here("jobs.pretrain", *slow)
+    exported = run_here("jobs.export", str(tmp_path / "slow"), "--format", "state_dict")
+    assert exported.startswith("exporting the best checkpoint: ")

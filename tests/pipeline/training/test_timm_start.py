@@ -1,5 +1,6 @@
 """`init.from=timm:NAME`: the weights that timm publishes, from a local cache of the hub, for any crops."""
 
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import NUM_IMAGES, tiny_config
 
+from dinoray.models import backbone
+from dinoray.models.backbone import build_backbone
 from dinoray.models.config import BackboneConfig
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.training.config import InitConfig
@@ -40,8 +43,9 @@ def publish(hub: Path, name: str) -> None:
 def test_weights_of_timm_are_those_that_timm_loads_for_these_crops(hub: Path, name: str) -> None:
     publish(hub, name)
     crops = {"global_crop_size": 64, "local_crop_size": 32}
-    backbone = {"name": name, "kwargs": {}}
-    state = build_state(tiny_config(backbone=backbone, crops=crops), num_images=NUM_IMAGES)
+    state = build_state(
+        tiny_config(backbone={"name": name, "kwargs": {}}, crops=crops), num_images=NUM_IMAGES
+    )
     lines = load_initial_weights(state, read_weights(f"timm:{name}"), "backbone")
     size = {"img_size": 64, "dynamic_img_size": True} if "vit" in name else {}
     theirs = timm.create_model(name, pretrained=True, num_classes=0, **size).state_dict()
@@ -78,6 +82,21 @@ def test_pretrained_weights_get_other_channels_as_those_of_a_start_do(hub: Path,
     ):
         theirs_by_name = theirs.state_dict()
         assert all(torch.equal(value, theirs_by_name[key]) for key, value in ours.state_dict().items())
+
+
+def test_pretrained_weights_that_cannot_get_other_channels_are_refused(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "test_vit.r160_in1k"
+    publish(hub, name)
+    monkeypatch.setattr(backbone, "image_layers", lambda _: [])  # a network for which timm names none
+    config = BackboneConfig(name=name, drop_path_rate=0, pretrained=True)
+    build = partial(build_backbone, config, crop_sizes=(64,), drop_path_rate=0.0, in_chans=5)
+    with pytest.raises(
+        ConfigError, match=r"do not fit data\.channels=5: .*; set backbone\.pretrained=false, or"
+    ):
+        build(pretrained=True)
+    build(pretrained=False)
 
 
 def test_weights_that_are_not_in_the_cache_are_named_with_a_remedy(hub: Path) -> None:
