@@ -1,4 +1,4 @@
-"""Tar files, Parquet of Hugging Face and images by address: a killed run ends with the weights of one that was not.
+"""Tar files, Parquet of Hugging Face, images by address, TIFF of four channels: a killed run ends as one that was not.
 
 Their images are embedded then.
 """
@@ -12,7 +12,7 @@ from jobs_processes import TINY
 from killed_runs import kill_and_resume
 from samples import put_all, write_all
 from servers import S3Server
-from source_sets import LABELS, Set, addresses, hugging_face, tar_files
+from source_sets import Set, addresses, hugging_face, tar_files, tiffs_of_four_channels
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.slow, pytest.mark.nightly]
 
@@ -20,7 +20,14 @@ STEPS = 120
 
 
 @pytest.mark.parametrize(
-    ("make", "store"), [(tar_files, "local"), (tar_files, "s3"), (hugging_face, "s3"), (addresses, "local")]
+    ("make", "store"),
+    [
+        (tar_files, "local"),
+        (tar_files, "s3"),
+        (hugging_face, "s3"),
+        (addresses, "local"),
+        (tiffs_of_four_channels, "local"),
+    ],
 )
 def test_a_killed_run_resumes_bit_for_bit_and_its_images_are_embedded(
     make: Callable[[], Set],
@@ -41,6 +48,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_images_are_embedded(
         return [
             *TINY,
             *data.settings,
+            *data.crops,
             f"name={name}",
             f"data.path={path}",
             f"storage_path={tmp_path}",
@@ -57,8 +65,9 @@ def test_a_killed_run_resumes_bit_for_bit_and_its_images_are_embedded(
 
     out = tmp_path / "vectors"
     embed = (str(tmp_path / "whole"), path, f"--out={out}", "resources.augment_actors=1", *data.settings)
-    assert "24 images in = 24 vectors out + 0 quarantined" in run_here("jobs.embed", *embed)
+    counted = f"24 images in = {24 - data.num_bad} vectors out + {data.num_bad} quarantined"
+    assert counted in run_here("jobs.embed", *embed)
     table = pq.read_table(out, columns=["key", "label"])
     prefix = "" if store == "local" else "images/"
     assert table["key"].to_pylist() == [f"{prefix}{key}" for key in data.keys]
-    assert table["label"].to_pylist() == LABELS
+    assert table["label"].to_pylist() == data.labels

@@ -1,13 +1,19 @@
-"""The same 24 images with labels as tar files, as Parquet of Hugging Face, and named by addresses in Parquet."""
+"""The same 24 images with labels as tar files, as Parquet of Hugging Face, and named by addresses in Parquet.
 
+And as TIFF of four channels and 16 bits, one of which is damaged.
+"""
+
+import io
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from paths import ROOT
 from samples import parquet
 from tars import tar_of
 
+from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
 
 LABELS = [tuple(PATTERNS)[i % 3] for i in range(24)]
@@ -15,12 +21,17 @@ IMAGES = [draw_demo_image(label, "train", i) for i, label in enumerate(LABELS)]
 
 
 class Set(NamedTuple):
-    """The files of a data set, what is printed of it, the settings that it needs, and its keys in order."""
+    """The files of a data set, what is printed of it, its keys in order with labels, and the settings that it needs."""
 
     files: dict[str, bytes]
     line: str
     keys: list[str]
     settings: tuple[str, ...] = ()
+    labels: list[str] = LABELS
+    crops: tuple[str, ...] = ()
+    """Settings of a run on it alone."""
+    num_bad: int = 0
+    """Images that are damaged, and not among the keys."""
 
 
 def tar_files() -> Set:
@@ -59,3 +70,30 @@ def addresses() -> Set:
     table = parquet({"url": [f"../{name}" for name in names], "label": LABELS})
     files = {"table/all.parquet": table, **dict(zip(names, IMAGES, strict=True))}
     return Set(files, "24 images", names, ("data.uri_column=url",))
+
+
+def tiffs_of_four_channels() -> Set:
+    """Class folders of TIFF of 12 bits in 16: RGB and near-infrared, every other one planar, and one damaged."""
+    import tifffile
+
+    files = {}
+    for i, (label, data) in enumerate(zip(LABELS, IMAGES, strict=True)):
+        colours = decode(data, max_pixels=1 << 20).astype(np.uint16) * 16
+        values, file = np.dstack([colours, 4080 - colours[..., :1]]), io.BytesIO()
+        layout = {"planarconfig": "contig", "compression": "zlib", "predictor": True}
+        if i % 2:
+            values, layout = np.moveaxis(values, 2, 0), {"planarconfig": "separate"}
+        tifffile.imwrite(file, values, photometric="rgb", extrasamples=("unspecified",), **layout)
+        files[f"{label}/{i:02}.tif"] = file.getvalue()
+    damaged = f"{LABELS[5]}/05.tif"
+    files[damaged] = files[damaged][: len(files[damaged]) // 2]
+    keys = sorted(files.keys() - {damaged})
+    return Set(
+        files,
+        "24 images in 3 class folders",
+        keys,
+        ("data.channels=4", "data.max_bad_fraction=0.1"),
+        [key.split("/")[0] for key in keys],
+        ("crops.saturation=0", "crops.hue=0", "crops.gray_prob=0"),
+        num_bad=1,
+    )
