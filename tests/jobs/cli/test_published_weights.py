@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jobs_processes import TINY
-from paths import ROOT
+from paths import ROOT, START_UP
 from safetensors.torch import save_file
 from tiny_run import write_images
 
@@ -42,7 +42,7 @@ def run(
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "AWS_", "RAY_"))}
     variables |= {
         "HF_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{START_UP}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": "1",
         **environment,
     }
