@@ -305,6 +305,7 @@ def test_without_images_the_remedies_end_the_error(tmp_path: Path, run: Run) -> 
 # Processes and S3
 
 
+@pytest.mark.nightly  # beside the same in this process, and other jobs as processes
 def test_the_job_runs_as_a_process(tmp_path: Path, trained: Path) -> None:
     (tmp_path / "a.png").write_bytes(noise())
     output = run_job("jobs.attention", str(trained), str(tmp_path / "a.png"), f"--out={tmp_path}/out")

@@ -109,6 +109,7 @@ def test_an_object_store_that_refuses_is_named_with_the_remedy(
         run(pretrain.main, *TINY, *arguments, "eval.val_path=null", mended)
 
 
+@pytest.mark.nightly  # beside the processes of tests/test_package.py and tests/jobs/cli/test_published_weights.py
 @pytest.mark.s3
 def test_a_real_process_ends_in_the_same_way(s3: S3Server, tmp_path: Path) -> None:
     def start(*arguments: str) -> "subprocess.Popen[str]":

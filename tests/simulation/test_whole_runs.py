@@ -48,14 +48,11 @@ DANGERS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _simulated() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()  # else each collection looks at all that Ray and PyTorch have made
     gc.disable()
     with pytest.MonkeyPatch.context() as patch:
         simulate(patch)
         yield
     gc.enable()
-    gc.unfreeze()
 
 
 def run(seed: int) -> Counter[str]:

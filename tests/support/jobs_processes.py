@@ -163,7 +163,7 @@ def run_job(
         return job.output
 
 
-def wait_until(condition: Callable[[], object], timeout_seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], timeout_seconds: float = 300) -> None:
     """Return once `condition` is true; fails when the time is over before that."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():

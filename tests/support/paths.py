@@ -4,4 +4,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = Path(__file__).parent
+START_UP = SUPPORT / "start_up"
+"""On the path of processes that are to start fast."""
 SHARED = ROOT.parent / "shared" / "data"

@@ -12,6 +12,8 @@ import pytest
 from paths import SHARED
 from servers import S3Server
 
+from dinoray.pipeline.storage import pages
+
 HOSTILE = SHARED / "hostile"
 needs_hostile = pytest.mark.skipif(not HOSTILE.is_dir(), reason="the shared sample data is not here")
 
@@ -50,6 +52,12 @@ def put_all(s3: S3Server, bucket: str, objects: dict[str, bytes]) -> None:
             puts = [pool.submit(client.put_object, Bucket=bucket, Key=k, Body=objects[k]) for k in keys]
         for put in puts:
             put.result()
+
+
+def small_pages(patch: pytest.MonkeyPatch, most: int) -> None:
+    """Have pages of listings hold at most so many keys: else only thousands of objects are several pages."""
+    request = pages.request_page
+    patch.setattr(pages, "request_page", lambda call, **how: request(call, **({"MaxKeys": most} | how)))
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> None:

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -134,7 +135,8 @@ def _weed() -> str:
 def _is_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> bool:
     """Wait until the server takes an object; False where its process ends first."""
     client = server.client()
-    for _ in range(300):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
         with contextlib.suppress(BotoCoreError, ClientError):
             client.create_bucket(Bucket="ready")
             client.put_object(Bucket="ready", Key="ready", Body=b"1")
@@ -142,7 +144,7 @@ def _is_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
             return False
-    raise RuntimeError(f"weed is not ready after 30 s: {server.log.read_text()[-2000:]}")
+    raise RuntimeError(f"weed is not ready after 120 s: {server.log.read_text()[-2000:]}")
 
 
 def free_ports(count: int) -> list[int]:
@@ -167,7 +169,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def use_aws(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+def use_aws(monkeypatch: pytest.MonkeyPatch, variables: Mapping[str, str]) -> None:
     """Replace all AWS_* of this process for the test."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)

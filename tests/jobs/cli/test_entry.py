@@ -163,7 +163,7 @@ def test_a_watch_ends_with_its_ray_though_the_process_joins_one_again(
     ray.shutdown()
     join_ray(1, verbose=False)
     try:
-        watch.join(10)
+        watch.join(120)
         assert not watch.is_alive()
     finally:
         ray.shutdown()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from jobs_processes import TINY
-from paths import ROOT
+from paths import ROOT, START_UP
 from safetensors.torch import save_file
 from tiny_run import write_images
 
-NAME = "vit_tiny_patch16_224.augreg_in21k"
+NAME = "test_vit.r160_in1k"
 SETTINGS = [
     "recipe=demo",
     *TINY[:3],
@@ -42,7 +42,7 @@ def run(
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "AWS_", "RAY_"))}
     variables |= {
         "HF_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{START_UP}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": "1",
         **environment,
     }
@@ -57,14 +57,21 @@ def run(
     )
 
 
-@pytest.mark.parametrize("job", ["pretrain", "tune"])
-def test_weights_that_cannot_be_downloaded_end_the_job_before_ray_starts(tmp_path: Path, job: str) -> None:
-    # A port on which nothing listens. The hub's own client would try for minutes.
-    ended = run(tmp_path, "backbone.pretrained=true", job=job, HF_ENDPOINT="http://127.0.0.1:9")
+# A port on which nothing listens. The hub's own client would try for minutes.
+@pytest.mark.parametrize(
+    ("job", "offline"),
+    [("pretrain", {"HF_ENDPOINT": "http://127.0.0.1:9"}), ("tune", {"HF_HUB_OFFLINE": "1"})],
+)
+def test_weights_that_cannot_be_downloaded_end_the_job_before_ray_starts(
+    tmp_path: Path, job: str, offline: dict[str, str]
+) -> None:
+    ended = run(tmp_path, "backbone.pretrained=true", job=job, **offline)
     (line,) = ended.stderr.splitlines()
     assert line.startswith(
         f"error: backbone.pretrained=true: the weights that timm publishes for {NAME} cannot be had"
     )
+    assert "set backbone.pretrained=false" in line
+    assert "init.from=FILE" in line
     assert ended.returncode == 3
     assert not re.search("Retry|Traceback", ended.stdout + ended.stderr)
 
@@ -72,9 +79,6 @@ def test_weights_that_cannot_be_downloaded_end_the_job_before_ray_starts(tmp_pat
 def test_a_local_file_in_their_place_is_the_remedy_that_it_names(tmp_path: Path) -> None:
     import timm
 
-    ended = run(tmp_path, "backbone.pretrained=true", HF_HUB_OFFLINE="1")
-    assert "set backbone.pretrained=false" in ended.stderr
-    assert "init.from=FILE" in ended.stderr
     torch.manual_seed(0)
     save_file(timm.create_model(NAME.partition(".")[0]).state_dict(), tmp_path / "weights.safetensors")
     mended = run(

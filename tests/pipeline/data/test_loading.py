@@ -50,6 +50,6 @@ def test_the_next_batch_is_made_while_one_is_used_and_not_a_third(tmp_path: Path
 
     batches = load_batches(source, range(9), prepare, batch_size=2)
     next(batches)
-    assert second.wait(20)
+    assert second.wait(120)
     assert sorted(seen) == [source.key(i) for i in range(4)]
     batches.close()

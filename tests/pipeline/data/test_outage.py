@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from faults import FaultProxy
-from samples import put_all
+from samples import put_all, small_pages
 from servers import S3Server, aws_environment, use_aws
 from sources import IMAGES, as_shard, fetch_all, source_of
 
@@ -179,11 +179,12 @@ def test_half_of_the_objects_refused_are_so_many_bad_images(
 
 
 def test_pages_after_the_first_wait_and_the_first_does_not(
-    proxy: FaultProxy, s3: S3Server, bucket: str
+    proxy: FaultProxy, s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_all(s3, bucket, {f"{n:04}.jpg": b"x" for n in range(1001)})
+    small_pages(monkeypatch, 20)
+    put_all(s3, bucket, {f"{n:04}.jpg": b"x" for n in range(21)})
     proxy.fail("slow_down", pattern="continuation-token", times=20)
-    assert source_of(f"s3://{bucket}").num_images == 1001
+    assert source_of(f"s3://{bucket}").num_images == 21
     proxy.fail("slow_down", pattern="list-type=2", times=20)
     with pytest.raises(Unreachable, match="failed after 5 attempts"):
         source_of(f"s3://{bucket}")

@@ -128,7 +128,7 @@ def test_of_calls_that_need_a_footer_at_once_one_reads_it() -> None:
         return footer(3)
 
     def get(_: int) -> int:
-        together.wait(10)
+        together.wait(120)
         rows: int = cache.get("a", read).num_rows
         return rows
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote_plus
 
 import pytest
 from faults import FaultProxy
-from samples import parquet, put_all
+from samples import parquet, put_all, small_pages
 from servers import S3Server, aws_environment
 
 from dinoray.models.errors import ConfigError, DataError
@@ -65,6 +65,7 @@ def part_files(run: Directory) -> list[str]:
     return [file for name in folders for file in run.child(name).list() if file.startswith(PART)]
 
 
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("where", ["on a disk", "below data.path on S3"])
 def test_a_killed_listing_is_resumed_without_the_pages_that_it_had(
     where: str, proxy: FaultProxy, s3: S3Server, bucket: str, tmp_path: Path
@@ -95,7 +96,7 @@ def test_a_killed_listing_is_resumed_without_the_pages_that_it_had(
     assert stretches[0].start == ""
 
     proxy.requests.clear()
-    subprocess.run(command, env=environment, check=True)
+    load_or_build(DataConfig(path=path), run)
     lines = [line for line in proxy.requests if "list-type=2" in line and "delimiter" not in line]
     lines = [line for line in lines if "listing-" not in line]
     # SeaweedFS's token is the key before the page, so each request tells where its page begins.
@@ -111,8 +112,7 @@ def test_a_killed_listing_is_resumed_without_the_pages_that_it_had(
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = pages.request_page
-    monkeypatch.setattr(pages, "request_page", lambda call, **p: request(call, MaxKeys=PAGE, **p))
+    small_pages(monkeypatch, PAGE)
     monkeypatch.setattr(key_ranges, "PAGES_PER_PART", 2)
     monkeypatch.setattr(listing_parts, "AFTER_SECONDS", 0.0)
 

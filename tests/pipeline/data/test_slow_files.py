@@ -38,7 +38,7 @@ def fresh() -> Iterator[None]:
         patch.setattr(decoder_process, "_OURS", threading.local())
         yield
     gc.collect()  # errors that pytest.raises keeps know the process
-    wait_until(lambda: not decoders(), 30)
+    wait_until(lambda: not decoders())
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +87,11 @@ def test_time_on_the_clock_does_not_count(noise: bytes, monkeypatch: pytest.Monk
     pixels: list[np.ndarray] = []
     thread = threading.Thread(target=lambda: pixels.append(decode(noise, max_pixels=10**7)))
     thread.start()
-    wait_until(decoders, 30)
-    wait_until(lambda: decoders()[0].cpu_times().user > 0.5, 60)
+    wait_until(decoders)
+    wait_until(lambda: decoders()[0].cpu_times().user > 0.5)
     decoders()[0].suspend()
     begin = time.monotonic()
-    wait_until(lambda: time.monotonic() - begin > limit + 0.5, 30)
+    wait_until(lambda: time.monotonic() - begin > limit + 0.5)
     decoders()[0].resume()
     thread.join()
     assert pixels[0].shape == (1500, 1500, 3)
@@ -136,10 +136,10 @@ def end_while_it_decodes(data: bytes, number: signal.Signals, times: int) -> Bad
     thread = threading.Thread(target=run)
     thread.start()
     for _ in range(times):
-        wait_until(lambda: decoders() and decoders()[0].cpu_times().user > 0.5, 60)
+        wait_until(lambda: decoders() and decoders()[0].cpu_times().user > 0.5)
         (process,) = decoders()
         process.send_signal(number)
-        wait_until(lambda pid=process.pid: pid not in [one.pid for one in decoders()], 30)
+        wait_until(lambda pid=process.pid: pid not in [one.pid for one in decoders()])
     thread.join()
     return result[0]
 
@@ -179,7 +179,7 @@ def test_threads_have_processes_of_their_own_which_end_with_them() -> None:
     for thread in threads:
         thread.join()
     assert seen == [3, 3, 3]
-    wait_until(lambda: not decoders(), 30)
+    wait_until(lambda: not decoders())
 
 
 def test_a_forked_process_starts_its_own() -> None:
@@ -215,7 +215,7 @@ def test_a_process_ends_with_the_one_that_started_it() -> None:
     decoder = int(os.read(reader, 20))
     os.close(reader)
     os.close(writer)
-    wait_until(lambda: not psutil.pid_exists(decoder), 30)
+    wait_until(lambda: not psutil.pid_exists(decoder))
 
 
 @contextlib.contextmanager

@@ -63,36 +63,44 @@ FORMS = {  # the published code knows no resnet10t; onnx takes long; of transfor
 }
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A kind of backbone, and a run with its exports."""
-    run = run_directory(tmp_path_factory.mktemp("exported") / "run", trained(CONFIGS[request.param]))
-    formats = [part for form in FORMS[request.param] for part in ("--format", form)]
-    export(run, *formats, "--license", "Apache-2.0")
-    return request.param, run
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Kind of backbone -> a run with its exports; beside it, in `kept.npz`, what the code of each README computes.
 
-
-def test_the_code_of_each_readme_embeds_an_image_as_the_run_does(
-    exported: tuple[str, Path], tmp_path: Path
-) -> None:
-    kind, run = exported
+    All of that code runs in one fresh process, which takes longer to start than to run.
+    """
+    root = tmp_path_factory.mktemp("exported")
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation
-    code = ["import os\nimport numpy as np\nkept = {}"]
-    for form in FORMS[kind]:
-        here = tmp_path / "elsewhere" / form
-        shutil.copytree(run / "export" / FOLDERS[form], here)
-        photo().save(here / "photo.jpg", exif=exif)
-        blocks = re.findall(r"```python\n(.*?)```", (here / "README.md").read_text(), re.DOTALL)
-        assert len(blocks) == (2 if form == "timm" else 1)
-        code += [f"os.chdir({str(here)!r})", *blocks, f"kept[{form!r}] = np.asarray(features)"]
-        code += ["assert classifier.num_classes == 10"] if form == "timm" else []
-    run_elsewhere("\n".join([*code, f"np.savez({str(tmp_path / 'kept')!r}, **kept)"]), tmp_path)
+    runs, code = {}, ["import os\nimport numpy as np"]
+    for kind, config in CONFIGS.items():
+        runs[kind] = run = run_directory(root / kind / "run", trained(config))
+        formats = [part for form in FORMS[kind] for part in ("--format", form)]
+        export(run, *formats, "--license", "Apache-2.0")
+        code.append("kept = {}")
+        for form in FORMS[kind]:
+            here = root / kind / "elsewhere" / form
+            shutil.copytree(run / "export" / FOLDERS[form], here)
+            photo().save(here / "photo.jpg", exif=exif)
+            blocks = re.findall(r"```python\n(.*?)```", (here / "README.md").read_text(), re.DOTALL)
+            assert len(blocks) == (2 if form == "timm" else 1)
+            code += [f"os.chdir({str(here)!r})", *blocks, f"kept[{form!r}] = np.asarray(features)"]
+            code += ["assert classifier.num_classes == 10"] if form == "timm" else []
+        code.append(f"np.savez({str(root / kind / 'kept')!r}, **kept)")
+    run_elsewhere("\n".join(code), root)
+    return runs
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_code_of_each_readme_embeds_an_image_as_the_run_does(
+    exported: dict[str, Path], kind: str
+) -> None:
+    run = exported[kind]
     frozen = read_frozen(run / "checkpoints" / "step_00000003")
-    image = decode((here / "photo.jpg").read_bytes(), max_pixels=10**6)
+    image = decode((run.parent / "elsewhere" / "timm" / "photo.jpg").read_bytes(), max_pixels=10**6)
     crop = eval_crop(image, size=16)[None]
     expected = embed(frozen.backbone(), crop, CONFIGS[kind].crops, precision="fp32")
-    kept = np.load(tmp_path / "kept.npz")
+    kept = np.load(run.parent / "kept.npz")
     assert set(kept) == set(FORMS[kind])
     for form in FORMS[kind]:
         # That graph rounds pixels as we do, the others' preprocessing does not.
@@ -100,12 +108,12 @@ def test_the_code_of_each_readme_embeds_an_image_as_the_run_does(
         np.testing.assert_allclose(kept[form], expected, atol=share * np.abs(expected).max(), err_msg=form)
 
 
-def test_the_hub_reads_the_header_of_each_readme(exported: tuple[str, Path]) -> None:
-    kind, run = exported
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_hub_reads_the_header_of_each_readme(exported: dict[str, Path], kind: str) -> None:
     libraries = {"timm": "timm", "state_dict": "timm", "official": "pytorch"}
     libraries |= dict.fromkeys(("onnx", "onnx_preprocessing"), "onnx")
     for form in FORMS[kind]:
-        card = ModelCard.load(run / "export" / FOLDERS[form] / "README.md")
+        card = ModelCard.load(exported[kind] / "export" / FOLDERS[form] / "README.md")
         assert (card.data.license, card.data.library_name) == ("apache-2.0", libraries[form])
         assert card.data.pipeline_tag == "image-feature-extraction"
         assert "dino" in card.data.tags

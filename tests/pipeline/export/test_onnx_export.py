@@ -1,6 +1,7 @@
 """What is exported for onnxruntime computes what torch does, at every size that torch takes."""
 
 import sys
+from functools import cache
 from typing import Any
 
 import onnxruntime
@@ -13,9 +14,17 @@ from torch import Tensor
 
 from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.export import onnx_export
-from dinoray.pipeline.export.onnx_export import export_onnx, resize_matrix
+from dinoray.pipeline.export.onnx_export import Onnx, export_onnx, resize_matrix
 from dinoray.pipeline.export.timm_export import export_timm
-from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.checkpoint import FrozenBackbone
+
+CONFIGS = {
+    "vit": backbone("vit_tiny_patch16_224", size=96, local_size=48, **TINY_VIT),
+    "resnet": backbone("resnet10t", **TINY_RESNET["kwargs"]),
+    "dinov2 with registers": backbone("vit_small_patch14_reg4_dinov2", size=56, local_size=28, **TINY_VIT),
+    "dinov3": backbone("vit_small_patch16_dinov3", size=64, **TINY_VIT),
+    "swin": backbone("swin_tiny_patch4_window7_224", size=64, local_size=64, **TINY_SWIN),
+}
 
 
 @pytest.mark.parametrize("grid", [4, 7, 14])
@@ -36,6 +45,13 @@ def test_resizing_by_a_matrix_is_torch_s_interpolation(grid: int, length: int) -
 def onnx_features(data: bytes, images: Tensor) -> Tensor:
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+
+
+@cache
+def exported(kind: str) -> tuple[FrozenBackbone, Onnx]:
+    """A network of CONFIGS and its graph, which takes seconds to make."""
+    frozen = frozen_of(CONFIGS[kind])
+    return frozen, export_onnx(frozen)
 
 
 def onnx_shape(data: bytes) -> list[Any]:
@@ -67,30 +83,20 @@ def test_a_vit_s_onnx_file_takes_any_batch_and_any_size(
 
 
 @pytest.mark.parametrize(
-    ("config", "shape", "multiple_of"),
+    ("kind", "shape", "multiple_of"),
     [
-        (backbone("resnet10t", **TINY_RESNET["kwargs"]), ["batch", 3, "height", "width"], 1),
-        (
-            backbone("vit_small_patch14_reg4_dinov2", size=56, local_size=28, **TINY_VIT),
-            ["batch", 3, "height", "width"],
-            14,
-        ),
-        (backbone("vit_small_patch16_dinov3", size=64, **TINY_VIT), ["batch", 3, "height", "width"], 16),
-        (
-            backbone("swin_tiny_patch4_window7_224", size=64, local_size=64, **TINY_SWIN),
-            ["batch", 3, 64, 64],
-            None,
-        ),
+        ("resnet", ["batch", 3, "height", "width"], 1),
+        ("dinov2 with registers", ["batch", 3, "height", "width"], 14),
+        ("dinov3", ["batch", 3, "height", "width"], 16),
+        ("swin", ["batch", 3, 64, 64], None),
     ],
-    ids=["resnet", "dinov2 with registers", "dinov3", "swin"],
-)  # fmt: skip
+)
 def test_other_backbones_onnx_files_take_at_least_any_batch(
-    config: DINOConfig, shape: list[Any], multiple_of: int | None
+    kind: str, shape: list[Any], multiple_of: int | None
 ) -> None:
-    frozen = frozen_of(config)
-    onnx = export_onnx(frozen)
+    frozen, onnx = exported(kind)
     assert (onnx_shape(onnx.data), onnx.multiple_of) == (shape, multiple_of)
-    size = config.crops.global_crop_size
+    size = frozen.config.crops.global_crop_size
     sizes = [(size, size)] if multiple_of is None else [(size, size), (2 * size, size), (3 * size, size)]
     for height, width in sizes:
         x = torch.randn(3, 3, height, width)
@@ -99,17 +105,10 @@ def test_other_backbones_onnx_files_take_at_least_any_batch(
         assert float((onnx_features(onnx.data, x) - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        backbone("vit_tiny_patch16_224", size=96, local_size=48, **TINY_VIT),
-        backbone("vit_small_patch16_dinov3", size=64, **TINY_VIT),
-    ],
-    ids=["vit", "dinov3"],
-)
-def test_an_onnx_file_refuses_sizes_that_torch_refuses(config: DINOConfig) -> None:
-    frozen = frozen_of(config)
-    data = export_onnx(frozen).data
+@pytest.mark.parametrize("kind", ["vit", "dinov3"])
+def test_an_onnx_file_refuses_sizes_that_torch_refuses(kind: str) -> None:
+    frozen, onnx = exported(kind)
+    data = onnx.data
     for height, width in ((97, 97), (97, 96), (96, 111), (15, 96)):
         x = torch.randn(2, 3, height, width)
         with pytest.raises(AssertionError), torch.no_grad():
@@ -123,8 +122,8 @@ def test_an_onnx_file_refuses_sizes_that_torch_refuses(config: DINOConfig) -> No
 
 
 def test_a_convolutional_onnx_file_takes_odd_sizes_as_torch_does() -> None:
-    frozen = frozen_of(backbone("resnet10t", **TINY_RESNET["kwargs"]))
-    data = export_onnx(frozen).data
+    frozen, onnx = exported("resnet")
+    data = onnx.data
     for height, width in ((97, 97), (33, 64)):
         x = torch.randn(2, 3, height, width)
         with torch.no_grad():
@@ -152,10 +151,13 @@ def test_what_onnx_cannot_hold_is_exported_for_timm(
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such operator")
 
+    frozen, onnx = exported("vit")
+    if part == "onnxruntime.InferenceSession":
+        monkeypatch.setattr(onnx_export, "converted", lambda *_, **__: onnx.data)
     monkeypatch.setattr(part, refuse)
     with pytest.raises(DinorayError, match=f"{says}: no such operator; export it with --format timm$"):
-        export_onnx(frozen_of(tiny_config()))
-    assert export_timm(frozen_of(tiny_config())).weights
+        export_onnx(frozen)
+    assert export_timm(frozen).weights
 
 
 def test_packages_that_onnx_needs_are_named_with_the_command_that_brings_them(

@@ -44,7 +44,7 @@ def no_slots_left_taken() -> Iterator[None]:
     """At its end, all second requests are possible again."""
     yield
     taken = 0
-    while taken < MAX_SECOND_REQUESTS and hedging._second_requests.acquire(timeout=30):
+    while taken < MAX_SECOND_REQUESTS and hedging._second_requests.acquire(timeout=120):
         taken += 1
     hedging._second_requests.release(taken)
     assert taken == MAX_SECOND_REQUESTS
@@ -206,4 +206,4 @@ def test_second_requests_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) 
         thread.join()
     assert calls.made == reads + MAX_SECOND_REQUESTS
     for _ in range(MAX_SECOND_REQUESTS):  # each place is free again, once the slower call has ended too
-        assert slots.acquire(timeout=30)
+        assert slots.acquire(timeout=120)
