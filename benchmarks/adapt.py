@@ -32,7 +32,8 @@ from dinoray.pipeline.tracking.start import is_worse, regression
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import HealthConfig
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 CLASSES = sorted(PATTERNS)
 FIRST, OTHERS = CLASSES[::2], CLASSES[1::2]

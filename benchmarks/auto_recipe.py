@@ -39,7 +39,8 @@ from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features, embed
 from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 Pixels = NDArray[np.uint8]
 KNN = EvalConfig(k=(10,))

@@ -30,8 +30,8 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import META, STUDENT, TEACHER, TRAIN_STATE
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import read_parts
+from dinoray.pipeline.training.state import TrainState, build_state
 from dinoray.pipeline.training.state_copy import StateCopy, is_finite
-from dinoray.pipeline.training.step import TrainState, build_state
 
 NUM_IMAGES = 1_281_167
 CHECKSUMS: dict[str, Callable[[bytes], object]] = {

@@ -26,7 +26,8 @@ from dinoray.pipeline.augment.multicrop import crop_rng, limit_threads, multi_cr
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.demo_images import write_demo_images
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 from dinoray.pipeline.training.verdict import Verdict
 
 EXPERIMENTS: dict[str, tuple[dict[str, Any], Verdict]] = {

@@ -32,7 +32,8 @@ from gpu_step import NUM_IMAGES, config_of, noise
 from dinoray.models.errors import DinorayError
 from dinoray.pipeline.training.distributed import set_up_device
 from dinoray.pipeline.training.staging import staged
-from dinoray.pipeline.training.step import TrainState, build_state, train
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train
 
 _WARM_UP = 5
 _DRAWN = 32

@@ -37,7 +37,8 @@ from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.distributed import set_up_device
 from dinoray.pipeline.training.flops import flops_per_image, matmul_rate
 from dinoray.pipeline.training.pixels import pixels
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "resnet50")
 NUM_IMAGES = 1_281_167

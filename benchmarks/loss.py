@@ -36,6 +36,7 @@ from dinoray.models.head import PrototypeLayer
 from dinoray.models.loss import CrossEntropy, cross_entropy, teacher_probs
 from dinoray.pipeline.training import step as training
 from dinoray.pipeline.training.config import DINOConfig
+from dinoray.pipeline.training.state import build_state
 
 NUM_IMAGES = 1_281_167
 Loss = Callable[..., CrossEntropy]
@@ -121,7 +122,7 @@ class Step:
                 ("local_crops", crops.num_local_crops, crops.local_crop_size),
             )
         }
-        self._state = training.build_state(config, num_images=NUM_IMAGES)
+        self._state = build_state(config, num_images=NUM_IMAGES)
         self._loss: Loss = cross_entropy
         self._layer: Callable[..., Tensor] = PrototypeLayer.forward
         if former_parts:

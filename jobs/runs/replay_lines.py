@@ -16,7 +16,8 @@ from dinoray.pipeline.data.source import Status
 from dinoray.pipeline.training.config import StepSettings
 from dinoray.pipeline.training.non_finite import BadOutput, NonFinite
 from dinoray.pipeline.training.rank_shares import RankShares
-from dinoray.pipeline.training.step import TrainState, autocast
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import autocast
 
 _NAMED = 5
 """Names in a line."""

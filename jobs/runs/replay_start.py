@@ -20,7 +20,7 @@ from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.checkpoint import CheckpointParts, download_checkpoint, load_parts, read_parts
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
 from dinoray.pipeline.training.match_weights import adapt
-from dinoray.pipeline.training.step import TrainState, build_state
+from dinoray.pipeline.training.state import TrainState, build_state
 from dinoray.pipeline.worker.config import Config
 
 INITIAL = "initial"

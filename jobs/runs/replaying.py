@@ -22,7 +22,8 @@ from dinoray.pipeline.training.distributed import set_up_device
 from dinoray.pipeline.training.non_finite import watched
 from dinoray.pipeline.training.rank_shares import RankShares
 from dinoray.pipeline.training.skips import LAG, Skips
-from dinoray.pipeline.training.step import TrainState, train_step
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import train_step
 from dinoray.pipeline.worker.config import Config
 
 _LAST_LINES = 5

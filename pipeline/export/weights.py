@@ -18,7 +18,7 @@ from dinoray.models.published.checkpoint import POS_EMBED_KEY, to_official
 from dinoray.models.settings import number
 from dinoray.pipeline.training.checkpoint import FrozenBackbone, load_checkpoint, read_meta
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import TrainState, build_state
+from dinoray.pipeline.training.state import TrainState, build_state
 
 _OFFICIAL_NAMES = re.compile(
     r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))\.(weight|bias)"

@@ -23,7 +23,8 @@ from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.training.config import DINOConfig, FreezeConfig
 from dinoray.pipeline.training.distributed import set_up_device
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 _BLOCK_IMAGES = 64
 _REQUESTS = 24

@@ -30,8 +30,8 @@ from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_checkpoi
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.skips import Skips
+from dinoray.pipeline.training.state import TrainState
 from dinoray.pipeline.training.state_copy import StateCopy, is_finite
-from dinoray.pipeline.training.step import TrainState
 
 _ANOTHER = (
     "take another checkpoint: of its run by --step, for training by init.from=CHECKPOINT init.load=run under another "

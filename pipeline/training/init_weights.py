@@ -27,8 +27,8 @@ from dinoray.pipeline.storage.files import Directory, normal_uri
 from dinoray.pipeline.storage.run_dir import committed_checkpoints
 from dinoray.pipeline.training.checkpoint import download_checkpoint, find_checkpoint, read_parts
 from dinoray.pipeline.training.published_weights import timm_weights
+from dinoray.pipeline.training.state import TrainState
 from dinoray.pipeline.training.state_copy import FROZEN_PART
-from dinoray.pipeline.training.step import TrainState
 
 _NOT_WEIGHTS = re.compile(r"(?i)\.(onnx|onnx\.data|json|ya?ml|np[yz]|h5|msgpack|parquet|pb|tflite|engine)$")
 """Suffixes of files that hold no weights, or weights of another kind of program."""

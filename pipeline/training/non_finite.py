@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoray.models.recompute import is_recomputing
-from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.training.state import TrainState
 
 
 class BadOutput(NamedTuple):

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from dinoray.models.backbone import has_batch_norm
 from dinoray.pipeline.data.partition import Layout, batch_size_per_worker, check_accumulation
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import TrainState, drop_path_seed
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import drop_path_seed
 
 
 class RankShares(NamedTuple):

@@ -20,7 +20,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.checkpoint_files import FILES, WrittenFile, meta_json
 from dinoray.pipeline.storage.files import Directory, is_s3
 from dinoray.pipeline.training.bad_images import Quarantine
-from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.training.state import TrainState
 
 FROZEN_PART = "frozen_part"
 """Key, in the header of a student's file that lacks its frozen part, of the file that has it."""

@@ -12,8 +12,8 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.storage.unsaved import UNSAVED
 from dinoray.pipeline.training.bad_images import Quarantine
+from dinoray.pipeline.training.state import TrainState
 from dinoray.pipeline.training.state_copy import StateCopy
-from dinoray.pipeline.training.step import TrainState
 
 _POLL_SECONDS = 0.1
 

@@ -24,7 +24,8 @@ from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.capture_files import CaptureFiles
 from dinoray.pipeline.training.distributed import rank, world_size
 from dinoray.pipeline.training.skips import LAG, Skip
-from dinoray.pipeline.training.step import TrainState, drop_path_seed
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import drop_path_seed
 
 if TYPE_CHECKING:
     from dinoray.pipeline.worker.spec import WorkerSpec

@@ -48,7 +48,7 @@ from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.init_weights import INIT_LINE, load_initial_weights, read_weights
 from dinoray.pipeline.training.match_weights import adapt
 from dinoray.pipeline.training.published_weights import check_start
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.fit import CONTROLLER, fit
 from dinoray.pipeline.worker.inputs import Inputs

@@ -13,7 +13,7 @@ from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name, committed_steps
 from dinoray.pipeline.training.checkpoint import download_checkpoint, read_frozen
-from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.training.state import TrainState
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.ending import Ending
 from dinoray.pipeline.worker.evaluator import (

@@ -29,7 +29,7 @@ from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.distributed import world_size
 from dinoray.pipeline.training.flops import Utilisation
 from dinoray.pipeline.training.staging import STAGED_BYTES
-from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.training.state import TrainState
 from dinoray.pipeline.training.verdict import Verdict
 from dinoray.pipeline.worker.spec import WorkerSpec
 from dinoray.pipeline.worker.throughput import PoolThroughput, ThroughputMeter

@@ -18,7 +18,7 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import committed_checkpoints, leave_out, step_of
 from dinoray.pipeline.training.checkpoint import CheckpointParts, load_parts, own_copy, read_parts
 from dinoray.pipeline.training.distributed import gather, rank
-from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.training.state import TrainState
 from dinoray.pipeline.worker.spec import WorkerSpec
 
 _REFUSAL = "refused checkpoints"

@@ -23,8 +23,8 @@ from dinoray.pipeline.storage.run_dir import (
 )
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.distributed import all_reduce_max
+from dinoray.pipeline.training.state import TrainState
 from dinoray.pipeline.training.state_copy import is_finite
-from dinoray.pipeline.training.step import TrainState
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.background_save import BackgroundSave
 from dinoray.pipeline.worker.outputs import Outputs

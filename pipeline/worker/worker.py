@@ -28,7 +28,8 @@ from dinoray.pipeline.training.distributed import all_reduce_max, set_up_device
 from dinoray.pipeline.training.init_weights import load_initial_weights
 from dinoray.pipeline.training.skips import Skip
 from dinoray.pipeline.training.staging import staged
-from dinoray.pipeline.training.step import build_state, train
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 from dinoray.pipeline.worker.agreement import Agreement, StreamFailedError
 from dinoray.pipeline.worker.cadence import Cadence

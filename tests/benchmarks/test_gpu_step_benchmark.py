@@ -11,6 +11,7 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_config
 
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.training import step as training
+from dinoray.pipeline.training.state import TrainState, build_state
 
 TOY = ["crops.global_crop_size=32", "crops.local_crop_size=16", "crops.num_local_crops=2"]
 TOY += ["head.out_dim=64", "head.hidden_dim=32"]
@@ -38,7 +39,7 @@ def test_a_batch_that_does_not_fit_is_a_row_and_the_next_one_follows(
 ) -> None:
     run = training.train_step
 
-    def limited(state: training.TrainState, batch: dict) -> dict:
+    def limited(state: TrainState, batch: dict) -> dict:
         if len(batch["global_crops"]) > 2:
             raise ResourceError("it does not fit")
         return run(state, batch)
@@ -54,9 +55,7 @@ def test_eager_and_compiled_blocks_are_measured_beside_one_plain_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(
-        training.TrainState, "compile", lambda state: asked.append(state.config.train.compile)
-    )
+    monkeypatch.setattr(TrainState, "compile", lambda state: asked.append(state.config.train.compile))
     benchmark.main([*TOY, *FEW, "--batch", "2", "--compile", "off", "on"])
     rows = [row.split(" | ")[2] for row in capsys.readouterr().out.splitlines()[-3:]]
     assert rows == ["dinoray, compile off", "dinoray, compile on", "plain"]
@@ -76,7 +75,7 @@ def test_the_plain_step_has_our_losses(backbone: dict) -> None:
     config = tiny_config(
         optim={"warmup_epochs": 0.5, "freeze_last_layer_epochs": 0.3, "clip_grad": 0.5}, backbone=backbone
     )
-    state = training.build_state(config, num_images=NUM_IMAGES)
+    state = build_state(config, num_images=NUM_IMAGES)
     crops = benchmark.noise(config, 4, CPU)
     plain = benchmark.PlainStep(state.dino, config, state.schedule, CPU)
     views = list(benchmark.views(crops, config, CPU))

@@ -21,7 +21,7 @@ from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import load_checkpoint, save_checkpoint
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 EQUAL = "equal to the run's log, bit for bit (8 values)"
 LAST = str(STEPS)

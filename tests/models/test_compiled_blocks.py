@@ -21,7 +21,8 @@ from dinoray.models.compiled import Compilation, compile_blocks, num_graphs
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.training.checkpoint import load_checkpoint
 from dinoray.pipeline.training.rank_shares import RankShares
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEEP = {"kwargs": {"patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}}

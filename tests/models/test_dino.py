@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinoray.models.config import TeacherConfig
 from dinoray.models.dino import DINO, MultiCropNet, crop_major
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 
 def tiny_dino(**changes: dict[str, Any]) -> Any:

@@ -19,7 +19,8 @@ from dinoray.models.config import BackboneConfig, TrainedPart
 from dinoray.models.errors import ConfigError
 from dinoray.models.lora import ALPHA, is_adapter, merged
 from dinoray.models.partial import freeze
-from dinoray.pipeline.training.step import TrainState, train_step
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import train_step
 
 VIT: dict[str, Any] = {"drop_path_rate": 0.5}
 LAST, RESNET_LAST = (

@@ -14,7 +14,8 @@ from dinoray.models import recompute
 from dinoray.models.errors import ConfigError
 from dinoray.models.recompute import blocks, is_recomputing, recompute_blocks
 from dinoray.pipeline.training.non_finite import watched
-from dinoray.pipeline.training.step import TrainState, train_step
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import train_step
 
 VIT = {"drop_path_rate": 0.5}
 BACKBONES = pytest.mark.parametrize("backbone", [VIT, TINY_RESNET], ids=["vit", "resnet"])

@@ -21,7 +21,8 @@ from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
 from dinoray.pipeline.tracking.run_log import MetricsLog
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 
 Run = Callable[..., tuple[int, list[str], list[str]]]
 

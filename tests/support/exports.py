@@ -14,7 +14,8 @@ from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import FrozenBackbone, save_checkpoint
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 TINY_VIT: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 OWN_VIT: dict[str, Any] = {"patch_size": 4, **TINY_VIT}

@@ -13,7 +13,7 @@ from torch import nn
 from dinoray.pipeline.training.init_weights import load_initial_weights
 from dinoray.pipeline.training.init_weights import read_weights as read_path
 from dinoray.pipeline.training.match_weights import adapt
-from dinoray.pipeline.training.step import TrainState, build_state
+from dinoray.pipeline.training.state import TrainState, build_state
 
 
 def vit() -> nn.Module:

@@ -32,7 +32,8 @@ from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.ddp import distribute
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 multiprocessing.set_forkserver_preload(["ranks", "pytest"])
 

@@ -19,7 +19,8 @@ from tiny import NUM_IMAGES, Batch, tiny_batch, tiny_config
 from torch import Tensor
 
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 
 NUM_STEPS = 50
 STEPS_PER_EPOCH = 10

@@ -12,7 +12,7 @@ from dinoray.pipeline.ray_private.train import snapshot_of
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 STEP = 7
 NAME = checkpoint_name(STEP)

@@ -13,7 +13,8 @@ from dinoray.pipeline.storage.run_dir import SNAPSHOT
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 METRICS = {
     "loss",

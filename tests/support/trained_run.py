@@ -24,7 +24,8 @@ from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
 from dinoray.pipeline.training.ddp import distribute
 from dinoray.pipeline.training.distributed import set_up_device, world_size
-from dinoray.pipeline.training.step import build_state, train
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train
 
 STEPS, EVERY = 8, 3
 """Steps of such a run, of 8 images each, and steps between its checkpoints."""

@@ -23,7 +23,7 @@ from dinoray.pipeline.export.timm_export import timm_arguments
 from dinoray.pipeline.export.weights import export_official, export_state_dict, official_args
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 PUBLISHED_HEAD = {"head": {"out_dim": 32, "hidden_dim": 48, "bottleneck_dim": 16}}
 PARSER = """arch patch_size out_dim norm_last_layer momentum_teacher use_bn_in_head warmup_teacher_temp teacher_temp

@@ -24,7 +24,7 @@ from dinoray.pipeline.training.checkpoint import read_frozen
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.init_weights import read_weights
 from dinoray.pipeline.training.pixels import pixels
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 NAME = "teacher_step_00000000"
 CASES: dict[str, DINOConfig] = {

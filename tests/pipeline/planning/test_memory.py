@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dinoray.pipeline.planning.memory import Vit, memory_of
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 
 TOLERANCE = 0.1
 """Of the peak beyond what is held: the model counts no tensors of a few numbers for each token or row."""

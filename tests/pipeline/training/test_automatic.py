@@ -15,7 +15,8 @@ from dinoray.pipeline.training.auto import (
 )
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.training.match_weights import adapt
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 
 AUTO = {
     "head": {"out_dim": "auto"},

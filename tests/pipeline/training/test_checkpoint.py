@@ -29,7 +29,8 @@ from dinoray.pipeline.training.checkpoint import (
     read_meta,
 )
 from dinoray.pipeline.training.config import CheckpointConfig, DINOConfig
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 FILES = ("meta.json", "student.safetensors", "teacher.safetensors", "train_state.pt")
 NUM_STEPS = 6

@@ -24,7 +24,7 @@ from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import load_checkpoint
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
 from dinoray.pipeline.training.published_weights import fetch_published_weights
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 
 @pytest.mark.parametrize(

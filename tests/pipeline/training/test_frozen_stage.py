@@ -17,7 +17,8 @@ from dinoray.pipeline.training.checkpoint import load_checkpoint
 from dinoray.pipeline.training.config import DINOConfig, Schedule
 from dinoray.pipeline.training.ddp import distribute
 from dinoray.pipeline.training.frozen_stage import FrozenStage, is_flat
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 FREEZE = 3
 

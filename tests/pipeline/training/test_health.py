@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dinoray.pipeline.training.config import HealthConfig
 from dinoray.pipeline.training.health import CollapseDetector, Health, sums_of, symptom_of
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 from dinoray.pipeline.training.verdict import UnhealthyError, Verdict
 
 K, D = 8, 4

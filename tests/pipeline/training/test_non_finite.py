@@ -10,7 +10,8 @@ from tiny_states import after, same, weights
 from torch import Tensor
 
 from dinoray.pipeline.training.non_finite import NonFinite, watched
-from dinoray.pipeline.training.step import TrainState, train_step
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import train_step
 
 
 def look(state: TrainState) -> NonFinite:

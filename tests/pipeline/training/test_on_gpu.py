@@ -17,8 +17,9 @@ from dinoray.models.loss import cross_entropy, teacher_probs
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.staging import DEVICE_COLUMNS, staged
+from dinoray.pipeline.training.state import TrainState, build_state
 from dinoray.pipeline.training.state_copy import StateCopy
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.step import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -19,7 +19,7 @@ from dinoray.pipeline.export.weights import export_official, export_state_dict
 from dinoray.pipeline.training.checkpoint import FrozenBackbone, load_checkpoint, read_frozen
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
-from dinoray.pipeline.training.step import TrainState, build_state
+from dinoray.pipeline.training.state import TrainState, build_state
 
 LAST: dict[str, Any] = {"drop_path_rate": 0.5, "train": "last_n(1)"}
 LORA: dict[str, Any] = {"drop_path_rate": 0.5, "train": "lora(4)"}

@@ -12,7 +12,8 @@ from tiny_states import after, save
 from dinoray.pipeline.training.checkpoint import load_checkpoint
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.training.skips import LAG, Skips
-from dinoray.pipeline.training.step import TrainState, train_step
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import train_step
 
 
 def poisoned(state: TrainState) -> None:

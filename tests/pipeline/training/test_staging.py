@@ -21,7 +21,8 @@ from dinoray.pipeline.data.partition import lay_out
 from dinoray.pipeline.stream.ray_data import in_step
 from dinoray.pipeline.training import step
 from dinoray.pipeline.training.staging import DEPTH, DEVICE_COLUMNS, STAGED_BYTES, Staging, _staged, staged
-from dinoray.pipeline.training.step import TrainState, build_state, train
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train
 
 CPU = torch.device("cpu")
 CONFIG = tiny_config()

@@ -11,7 +11,8 @@ from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import save_checkpoint
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 
 def trained(steps: int, **changes: dict) -> TrainState:

@@ -17,7 +17,7 @@ from dinoray.models.config import BackboneConfig
 from dinoray.models.sync_batch_norm import synchronise_batch_norm
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.ddp import distribute
-from dinoray.pipeline.training.step import TrainState, build_state
+from dinoray.pipeline.training.state import TrainState, build_state
 
 CPU = torch.device("cpu")
 NUM_ROWS = 10

@@ -17,7 +17,7 @@ from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.training.config import InitConfig
 from dinoray.pipeline.training.init_weights import load_initial_weights, read_weights
 from dinoray.pipeline.training.published_weights import check_start
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from torch import nn
 
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.pixels import pixels
-from dinoray.pipeline.training.step import TrainState, autocast, train_step
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import autocast, train_step
 
 
 def run(state: TrainState, *, num_steps: int = 3) -> list[dict[str, float]]:

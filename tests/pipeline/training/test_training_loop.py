@@ -96,7 +96,8 @@ import importlib
 for name in sys.argv[1:]:
     importlib.import_module(name)
 
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 from tiny import tiny_batch, tiny_config
 
 state = build_state(tiny_config(), num_images=40)

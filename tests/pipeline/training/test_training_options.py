@@ -12,7 +12,8 @@ from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.models.loss import koleo
 from dinoray.pipeline.augment.kernels.torch_colour import finished
 from dinoray.pipeline.training.pixels import pixels
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 
 
 @pytest.mark.parametrize("num_parts", [2, 4])

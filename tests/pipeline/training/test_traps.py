@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dinoray.pipeline.training.config import DINOConfig
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 
 def run(state: TrainState, *, num_steps: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dinoray.models.published.checkpoint import read_weights
 from dinoray.pipeline.training.init_weights import load_initial_weights
 from dinoray.pipeline.training.init_weights import read_weights as read_path
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 
 @pytest.fixture(autouse=True)

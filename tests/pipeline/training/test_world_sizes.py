@@ -16,7 +16,8 @@ from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.ddp import distribute
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 
 MOST_WORKERS = 4
 BATCH, NUM_IMAGES, STEPS = 16, 160, 20

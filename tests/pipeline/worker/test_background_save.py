@@ -18,7 +18,8 @@ from dinoray.pipeline.storage.checkpoint_files import verify
 from dinoray.pipeline.storage.files import Directory, Unreachable
 from dinoray.pipeline.storage.lease import LostLeaseError
 from dinoray.pipeline.training.bad_images import Quarantine
-from dinoray.pipeline.training.step import TrainState, train_step
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import train_step
 from dinoray.pipeline.worker.background_save import BackgroundSave
 
 NAME = "step_00000002"

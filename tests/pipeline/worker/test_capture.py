@@ -16,7 +16,8 @@ from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.capture_files import CaptureFiles, read_capture
 from dinoray.pipeline.training.skips import LAG
-from dinoray.pipeline.training.step import TrainState, train
+from dinoray.pipeline.training.state import TrainState
+from dinoray.pipeline.training.step import train
 from dinoray.pipeline.worker.capture import Capture
 
 LABELS = ("dots", "rings", "stripes", "checks")

@@ -22,7 +22,8 @@ from dinoray.pipeline.figures.contact_sheet import contact_sheet
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.checkpoint import read_frozen, save_checkpoint
-from dinoray.pipeline.training.step import build_state, train_step
+from dinoray.pipeline.training.state import build_state
+from dinoray.pipeline.training.step import train_step
 from dinoray.pipeline.worker.driver import check_run, what_is_learnt
 from dinoray.pipeline.worker.inputs import Inputs
 

@@ -15,7 +15,7 @@ from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.training.checkpoint import load_checkpoint
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 from dinoray.pipeline.worker import evaluations
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.evaluations import Evaluations

@@ -15,7 +15,7 @@ from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.ray_private.train import snapshot_of
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 from dinoray.pipeline.worker.restoring import RefusedCheckpointError, restore
 
 FIRST, SECOND, THIRD = NAMES = [checkpoint_name(step) for step in (100, 200, 300)]

@@ -12,7 +12,7 @@ from tiny_states import after
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.training.bad_images import Quarantine
 from dinoray.pipeline.training.config import CheckpointConfig
-from dinoray.pipeline.training.step import TrainState
+from dinoray.pipeline.training.state import TrainState
 from dinoray.pipeline.worker.agreement import Agreement
 from dinoray.pipeline.worker.saving import Saver
 
