@@ -21,7 +21,10 @@ LEFT_OUT = "..."
 """A line of an output block that stands for any number of lines."""
 _BLOCK = re.compile(r"^```(bash|sh|python|)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _CHOICE = re.compile(r"[a-z_]+\.[a-z_]+=")
-_MEASURED = re.compile(r"\d+\.\d+|\d+(?=%| points| images/s| CPU core)|(?<=\bstep )\d+|\d+:\d\d:\d\d")
+_MEASURED = re.compile(
+    r"\d+\.\d+|\d+:\d\d:\d\d|\d+(?=%| points| images/s| CPU core| steps of the heads| of [a-z]+ taken for)"
+    r"|(?<=\bstep )\d+|(?<=step_)\d+"
+)
 _CLASS = re.compile(rf"\b({'|'.join(PATTERNS)})\b")
 
 
