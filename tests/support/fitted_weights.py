@@ -12,7 +12,7 @@ from dinoray.models.backbone import embed_dim
 from dinoray.pipeline.data.decode import eval_crop
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.pixels import pixels
-from dinoray.pipeline.training.step import build_state
+from dinoray.pipeline.training.state import build_state
 
 
 def fitted_weights(

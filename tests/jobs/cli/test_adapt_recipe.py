@@ -19,7 +19,8 @@ from dinoray.pipeline.evaluation.knn import knn_accuracy
 from dinoray.pipeline.tracking.start import is_worse, regression
 from dinoray.pipeline.training.auto import resolve
 from dinoray.pipeline.training.config import DINOConfig, HealthConfig
-from dinoray.pipeline.training.step import TrainState, build_state, train_step
+from dinoray.pipeline.training.state import TrainState, build_state
+from dinoray.pipeline.training.step import train_step
 
 Images = list[tuple[str, NDArray[np.uint8]]]
 STEPS, EVERY = 40, 4
