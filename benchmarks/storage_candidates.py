@@ -19,7 +19,7 @@ from storage_sets import ADDRESSES, FOLDER
 
 from dinoray.pipeline.augment.augmenter import CropThreadPool
 from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.source import Source
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 from dinoray.models.commands import command
 from dinoray.models.counts import count
 from dinoray.pipeline.augment.config import crop_bytes
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.ignored import ignored_line, some_names
 from dinoray.pipeline.data.reads import count_reads
 from dinoray.pipeline.data.source import Source

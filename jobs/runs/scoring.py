@@ -14,7 +14,7 @@ from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.jobs.runs.prober import Prober
 from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.cluster.lost_ray import leave_ray
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.manifest import build_manifest
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import check_size

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.detection import AUTO, LABEL_COLUMNS
+from dinoray.pipeline.data.folder_labels import AUTO, LABEL_COLUMNS
 from dinoray.pipeline.data.ignored import some_names
 from dinoray.pipeline.storage.files import Directory, MissingObject, normal_uri
 

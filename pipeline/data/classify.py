@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from dinoray.models.settings import Auto
 from dinoray.pipeline.data.choosing import Patterns
-from dinoray.pipeline.data.detection import (
+from dinoray.pipeline.data.folder_labels import (
     AUTO,
     STARTS_AS_A_SPLIT,
     automatic_label,

@@ -25,7 +25,7 @@ from dinoray.pipeline.data.classify import (
     Classifier,
 )
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.detection import AUTO, is_split
+from dinoray.pipeline.data.folder_labels import AUTO, is_split
 from dinoray.pipeline.data.ignored import (
     EXCLUDED,
     HIDDEN_FILE,

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dinoray.models.errors import ConfigError
+from dinoray.pipeline.data.column_detection import Columns, detect_columns, is_named_as_images
 from dinoray.pipeline.data.columns import (
     MisfitShard,
     byte_columns,
@@ -18,12 +19,7 @@ from dinoray.pipeline.data.columns import (
     image_leaf,
     text_leaf,
 )
-from dinoray.pipeline.data.detection import (
-    AUTO,
-    Columns,
-    detect_columns,
-    is_named_as_images,
-)
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.parquet import PartFooter
 from dinoray.pipeline.data.parquet_faults import UNREADABLE
 from dinoray.pipeline.data.parquet_rows import first_bytes, growth, read_column

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.kinds import KindName
 from dinoray.pipeline.data.manifest_file import DETECTABLE
 

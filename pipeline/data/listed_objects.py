@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.choosing import ImageList
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.detection import AUTO, is_class, labels_from_folders
+from dinoray.pipeline.data.folder_labels import AUTO, is_class, labels_from_folders
 from dinoray.pipeline.data.found import Found
 from dinoray.pipeline.data.sorting import sorted_by_key
 

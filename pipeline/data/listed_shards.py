@@ -6,8 +6,8 @@ from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import Contents
-from dinoray.pipeline.data.detection import AUTO
 from dinoray.pipeline.data.first_shard import Asked
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.found import Found, settled
 from dinoray.pipeline.data.row_groups import list_row_groups
 from dinoray.pipeline.data.shards import ShardFiles

@@ -3,7 +3,7 @@
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import Contents
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.found import Found, settled
 from dinoray.pipeline.data.sorting import sorted_by_key
 from dinoray.pipeline.data.tar_index import Wanted

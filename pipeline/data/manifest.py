@@ -14,7 +14,8 @@ Columns of the table, sorted by key in byte order:
 Key, size and etag are those of the object: the image, the Parquet file or the tar file. A chunk of a tar file is a
 number of neighbouring images that are read together (kinds.py).
 
-Settings of `data` that are auto are resolved here, by the rules of detection.py, and stored with the table.
+Settings of `data` that are auto are resolved here, by the rules of folder_labels.py and column_detection.py, and
+stored with the table.
 """
 
 import contextlib
@@ -39,11 +40,8 @@ from dinoray.pipeline.data.contents import (
     note_on_archived,
     without_shards,
 )
-from dinoray.pipeline.data.detection import (
-    AUTO,
-    note_on_parts,
-)
 from dinoray.pipeline.data.first_shard import hold_images
+from dinoray.pipeline.data.folder_labels import AUTO, note_on_parts
 from dinoray.pipeline.data.ignored import UNADDRESSED, from_counts
 from dinoray.pipeline.data.listed_objects import list_objects
 from dinoray.pipeline.data.listed_shards import list_shards, shards_of

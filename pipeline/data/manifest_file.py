@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError, DataError, one_line
 from dinoray.pipeline.data.config import PLUS, DataConfig
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.ignored import OTHER_KINDS, Ignored
 from dinoray.pipeline.data.kinds import KINDS, Kind, KindName, plain, with_texts_once
 from dinoray.pipeline.storage.files import normal_uri

@@ -8,8 +8,8 @@ import pyarrow.compute as pc
 
 from dinoray.pipeline.data.config import DataConfig
 from dinoray.pipeline.data.contents import Contents
-from dinoray.pipeline.data.detection import AUTO, has_label_pair
 from dinoray.pipeline.data.first_shard import hold_images
+from dinoray.pipeline.data.folder_labels import AUTO, has_label_pair
 from dinoray.pipeline.data.names import kinds_of, most_frequent
 from dinoray.pipeline.data.shards import ShardFiles
 from dinoray.pipeline.data.sniffing import contents_of

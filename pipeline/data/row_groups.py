@@ -13,9 +13,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError, DataError
+from dinoray.pipeline.data.column_detection import Columns
 from dinoray.pipeline.data.columns import MisfitShard
-from dinoray.pipeline.data.detection import AUTO, Columns
 from dinoray.pipeline.data.first_shard import Asked, check_columns, find_columns
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.parquet import (
     ColumnFacts,
     PartFooter,

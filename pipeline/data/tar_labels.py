@@ -7,7 +7,13 @@ import pyarrow.compute as pc
 
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import Auto
-from dinoray.pipeline.data.detection import AUTO, automatic_label, folder_label, is_class, labels_from_folders
+from dinoray.pipeline.data.folder_labels import (
+    AUTO,
+    automatic_label,
+    folder_label,
+    is_class,
+    labels_from_folders,
+)
 from dinoray.pipeline.data.tar_index import CLASS
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dinoray.models.errors import DataError
+from dinoray.pipeline.data.column_detection import detect_columns
 from dinoray.pipeline.data.columns import (
     MisfitShard,
     byte_columns,
@@ -24,8 +25,8 @@ from dinoray.pipeline.data.columns import (
     path_columns,
     text_leaf,
 )
-from dinoray.pipeline.data.detection import AUTO, detect_columns, folder_label
 from dinoray.pipeline.data.first_shard import Asked, check_columns
+from dinoray.pipeline.data.folder_labels import AUTO, folder_label
 from dinoray.pipeline.data.image_addresses import (
     common_root,
     image_address,

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoray.pipeline.data.detection import AUTO, other_label_column
+from dinoray.pipeline.data.column_detection import other_label_column
 from dinoray.pipeline.data.fetched import BAD_OBJECT
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.parquet import read_footer
 from dinoray.pipeline.data.parquet_rows import read_column
 from dinoray.pipeline.data.source import Source

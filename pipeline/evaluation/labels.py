@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest, load_or_build
 from dinoray.pipeline.data.order import permute
 from dinoray.pipeline.data.parquet_rows import read_column

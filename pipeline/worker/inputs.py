@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.data.detection import AUTO
+from dinoray.pipeline.data.folder_labels import AUTO
 from dinoray.pipeline.data.manifest import load_or_build
 from dinoray.pipeline.data.measured import NOTHING, Measured
 from dinoray.pipeline.data.measuring import load_or_measure

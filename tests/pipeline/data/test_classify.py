@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dinoray.pipeline.data import classify
 from dinoray.pipeline.data.classify import EMBEDDINGS, PACKED, Classifier
-from dinoray.pipeline.data.detection import AUTO, automatic_label, folder_label, has_label_pair, part_of
+from dinoray.pipeline.data.folder_labels import AUTO, automatic_label, folder_label, has_label_pair, part_of
 from dinoray.pipeline.data.listing import Listing
 from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
 from dinoray.pipeline.data.names import role_of

@@ -16,7 +16,7 @@ from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.decode import decode
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.detection import folder_label
+from dinoray.pipeline.data.folder_labels import folder_label
 from dinoray.pipeline.data.manifest import DataConfig, build_manifest, load_or_build
 from dinoray.pipeline.data.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig

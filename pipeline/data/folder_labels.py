@@ -1,29 +1,11 @@
-"""Detect labels and columns for settings of `data` that are auto, from folder names, schemas and statistics.
+"""Detect labels for settings of `data` that are auto, and parts of a data set, from the names of folders.
 
-Used once, when the manifest is built; the manifest stores the result. Pure functions; no storage and no Ray
-here.
+Used once, when the manifest is built; the manifest stores the result. Pure functions; no storage and no Ray here.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
 from urllib.parse import unquote
-
-import pyarrow as pa
-
-from dinoray.models.commands import command
-from dinoray.pipeline.data.columns import (
-    MisfitShard,
-    byte_columns,
-    class_names,
-    features,
-    image_leaf,
-    is_bytes,
-    is_name,
-    is_text,
-    once,
-)
-from dinoray.pipeline.data.signatures import begins_as_an_image
 
 AUTO = "auto"
 SPLIT_FOLDERS = frozenset(
@@ -38,28 +20,16 @@ _SPLIT = re.compile(rf"{_NAMED_AS_A_SPLIT}_?(?:19|20)?(?:\d\d)?")
 STARTS_AS_A_SPLIT = rf"^{_NAMED_AS_A_SPLIT}[{_SEPARATORS}]"
 """Names of files whose part may be the split that they begin with."""
 _STARTS_AS_A_SPLIT = re.compile(STARTS_AS_A_SPLIT)
-
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "img_bytes")
 LABEL_COLUMNS = (
     *("label", "labels", "class", "class_name", "label_name", "category", "target", "cls"),
     *("class_label", "class_id", "label_id", "fine_label"),
 )
-_KEY_COLUMNS = ("key", "__key__", "image_id", "id", "file_name", "filename", "path")
 _NO_CLASSES = re.compile(r"[\d\s_.-]{4,}")
 """Folder names that are no classes: years, dates and numbered shards."""
 _YEAR = re.compile(r"(19|20)\d\d")
 _MONTH_OR_DAY = re.compile(r"0?[1-9]|[12]\d|3[01]")
 _CAMERA_ROOT, _CAMERA_FOLDER = "dcim", re.compile(r"[1-9]\d\d[A-Z0-9_]{5}", re.IGNORECASE)
 """Folders of cameras by their file system standard (DCF): DCIM, and 100CANON or 101_PANA in it."""
-
-
-class Columns(NamedTuple):
-    """The columns of a Parquet data set, and notes on how they were chosen."""
-
-    image: str
-    key: str | None
-    label: str | None
-    notes: list[str]
 
 
 def folder_label(folders: Sequence[str]) -> str | None:
@@ -173,92 +143,3 @@ def note_on_parts(parts: Collection[str | None], path: str, *, labelled: Collect
 
 def _is_for_training(part: str) -> bool:
     return part.rpartition("/")[2].lower().startswith("train")
-
-
-def detect_columns(
-    schema: pa.Schema,
-    *,
-    uri: str,
-    image: str,
-    key: str | None,
-    label: str | None,
-    first_bytes: Callable[[str], bytes | None],
-    is_unique: Callable[[str], bool],
-) -> Columns:
-    """Return the columns of the shard at `uri`. A name or None is kept; `auto` is detected.
-
-    `first_bytes` reads the first value of a column of bytes. `is_unique` returns True if the first rows of a
-    column differ. Raises ConfigError if no column holds images.
-    """
-    notes: list[str] = []
-    if image == AUTO:
-        image = _image_column(schema, uri, first_bytes, notes)
-    if label == AUTO:
-        names = [field.name for field in once(schema)]
-        classes = [name for name in names if features(schema).get(name, {}).get("_type") == "ClassLabel"]
-        named = _named(schema, LABEL_COLUMNS, classes) or next(iter(classes), None)
-        label = named or _named(schema, LABEL_COLUMNS)
-        if label is None:
-            notes.append("no labels: no column is named like one; data.label_column=NAME takes one")
-        else:
-            notes.append(f"labels from column {label!r}; data.label_column=null ignores them")
-    if key == AUTO:
-        named = [name for name in _all_named(schema, _KEY_COLUMNS) if name not in (image, label)]
-        key = next((name for name in named if is_unique(name)), None)
-    return Columns(image, key, label, notes)
-
-
-def other_label_column(schema: pa.Schema, column: str) -> str | None:
-    """Return a column of text that is named like a label, besides `column`, unless that has text too."""
-    texts = [field.name for field in schema if is_text(field.type)]
-    has_names = column in texts or class_names(schema, column) is not None
-    return None if has_names else _named(schema, LABEL_COLUMNS, texts)
-
-
-def _image_column(
-    schema: pa.Schema, uri: str, first_bytes: Callable[[str], bytes | None], notes: list[str]
-) -> str:
-    columns = byte_columns(schema)
-    if not columns:
-        for name in (field.name for field in schema if is_bytes(field.type)):
-            image_leaf(schema, name, uri)  # raises: it is there twice
-        kinds = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "no column"
-        raise MisfitShard(
-            f"{uri} has no column of image bytes; it has {kinds}; write the encoded images into a binary column, one "
-            f"per row (`{command('pack')}` does so for image files), set data.uri_column to a column of addresses of "
-            "images, or point data.path at the images themselves"
-        )
-    marked = [name for name in columns if _is_marked(schema, name)]
-    best = _named(schema, _IMAGE_COLUMNS, marked or columns) or next(iter(marked), None)
-    if best is None and len(columns) > 1:
-        best = next((name for name in columns if begins_as_an_image(first_bytes(name) or b"")), None)
-    chosen = best or columns[0]
-    others = [name for name in columns if name != chosen]
-    if others:
-        notes.append(f"column {chosen!r} holds the images; data.image_column={others[0]} takes another")
-    return chosen
-
-
-def is_named_as_images(schema: pa.Schema, column: str) -> bool:
-    """Return True if a column of bytes is named like one of images, or noted as such by Hugging Face's `datasets`."""
-    return _is_marked(schema, column) or bool(_all_named(schema, _IMAGE_COLUMNS, [column]))
-
-
-def _is_marked(schema: pa.Schema, column: str) -> bool:
-    return features(schema).get(column, {}).get("_type") == "Image"
-
-
-def _all_named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | None = None) -> list[str]:
-    """Return the columns with one of `names`, in the order of `names`.
-
-    Candidates are the columns in `among`, or all columns of plain values if it is None.
-    """
-    plain = [f.name for f in once(schema) if is_name(f.type)] if among is None else list(among)
-    plain_names = [column.lower().removesuffix(".bytes") for column in plain]
-    return [
-        column for name in names for column, found in zip(plain, plain_names, strict=True) if found == name
-    ]
-
-
-def _named(schema: pa.Schema, names: Sequence[str], among: Collection[str] | None = None) -> str | None:
-    return next(iter(_all_named(schema, names, among)), None)
