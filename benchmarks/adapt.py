@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from dinoray.jobs.cli.config import load_config
 from dinoray.pipeline.augment.multicrop import limit_threads
-from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.decoding.decode import decode, eval_crop
 from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features, embed

@@ -52,7 +52,7 @@ from dinoray.pipeline.augment.augmenter import BufferPool
 from dinoray.pipeline.augment.config import CropsConfig, crop_shapes
 from dinoray.pipeline.augment.multicrop import Crops, apply, limit_threads, prepare_kernel
 from dinoray.pipeline.augment.params import sample_image
-from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.decoding.jpeg import open_image
 
 SHRUNK_PIXELS = 270_000
 """Pixels of a shrunk stored image: a local crop of the smallest share is then 116 px wide."""

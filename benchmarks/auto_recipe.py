@@ -32,9 +32,9 @@ from dinoray.jobs.cli.main import run_main
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.multicrop import limit_threads
 from dinoray.pipeline.data.config import DataConfig
-from dinoray.pipeline.data.decode import decode, eval_crop
-from dinoray.pipeline.data.manifest import build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.decoding.decode import decode, eval_crop
+from dinoray.pipeline.data.manifests.manifest import build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features, embed
 from dinoray.pipeline.evaluation.knn import knn_accuracy

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dinoray.jobs.cli.recipes import demo
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.multicrop import crop_rng, limit_threads, multi_crop
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.data.demo_images import write_demo_images
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.state import build_state

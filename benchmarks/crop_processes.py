@@ -18,7 +18,7 @@ from dinoray.models.errors import ResourceError
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes, crop_shapes
 from dinoray.pipeline.augment.multicrop import Crops, apply, limit_threads, prepare_kernel
 from dinoray.pipeline.augment.params import sample_image
-from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.decoding.jpeg import open_image
 
 _SLOTS = 2
 """Batches in memory for each process: one is read while it makes the next one."""

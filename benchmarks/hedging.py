@@ -27,8 +27,8 @@ from servers import aws_environment, s3_server
 
 from dinoray.jobs.cli.arguments import CommandLine
 from dinoray.jobs.cli.main import run_main
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.storage.config import StorageConfig
 
 _BUCKET = "images"

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import boto3
 
-from dinoray.pipeline.data.listing import list_entries
+from dinoray.pipeline.data.listing.listing import list_entries
 from dinoray.pipeline.storage.s3 import list_pages
 
 _PAGE = 1000

@@ -27,11 +27,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dinoray.pipeline.data import contents
-from dinoray.pipeline.data.listing import Listing
-from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
+from dinoray.pipeline.data.listing import contents
+from dinoray.pipeline.data.listing.listing import Listing
+from dinoray.pipeline.data.manifests.manifest import DataConfig, Manifest, build_manifest
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.pages import LISTED
 

@@ -27,8 +27,8 @@ from scipy.stats import spearmanr
 
 from dinoray.jobs.cli.arguments import CommandLine
 from dinoray.jobs.cli.main import run_main
-from dinoray.pipeline.data.manifest import DataConfig, Manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, Manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.export.packing_plan import Plan, make_plan
 
 _IMAGE_BYTES = 110_000

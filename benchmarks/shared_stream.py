@@ -38,10 +38,10 @@ from dinoray.jobs.cli.main import run_main, start_ray
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
-from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.manifests.manifest import build_manifest
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.stream import ray_data, shared_stream
 
 SIDES = ("separate", "shared")

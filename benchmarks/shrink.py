@@ -19,7 +19,7 @@ from dinoray.jobs.cli.main import run_main
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import Crops, apply, cut, limit_threads
 from dinoray.pipeline.augment.params import LEFT, WIDTH, CropParams, sample_image
-from dinoray.pipeline.data.jpeg import Decoded, open_image
+from dinoray.pipeline.data.decoding.jpeg import Decoded, open_image
 from dinoray.pipeline.export.packing import shrink, shrink_pixels
 
 

@@ -33,9 +33,9 @@ from dinoray.jobs.cli.arguments import CommandLine
 from dinoray.jobs.cli.main import run_main
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.partition import block_bytes_for, lay_out
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.stream import ray_data
 
 _EVERY_SECONDS = 5.0

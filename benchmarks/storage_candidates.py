@@ -18,10 +18,10 @@ import numpy as np
 from storage_sets import ADDRESSES, FOLDER
 
 from dinoray.pipeline.augment.augmenter import CropThreadPool
-from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.data.folder_labels import AUTO
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.decoding.decode import decode
+from dinoray.pipeline.data.listing.folder_labels import AUTO
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 
 _MAX_PIXELS = 100_000_000
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.export.packing import write_part
 from dinoray.pipeline.export.packing_plan import make_plan
 from dinoray.pipeline.storage.files import Directory

@@ -53,9 +53,9 @@ from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.augment.augmenter import STAGES
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
-from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.manifests.manifest import build_manifest
 from dinoray.pipeline.data.partition import Layout, steps_per_block
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.stream import ray_data
 from dinoray.pipeline.worker.config import Config
 

@@ -12,10 +12,10 @@ from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import Crops, cut, decode_for, limit_threads, prepare_kernel
 from dinoray.pipeline.augment.params import sample_image
-from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.jpeg import open_image
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 
 
 @dataclass(frozen=True)

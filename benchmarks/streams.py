@@ -35,9 +35,9 @@ from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.manifests.manifest import build_manifest
 from dinoray.pipeline.data.partition import Layout, check_streams
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.worker.config import Config
 

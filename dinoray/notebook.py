@@ -21,9 +21,9 @@ from dinoray.jobs.runs.holding import lease_of
 from dinoray.jobs.runs.open_checkpoint import Opened, Step, open_network
 from dinoray.jobs.runs.pretraining import pretrain as run_pretraining
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.config import DataConfig, PixelsConfig
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.export.timm_export import CONFIG_FILE, WEIGHTS_FILE, export_timm
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory

@@ -27,6 +27,12 @@ ROOMS = {
     "pipeline/storage": "models ray_private",
     "pipeline/cluster": "models ray_private",
     "pipeline/data": "models storage",
+    "pipeline/data/decoding": "models data",
+    "pipeline/data/listing": "models storage data decoding",
+    "pipeline/data/parquet": "models storage data decoding listing",
+    "pipeline/data/tar": "models storage listing",
+    "pipeline/data/manifests": "models storage data listing parquet tar",
+    "pipeline/data/reading": "models storage data decoding listing parquet manifests",
     "pipeline/augment": "models storage data",
     "pipeline/tracking": "models storage augment",
     "pipeline/training": "models published storage data augment",
@@ -126,6 +132,8 @@ def imported_rooms(path: Path) -> set[str]:
         parts = name.split(".")
         files = ["/".join(parts[:n]) + ".py" for n in range(len(parts), 0, -1)]
         found |= {room_of(file) for file in files if (ROOT / file).exists()}
+    if not name_of(path).startswith("pipeline/data/"):  # one room to all others
+        found = {"pipeline/data" if room.startswith("pipeline/data/") else room for room in found}
     return found - {room_of(name_of(path))}
 
 

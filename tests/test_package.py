@@ -22,8 +22,8 @@ import dinoray
 from dinoray.__main__ import console, main
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.demo_images import PATTERNS
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import embed_source
 from dinoray.pipeline.training.checkpoint import read_frozen

@@ -25,10 +25,10 @@ from packaging.requirements import Requirement
 
 from dinoray.models.errors import DataError, DinorayError, ResourceError, one_line
 from dinoray.pipeline.data.demo_images import demo_folder
-from dinoray.pipeline.data.ignored import count_keys, from_counts, ignored_line
-from dinoray.pipeline.data.listing import Entry, list_entries
-from dinoray.pipeline.data.manifest import DataConfig
-from dinoray.pipeline.data.names import role_of
+from dinoray.pipeline.data.listing.ignored import count_keys, from_counts, ignored_line
+from dinoray.pipeline.data.listing.listing import Entry, list_entries
+from dinoray.pipeline.data.listing.names import role_of
+from dinoray.pipeline.data.manifests.manifest import DataConfig
 from dinoray.pipeline.storage.config import SIGNED, Access
 from dinoray.pipeline.storage.files import Directory, filesystem, is_s3, normal_uri, retrying, split_s3_uri
 from dinoray.pipeline.storage.s3 import read_object, s3_client

@@ -18,11 +18,11 @@ from dinoray.models.errors import DataError, ResourceError
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.cluster.channel import known_error
 from dinoray.pipeline.cluster.lost_ray import leave_ray
-from dinoray.pipeline.data.folder_labels import AUTO
-from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.listing.folder_labels import AUTO
+from dinoray.pipeline.data.manifests.manifest import build_manifest
 from dinoray.pipeline.data.partition import batch_size_per_worker
-from dinoray.pipeline.data.reads import count_reads
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.reads import count_reads
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.labels import HELD_OUT_SHARE
 from dinoray.pipeline.planning.calibrate import (
     gradient_bytes,

@@ -24,7 +24,7 @@ from dinoray.jobs.cluster.machine_checks import (
 )
 from dinoray.models.errors import ResourceError, one_line
 from dinoray.pipeline.augment.config import crop_bytes
-from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.data.manifests.manifest import DataConfig
 from dinoray.pipeline.storage.config import Access
 from dinoray.pipeline.worker.config import Config
 

@@ -14,12 +14,12 @@ from dinoray.jobs.cli.config import load_run_config
 from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.models.attention import patch_size
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.bad_image import BadImage
 from dinoray.pipeline.data.config import DataConfig, PixelsConfig
-from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.data.loader import load_batches
-from dinoray.pipeline.data.manifest import build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.decode import decode
+from dinoray.pipeline.data.manifests.manifest import build_manifest
+from dinoray.pipeline.data.reading.loader import load_batches
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.figures.attention_animation import animation, read_frames
 from dinoray.pipeline.figures.attention_sheet import compute_attention, figure, overlays

@@ -76,7 +76,7 @@ def choose_for_run(config: Config, asked: Asked, run: Directory) -> Config:
     """
     from dinoray.jobs.runs.looking import look
     from dinoray.jobs.runs.run_size import check_more_than_one
-    from dinoray.pipeline.data.manifest import load_or_build
+    from dinoray.pipeline.data.manifests.manifest import load_or_build
 
     manifest = load_or_build(config.data, run, storage=config.storage)
     with listed_anew(run):

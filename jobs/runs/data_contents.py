@@ -17,13 +17,19 @@ from dinoray.jobs.cli.auto_facts import Facts
 from dinoray.jobs.runs.data_lines import data_lines, describe_reading
 from dinoray.models.commands import command
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.bad_kinds import kind_of
-from dinoray.pipeline.data.bounds import Bound
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.image_facts import (
+    ImageFacts,
+    decode_whole,
+    facts_table,
+    measure_image,
+    open_any,
+)
 from dinoray.pipeline.data.duplicates import Indices
-from dinoray.pipeline.data.image_facts import ImageFacts, decode_whole, facts_table, measure_image, open_any
-from dinoray.pipeline.data.manifest import Manifest, build_manifest
-from dinoray.pipeline.data.source import Source, Status
+from dinoray.pipeline.data.listing.bounds import Bound
+from dinoray.pipeline.data.manifests.manifest import Manifest, build_manifest
+from dinoray.pipeline.data.reading.bad_kinds import kind_of
+from dinoray.pipeline.data.reading.source import Source, Status
 from dinoray.pipeline.data.statistics import DataStatistics, evenly
 from dinoray.pipeline.export.packing import shrink_pixels
 from dinoray.pipeline.storage.addresses import is_s3, split_s3_uri

@@ -7,10 +7,10 @@ import pyarrow as pa
 from dinoray.models.commands import command
 from dinoray.models.counts import count
 from dinoray.pipeline.augment.config import crop_bytes
-from dinoray.pipeline.data.folder_labels import AUTO
-from dinoray.pipeline.data.ignored import ignored_line, some_names
-from dinoray.pipeline.data.reads import count_reads
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.listing.folder_labels import AUTO
+from dinoray.pipeline.data.listing.ignored import ignored_line, some_names
+from dinoray.pipeline.data.reading.reads import count_reads
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.class_names import overlap_warnings
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.worker.config import Config

@@ -19,9 +19,9 @@ from dinoray.models.errors import ResourceError
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.lost_ray import leave_ray
-from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.manifests.manifest import build_manifest
 from dinoray.pipeline.data.partition import Layout, batch_size_per_worker, lay_out
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.planning.calibrate import Trained, measure_step
 from dinoray.pipeline.stream import ray_data
 from dinoray.pipeline.training.auto import resolve

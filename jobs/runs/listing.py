@@ -14,10 +14,10 @@ from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.changes import changes_between
-from dinoray.pipeline.data.manifest import Manifest, build_manifest
-from dinoray.pipeline.data.manifest_file import default_of
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.changes import changes_between
+from dinoray.pipeline.data.manifests.manifest import Manifest, build_manifest
+from dinoray.pipeline.data.manifests.manifest_file import default_of
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.storage.files import Directory, check_writable, normal_uri
 from dinoray.pipeline.storage.listing_parts import resumable
 from dinoray.pipeline.worker.config import Config

@@ -13,9 +13,9 @@ from dinoray.jobs.cli.main import is_local, join_ray
 from dinoray.jobs.runs.data_contents import facts_on_images, read_sample
 from dinoray.jobs.runs.run_size import available_cores
 from dinoray.pipeline.cluster.lost_ray import leave_ray
-from dinoray.pipeline.data.bounds import Bound
-from dinoray.pipeline.data.manifest import Manifest, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.listing.bounds import Bound
+from dinoray.pipeline.data.manifests.manifest import Manifest, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.worker.config import Config
 
 

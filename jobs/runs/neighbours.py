@@ -13,9 +13,9 @@ from PIL import Image
 from dinoray.jobs.runs.open_checkpoint import Opened
 from dinoray.jobs.runs.replay_start import begin
 from dinoray.models.errors import DataError, DinorayError, redact_credentials
-from dinoray.pipeline.data.decode import eval_crop
-from dinoray.pipeline.data.loader import load_batches
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.decoding.decode import eval_crop
+from dinoray.pipeline.data.reading.loader import load_batches
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.actors import EmbedTask, embed_on_actors
 from dinoray.pipeline.evaluation.features import Features, embed_source, merge
 from dinoray.pipeline.evaluation.labels import subset

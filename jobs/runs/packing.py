@@ -18,8 +18,8 @@ from dinoray.jobs.runs.packing_page import PackedImages, finish_table
 from dinoray.jobs.runs.parts_job import Earlier, PartsJob
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.duplicates import Indices
-from dinoray.pipeline.data.manifest import Manifest, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import Manifest, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.export.packing import (
     KIND,
     OF_FIRST_PASS,

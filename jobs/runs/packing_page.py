@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from dinoray.jobs.runs.parts_job import PartsJob
 from dinoray.models.errors import DataError, one_line
-from dinoray.pipeline.data.classify import PACKED_PAGE
 from dinoray.pipeline.data.config import DataConfig
+from dinoray.pipeline.data.decoding.image_facts import decode_whole, open_any
+from dinoray.pipeline.data.decoding.samples import as_rgb
 from dinoray.pipeline.data.duplicates import Indices
-from dinoray.pipeline.data.ignored import ignored_line
-from dinoray.pipeline.data.image_facts import decode_whole, open_any
-from dinoray.pipeline.data.samples import as_rgb
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.listing.classify import PACKED_PAGE
+from dinoray.pipeline.data.listing.ignored import ignored_line
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.data.statistics import evenly
 from dinoray.pipeline.export.packing_facts import Repeats, TableFacts
 from dinoray.pipeline.export.packing_plan import Plan

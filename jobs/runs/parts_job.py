@@ -17,9 +17,9 @@ from rich.console import Console
 from dinoray.jobs.cli.main import start_ray
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.cluster.lost_ray import leave_ray
-from dinoray.pipeline.data.folder_labels import AUTO
-from dinoray.pipeline.data.manifest import DataConfig, load_or_build
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.listing.folder_labels import AUTO
+from dinoray.pipeline.data.manifests.manifest import DataConfig, load_or_build
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.actors import EmbedTask, Work, embed_on_actors
 from dinoray.pipeline.export.parquet_parts import (
     LEFT_OUT,

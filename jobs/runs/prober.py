@@ -11,7 +11,7 @@ import torch
 
 from dinoray.models.backbone import embed_dim
 from dinoray.models.errors import DataError
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.actors import EmbedTask, embed_on_actors
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views, has_tokens, with_blocks
 from dinoray.pipeline.evaluation.clid import MIN_IMAGES, learnability_and_dimension

@@ -7,7 +7,7 @@ from typing import Any
 
 from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.multicrop import prepare_kernel
-from dinoray.pipeline.data.source import Source, Status
+from dinoray.pipeline.data.reading.source import Source, Status
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.rank_shares import RankShares
 

@@ -12,7 +12,7 @@ import torch
 
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.kernels.torch_colour import finished
-from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.data.reading.source import Status
 from dinoray.pipeline.training.config import StepSettings
 from dinoray.pipeline.training.non_finite import BadOutput, NonFinite
 from dinoray.pipeline.training.rank_shares import RankShares

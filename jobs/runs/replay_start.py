@@ -9,8 +9,8 @@ import torch
 
 from dinoray.jobs.cli.config import apply_overrides, load_run_config, validate_as
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.manifest import Manifest, build_manifest
-from dinoray.pipeline.data.measuring import kept_measurement
+from dinoray.pipeline.data.manifests.manifest import Manifest, build_manifest
+from dinoray.pipeline.data.reading.measuring import kept_measurement
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.checkpoint_files import DamagedCheckpointError
 from dinoray.pipeline.storage.files import Directory, MissingObject, is_s3

@@ -12,7 +12,7 @@ from dinoray.jobs.runs.replay_batches import RunBatches
 from dinoray.jobs.runs.replay_start import Start, StartOptions, open_start, read_manifest
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, DataError, ResourceError
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.bad_image_file import replaced_positions

@@ -21,8 +21,8 @@ from dinoray.jobs.runs.commit import COMMIT, commit_of
 from dinoray.models.settings import flatten
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
 from dinoray.pipeline.cluster.nodes import group_identical_nodes
-from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.data.demo_images import demo_folder, write_demo_images
 from dinoray.pipeline.figures.contact_sheet import contact_sheet
 from dinoray.pipeline.storage import run_dir

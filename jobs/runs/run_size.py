@@ -13,7 +13,7 @@ from dinoray.jobs.cli.main import check_gpus, is_local
 from dinoray.models.counts import count
 from dinoray.models.errors import ConfigError, ResourceError
 from dinoray.pipeline.cluster.resources import ResourcesConfig
-from dinoray.pipeline.data.ignored import Ignored, ignored_line
+from dinoray.pipeline.data.listing.ignored import Ignored, ignored_line
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.worker.config import Config
 

@@ -14,9 +14,9 @@ from dinoray.jobs.runs.open_checkpoint import open_network, standalone_config
 from dinoray.jobs.runs.prober import Prober
 from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.pipeline.cluster.lost_ray import leave_ray
-from dinoray.pipeline.data.folder_labels import AUTO
-from dinoray.pipeline.data.manifest import build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.listing.folder_labels import AUTO
+from dinoray.pipeline.data.manifests.manifest import build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import check_size
 from dinoray.pipeline.evaluation.class_names import class_mismatch, overlap_warnings
 from dinoray.pipeline.evaluation.config import LABEL_FREE, LABELLED, NEIGHBOURS

@@ -15,7 +15,7 @@ from dinoray.jobs.cli.keys import did_you_mean, leaf_fields
 from dinoray.jobs.studies.rules import scheduler_mistakes, warmup_mistakes
 from dinoray.models.config import LossConfig
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.folder_labels import AUTO
+from dinoray.pipeline.data.listing.folder_labels import AUTO
 from dinoray.pipeline.study.config import StudySettings
 from dinoray.pipeline.study.objective import Objective, choose
 from dinoray.pipeline.study.search.samplers import grid_size

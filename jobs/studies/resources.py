@@ -9,7 +9,7 @@ from dinoray.jobs.studies.config import StudyConfig, trial_config
 from dinoray.jobs.studies.trial import CLOCK
 from dinoray.models.commands import command
 from dinoray.models.errors import ConfigError, ResourceError
-from dinoray.pipeline.data.ignored import Ignored
+from dinoray.pipeline.data.listing.ignored import Ignored
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.study.findings.ranking import number_of
 from dinoray.pipeline.study.search.plan import StudyPlan, local_cpus, plan_study

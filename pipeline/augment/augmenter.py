@@ -22,11 +22,11 @@ from dinoray.models.errors import DataError
 from dinoray.pipeline.augment.config import NUM_PHOTOMETRIC, CropsConfig, crop_shapes
 from dinoray.pipeline.augment.multicrop import Crops, cut, decode_for
 from dinoray.pipeline.augment.params import Photometric, photometric_columns, sample_image
-from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.decoder_process import thread_seconds
-from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.decoder_process import thread_seconds
+from dinoray.pipeline.data.decoding.jpeg import open_image
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.source import DataConfig, Fetched, Status
+from dinoray.pipeline.data.reading.source import DataConfig, Fetched, Status
 
 _MAX_SUBSTITUTES = 16
 

@@ -33,7 +33,7 @@ from dinoray.pipeline.augment.params import (
     sample_image,
 )
 from dinoray.pipeline.augment.rng import crop_rng
-from dinoray.pipeline.data.jpeg import DENOMINATORS, Decoded, Encoded, open_image
+from dinoray.pipeline.data.decoding.jpeg import DENOMINATORS, Decoded, Encoded, open_image
 
 logger = logging.getLogger(__name__)
 

@@ -117,7 +117,7 @@ def photometric_columns(changes: Photometric, config: CropsConfig) -> dict[str, 
 def sample(rng: np.random.Generator, width: int, height: int, config: CropsConfig) -> CropParams:
     """Draw the parameters of every crop of a `width` x `height` image, in the order of `crop_kinds`.
 
-    The size is the upright size; `pipeline.data.jpeg.open_image(file)` returns it without decoding.
+    The size is the upright size; `pipeline.data.decoding.jpeg.open_image(file)` returns it without decoding.
     """
     if min(width, height) < 1:
         raise ValueError(f"an image has at least one pixel, not {width}x{height}")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from dinoray.models.errors import DinorayError
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 
 if TYPE_CHECKING:
     from dinoray.pipeline.training.checkpoint import FrozenBackbone

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dinoray.models.errors import ConfigError, one_line
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
-from dinoray.pipeline.data.loader import load_batches
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.loader import load_batches
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.training.checkpoint import FrozenBackbone
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dinoray.pipeline.data.loader import load_batches
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.loader import load_batches
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import view_crops
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.evaluation.labels import subset

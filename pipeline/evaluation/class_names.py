@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoray.pipeline.data.column_detection import other_label_column
-from dinoray.pipeline.data.fetched import BAD_OBJECT
-from dinoray.pipeline.data.folder_labels import AUTO
-from dinoray.pipeline.data.parquet import read_footer
-from dinoray.pipeline.data.parquet_rows import read_column
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.listing.folder_labels import AUTO
+from dinoray.pipeline.data.parquet.column_detection import other_label_column
+from dinoray.pipeline.data.parquet.parquet import read_footer
+from dinoray.pipeline.data.parquet.parquet_rows import read_column
+from dinoray.pipeline.data.reading.fetched import BAD_OBJECT
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.storage.addresses import is_s3

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dinoray.models.errors import DataError, ResourceError
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.decode import eval_crop
-from dinoray.pipeline.data.loader import load_batches
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.decoding.decode import eval_crop
+from dinoray.pipeline.data.reading.loader import load_batches
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import subset
 from dinoray.pipeline.evaluation.published import Cut, Preprocessing

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views
 from dinoray.pipeline.evaluation.batch_statistics import calibrated
 from dinoray.pipeline.evaluation.clid import MIN_IMAGES, learnability_and_dimension

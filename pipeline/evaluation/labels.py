@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.folder_labels import AUTO
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest, load_or_build
+from dinoray.pipeline.data.listing.folder_labels import AUTO
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest, load_or_build
 from dinoray.pipeline.data.order import permute
-from dinoray.pipeline.data.parquet_rows import read_column
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.parquet.parquet_rows import read_column
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.storage.config import DEFAULTS, StorageConfig
 from dinoray.pipeline.storage.files import Directory, normal_uri

@@ -23,9 +23,9 @@ from torch import nn
 from dinoray.models.backbone import embed_dim
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.decode import eval_crop
-from dinoray.pipeline.data.loader import load_batches
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.decoding.decode import eval_crop
+from dinoray.pipeline.data.reading.loader import load_batches
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import has_tokens, with_patches
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.export.config import Dtype, Precision

@@ -1,6 +1,6 @@
 """Export of a frozen backbone to ONNX with its preprocessing: decoded images of any size in, features out.
 
-No Ray, no files. The graph resizes and crops as the evaluations do (pipeline/data/decode.py: eval_crop): shorter
+No Ray, no files. The graph resizes and crops as the evaluations do (data/decoding/decode.py: eval_crop): shorter
 side, bicubic and antialiased as in Pillow, rounded to 8 bits after each direction, then the central square. Only
 the square is computed, by products with two matrices that follow from height and width, so any runtime can do it.
 Rows are resized first. Pillow chooses the order, so a pixel of a photo may differ by 1 of 255.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dinoray.models.errors import ConfigError, DinorayError
 from dinoray.models.input_channels import in_chans
-from dinoray.pipeline.data.decode import eval_crop
+from dinoray.pipeline.data.decoding.decode import eval_crop
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.export.onnx_export import (
     converted,

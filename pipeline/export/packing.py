@@ -26,14 +26,14 @@ from PIL import Image
 
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.augment.config import CropsConfig, crop_kinds
-from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.decode import is_deep
-from dinoray.pipeline.data.fetched import BAD_OBJECT
-from dinoray.pipeline.data.image_facts import decode_whole, measure_image, open_any, picture_box
-from dinoray.pipeline.data.jpeg import Decoded, Encoded
-from dinoray.pipeline.data.parquet_rows import read_column
-from dinoray.pipeline.data.row_groups import PACKED
-from dinoray.pipeline.data.source import Fetched, Source, Status
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.decode import is_deep
+from dinoray.pipeline.data.decoding.image_facts import decode_whole, measure_image, open_any, picture_box
+from dinoray.pipeline.data.decoding.jpeg import Decoded, Encoded
+from dinoray.pipeline.data.parquet.parquet_rows import read_column
+from dinoray.pipeline.data.parquet.row_groups import PACKED
+from dinoray.pipeline.data.reading.fetched import BAD_OBJECT
+from dinoray.pipeline.data.reading.source import Fetched, Source, Status
 from dinoray.pipeline.export.packing_facts import PartFacts
 from dinoray.pipeline.export.packing_plan import Plan
 from dinoray.pipeline.export.parquet_parts import LEFT_OUT, PartFormat, PartResult, PartWriter

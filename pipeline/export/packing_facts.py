@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dinoray.models.errors import DataError, one_line
-from dinoray.pipeline.data import image_facts
+from dinoray.pipeline.data.decoding import image_facts
+from dinoray.pipeline.data.decoding.image_facts import ImageFacts, facts_table
 from dinoray.pipeline.data.duplicates import Indices, find_exact, find_near
-from dinoray.pipeline.data.fetched import Fetched
-from dinoray.pipeline.data.image_facts import ImageFacts, facts_table
+from dinoray.pipeline.data.reading.fetched import Fetched
 from dinoray.pipeline.data.statistics import DataStatistics
 from dinoray.pipeline.export.parquet_parts import facts_name, part_name
 from dinoray.pipeline.storage.files import Directory, MissingObject

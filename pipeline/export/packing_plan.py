@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoray.pipeline.data.manifest import Manifest
+from dinoray.pipeline.data.manifests.manifest import Manifest
 from dinoray.pipeline.data.order import Order, Windows, epoch_seed
-from dinoray.pipeline.data.row_groups import ROWS_PER_GROUP
+from dinoray.pipeline.data.parquet.row_groups import ROWS_PER_GROUP
 
 PART_BYTES = 128 << 20
 """Maximum bytes of a part, by sizes known in advance; actors hold two to three times as much in memory."""

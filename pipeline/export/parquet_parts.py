@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinoray.models.errors import ConfigError, DataError, one_line
-from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.data.reading.source import Status
 from dinoray.pipeline.storage.files import Directory, MissingObject, filesystem
 
 QUARANTINE, SUMMARY = "_about/quarantine.jsonl", "_about/summary.json"

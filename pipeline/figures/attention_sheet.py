@@ -16,7 +16,7 @@ from torch import nn
 from dinoray.models.attention import cls_attention, pad_to_patch, patch_size
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.samples import as_rgb
+from dinoray.pipeline.data.decoding.samples import as_rgb
 from dinoray.pipeline.figures.attention_maps import (
     coloured_heads,
     default_image_size,

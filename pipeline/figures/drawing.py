@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from dinoray.pipeline.data.samples import as_rgb
+from dinoray.pipeline.data.decoding.samples import as_rgb
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]

@@ -20,7 +20,7 @@ from dinoray.pipeline.augment.config import CropsConfig, crop_shapes
 from dinoray.pipeline.augment.multicrop import limit_threads, prepare_kernel
 from dinoray.pipeline.augment.params import photometric_columns, sample
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.training.config import DINOConfig, FreezeConfig
 from dinoray.pipeline.training.distributed import set_up_device
 from dinoray.pipeline.training.state import TrainState, build_state

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dinoray.pipeline.data.bad_kinds import FIRST_CHECK, kind_of
+from dinoray.pipeline.data.reading.bad_kinds import FIRST_CHECK, kind_of
 from dinoray.pipeline.reporting.page import Html, details, section, table
 from dinoray.pipeline.storage import run_dir
 from dinoray.pipeline.storage.files import Directory

@@ -32,7 +32,7 @@ from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox, PoolPlan
 from dinoray.pipeline.cluster.pool_size import PoolSize, share_actors
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import BLOCK_BYTES, Layout
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.ray_private import data as private
 from dinoray.pipeline.storage.waiting import report_outages
 from dinoray.pipeline.stream.readers import Readers, SharedImages, note_unchecked

@@ -28,13 +28,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dinoray.models.errors import DinorayError, ResourceError, one_line
 from dinoray.pipeline.cluster.channel import RunChannel, actor_here
-from dinoray.pipeline.data.fetched import Fetched
-from dinoray.pipeline.data.group_reader import GroupReader
-from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.data.manifests.manifest import DataConfig
 from dinoray.pipeline.data.order import Order, Window
 from dinoray.pipeline.data.partition import Layout
-from dinoray.pipeline.data.sharing import Sharing, StreamsApart, groups_ahead
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.fetched import Fetched
+from dinoray.pipeline.data.reading.group_reader import GroupReader
+from dinoray.pipeline.data.reading.sharing import Sharing, StreamsApart, groups_ahead
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.storage.checks import UNCHECKED
 from dinoray.pipeline.storage.waiting import report_outages
 

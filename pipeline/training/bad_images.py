@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinoray.models.errors import DataError, DinorayError
-from dinoray.pipeline.data.bad_kinds import FIRST_CHECK, kind_of
-from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.data.reading.bad_kinds import FIRST_CHECK, kind_of
+from dinoray.pipeline.data.reading.source import Status
 from dinoray.pipeline.training.distributed import gather
 
 _WINDOW = 100_000

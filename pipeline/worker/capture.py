@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dinoray.models.commands import command
 from dinoray.models.errors import one_line
 from dinoray.pipeline.data.order import Order
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.storage.run_dir import checkpoint_name
 from dinoray.pipeline.tracking.capture_files import CaptureFiles
 from dinoray.pipeline.training.distributed import rank, world_size

@@ -29,8 +29,8 @@ from dinoray.pipeline.data.partition import (
     check_streams,
     lay_out,
 )
-from dinoray.pipeline.data.sharing import share_reading
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.sharing import share_reading
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.published import published_preprocessing
 from dinoray.pipeline.ray_private.train_controller import ControllerCallback
 from dinoray.pipeline.reporting.run_report import write_report

@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.data.folder_labels import AUTO
-from dinoray.pipeline.data.manifest import load_or_build
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.decode import decode
+from dinoray.pipeline.data.listing.folder_labels import AUTO
+from dinoray.pipeline.data.manifests.manifest import load_or_build
 from dinoray.pipeline.data.measured import NOTHING, Measured
-from dinoray.pipeline.data.measuring import load_or_measure
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.measuring import load_or_measure
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
 from dinoray.pipeline.evaluation.labels import held_out, labelled_sources
 from dinoray.pipeline.storage.files import Directory

@@ -11,7 +11,7 @@ from dinoray.models.published.checkpoint import Weights
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.cost import CostConfig
 from dinoray.pipeline.cluster.resources import ResourcesConfig
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
 from dinoray.pipeline.evaluation.published import Preprocessing
 from dinoray.pipeline.storage.files import Directory

@@ -15,7 +15,7 @@ from dinoray.models.errors import ResourceError
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import apply
 from dinoray.pipeline.augment.params import sample_image
-from dinoray.pipeline.data.jpeg import open_image
+from dinoray.pipeline.data.decoding.jpeg import open_image
 
 TOY = {"global_crop_size": 32, "local_crop_size": 16, "num_local_crops": 2}
 

@@ -18,7 +18,7 @@ from PIL import Image
 from samples import parquet
 from tiny import TINY_RESNET
 
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.figures.attention_sheet import compute_attention, figure
 from dinoray.pipeline.figures.drawing import png_bytes
 from dinoray.pipeline.storage.files import Directory

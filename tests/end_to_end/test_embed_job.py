@@ -16,10 +16,10 @@ from tiny_run import NAME, STEP, write_images, write_run
 
 from dinoray.jobs import embed as job
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.decoding.decode import decode, eval_crop
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.training.checkpoint import read_frozen
 

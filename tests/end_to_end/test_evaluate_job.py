@@ -19,8 +19,8 @@ from dinoray.jobs.cli.config import load_run_config
 from dinoray.jobs.runs.prober import sharded_knn
 from dinoray.jobs.runs.scoring import chosen_probes
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.manifest import build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views, with_blocks
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features, embed_source

@@ -18,8 +18,8 @@ from servers import S3Server, use_aws
 from dinoray.jobs import pack as job
 from dinoray.jobs.cli.config import load_config
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Fetched, Source
 from dinoray.pipeline.export.packing import Plan, shrink, write_part
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.local_files import TEMPORARY

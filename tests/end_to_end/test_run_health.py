@@ -15,7 +15,7 @@ from tiny_run import write_images, write_run
 
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.cli.display import Display
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.data.demo_images import PATTERNS
 from dinoray.pipeline.training.verdict import Verdict
 

@@ -34,7 +34,7 @@ from dinoray.jobs.cluster.node_checks import (
 )
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.manifest import DataConfig
+from dinoray.pipeline.data.manifests.manifest import DataConfig
 
 
 def images(folder: Path, count: int = 6) -> Path:

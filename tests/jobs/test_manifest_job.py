@@ -15,8 +15,8 @@ from servers import S3Server
 from dinoray.jobs import manifest as job
 from dinoray.jobs.runs.listing import describe_objects, newest_number
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.changes import changes_between
-from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest, load_or_build
+from dinoray.pipeline.data.manifests.changes import changes_between
+from dinoray.pipeline.data.manifests.manifest import DataConfig, Manifest, build_manifest, load_or_build
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import labelled_sources
 from dinoray.pipeline.storage import pages

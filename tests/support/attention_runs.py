@@ -14,7 +14,7 @@ from tiny import NUM_IMAGES, tiny_batch, tiny_config
 
 from dinoray.jobs import attention
 from dinoray.jobs.cli.main import run_main
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.figures.attention_sheet import attention_figure
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name

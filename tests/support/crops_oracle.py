@@ -19,8 +19,8 @@ from PIL import Image, ImageFilter, ImageOps
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import crop_rng, cut
 from dinoray.pipeline.augment.params import CropParams, OneCrop, sample
-from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.data.jpeg import Decoded
+from dinoray.pipeline.data.decoding.decode import decode
+from dinoray.pipeline.data.decoding.jpeg import Decoded
 
 Pixels = npt.NDArray[np.uint8]
 

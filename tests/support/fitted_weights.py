@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoray.models.backbone import embed_dim
-from dinoray.pipeline.data.decode import eval_crop
+from dinoray.pipeline.data.decoding.decode import eval_crop
 from dinoray.pipeline.training.config import DINOConfig
 from dinoray.pipeline.training.pixels import pixels
 from dinoray.pipeline.training.state import build_state

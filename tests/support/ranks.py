@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dinoray.models.backbone import build_backbone
 from dinoray.models.config import BackboneConfig
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.manifest import DataConfig, load_or_build
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, load_or_build
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig, ProbeConfig
 from dinoray.pipeline.evaluation.features import Features, Shares, embed_sharded
 from dinoray.pipeline.evaluation.in_training import Evaluation, evaluate

@@ -13,7 +13,7 @@ from paths import ROOT
 from samples import parquet
 from tars import tar_of
 
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.data.demo_images import PATTERNS, draw_demo_image
 
 LABELS = [tuple(PATTERNS)[i % 3] for i in range(24)]

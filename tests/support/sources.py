@@ -4,8 +4,8 @@ import random
 
 from samples import parquet
 
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Fetched, Source
 
 IMAGES = {f"{label}/{n}.jpg": random.Random(label).randbytes(500 + n) for label in "ab" for n in range(9)}
 

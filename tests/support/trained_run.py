@@ -13,9 +13,9 @@ from dinoray.jobs.cli.config import load_config
 from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.config import crop_bytes
 from dinoray.pipeline.data.demo_images import PATTERNS
-from dinoray.pipeline.data.manifest import load_or_build
+from dinoray.pipeline.data.manifests.manifest import load_or_build
 from dinoray.pipeline.data.partition import lay_out
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.ray_private.train import snapshot_of
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.storage.run_dir import SNAPSHOT, checkpoint_name

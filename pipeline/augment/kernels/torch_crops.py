@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from dinoray.pipeline.augment.kernels import opencv_colour
 from dinoray.pipeline.augment.kernels.opencv_colour import Image
 from dinoray.pipeline.augment.params import CropParams, OneCrop
-from dinoray.pipeline.data.jpeg import Decoded
+from dinoray.pipeline.data.decoding.jpeg import Decoded
 
 _MOST_SKIPPED = 8
 """Limit on pixels that are made and discarded to begin at a whole pixel of a reduced picture.

@@ -14,7 +14,7 @@ from terminal import terminal
 
 from dinoray.jobs.cli import progress_line
 from dinoray.jobs.cli.progress_line import ProgressLines, describe_progress
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
 from dinoray.pipeline.storage import progress
 from dinoray.pipeline.storage.progress import Count, counting, show_progress
 

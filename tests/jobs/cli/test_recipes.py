@@ -15,7 +15,7 @@ from dinoray.jobs.cli.recipes import RECIPES
 from dinoray.models.backbone import build_backbone, embed_dim
 from dinoray.models.errors import ConfigError
 from dinoray.models.settings import flatten
-from dinoray.pipeline.data.manifest import build_manifest
+from dinoray.pipeline.data.manifests.manifest import build_manifest
 from dinoray.pipeline.data.partition import batch_size_per_worker
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.worker.config import Config

@@ -14,7 +14,7 @@ from servers import S3Server
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.runs.data_contents import look_into_data
 from dinoray.models.errors import DataError
-from dinoray.pipeline.data.bounds import Bound
+from dinoray.pipeline.data.listing.bounds import Bound
 
 SMALL = [encode(scene(64 + n, 48), "JPEG") for n in range(4)]
 

@@ -7,8 +7,8 @@ from samples import parquet, write_all
 
 from dinoray.jobs.cli.config import load_config
 from dinoray.jobs.runs.data_lines import data_lines, describe_reading
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 
 
 def line(folder: Path) -> str:

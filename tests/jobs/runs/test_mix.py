@@ -19,8 +19,8 @@ from dinoray.jobs.cluster.plan_lines import run_command
 from dinoray.jobs.runs.data_lines import data_lines, describe_reading
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.manifest import build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.worker.config import Config
 from dinoray.pipeline.worker.inputs import check_mix
 

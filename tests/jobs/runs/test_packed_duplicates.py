@@ -18,9 +18,9 @@ from servers import S3Server
 from dinoray.jobs import pack
 from dinoray.jobs.cli.config import load_config
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.decode import decode
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.decoding.decode import decode
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 
 NUM = 24
 

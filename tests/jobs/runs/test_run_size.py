@@ -21,7 +21,7 @@ from dinoray.jobs.runs.run_size import (
 from dinoray.jobs.studies.config import StudyArguments, StudyConfig, space_of, study_config
 from dinoray.jobs.studies.resources import check_study_size
 from dinoray.models.errors import ConfigError, ResourceError
-from dinoray.pipeline.data.ignored import Ignored
+from dinoray.pipeline.data.listing.ignored import Ignored
 from dinoray.pipeline.data.partition import batch_size_per_worker, check_accumulation
 from dinoray.pipeline.training.config import Schedule
 from dinoray.pipeline.worker.config import Config

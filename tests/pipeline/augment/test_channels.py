@@ -8,7 +8,7 @@ from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.augment.kernels.torch_colour import adjust
 from dinoray.pipeline.augment.multicrop import Crops, crop_rng, cut
 from dinoray.pipeline.augment.params import CropParams, sample
-from dinoray.pipeline.data.jpeg import Decoded
+from dinoray.pipeline.data.decoding.jpeg import Decoded
 
 SETTINGS = {"global_crop_size": 48, "local_crop_size": 24, "num_local_crops": 3}
 NO_COLOURS = {"saturation": 0, "hue": 0, "gray_prob": 0}

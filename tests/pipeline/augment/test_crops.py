@@ -18,7 +18,7 @@ from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.augment.crops_table import describe_crops
 from dinoray.pipeline.augment.multicrop import Crops, crop_rng, cut, multi_crop
 from dinoray.pipeline.augment.params import sample
-from dinoray.pipeline.data.jpeg import Decoded
+from dinoray.pipeline.data.decoding.jpeg import Decoded
 
 
 @KERNELS

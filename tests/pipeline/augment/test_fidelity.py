@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.augment.multicrop import apply, crop_rng, cut, decode_denominator
 from dinoray.pipeline.augment.params import CropParams, OneCrop, sample
-from dinoray.pipeline.data.jpeg import Decoded
+from dinoray.pipeline.data.decoding.jpeg import Decoded
 
 INTERPOLATIONS = pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 ORIENTATION = 0x0112

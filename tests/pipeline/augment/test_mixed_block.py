@@ -9,8 +9,8 @@ from samples import parquet, write_all
 
 from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source, Status
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source, Status
 
 CROPS = CropsConfig(num_local_crops=1, global_crop_size=32, local_crop_size=16, kernel="torch")
 

@@ -24,7 +24,7 @@ from dinoray.pipeline.augment.kernels import torch_colour
 from dinoray.pipeline.augment.kernels.torch_colour import adjust, finished
 from dinoray.pipeline.augment.multicrop import crop_rng, cut
 from dinoray.pipeline.augment.params import CropParams, OneCrop, photometric_columns, sample
-from dinoray.pipeline.data.jpeg import Decoded
+from dinoray.pipeline.data.decoding.jpeg import Decoded
 
 GPU = [
     pytest.mark.gpu,

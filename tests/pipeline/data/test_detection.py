@@ -14,11 +14,11 @@ from servers import S3Server
 
 from dinoray.jobs.runs.data_lines import data_lines
 from dinoray.models.errors import ConfigError
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.folder_labels import folder_label
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest, load_or_build
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.listing.folder_labels import folder_label
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest, load_or_build
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.labels import held_out, labelled_sources
 from dinoray.pipeline.storage.files import Directory

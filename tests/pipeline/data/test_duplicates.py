@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dinoray.pipeline.data import duplicates
-from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.image_facts import ImageFacts, decode_whole, facts_table, measure_image
+from dinoray.pipeline.data.decoding.jpeg import open_image
 from dinoray.pipeline.data.duplicates import MOST_BITS, MOST_LEVELS, find_exact, find_near
-from dinoray.pipeline.data.image_facts import ImageFacts, decode_whole, facts_table, measure_image
-from dinoray.pipeline.data.jpeg import open_image
 
 RNG = np.random.default_rng(0)
 

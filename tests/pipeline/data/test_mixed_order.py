@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from dinoray.pipeline.data.mixture import BLOCK, MixedOrder, Mixture
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import lay_out
-from dinoray.pipeline.data.reads import read_by_readers
-from dinoray.pipeline.data.sharing import Sharing, groups_ahead
+from dinoray.pipeline.data.reading.reads import read_by_readers
+from dinoray.pipeline.data.reading.sharing import Sharing, groups_ahead
 
 few = settings(max_examples=20)
 seeds = st.integers(0, 2**31)

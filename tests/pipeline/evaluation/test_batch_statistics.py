@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dinoray.jobs.cli.display import Display
 from dinoray.jobs.runs.result import describe_result, write_result
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.batch_statistics import calibrated
 from dinoray.pipeline.evaluation.config import ProbeConfig
 from dinoray.pipeline.evaluation.features import embed_source

@@ -13,9 +13,9 @@ from dinoray.jobs import pretrain, tune
 from dinoray.jobs.cli.config import load_config
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.parquet_rows import read_column
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.parquet.parquet_rows import read_column
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation import class_names
 from dinoray.pipeline.evaluation.class_names import Mismatch, class_mismatch
 from dinoray.pipeline.evaluation.config import EvalConfig

@@ -8,7 +8,7 @@ from PIL import Image
 from ranks import eval_config, labelled_source, seeded_backbone
 from tiny import tiny_config
 
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation import in_training
 from dinoray.pipeline.evaluation.backbone_outputs import embed_views
 from dinoray.pipeline.evaluation.clid import learnability_and_dimension

@@ -19,10 +19,10 @@ from ranks import (
 from tiny import tiny_config
 
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.decoding.decode import decode, eval_crop
 from dinoray.pipeline.data.demo_images import draw_demo_image
-from dinoray.pipeline.data.manifest import DataConfig, load_or_build
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, load_or_build
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import (
     Features,

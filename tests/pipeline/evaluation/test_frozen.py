@@ -13,7 +13,7 @@ from dinoray.models.backbone import build_backbone
 from dinoray.models.config import BackboneConfig
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.evaluation.backbone_outputs import (
     check_size,
     embed_views,

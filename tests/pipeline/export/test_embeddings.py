@@ -16,8 +16,8 @@ from tiny import TINY_RESNET, tiny_config
 
 from dinoray.models.backbone import build_backbone
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.decode import decode, eval_crop
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.decoding.decode import decode, eval_crop
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.export.embeddings import (
     KIND,

@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import TINY_RESNET, tiny_config
 
 from dinoray.jobs.export import main
-from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.decoding.decode import decode, eval_crop
 from dinoray.pipeline.evaluation.features import embed
 from dinoray.pipeline.export.loading_code import FILES
 from dinoray.pipeline.export.model_card import RunFacts, model_card, read_scores

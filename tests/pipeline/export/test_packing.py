@@ -12,8 +12,8 @@ from image_files import jpeg, scene
 from samples import parquet, write_all
 
 from dinoray.models.errors import ConfigError, DataError
-from dinoray.pipeline.data.manifest import DataConfig, Manifest, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, Manifest, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.export.packing import KIND, check_keys, shrink, write_part
 from dinoray.pipeline.export.packing_plan import Plan
 from dinoray.pipeline.export.parquet_parts import PartFooter, check_bad, collect

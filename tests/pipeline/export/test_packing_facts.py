@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoray.pipeline.data.fetched import Fetched
-from dinoray.pipeline.data.image_facts import SMALL_BYTES, ImageFacts
-from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.data.decoding.image_facts import SMALL_BYTES, ImageFacts
+from dinoray.pipeline.data.reading.fetched import Fetched
+from dinoray.pipeline.data.reading.source import Status
 from dinoray.pipeline.export.packing_facts import EXACT, PartFacts, TableFacts
 from dinoray.pipeline.export.parquet_parts import facts_name
 from dinoray.pipeline.storage.files import Directory

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinoray.pipeline.data.manifest import Manifest
+from dinoray.pipeline.data.manifests.manifest import Manifest
 from dinoray.pipeline.export.packing_plan import (
     MOST_ROWS_PER_GROUP,
     PART_BYTES,

@@ -12,7 +12,7 @@ from image_files import encode, jpeg, pillow, scene
 from PIL import Image
 
 from dinoray.pipeline.augment.config import CropsConfig
-from dinoray.pipeline.data.bad_image import BadImage
+from dinoray.pipeline.data.decoding.bad_image import BadImage
 from dinoray.pipeline.export.packing import shrink, shrink_pixels, shrunk_size
 
 MOST = 40_000

@@ -19,7 +19,7 @@ from tiny import TINY_RESNET, tiny_config
 
 from dinoray.models.errors import DinorayError
 from dinoray.models.published.checkpoint import POS_EMBED_KEY
-from dinoray.pipeline.data.decode import eval_crop
+from dinoray.pipeline.data.decoding.decode import eval_crop
 from dinoray.pipeline.data.demo_images import draw_demo_image
 from dinoray.pipeline.evaluation.config import EvalConfig
 from dinoray.pipeline.evaluation.features import Features, embed

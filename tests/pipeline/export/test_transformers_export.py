@@ -17,7 +17,7 @@ from tiny import NUM_IMAGES, TINY_RESNET, tiny_config
 from dinoray.jobs.export import main
 from dinoray.models.errors import ConfigError
 from dinoray.models.published.checkpoint import fit_backbone
-from dinoray.pipeline.data.decode import decode, eval_crop
+from dinoray.pipeline.data.decoding.decode import decode, eval_crop
 from dinoray.pipeline.export import transformers_export
 from dinoray.pipeline.export.transformers_export import export_transformers
 from dinoray.pipeline.training.checkpoint import read_frozen

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from report_runs import Page, jsonl, make_run, png
 
-from dinoray.pipeline.data.bad_image import BadImage
-from dinoray.pipeline.data.bad_kinds import kind_of
-from dinoray.pipeline.data.decode import decode
+from dinoray.pipeline.data.decoding.bad_image import BadImage
+from dinoray.pipeline.data.decoding.decode import decode
+from dinoray.pipeline.data.reading.bad_kinds import kind_of
 from dinoray.pipeline.reporting.bad_images import Share, near_limit_warning
 from dinoray.pipeline.reporting.run_report import build_report
 from dinoray.pipeline.tracking.records import read_head

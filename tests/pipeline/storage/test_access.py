@@ -13,8 +13,8 @@ from sources import IMAGES, as_shard
 
 from dinoray.jobs.cluster.machine_checks import check_clock, check_data, check_storage
 from dinoray.models.errors import DataError
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest, load_or_build
-from dinoray.pipeline.data.source import Source, Status
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest, load_or_build
+from dinoray.pipeline.data.reading.source import Source, Status
 from dinoray.pipeline.evaluation.labels import open_labelled
 from dinoray.pipeline.export.packing import check_keys
 from dinoray.pipeline.storage.config import SIGNED, Access, StorageConfig

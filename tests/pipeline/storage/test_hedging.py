@@ -12,7 +12,7 @@ from samples import put_all
 from servers import S3Server
 from sources import IMAGES, as_shard, fetch_all, source_of
 
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.storage import hedging
 from dinoray.pipeline.storage.config import StorageConfig
 from dinoray.pipeline.storage.files import Directory

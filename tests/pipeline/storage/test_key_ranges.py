@@ -13,7 +13,7 @@ from samples import put_all, small_pages
 from servers import S3Server
 
 from dinoray.models.errors import DataError
-from dinoray.pipeline.data.listing import list_entries
+from dinoray.pipeline.data.listing.listing import list_entries
 from dinoray.pipeline.storage import waiting
 from dinoray.pipeline.storage.key_ranges import list_ranges
 from dinoray.pipeline.storage.key_space import pages_left, split_point

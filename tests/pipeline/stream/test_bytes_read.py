@@ -15,10 +15,10 @@ from storage_sets import PUTS, ROWS_OF_OTHERS, Images
 
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.cluster.channel import RunChannel
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.partition import Layout
-from dinoray.pipeline.data.sharing import share_reading
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.reading.sharing import share_reading
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.stream import ray_data
 from dinoray.pipeline.stream.readers import Readers
 

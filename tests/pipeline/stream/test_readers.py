@@ -21,10 +21,10 @@ from dinoray.models.errors import DataError, ResourceError
 from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.cluster.channel import RunChannel
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.partition import Layout
-from dinoray.pipeline.data.sharing import share_reading
-from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.data.reading.sharing import share_reading
+from dinoray.pipeline.data.reading.source import Fetched, Source
 from dinoray.pipeline.stream import ray_data, readers, shared_stream
 from dinoray.pipeline.stream.ray_data import StreamPlan
 from dinoray.pipeline.stream.readers import Readers, SharedImages

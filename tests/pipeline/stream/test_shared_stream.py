@@ -26,10 +26,10 @@ from dinoray.models.errors import DataError, DinorayError
 from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.config import CropsConfig, crop_bytes
 from dinoray.pipeline.cluster.channel import RunChannel
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout
-from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.data.reading.source import Fetched, Source
 from dinoray.pipeline.stream import ray_data, shared_stream
 from dinoray.pipeline.stream.ray_data import StreamPlan, in_step
 from dinoray.pipeline.stream.shared_stream import SharedStats, SharedStream

@@ -23,10 +23,10 @@ from dinoray.pipeline.augment.config import CropsConfig
 from dinoray.pipeline.cluster.channel import RunChannel
 from dinoray.pipeline.cluster.pool_mailbox import PoolMailbox
 from dinoray.pipeline.cluster.pool_size import TrainerReading
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
 from dinoray.pipeline.data.order import Order
 from dinoray.pipeline.data.partition import Layout
-from dinoray.pipeline.data.source import Fetched, Source
+from dinoray.pipeline.data.reading.source import Fetched, Source
 from dinoray.pipeline.stream import ray_data
 from dinoray.pipeline.stream.ray_data import StreamPlan
 

@@ -10,7 +10,7 @@ from ranks import bad_batch, two_ranks
 from tiny import Batch
 
 from dinoray.models.errors import DataError, DinorayError
-from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.data.reading.source import Status
 from dinoray.pipeline.training.bad_images import Quarantine
 
 

@@ -11,8 +11,8 @@ from tiny import NUM_IMAGES, tiny_batch, tiny_config
 from tiny_run import write_images
 from tiny_states import tiny_state
 
-from dinoray.pipeline.data.manifest import DataConfig, build_manifest
-from dinoray.pipeline.data.source import Source
+from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
+from dinoray.pipeline.data.reading.source import Source
 from dinoray.pipeline.storage.files import Directory
 from dinoray.pipeline.tracking.capture_files import CaptureFiles, read_capture
 from dinoray.pipeline.training.skips import LAG

@@ -13,7 +13,7 @@ from dinoray.jobs.cli.config import load_config
 from dinoray.models.errors import ConfigError
 from dinoray.pipeline.augment.augmenter import Augmenter
 from dinoray.pipeline.augment.multicrop import crop_rng, multi_crop
-from dinoray.pipeline.data.source import Status
+from dinoray.pipeline.data.reading.source import Status
 from dinoray.pipeline.evaluation.backbone_outputs import check_size
 from dinoray.pipeline.evaluation.features import embed_source
 from dinoray.pipeline.export.timm_export import export_timm

@@ -1,0 +1,1 @@
+"""Image files: their bytes to pixels, in one way for each format."""

@@ -1,0 +1,1 @@
+"""Parquet shards: columns, row groups and rows."""

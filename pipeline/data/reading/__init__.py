@@ -1,0 +1,1 @@
+"""The bytes of images by their number, from any kind of source."""

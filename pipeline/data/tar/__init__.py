@@ -1,0 +1,1 @@
+"""Tar files: their members, images and labels."""
