@@ -53,7 +53,6 @@ def _parser() -> CommandLine:
     parser.add_argument(
         "--recipe",
         choices=tuple(RECIPES),
-        default=_RECIPE,
         help=f"recipe whose crop sizes decide the size of shrunk images (default: {_RECIPE})",
     )
     parser.add_argument(
@@ -88,10 +87,11 @@ def _config(arguments: Namespace) -> Config:
             raise ConfigError(
                 f"{override!r}: only {allowed} can be set here (crops.* goes with --shrink); leave it out"
             )
+    recipe = arguments.recipe or _RECIPE
     tree = {
-        **RECIPES[arguments.recipe](),
+        **RECIPES[recipe](),
         "name": "pack",
-        "recipe": arguments.recipe,
+        "recipe": recipe,
         "data": {"path": arguments.source},
     }
     tree = apply_overrides(tree, arguments.overrides)
@@ -101,12 +101,13 @@ def _config(arguments: Namespace) -> Config:
 
 
 def _next_command(arguments: Namespace, config: Config, out: Directory) -> str:
-    """The command that pretrains from what was packed."""
+    """The command that pretrains from what was packed; without a recipe, auto is to choose."""
     kept = [one for one in arguments.overrides if one.startswith(("crops.", *_OF_PIXELS))]
-    if config.data.channels != 3:
+    named = ["--recipe", arguments.recipe] if arguments.recipe else []
+    if named and config.data.channels != 3:
         given = {one.partition("=")[0] for one in kept}
         kept += [f"crops.{name}=0" for name in OF_COLOURS if f"crops.{name}" not in given]
-    return command("pretrain", "--recipe", arguments.recipe, f"data.path={out.uri}", *kept)
+    return command("pretrain", *named, f"data.path={out.uri}", *kept)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def pack_images(
         "image files are stored unchanged, except damaged ones, which are left out"
         if max_pixels is None
         else f"images of more than {max_pixels} pixels are shrunk to {max_pixels} if that makes the file smaller: "
-        f"no crop of {arguments.recipe} needs more"
+        f"no crop of {config.recipe} needs more"
     )
     images, *ignored = data_lines(source)
     about = "\n".join([f"{images}, {_megabytes(_listed_bytes(source.manifest))}", *ignored, treatment])

@@ -72,8 +72,8 @@ def table(out: Path) -> pa.Table:
 def read_as_told(output: str) -> list[Fetched]:
     """All images, by the settings of the command that the job prints at its end."""
     words = shlex.split(output.strip().splitlines()[-1])
-    assert words[:3] == ["dinoray", "pretrain", "--recipe"]
-    config = load_config(words[3], None, words[4:]).data
+    assert words[:2] == ["dinoray", "pretrain"]
+    config = load_config(None, None, words[2:]).data
     source = Source(config, build_manifest(config))
     return source.fetch(range(source.num_images))
 

@@ -16,7 +16,7 @@ from samples import parquet, put_all, write_all
 from servers import S3Server
 
 from dinoray.jobs import pack
-from dinoray.jobs.cli.config import load_config
+from dinoray.jobs.runs.choosing import Asked
 from dinoray.models.errors import ConfigError, DataError
 from dinoray.pipeline.data.decoding.decode import decode
 from dinoray.pipeline.data.manifests.manifest import DataConfig, build_manifest
@@ -248,7 +248,7 @@ def test_the_page_shows_what_was_packed_and_why_not_the_rest(source: Path, tmp_p
         "2 images are byte for byte the same as an earlier one, 1 nearly the same",
         "In 2 pairs the two labels differ.",
         "80 x 64 pixels",
-        f"dinoray pretrain --recipe vit_small_imagenet_vanilla data.path={tmp_path}/out",
+        f"dinoray pretrain data.path={tmp_path}/out",
     ):
         assert words in text, words
     assert page.count("data:image/") == 4  # samples and pairs, text and pictures of each
@@ -272,8 +272,8 @@ def test_arrays_of_four_channels_are_packed_and_the_printed_settings_take_them(
         np.save(tmp_path / "in" / f"{number}.npy", np.full((30, 40, 4), 50 * number, np.uint8))
     run(tmp_path / "in", tmp_path / "out", "data.channels=4")
     *_, line = capsys.readouterr().out.strip().split("\n")
-    _, _, _, recipe, *overrides = line.split()
-    config = load_config(recipe, None, overrides)
+    _, _, *overrides = line.split()
+    config = Asked(None, None, overrides).config()
     assert (config.data.channels, config.crops.channels, config.crops.hue) == (4, 4, 0)
     source = Source(config.data, build_manifest(config.data))
     packed = source.fetch(range(source.num_images))
