@@ -36,6 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "eval": (
         r"knn_\d+",
+        r"start_knn_\d+",
         "majority",
         "above_start",
         "num_val",

@@ -138,10 +138,10 @@ def test_the_newest_attention_figure_is_shown_and_some_others_are_folded(
     if shown:
         section = html.split('<section id="attention-maps">')[1].split("</section>")[0]
         newest, _, folded = section.partition("<details>")
-        captions = re.findall(r"<figcaption>after (\d+) steps?</figcaption>", newest)
-        assert captions == [str(shown[-1])]
-        captions = re.findall(r"<figcaption>after (\d+) steps?</figcaption>", folded)
-        assert captions == [str(step) for step in shown[:-1]]
+        captions = re.findall(r"<figcaption>after ([\d,]+) steps?</figcaption>", newest)
+        assert captions == [f"{shown[-1]:,}"]
+        captions = re.findall(r"<figcaption>after ([\d,]+) steps?</figcaption>", folded)
+        assert captions == [f"{step:,}" for step in shown[:-1]]
         assert ("5 of 39 earlier figures" in folded) is (len(steps) == 40)
 
 
