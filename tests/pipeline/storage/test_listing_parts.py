@@ -4,6 +4,7 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,18 +37,27 @@ NOW = 1_800_000_000.0
 
 
 class Store:
-    """Pages of a few sorted keys each; fails for good after some of them. `served` are the keys given so far."""
+    """Pages of a few sorted keys each; fails for good after some of them. `served` are the keys given so far.
 
-    def __init__(self, keys: Sequence[str], num_pages: int = 10**9) -> None:
-        self.keys, self.num_left = sorted(keys), num_pages
+    With `directory` it does not fail before a part has been written there, whichever thread comes first.
+    """
+
+    def __init__(
+        self, keys: Sequence[str], num_pages: int = 10**9, directory: Directory | None = None
+    ) -> None:
+        self.keys, self.num_left, self.directory = sorted(keys), num_pages, directory
         self.served: list[str] = []
         self.lock = threading.Lock()
 
     def __call__(self, *, start_after: str | None, token: str | None, retry: Retry) -> Page:
         with self.lock:
             self.num_left -= 1
-            if self.num_left < 0:
-                raise DataError("the power is off")
+            is_over = self.num_left < 0
+        if is_over:
+            if self.directory is not None:
+                self.wait_for_a_part(self.directory)
+            raise DataError("the power is off")
+        with self.lock:
             after = token or start_after or ""
             rest = [key for key in self.keys if key > after]
             keys = rest[:PAGE]
@@ -60,6 +70,12 @@ class Store:
 
     def folders(self, folder: str, *, retry: Retry) -> list[str]:
         return []
+
+    @staticmethod
+    def wait_for_a_part(directory: Directory) -> None:
+        deadline = time.monotonic() + 120
+        while not files(directory) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 @contextmanager
@@ -143,7 +159,7 @@ def test_after_two_interruptions_all_keys_come_once(
 
 def test_what_is_kept_is_not_asked_for_again() -> None:
     with short_parts() as directory:
-        interrupted(Store(NUMBERED, 50), opened(directory))
+        interrupted(Store(NUMBERED, 50, directory), opened(directory))
         store, parts = Store(NUMBERED), opened(directory)
         assert len(kept(parts)) > 50
         assert listed(store, parts) == NUMBERED
@@ -161,7 +177,7 @@ def test_a_listing_that_was_read_to_its_end_takes_no_page() -> None:
 
 def test_other_listings_in_the_directory_are_left_alone() -> None:
     with short_parts() as directory:
-        interrupted(Store(NUMBERED, 50), opened(directory))
+        interrupted(Store(NUMBERED, 50, directory), opened(directory))
         other = ListingParts(directory, lambda: NOW)
         other.open("store bucket another")
         assert other.stretches == []
@@ -185,7 +201,7 @@ def test_a_part_is_read_as_written_or_not_at_all(keys: list[str], rng: random.Ra
 
 def test_a_torn_part_is_dropped_and_its_keys_are_listed_again() -> None:
     with short_parts() as directory:
-        interrupted(Store(NUMBERED, 50), opened(directory))
+        interrupted(Store(NUMBERED, 50, directory), opened(directory))
         whole = kept(opened(directory))
         torn = files(directory)[0]
         torn.write_bytes(torn.read_bytes()[:-1])
@@ -208,7 +224,7 @@ def test_two_attempts_at_a_time_do_no_harm() -> None:
 )
 def test_a_listing_that_began_too_long_ago_is_begun_again(age: float, is_kept: bool) -> None:
     with short_parts() as directory:
-        interrupted(Store(NUMBERED, 50), opened(directory))
+        interrupted(Store(NUMBERED, 50, directory), opened(directory))
         assert bool(opened(directory, NOW + age).stretches) is is_kept
 
 
@@ -222,7 +238,7 @@ def test_the_age_is_that_of_the_first_attempt() -> None:
 @pytest.mark.parametrize("change", ["inserted", "deleted"])
 def test_a_store_that_has_changed_where_a_part_ends_is_noticed(change: str) -> None:
     with short_parts() as directory:
-        interrupted(Store(NUMBERED, 50), opened(directory))
+        interrupted(Store(NUMBERED, 50, directory), opened(directory))
         parts = opened(directory)
         ends = [one for one in parts.stretches if one.next is not None]
         gap = next(a for a, b in zip(ends, [*ends[1:], None], strict=True) if b is None or a.end != b.start)
