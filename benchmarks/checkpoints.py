@@ -87,7 +87,7 @@ def check_before(state: TrainState) -> bool:
 
 def check_now(state: TrainState) -> bool:
     """Return whether all is finite, by sums."""
-    return is_finite(dict(enumerate(tensors(state))))
+    return is_finite(tensors(state))
 
 
 def tensors(state: TrainState) -> list[torch.Tensor]:

@@ -78,15 +78,14 @@ class CheckpointParts(NamedTuple):
         """Return which part has NaN or infinite values, for a sentence; None if all are finite."""
         moments = self.train_state["optimizer"]["state"]
         parts = {
-            "the student": self.student,
-            "the teacher": self.teacher,
-            "the centre": {"center": self.train_state["center"]},
-            "the optimizer's state": {
-                f"{n}.{name}": value for n, saved in moments.items() for name, value in saved.items()
-            },
+            "the student": self.student.values(),
+            "the teacher": self.teacher.values(),
+            "the centre": [self.train_state["center"]],
+            "the optimizer's state": [value for saved in moments.values() for value in saved.values()],
         }
         return next(
-            (f"{part} has NaN or infinite values" for part, x in parts.items() if not is_finite(x)), None
+            (f"{part} has NaN or infinite values" for part, x in parts.items() if not is_finite(x)),
+            None,
         )
 
 

@@ -9,7 +9,7 @@ The host waits for none of the copies. The next steps change what is copied, so 
 stream beside it would save nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -111,9 +111,8 @@ class StateCopy:
 
     def _is_finite(self) -> bool:
         center = self._contents[run_dir.TRAIN_STATE]["center"]
-        return is_finite({"center": center, **self._contents[run_dir.STUDENT]}) and is_finite(
-            self._contents[run_dir.TEACHER]
-        )
+        student, teacher = (self._contents[name].values() for name in (run_dir.STUDENT, run_dir.TEACHER))
+        return is_finite([center, *student, *teacher])
 
     def _copied(self, value: Any, place: str, used: dict[str, torch.Tensor]) -> Any:
         """Return a copy of nested tensors and plain values; `place` names the buffer of a tensor."""
@@ -145,12 +144,12 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def is_finite(values: Mapping[str, Any]) -> bool:
+def is_finite(values: Iterable[Any]) -> bool:
     """Return True if no tensor in `values`, of any dtype, has NaN or infinity. The host waits for one answer.
 
     Tensors on other devices than the first one's are allowed; each costs another wait.
     """
-    tensors = [v for v in values.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    tensors = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
     if not tensors:
         return True
     # A sum reads each value once. It is finite only if all values are; large values may exceed it.

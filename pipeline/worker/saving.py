@@ -135,9 +135,8 @@ class Saver:
 
     def _is_finite(self) -> bool:
         """Return True on all ranks if all that a checkpoint holds is finite."""
-        states = enumerate(self._state.optimizer.state.values())
-        moments = {f"{number} {name}": value for number, state in states for name, value in state.items()}
-        mine = is_finite({**self._state.dino.state_dict(), **moments})
+        moments = (value for of_one in self._state.optimizer.state.values() for value in of_one.values())
+        mine = is_finite([*self._state.dino.state_dict().values(), *moments])
         return not all_reduce_max(torch.tensor(float(not mine), device=self._state.device))
 
     def _copy(self) -> None:

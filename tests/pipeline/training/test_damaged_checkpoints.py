@@ -263,8 +263,8 @@ def test_parts_that_are_not_finite_are_named(saved: Path, part: str) -> None:
 
 
 def test_whole_numbers_are_finite() -> None:
-    assert is_finite({"a": torch.tensor(3), "b": torch.tensor(True), "c": 5})
-    assert not is_finite({"a": torch.tensor(3), "b": torch.tensor(float("nan"))})
+    assert is_finite([torch.tensor(3), torch.tensor(True), 5])
+    assert not is_finite([torch.tensor(3), torch.tensor(float("nan"))])
 
 
 def test_meta_data_say_whether_all_is_finite(tmp_path: Path) -> None:
