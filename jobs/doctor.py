@@ -23,9 +23,9 @@ from ray.exceptions import AuthenticationError
 
 from dinoray.jobs.cli.arguments import CommandLine
 from dinoray.jobs.cli.auto_facts import Facts
+from dinoray.jobs.cli.auto_recipe import AUTO
 from dinoray.jobs.cli.main import not_started, run_main, wants_token
 from dinoray.jobs.cli.quiet import quiet_ray
-from dinoray.jobs.cli.recipes import has_images
 from dinoray.jobs.cluster.job_server import attempts_at, connect, dashboard_address, finish, submit
 from dinoray.jobs.cluster.machine_checks import (
     Finding,
@@ -113,7 +113,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _findings(arguments: Namespace) -> Iterator[Finding]:
     asked = Asked(arguments.recipe, arguments.config, arguments.overrides)
-    config, recipe = asked.config(), _recipe(asked)
+    config = asked.config()
+    recipe = None if config.recipe == AUTO else config.recipe
     on_images: Facts | None = None
     address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     yield from check_packages()
@@ -152,12 +153,6 @@ def _findings(arguments: Namespace) -> Iterator[Finding]:
 def _is_there(path: str) -> bool:
     """False for demo images that the first run generates."""
     return is_s3(path) or Path(normal_uri(path)).exists()
-
-
-def _recipe(asked: Asked) -> str | None:
-    """Return the recipe that is named, or the demo's for its own images; None: auto is to choose."""
-    settings = asked.settings()
-    return asked.recipe or settings.get("recipe") or (None if has_images(settings) else "demo")
 
 
 def _look_into(config: Config, asked: Asked, recipe: str | None) -> tuple[list[Finding], Facts | None]:
