@@ -86,8 +86,7 @@ def read_samples(
     data: bytes, *, max_pixels: int, min_side: int = 1, config: PixelsConfig = _DEFAULTS
 ) -> Samples:
     """Decode an image file into its samples of whatever depth and channels, upright. Raises as `decode` does."""
-    if is_npy(data) or is_pam(data):
-        samples = open_npy(data) if is_npy(data) else decode_pam(data)
+    if (samples := open_array(data)) is not None:
         check_size(samples.values.shape[1], samples.values.shape[0], max_pixels=max_pixels, min_side=min_side)
         return samples
     if is_tiff(data):
@@ -115,6 +114,13 @@ def read_samples(
     if shape != (height, width) and not (header.format == "TIFF" and shape == (width, height)):
         raise BadImage(f"damaged {header.format}: {width}x{height} pixels announced, {shape} decoded")
     return _upright(samples, orientation)
+
+
+def open_array(data: bytes) -> Samples | None:
+    """Return the samples of a file that holds them as they are, NPY or PAM; None for others. Raises BadImage."""
+    if is_npy(data):
+        return open_npy(data)
+    return decode_pam(data) if is_pam(data) else None
 
 
 def is_deep(data: bytes) -> bool:

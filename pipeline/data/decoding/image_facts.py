@@ -14,10 +14,9 @@ from PIL import Image
 
 from dinoray.pipeline.data.config import PixelsConfig
 from dinoray.pipeline.data.decoding.bad_image import BadImage
-from dinoray.pipeline.data.decoding.decode import is_deep, read_samples
+from dinoray.pipeline.data.decoding.decode import is_deep, open_array, read_samples
 from dinoray.pipeline.data.decoding.jpeg import DENOMINATORS, Decoded, Encoded, Pixels, open_image
-from dinoray.pipeline.data.decoding.netpbm import decode_pam, is_pam
-from dinoray.pipeline.data.decoding.npy import is_npy, open_npy
+from dinoray.pipeline.data.decoding.npy import is_npy
 from dinoray.pipeline.data.decoding.pillow import open_pillow
 from dinoray.pipeline.data.decoding.samples import as_rgb, to_pixels
 from dinoray.pipeline.data.decoding.tiff import channels_in_words, is_pillows
@@ -142,12 +141,9 @@ def facts_table(facts: Sequence[ImageFacts]) -> pa.Table:
 
 def _header(data: bytes, pixels: Pixels) -> tuple[str, str]:
     """Return the format and the channels of a file; those of its pixels if Pillow does not read its header."""
-    if is_npy(data):
-        array = open_npy(data).values
-        return "NPY", f"{channels_in_words(array.shape[2])}, {array.dtype}"
-    if is_pam(data):
-        array = decode_pam(data).values
-        return "PAM", f"{channels_in_words(array.shape[2])}, {array.dtype}"
+    if (array := open_array(data)) is not None:
+        kind = "NPY" if is_npy(data) else "PAM"
+        return kind, f"{channels_in_words(array.values.shape[2])}, {array.values.dtype}"
     if is_tiff(data) and not is_pillows(page := read_pages(data)[0]):
         return "TIFF", f"{channels_in_words(page.num_channels)}, {page.bits} bits"
     try:
