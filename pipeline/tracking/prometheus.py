@@ -7,11 +7,10 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
+from dinoray.pipeline.tracking.scalar_names import OF_START
 from dinoray.pipeline.tracking.sink import MetricSink, numbers
 
 PREFIX = "dinoray_"
-_OF_START = "start_"
-"""Before a score: that of the initial weights, the line to beat."""
 GAUGES = {
     "step": "Steps done",
     "total_steps": "Steps of the whole run",
@@ -29,7 +28,7 @@ GAUGES = {
     "evaluations_under_way": "Evaluations beside training that have not arrived",
     "bad_images": "Images that could not be used, so far",
     "knn_20": "Accuracy of 20 nearest neighbours at the last evaluation, 0 to 1",
-    f"{_OF_START}knn_20": "Accuracy of 20 nearest neighbours of the initial weights, 0 to 1",
+    f"{OF_START}knn_20": "Accuracy of 20 nearest neighbours of the initial weights, 0 to 1",
     "nodes_head": "Head nodes",
     "nodes_cpu": "Nodes without GPUs",
     "nodes_gpu": "Nodes with GPUs",
@@ -57,7 +56,7 @@ class Gauges(MetricSink):
 
     def set_start(self, scores: Mapping[str, float | str]) -> None:
         """Set the line to beat: `scores` are those of the initial weights."""
-        self._set({f"{_OF_START}{name}": value for name, value in scores.items()})
+        self._set({f"{OF_START}{name}": value for name, value in scores.items()})
 
     def _set(self, values: Mapping[str, float | str]) -> None:
         for name, value in numbers(values).items():

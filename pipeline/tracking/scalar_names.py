@@ -11,6 +11,8 @@ from dinoray.pipeline.augment.augmenter import STAGES
 
 PUBLISHED = "published_"
 """Before a score of the start: measured with the preprocessing that its weights were published with."""
+OF_START = "start_"
+"""Before a score: that of the initial weights, the line to beat."""
 BAD_IMAGES_OF = "bad_images_"
 """Before a status: how many images with that status were replaced."""
 
@@ -36,7 +38,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "eval": (
         r"knn_\d+",
-        r"start_knn_\d+",
+        rf"{OF_START}knn_\d+",
         "majority",
         "above_start",
         "num_val",
