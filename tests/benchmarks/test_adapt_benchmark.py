@@ -27,7 +27,7 @@ def test_the_guard_stops_at_the_second_evaluation_below_the_start(
 def test_it_runs_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"NUM_TRAIN": 12, "NUM_VAL": 5, "EVERY": 2}.items():
+    for name, value in {"NUM_FIRST": 12, "NUM_TRAIN": 12, "NUM_VAL": 5, "EVERY": 2}.items():
         monkeypatch.setattr(benchmark, name, value)
     few = ["--seeds", "0", "--pretrain", "2", "--steps", "4", "--picture", str(tmp_path / "adapt.png")]
     with pytest.raises(SystemExit) as ended:
