@@ -96,7 +96,7 @@ def _directories(data: bytes) -> Iterator[tuple[str, dict[int, Any]]]:
                 raise ValueError("too many values")
             if struct.calcsize(form) > (8 if is_big else 4):
                 inline = struct.unpack_from(order + ("Q" if is_big else "I"), data, inline)[0]
-            tags[tag] = struct.unpack_from(form, data, inline)
+            tags.setdefault(tag, struct.unpack_from(form, data, inline))  # the first counts, as for libtiff
         yield order, tags
         place = struct.unpack_from(order + ("Q" if is_big else "I"), data, start + number * entry[1])[0]
 

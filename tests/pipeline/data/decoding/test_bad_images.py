@@ -8,11 +8,12 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import FILES, MAX_PIXELS, encode, picture
 from paths import SHARED
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dinoray.pipeline.data.decoding.bad_image import BadImage
 from dinoray.pipeline.data.decoding.decode import decode
@@ -58,6 +59,25 @@ def test_a_jpeg_without_its_end_is_refused(name: str, cut: int) -> None:
     assert "cut off JPEG" in refused(FILES[name][:-cut])
 
 
+def announced_size(data: bytes) -> tuple[int, int]:
+    """Width and height by Pillow, or of a TIFF that it does not open by tifffile."""
+    try:
+        return Image.open(io.BytesIO(data)).size
+    except UnidentifiedImageError:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page = file.pages[0]
+            return page.imagewidth, page.imagelength
+
+
+def test_of_a_tag_that_stands_twice_in_a_tiff_the_first_counts() -> None:
+    damaged = bytearray(FILES["tiff"])
+    samples_per_pixel, width = (tag.to_bytes(2, "little") for tag in (277, 256))
+    place = damaged.index(samples_per_pixel)
+    damaged[place : place + 2] = width  # with the value 3
+    pixels = decode(bytes(damaged), max_pixels=1_000_000)
+    assert pixels.shape[1::-1] == announced_size(bytes(damaged)) == (56, 40)
+
+
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
@@ -73,7 +93,7 @@ def test_damaged_bytes_give_a_picture_of_the_announced_size_or_are_refused(
             pixels = decode(bytes(damaged), max_pixels=1_000_000)
         except BadImage:
             return
-        announced = Image.open(io.BytesIO(damaged)).size
+        announced = announced_size(bytes(damaged))
     assert sorted(pixels.shape[:2]) == sorted(announced)
     assert pixels.dtype == np.uint8
 
