@@ -83,7 +83,8 @@ def _directories(data: bytes) -> Iterator[tuple[str, dict[int, Any]]]:
     while place and place not in seen and len(seen) < _MOST_PAGES:
         seen.add(place)
         number = struct.unpack_from(order + ("Q" if is_big else "H"), data, place)[0]
-        start, tags = place + (8 if is_big else 2), {}
+        start = place + (8 if is_big else 2)
+        tags: dict[int, Any] = {}
         if start + number * entry[1] > len(data):
             raise ValueError("entries beyond the end")
         for at in range(start, start + number * entry[1], entry[1]):
